@@ -1,0 +1,398 @@
+"""Token shards on disk: llm.c's format, with a `meta.json` beside them.
+
+A shard is 256 little-endian int32 (20240520, 1, token count, zeros) and then uint16 tokens. Each document is preceded
+by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c, or downloaded already tokenized, have
+no `meta.json`; they are taken as GPT-2 tokens.
+
+Reading is by position (`preadv` into the caller's array) rather than through a memory map: resident memory stays flat
+however much is read, and a shard that shrinks under us is an error that names it instead of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+TOKEN = np.dtype("<u2")
+GPT2_VOCAB_SIZE = 50257
+MAX_VOCAB_SIZE = 65536
+META_FILE = "meta.json"
+# Present while `data.prepare` is at work: the shards beside it are not a dataset yet.
+PROGRESS_FILE = "prepare-progress.json"
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """One shard as `meta.json` lists it. `documents` counts those that begin in it."""
+
+    file: str
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetMeta:
+    """What `meta.json` states about a dataset. Dictionaries are keyed by split, "train" and "val"."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    source: str
+    revision: str
+    filter: str
+    validation: str
+    shard_tokens: int
+    tokens: dict[str, int]
+    documents: dict[str, int]
+    text_bytes: dict[str, int]
+    shards: dict[str, tuple[ShardMeta, ...]]
+    skipped: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    part: str = ""
+
+    def save(self, directory: Path) -> None:
+        """Write `directory/meta.json` whole or not at all."""
+        write_json(directory / META_FILE, dataclasses.asdict(self))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` under a temporary name, flush it to the disk and rename it."""
+    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the renames inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_meta(directory: str | Path) -> DatasetMeta | None:
+    """The dataset's `meta.json`, or None when it has none (bare llm.c shards: GPT-2 tokens).
+
+    Raises FileNotFoundError for a missing directory, ValueError for a file that is not such a description.
+    """
+    directory = _existing(directory)
+    path = directory / META_FILE
+    if not path.exists():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        shards = {split: tuple(ShardMeta(**shard) for shard in listed) for split, listed in raw.pop("shards").items()}
+        return DatasetMeta(shards=shards, **raw)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a dataset description this version can read ({error}); prepare again"
+        ) from None
+
+
+def _existing(directory: str | Path) -> Path:
+    directory = Path(directory)
+    if directory.is_dir():
+        return directory
+    made_by = {"shakespeare": "shakespeare --tokenizer bpe:2048"}
+    known = ("shakespeare", "fineweb-edu-10b", "fineweb-10b", "openwebtext", "wikitext-103", "tinystories")
+    source = next((name for name in known if directory.name.startswith(name)), "SOURCE")
+    command = f"python -m data.prepare {made_by.get(source, source)} --out {directory}"
+    raise FileNotFoundError(f"no dataset at {directory}: make it with `{command}`")
+
+
+def read_header(path: Path) -> int:
+    """The token count of the shard at `path`, its header held against the file's size.
+
+    Raises OSError when it cannot be read, ValueError when it is not a whole shard.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise OSError(f"cannot read shard {path}: {error.strerror}") from error
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"shard {path} is truncated: {len(header)} bytes, its header alone has {HEADER_BYTES}")
+    magic, version, n_tokens = (int(value) for value in np.frombuffer(header, "<i4", 3))
+    if magic != MAGIC:
+        raise ValueError(
+            f"{path} is not a token shard: it begins with {magic}, expected {MAGIC} (llm.c's format for GPT-2 tokens)"
+        )
+    if version != VERSION:
+        raise ValueError(f"shard {path} has format version {version}, expected {VERSION} (uint16 tokens)")
+    expected = HEADER_BYTES + n_tokens * TOKEN.itemsize
+    if n_tokens < 0 or size != expected:
+        word = "truncated" if size < expected else "too long"
+        raise ValueError(
+            f"shard {path} is {word}: its header says {n_tokens:,} tokens, so {expected:,} bytes, and it has {size:,}; "
+            "fetch or prepare it again"
+        )
+    return n_tokens
+
+
+class Split:
+    """The tokens of one split as a single sequence across its shards. Not for two threads at once."""
+
+    def __init__(self, paths: list[Path], counts: list[int], meta: DatasetMeta | None, name: str) -> None:
+        self.name = name
+        self.meta = meta
+        self.paths = paths
+        # ends[i] is the number of tokens in shards 0..i
+        self._ends = [int(end) for end in np.cumsum(counts)]
+        self.n_tokens = self._ends[-1]
+        self._open_shard = -1
+        self._descriptor = -1
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (1-D, contiguous uint16) with tokens [start, start + len(out)).
+
+        Raises ValueError outside the split, OSError when a shard has vanished or shrunk since it was opened.
+        """
+        if out.dtype != TOKEN or out.ndim != 1 or not out.flags.c_contiguous:
+            raise ValueError(f"out must be a contiguous 1-D uint16 array, got {out.dtype} of shape {out.shape}")
+        if start < 0 or start + len(out) > self.n_tokens:
+            raise ValueError(
+                f"tokens {start}..{start + len(out)} are outside the {self.name} split of {self.n_tokens:,} tokens"
+            )
+        shard = bisect_right(self._ends, start)
+        done = 0
+        while done < len(out):
+            begin = self._ends[shard - 1] if shard else 0
+            n = min(len(out) - done, self._ends[shard] - start - done)
+            self._read_shard(shard, start + done - begin, out[done : done + n])
+            done += n
+            shard += 1
+
+    def _read_shard(self, shard: int, position: int, out: np.ndarray) -> None:
+        path = self.paths[shard]
+        view = out.view(np.uint8).data
+        offset = HEADER_BYTES + position * TOKEN.itemsize
+        try:
+            if shard != self._open_shard:
+                self.close()
+                self._descriptor = os.open(path, os.O_RDONLY)
+                self._open_shard = shard
+            while len(view):
+                n = os.preadv(self._descriptor, [view], offset)
+                if n == 0:
+                    raise OSError(f"it ends at byte {offset:,}; it was longer when the dataset was opened")
+                view, offset = view[n:], offset + n
+        except OSError as error:
+            raise OSError(f"cannot read shard {path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close the one descriptor held. Reading again opens it again."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._open_shard = -1, -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+    def verify(self) -> None:
+        """Hold the sha256 of every shard against `meta.json`. Raises ValueError naming the first that differs."""
+        if self.meta is None:
+            raise ValueError(f"{self.paths[0].parent} has no {META_FILE}: no hashes to verify its shards against")
+        for path, listed in zip(self.paths, self.meta.shards[self.name], strict=True):
+            found = file_sha256(path)
+            if found != listed.sha256:
+                raise ValueError(
+                    f"shard {path} is damaged: sha256 {found}, {META_FILE} says {listed.sha256}; "
+                    "delete the dataset and prepare it again"
+                )
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_shards(directory: Path, split: str) -> list[Path]:
+    """Shards of `split` in order: `train_000000.bin`, and llm.c's `fineweb_train_000001.bin` and the like."""
+    pattern = re.compile(rf"(.*[_-])?{re.escape(split)}_\d+\.bin")
+    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name))
+
+
+def open_split(directory: str | Path, split: str) -> Split:
+    """Open the "train" or "val" split of a dataset, checking every header and, where there is one, `meta.json`.
+
+    Raises FileNotFoundError when the directory or the split is missing, ValueError when a shard is not what it should
+    be, OSError when one cannot be read. No file is held open.
+    """
+    directory = _existing(directory)
+    if (directory / PROGRESS_FILE).exists():
+        raise ValueError(f"{directory} is not complete: run the `python -m data.prepare` command again, it continues")
+    meta = read_meta(directory)
+    paths = list_shards(directory, split)
+    if not paths and not (meta and meta.shards.get(split)):
+        raise FileNotFoundError(f"{directory} has no {split} shards (*{split}_NNNNNN.bin); prepare it again")
+    counts = [read_header(path) for path in paths]
+    if meta is not None:
+        _check_listed(directory, split, meta, paths, counts)
+    if not sum(counts):
+        raise ValueError(f"the {split} shards in {directory} hold no tokens")
+    return Split(paths, counts, meta, split)
+
+
+def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Path], counts: list[int]) -> None:
+    listed = {shard.file: shard.tokens for shard in meta.shards.get(split, ())}
+    for path, count in zip(paths, counts, strict=True):
+        if path.name not in listed:
+            raise ValueError(f"shard {path} is not in {META_FILE}: remove it, or prepare the dataset again")
+        if listed[path.name] != count:
+            raise ValueError(
+                f"shard {path} holds {count:,} tokens, {META_FILE} says {listed[path.name]:,}: prepare it again"
+            )
+    missing = sorted(listed.keys() - {path.name for path in paths})
+    if missing:
+        raise FileNotFoundError(f"{directory} lacks {missing[0]}, which {META_FILE} lists: prepare the dataset again")
+
+
+class ShardWriter:
+    """Writes one split as shards of `shard_tokens`, each under a temporary name until it is whole.
+
+    `state()` after a `flush()` is all that is needed to go on from there after any interruption: `restore` cuts what
+    was written later, so that the bytes at the end do not depend on where a run was stopped.
+    """
+
+    def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
+        self.directory = directory
+        self.split = split
+        self.shard_tokens = shard_tokens
+        self.end_of_text = end_of_text
+        self.finished: list[ShardMeta] = []
+        self._file: Any = None
+        self._tokens = 0
+        self._documents = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written so far, in all shards."""
+        return sum(shard.tokens for shard in self.finished) + self._tokens
+
+    @property
+    def n_documents(self) -> int:
+        """Documents begun so far, in all shards."""
+        return sum(shard.documents for shard in self.finished) + self._documents
+
+    def _path(self, partial: bool = False) -> Path:
+        return self.directory / f"{self.split}_{len(self.finished):06d}.bin{PARTIAL_SUFFIX if partial else ''}"
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append `tokens` (1-D uint16): whole documents, or a part of one, each begun by end-of-text."""
+        tokens = np.ascontiguousarray(tokens, TOKEN)
+        while len(tokens):
+            head, tokens = np.split(tokens, [self.shard_tokens - self._tokens])
+            try:
+                if self._file is None:
+                    self._file = open(self._path(partial=True), "wb")  # noqa: SIM115
+                    self._file.write(_header(0))
+                self._file.write(head.data)
+            except OSError as error:
+                raise self._explain(error) from error
+            self._tokens += len(head)
+            self._documents += int(np.count_nonzero(head == self.end_of_text))
+            if self._tokens == self.shard_tokens:
+                self._finish_shard()
+
+    def _explain(self, error: OSError) -> OSError:
+        again = "; make room or choose another --out and run the same command again: it continues"
+        return OSError(f"cannot write {self._path()}: {error.strerror}{again}")
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        path = self._path()
+        try:
+            self._file.seek(0)
+            self._file.write(_header(self._tokens))
+            self.flush()
+            self._file.close()
+            os.replace(self._path(partial=True), path)
+        except OSError as error:
+            raise self._explain(error) from error
+        sync_directory(self.directory)
+        self.finished.append(ShardMeta(path.name, self._tokens, self._documents, file_sha256(path)))
+        self._file, self._tokens, self._documents = None, 0, 0
+
+    def finish(self) -> tuple[ShardMeta, ...]:
+        """Complete the last shard, however short; returns all of them in order."""
+        self._finish_shard()
+        return tuple(self.finished)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise self._explain(error) from error
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON."""
+        shards = [dataclasses.asdict(shard) for shard in self.finished]
+        return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to `state`, dropping what was written after it. Raises ValueError when it no longer holds."""
+        self.finished = [ShardMeta(**shard) for shard in state["finished"]]
+        for shard in self.finished:
+            if read_header(self.directory / shard.file) != shard.tokens:
+                raise ValueError(
+                    f"{self.directory / shard.file} changed since it was written: delete it and start again"
+                )
+        partial, whole = self._path(partial=True), self._path()
+        if state["tokens"]:
+            # The shard may have been completed and renamed after the state was saved.
+            if not partial.exists() and whole.exists():
+                os.replace(whole, partial)
+            size = HEADER_BYTES + state["tokens"] * TOKEN.itemsize
+            if not partial.exists() or partial.stat().st_size < size:
+                raise ValueError(
+                    f"{partial} is gone or shorter than it was: delete {self.directory} and prepare it again"
+                )
+            self._file = open(partial, "r+b")  # noqa: SIM115
+            self._file.truncate(size)
+            self._file.seek(0, os.SEEK_END)
+        self._tokens, self._documents = state["tokens"], state["documents"]
+        keep = {shard.file for shard in self.finished} | ({partial.name} if state["tokens"] else set())
+        for path in _written(self.directory, self.split):
+            if path.name not in keep:
+                path.unlink()
+
+
+def _written(directory: Path, split: str) -> Iterable[Path]:
+    pattern = re.compile(rf"{split}_\d{{6}}\.bin({re.escape(PARTIAL_SUFFIX)})?")
+    return [path for path in directory.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _header(n_tokens: int) -> bytes:
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[:3] = MAGIC, VERSION, n_tokens
+    return header.tobytes()
