@@ -1,0 +1,759 @@
+"""GPT-2 from top to bottom: configuration, attention, block, model, loss, cache, weights in and out.
+
+The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", as OpenAI's
+code has it (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters carry the names they have in Hugging
+Face transformers, so that a model saved here is a GPT-2 to every other tool.
+
+Shapes: B sequences of T tokens, C = n_embd channels, H heads of D = C / H channels, S tokens attended to (those in the
+cache and the T new ones), V = vocab_size, L = n_layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy and transformers
+
+PRESETS = {  # layers, heads, width
+    "gpt2": (12, 12, 768),  # 124,439,808 parameters
+    "gpt2-medium": (24, 16, 1024),  # 354,823,168
+    "gpt2-large": (36, 20, 1280),  # 774,030,080
+    "gpt2-xl": (48, 25, 1600),  # 1,557,611,200
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. An impossible value is a ValueError that names the field."""
+
+    vocab_size: int = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
+    block_size: int = 1024  # longest sequence, in tokens: the number of learned positions
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # after the embeddings, on attention weights and on each residual branch
+    cross_attention: bool = False  # a second attention in each block, over an encoder's output
+    causal: bool = True  # False: each token sees the whole sequence (encoder use)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+
+    @classmethod
+    def preset(cls, name: str) -> GPTConfig:
+        """The configuration of a released GPT-2: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        n_layer, n_head, n_embd = PRESETS[name]
+        return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+class GPTOutput(NamedTuple):
+    """What `GPT.forward` returns; what was not asked for is None."""
+
+    loss: Tensor | None = None  # (), mean over the targets that count, in nats
+    logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
+    last_hidden_state: Tensor | None = None  # (B, T, C), after ln_f
+    hidden_states: tuple[Tensor, ...] | None = (
+        None  # L + 1 of (B, T, C): embeddings, after each block, the last after ln_f
+    )
+    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, T, S)
+    cache: KVCache | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class Sight(NamedTuple):
+    """What the queries of one forward pass may look at, the same for every layer."""
+
+    mask: Tensor | None = None  # (B or 1, 1, T or 1, S) booleans, True where a query may look; None is everywhere ...
+    is_causal: bool = False  # ... or, if this is set, at itself and to the left
+    dropout: float = 0.0  # of attention weights
+    output_weights: bool = False
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, head_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """softmax(q kᵀ / √D) v, equation 1 of Vaswani et al. 2017.
+
+    q (B, H, T, D), k and v (B, H, S, D), head_mask (H,) or None.
+    Returns the mixed values (B, H, T, D) and, if asked for, the weights (B, H, T, S).
+    """
+    mask, is_causal, dropout, output_weights = sight
+    if head_mask is None and not output_weights:
+        # flash attention where there is a kernel for it: the (T, S) weights are never written to memory
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal), None
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    if head_mask is not None:
+        weights = weights * head_mask.view(-1, 1, 1)
+    return weights.to(v.dtype) @ v, weights if output_weights else None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(
+        self, x: Tensor, sight: Sight, head_mask: Tensor | None, layer_cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        B, T, C = x.shape
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # each (B, H, T, D)
+        if layer_cache is not None:
+            k, v = layer_cache.append(k, v)  # (B, H, S, D)
+        y, weights = attend(q, k, v, sight, head_mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), weights
+
+
+class CrossAttention(nn.Module):
+    """Queries from the text, keys and values from an encoder's output: transformers' `add_cross_attention`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.q_attn = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, memory: Tensor, sight: Sight) -> Tensor:
+        B, T, C = x.shape
+        q = self.q_attn(x).view(B, T, self.n_head, -1).transpose(1, 2)
+        k, v = self.c_attn(memory).view(B, memory.size(1), 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        y, _ = attend(q, k, v, sight, None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the tanh form, as OpenAI's code has it: the erf form differs by up to 5e-4 and breaks parity
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        if config.cross_attention:
+            self.crossattention = CrossAttention(config)
+            self.ln_cross_attn = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C)
+        sight: Sight,
+        head_mask: Tensor | None = None,
+        layer_cache: LayerCache | None = None,
+        memory: Tensor | None = None,  # (B, M, C)
+        memory_sight: Sight = Sight(),  # noqa: B008 (immutable)
+    ) -> tuple[Tensor, Tensor | None]:
+        y, weights = self.attn(self.ln_1(x), sight, head_mask, layer_cache)
+        x = x + self.dropout(y)
+        if memory is not None:
+            x = x + self.dropout(self.crossattention(self.ln_cross_attn(x), memory, memory_sight))
+        return x + self.dropout(self.mlp(self.ln_2(x))), weights
+
+
+class Transformer(nn.Module):
+    """The parts that `GPT.forward` puts together; a class of its own for the names, `transformer.wte` and so on."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embeddings and, transposed, the output head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # learned positions
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), biases zero, and projections onto the residual stream scaled by 1/√(2L),
+        so that the sum of the 2L branches keeps its variance whatever the depth (GPT-2 paper, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:  # LayerNorm
+                nn.init.ones_(parameter)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        targets: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_logits: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> GPTOutput:
+        """One pass over T tokens of B sequences, after the `past` tokens that the cache holds.
+
+        Args:
+            input_ids: (B, T) token ids; or else `inputs_embeds`: (B, T, C), in place of the token embeddings.
+            targets: (B, T) ids aligned with the inputs (the token that follows each), IGNORE_INDEX where none counts.
+            labels: (B, T) ids to be shifted here (usually the inputs themselves), as transformers does; not with targets.
+            attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
+            position_ids: (B, T) or (T,). Without them positions count from the cache's length or, with an attention
+                mask, over the kept tokens of each row, so that a left-padded row gets what it would get alone.
+            head_mask: (H,) or (L, H), multiplies the attention weights.
+            cache: keys and values seen so far, from `new_cache`; the new ones are appended.
+            encoder_hidden_states, encoder_attention_mask: (B, M, C) and (B, M), for a model with cross_attention.
+            return_logits: None gives logits only when there is no loss.
+            logits_to_keep: k > 0 computes logits of the last k positions only.
+
+        Raises:
+            ValueError: on a wrong combination, shape, length or id, with the numbers in it. Looking at ids costs a host
+                read, so that is done on CPU and in eval mode only, and never inside torch.compile.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"exactly one of input_ids and inputs_embeds is needed, got {given}")
+        if targets is not None and labels is not None:
+            raise ValueError("targets (aligned) and labels (shifted here) exclude each other, got both")
+        if encoder_hidden_states is not None and not config.cross_attention:
+            raise ValueError("encoder_hidden_states needs a model with cross_attention=True")
+
+        # ---- embeddings
+        if input_ids is not None:
+            self._check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
+            inputs_embeds = self.transformer.wte(input_ids)
+        assert inputs_embeds is not None
+        B, T, _ = inputs_embeds.shape
+        past = cache.length if cache is not None else 0
+        if past + T > config.block_size:
+            held = f"{past} in the cache + {T} new" if past else f"{T}"
+            raise ValueError(f"a sequence of {held} tokens is longer than block_size {config.block_size}")
+        if attention_mask is not None and attention_mask.shape != (B, past + T):
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask has shape {shape}, expected {(B, past + T)}: batch, past + new tokens")
+        if position_ids is not None:
+            if position_ids.shape not in ((T,), (B, T)):
+                raise ValueError(f"position_ids have shape {tuple(position_ids.shape)}, expected {(B, T)} or {(T,)}")
+            self._check_ids("position_ids", position_ids, config.block_size, "block_size")
+        elif attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
+        else:
+            position_ids = torch.arange(past, past + T, device=inputs_embeds.device)
+        x = self.transformer.drop(inputs_embeds + self.transformer.wpe(position_ids))
+
+        # ---- blocks
+        mask, is_causal = self._attention_pattern(attention_mask, past, T, x.device)
+        memory_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
+        dropout = config.dropout if self.training else 0.0
+        sight = Sight(mask, is_causal, dropout, output_attentions)
+        memory_sight = Sight(memory_mask, dropout=dropout)
+        head_masks = self._head_mask_per_layer(head_mask)
+        layer_caches = cache.extend(B, T) if cache is not None else [None] * config.n_layer
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
+        for block, layer_head_mask, layer_cache in zip(self.transformer.h, head_masks, layer_caches, strict=True):
+            if output_hidden_states:
+                hidden_states.append(x)
+            x, weights = block(x, sight, layer_head_mask, layer_cache, encoder_hidden_states, memory_sight)
+            if weights is not None:
+                attentions.append(weights)
+        x = self.transformer.ln_f(x)
+
+        # ---- loss and logits; the head is the transposed token embedding
+        if labels is not None:  # position t predicts label t + 1; nothing follows the last
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        loss = None
+        if targets is not None:
+            if targets.shape != (B, T):
+                raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {(B, T)}")
+            self._check_ids("targets", targets.masked_fill(targets == IGNORE_INDEX, 0), config.vocab_size, "vocab_size")
+            loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
+        logits = None
+        if return_logits or (return_logits is None and loss is None):
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)
+        all_states = (*hidden_states, x) if output_hidden_states else None
+        return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
+
+    def _attention_pattern(
+        self, attention_mask: Tensor | None, past: int, T: int, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """Which of the past + T keys each of the T queries may look at: (mask, is_causal) of a `Sight`."""
+        if attention_mask is None and (past == 0 or T == 1 or not self.config.causal):
+            return None, self.config.causal and past == 0
+        everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=device)
+        pattern = everything.tril(past) if self.config.causal else everything
+        if attention_mask is not None:
+            # padding still sees itself: a softmax over nothing would be NaN, and NaN spreads to the other rows
+            itself = everything.tril(past).triu(past)
+            pattern = (pattern & attention_mask.bool()[:, None, None, :]) | itself
+        return pattern, False
+
+    def _head_mask_per_layer(self, head_mask: Tensor | None) -> Tensor | list[None]:
+        L, H = self.config.n_layer, self.config.n_head
+        if head_mask is None:
+            return [None] * L
+        if head_mask.shape not in ((H,), (L, H)):
+            raise ValueError(
+                f"head_mask has shape {tuple(head_mask.shape)}, expected {(H,)} or {(L, H)}: layers, heads"
+            )
+        return head_mask.expand(L, H)
+
+    def _check_ids(self, what: str, ids: Tensor, limit: int, name: str) -> None:
+        if torch.compiler.is_compiling() or (self.training and ids.device.type != "cpu") or ids.numel() == 0:
+            return
+        low, high = (int(value) for value in torch.aminmax(ids))
+        if low < 0 or high >= limit:
+            raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({name} {limit})")
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `max_length` tokens of `batch_size` sequences, on the model's device, in its dtype."""
+        if max_length > self.config.block_size:
+            raise ValueError(f"a cache of {max_length} tokens is longer than block_size {self.config.block_size}")
+        if not self.config.causal:
+            raise ValueError("a cache needs causal=True: bidirectional keys and values change with every new token")
+        weight = self.transformer.wte.weight
+        return KVCache(self.config, batch_size, max_length, device=weight.device, dtype=weight.dtype)
+
+    def resize_token_embeddings(self, n: int) -> None:
+        """Grow or shrink the vocabulary to `n` tokens: old rows stay as they are, new ones start at N(0, 0.02)."""
+        config = replace(self.config, vocab_size=n)
+        old = self.transformer.wte.weight.detach()
+        new = nn.init.normal_(old.new_empty(n, config.n_embd), std=0.02)
+        kept = min(n, len(old))
+        new[:kept] = old[:kept]
+        self.transformer.wte = nn.Embedding.from_pretrained(new, freeze=not self.transformer.wte.weight.requires_grad)
+        self.config = config
+
+    def freeze(self, layers: int = 0, embeddings: bool = True) -> None:
+        """Keep the first `layers` blocks and, by default, the embeddings (and so the tied head) out of training."""
+        if not 0 <= layers <= self.config.n_layer:
+            raise ValueError(f"cannot freeze {layers} layers of {self.config.n_layer}")
+        frozen: list[nn.Module] = list(self.transformer.h[:layers])
+        if embeddings:
+            frozen += [self.transformer.wte, self.transformer.wpe]
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def num_parameters(self) -> int:
+        """The number of parameters, the tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Weights in and out
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> GPT:
+        """A GPT-2 from a directory (transformers' layout, which is also ours) or from the hub, in eval mode.
+
+        Args:
+            name_or_dir: a directory; `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`; or another hub id.
+            dtype: of the parameters; None keeps the file's.
+            device: where they go, one at a time, so that the host never holds the model twice.
+
+        Raises:
+            FileNotFoundError: no such directory, nor a hub id that could be fetched.
+            ValueError: not a GPT-2 of this architecture, or tensors missing, unknown or misshapen (listed).
+        """
+        directory = locate(name_or_dir)
+        with torch.device("meta"):  # shapes only: the values come from the file
+            model = cls(read_config(directory))
+        load_weights(model, directory, dtype=dtype, device=device)
+        return model.eval()
+
+    def save_pretrained(
+        self, directory: str | Path, *, eos_token_id: int | None = None, max_shard_size: int | str = "50GB"
+    ) -> None:
+        """Write config.json, generation_config.json and model.safetensors, as transformers does.
+
+        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the tokenizer's end-of-text;
+        None stands for 50256 where the vocabulary is GPT-2's.
+        """
+        save_weights(
+            self.state_dict(), self.config, directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the logits x weightᵀ against the targets that are not IGNORE_INDEX.
+
+    x (N, C), weight (V, C), targets (N,). The result is that of F.cross_entropy(F.linear(x, weight), targets), but the
+    logits, by far the largest tensor of a GPT-2 in training, live a chunk at a time and become their own gradient.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with_grad = torch.is_grad_enabled()
+    total, _, _ = _linear_cross_entropy(
+        x, weight, targets, dtype, with_grad and x.requires_grad, with_grad and weight.requires_grad
+    )
+    return total / (targets != IGNORE_INDEX).sum()
+
+
+MATMUL_ROWS = 1024  # rows of logits alive at a time, in the dtype of the product: enough to keep any matmul busy
+SOFTMAX_ROWS = 128  # rows of them in fp32 at a time: 26 MB for GPT-2's vocabulary, which a CPU's cache nearly holds
+
+
+# An operator of our own: torch.compile takes it as a whole instead of unrolling its loop, and the gradient is computed
+# where the logits are at hand, instead of keeping or recomputing them for the backward pass.
+@torch.library.custom_op("gpt2::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss () in fp32 and its gradients in x (N, C) and weight (V, C), empty where not asked for."""
+    total = x.new_zeros((), dtype=torch.float32)
+    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
+    weight_copy = weight.to(dtype)
+    for rows in torch.arange(len(x)).split(MATMUL_ROWS):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        x_rows = x[first:last].to(dtype)
+        logits = x_rows @ weight_copy.T
+        for part, target in zip(logits.split(SOFTMAX_ROWS), targets[first:last].split(SOFTMAX_ROWS), strict=True):
+            counts = (target != IGNORE_INDEX).unsqueeze(1)
+            target = target.unsqueeze(1).clamp(min=0)
+            log_p = F.log_softmax(part, dim=-1, dtype=torch.float32)
+            total -= (log_p.gather(1, target) * counts).sum()
+            if x_grad or weight_grad:  # d loss / d logits = softmax - one-hot, written over the logits
+                gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+                part.copy_(gradient.mul_(counts))
+        if x_grad:
+            dx[first:last] = logits @ weight_copy
+        if weight_grad:
+            dweight += logits.T @ x_rows
+    return total, dx, dweight.to(weight.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((), dtype=torch.float32),
+        torch.empty_like(x) if x_grad else x.new_empty(0),
+        torch.empty_like(weight) if weight_grad else weight.new_empty(0),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *_, ctx.x_grad, ctx.weight_grad = inputs
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight = ctx.saved_tensors
+    return (dx * total_grad if ctx.x_grad else None, dweight * total_grad if ctx.weight_grad else None, *[None] * 4)
+
+
+_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys and values of the tokens already seen
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of a KVCache, made by `KVCache.extend` for one forward pass."""
+
+    keys: Tensor  # (B, H, max_length, D)
+    values: Tensor
+    past: int
+    length: int  # past + the tokens of this pass
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, H, T, D) after the past ones; returns all of them, (B, H, S, D)."""
+        self.keys[:, :, self.past : self.length] = k.detach()
+        self.values[:, :, self.past : self.length] = v.detach()
+        return self.keys[:, :, : self.length].to(k.dtype), self.values[:, :, : self.length].to(v.dtype)
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once, filled from the left: `GPT.new_cache` makes one, forward appends.
+
+    For inference: no gradient flows through it.
+
+    Attributes:
+        keys, values: L of (B, H, max_length, D); the first `length` tokens are valid.
+        length: tokens held of each row, padding included.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.batch_size, self.max_length = batch_size, max_length
+        self.length = 0
+
+    def extend(self, batch_size: int, n_tokens: int) -> list[LayerCache]:
+        """Make room for `n_tokens` more in each of `batch_size` rows; returns where each layer has to write them."""
+        past, length = self.length, self.length + n_tokens
+        if batch_size != self.batch_size:
+            raise ValueError(f"the cache has {self.batch_size} rows, the input {batch_size}")
+        if length > self.max_length:
+            raise ValueError(
+                f"the cache is too small: {past} tokens held + {n_tokens} new > max_length {self.max_length}"
+            )
+        self.length = length
+        return [LayerCache(k, v, past, length) for k, v in zip(self.keys, self.values, strict=True)]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was: beam search's survivors. rows (B,)."""
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :, : self.length] = tensor[:, :, : self.length].index_select(0, rows)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
+        self.length = length
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out: transformers' files
+
+# transformers holds these as Conv1D, (in, out), where nn.Linear has (out, in). Chosen by name: attn.c_proj is square,
+# so shapes do not tell.
+CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
+# Buffers with the causal mask in it, which old checkpoints carry; not parameters.
+STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
+
+# What a GPT-2's config.json may say and is implemented in just one way: with another value it is another model.
+FIXED_CONFIG = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "reorder_and_upcast_attn": False,
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+}
+
+
+def locate(name_or_dir: str | Path) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of it in the local cache, fetched when missing."""
+    path = Path(name_or_dir).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_dir)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise FileNotFoundError(f"no such model directory: {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        files = snapshot_download(name, allow_patterns=wanted)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "
+            f"Check the name and the network, or give a directory that holds config.json and model.safetensors"
+        ) from error
+    return Path(files)
+
+
+def read_config(directory: str | Path) -> GPTConfig:
+    """The GPTConfig that a directory's config.json describes, or a ValueError naming what it has that GPT-2 has not."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is no model directory: it has no config.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if fields.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}, expected 'gpt2'")
+    expected = FIXED_CONFIG | {"n_inner": fields.get("n_inner") and 4 * fields["n_embd"]}
+    for name, value in expected.items():
+        found = fields.get(name, value)
+        if found != value and not (name == "activation_function" and found == "gelu_pytorch_tanh"):
+            raise ValueError(f"{path}: {name} is {found!r}; GPT-2 has {value!r}, and nothing else is implemented")
+    dropouts = {fields.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    dropout = max(dropouts)
+    if len(dropouts) > 1:
+        warnings.warn(f"{path} has several dropout rates {sorted(dropouts)}: all become {dropout}", stacklevel=2)
+    return GPTConfig(
+        vocab_size=fields["vocab_size"],
+        block_size=fields["n_positions"],
+        n_layer=fields["n_layer"],
+        n_head=fields["n_head"],
+        n_embd=fields["n_embd"],
+        dropout=dropout,
+        cross_attention=fields.get("add_cross_attention", False),
+        causal=fields.get("causal", True),
+    )
+
+
+def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin, one at a time."""
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (directory / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    elif (directory / "pytorch_model.bin").is_file():
+        yield from torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True).items()
+        return
+    else:
+        raise FileNotFoundError(
+            f"{directory} holds no weights: expected model.safetensors, its shards, or pytorch_model.bin"
+        )
+
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(directory / file, framework="pt") as tensors:
+                names = list(tensors.keys())
+            for name in names:
+                # opened anew each time, so that the pages of the file behind one tensor are let go before the next
+                with safe_open(directory / file, framework="pt") as tensors:
+                    yield name, tensors.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{directory / file} cannot be read ({error}): fetch or copy it again") from error
+
+
+def load_weights(
+    model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None, device: str | torch.device
+) -> None:
+    """Fill a model, which may be on the meta device, with a directory's tensors: each converted, moved and assigned."""
+    wanted = dict(model.named_parameters())
+    head: Tensor | None = None
+    unknown: list[str] = []
+    misshapen: list[str] = []
+    for name, tensor in read_tensors(directory):
+        if STALE_BUFFER.search(name):
+            continue
+        if name == "lm_head.weight":
+            head = tensor
+            continue
+        if name not in wanted and f"transformer.{name}" in wanted:
+            name = f"transformer.{name}"
+        if name not in wanted:
+            unknown.append(name)
+            continue
+        if CONV1D.search(name):
+            tensor = tensor.T
+        parameter = wanted.pop(name)
+        if tensor.shape != parameter.shape:
+            misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+            continue
+        module, _, attribute = name.rpartition(".")
+        value = torch.empty_like(parameter, device=device, dtype=dtype or tensor.dtype).copy_(tensor)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    problems = [f"missing: {', '.join(wanted)}"] if wanted else []
+    problems += [f"unknown: {', '.join(unknown)}"] if unknown else []
+    problems += [f"misshapen: {', '.join(misshapen)}"] if misshapen else []
+    if problems:
+        raise ValueError(f"the tensors in {directory} are not those of its config.json: {'; '.join(problems)}")
+    embedding = dict(model.named_parameters())["transformer.wte.weight"]
+    if head is not None and not torch.equal(head.to(embedding), embedding):
+        raise ValueError(f"{directory}: lm_head.weight differs from transformer.wte.weight, but GPT-2 ties the two")
+
+
+def save_weights(
+    state: dict[str, Tensor],
+    config: GPTConfig,
+    directory: str | Path,
+    *,
+    eos_token_id: int | None = None,
+    max_shard_size: int | str = "50GB",
+    architecture: str = "GPT2LMHeadModel",
+) -> None:
+    """Write a GPT's state dict and configuration as transformers writes a GPT-2."""
+    from huggingface_hub import save_torch_state_dict
+
+    if eos_token_id is None and config.vocab_size == 50257:
+        eos_token_id = 50256
+    special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    fields = (
+        FIXED_CONFIG
+        | special
+        | {
+            "model_type": "gpt2",
+            "architectures": [architecture],
+            "add_cross_attention": config.cross_attention,
+            "attn_pdrop": config.dropout,
+            "embd_pdrop": config.dropout,
+            "resid_pdrop": config.dropout,
+            "dtype": str(state["transformer.wte.weight"].dtype).removeprefix("torch."),
+            "initializer_range": 0.02,
+            "n_embd": config.n_embd,
+            "n_head": config.n_head,
+            "n_inner": None,
+            "n_layer": config.n_layer,
+            "n_positions": config.block_size,
+            "pad_token_id": None,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "use_cache": True,
+            "vocab_size": config.vocab_size,
+        }
+    )
+    if not config.causal:
+        fields["causal"] = False  # ours alone: transformers has no bidirectional GPT-2
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in {"config.json": fields, "generation_config.json": special | {"use_cache": True}}.items():
+        (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {name: (t.T if CONV1D.search(name) else t).contiguous() for name, t in state.items()}
+    save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
