@@ -186,6 +186,10 @@ class Split:
             done += n
             shard += 1
 
+    def shard_at(self, position: int) -> Path:
+        """The shard that holds the token at `position`."""
+        return self.paths[bisect_right(self._ends, position)]
+
     def _read_shard(self, shard: int, position: int, out: np.ndarray) -> None:
         path = self.paths[shard]
         view = out.view(np.uint8).data

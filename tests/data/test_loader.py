@@ -1,0 +1,223 @@
+"""The loader's promises: an order that depends on the seed alone, every window once, constant memory."""
+
+import resource
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import IGNORE_INDEX, Loader, count_windows, permute, rank_share, validation_batches
+from data.shards import HEADER_BYTES, MAGIC, VERSION, open_split
+
+T = 16
+
+
+def write_shard(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """1,003 tokens that say where they stand, in shards whose borders cut windows."""
+    tokens = np.arange(1003)
+    for i, part in enumerate(np.split(tokens, [201, 555])):
+        write_shard(tmp_path / f"train_{i:06d}.bin", part)
+    write_shard(tmp_path / "val_000000.bin", tokens[:100])
+    return tmp_path
+
+
+def make(dataset, **changes):
+    options = {"batch_tokens": 8 * T, "sequence_length": T, "micro_batch": 8, "vocab_size": 1003, "seed": 5}
+    return Loader(open_split(dataset, "train"), **(options | changes))
+
+
+def global_batch(loader_step):
+    """One step's micro-batches as a pair (inputs, targets) of (rows, T), rows that do not count left out."""
+    rows = [m for m in loader_step if m.tokens]
+    return torch.cat([m.inputs for m in rows]), torch.cat([m.targets for m in rows])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 62, 64, 1000, 4097])
+def test_permute_is_a_permutation_that_changes_with_seed_and_epoch(n):
+    orders = [permute(np.arange(n), n, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    for order in orders:
+        assert sorted(order) == list(range(n))
+    if n >= 62:
+        for a, b in [(0, 1), (0, 2), (1, 2)]:
+            assert (orders[a] != orders[b]).mean() > 0.9
+        # no correlation between place and value, to 5 standard errors
+        assert abs(np.corrcoef(orders[0], np.arange(n))[0, 1]) < 5 / np.sqrt(n)
+
+
+def test_permute_of_a_huge_range_stays_inside_and_does_not_collide():
+    n = 97_656_249  # 100B tokens in windows of 1,024
+    order = permute(np.arange(100_000), n, 1337, 3)
+    assert order.min() >= 0
+    assert order.max() < n
+    assert len(np.unique(order)) == 100_000
+    assert abs(order.mean() / n - 0.5) < 0.01
+
+
+def test_every_window_once_an_epoch_over_shard_borders_and_another_order_next_time(dataset):
+    split = open_split(dataset, "train")
+    n = count_windows(split, T)
+    assert n == 62
+    loader = make(dataset)
+    rows = torch.cat([global_batch(next(loader))[0] for _ in range(16)])  # 128 windows: two epochs and a bit
+    starts = rows[:, 0]
+    assert sorted(starts[:n].tolist()) == [w * T for w in range(n)]
+    assert sorted(starts[n : 2 * n].tolist()) == [w * T for w in range(n)]
+    assert starts[:n].tolist() != starts[n : 2 * n].tolist()
+    assert torch.equal(rows, starts[:, None] + torch.arange(T))  # whole windows, also where a shard ends
+    loader.close()
+
+
+def test_targets_are_the_tokens_that_follow(dataset):
+    loader = make(dataset)
+    inputs, targets = global_batch(next(loader))
+    assert torch.equal(targets, inputs + 1)
+    loader.close()
+
+
+def test_without_shuffling_the_text_is_read_in_order(dataset):
+    loader = make(dataset, shuffle=False)
+    inputs = torch.cat([global_batch(next(loader))[0] for _ in range(7)])
+    assert torch.equal(inputs.flatten(), torch.arange(7 * 8 * T))
+    loader.close()
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 3), (1, 1), (2, 8), (2, 3), (3, 2), (3, 1), (8, 1)])
+def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch(dataset, world_size, micro_batch):
+    whole = make(dataset)
+    ranks = [make(dataset, rank=r, world_size=world_size, micro_batch=micro_batch) for r in range(world_size)]
+    for _ in range(10):
+        expected = global_batch(next(whole))
+        steps = [next(rank) for rank in ranks]
+        assert len({len(step) for step in steps}) == 1  # in step, as FSDP needs it
+        assert max(len(m.inputs) for step in steps for m in step) <= micro_batch
+        assert sum(m.tokens for step in steps for m in step) == 8 * T
+        for side in (0, 1):
+            assert torch.equal(torch.cat([global_batch(step)[side] for step in steps]), expected[side])
+    for loader in (whole, *ranks):
+        loader.close()
+
+
+def test_a_rank_with_fewer_windows_than_micro_batches_gets_one_that_does_not_count(dataset):
+    last = make(dataset, batch_tokens=5 * T, micro_batch=1, rank=0, world_size=2)  # shares of 2 and 3
+    step = next(last)
+    assert [m.tokens for m in step].count(0) == 1
+    assert all((m.targets == IGNORE_INDEX).all() for m in step if m.tokens == 0)
+    last.close()
+
+
+def test_resuming_is_a_matter_of_one_integer(dataset):
+    whole, later = make(dataset), make(dataset, start_step=5)
+    for _ in range(5):
+        next(whole)
+    for _ in range(8):
+        assert torch.equal(global_batch(next(whole))[0], global_batch(next(later))[0])
+    assert whole.step == later.step == 13
+    whole.close()
+    later.close()
+
+
+def test_the_order_is_fixed_for_all_time():
+    """Changing it would make resumed runs see other batches: these figures may not change."""
+    assert permute(np.arange(8), 1000, 1337, 0).tolist() == [846, 504, 693, 930, 290, 438, 328, 733]
+
+
+def test_memory_and_buffers_stay_the_same_over_10_000_batches(dataset):
+    loader = make(dataset)
+    buffers = set()
+    for _ in range(100):
+        buffers.add(next(loader)[0].inputs.data_ptr())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(10_000):
+        buffers.add(next(loader)[0].inputs.data_ptr())
+    assert len(buffers) <= 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB on Linux, bytes on macOS
+    loader.close()
+
+
+def test_a_closed_loader_leaves_no_thread(dataset):
+    loader = make(dataset)
+    next(loader)
+    loader.close()
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize(("tokens", "counted"), [(48, 48), (50, 50), (10_000, 99)])
+def test_validation_counts_each_target_once_on_any_number_of_ranks(dataset, world_size, tokens, counted):
+    seen = []
+    batches = []
+    for rank in range(world_size):
+        split = open_split(dataset, "val")
+        mine = list(
+            validation_batches(
+                split,
+                tokens=tokens,
+                sequence_length=T,
+                micro_batch=2,
+                vocab_size=1003,
+                rank=rank,
+                world_size=world_size,
+            )
+        )
+        batches.append(len(mine))
+        for batch in mine:
+            valid = batch.targets != IGNORE_INDEX
+            assert batch.tokens == valid.sum()
+            assert torch.equal(batch.inputs[valid] + 1, batch.targets[valid])
+            seen += batch.targets[valid].tolist()
+    assert seen == list(range(1, counted + 1))
+    assert len(set(batches)) == 1
+
+
+def test_a_token_outside_the_vocabulary_names_shard_and_place(dataset):
+    loader = make(dataset, vocab_size=990)
+    with pytest.raises(ValueError, match=r"token 99\d at position 99\d .*train_000002\.bin.*vocabulary of 990"):
+        for _ in range(10):
+            next(loader)
+
+
+def test_a_vanished_shard_is_named_where_the_batch_is_asked_for(dataset):
+    loader = make(dataset, shuffle=False)
+    next(loader)
+    (dataset / "train_000002.bin").unlink()
+    with pytest.raises(OSError, match="train_000002"):
+        for _ in range(20):
+            next(loader)
+
+
+def test_a_shard_cut_short_while_in_use_is_named(dataset):
+    loader = make(dataset, shuffle=False)
+    with open(dataset / "train_000002.bin", "r+b") as file:
+        file.truncate(HEADER_BYTES + 8)
+    with pytest.raises(OSError, match="train_000002"):
+        for _ in range(20):
+            next(loader)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_tokens": 100}, "batch_tokens 100 is no multiple of sequence_length 16"),
+        ({"batch_tokens": 2 * T, "world_size": 3}, "fewer than the 3 processes"),
+        ({"sequence_length": 1024, "batch_tokens": 1024}, "1,003 tokens, not one window"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_numbers(dataset, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(dataset, **changes)
+
+
+def test_rank_share_covers_everything_once():
+    for n in range(20):
+        for world_size in range(1, 9):
+            shares = [rank_share(n, rank, world_size) for rank in range(world_size)]
+            assert [i for share in shares for i in share] == list(range(n))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
