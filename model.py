@@ -441,7 +441,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     total, _, _ = _linear_cross_entropy(
         x, weight, targets, dtype, with_grad and x.requires_grad, with_grad and weight.requires_grad
     )
-    return total / (targets != IGNORE_INDEX).sum()
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)  # no target at all: a loss of 0, not NaN
 
 
 MATMUL_ROWS = 1024  # rows of logits alive at a time, in the dtype of the product: enough to keep any matmul busy
