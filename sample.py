@@ -1,0 +1,260 @@
+"""Sample text from a GPT-2: a run of train.py, a checkpoint, a Hugging Face directory or a model on the hub.
+
+python sample.py --prompt "To be"                             the newest run under runs/
+python sample.py --model gpt2 --interactive                   a prompt a line, answered as it is generated
+python sample.py --file prompts.txt --num-samples 4 --json    one object a sample
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import: --help and a wrong argument need not wait for it
+    import torch
+
+    from data.tokenizer import Tokenizer
+    from generation import Completion
+    from model import GPT
+
+SEPARATOR = "-" * 15
+MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as they fit
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    add = parser.add_argument
+    add("--model", help="run, checkpoint or Hugging Face directory, or name on the hub (default: the newest run)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", default="", help="text to continue (default: begin from <|endoftext|>)")
+    what.add_argument("--file", type=Path, help="one prompt a line, or in *.jsonl one object with 'prompt' a line")
+    what.add_argument("--interactive", action="store_true", help="ask for prompts until end of file (Ctrl-D)")
+    add("--num-samples", type=int, default=1, metavar="N", help="of each prompt (default: 1)")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences generated together (default: 8)")
+    add("--max-new-tokens", type=int, metavar="N", help=f"default: {MAX_NEW_TOKENS}, or as many as fit")
+    add("--temperature", type=float, help="below 1 likelier tokens gain, above 1 unlikely ones (default: 0.8)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest that reach probability P (default: 0.95)")
+    add("--greedy", action="store_true", help="always take the likeliest token")
+    add("--num-beams", type=int, default=1, metavar="N", help="beam search instead of sampling")
+    add("--seed", type=int, help="same seed, same text, whatever the batch size (default: a new one each time)")
+    add("--stream", action="store_true", help="print text as it is generated")
+    add("--json", action="store_true", help="print an object a sample: prompt, text, tokens, logprobs, finish_reason")
+    add("--show-probs", type=int, metavar="K", help="first print the K likeliest next tokens with their probabilities")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of weights and arithmetic; auto is bfloat16 on processors that compute in it (AVX512-BF16, AMX, Arm "
+        "BF16, recent GPUs), else float32. For exact comparisons take float32",
+    )
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu (default: the first of these there is)")
+    args = parser.parse_args(arguments)
+
+    for name in ("num_samples", "batch_size", "num_beams", "max_new_tokens", "show_probs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    args.sampling = not args.greedy and args.num_beams == 1
+    if not args.sampling and (args.temperature, args.top_k, args.top_p) != (None, None, None):
+        parser.error("--temperature, --top-k and --top-p are for sampling: not with --greedy or --num-beams")
+    if args.greedy and args.num_beams > 1:
+        parser.error("--greedy and --num-beams exclude each other")
+    if args.greedy and args.num_samples > 1:
+        parser.error("--greedy has one result for a prompt: not with --num-samples")
+    if (args.stream or args.interactive) and args.num_beams > 1:
+        parser.error("beam search knows its text only at the end: not with --stream or --interactive")
+    if args.json and (args.stream or args.interactive or args.show_probs):
+        parser.error("--json is not for --stream, --interactive or --show-probs")
+    return args
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: its lines that are not blank or, of a .jsonl file, their "prompt"."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+                line.encode()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: expected an object with a text "prompt" ({error!r})'
+                ) from None
+        prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    return prompts
+
+
+def choose_device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        where = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if where.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = torch.cpu.get_capabilities() if where.type == "cpu" else {}
+        has_bfloat16 = any(present for flag, present in flags.items() if "bf16" in flag)
+    return where, getattr(torch, {True: "bfloat16", False: "float32"}[has_bfloat16] if dtype == "auto" else dtype)
+
+
+def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    """The model and its tokenizer, which must be of one size."""
+    from data.tokenizer import load_tokenizer
+    from model import GPT, locate
+    from training.checkpoint import resolve_model
+
+    directory = locate(resolve_model(args.model))
+    device, dtype = choose_device_and_dtype(args.device, args.dtype)
+    tokenizer = load_tokenizer(directory)
+    model = GPT.from_pretrained(directory, dtype=dtype, device=device)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+            f"they do not belong together"
+        )
+    return model, tokenizer
+
+
+def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> dict[str, Any]:
+    """The keyword arguments of `generate` that the flags stand for."""
+    from generation import encode_prompt
+
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    room = max(1, model.config.block_size - longest)
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(MAX_NEW_TOKENS, room)}
+    options["eos_token_id"] = tokenizer.eot
+    if args.sampling:
+        options["do_sample"] = True
+        options["temperature"] = 0.8 if args.temperature is None else args.temperature
+        options["top_k"] = args.top_k
+        options["top_p"] = 0.95 if args.top_p is None else args.top_p
+    elif args.num_beams > 1:
+        options |= {"num_beams": args.num_beams, "num_return_sequences": args.num_samples}
+    return options
+
+
+def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> None:
+    """A table of the `count` tokens that the model thinks likeliest to come next."""
+    import torch
+
+    from generation import encode_prompt
+
+    if count > model.config.vocab_size:
+        raise ValueError(f"--show-probs {count} is more than the vocabulary of {model.config.vocab_size}")
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.transformer.wte.weight.device)
+    with torch.no_grad():
+        logits = model(ids, logits_to_keep=1).logits[0, -1].float()
+    probabilities, tokens = logits.softmax(dim=-1).topk(count)
+    print(f"{'probability':>11}  {'id':>5}  token")
+    for probability, token in zip(probabilities.tolist(), tokens.tolist(), strict=True):
+        print(f"{probability:11.4f}  {token:5}  {tokenizer.decode([token])!r}")
+
+
+def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, options: dict[str, Any]) -> None:
+    import torch
+
+    from generation import stream
+
+    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+    for piece in stream(model, tokenizer, prompt, generator=generator, **options):
+        print(piece.text, end="", flush=True)
+    print()
+
+
+def interact(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, seed: int) -> None:
+    """Answer prompts until end of file. A prompt that does not fit is explained, and the next one asked for."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):  # absent on Windows; with it, input() has line editing and history
+        import readline  # noqa: F401
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        if not prompt.strip():
+            continue
+        try:
+            options = decoding_options(args, model, tokenizer, [prompt])
+            if args.show_probs:
+                print_probabilities(model, tokenizer, prompt, args.show_probs)
+            for _ in range(args.num_samples):
+                print_stream(model, tokenizer, prompt, seed, options)
+                seed += 1
+        except ValueError as error:
+            print(f"{error}", file=sys.stderr)
+
+
+def complete(
+    args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str], seed: int, options: dict[str, Any]
+) -> list[Completion]:
+    """All samples of all prompts, with a progress bar on a terminal if they take more than one batch."""
+    from tqdm import tqdm
+
+    from generation import generate_text
+
+    if args.num_beams == 1:  # samples count towards the batch size as prompts do
+        prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    hide = True if len(prompts) <= args.batch_size else None  # None: where stderr is no terminal
+    with tqdm(total=len(prompts), disable=hide, unit="prompt", leave=False) as bar:
+        return generate_text(
+            model, tokenizer, prompts, batch_size=args.batch_size, seed=seed, progress=bar.update, **options
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts = read_prompts(args.file) if args.file else [args.prompt]
+    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    model, tokenizer = load(args)
+    if args.interactive:
+        interact(args, model, tokenizer, seed)
+        return
+    options = decoding_options(args, model, tokenizer, prompts)
+    if args.show_probs:
+        for prompt in prompts:
+            print_probabilities(model, tokenizer, prompt, args.show_probs)
+    if args.stream:
+        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_samples)):
+            print(prompt, end="")
+            print_stream(model, tokenizer, prompt, seed + number, options)
+            print(SEPARATOR)
+        return
+    for completion in complete(args, model, tokenizer, prompts, seed, options):
+        if args.json:
+            print(json.dumps(completion._asdict()))
+        else:
+            print(completion.prompt + completion.text, SEPARATOR, sep="\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    args = parse_arguments(parser, arguments)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+
+
+if __name__ == "__main__":
+    main()
