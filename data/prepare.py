@@ -1,0 +1,545 @@
+"""Text to token shards, in one command: `python -m data.prepare SOURCE --out DIR`.
+
+One process reads, cuts the source into pieces and writes; workers parse, encode and check them. Results are written in
+the order of the source, so the bytes do not depend on the number of workers, and what has been written is recorded as
+it grows, so that a run stopped anywhere continues there and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from data.encode import Encoded, Encoder, Validation, encode_in_order, read_batches
+from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, list_shards, open_split, read_meta, write_json
+from data.sources import Options, Piece, Source
+from data.sources.shakespeare import shakespeare_source
+from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, text_source
+from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
+
+SPLITS = ("train", "val")
+PIECE_BYTES = 8 << 20
+SAVE_SECONDS = 5
+# A BPE is learnt from the first so many bytes of the train split; more text hardly moves its merges.
+BPE_TRAINING_BYTES = 1 << 28
+
+
+class Progress:
+    """Megabytes a second, tokens and time left: one line that changes on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, corpus: Corpus) -> None:
+        self.total = max(total, 1)
+        self.corpus = corpus
+        self.began = time.monotonic()
+        self.first_source = corpus.counted["source_bytes"]
+        self.first_text = sum(corpus.counted["text_bytes"].values())
+        self.terminal = sys.stderr.isatty()
+        self.shown = self.began
+
+    def update(self, last: bool = False) -> None:
+        """Show where the work stands, if it is time to."""
+        now = time.monotonic()
+        if not last and now - self.shown < (0.2 if self.terminal else 10):
+            return
+        self.shown, seconds = now, max(now - self.began, 1e-3)
+        source = self.corpus.counted["source_bytes"]
+        text = sum(self.corpus.counted["text_bytes"].values()) - self.first_text
+        tokens = sum(writer.n_tokens for writer in self.corpus.writers.values())
+        left = int(seconds * (self.total - source) / max(source - self.first_source, 1))
+        line = (
+            f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:6.1f} MB/s {tokens:15,} tokens "
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        )
+        print(f"\r{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Show the end, and leave the line."""
+        self.update(last=True)
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+class Corpus:
+    """The dataset as it is written: the two splits, what was counted, and how far the source has been read."""
+
+    def __init__(self, directory: Path, validation: Validation, shard_tokens: int, end_of_text: int) -> None:
+        self.writers = {split: ShardWriter(directory, split, shard_tokens, end_of_text) for split in SPLITS}
+        self.validation = validation
+        self.shard_tokens = shard_tokens
+        self.counted: dict[str, Any] = {
+            "position": [0, 0],
+            "source_bytes": 0,
+            "text_bytes": dict.fromkeys(SPLITS, 0),
+            "skipped": {"empty": 0, "invalid_utf8": 0, "longer_than_shard": 0},
+            "open_split": "train",
+            "open_tokens": 0,
+            "val_is_full": False,
+        }
+
+    def add(self, pieces: list[Piece], encoded: Encoded) -> None:
+        """Write what the next pieces of the source became."""
+        counted = self.counted
+        if len(encoded.lengths):
+            self._count_long(encoded)
+            val = self._assign(encoded)
+            counted["open_split"] = "val" if val[-1] else "train"
+            for split, chosen in (("train", ~val), ("val", val)):
+                mask = np.repeat(chosen, encoded.lengths)
+                self.writers[split].write(encoded.tokens if mask.all() else encoded.tokens[mask])
+                counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
+        counted["skipped"]["empty"] += encoded.empty
+        counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8
+        counted["source_bytes"] += sum(piece.source_bytes for piece in pieces)
+        file, piece = pieces[-1].position
+        counted["position"] = [file, piece + 1]
+
+    def _assign(self, encoded: Encoded) -> np.ndarray:
+        """(documents,) bool: which go to validation."""
+        val = encoded.candidate.copy()
+        if encoded.continues:
+            val[0] = self.counted["open_split"] == "val"
+        limit, written = self.validation.tokens, self.writers["val"].n_tokens
+        for i in np.flatnonzero(val) if limit is not None else ():
+            # Whole documents while they fit, but at least one.
+            if not (encoded.continues and i == 0):
+                self.counted["val_is_full"] |= bool(written and written + encoded.lengths[i] > limit)
+                val[i] = not self.counted["val_is_full"]
+            written += int(encoded.lengths[i]) * bool(val[i])
+        return val
+
+    def _count_long(self, encoded: Encoded) -> None:
+        lengths = encoded.lengths.copy()
+        before = self.counted["open_tokens"] if encoded.continues else 0
+        lengths[0] += before
+        long = np.count_nonzero(lengths > self.shard_tokens) - (before > self.shard_tokens)
+        self.counted["skipped"]["longer_than_shard"] += int(long)
+        self.counted["open_tokens"] = int(lengths[-1])
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as JSON; what it speaks of is on the disk."""
+        for writer in self.writers.values():
+            writer.flush()
+        return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to `state`."""
+        self.counted = state["counted"]
+        for split, writer in self.writers.items():
+            writer.restore(state[split])
+
+    def discard(self) -> None:
+        """Delete all that was written."""
+        for writer in self.writers.values():
+            writer.restore({"finished": [], "tokens": 0, "documents": 0})
+
+
+def make_tokenizer(kind: str, source: Source, validation: Validation) -> Tokenizer:
+    """GPT-2's tokenizer, or one made from the source: "char" from all of it, "bpe:N" from its train split.
+
+    Raises ValueError when the text is too little for N tokens.
+    """
+
+    def texts() -> Iterator[str]:
+        read = 0
+        for batch in read_batches(source, range(len(source.files)), (0, 0), PIECE_BYTES):
+            for piece in batch:
+                for text in parse(piece, source.options, Documents()).texts:
+                    if kind == "char" or not validation.candidate(piece, text):
+                        yield text.decode()
+                        read += len(text)
+                if kind != "char" and read > BPE_TRAINING_BYTES:
+                    return
+
+    tokenizer = train_tokenizer(kind, texts())
+    size = parse_kind(kind)
+    if size is not None and tokenizer.vocab_size < size:
+        raise ValueError(
+            f"the train split is too little text for {kind}: it gives {tokenizer.vocab_size:,} tokens; "
+            f"use --tokenizer bpe:{tokenizer.vocab_size} or fewer"
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the bytes of a dataset depend on, and where it goes. `part` is (index from 1, count)."""
+
+    source: Source
+    out: Path
+    tokenizer: str
+    validation: Validation
+    shard_tokens: int
+    part: tuple[int, int] = (1, 1)
+
+    @property
+    def files(self) -> range:
+        """The files of this part: part 1 the first of them, part 2 the next ..."""
+        index, count = self.part
+        n = len(self.source.files)
+        return range(n * (index - 1) // count, n * index // count)
+
+    def settings(self) -> dict[str, Any]:
+        """As `meta.json` states them."""
+        return {
+            "tokenizer": self.tokenizer,
+            "source": self.source.name,
+            "revision": self.source.revision,
+            "filter": self.source.filter,
+            "validation": self.validation.description,
+            "shard_tokens": self.shard_tokens,
+            "part": "" if self.part[1] == 1 else "{} of {}".format(*self.part),
+        }
+
+
+def prepare(job: Job, workers: int) -> DatasetMeta:
+    """Make the dataset, or go on with it, or find it complete. Returns its description.
+
+    Raises ValueError for text or options that cannot be used, OSError when something cannot be read or written.
+    """
+    job.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(job.out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another `data.prepare` is at work in {job.out}: wait for it, or choose another --out") from None
+    try:
+        return _prepare(job, workers)
+    finally:
+        lock.release()
+        (job.out / ".lock").unlink(missing_ok=True)
+
+
+def _prepare(job: Job, workers: int) -> DatasetMeta:
+    progress = _begin(job)
+    if progress is None:
+        meta = read_meta(job.out)
+        assert meta is not None
+        print(f"{job.out} is complete already: nothing to do")
+        return meta
+    if "tokenizer_sha256" in progress:
+        tokenizer = load_tokenizer(job.out)
+    else:
+        if job.tokenizer != "gpt2":
+            print(f"making a {job.tokenizer} tokenizer from the text ...", file=sys.stderr)
+        tokenizer = make_tokenizer(job.tokenizer, job.source, job.validation)
+        tokenizer.save(job.out)
+        progress["tokenizer_sha256"] = tokenizer.fingerprint
+        write_json(job.out / PROGRESS_FILE, progress)
+    if job.tokenizer != "char" and not tokenizer.bulk_encoder.startswith("gigatoken"):
+        print(f"gigatoken is not installed here: encoding with {tokenizer.bulk_encoder}, slower", file=sys.stderr)
+
+    corpus = Corpus(job.out, job.validation, job.shard_tokens, tokenizer.eot)
+    # At the beginning too: what an earlier run left before its first record must not stay.
+    corpus.restore(progress.get("state", corpus.state()))
+    _encode(job, tokenizer, corpus, progress, workers)
+    if job.part[1] == 1:
+        _refuse_empty(job, corpus)
+    return _finish(job, tokenizer, corpus)
+
+
+def _begin(job: Job) -> dict[str, Any] | None:
+    """What was recorded of an earlier run, {} at first, None when the dataset is complete."""
+    path = job.out / PROGRESS_FILE
+    settings = job.settings()
+    meta = read_meta(job.out)
+    if path.exists():
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        earlier = progress["settings"]
+        if "state" not in progress and earlier != settings:
+            # Nothing was made yet, so other options, or a file that was mended, begin anew.
+            progress, earlier = {"settings": settings}, settings
+            write_json(path, progress)
+    elif meta is not None:
+        progress = None
+        earlier = {key: getattr(meta, key) for key in settings}
+    elif list_shards(job.out, "train") or list_shards(job.out, "val"):
+        raise ValueError(f"{job.out} holds shards that this command did not write: choose another --out")
+    else:
+        progress, earlier = {"settings": settings}, settings
+        write_json(path, progress)
+    if earlier != settings:
+        changed = "; ".join(
+            f"{key} {earlier[key]!r}, now {settings[key]!r}" for key in settings if earlier[key] != settings[key]
+        )
+        raise ValueError(
+            f"{job.out} was prepared with other options ({changed}): choose another --out, or delete it to start again"
+        )
+    return progress
+
+
+def _encode(job: Job, tokenizer: Tokenizer, corpus: Corpus, progress: dict[str, Any], workers: int) -> None:
+    encoder = Encoder(tokenizer, job.source.options, job.validation, job.shard_tokens)
+    limit = min(PIECE_BYTES, max(SPLIT_KEY_BYTES, job.shard_tokens // 4))
+    total = sum(job.source.files[i].size for i in job.files)
+    if total < 2 * limit:
+        workers = 1  # starting processes would take longer than the work
+    file, piece = corpus.counted["position"]
+    batches = read_batches(job.source, job.files, (file, piece), limit)
+    saved, shards = time.monotonic(), -1
+    bar = Progress(total, corpus)
+    for pieces, encoded in encode_in_order(batches, encoder, job.out, workers):
+        corpus.add(pieces, encoded)
+        bar.update()
+        finished = sum(len(writer.finished) for writer in corpus.writers.values())
+        if finished != shards or time.monotonic() - saved > SAVE_SECONDS:
+            progress["state"] = corpus.state()
+            write_json(job.out / PROGRESS_FILE, progress)
+            saved, shards = time.monotonic(), finished
+    bar.close()
+
+
+def _refuse_empty(job: Job, corpus: Corpus) -> None:
+    documents = {split: writer.n_documents for split, writer in corpus.writers.items()}
+    empty = [split for split in SPLITS if not documents[split]]
+    if not empty or (empty == ["val"] and job.validation.fraction == 0):
+        return
+    corpus.discard()
+    for name in (PROGRESS_FILE, "tokenizer.json", "tokenizer_config.json"):
+        (job.out / name).unlink(missing_ok=True)
+    names = [file.name for file in job.source.files]
+    if len(empty) == len(SPLITS):
+        raise ValueError(
+            f"no text in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: every document is empty"
+        )
+    raise ValueError(
+        f"no document of {sum(documents.values())} fell into the {empty[0]} split ({job.validation.description}), and "
+        "none is ever cut in two: give more documents, cut the text into documents with --separator, choose another "
+        "--val-fraction, or do without validation with --val-fraction 0"
+    )
+
+
+def _finish(job: Job, tokenizer: Tokenizer, corpus: Corpus) -> DatasetMeta:
+    shards = {split: writer.finish() for split, writer in corpus.writers.items()}
+    meta = DatasetMeta(
+        **job.settings(),
+        tokenizer_sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        tokens={split: writer.n_tokens for split, writer in corpus.writers.items()},
+        documents={split: writer.n_documents for split, writer in corpus.writers.items()},
+        text_bytes=corpus.counted["text_bytes"],
+        shards=shards,
+        skipped=corpus.counted["skipped"],
+        versions=_versions(tokenizer),
+    )
+    meta.save(job.out)
+    (job.out / PROGRESS_FILE).unlink()
+    return meta
+
+
+def _versions(tokenizer: Tokenizer) -> dict[str, str]:
+    names = ("tiktoken", "tokenizers", "pyarrow", "zstandard")
+    return {"encoder": tokenizer.bulk_encoder, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def merge(directory: Path) -> DatasetMeta:
+    """Join the parts in `directory` into one dataset, the same bytes as from a single run. The parts stay.
+
+    Raises ValueError when a part is missing, damaged, or made with other options than the first.
+    """
+    if (meta := read_meta(directory)) is not None:
+        print(f"{directory} is complete already: nothing to do")
+        return meta
+    found = sorted(directory.glob("part-*-of-*"))
+    metas = [read_meta(part) for part in found]
+    first = metas[0] if metas else None
+    if first is None:
+        raise ValueError(
+            f"{directory} has no part-I-of-N with a meta.json: make the parts with --part I/N --out {directory}"
+        )
+    count = int(found[0].name.rpartition("-")[2])
+    same = ("tokenizer_sha256", "source", "revision", "filter", "validation", "shard_tokens")
+    for index in range(1, count + 1):
+        part = part_directory(directory, (index, count))
+        meta = read_meta(part)
+        if meta is None or (part / PROGRESS_FILE).exists():
+            raise ValueError(f"{part} is not complete: run the same command with --part {index}/{count} first")
+        differing = [key for key in same if getattr(meta, key) != getattr(first, key)]
+        if differing:
+            raise ValueError(f"{part} differs from {found[0]} in {', '.join(differing)}: prepare it again")
+    if len(found) != count:
+        raise ValueError(
+            f"{directory} has parts of different counts ({found[0].name}, {found[-1].name}): remove the old ones"
+        )
+    progress = {"settings": {"merge": count}}
+    write_json(directory / PROGRESS_FILE, progress)
+    tokenizer = load_tokenizer(found[0])
+    tokenizer.save(directory)
+    parts = [meta for meta in metas if meta is not None]
+    writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
+    buffer = np.empty(1 << 22, np.uint16)
+    for split, writer in writers.items():
+        writer.restore(writer.state())
+        for part, meta in zip(found, parts, strict=True):
+            if not meta.tokens[split]:
+                continue
+            opened = open_split(part, split)
+            opened.verify()
+            for start in range(0, opened.n_tokens, len(buffer)):
+                tokens = buffer[: opened.n_tokens - start]
+                opened.read(start, tokens)
+                writer.write(tokens)
+
+    def total(key: str) -> dict[str, int]:
+        return {name: sum(getattr(meta, key)[name] for meta in parts) for name in getattr(first, key)}
+
+    merged = replace(
+        first,
+        part="",
+        shards={split: writer.finish() for split, writer in writers.items()},
+        tokens=total("tokens"),
+        documents=total("documents"),
+        text_bytes=total("text_bytes"),
+        skipped=total("skipped"),
+    )
+    merged.save(directory)
+    (directory / PROGRESS_FILE).unlink()
+    return merged
+
+
+def part_directory(directory: Path, part: tuple[int, int]) -> Path:
+    """Where part (index, count) goes; the dataset itself when there is one part."""
+    return directory if part[1] == 1 else directory / "part-{:03d}-of-{:03d}".format(*part)
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    if text == "env":
+        for rank, world in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
+            if rank in os.environ and world in os.environ:
+                return int(os.environ[rank]) + 1, int(os.environ[world])
+        raise argparse.ArgumentTypeError("neither SLURM_PROCID and SLURM_NTASKS nor RANK and WORLD_SIZE are set")
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: expected I/N with I from 1 to N, such as 1/8, or env")
+    return int(index), int(count)
+
+
+def _whole_number(text: str) -> int:
+    digits = text.replace("_", "").replace(",", "")
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(digits)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to below 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Turn text into token shards.")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the dataset goes")
+    shared.add_argument("--tokenizer", default="gpt2", metavar="KIND", help="gpt2 (default), char, or bpe:N")
+    held_out = shared.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--val-fraction", type=_fraction, metavar="F", help="share of the documents held out, by hash (default 0.01)"
+    )
+    held_out.add_argument(
+        "--val-tokens", type=_whole_number, metavar="N", help="hold out documents, one in ten by hash, up to N tokens"
+    )
+    held_out.add_argument("--val", choices=["first-shard"], help="hold out the first documents, one shard of them")
+    shared.add_argument(
+        "--shard-tokens", type=_whole_number, default=100_000_000, metavar="N", help="default 100000000"
+    )
+    shared.add_argument("--workers", type=_whole_number, metavar="N", help="processes (default: one for each core)")
+    shared.add_argument(
+        "--part",
+        type=_parse_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="do one part, from 1/N to N/N; env: as Slurm or torchrun say",
+    )
+    shared.add_argument("--strict", action="store_true", help="stop at empty documents and invalid UTF-8")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
+    commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of them held out")
+    text = commands.add_parser(
+        "text", parents=[shared], help="your own files: .txt, .jsonl, .parquet; plain, .gz, .zst"
+    )
+    text.add_argument("files", nargs="+", metavar="FILE|DIR|GLOB")
+    text.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or parquet column (default text)")
+    text.add_argument("--separator", metavar="TEXT", help="between the documents of a .txt (default: a file is one)")
+    merging = commands.add_parser("merge", help="join the parts made with --part")
+    merging.add_argument("directory", type=Path, metavar="DIR")
+    return parser
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    parse_kind(arguments.tokenizer)
+    if arguments.command == "text":
+        options = Options(arguments.text_key, arguments.separator, arguments.strict)
+        source = text_source(arguments.files, options)
+    else:
+        source = shakespeare_source()
+    count = arguments.part[1]
+    if count > len(source.files):
+        raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")
+    chosen = arguments.val or arguments.val_tokens or arguments.val_fraction
+    if any(file.split for file in source.files):
+        if chosen is not None:
+            raise ValueError(f"{arguments.command} has its own validation documents: leave --val... out")
+        validation = Validation("as the source has it", 0.0)
+    elif arguments.val:
+        validation = Validation("first shard", 1.0, arguments.shard_tokens)
+    elif arguments.val_tokens:
+        validation = Validation(
+            f"one document in ten by hash, {arguments.val_tokens} tokens", 0.1, arguments.val_tokens
+        )
+    else:
+        fraction = 0.01 if arguments.val_fraction is None else arguments.val_fraction
+        validation = Validation(f"{fraction:g} of the documents by hash", fraction)
+    if validation.tokens and (count > 1 or (arguments.val and arguments.tokenizer.startswith("bpe"))):
+        raise ValueError("--val-tokens and --val first-shard need the whole source in order: use --val-fraction here")
+    out = part_directory(arguments.out, arguments.part)
+    return Job(source, out, arguments.tokenizer, validation, arguments.shard_tokens, arguments.part)
+
+
+def _report(out: Path, meta: DatasetMeta) -> None:
+    counts = ", ".join(
+        f"{meta.tokens[split]:,} {split} tokens in {meta.documents[split]:,} documents" for split in SPLITS
+    )
+    text = sum(meta.text_bytes.values())
+    print(f"{out}: {counts}; {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
+    print(f"{sum(map(len, meta.shards.values()))} shards from {text / 1e6:,.1f} MB of text")
+    if meta.skipped["empty"]:
+        print(f"passed over {meta.skipped['empty']:,} empty documents")
+    if meta.skipped["invalid_utf8"]:
+        print(f"put U+FFFD for invalid UTF-8 in {meta.skipped['invalid_utf8']:,} documents")
+    if meta.skipped["longer_than_shard"]:
+        print(f"{meta.skipped['longer_than_shard']:,} documents are longer than a shard and go on in the next")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        if parsed.command == "merge":
+            out, meta = parsed.directory, merge(parsed.directory)
+        else:
+            job = _job(parsed)
+            out, meta = job.out, prepare(job, parsed.workers or os.cpu_count() or 1)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from here\n")
+    _report(out, meta)
+
+
+if __name__ == "__main__":
+    main()

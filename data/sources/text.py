@@ -1,0 +1,332 @@
+"""Text files: .txt, .jsonl and .parquet, each plain, .gz or .zst, on this machine or on the hub."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import re
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from data.sources import File, Options, Piece, Source
+
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+COMPRESSIONS = ("", ".gz", ".zst")
+BLOCK_BYTES = 1 << 20
+# The split of a document depends on this much of it, so that a long one need not be held whole.
+SPLIT_KEY_BYTES = 1 << 16
+# A row group with more text than this is read piece by piece instead of at once.
+ROW_GROUP_BYTES = 1 << 28
+# Between two lines that neither end nor begin with white space no token of any of the tokenizers can reach.
+_SAFE_CUT = re.compile(rb"(?<=[!-~])\n(?=[!-~])")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def text_source(patterns: list[str], options: Options) -> Source:
+    """The files that `patterns` (files, directories, globs) name, in that order; those of one pattern sorted.
+
+    Raises FileNotFoundError when a pattern names nothing, ValueError for a file that is of no known kind.
+    """
+    paths = dict.fromkeys(path for pattern in patterns for path in _expand(pattern))
+    files = tuple(File(str(path), path.stat().st_size) for path in paths)
+    listing = "".join(f"{Path(file.name).name} {file.size}\n" for file in files)
+    revision = f"sha256 of names and sizes {hashlib.sha256(listing.encode()).hexdigest()}"
+    described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {Path(files[0].name).name}"
+    return Source(
+        f"text, {described}", revision, files, functools.partial(read_pieces, options=options), options=options
+    )
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p.name))
+        kinds = ", ".join(suffix + compression for compression in COMPRESSIONS for suffix in FORMATS)
+        if not found:
+            raise FileNotFoundError(f"no text in {pattern}: expected files named {kinds}")
+        return found
+    found = (
+        [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+    )
+    if not found:
+        raise FileNotFoundError(f"no such file, directory or pattern: {pattern}")
+    for file in found:
+        if not _format(file.name):
+            raise ValueError(f"{file} is of no known kind: expected .txt, .jsonl or .parquet, plain, .gz or .zst")
+    return found
+
+
+def _format(name: str) -> str | None:
+    for compression in COMPRESSIONS[1:]:
+        name = name.removesuffix(compression)
+    return FORMATS.get(Path(name).suffix)
+
+
+def read_pieces(file: File, limit: int, options: Options) -> Iterator[Piece]:
+    """Cut one file into pieces of about `limit` bytes.
+
+    Raises ValueError naming the file when it is damaged or lacks the text column, OSError when it cannot be read.
+    """
+    format = _format(file.name)
+    try:
+        with open_file(file.name) as raw:
+            if format == "parquet":
+                yield from _parquet_pieces(file, raw, limit, options.text_key)
+            elif format == "jsonl":
+                yield from _whole_documents(file, raw, "jsonl", limit, b"\n")
+            elif options.separator:
+                yield from _whole_documents(file, raw, "separated", limit, options.separator.encode())
+            else:
+                yield from _one_document(file, raw, limit)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file.name} is not a whole gzip file ({error}): fetch or compress it again") from error
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{file.name} is not a whole zstd file ({error}): fetch or compress it again") from error
+
+
+def open_file(name: str) -> Any:
+    """A local path or an hf:// address, open for reading bytes."""
+    if name.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem().open(name, "rb")
+    return open(name, "rb")
+
+
+def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
+    if name.endswith(".zst"):
+        yield from _zstd_blocks(raw)
+        return
+    stream = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+    while block := stream.read(BLOCK_BYTES):
+        yield block
+
+
+def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
+    # zstandard's own stream reader takes a file cut short within a frame for a whole one.
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    whole = True
+    while chunk := raw.read(BLOCK_BYTES // 4):
+        while chunk:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            chunk, whole = frame.unused_data, frame.eof
+    if not whole:
+        raise zstandard.ZstdError("it ends within a frame")
+
+
+def _one_document(file: File, raw: BinaryIO, limit: int) -> Iterator[Piece]:
+    buffer = bytearray()
+    key: bytes | None = None
+    first, done, searched = 1, 0, 0
+    for block in _blocks(raw, file.name):
+        buffer += block
+        if len(buffer) < limit:
+            continue
+        cut = _last_safe_cut(buffer, searched)
+        searched = len(buffer) - 1
+        if not cut:
+            continue
+        data, position = bytes(buffer[:cut]), raw.tell()
+        continues, key = key is not None, key or data[:SPLIT_KEY_BYTES]
+        yield Piece(file, "text", first, position - done, data, continues=continues, split_key=key)
+        del buffer[:cut]
+        first, done, searched = first + data.count(b"\n"), position, 0
+    yield Piece(file, "text", first, file.size - done, bytes(buffer), continues=key is not None, split_key=key)
+
+
+def safe_cut(text: bytes, start: int) -> int:
+    """The first place from `start` on where `text` may be cut without changing its tokens, else its end."""
+    found = _SAFE_CUT.search(text, start)
+    return found.start() if found else len(text)
+
+
+def _last_safe_cut(buffer: bytearray, start: int) -> int:
+    """The last place in `buffer` from `start` on where a long document may be cut, 0 when there is none."""
+    end = len(buffer)
+    while end > start:
+        begin = max(start, end - SPLIT_KEY_BYTES)
+        cuts = [match.start() for match in _SAFE_CUT.finditer(buffer, begin, end)]
+        # A document's first piece holds all that its split depends on.
+        if cuts and cuts[-1] >= SPLIT_KEY_BYTES:
+            return cuts[-1]
+        end = begin
+    return 0
+
+
+def _whole_documents(file: File, raw: BinaryIO, format: str, limit: int, mark: bytes) -> Iterator[Piece]:
+    buffer = bytearray()
+    first, done, searched = 1, 0, 0
+    for block in _blocks(raw, file.name):
+        buffer += block
+        if len(buffer) < limit:
+            continue
+        cut = buffer.rfind(mark, searched) + len(mark)
+        searched = max(0, len(buffer) - len(mark) + 1)
+        if cut < len(mark):
+            continue
+        data, position = bytes(buffer[:cut]), raw.tell()
+        yield Piece(file, format, first, position - done, data)
+        del buffer[:cut]
+        first, done, searched = first + data.count(mark), position, 0
+    yield Piece(file, format, first, file.size - done, bytes(buffer))
+
+
+def _parquet_pieces(file: File, raw: Any, limit: int, text_key: str) -> Iterator[Piece]:
+    if not file.name.endswith(".parquet"):
+        # Parquet is read from its end, so a compressed one has to be unpacked first.
+        with tempfile.TemporaryFile() as unpacked:
+            for block in _blocks(raw, file.name):
+                unpacked.write(block)
+            yield from _row_groups(file, unpacked, limit, text_key, read_here_above=0)
+    else:
+        yield from _row_groups(file, raw, limit, text_key, read_here_above=ROW_GROUP_BYTES)
+
+
+def _row_groups(file: File, raw: Any, limit: int, text_key: str, read_here_above: int) -> Iterator[Piece]:
+    parquet = _open_parquet(raw, file.name)
+    schema = parquet.schema_arrow
+    if text_key not in schema.names:
+        found = ", ".join(schema.names)
+        raise ValueError(f"{file.name} has no column {text_key!r} but {found}: name one with --text-key")
+    kind = str(schema.field(text_key).type)
+    if kind not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
+        raise ValueError(f"{file.name}: column {text_key!r} is {kind}, expected string: name another with --text-key")
+    first = 1
+    for i in range(parquet.num_row_groups):
+        group = parquet.metadata.row_group(i)
+        columns = [group.column(j) for j in range(group.num_columns)]
+        stored = sum(column.total_compressed_size for column in columns)
+        text = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
+        if text <= read_here_above:
+            yield Piece(file, "parquet", first, stored, row_group=i)
+            first += group.num_rows
+            continue
+        rows = max(1, group.num_rows * limit // text)
+        for batch in parquet.iter_batches(batch_size=rows, row_groups=[i], columns=[text_key]):
+            share = stored * batch.num_rows // group.num_rows
+            yield Piece(file, "arrow", first, share, _arrow_stream(batch))
+            first += batch.num_rows
+
+
+def _arrow_stream(batch: Any) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _open_parquet(raw: Any, name: str) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(raw)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{name} is not a whole parquet file ({error}): fetch it again") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _parquet_in_worker(name: str) -> Any:
+    return _open_parquet(open_file(name), name)
+
+
+@dataclass
+class Documents:
+    """The documents of a piece as valid UTF-8, and how many were empty or had invalid UTF-8 replaced."""
+
+    texts: list[bytes] = field(default_factory=list)
+    empty: int = 0
+    invalid_utf8: int = 0
+
+
+def parse(piece: Piece, options: Options, documents: Documents) -> Documents:
+    """Add the documents of `piece`. Raises ValueError with file and line or row for what cannot be used."""
+    for number, raw in _raw_documents(piece, options):
+        if not raw:
+            if options.strict and not piece.continues:
+                raise ValueError(f"{_where(piece, number)} is empty: remove it, or leave out --strict to pass over it")
+            documents.empty += not piece.continues
+            continue
+        try:
+            if isinstance(raw, str):
+                text = raw.encode()
+            else:
+                raw.decode()
+                text = raw
+        except UnicodeError as error:
+            if options.strict:
+                where = _where(piece, number, raw, error.start)  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{where} has invalid UTF-8: repair it, or leave out --strict to put U+FFFD in its place"
+                ) from None
+            documents.invalid_utf8 += 1
+            plain = _SURROGATE.sub("\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
+            text = plain.encode()
+        documents.texts.append(text)
+    return documents
+
+
+def _where(piece: Piece, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
+    if piece.format == "text":
+        line = number + bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) and raw else None
+        return f"{piece.file.name}, line {line}," if line else piece.file.name
+    unit = {"jsonl": "line", "separated": "document"}.get(piece.format, "row")
+    return f"{piece.file.name}, {unit} {number},"
+
+
+def _raw_documents(piece: Piece, options: Options) -> Iterable[tuple[int, bytes | str]]:
+    if piece.format == "text":
+        return [(piece.first, piece.data)]
+    if piece.format == "separated":
+        separator = (options.separator or "").encode()
+        texts = [text.strip(b"\r\n") for text in piece.data.split(separator)]
+        # What follows the last separator of a piece is the end of the file, or nothing.
+        return enumerate(texts if texts[-1] else texts[:-1], piece.first)
+    if piece.format == "jsonl":
+        return _json_lines(piece, options.text_key)
+    return enumerate(_rows(piece, options.text_key), piece.first)
+
+
+def _rows(piece: Piece, text_key: str) -> Iterator[bytes]:
+    import pyarrow
+
+    try:
+        if piece.format == "arrow":
+            table = pyarrow.ipc.open_stream(piece.data).read_all()
+        else:
+            table = _parquet_in_worker(piece.file.name).read_row_group(piece.row_group, columns=[text_key])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{piece.file.name}, from row {piece.first}, cannot be read ({error}): fetch it again"
+        ) from error
+    return (value.as_py() or b"" for value in table.column(0).cast(pyarrow.large_binary()))
+
+
+def _json_lines(piece: Piece, text_key: str) -> Iterator[tuple[int, bytes | str]]:
+    for number, line in enumerate(piece.data.split(b"\n"), piece.first):
+        if not line.strip():
+            continue
+        try:
+            # Bytes that are no UTF-8 become lone surrogates, which the caller replaces or refuses.
+            row = json.loads(line.decode(errors="surrogateescape"))
+        except ValueError as error:
+            raise ValueError(f"{_where(piece, number)} is not JSON ({error}): repair or remove it") from None
+        if not isinstance(row, dict) or text_key not in row:
+            found = f"only {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+            raise ValueError(f"{_where(piece, number)} has no key {text_key!r} but {found}: name one with --text-key")
+        if not isinstance(row[text_key], str):
+            kind = type(row[text_key]).__name__
+            raise ValueError(f"{_where(piece, number)}: {text_key!r} is a {kind}, expected a string")
+        yield number, row[text_key]
