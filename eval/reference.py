@@ -1,0 +1,82 @@
+"""Published figures of GPT-2, to be shown beside ours. Each table says where it comes from.
+
+Models are named as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M). A figure that was
+not found published is absent: `None` never stands for one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+RANDOM_LOSS = 10.825  # ln 50257: a model that has learned nothing, in nats a GPT-2 token
+
+
+class Table(NamedTuple):
+    """Figures by model, and who published them."""
+
+    figures: dict[str, float]
+    source: str
+
+
+def _sizes(*figures: float | None) -> dict[str, float]:
+    names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    return {name: figure for name, figure in zip(names, figures, strict=True) if figure is not None}
+
+
+# Validation loss of the released models in nats a token, by the name of the data set's source in data.prepare. FineWeb
+# and FineWeb-Edu are two data sets, and their losses, 3.42 and 3.29, are often taken for one another.
+VALIDATION_LOSS: dict[str, Table] = {
+    "openwebtext": Table(_sizes(3.12, 2.84, 2.67, 2.54), "nanoGPT, README, baselines"),
+    "fineweb-10b": Table(_sizes(3.424958, 3.083089, 3.000580, 2.831273), "llm.c, dev/vislog.ipynb"),
+    "fineweb-edu-10b": Table(_sizes(3.2924, None, None, None), "build-nanogpt, play.ipynb"),
+}
+
+# What others reached from scratch, at the end of training: validation loss and HellaSwag acc_norm ("completion").
+FROM_SCRATCH: dict[str, dict[str, Table]] = {
+    "openwebtext": {"loss": Table({"gpt2": 2.85}, "nanoGPT, README, 295B tokens")},
+    "fineweb-10b": {
+        "loss": Table({"gpt2": 3.2722, "gpt2-medium": 2.9282}, "llm.c, 10.26B and 31.5B tokens"),
+        "hellaswag": Table({"gpt2": 0.299}, "llm.c, 10.26B tokens"),
+    },
+    "fineweb-edu-10b": {
+        "loss": Table({"gpt2": 3.09}, "build-nanogpt, 10B tokens; reruns 3.03 to 3.09"),
+        "hellaswag": Table({"gpt2": 0.3009}, "build-nanogpt, 10B tokens; reruns 0.301 to 0.306"),
+    },
+}
+
+# GPT-3 of the four sizes: what the same shape reaches with 300B tokens.
+GPT3_HELLASWAG = Table(_sizes(0.337, 0.436, 0.510, 0.547), "Brown et al. 2020, zero-shot; as in llm.c, dev/vislog.ipynb")
+
+_BUILD_NANOGPT = "build-nanogpt, hellaswag.py; gpt2-medium and gpt2-large: llm.c, dev/vislog.ipynb"
+_HARNESS = "lm-evaluation-harness, as quoted in build-nanogpt, hellaswag.py"
+_HARNESS_LAMBADA = "lm-evaluation-harness, lambada_openai"
+_PAPER = "Radford et al. 2019, table 3"
+_STRIDE = "Hugging Face, perplexity of fixed-length models"
+
+# Evaluations of the released models: (task, convention, metric) as eval.run writes them. Accuracies are fractions.
+EVALUATIONS: dict[tuple[str, str, str], Table] = {
+    ("hellaswag", "completion", "acc"): Table(_sizes(0.2859, None, None, 0.3842), _BUILD_NANOGPT),
+    ("hellaswag", "completion", "acc_norm"): Table(_sizes(0.2955, 0.3752, 0.4320, 0.4893), _BUILD_NANOGPT),
+    ("hellaswag", "harness", "acc"): Table(_sizes(0.2892, None, None, 0.4004), _HARNESS),
+    ("hellaswag", "harness", "acc_norm"): Table(_sizes(0.3114, None, None, 0.5089), _HARNESS),
+    ("lambada", "harness", "acc"): Table(_sizes(0.3256, None, None, None), _HARNESS_LAMBADA),
+    ("lambada", "harness", "perplexity"): Table(_sizes(40.06, None, None, 10.63), _HARNESS_LAMBADA),
+    ("lambada", "paper", "acc"): Table(_sizes(0.4599, 0.5548, 0.6012, 0.6324), _PAPER),
+    ("lambada", "paper", "perplexity"): Table(_sizes(35.13, 15.60, 10.87, 8.63), _PAPER),
+    ("cbt-cn", "paper", "acc"): Table(_sizes(0.8765, 0.9235, 0.9345, 0.9330), _PAPER),
+    ("cbt-ne", "paper", "acc"): Table(_sizes(0.834, 0.871, 0.880, 0.8905), _PAPER),
+    ("wikitext-2", "paper", "word_perplexity"): Table(_sizes(29.41, 22.76, 19.93, 18.34), _PAPER),
+    ("ptb", "paper", "word_perplexity"): Table(_sizes(65.85, 47.33, 40.31, 35.76), _PAPER),
+    ("enwik8", "paper", "bits_per_byte"): Table(_sizes(1.16, 1.01, 0.97, 0.93), _PAPER),
+    ("text8", "paper", "bits_per_byte"): Table(_sizes(1.17, 1.06, 1.02, 0.98), _PAPER),
+    ("wikitext-103", "paper", "word_perplexity"): Table(_sizes(37.50, 26.37, 22.05, 17.48), _PAPER),
+    ("1bw", "paper", "word_perplexity"): Table(_sizes(75.20, 55.72, 44.575, 42.16), _PAPER),
+    ("wikitext-2", "stride-1024", "perplexity"): Table(_sizes(29.94, None, 19.44, None), _STRIDE),
+    ("wikitext-2", "stride-512", "perplexity"): Table(_sizes(None, None, 16.44, None), _STRIDE),
+}
+
+
+def published(task: str, convention: str, metric: str) -> dict[str, float]:
+    """The published figures of the four released sizes, by model; empty where none are known."""
+    table = EVALUATIONS.get((task, convention, metric))
+    return dict(table.figures) if table else {}
