@@ -1,4 +1,4 @@
-"""Pieces of a source to tokens: parsing, encoding, checking, in as many processes as wanted and always in order."""
+"""Pieces of a source to tokens to shards: parsed, encoded and checked in many processes, written by one in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import multiprocessing.connection
 import os
 import random
 import signal
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from data.shards import ShardWriter
 from data.sources import Options, Piece, Source
 from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, safe_cut
 from data.tokenizer import Tokenizer, load_tokenizer
 
+SPLITS = ("train", "val")
 # Re-encoded with the reference tokenizer: this share of the bytes, and so many documents for each shard's worth.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
@@ -183,3 +187,112 @@ def read_batches(source: Source, files: range, start: tuple[int, int], limit: in
                 batch, size = [], 0
     if batch:
         yield batch
+
+
+class Progress:
+    """Megabytes a second, tokens and time left: one line that changes on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, corpus: Corpus) -> None:
+        self.total = max(total, 1)
+        self.corpus = corpus
+        self.began = time.monotonic()
+        self.first_source = corpus.counted["source_bytes"]
+        self.first_text = sum(corpus.counted["text_bytes"].values())
+        self.terminal = sys.stderr.isatty()
+        self.shown = self.began
+
+    def update(self, last: bool = False) -> None:
+        """Show where the work stands, if it is time to."""
+        now = time.monotonic()
+        if not last and now - self.shown < (0.2 if self.terminal else 10):
+            return
+        self.shown, seconds = now, max(now - self.began, 1e-3)
+        source = self.corpus.counted["source_bytes"]
+        text = sum(self.corpus.counted["text_bytes"].values()) - self.first_text
+        tokens = sum(writer.n_tokens for writer in self.corpus.writers.values())
+        left = int(seconds * (self.total - source) / max(source - self.first_source, 1))
+        line = (
+            f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:6.1f} MB/s {tokens:15,} tokens "
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        )
+        print(f"\r{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Show the end, and leave the line."""
+        self.update(last=True)
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+class Corpus:
+    """The dataset as it is written: the two splits, what was counted, and how far the source has been read."""
+
+    def __init__(self, directory: Path, validation: Validation, shard_tokens: int, end_of_text: int) -> None:
+        self.writers = {split: ShardWriter(directory, split, shard_tokens, end_of_text) for split in SPLITS}
+        self.validation = validation
+        self.shard_tokens = shard_tokens
+        self.counted: dict[str, Any] = {
+            "position": [0, 0],
+            "source_bytes": 0,
+            "text_bytes": dict.fromkeys(SPLITS, 0),
+            "skipped": {"empty": 0, "invalid_utf8": 0, "longer_than_shard": 0},
+            "open_split": "train",
+            "open_tokens": 0,
+            "val_is_full": False,
+        }
+
+    def add(self, pieces: list[Piece], encoded: Encoded) -> None:
+        """Write what the next pieces of the source became."""
+        counted = self.counted
+        if len(encoded.lengths):
+            self._count_long(encoded)
+            val = self._assign(encoded)
+            counted["open_split"] = "val" if val[-1] else "train"
+            for split, chosen in (("train", ~val), ("val", val)):
+                mask = np.repeat(chosen, encoded.lengths)
+                self.writers[split].write(encoded.tokens if mask.all() else encoded.tokens[mask])
+                counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
+        counted["skipped"]["empty"] += encoded.empty
+        counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8
+        counted["source_bytes"] += sum(piece.source_bytes for piece in pieces)
+        file, piece = pieces[-1].position
+        counted["position"] = [file, piece + 1]
+
+    def _assign(self, encoded: Encoded) -> np.ndarray:
+        """(documents,) bool: which go to validation."""
+        val = encoded.candidate.copy()
+        if encoded.continues:
+            val[0] = self.counted["open_split"] == "val"
+        limit, written = self.validation.tokens, self.writers["val"].n_tokens
+        for i in np.flatnonzero(val) if limit is not None else ():
+            # Whole documents while they fit, but at least one.
+            if not (encoded.continues and i == 0):
+                self.counted["val_is_full"] |= bool(written and written + encoded.lengths[i] > limit)
+                val[i] = not self.counted["val_is_full"]
+            written += int(encoded.lengths[i]) * bool(val[i])
+        return val
+
+    def _count_long(self, encoded: Encoded) -> None:
+        lengths = encoded.lengths.copy()
+        before = self.counted["open_tokens"] if encoded.continues else 0
+        lengths[0] += before
+        long = np.count_nonzero(lengths > self.shard_tokens) - (before > self.shard_tokens)
+        self.counted["skipped"]["longer_than_shard"] += int(long)
+        self.counted["open_tokens"] = int(lengths[-1])
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as JSON; what it speaks of is on the disk."""
+        for writer in self.writers.values():
+            writer.flush()
+        return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to `state`."""
+        self.counted = state["counted"]
+        for split, writer in self.writers.items():
+            writer.restore(state[split])
+
+    def discard(self) -> None:
+        """Delete all that was written."""
+        for writer in self.writers.values():
+            writer.restore({"finished": [], "tokens": 0, "documents": 0})

@@ -21,127 +21,18 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from data.encode import Encoded, Encoder, Validation, encode_in_order, read_batches
+from data.encode import SPLITS, Corpus, Encoder, Progress, Validation, encode_in_order, read_batches
 from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, list_shards, open_split, read_meta, write_json
-from data.sources import Options, Piece, Source
+from data.sources import Options, Source
 from data.sources.shakespeare import shakespeare_source
 from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, text_source
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 
-SPLITS = ("train", "val")
 PIECE_BYTES = 8 << 20
 SAVE_SECONDS = 5
+SMALL_BYTES = 1 << 25
 # A BPE is learnt from the first so many bytes of the train split; more text hardly moves its merges.
 BPE_TRAINING_BYTES = 1 << 28
-
-
-class Progress:
-    """Megabytes a second, tokens and time left: one line that changes on a terminal, else a line now and then."""
-
-    def __init__(self, total: int, corpus: Corpus) -> None:
-        self.total = max(total, 1)
-        self.corpus = corpus
-        self.began = time.monotonic()
-        self.first_source = corpus.counted["source_bytes"]
-        self.first_text = sum(corpus.counted["text_bytes"].values())
-        self.terminal = sys.stderr.isatty()
-        self.shown = self.began
-
-    def update(self, last: bool = False) -> None:
-        """Show where the work stands, if it is time to."""
-        now = time.monotonic()
-        if not last and now - self.shown < (0.2 if self.terminal else 10):
-            return
-        self.shown, seconds = now, max(now - self.began, 1e-3)
-        source = self.corpus.counted["source_bytes"]
-        text = sum(self.corpus.counted["text_bytes"].values()) - self.first_text
-        tokens = sum(writer.n_tokens for writer in self.corpus.writers.values())
-        left = int(seconds * (self.total - source) / max(source - self.first_source, 1))
-        line = (
-            f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:6.1f} MB/s {tokens:15,} tokens "
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
-        print(f"\r{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Show the end, and leave the line."""
-        self.update(last=True)
-        if self.terminal:
-            print(file=sys.stderr)
-
-
-class Corpus:
-    """The dataset as it is written: the two splits, what was counted, and how far the source has been read."""
-
-    def __init__(self, directory: Path, validation: Validation, shard_tokens: int, end_of_text: int) -> None:
-        self.writers = {split: ShardWriter(directory, split, shard_tokens, end_of_text) for split in SPLITS}
-        self.validation = validation
-        self.shard_tokens = shard_tokens
-        self.counted: dict[str, Any] = {
-            "position": [0, 0],
-            "source_bytes": 0,
-            "text_bytes": dict.fromkeys(SPLITS, 0),
-            "skipped": {"empty": 0, "invalid_utf8": 0, "longer_than_shard": 0},
-            "open_split": "train",
-            "open_tokens": 0,
-            "val_is_full": False,
-        }
-
-    def add(self, pieces: list[Piece], encoded: Encoded) -> None:
-        """Write what the next pieces of the source became."""
-        counted = self.counted
-        if len(encoded.lengths):
-            self._count_long(encoded)
-            val = self._assign(encoded)
-            counted["open_split"] = "val" if val[-1] else "train"
-            for split, chosen in (("train", ~val), ("val", val)):
-                mask = np.repeat(chosen, encoded.lengths)
-                self.writers[split].write(encoded.tokens if mask.all() else encoded.tokens[mask])
-                counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
-        counted["skipped"]["empty"] += encoded.empty
-        counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8
-        counted["source_bytes"] += sum(piece.source_bytes for piece in pieces)
-        file, piece = pieces[-1].position
-        counted["position"] = [file, piece + 1]
-
-    def _assign(self, encoded: Encoded) -> np.ndarray:
-        """(documents,) bool: which go to validation."""
-        val = encoded.candidate.copy()
-        if encoded.continues:
-            val[0] = self.counted["open_split"] == "val"
-        limit, written = self.validation.tokens, self.writers["val"].n_tokens
-        for i in np.flatnonzero(val) if limit is not None else ():
-            # Whole documents while they fit, but at least one.
-            if not (encoded.continues and i == 0):
-                self.counted["val_is_full"] |= bool(written and written + encoded.lengths[i] > limit)
-                val[i] = not self.counted["val_is_full"]
-            written += int(encoded.lengths[i]) * bool(val[i])
-        return val
-
-    def _count_long(self, encoded: Encoded) -> None:
-        lengths = encoded.lengths.copy()
-        before = self.counted["open_tokens"] if encoded.continues else 0
-        lengths[0] += before
-        long = np.count_nonzero(lengths > self.shard_tokens) - (before > self.shard_tokens)
-        self.counted["skipped"]["longer_than_shard"] += int(long)
-        self.counted["open_tokens"] = int(lengths[-1])
-
-    def state(self) -> dict[str, Any]:
-        """All that `restore` needs, as JSON; what it speaks of is on the disk."""
-        for writer in self.writers.values():
-            writer.flush()
-        return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to `state`."""
-        self.counted = state["counted"]
-        for split, writer in self.writers.items():
-            writer.restore(state[split])
-
-    def discard(self) -> None:
-        """Delete all that was written."""
-        for writer in self.writers.values():
-            writer.restore({"finished": [], "tokens": 0, "documents": 0})
 
 
 def make_tokenizer(kind: str, source: Source, validation: Validation) -> Tokenizer:
@@ -202,8 +93,10 @@ class Job:
         }
 
 
-def prepare(job: Job, workers: int) -> DatasetMeta:
+def prepare(job: Job, workers: int | None = None) -> DatasetMeta:
     """Make the dataset, or go on with it, or find it complete. Returns its description.
+
+    `workers` processes encode, by default one for each core, or this one alone where starting others would take longer.
 
     Raises ValueError for text or options that cannot be used, OSError when something cannot be read or written.
     """
@@ -220,7 +113,7 @@ def prepare(job: Job, workers: int) -> DatasetMeta:
         (job.out / ".lock").unlink(missing_ok=True)
 
 
-def _prepare(job: Job, workers: int) -> DatasetMeta:
+def _prepare(job: Job, workers: int | None) -> DatasetMeta:
     progress = _begin(job)
     if progress is None:
         meta = read_meta(job.out)
@@ -278,12 +171,12 @@ def _begin(job: Job) -> dict[str, Any] | None:
     return progress
 
 
-def _encode(job: Job, tokenizer: Tokenizer, corpus: Corpus, progress: dict[str, Any], workers: int) -> None:
+def _encode(job: Job, tokenizer: Tokenizer, corpus: Corpus, progress: dict[str, Any], workers: int | None) -> None:
     encoder = Encoder(tokenizer, job.source.options, job.validation, job.shard_tokens)
     limit = min(PIECE_BYTES, max(SPLIT_KEY_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    if total < 2 * limit:
-        workers = 1  # starting processes would take longer than the work
+    if workers is None:
+        workers = 1 if total < SMALL_BYTES else os.cpu_count() or 1
     file, piece = corpus.counted["position"]
     batches = read_batches(job.source, job.files, (file, piece), limit)
     saved, shards = time.monotonic(), -1
@@ -533,7 +426,7 @@ def main(arguments: list[str] | None = None) -> None:
             out, meta = parsed.directory, merge(parsed.directory)
         else:
             job = _job(parsed)
-            out, meta = job.out, prepare(job, parsed.workers or os.cpu_count() or 1)
+            out, meta = job.out, prepare(job, parsed.workers)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:

@@ -328,5 +328,5 @@ def _json_lines(piece: Piece, text_key: str) -> Iterator[tuple[int, bytes | str]
             raise ValueError(f"{_where(piece, number)} has no key {text_key!r} but {found}: name one with --text-key")
         if not isinstance(row[text_key], str):
             kind = type(row[text_key]).__name__
-            raise ValueError(f"{_where(piece, number)}: {text_key!r} is a {kind}, expected a string")
+            raise ValueError(f"{_where(piece, number)} has under {text_key!r} no string but a {kind}")
         yield number, row[text_key]
