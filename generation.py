@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from model import GPT, GPTOutput
@@ -49,36 +49,8 @@ class GenerateOutput(NamedTuple):
     beam_indices: Tensor | None = None  # (N, S) the row of `scores` that each token was chosen from, -1 after the end
 
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `generate` that say how to decode, checked."""
-
-    max_new_tokens: int
-    do_sample: bool
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    num_beams: int
-    length_penalty: float
-    early_stopping: bool | Literal["never"]
-    repetition_penalty: float
-    no_repeat_ngram_size: int
-    bad_words_ids: Sequence[Sequence[int]] | None
-    min_new_tokens: int
-    stop_strings: str | Sequence[str] | None
-    num_return_sequences: int
-    gumbel: bool
-    sliding: bool
-    eos_token_id: int | Sequence[int] | None
-    generator: Generator | Sequence[Generator] | None
-    logits_processor: Processor | Sequence[Processor] | None
-    tokenizer: Tokenizer | None
-    return_dict: bool
-    output_logits: bool
-    output_scores: bool
-    output_hidden_states: bool
-    output_attentions: bool
+class Options(SimpleNamespace):
+    """The keyword arguments of `generate`, by name."""
 
     def check(self, vocab_size: int) -> None:
         rules = {
@@ -279,6 +251,33 @@ def gumbel_softmax(
 # Reading and stopping
 
 
+class PackedLinear(nn.Module):
+    """x Wᵀ + b on CPU, with W laid out as oneDNN's kernels read it: F.linear lays it out anew for every token."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_weights(model: GPT) -> None:
+    """Lay out a model's weights for fast decoding, in place, if it is on a CPU that oneDNN knows.
+
+    For models that only decode from here on: the packed weights can be neither trained, saved nor moved.
+    """
+    weight = model.transformer.wte.weight
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
+    for module, name, child in linears:
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child.weight, child.bias))
+    model.add_module("packed_head", PackedLinear(weight, None))
+
+
 class Reader:
     """Has the model read what is new in the rows, and remembers the rest in its cache.
 
@@ -287,22 +286,42 @@ class Reader:
     """
 
     def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: Options) -> None:
-        self.model, self.mask = model, mask
-        self.outputs = {
-            "output_hidden_states": options.output_hidden_states,
-            "output_attentions": options.output_attentions,
-        }
+        self.model, self.mask, self.options = model, mask, options
         length = ids.size(1) + options.max_new_tokens - 1  # the last token is not read
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
+        self.packed_head = model._modules.get("packed_head")
 
-    def __call__(self, ids: Tensor) -> GPTOutput:
-        """ids (N, T) -> the model's output, with logits (N, 1, V) of the token after the last."""
+    def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
+        """ids (N, T) -> logits (N, V) of the token after the last, in fp32, and the model's output."""
         first = max(0, ids.size(1) - self.model.config.block_size)
         if first:
             self.cache.crop(0)
-        mask = None if self.mask is None else self.mask[:, first : ids.size(1)]
-        new = ids[:, first + self.cache.length :]
-        return self.model(new, attention_mask=mask, cache=self.cache, logits_to_keep=1, **self.outputs)
+        output = self.model(
+            ids[:, first + self.cache.length :],
+            attention_mask=None if self.mask is None else self.mask[:, first : ids.size(1)],
+            cache=self.cache,
+            return_logits=self.packed_head is None,
+            logits_to_keep=1,
+            output_hidden_states=self.options.output_hidden_states,
+            output_attentions=self.options.output_attentions,
+        )
+        if self.packed_head is not None:
+            return self.packed_head(output.last_hidden_state[:, -1]).float(), output
+        return output.logits[:, -1].float(), output
+
+
+Record = tuple[Tensor, Tensor, GPTOutput]  # of one step: logits (N, V), scores (N, V) and what the model returned
+
+
+def requested(records: list[Record], options: Options) -> dict[str, Any]:
+    """The fields of a GenerateOutput that the options ask for, each a tuple with an entry a step."""
+    columns: dict[str, list] = {
+        "logits": [logits for logits, _, _ in records],
+        "scores": [scores for _, scores, _ in records],
+        "hidden_states": [output.hidden_states for _, _, output in records],
+        "attentions": [output.attentions for _, _, output in records],
+    }
+    return {name: tuple(column) for name, column in columns.items() if getattr(options, f"output_{name}")}
 
 
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
@@ -317,7 +336,6 @@ def find_ended(ids: Tensor, options: Options) -> Tensor:
     """Which rows of ids (N, T) end with their last token: (N,) booleans."""
     ended = torch.isin(ids[:, -1], ids.new_tensor(options.eos))
     if options.stop_strings:
-        assert options.tokenizer is not None
         stops = [options.stop_strings] if isinstance(options.stop_strings, str) else options.stop_strings
         by_text = [ends_with_stop_string(row, stops, options.tokenizer) for row in ids.tolist()]
         ended |= torch.tensor(by_text, device=ids.device)
@@ -326,30 +344,6 @@ def find_ended(ids: Tensor, options: Options) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two loops
-
-
-class Records:
-    """What the options ask to be returned of every step."""
-
-    def __init__(self, options: Options) -> None:
-        self.wanted = {
-            name
-            for name in ("logits", "scores", "hidden_states", "attentions")
-            if options.return_dict and getattr(options, f"output_{name}")
-        }
-        self.steps: list[dict[str, Any]] = []
-
-    def add(self, logits: Tensor, scores: Tensor, output: GPTOutput) -> None:
-        values = {
-            "logits": logits,
-            "scores": scores,
-            "hidden_states": output.hidden_states,
-            "attentions": output.attentions,
-        }
-        self.steps.append({name: values[name] for name in self.wanted})
-
-    def by_name(self) -> dict[str, Any]:
-        return {name: tuple(step[name] for step in self.steps) for name in self.wanted}
 
 
 class Step(NamedTuple):
@@ -371,9 +365,7 @@ def sample_steps(model: GPT, ids: Tensor, mask: Tensor | None, options: Options)
     running = torch.ones(rows, dtype=torch.bool, device=ids.device)
     ids = F.pad(ids, (0, options.max_new_tokens))
     for t in range(prompt_length, length):
-        output = read(ids[:, :t])
-        assert output.logits is not None
-        logits = output.logits[:, -1].float()
+        logits, output = read(ids[:, :t])
         scores = process(ids[:, :t], logits)
         if options.do_sample:
             tokens = draw(scores, 1, options.generator, options.gumbel)[:, 0]
@@ -433,16 +425,15 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
     improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)
     first_row = torch.arange(n_prompts, device=ids.device)[:, None] * K
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)  # so that K can run on if the others end
-    records = Records(options)
+    records: list[Record] = []
 
     for t in range(prompt_length, length):
         rows = running.ids[:, :, :t].flatten(0, 1)  # (B * K, t)
-        output = read(rows)
-        assert output.logits is not None
-        logits = output.logits[:, -1].float()
+        logits, output = read(rows)
         logprobs = logits.log_softmax(dim=-1)
         scores = process(rows, logprobs)
-        records.add(logits, scores, output)
+        if options.return_dict:
+            records.append((logits, scores, output))
 
         totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
         if options.do_sample:
@@ -487,7 +478,7 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
         best.scores,
         (best.origins >= 0).sum(dim=1),
         beam_indices=best.origins[:, :steps],
-        **records.by_name(),
+        **requested(records, options),
     )
 
 
@@ -606,13 +597,12 @@ def generate(
     Raises:
         ValueError: an impossible option, ids outside the vocabulary, or more tokens than fit.
     """
-    given = locals()
-    options = Options(**{name: given[name] for name in Options.__dataclass_fields__})
+    options = Options(**locals())
     ids, mask = prepare(model, input_ids, attention_mask, options)
     if options.num_beams > 1:
         output = beam_search(model, ids, mask, options)
         return output if return_dict else output.sequences
-    records = Records(options)
+    records: list[Record] = []
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -620,7 +610,7 @@ def generate(
         tokens.append(step.tokens)
         lengths += step.running
         if return_dict:
-            records.add(step.logits, step.scores, step.output)
+            records.append((step.logits, step.scores, step.output))
             chosen = -F.cross_entropy(step.logits, step.tokens, reduction="none")
             logprobs.append(chosen.where(step.running, 0.0))
     sequences = torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
@@ -628,14 +618,14 @@ def generate(
         return sequences
     of_tokens = torch.stack(logprobs, dim=1)
     sequences_scores = of_tokens.sum(dim=1) / lengths**length_penalty
-    return GenerateOutput(sequences, of_tokens, sequences_scores, lengths, **records.by_name())
+    return GenerateOutput(sequences, of_tokens, sequences_scores, lengths, **requested(records, options))
 
 
 def read_options(**given: Any) -> Options:
     """The Options for these keyword arguments of `generate` and its defaults for the others."""
     arguments = inspect.signature(generate).bind(None, None, **given)
     arguments.apply_defaults()
-    return Options(**{name: arguments.kwargs[name] for name in Options.__dataclass_fields__})
+    return Options(**arguments.kwargs)
 
 
 class Piece(NamedTuple):

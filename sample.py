@@ -116,6 +116,7 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torc
 def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     """The model and its tokenizer, which must be of one size."""
     from data.tokenizer import load_tokenizer
+    from generation import pack_weights
     from model import GPT, locate
     from training.checkpoint import resolve_model
 
@@ -128,6 +129,7 @@ def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
             f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
             f"they do not belong together"
         )
+    pack_weights(model)
     return model, tokenizer
 
 
