@@ -186,6 +186,15 @@ class Split:
             done += n
             shard += 1
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash that tells whether two splits hold the same tokens: of the shards' hashes, or their names and sizes."""
+        if self.meta is not None:
+            described = [shard.sha256 for shard in self.meta.shards[self.name]]
+        else:
+            described = [f"{path.name} {end}" for path, end in zip(self.paths, self._ends, strict=True)]
+        return hashlib.sha256("\n".join(described).encode()).hexdigest()
+
     def shard_at(self, position: int) -> Path:
         """The shard that holds the token at `position`."""
         return self.paths[bisect_right(self._ends, position)]

@@ -1,0 +1,112 @@
+"""What many tests need: small datasets, made once, by the commands a user would type."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train import Trainer
+from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, System
+from training.parallel import start_processes
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub says so by its mark, and unsets this
+
+
+def run_python(*arguments, check=True, timeout=300, **environment):
+    """`python ...` in the repository, its output captured; fails with it where `check` and the exit is not 0."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check and result.returncode != 0:
+        pytest.fail(f"{arguments} exited with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return result
+
+
+@pytest.fixture(scope="session")
+def python():
+    """`python("train.py", "--config", ...)`: a completed process."""
+    return run_python
+
+
+VERSES = [
+    f"{name}:\nThe {thing} of {place} is {number} leagues away,\nand no {thing} shall stay me on the way.\n"
+    for number in range(40)
+    for name, thing, place in [
+        ("ROSALIND", "forest", "Arden"),
+        ("DUKE", "court", "France"),
+        ("TOUCHSTONE", "ox", "Kent"),
+    ]
+]
+
+
+@pytest.fixture(scope="session")
+def verses(tmp_path_factory):
+    """A dataset of some 10 KB in characters: 120 documents, about a tenth of them for validation."""
+    directory = tmp_path_factory.mktemp("verses")
+    source = directory / "verses.jsonl"
+    source.write_text("".join(json.dumps({"text": verse}) + "\n" for verse in VERSES), encoding="utf-8")
+    out = directory / "dataset"
+    run_python("-m", "data.prepare", "text", source, "--out", out, "--tokenizer", "char", "--val-fraction", "0.1")
+    return out
+
+
+@pytest.fixture
+def tiny_run(verses, tmp_path):
+    """`tiny_run("name", **{"optim.steps": 5})`: the configuration of a run that takes milliseconds a step."""
+
+    def configure(name="tiny", **changes):
+        config = Config(
+            run=Run(name=name, dir=str(tmp_path / "runs")),
+            model=Model(preset=None, n_layer=2, n_head=2, n_embd=32, block_size=32),
+            data=Data(dir=str(verses), batch_tokens=256, sequence_length=32, micro_batch=8),
+            optim=Optim(lr=1e-2, warmup_steps=2, steps=20),
+            eval=Eval(every=0, samples=0, hellaswag=False),
+            checkpoint=Checkpoint(every=0),
+            system=System(device="cpu", dtype="float32"),
+        )
+        for path, value in changes.items():
+            section, field = path.split(".")
+            setattr(getattr(config, section), field, value)
+        return dataclasses.replace(config)  # checks it again
+
+    return configure
+
+
+@pytest.fixture
+def train():
+    """Run a configuration in this process; returns the run's directory."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def run(config):
+        trainer = Trainer(config, start_processes(config.system))
+        trainer.run()
+        trainer.lock.release()
+        return trainer.directory
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Write a configuration to a YAML file for a process of its own; returns its path."""
+
+    def write(config):
+        path = tmp_path / f"{config.run.name}.yaml"
+        path.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+        return path
+
+    return write

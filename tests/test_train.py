@@ -1,0 +1,198 @@
+"""Training: the same curve on any number of processes, and a killed run that goes on as if nothing had happened."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train import MAX_BAD_STEPS, Trainer
+from training.metrics import read_metrics
+from training.parallel import start_processes
+
+
+def losses(run, split="train"):
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == split]
+
+
+def weights(run, step):
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def torchrun(processes, config):
+    arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"]
+    return [*arguments, "--config", config]
+
+
+def test_a_micro_batch_that_is_no_divisor_gives_the_same_losses(tiny_run, train):
+    one = losses(train(tiny_run("one", **{"eval.every": 20})))
+    for rows in (3, 1):
+        assert losses(train(tiny_run(f"by-{rows}", **{"data.micro_batch": rows}))) == pytest.approx(one, abs=1e-4)
+    assert len(one) == 20
+    assert one[-1] < one[0] - 0.5  # and they are the losses of a model that learns
+
+
+def test_two_processes_give_the_same_losses_and_validation(tiny_run, train, write_config, python):
+    one = train(tiny_run("one", **{"eval.every": 10}))
+    config = tiny_run("two", **{"eval.every": 10, "data.micro_batch": 3})
+    python(*torchrun(2, write_config(config)))
+    two = one.parent / "two"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert losses(two, "val") == pytest.approx(losses(one, "val"), abs=1e-4)
+    assert json.loads((two / "provenance.json").read_text())[0]["processes"] == 2
+
+
+def test_a_run_on_two_processes_goes_on_on_one(tiny_run, train, write_config, python):
+    whole = train(tiny_run("whole"))
+    config = tiny_run("moved", **{"checkpoint.every": 12})
+    python(*torchrun(2, write_config(config)))
+    moved = whole.parent / "moved"
+    shutil.rmtree(moved / "checkpoints" / "step-000020")
+    train(config)
+    assert losses(moved) == pytest.approx(losses(whole), abs=1e-4)
+    assert [r["step"] for r in read_metrics(moved / "metrics.jsonl")] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model.dropout": 0.2}, {"optim.name": "muon"}], ids=["plain", "dropout", "muon"]
+)
+def test_going_on_from_a_checkpoint_is_bit_exact(tiny_run, train, changes):
+    config = tiny_run("whole", **{"checkpoint.every": 7, "checkpoint.keep": 9}, **changes)
+    run = train(config)
+    whole, records = weights(run, 20), losses(run)
+    for step in (14, 20):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
+    train(config)
+    assert same_bits(weights(run, 20), whole)
+    assert losses(run) == records
+    assert "7" in json.dumps(json.loads((run / "provenance.json").read_text())[1]["resumed_at_step"])
+
+
+def wait_for_step(run, step, process):
+    """Until metrics.jsonl has a step; the process must not end before."""
+    path = run / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def start(config):
+    return subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(config)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def slow_run(tiny_run, name):
+    """40 steps of some 20 ms, so that a signal lands where it is meant to."""
+    return tiny_run(name, **{"optim.steps": 40, "checkpoint.every": 5, "data.batch_tokens": 4096})
+
+
+def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_config, python):
+    whole = train(slow_run(tiny_run, "whole"))
+    config = slow_run(tiny_run, "killed")
+    killed = whole.parent / "killed"
+    process = start(write_config(config))
+    wait_for_step(killed, 23, process)
+    process.kill()
+    process.communicate()
+    assert json.loads((killed / "status.json").read_text())["status"] == "running"
+    done = python("train.py", "--config", write_config(config))
+    assert "going on from" in done.stdout
+    assert same_bits(weights(killed, 40), weights(whole, 40))
+    assert [r["step"] for r in read_metrics(killed / "metrics.jsonl")] == list(range(1, 41))
+    assert losses(killed) == losses(whole)
+    assert not list(killed.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, number):
+    config = tiny_run("stopped", **{"optim.steps": 100_000, "optim.schedule": "constant"})
+    process = start(write_config(config))
+    run = write_config(config).parent / "runs" / "stopped"
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    status = json.loads((run / "status.json").read_text())
+    last = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert status == {"status": "preempted", "step": last}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+
+
+def test_it_begins_at_ln_vocabulary_and_can_learn_a_small_text_by_heart(tiny_run, train, verses):
+    changes = {"optim.steps": 300, "data.batch_tokens": 1024, "model.n_embd": 64, "optim.weight_decay": 0.0}
+    curve = losses(train(tiny_run("overfit", **changes)))
+    vocab = json.loads((verses / "meta.json").read_text())["vocab_size"]
+    assert curve[0] == pytest.approx(math.log(vocab), rel=0.05)
+    assert sum(curve[-10:]) / 10 < 0.12  # what is left is the names and numbers that no context tells
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tiny_run, train, write_config, python):
+    config = tiny_run("done", **{"optim.steps": 3})
+    run = train(config)
+    before = (run / "metrics.jsonl").read_bytes()
+    result = python("train.py", "--config", write_config(config))
+    assert "finished after step 3" in result.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_run, train, monkeypatch):
+    config = tiny_run("bad", **{"checkpoint.every": 20})
+    poison(monkeypatch, {4, 5})
+    run = train(config)
+    state = json.loads((run / "checkpoints/step-000020/trainer/state.json").read_text())
+    assert state["skipped_steps"] == 2
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["loss"] is None] == [5, 6]
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tiny_run, train, monkeypatch):
+    config = tiny_run("bad", **{"checkpoint.every": 3})
+    poison(monkeypatch, set(range(7, 100)))
+    with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS} steps in a row.*step 17.*step-000006"):
+        train(config)
+
+
+def poison(monkeypatch, steps):
+    """Make the loss NaN in these steps (counted from 0)."""
+    real = Trainer.train_step
+
+    def train_step(self, *asked):
+        good = self.loss_function
+        if self.step in steps:
+            self.loss_function = lambda *batch: good(*batch) * float("nan")
+        result = real(self, *asked)
+        self.loss_function = good
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_one_read_of_the_device_a_step(tiny_run, monkeypatch):
+    """What turns a tensor into Python numbers waits for the device: once a step, never in a micro-step."""
+    config = tiny_run("reads", **{"data.micro_batch": 2})
+    trainer = Trainer(config, start_processes(config.system))
+    monkeypatch.setattr(trainer.model, "_check_ids", lambda *arguments: None)  # on the CPU it looks at every id
+    reads = []
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, _real=real, _name=name: (reads.append(_name), _real(t))[1])
+    trainer.train_step(False, False)
+    assert reads == ["tolist"]
+    trainer.loader.close()
+    trainer.lock.release()

@@ -1,0 +1,125 @@
+"""The configuration: every field can be wrong, and the error names it."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from training.config import Config, parse_config, refuse_changes
+
+FIELDS = [(s, f) for s, fields in Config().to_dict().items() for f in fields]
+
+
+def refused(capsys, *arguments):
+    """The message with which a command line is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_without_arguments_it_is_the_124m_reproduction():
+    config = parse_config([])
+    assert config.model_config(50257).n_layer == 12
+    assert (config.data.batch_tokens, config.optim.steps, config.optim.lr) == (524288, 19073, 6e-4)
+
+
+def test_file_then_flags(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {preset: gpt2-medium, dropout: 0.1}\noptim: {lr: 1.0e-3, steps: 900}\n")
+    config = parse_config(["--config", str(file), "--optim.lr", "3e-4", "--model.n_layer", "4"])
+    shape = config.model_config(100)
+    assert (config.optim.lr, config.optim.steps) == (3e-4, 900)
+    assert (shape.n_layer, shape.n_head, shape.n_embd, shape.dropout, shape.vocab_size) == (4, 16, 1024, 0.1, 100)
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "gpt2-124m"])
+def test_shipped_configurations_are_valid(name):
+    parse_config(["--config", f"configs/{name}.yaml"])
+
+
+def test_the_124m_file_says_what_the_defaults_say():
+    assert parse_config(["--config", "configs/gpt2-124m.yaml"]).to_dict() == Config().to_dict()
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_a_wrong_type_names_the_field(capsys, tmp_path, section, field):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{section}: {{{field}: [1, {{a: b}}]}}\n")
+    assert f"{section}.{field}" in refused(capsys, "--config", str(file))
+
+
+@pytest.mark.parametrize("section", list(Config().to_dict()))
+def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, section):
+    known = next(iter(Config().to_dict()[section]))
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{section}: {{{known}x: 1}}\n")
+    message = refused(capsys, "--config", str(file))
+    assert f"{known}x" in message
+    assert f"did you mean {known}?" in message
+    assert f"did you mean {section}.{known}?" in refused(capsys, f"--{section}.{known}x", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.n_head", "5"], "model.n_embd (768) must be divisible by n_head (5)"),
+        (
+            ["--data.batch_tokens", "1000"],
+            "data.batch_tokens 1000 is no multiple of data.sequence_length 1024: take 1024",
+        ),
+        (["--data.sequence_length", "2048"], "data.sequence_length 2048 is above model.block_size 1024"),
+        (["--optim.warmup_steps", "9", "--optim.steps", "9"], "optim.warmup_steps 9 leaves nothing of optim.steps 9"),
+        (["--optim.betas", "[0.9, 1.0]"], "optim.betas [0.9, 1.0] must lie in [0, 1)"),
+        (["--model.dropout", "1.5"], "model.dropout must be in [0, 1), got 1.5"),
+        (["--model.preset", "null"], "model.n_layer is needed where model.preset is null"),
+        (["--model.freeze_layers", "2"], "model.freeze_layers freezes untrained weights"),
+        (["--run.name", "../x"], "run.name '../x' must be the name of one directory"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_combinations_that_cannot_work(capsys, arguments, message):
+    assert message in refused(capsys, *arguments)
+
+
+def test_what_changes_in_a_resumed_run_is_listed_old_and_new():
+    before = Config().identity()
+    now = Config()
+    now.run.seed, now.optim.weight_decay, now.optim.steps = 1, 0.2, 5000
+    with pytest.raises(
+        ValueError, match=r"run.seed was 1337, is 1; optim.steps was 19073, is 5000; optim.weight_decay"
+    ):
+        refuse_changes(before, now.identity(), allow=False)
+    with pytest.raises(ValueError, match=r"run.seed was 1337, is 1; optim.weight_decay was 0.1, is 0.2"):
+        refuse_changes(before, now.identity(), allow=True)
+
+
+@pytest.mark.parametrize("name", ["steps", "lr", "schedule"])
+def test_length_rate_and_schedule_may_change_when_that_is_said(name):
+    now = Config()
+    setattr(now.optim, name, {"steps": 5, "lr": 1.0, "schedule": "wsd"}[name])
+    refuse_changes(Config().identity(), now.identity(), allow=True)
+    with pytest.raises(ValueError, match=f"optim.{name} was"):
+        refuse_changes(Config().identity(), now.identity(), allow=False)
+
+
+def test_other_machines_and_other_reports_are_the_same_run():
+    now = Config()
+    now.data.micro_batch, now.system.device, now.eval.every, now.checkpoint.keep, now.log.every = 3, "cpu", 7, 9, 1
+    refuse_changes(Config().identity(), now.identity(), allow=False)
+
+
+def test_every_field_has_its_help(python):
+    text = " ".join(python("train.py", "--help").stdout.split())
+    for section, field in FIELDS:
+        described = re.search(rf" --{section}.{field} \S+ (.*?) \(type:", text)
+        assert described, f"{section}.{field}"
+        assert 10 < len(described[1]) < 200, described[1]
+
+
+def test_printed_configuration_can_be_read_back(tmp_path, python):
+    printed = python("train.py", "--print_config", "--optim.lr", "1e-3").stdout
+    (tmp_path / "a.yaml").write_text(printed)
+    assert yaml.safe_load(printed)["optim"]["lr"] == 1e-3
+    assert parse_config(["--config", str(tmp_path / "a.yaml")]).optim == dataclasses.replace(Config().optim, lr=1e-3)

@@ -1,0 +1,424 @@
+"""Train a GPT-2, alone or on many processes:
+
+    python train.py --config configs/shakespeare.yaml
+    torchrun --standalone --nproc_per_node=8 train.py --config configs/gpt2-124m.yaml
+
+The same command again goes on from the newest checkpoint. README.md says what a run leaves behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from filelock import FileLock, Timeout
+
+from data.loader import Loader
+from data.shards import open_split, write_json
+from data.tokenizer import Tokenizer, load_tokenizer
+from eval.loss import split_loss
+from generation import generate
+from model import GPT, load_weights, locate, read_config
+from report.curves import draw_loss
+from training.checkpoint import Checkpoints, host_copy, load_optimizers, read_state
+from training.config import Config, parse_config, refuse_changes
+from training.metrics import (
+    MetricsLog,
+    Progress,
+    duration,
+    flops_per_token,
+    peak_flops,
+    read_metrics,
+    record_provenance,
+)
+from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
+from training.parallel import (
+    Processes,
+    clip_gradients,
+    distribute,
+    fit_micro_batch,
+    should_compile,
+    should_shard,
+    start_processes,
+    stop_processes,
+    synchronise_gradients,
+)
+
+MAX_BAD_STEPS = 10  # in a row without a finite loss and gradient: the run has diverged
+SAMPLE_TOKENS = 200
+
+
+class Trainer:
+    """One life of a run: set up, from scratch or from a checkpoint, then `run` to the end or to a signal."""
+
+    def __init__(self, config: Config, processes: Processes) -> None:
+        self.config, self.processes = config, processes
+        self.directory = Path(config.run.dir) / config.run.name
+        self.lock: FileLock | None = None
+        self.metrics: MetricsLog | None = None
+
+        # What can be refused is refused before anything is created.
+        train_split, self.val_split = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
+        self.tokenizer = load_tokenizer(config.data.dir if train_split.meta else "gpt2")
+        self.token_bytes = self.tokenizer.token_bytes()
+        if processes.is_main and self.directory.is_dir():
+            self.lock = lock_run(self.directory)
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints", keep=config.checkpoint.keep, on_error=config.checkpoint.on_error
+        )
+        checkpoint = self._checkpoint_to_resume()
+        self.model = make_model(config, self.tokenizer, checkpoint)
+        self.identity = config.identity() | {
+            "model": dataclasses.asdict(self.model.config) | {"freeze_layers": config.model.freeze_layers},
+            "dataset": {"sha256": train_split.fingerprint},
+        }
+        self.step, self.seconds, self.skipped_steps = 0, 0.0, 0
+        self.val_loss: float | None = None  # of this step; None where it was not measured
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            refuse_changes(state["identity"], self.identity, allow=config.run.allow_changes)
+            self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
+
+        self.sharded = should_shard(config, self.model.config, processes)
+        self.micro_batch = fit_micro_batch(config, self.model.config, processes, sharded=self.sharded)
+        compiled, reason = should_compile(config, self.model, processes.device)
+        n_parameters = self.model.num_parameters()
+        self.model.to(processes.device).train()
+        if config.model.freeze_layers:
+            self.model.freeze(config.model.freeze_layers)
+        self.loss_function = distribute(self.model, config, processes, compiled=compiled, sharded=self.sharded)
+        self.optimizers = make_optimizers(self.model, config.optim)
+        if checkpoint is not None:
+            load_optimizers(self.model, self.optimizers, checkpoint)
+        self.loader = Loader(
+            train_split,
+            batch_tokens=config.data.batch_tokens,
+            sequence_length=config.data.sequence_length,
+            micro_batch=self.micro_batch,
+            vocab_size=self.tokenizer.vocab_size,
+            seed=config.run.seed,
+            shuffle=config.data.shuffle,
+            start_step=self.step,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            pin_memory=processes.device.type == "cuda",
+        )
+        step_flops = config.data.batch_tokens * flops_per_token(
+            self.model.config, n_parameters, config.data.sequence_length
+        )
+        peak = peak_flops(processes.device)
+        self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
+        if processes.is_main:
+            self._open_directory(resumed=checkpoint is not None)
+        self.progress = Progress(self.step, config.optim.steps, config.log.every, processes.is_main)
+        tokens = config.optim.steps * config.data.batch_tokens
+        self.progress.say(
+            f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
+            f"{tokens / train_split.n_tokens:.2f} epochs of {config.data.dir}\n"
+            f"{processes.world_size} x {processes.device.type}, {str(processes.dtype).removeprefix('torch.')}, "
+            f"micro-batches of {self.micro_batch} x {config.data.sequence_length}, "
+            f"{'compiled' if compiled else 'not compiled'} ({reason})"
+            + (f"\ngoing on from {checkpoint}" if checkpoint is not None else "")
+        )
+
+    def run(self) -> str:
+        """Train to the last step or to a signal. Returns "finished" or "preempted", which status.json says too."""
+        config = self.config
+        stop = StopSignal()
+        bad_steps, last_save = 0, time.monotonic()
+        if self.step == 0 and config.eval.every:
+            self.validate()
+        while self.step < config.optim.steps and not stop.asked:
+            minutes = (time.monotonic() - last_save) / 60
+            save_asked = 0 < config.checkpoint.every_minutes <= minutes
+            finite, stop.asked, save_asked = self.train_step(stop.asked, save_asked)
+            bad_steps = 0 if finite else bad_steps + 1
+            if bad_steps == MAX_BAD_STEPS:
+                self._give_up()
+            last = self.step == config.optim.steps
+            if config.eval.every and (last or due(self.step, config.eval.every)):
+                self.validate()
+            if (last or stop.asked or save_asked or due(self.step, config.checkpoint.every)) and finite:
+                self.save()
+                last_save = time.monotonic()
+        status = "finished" if self.step == config.optim.steps else "preempted"
+        self._close(status)
+        return status
+
+    def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
+        """One optimizer step over a global batch.
+
+        Returns whether it was taken (a loss or gradient that is not finite is skipped), and whether any process was
+        asked to stop, or to save.
+        """
+        config, processes, model = self.config, self.processes, self.model
+        began = time.perf_counter()
+        self.val_loss = None
+        if model.config.dropout:  # drawn from the step alone, so that going on needs no generator's state
+            seeds = np.random.SeedSequence([config.run.seed, self.step, processes.rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        factor = learning_rate_factor(self.step, config.optim)
+        set_learning_rate(self.optimizers, factor)
+
+        micro_batches = next(self.loader)
+        loss_sum = torch.zeros((), device=processes.device)
+        for i, (inputs, targets, n_tokens) in enumerate(micro_batches, 1):
+            synchronise_gradients(self.loss_function, model, i == len(micro_batches))
+            inputs = inputs.to(processes.device, non_blocking=True)
+            targets = targets.to(processes.device, non_blocking=True)
+            with processes.autocast():
+                loss = self.loss_function(inputs, targets)
+            # Every token weighs the same: gradients add up over micro-batches, and are averaged over processes.
+            share = n_tokens / config.data.batch_tokens
+            (loss * (share * processes.world_size)).backward()
+            loss_sum += loss.detach() * share
+        norm = clip_gradients(model, config.optim.grad_clip)
+
+        # The one time in a step that the host waits for the device. All processes learn the same and decide the same.
+        asked = torch.tensor([float(stop_asked), float(save_asked)]).to(processes.device)
+        told = processes.sum(torch.cat([loss_sum[None], asked]))
+        loss_value, stops, saves, grad_norm = torch.cat([told, norm[None]]).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        for optimizer in self.optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._log_step(loss_value, grad_norm, config.optim.lr * factor, time.perf_counter() - began, finite)
+        return finite, stops > 0, saves > 0
+
+    def validate(self) -> None:
+        """Score the validation split, sample, and draw the curves so far."""
+        config, processes, model = self.config, self.processes, self.model
+        model.eval()
+        result = split_loss(
+            model,
+            self.val_split,
+            self.token_bytes,
+            tokens=config.eval.tokens,
+            sequence_length=config.data.sequence_length,
+            micro_batch=self.micro_batch,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            reduce=processes.sum,
+            autocast=processes.autocast,
+        )
+        # under FSDP a forward pass takes all processes, also where only one writes down what comes of it
+        texts = self._sample() if processes.is_main or self.sharded else []
+        model.train()
+        self.val_loss = result.loss
+        if self.metrics is None:
+            return
+        tokens = self.step * config.data.batch_tokens
+        self.metrics.write("val", self.step, tokens=tokens, loss=result.loss, bits_per_byte=result.bits_per_byte)
+        self.progress.say(
+            f"step {self.step:>6}  validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
+        )
+        with open(self.directory / "samples.txt", "a", encoding="utf-8") as file:
+            file.writelines(f"==== step {self.step}, sample {i}\n{text}\n\n" for i, text in enumerate(texts, 1))
+        self._draw()
+
+    def save(self) -> None:
+        """Copy weights and optimizer state to the host and hand them to the writing thread."""
+        weights, optimizer_state = host_copy(self.model, self.optimizers)
+        if self.processes.is_main:
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "skipped_steps": self.skipped_steps,
+                "val_loss": self.val_loss,
+                "identity": self.identity,
+            }
+            self.checkpoints.save(weights, optimizer_state, self.model.config, self.tokenizer, state)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """The checkpoint that run.resume asks for: chosen by the main process, the same for all."""
+        resume, step = self.config.run.resume, -1
+        if self.processes.is_main:
+            newest = None if resume == "never" else self.checkpoints.newest()
+            if resume == "must" and newest is None:
+                raise FileNotFoundError(
+                    f"run.resume is must, but there is no checkpoint in {self.checkpoints.directory}"
+                )
+            if resume == "never" and self.checkpoints.list():
+                raise ValueError(
+                    f"run.resume is never, but {self.directory} has checkpoints: choose another run.name, or auto"
+                )
+            step = -1 if newest is None else read_state(newest)["step"]
+        chosen = torch.tensor(step, device=self.processes.device)
+        if self.processes.world_size > 1:
+            dist.broadcast(chosen, src=0)
+        return None if chosen < 0 else self.checkpoints.path(int(chosen))
+
+    def _open_directory(self, resumed: bool) -> None:
+        """Create the run's directory, or clear up what a killed process left in it; open its metrics."""
+        config, directory = self.config, self.directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.lock = self.lock or lock_run(directory)
+            self.checkpoints.remove_partial()
+            (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+            record_provenance(
+                directory / "provenance.json", config, self.processes, resumed_at=self.step if resumed else None
+            )
+            write_json(directory / "status.json", {"status": "running", "step": self.step})
+            self.metrics = MetricsLog(directory / "metrics.jsonl", self.step, config)
+        except PermissionError as error:
+            raise PermissionError(f"no permission to write to {directory} ({error}): choose another run.dir") from error
+
+    def _log_step(self, loss: float, grad_norm: float, lr: float, seconds: float, finite: bool) -> None:
+        self.seconds += seconds
+        if not finite:
+            self.skipped_steps += 1
+            self.progress.say(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: this step was skipped")
+        if self.metrics is None:
+            return
+        batch_tokens = self.config.data.batch_tokens
+        mfu = self.seconds_at_peak / seconds if self.seconds_at_peak else None
+        self.metrics.write(
+            "train",
+            self.step,
+            tokens=self.step * batch_tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=batch_tokens / seconds,
+            mfu=mfu,
+            seconds=self.seconds,
+        )
+        rate = f"{batch_tokens / seconds:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
+        self.progress.update(self.step, loss, rate)
+
+    def _sample(self) -> list[str]:
+        """Texts from end-of-text on, with the same seed each time, so that one sees the model change."""
+        n = self.config.eval.samples
+        if n == 0:
+            return []
+        device, eot = self.processes.device, self.tokenizer.eot
+        start = torch.full((n, 1), eot, device=device)
+        new = min(SAMPLE_TOKENS, self.model.config.block_size - 1)
+        generator = torch.Generator(device).manual_seed(self.config.run.seed)
+        with self.processes.autocast():
+            ids = generate(
+                self.model, start, max_new_tokens=new, do_sample=True, top_k=50, eos_token_id=eot, generator=generator
+            )
+        assert isinstance(ids, torch.Tensor)
+        return [self.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
+
+    def _draw(self) -> None:
+        draw_loss(read_metrics(self.directory / "metrics.jsonl"), self.directory / "loss.png", self.config.run.name)
+
+    def _give_up(self) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.list()
+        raise FloatingPointError(
+            f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite, at step {self.step}. "
+            f"Last good checkpoint: {good[-1] if good else 'none'}. Go on from it with a lower optim.lr"
+        )
+
+    def _close(self, status: str) -> None:
+        """End in order: the last checkpoint on disk, the curves drawn, the status written."""
+        self.progress.close()
+        self.loader.close()
+        self.checkpoints.wait()
+        if self.metrics is None:
+            return
+        self.metrics.close()
+        self._draw()
+        write_json(self.directory / "status.json", {"status": status, "step": self.step})
+        print(f"{status} after step {self.step}, {duration(self.seconds)} of training: {self.directory}")
+
+    def fail(self) -> None:
+        """Leave word of a failure in status.json."""
+        if self.metrics is not None:
+            write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a wish to stop after the step; a second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def lock_run(directory: Path) -> FileLock:
+    """Hold the run's directory for this process; the system lets go of it however the process ends."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"{directory} is in use by a run that is still going: wait, or choose another run.name"
+        ) from None
+    return lock
+
+
+def make_model(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> GPT:
+    """The model on the CPU, in float32: from the checkpoint to resume, or model.init_from, or scratch."""
+    asked = config.model
+    if asked.init_from == "scratch":
+        shape = config.model_config(tokenizer.vocab_size)
+    if checkpoint is None and asked.init_from == "scratch":
+        torch.manual_seed(config.run.seed)
+        return GPT(shape)
+    source = checkpoint or locate(asked.init_from)
+    if asked.init_from != "scratch":
+        shape = dataclasses.replace(read_config(source), dropout=asked.dropout)
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            if getattr(asked, name) not in (None, getattr(shape, name)):
+                raise ValueError(
+                    f"model.{name} is {getattr(asked, name)}, but {source} has {getattr(shape, name)}: leave it out"
+                )
+        if config.data.sequence_length > shape.block_size:
+            raise ValueError(
+                f"data.sequence_length {config.data.sequence_length} is above the {shape.block_size} of {source}"
+            )
+    if load_tokenizer(source) != tokenizer:
+        raise ValueError(
+            f"{source} and {config.data.dir} have different tokenizers: prepare the text again with the tokenizer that "
+            f"the model was trained with"
+        )
+    with torch.device("meta"):
+        model = GPT(shape)
+    load_weights(model, source, dtype=torch.float32, device="cpu")
+    return model
+
+
+def main() -> None:
+    config = parse_config()
+    trainer = None
+    try:
+        trainer = Trainer(config, start_processes(config.system))
+        trainer.run()
+    except BaseException as error:
+        if trainer is not None:
+            trainer.fail()
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            print(f"train.py: {error}", file=sys.stderr)
+            sys.exit(2)
+        raise
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main()

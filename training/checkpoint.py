@@ -1,0 +1,240 @@
+"""Checkpoints: directories that are a GPT-2 to every other tool, with what training needs to go on beside it.
+
+    checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
+                               trainer/optimizer.safetensors trainer/state.json   manifest.json
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from data.shards import file_sha256, sync_directory
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, save_weights
+
+MANIFEST = "manifest.json"
+STATE = "trainer/state.json"
+OPTIMIZER = "trainer/optimizer.safetensors"
+PARTIAL = ".partial"
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def host_copy(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by name, and optimizer state by `parameter name/key`, whole, in host memory of their own.
+
+    Every process must call it; only the main one gets the tensors.
+    """
+    state: Any = get_optimizer_state_dict(model, optimizers, options=FULL).get("state", {})  # empty on other ranks
+    optimizer_state = {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
+    weights: dict[str, Any] = get_model_state_dict(model, options=FULL)
+    # what was on the CPU already is still the model's own, which trains on
+    return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in optimizer_state.items()}
+
+
+def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) -> None:
+    """Give the optimizers the state in a checkpoint. Learning rates and the like stay as the configuration has them."""
+    state: dict[str, Any] = {}
+    with safe_open(directory / OPTIMIZER, framework="pt") as tensors:
+        for flat in tensors.keys():  # noqa: SIM118 (not a dictionary)
+            name, _, key = flat.rpartition("/")
+            state.setdefault(name, {})[key] = tensors.get_tensor(flat)
+    options = StateDictOptions(full_state_dict=True)
+    groups = get_optimizer_state_dict(model, optimizers, options=options)["param_groups"]
+    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Only the main process writes; `save` returns once a copy in host memory is made.
+
+    Args:
+        directory: runs/<name>/checkpoints.
+        keep: the newest that stay, beside the best by validation loss.
+        on_error: "stop" raises a failed save at the next call; "continue" says so on stderr and goes on.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, on_error: str) -> None:
+        self.directory, self.keep, self.on_error = directory, keep, on_error
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._damaged: set[Path] = set()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps is, or would be."""
+        return self.directory / f"step-{step:06d}"
+
+    def list(self) -> list[Path]:
+        """Those there are, by step, unverified."""
+        return list_checkpoints(self.directory)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose manifest holds; damaged ones are named on stderr, passed over and left alone.
+
+        Raises ValueError where there are checkpoints and every one is damaged.
+        """
+        candidates = self.list()
+        for path in reversed(candidates):
+            try:
+                verify(path)
+            except (OSError, ValueError) as error:
+                print(f"passing over a damaged checkpoint: {error}", file=sys.stderr)
+                self._damaged.add(path)
+            else:
+                return path
+        if candidates:
+            raise ValueError(
+                f"every checkpoint in {self.directory} is damaged: move them away to start from the beginning"
+            )
+        return None
+
+    def remove_partial(self) -> None:
+        """Delete what a killed process left half written or half deleted."""
+        for path in self.directory.glob(f"*{PARTIAL}"):
+            shutil.rmtree(path)
+
+    def save(
+        self,
+        weights: dict[str, Tensor],
+        optimizer_state: dict[str, Tensor],
+        shape: GPTConfig,
+        tokenizer: Tokenizer,
+        state: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint of `state["step"]` on a thread, after the one before is done."""
+        self.wait()
+
+        def write() -> None:
+            try:
+                self._write(weights, optimizer_state, shape, tokenizer, state)
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last `save` is on disk. Raises OSError if it failed, unless `on_error` is "continue"."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is None:
+            return
+        message = f"a checkpoint could not be written to {self.directory} ({error}); earlier ones are whole"
+        if self.on_error == "stop":
+            raise OSError(f"{message}. Make room, and run the same command to go on from the newest") from error
+        print(message, file=sys.stderr)
+
+    def _write(
+        self,
+        weights: dict[str, Tensor],
+        optimizer_state: dict[str, Tensor],
+        shape: GPTConfig,
+        tokenizer: Tokenizer,
+        state: dict[str, Any],
+    ) -> None:
+        final = self.path(state["step"])
+        partial = final.with_name(final.name + PARTIAL)
+        try:
+            (partial / "trainer").mkdir(parents=True)
+            save_weights(weights, shape, partial, eos_token_id=tokenizer.eot)
+            tokenizer.save(partial)
+            save_file(optimizer_state, partial / OPTIMIZER)
+            (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            manifest = {
+                path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in files
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            for path in (*files, partial / MANIFEST):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(partial / "trainer")
+            sync_directory(partial)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)  # room for the next attempt
+            raise
+        if final.exists():  # a damaged one that was passed over
+            final.rename(final.with_name(f"{final.name}.damaged"))
+        partial.rename(final)
+        sync_directory(self.directory)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete all but the newest `keep` and the best by validation loss."""
+        paths = [path for path in self.list() if path not in self._damaged]
+        scored = [(loss, path) for path in paths if (loss := read_state(path)["val_loss"]) is not None]
+        best = min(scored)[1] if scored else None
+        for path in paths[: -self.keep]:
+            if path != best:
+                # renamed first, so that a kill in the middle leaves no checkpoint that looks whole or damaged
+                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` directory by step, unverified."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def verify(checkpoint: Path) -> None:
+    """Hold every file of a checkpoint against its manifest; ValueError or OSError naming the first that differs."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint / MANIFEST} is not a manifest ({error})") from None
+    for name, (size, sha256) in listed.items():
+        path = checkpoint / name
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its manifest says {size:,}")
+        if file_sha256(path) != sha256:
+            raise ValueError(f"{path} has another sha256 than its manifest says")
+    if missing := {"config.json", STATE, OPTIMIZER} - listed.keys():
+        raise ValueError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(missing))}")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What trainer/state.json holds."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def resolve_model(name_or_dir: str | None, runs: str = "runs") -> str:
+    """What `--model` stands for: None, the newest run; a run directory, its newest whole checkpoint; else itself.
+
+    Raises FileNotFoundError where there is no run, or no checkpoint in it.
+    """
+    if name_or_dir is None:
+        found = [path for run in Path(runs).glob("*/checkpoints") for path in list_checkpoints(run)]
+        if not found:
+            raise FileNotFoundError(f"no run with a checkpoint under {runs}/: train one, or name a model with --model")
+        name_or_dir = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
+    checkpoints = Path(name_or_dir) / "checkpoints"
+    if not checkpoints.is_dir():
+        return name_or_dir
+    newest = Checkpoints(checkpoints, keep=1, on_error="stop").newest()
+    if newest is None:
+        raise FileNotFoundError(f"{name_or_dir} has no checkpoint yet")
+    return str(newest)

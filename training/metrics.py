@@ -1,0 +1,191 @@
+"""What a run reports: metrics.jsonl, the progress line, Weights & Biases, provenance, and how busy the hardware is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from data.shards import write_json
+from model import GPTConfig
+from training.config import Config
+from training.parallel import Processes
+
+# Dense bf16 peaks in FLOP/s by a part of the device's name, the more particular first (vendors' data sheets).
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def flops_per_token(shape: GPTConfig, n_parameters: int, sequence_length: int) -> int:
+    """FLOPs of one token's forward and backward pass: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B)."""
+    return 6 * n_parameters + 12 * shape.n_layer * shape.n_embd * sequence_length
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a line, appended and flushed; the same to Weights & Biases when on.
+
+    Opening it drops what was written after step `last_step`, the one training goes on from, and a line torn by a crash:
+    no step stands twice.
+    """
+
+    def __init__(self, path: Path, last_step: int, config: Config) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._wandb = None
+        if config.log.wandb != "disabled":
+            import wandb
+
+            # one id a run directory: a resumed run goes on in the same curves
+            self._wandb = wandb.init(
+                project="gpt2",
+                name=config.run.name,
+                id=config.run.name,
+                resume="allow",
+                mode=config.log.wandb,
+                dir=path.parent,
+                config=config.to_dict(),
+            )
+
+    def write(self, split: str, step: int, **values: Any) -> None:
+        """Append one record. Numbers that are not finite become null, as JSON has none."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"split": split, "step": step, **clean}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Close the file, and finish with Weights & Biases."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; none where there is no file. A last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    return records
+
+
+class Progress:
+    """A progress bar on a terminal, elsewhere a line every `every` steps: loss, rate, MFU where known, time left."""
+
+    def __init__(self, first_step: int, steps: int, every: int, enabled: bool) -> None:
+        self.steps, self.every, self.enabled = steps, every, enabled
+        self._began, self._first = time.perf_counter(), first_step
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, loss: float, rate: str) -> None:
+        """Step `step` (from 1) is done."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
+        elif step % self.every == 0 or step == self.steps:
+            left = (time.perf_counter() - self._began) / (step - self._first) * (self.steps - step)
+            print(f"step {step:>6}/{self.steps}  loss {loss:.4f}  {rate}  {duration(left)} left", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(message)
+        elif self.enabled:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 10 s, 2 h 05 min, 3 d 04 h: two units at most."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours, days = int(seconds / 60), int(seconds / 3600), int(seconds / 86400)
+    if minutes < 60:
+        return f"{minutes} min {int(seconds) % 60:02} s"
+    return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{days} d {hours % 24:02} h"
+
+
+def record_provenance(path: Path, config: Config, processes: Processes, resumed_at: int | None) -> None:
+    """Add this start of the run to provenance.json: what was called, of which code, with which versions, on what."""
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    packages = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    start = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed_at_step": resumed_at,
+        "command": [sys.executable, *sys.argv],
+        "allow_changes": config.run.allow_changes,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "hardware": {
+            "platform": platform.platform(),
+            "cpu": _cpu_name(),
+            "cores": psutil.cpu_count(logical=False),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": gpus,
+        },
+        "processes": processes.world_size,
+        "device": str(processes.device),
+        "dtype": str(processes.dtype),
+    }
+    write_json(path, [*starts, start])
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # no git here, or the code was copied without its history
+        return None
+    return result.stdout.strip()
+
+
+def _cpu_name() -> str:
+    name = torch.cpu.get_capabilities().get("cpu_name")
+    return str(name or platform.processor())
