@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import inf
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from model import GPT, GPTOutput
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids (N, T), scores (N, V)) -> scores (N, V), as in transformers
-BANNED = float("-inf")
+BANNED = -inf
 
 
 class Tokenizer(Protocol):
@@ -42,10 +43,10 @@ class GenerateOutput(NamedTuple):
     logprobs: Tensor  # (N, S) of the chosen tokens under the model alone, before any processing; 0 after a row's end
     sequences_scores: Tensor  # (N,) their sum / (new tokens ** length_penalty); in beam search, of processed scores
     lengths: Tensor  # (N,) new tokens of each row, the one that ended it included
-    logits: tuple[Tensor, ...] | None = None  # S of (N, V) in fp32, as the model gave them
-    scores: tuple[Tensor, ...] | None = None  # S of (N, V), processed; in beam search, log-probabilities
-    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # S of n_layer + 1, the first step's over the prompt
-    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # S of n_layer
+    logits: list[Tensor] | None = None  # S of (N, V) in fp32, as the model gave them
+    scores: list[Tensor] | None = None  # S of (N, V), processed; in beam search, log-probabilities
+    hidden_states: list[tuple[Tensor, ...]] | None = None  # S of n_layer + 1, the first step's over the prompt
+    attentions: list[tuple[Tensor, ...]] | None = None  # S of n_layer
     beam_indices: Tensor | None = None  # (N, S) the row of `scores` that each token was chosen from, -1 after the end
 
 
@@ -55,7 +56,7 @@ class Options(SimpleNamespace):
     def check(self, vocab_size: int) -> None:
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must be above 0 (for the likeliest token take do_sample=False)": self.temperature > 0,
+            "temperature must be above 0 (for greedy decoding set do_sample=False)": 0 < self.temperature < inf,
             f"top_k must be in 0..{vocab_size}, the vocabulary": 0 <= (self.top_k or 0) <= vocab_size,
             "top_p must be in (0, 1]": self.top_p is None or 0 < self.top_p <= 1,
             "min_p must be in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
@@ -181,8 +182,6 @@ def make_process(options: Options, prompt_length: int, mask: Tensor | None) -> P
             scores = processor(ids, scores)
         for warper in warpers:
             scores = warper(scores)
-        if (on_history or given) and (scores == BANNED).all(dim=-1).any():
-            raise ValueError(f"no token is left to choose at position {ids.size(1)}: all are banned")
         return scores
 
     return process
@@ -310,18 +309,16 @@ class Reader:
         return output.logits[:, -1].float(), output
 
 
-Record = tuple[Tensor, Tensor, GPTOutput]  # of one step: logits (N, V), scores (N, V) and what the model returned
+def empty_records(options: Options) -> dict[str, Any]:
+    """A list for each output that the options ask for, to be filled by `record` at every step."""
+    names = ("logits", "scores", "hidden_states", "attentions")
+    return {name: [] for name in names if getattr(options, f"output_{name}")}
 
 
-def requested(records: list[Record], options: Options) -> dict[str, Any]:
-    """The fields of a GenerateOutput that the options ask for, each a tuple with an entry a step."""
-    columns: dict[str, list] = {
-        "logits": [logits for logits, _, _ in records],
-        "scores": [scores for _, scores, _ in records],
-        "hidden_states": [output.hidden_states for _, _, output in records],
-        "attentions": [output.attentions for _, _, output in records],
-    }
-    return {name: tuple(column) for name, column in columns.items() if getattr(options, f"output_{name}")}
+def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTOutput) -> None:
+    values = output._asdict() | {"logits": logits, "scores": scores}
+    for name, steps in records.items():
+        steps.append(values[name])
 
 
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
@@ -362,11 +359,14 @@ def sample_steps(model: GPT, ids: Tensor, mask: Tensor | None, options: Options)
     length = prompt_length + options.max_new_tokens
     read = Reader(model, ids, mask, options)
     process = make_process(options, prompt_length, mask)
+    may_ban_all = options.no_repeat_ngram_size or options.bad_words_ids or options.logits_processor
     running = torch.ones(rows, dtype=torch.bool, device=ids.device)
     ids = F.pad(ids, (0, options.max_new_tokens))
     for t in range(prompt_length, length):
         logits, output = read(ids[:, :t])
         scores = process(ids[:, :t], logits)
+        if may_ban_all and (scores[running] == BANNED).all(dim=-1).any():
+            raise ValueError(f"no token is left to choose at position {t}: all are banned")
         if options.do_sample:
             tokens = draw(scores, 1, options.generator, options.gumbel)[:, 0]
         else:
@@ -425,19 +425,18 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
     improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)
     first_row = torch.arange(n_prompts, device=ids.device)[:, None] * K
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)  # so that K can run on if the others end
-    records: list[Record] = []
+    records = empty_records(options)
 
     for t in range(prompt_length, length):
         rows = running.ids[:, :, :t].flatten(0, 1)  # (B * K, t)
         logits, output = read(rows)
         logprobs = logits.log_softmax(dim=-1)
         scores = process(rows, logprobs)
-        if options.return_dict:
-            records.append((logits, scores, output))
+        record(records, logits, scores, output)
 
         totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
         if options.do_sample:
-            chosen = draw(totals, n_candidates, options.generator, options.gumbel)
+            chosen = draw(totals, n_candidates, options.generator, gumbel=True)  # also where few tokens are allowed
         else:
             chosen = totals.topk(n_candidates).indices
         parents, tokens = chosen // V, chosen % V
@@ -478,7 +477,7 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
         best.scores,
         (best.origins >= 0).sum(dim=1),
         beam_indices=best.origins[:, :steps],
-        **requested(records, options),
+        **records,
     )
 
 
@@ -525,9 +524,8 @@ def prepare(
             raise ValueError("attention_mask ends with 0: prompts are to be padded on the left")
         mask = None if mask.all() else F.pad(mask, (0, options.max_new_tokens), value=1)
     copies = options.num_return_sequences if options.num_beams == 1 else 1
-    rows = len(input_ids) * copies
-    if isinstance(options.generator, Sequence) and len(options.generator) != rows:
-        raise ValueError(f"got {len(options.generator)} generators for {rows} rows: give one, or one a row")
+    if isinstance(options.generator, Sequence) and len(options.generator) != len(input_ids) * copies:
+        raise ValueError(f"got {len(options.generator)} generators: give one, or {len(input_ids) * copies}, one a row")
     device = model.transformer.wte.weight.device
     ids, mask = (None if x is None else x.repeat_interleave(copies, dim=0).to(device) for x in (input_ids, mask))
     assert ids is not None
@@ -586,7 +584,7 @@ def generate(
         sliding: allow more tokens than block_size; the model then sees the last block_size tokens.
         eos_token_id: ends a row, which then holds (the first) eos to its end. None: only the length does.
         generator: one for all draws, or one for each of the B * num_return_sequences rows, so that a row does not
-            depend on its neighbours. On the model's device.
+            depend on its neighbours (in beam search, of the B prompts). On the model's device.
         logits_processor: called as (ids, scores) -> scores, after the others and before temperature.
         output_...: what a GenerateOutput holds besides; needs return_dict.
 
@@ -602,7 +600,7 @@ def generate(
     if options.num_beams > 1:
         output = beam_search(model, ids, mask, options)
         return output if return_dict else output.sequences
-    records: list[Record] = []
+    records = empty_records(options)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -610,7 +608,7 @@ def generate(
         tokens.append(step.tokens)
         lengths += step.running
         if return_dict:
-            records.append((step.logits, step.scores, step.output))
+            record(records, step.logits, step.scores, step.output)
             chosen = -F.cross_entropy(step.logits, step.tokens, reduction="none")
             logprobs.append(chosen.where(step.running, 0.0))
     sequences = torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
@@ -618,7 +616,7 @@ def generate(
         return sequences
     of_tokens = torch.stack(logprobs, dim=1)
     sequences_scores = of_tokens.sum(dim=1) / lengths**length_penalty
-    return GenerateOutput(sequences, of_tokens, sequences_scores, lengths, **requested(records, options))
+    return GenerateOutput(sequences, of_tokens, sequences_scores, lengths, **records)
 
 
 def read_options(**given: Any) -> Options:
@@ -643,9 +641,8 @@ def stream(
     chosen = read_options(max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
     if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
         raise ValueError("only one sequence can be streamed: set num_beams and num_return_sequences to 1")
-    ids, mask = prepare(
-        model, [encode_prompt(tokenizer, prompt)], None, chosen
-    )  # now, not when the first token is asked for
+    # checked now, not when the first token is asked for
+    ids, mask = prepare(model, [encode_prompt(tokenizer, prompt)], None, chosen)
     return _stream_pieces(model, tokenizer, ids, mask, chosen)
 
 
@@ -698,7 +695,7 @@ def generate_text(
     """
     options = {"eos_token_id": tokenizer.eot, "tokenizer": tokenizer, **options, "return_dict": True}
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)  # what does not fit fails first
     chosen = read_options(**options)
     copies, by_prompt = chosen.num_return_sequences, chosen.num_beams > 1
     device = model.transformer.wte.weight.device
