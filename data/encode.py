@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +208,12 @@ class Progress:
         if not last and now - self.shown < (0.2 if self.terminal else 10):
             return
         self.shown, seconds = now, max(now - self.began, 1e-3)
-        source = self.corpus.counted["source_bytes"]
+        source = self.total if last else self.corpus.counted["source_bytes"]
         text = sum(self.corpus.counted["text_bytes"].values()) - self.first_text
         tokens = sum(writer.n_tokens for writer in self.corpus.writers.values())
-        left = int(seconds * (self.total - source) / max(source - self.first_source, 1))
-        line = (
-            f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:6.1f} MB/s {tokens:15,} tokens "
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
+        left = seconds * (self.total - source) / max(source - self.first_source, 1)
+        when = f"in {timedelta(seconds=round(seconds))}" if last else f"{timedelta(seconds=round(left))} left"
+        line = f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:7.1f} MB/s {tokens:15,} tokens {when}"
         print(f"\r{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:

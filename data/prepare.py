@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from data.encode import SPLITS, Corpus, Encoder, Progress, Validation, encode_in_order, read_batches
 from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, list_shards, open_split, read_meta, write_json
 from data.sources import Options, Source
+from data.sources.hub import PRESETS, TOKENIZED, download, hub_source
 from data.sources.shakespeare import shakespeare_source
 from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, text_source
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
@@ -367,6 +368,18 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("files", nargs="+", metavar="FILE|DIR|GLOB")
     text.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or parquet column (default text)")
     text.add_argument("--separator", metavar="TEXT", help="between the documents of a .txt (default: a file is one)")
+    hub = commands.add_parser("hf", parents=[shared], help="a dataset of the Hugging Face hub, or a local copy of one")
+    hub.add_argument("dataset", metavar="DATASET|DIR")
+    hub.add_argument("--name", help="configuration, such as sample-10BT")
+    hub.add_argument("--split", help="default: train, with validation where there is one as the validation split")
+    hub.add_argument("--text-key", default="text", metavar="KEY", help="column or JSON key (default text)")
+    for preset, (dataset, name) in PRESETS.items():
+        described = " ".join(filter(None, (dataset, name)))
+        command = commands.add_parser(preset, parents=[shared], help=f"hf {described}")
+        command.add_argument("--from", dest="copy", metavar="DIR", help="a local copy of the dataset's directory")
+    fetching = commands.add_parser("download", help="shards that are already tokenized")
+    fetching.add_argument("tokenized", choices=list(TOKENIZED))
+    fetching.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
     merging = commands.add_parser("merge", help="join the parts made with --part")
     merging.add_argument("directory", type=Path, metavar="DIR")
     return parser
@@ -377,6 +390,14 @@ def _job(arguments: argparse.Namespace) -> Job:
     if arguments.command == "text":
         options = Options(arguments.text_key, arguments.separator, arguments.strict)
         source = text_source(arguments.files, options)
+    elif arguments.command == "hf":
+        options = Options(arguments.text_key, strict=arguments.strict)
+        source = hub_source(arguments.dataset, arguments.name, arguments.split, options)
+    elif arguments.command in PRESETS:
+        dataset, name = PRESETS[arguments.command]
+        options = Options(strict=arguments.strict)
+        articles = arguments.command == "wikitext-103"
+        source = hub_source(arguments.copy or dataset, name, None, options, articles)
     else:
         source = shakespeare_source()
     count = arguments.part[1]
@@ -409,6 +430,8 @@ def _report(out: Path, meta: DatasetMeta) -> None:
     text = sum(meta.text_bytes.values())
     print(f"{out}: {counts}; {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
     print(f"{sum(map(len, meta.shards.values()))} shards from {text / 1e6:,.1f} MB of text")
+    if not meta.skipped:
+        return
     if meta.skipped["empty"]:
         print(f"passed over {meta.skipped['empty']:,} empty documents")
     if meta.skipped["invalid_utf8"]:
@@ -424,6 +447,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if parsed.command == "merge":
             out, meta = parsed.directory, merge(parsed.directory)
+        elif parsed.command == "download":
+            out, meta = parsed.out, download(parsed.tokenized, parsed.out)
         else:
             job = _job(parsed)
             out, meta = job.out, prepare(job, parsed.workers)

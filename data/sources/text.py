@@ -11,6 +11,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,18 +39,34 @@ def text_source(patterns: list[str], options: Options) -> Source:
     """
     paths = dict.fromkeys(path for pattern in patterns for path in _expand(pattern))
     files = tuple(File(str(path), path.stat().st_size) for path in paths)
-    listing = "".join(f"{Path(file.name).name} {file.size}\n" for file in files)
-    revision = f"sha256 of names and sizes {hashlib.sha256(listing.encode()).hexdigest()}"
     described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {Path(files[0].name).name}"
     return Source(
-        f"text, {described}", revision, files, functools.partial(read_pieces, options=options), options=options
+        f"text, {described}",
+        listing_sha256(files),
+        files,
+        functools.partial(read_pieces, options=options),
+        text_filter(options),
+        options,
     )
+
+
+def listing_sha256(files: Iterable[File]) -> str:
+    """What stands for the revision of files that have none: it changes with their names and sizes."""
+    listing = "".join(f"{Path(file.name).name} {file.size}\n" for file in files)
+    return f"names and sizes of the files, sha256 {hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def text_filter(options: Options) -> str:
+    """What the options leave out or choose, as `meta.json` states it."""
+    chosen = [f"text under {options.text_key!r}"] if options.text_key != "text" else []
+    chosen += [f"documents separated by {options.separator!r}"] if options.separator else []
+    return "; ".join([*chosen, "strict"] if options.strict else chosen)
 
 
 def _expand(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p.name))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p.name))
         kinds = ", ".join(suffix + compression for compression in COMPRESSIONS for suffix in FORMATS)
         if not found:
             raise FileNotFoundError(f"no text in {pattern}: expected files named {kinds}")
@@ -60,12 +77,13 @@ def _expand(pattern: str) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no such file, directory or pattern: {pattern}")
     for file in found:
-        if not _format(file.name):
+        if not file_format(file.name):
             raise ValueError(f"{file} is of no known kind: expected .txt, .jsonl or .parquet, plain, .gz or .zst")
     return found
 
 
-def _format(name: str) -> str | None:
+def file_format(name: str) -> str | None:
+    """ "text", "jsonl" or "parquet" by the name of a file, None for any other kind."""
     for compression in COMPRESSIONS[1:]:
         name = name.removesuffix(compression)
     return FORMATS.get(Path(name).suffix)
@@ -76,21 +94,31 @@ def read_pieces(file: File, limit: int, options: Options) -> Iterator[Piece]:
 
     Raises ValueError naming the file when it is damaged or lacks the text column, OSError when it cannot be read.
     """
-    format = _format(file.name)
+    format = file_format(file.name)
+    with _named_errors(file.name), open_file(file.name) as raw:
+        if format == "parquet":
+            yield from _parquet_pieces(file, raw, limit, options.text_key)
+        elif format == "jsonl":
+            yield from _whole_documents(file, raw, "jsonl", limit, b"\n")
+        elif options.separator:
+            yield from _whole_documents(file, raw, "separated", limit, options.separator.encode())
+        else:
+            yield from _one_document(file, raw, limit)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Say which file a decompressor, or the hub, has failed on."""
     try:
-        with open_file(file.name) as raw:
-            if format == "parquet":
-                yield from _parquet_pieces(file, raw, limit, options.text_key)
-            elif format == "jsonl":
-                yield from _whole_documents(file, raw, "jsonl", limit, b"\n")
-            elif options.separator:
-                yield from _whole_documents(file, raw, "separated", limit, options.separator.encode())
-            else:
-                yield from _one_document(file, raw, limit)
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file.name} is not a whole gzip file ({error}): fetch or compress it again") from error
+        raise ValueError(f"{name} is not a whole gzip file ({error}): fetch or compress it again") from error
     except zstandard.ZstdError as error:
-        raise ValueError(f"{file.name} is not a whole zstd file ({error}): fetch or compress it again") from error
+        raise ValueError(f"{name} is not a whole zstd file ({error}): fetch or compress it again") from error
+    except Exception as error:
+        if isinstance(error, ValueError | MemoryError) or not name.startswith("hf://"):
+            raise
+        raise OSError(f"{name} could not be read from the hub ({error}); the same command goes on from here") from error
 
 
 def open_file(name: str) -> Any:
@@ -194,7 +222,7 @@ def _parquet_pieces(file: File, raw: Any, limit: int, text_key: str) -> Iterator
 
 
 def _row_groups(file: File, raw: Any, limit: int, text_key: str, read_here_above: int) -> Iterator[Piece]:
-    parquet = _open_parquet(raw, file.name)
+    parquet = open_parquet(raw, file.name)
     schema = parquet.schema_arrow
     if text_key not in schema.names:
         found = ", ".join(schema.names)
@@ -228,7 +256,8 @@ def _arrow_stream(batch: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _open_parquet(raw: Any, name: str) -> Any:
+def open_parquet(raw: Any, name: str) -> Any:
+    """The file as a `pyarrow.parquet.ParquetFile`. Raises ValueError when it is none."""
     import pyarrow.parquet
 
     try:
@@ -239,7 +268,7 @@ def _open_parquet(raw: Any, name: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _parquet_in_worker(name: str) -> Any:
-    return _open_parquet(open_file(name), name)
+    return open_parquet(open_file(name), name)
 
 
 @dataclass
@@ -302,15 +331,15 @@ def _raw_documents(piece: Piece, options: Options) -> Iterable[tuple[int, bytes 
 def _rows(piece: Piece, text_key: str) -> Iterator[bytes]:
     import pyarrow
 
-    try:
-        if piece.format == "arrow":
-            table = pyarrow.ipc.open_stream(piece.data).read_all()
-        else:
-            table = _parquet_in_worker(piece.file.name).read_row_group(piece.row_group, columns=[text_key])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{piece.file.name}, from row {piece.first}, cannot be read ({error}): fetch it again"
-        ) from error
+    if piece.format == "arrow":
+        table = pyarrow.ipc.open_stream(piece.data).read_all()
+    else:
+        with _named_errors(piece.file.name):
+            try:
+                table = _parquet_in_worker(piece.file.name).read_row_group(piece.row_group, columns=[text_key])
+            except (pyarrow.ArrowException, OSError) as error:
+                where = f"{piece.file.name}, from row {piece.first}"
+                raise ValueError(f"{where}, cannot be read ({error}): fetch it again") from error
     return (value.as_py() or b"" for value in table.column(0).cast(pyarrow.large_binary()))
 
 
