@@ -5,7 +5,7 @@ code has it (https://github.com/openai/gpt-2/blob/master/src/model.py). Paramete
 Face transformers, so that a model saved here is a GPT-2 to every other tool.
 
 Shapes: B sequences of T tokens, C = n_embd channels, H heads of D = C / H channels, S tokens attended to (those in the
-cache and the T new ones), V = vocab_size, L = n_layer.
+cache and the T new ones), V = vocab_size, L = n_layer; M tokens of an encoder's output.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy and transformers
 
@@ -54,7 +55,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
     @classmethod
@@ -67,14 +68,12 @@ class GPTConfig:
 
 
 class GPTOutput(NamedTuple):
-    """What `GPT.forward` returns; what was not asked for is None."""
+    """What a forward pass returns; what was not asked for is None."""
 
     loss: Tensor | None = None  # (), mean over the targets that count, in nats
     logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
     last_hidden_state: Tensor | None = None  # (B, T, C), after ln_f
-    hidden_states: tuple[Tensor, ...] | None = (
-        None  # L + 1 of (B, T, C): embeddings, after each block, the last after ln_f
-    )
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): embeddings, after each block, last after ln_f
     attentions: tuple[Tensor, ...] | None = None  # L of (B, H, T, S)
     cache: KVCache | None = None
 
@@ -83,72 +82,53 @@ class GPTOutput(NamedTuple):
 # The network
 
 
-class Sight(NamedTuple):
-    """What the queries of one forward pass may look at, the same for every layer."""
-
-    mask: Tensor | None = None  # (B or 1, 1, T or 1, S) booleans, True where a query may look; None is everywhere ...
-    is_causal: bool = False  # ... or, if this is set, at itself and to the left
-    dropout: float = 0.0  # of attention weights
-    output_weights: bool = False
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, head_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """softmax(q kᵀ / √D) v, equation 1 of Vaswani et al. 2017.
-
-    q (B, H, T, D), k and v (B, H, S, D), head_mask (H,) or None.
-    Returns the mixed values (B, H, T, D) and, if asked for, the weights (B, H, T, S).
-    """
-    mask, is_causal, dropout, output_weights = sight
-    if head_mask is None and not output_weights:
-        # flash attention where there is a kernel for it: the (T, S) weights are never written to memory
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal), None
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
-    if head_mask is not None:
-        weights = weights * head_mask.view(-1, 1, 1)
-    return weights.to(v.dtype) @ v, weights if output_weights else None
-
-
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    """softmax(q kᵀ / √D) v (Vaswani et al. 2017, equation 1) in each of H heads.
+
+    With `cross`, keys and values come from an encoder's output, as in transformers' `add_cross_attention`.
+    """
+
+    def __init__(self, config: GPTConfig, cross: bool = False) -> None:
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
+        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal and not cross
+        if cross:
+            self.q_attn = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, (2 if cross else 3) * config.n_embd)  # all heads in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(
-        self, x: Tensor, sight: Sight, head_mask: Tensor | None, layer_cache: LayerCache | None
+        self,
+        x: Tensor,  # (B, T, C)
+        mask: Tensor | None,  # (B or 1, 1, T or 1, S) booleans, True where a query may look; None: `causal` decides
+        head_mask: Tensor | None = None,  # (H,)
+        layer_cache: LayerCache | None = None,
+        memory: Tensor | None = None,  # (B, M, C)
+        output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        B, T, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # each (B, H, T, D)
+        if memory is None:
+            q, k, v = self.c_attn(x).chunk(3, dim=-1)
+        else:
+            q, (k, v) = self.q_attn(x), self.c_attn(memory).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T or M, D)
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
-        y, weights = attend(q, k, v, sight, head_mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), weights
-
-
-class CrossAttention(nn.Module):
-    """Queries from the text, keys and values from an encoder's output: transformers' `add_cross_attention`."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.q_attn = nn.Linear(config.n_embd, config.n_embd)
-        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor, memory: Tensor, sight: Sight) -> Tensor:
-        B, T, C = x.shape
-        q = self.q_attn(x).view(B, T, self.n_head, -1).transpose(1, 2)
-        k, v = self.c_attn(memory).view(B, memory.size(1), 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        y, _ = attend(q, k, v, sight, None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        is_causal = self.causal and mask is None and q.size(2) == k.size(2)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if head_mask is None and not output_weights:
+            # flash attention where there is a kernel for it: the (T, S) weights are never written to memory
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+            if is_causal:
+                mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            weights = F.dropout(scores.softmax(dim=-1), dropout)
+            if head_mask is not None:
+                weights = weights * head_mask.view(-1, 1, 1)
+            y = weights.to(v.dtype) @ v
+        return self.c_proj(y.transpose(1, 2).flatten(2)), weights if output_weights else None
 
 
 class MLP(nn.Module):
@@ -158,8 +138,15 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self.c_fc(x)
+        if not self.training:
+            return self._project(h)
+        # what GELU gives, 4C wide, is cheaper to compute again in the backward pass than to keep for it
+        return checkpoint(self._project, h, use_reentrant=False, preserve_rng_state=False)
+
+    def _project(self, h: Tensor) -> Tensor:
         # the tanh form, as OpenAI's code has it: the erf form differs by up to 5e-4 and breaks parity
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(h, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -168,7 +155,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.attn = Attention(config)
         if config.cross_attention:
-            self.crossattention = CrossAttention(config)
+            self.crossattention = Attention(config, cross=True)
             self.ln_cross_attn = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
@@ -176,17 +163,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B, T, C)
-        sight: Sight,
+        x: Tensor,
+        mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         layer_cache: LayerCache | None = None,
-        memory: Tensor | None = None,  # (B, M, C)
-        memory_sight: Sight = Sight(),  # noqa: B008 (immutable)
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,  # (B, 1, 1, M)
+        output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        y, weights = self.attn(self.ln_1(x), sight, head_mask, layer_cache)
+        y, weights = self.attn(self.ln_1(x), mask, head_mask, layer_cache, output_weights=output_weights)
         x = x + self.dropout(y)
         if memory is not None:
-            x = x + self.dropout(self.crossattention(self.ln_cross_attn(x), memory, memory_sight))
+            x = x + self.dropout(self.crossattention(self.ln_cross_attn(x), memory_mask, memory=memory)[0])
         return x + self.dropout(self.mlp(self.ln_2(x))), weights
 
 
@@ -200,6 +188,17 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+
+
+def check_shape(what: str, tensor: Tensor, *expected: tuple[int | str, ...]) -> None:
+    """ValueError unless the tensor has one of the shapes; a letter in a shape stands for any size."""
+    for shape in expected:
+        if len(shape) == tensor.dim() and all(
+            isinstance(n, str) or n == m for n, m in zip(shape, tensor.shape, strict=True)
+        ):
+            return
+    shapes = " or ".join(str(shape).replace("'", "") for shape in expected)
+    raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected {shapes}")
 
 
 class GPT(nn.Module):
@@ -245,12 +244,12 @@ class GPT(nn.Module):
         Args:
             input_ids: (B, T) token ids; or else `inputs_embeds`: (B, T, C), in place of the token embeddings.
             targets: (B, T) ids aligned with the inputs (the token that follows each), IGNORE_INDEX where none counts.
-            labels: (B, T) ids to be shifted here (usually the inputs themselves), as transformers does; not with targets.
+            labels: (B, T) ids to be shifted here (usually the inputs themselves), as transformers does.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
             position_ids: (B, T) or (T,). Without them positions count from the cache's length or, with an attention
                 mask, over the kept tokens of each row, so that a left-padded row gets what it would get alone.
             head_mask: (H,) or (L, H), multiplies the attention weights.
-            cache: keys and values seen so far, from `new_cache`; the new ones are appended.
+            cache: keys and values seen so far, from `new_cache`; the new ones are appended. No gradient goes through.
             encoder_hidden_states, encoder_attention_mask: (B, M, C) and (B, M), for a model with cross_attention.
             return_logits: None gives logits only when there is no loss.
             logits_to_keep: k > 0 computes logits of the last k positions only.
@@ -263,97 +262,94 @@ class GPT(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"exactly one of input_ids and inputs_embeds is needed, got {given}")
-        if targets is not None and labels is not None:
-            raise ValueError("targets (aligned) and labels (shifted here) exclude each other, got both")
-        if encoder_hidden_states is not None and not config.cross_attention:
-            raise ValueError("encoder_hidden_states needs a model with cross_attention=True")
-
-        # ---- embeddings
         if input_ids is not None:
-            self._check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
+            check_shape("input_ids", input_ids, ("B", "T"))
+            self._check_ids("input_ids", input_ids, "vocab_size")
             inputs_embeds = self.transformer.wte(input_ids)
         assert inputs_embeds is not None
+        check_shape("inputs_embeds", inputs_embeds, ("B", "T", config.n_embd))
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
-        if past + T > config.block_size:
-            held = f"{past} in the cache + {T} new" if past else f"{T}"
-            raise ValueError(f"a sequence of {held} tokens is longer than block_size {config.block_size}")
-        if attention_mask is not None and attention_mask.shape != (B, past + T):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask has shape {shape}, expected {(B, past + T)}: batch, past + new tokens")
+        if not 0 < T <= config.block_size - past:
+            raise ValueError(
+                f"{past} cached + {T} new tokens, expected 1 new to {config.block_size} (block_size) in all"
+            )
+        if attention_mask is not None:
+            check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, past + T))
+        if targets is not None and labels is not None:
+            raise ValueError("targets (aligned) and labels (shifted here) exclude each other, got both")
+        if labels is not None:
+            check_shape("labels", labels, (B, T))
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # t predicts t + 1; nothing follows the last
+        if targets is not None:
+            check_shape("targets", targets, (B, T))
+            self._check_ids("targets", targets.masked_fill(targets == IGNORE_INDEX, 0), "vocab_size")
+
+        # ---- token and position embeddings
         if position_ids is not None:
-            if position_ids.shape not in ((T,), (B, T)):
-                raise ValueError(f"position_ids have shape {tuple(position_ids.shape)}, expected {(B, T)} or {(T,)}")
-            self._check_ids("position_ids", position_ids, config.block_size, "block_size")
+            check_shape("position_ids", position_ids, (B, T), (T,))
+            self._check_ids("position_ids", position_ids, "block_size")
         elif attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         else:
             position_ids = torch.arange(past, past + T, device=inputs_embeds.device)
         x = self.transformer.drop(inputs_embeds + self.transformer.wpe(position_ids))
 
+        # ---- who may look at whom
+        mask = None
+        if attention_mask is not None or (config.causal and past > 0 and T > 1):
+            everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=x.device)
+            mask = everything.tril(past) if config.causal else everything
+            if attention_mask is not None:
+                # padding still sees itself: a softmax over nothing would be NaN, and NaN spreads to the other rows
+                itself = everything.tril(past).triu(past)
+                mask = mask & attention_mask.bool()[:, None, None, :] | itself
+        memory_mask = None
+        if encoder_hidden_states is not None:
+            if not config.cross_attention:
+                raise ValueError("encoder_hidden_states needs a model with cross_attention=True")
+            check_shape("encoder_hidden_states", encoder_hidden_states, (B, "M", config.n_embd))
+        if encoder_attention_mask is not None:
+            if encoder_hidden_states is None:
+                raise ValueError("encoder_attention_mask needs the encoder_hidden_states that it masks")
+            check_shape("encoder_attention_mask", encoder_attention_mask, (B, encoder_hidden_states.size(1)))
+            memory_mask = encoder_attention_mask.bool()[:, None, None, :]
+        head_masks: Any = [None] * config.n_layer
+        if head_mask is not None:
+            check_shape("head_mask (layers, heads)", head_mask, (config.n_head,), (config.n_layer, config.n_head))
+            head_masks = head_mask.expand(config.n_layer, config.n_head)
+
         # ---- blocks
-        mask, is_causal = self._attention_pattern(attention_mask, past, T, x.device)
-        memory_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
-        dropout = config.dropout if self.training else 0.0
-        sight = Sight(mask, is_causal, dropout, output_attentions)
-        memory_sight = Sight(memory_mask, dropout=dropout)
-        head_masks = self._head_mask_per_layer(head_mask)
         layer_caches = cache.extend(B, T) if cache is not None else [None] * config.n_layer
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
         for block, layer_head_mask, layer_cache in zip(self.transformer.h, head_masks, layer_caches, strict=True):
             if output_hidden_states:
                 hidden_states.append(x)
-            x, weights = block(x, sight, layer_head_mask, layer_cache, encoder_hidden_states, memory_sight)
+            x, weights = block(
+                x, mask, layer_head_mask, layer_cache, encoder_hidden_states, memory_mask, output_attentions
+            )
             if weights is not None:
                 attentions.append(weights)
         x = self.transformer.ln_f(x)
 
         # ---- loss and logits; the head is the transposed token embedding
-        if labels is not None:  # position t predicts label t + 1; nothing follows the last
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        loss = None
+        loss = logits = None
         if targets is not None:
-            if targets.shape != (B, T):
-                raise ValueError(f"targets have shape {tuple(targets.shape)}, expected {(B, T)}")
-            self._check_ids("targets", targets.masked_fill(targets == IGNORE_INDEX, 0), config.vocab_size, "vocab_size")
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
-        logits = None
         if return_logits or (return_logits is None and loss is None):
-            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # -0 is 0: all of them
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
-    def _attention_pattern(
-        self, attention_mask: Tensor | None, past: int, T: int, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """Which of the past + T keys each of the T queries may look at: (mask, is_causal) of a `Sight`."""
-        if attention_mask is None and (past == 0 or T == 1 or not self.config.causal):
-            return None, self.config.causal and past == 0
-        everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=device)
-        pattern = everything.tril(past) if self.config.causal else everything
-        if attention_mask is not None:
-            # padding still sees itself: a softmax over nothing would be NaN, and NaN spreads to the other rows
-            itself = everything.tril(past).triu(past)
-            pattern = (pattern & attention_mask.bool()[:, None, None, :]) | itself
-        return pattern, False
-
-    def _head_mask_per_layer(self, head_mask: Tensor | None) -> Tensor | list[None]:
-        L, H = self.config.n_layer, self.config.n_head
-        if head_mask is None:
-            return [None] * L
-        if head_mask.shape not in ((H,), (L, H)):
-            raise ValueError(
-                f"head_mask has shape {tuple(head_mask.shape)}, expected {(H,)} or {(L, H)}: layers, heads"
-            )
-        return head_mask.expand(L, H)
-
-    def _check_ids(self, what: str, ids: Tensor, limit: int, name: str) -> None:
-        if torch.compiler.is_compiling() or (self.training and ids.device.type != "cpu") or ids.numel() == 0:
+    def _check_ids(self, what: str, ids: Tensor, field: str) -> None:
+        """ValueError unless all ids are below that field of the configuration, where looking is cheap."""
+        if torch.compiler.is_compiling() or ids.is_meta or (self.training and ids.device.type != "cpu"):
             return
-        low, high = (int(value) for value in torch.aminmax(ids))
+        limit = getattr(self.config, field)
+        low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= limit:
-            raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({name} {limit})")
+            raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({field} {limit})")
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens of `batch_size` sequences, on the model's device, in its dtype."""
@@ -367,29 +363,25 @@ class GPT(nn.Module):
     def resize_token_embeddings(self, n: int) -> None:
         """Grow or shrink the vocabulary to `n` tokens: old rows stay as they are, new ones start at N(0, 0.02)."""
         config = replace(self.config, vocab_size=n)
-        old = self.transformer.wte.weight.detach()
-        new = nn.init.normal_(old.new_empty(n, config.n_embd), std=0.02)
+        old = self.transformer.wte.weight
+        new = nn.init.normal_(torch.empty_like(old[:1]).repeat(n, 1), std=0.02)
         kept = min(n, len(old))
         new[:kept] = old[:kept]
-        self.transformer.wte = nn.Embedding.from_pretrained(new, freeze=not self.transformer.wte.weight.requires_grad)
+        self.transformer.wte = nn.Embedding.from_pretrained(new, freeze=not old.requires_grad)
         self.config = config
 
     def freeze(self, layers: int = 0, embeddings: bool = True) -> None:
         """Keep the first `layers` blocks and, by default, the embeddings (and so the tied head) out of training."""
         if not 0 <= layers <= self.config.n_layer:
             raise ValueError(f"cannot freeze {layers} layers of {self.config.n_layer}")
-        frozen: list[nn.Module] = list(self.transformer.h[:layers])
+        self.transformer.h[:layers].requires_grad_(False)
         if embeddings:
-            frozen += [self.transformer.wte, self.transformer.wpe]
-        for module in frozen:
-            module.requires_grad_(False)
+            self.transformer.wte.requires_grad_(False)
+            self.transformer.wpe.requires_grad_(False)
 
     def num_parameters(self) -> int:
         """The number of parameters, the tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Weights in and out
 
     @classmethod
     def from_pretrained(
@@ -428,42 +420,44 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
+MATMUL_ROWS = 512  # rows of logits alive at a time, in the dtype of the product: enough to keep any matmul busy
+
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of the logits x weightᵀ against the targets that are not IGNORE_INDEX.
 
     x (N, C), weight (V, C), targets (N,). The result is that of F.cross_entropy(F.linear(x, weight), targets), but the
     logits, by far the largest tensor of a GPT-2 in training, live a chunk at a time and become their own gradient.
+    Where no target counts it is 0, not NaN, so that mean times count is the sum for every batch.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with_grad = torch.is_grad_enabled()
-    total, _, _ = _linear_cross_entropy(
+    total, _, _ = linear_cross_entropy_sum(
         x, weight, targets, dtype, with_grad and x.requires_grad, with_grad and weight.requires_grad
     )
-    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)  # no target at all: a loss of 0, not NaN
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-MATMUL_ROWS = 1024  # rows of logits alive at a time, in the dtype of the product: enough to keep any matmul busy
-SOFTMAX_ROWS = 128  # rows of them in fp32 at a time: 26 MB for GPT-2's vocabulary, which a CPU's cache nearly holds
-
-
-# An operator of our own: torch.compile takes it as a whole instead of unrolling its loop, and the gradient is computed
-# where the logits are at hand, instead of keeping or recomputing them for the backward pass.
-@torch.library.custom_op("gpt2::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss () in fp32 and its gradients in x (N, C) and weight (V, C), empty where not asked for."""
     total = x.new_zeros((), dtype=torch.float32)
-    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
+    dx = torch.zeros_like(x) if x_grad else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
-    weight_copy = weight.to(dtype)
-    for rows in torch.arange(len(x)).split(MATMUL_ROWS):
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        x_rows = x[first:last].to(dtype)
-        logits = x_rows @ weight_copy.T
-        for part, target in zip(logits.split(SOFTMAX_ROWS), targets[first:last].split(SOFTMAX_ROWS), strict=True):
+    # A CPU takes logits in pieces that its cache nearly holds, with room for no product as large as the weight; a GPU
+    # in few launches.
+    softmax_rows, columns = (128, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
+    blocks = [slice(first, first + columns) for first in range(0, len(weight), columns)]
+    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # the logits of a small batch do not exist at once either
+    for first in range(0, len(x), rows or 1):
+        chunk = slice(first, first + rows)
+        x_rows = x[chunk].to(dtype)
+        logits = x_rows.new_empty(len(x_rows), len(weight))
+        for block in blocks:
+            logits[:, block] = x_rows @ weight[block].to(dtype).T
+        for part, target in zip(logits.split(softmax_rows), targets[chunk].split(softmax_rows), strict=True):
             counts = (target != IGNORE_INDEX).unsqueeze(1)
             target = target.unsqueeze(1).clamp(min=0)
             log_p = F.log_softmax(part, dim=-1, dtype=torch.float32)
@@ -471,22 +465,28 @@ def _linear_cross_entropy(
             if x_grad or weight_grad:  # d loss / d logits = softmax - one-hot, written over the logits
                 gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
                 part.copy_(gradient.mul_(counts))
-        if x_grad:
-            dx[first:last] = logits @ weight_copy
-        if weight_grad:
-            dweight += logits.T @ x_rows
+        for block in blocks:
+            if x_grad:
+                dx[chunk] += logits[:, block] @ weight[block].to(dtype)
+            if weight_grad:
+                dweight[block] += logits[:, block].T @ x_rows
     return total, dx, dweight.to(weight.dtype)
 
 
-@_linear_cross_entropy.register_fake
+# An operator of our own: torch.compile takes it as a whole instead of unrolling its loop, and the gradient is computed
+# where the logits are at hand, instead of keeping or recomputing them for the backward pass.
+linear_cross_entropy_sum = torch.library.custom_op(
+    "gpt2::linear_cross_entropy_sum", loss_and_gradients, mutates_args=()
+)
+
+
+@linear_cross_entropy_sum.register_fake
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty((), dtype=torch.float32),
-        torch.empty_like(x) if x_grad else x.new_empty(0),
-        torch.empty_like(weight) if weight_grad else weight.new_empty(0),
-    )
+    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
+    dweight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
+    return x.new_empty((), dtype=torch.float32), dx, dweight
 
 
 def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -496,10 +496,12 @@ def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tenso
 
 def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight = ctx.saved_tensors
-    return (dx * total_grad if ctx.x_grad else None, dweight * total_grad if ctx.weight_grad else None, *[None] * 4)
+    # in place, as dweight is large: a second backward pass through the same graph is an error
+    dx, dweight = dx.mul_(total_grad), dweight.mul_(total_grad)
+    return (dx if ctx.x_grad else None, dweight if ctx.weight_grad else None, None, None, None, None)
 
 
-_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,9 +548,7 @@ class KVCache:
         if batch_size != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the input {batch_size}")
         if length > self.max_length:
-            raise ValueError(
-                f"the cache is too small: {past} tokens held + {n_tokens} new > max_length {self.max_length}"
-            )
+            raise ValueError(f"the cache is too small: {past} tokens + {n_tokens} new > max_length {self.max_length}")
         self.length = length
         return [LayerCache(k, v, past, length) for k, v in zip(self.keys, self.values, strict=True)]
 
@@ -577,10 +577,35 @@ STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 FIXED_CONFIG = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
+    "model_type": "gpt2",
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
     "tie_word_embeddings": True,
+}
+# What transformers writes besides, with its defaults; nothing here depends on it.
+INERT_CONFIG = {
+    "initializer_range": 0.02,
+    "n_inner": None,
+    "pad_token_id": None,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "use_cache": True,
+}
+# transformers' names for the fields of GPTConfig; of three dropout rates we have one.
+CONFIG_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "attn_pdrop": "dropout",
+    "embd_pdrop": "dropout",
+    "resid_pdrop": "dropout",
+    "add_cross_attention": "cross_attention",
 }
 
 
@@ -590,21 +615,32 @@ def locate(name_or_dir: str | Path) -> Path:
     if path.is_dir():
         return path
     name = str(name_or_dir)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.txt", "*.safetensors"]
     try:
-        files = snapshot_download(name, allow_patterns=wanted)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not any(snapshot.glob("*.safetensors")):  # the older half of the hub
+            snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "pytorch_model.bin"]))
+    except OSError as error:  # all of the hub's own errors are among them
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "
             f"Check the name and the network, or give a directory that holds config.json and model.safetensors"
         ) from error
-    return Path(files)
+    return snapshot
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a ValueError that names the file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}, expected an object")
+    return fields
 
 
 def read_config(directory: str | Path) -> GPTConfig:
@@ -612,43 +648,47 @@ def read_config(directory: str | Path) -> GPTConfig:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no model directory: it has no config.json")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if fields.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {fields.get('model_type')!r}, expected 'gpt2'")
-    expected = FIXED_CONFIG | {"n_inner": fields.get("n_inner") and 4 * fields["n_embd"]}
-    for name, value in expected.items():
-        found = fields.get(name, value)
-        if found != value and not (name == "activation_function" and found == "gelu_pytorch_tanh"):
+    fields = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "add_cross_attention": False} | read_json(path)
+    if fields.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same function
+        fields["activation_function"] = "gelu_new"
+    for name, value in FIXED_CONFIG.items():
+        if (found := fields.get(name, value)) != value:
             raise ValueError(f"{path}: {name} is {found!r}; GPT-2 has {value!r}, and nothing else is implemented")
-    dropouts = {fields.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    dropout = max(dropouts)
+    if missing := [name for name in ("model_type", *CONFIG_FIELDS) if name not in fields]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
+        raise ValueError(f"{path}: n_inner is {fields['n_inner']}, expected 4 x n_embd = {4 * fields['n_embd']}")
+    dropouts = {fields[name] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if len(dropouts) > 1:
-        warnings.warn(f"{path} has several dropout rates {sorted(dropouts)}: all become {dropout}", stacklevel=2)
-    return GPTConfig(
-        vocab_size=fields["vocab_size"],
-        block_size=fields["n_positions"],
-        n_layer=fields["n_layer"],
-        n_head=fields["n_head"],
-        n_embd=fields["n_embd"],
-        dropout=dropout,
-        cross_attention=fields.get("add_cross_attention", False),
-        causal=fields.get("causal", True),
-    )
+        warnings.warn(f"{path} has dropout rates {sorted(dropouts)}: all become {max(dropouts)}", stacklevel=2)
+    ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
+    return GPTConfig(**ours | {"dropout": max(dropouts), "causal": fields.get("causal", True)})
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin, one at a time."""
+    """The names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin, one at a time.
+
+    Of one file the largest comes first, so that where each is copied and let go before the next, no more than the whole
+    model is in memory.
+    """
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (directory / "model.safetensors").is_file():
+    pickled = directory / "pytorch_model.bin"
+    if (directory / "model.safetensors").is_file():
         files = ["model.safetensors"]
-    elif (directory / "pytorch_model.bin").is_file():
-        yield from torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True).items()
+    elif index.is_file():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    elif pickled.is_file():
+        try:
+            state = torch.load(pickled, map_location="cpu", weights_only=True)
+            names = sorted(state, key=lambda name: -state[name].numel())
+        except Exception as error:  # unpickling garbage can raise anything
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{pickled} cannot be read as plain tensors, and is not read otherwise ({reason})"
+            ) from error
+        for name in names:
+            yield name, state.pop(name)
         return
     else:
         raise FileNotFoundError(
@@ -660,12 +700,12 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             with safe_open(directory / file, framework="pt") as tensors:
-                names = list(tensors.keys())
+                names = sorted(tensors.keys(), key=lambda name: -math.prod(tensors.get_slice(name).get_shape()))
             for name in names:
                 # opened anew each time, so that the pages of the file behind one tensor are let go before the next
                 with safe_open(directory / file, framework="pt") as tensors:
                     yield name, tensors.get_tensor(name)
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{directory / file} cannot be read ({error}): fetch or copy it again") from error
 
 
@@ -673,38 +713,34 @@ def load_weights(
     model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
     """Fill a model, which may be on the meta device, with a directory's tensors: each converted, moved and assigned."""
-    wanted = dict(model.named_parameters())
-    head: Tensor | None = None
+    wanted = {name.removeprefix("gpt."): parameter for name, parameter in model.named_parameters()}
+    seen: set[str] = set()
     unknown: list[str] = []
     misshapen: list[str] = []
-    for name, tensor in read_tensors(directory):
-        if STALE_BUFFER.search(name):
+    for source, tensor in read_tensors(directory):
+        if STALE_BUFFER.search(source):
             continue
-        if name == "lm_head.weight":
-            head = tensor
-            continue
-        if name not in wanted and f"transformer.{name}" in wanted:
-            name = f"transformer.{name}"
+        # the tied head is the embedding under another name; GPT2Model's own files lack the prefix
+        name = "transformer.wte.weight" if source == "lm_head.weight" else source
+        name = name if name in wanted else f"transformer.{name}"
         if name not in wanted:
-            unknown.append(name)
+            unknown.append(source)
             continue
         if CONV1D.search(name):
             tensor = tensor.T
-        parameter = wanted.pop(name)
+        parameter = wanted[name]
         if tensor.shape != parameter.shape:
-            misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
-            continue
-        module, _, attribute = name.rpartition(".")
-        value = torch.empty_like(parameter, device=device, dtype=dtype or tensor.dtype).copy_(tensor)
-        setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    problems = [f"missing: {', '.join(wanted)}"] if wanted else []
-    problems += [f"unknown: {', '.join(unknown)}"] if unknown else []
-    problems += [f"misshapen: {', '.join(misshapen)}"] if misshapen else []
-    if problems:
-        raise ValueError(f"the tensors in {directory} are not those of its config.json: {'; '.join(problems)}")
-    embedding = dict(model.named_parameters())["transformer.wte.weight"]
-    if head is not None and not torch.equal(head.to(embedding), embedding):
-        raise ValueError(f"{directory}: lm_head.weight differs from transformer.wte.weight, but GPT-2 ties the two")
+            misshapen.append(f"{source} {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+        else:
+            value = torch.empty_like(parameter, device=device, dtype=dtype or tensor.dtype).copy_(tensor)
+            if name in seen and not torch.equal(value, parameter):
+                raise ValueError(f"{directory}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties the two")
+            torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        seen.add(name)
+    missing = [name for name in wanted if name not in seen]
+    found = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+    if problems := "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names):
+        raise ValueError(f"the tensors in {directory} are not those of its config.json: {problems}")
 
 
 def save_weights(
@@ -715,45 +751,27 @@ def save_weights(
     eos_token_id: int | None = None,
     max_shard_size: int | str = "50GB",
     architecture: str = "GPT2LMHeadModel",
+    extra_config: dict[str, Any] | None = None,
 ) -> None:
-    """Write a GPT's state dict and configuration as transformers writes a GPT-2."""
+    """Write a state dict, with our names and shapes, and its configuration as transformers writes a GPT-2.
+
+    `architecture` is the transformers class that it is, `extra_config` what else that class has in its config.json.
+    """
     from huggingface_hub import save_torch_state_dict
 
     if eos_token_id is None and config.vocab_size == 50257:
         eos_token_id = 50256
     special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
-    fields = (
-        FIXED_CONFIG
-        | special
-        | {
-            "model_type": "gpt2",
-            "architectures": [architecture],
-            "add_cross_attention": config.cross_attention,
-            "attn_pdrop": config.dropout,
-            "embd_pdrop": config.dropout,
-            "resid_pdrop": config.dropout,
-            "dtype": str(state["transformer.wte.weight"].dtype).removeprefix("torch."),
-            "initializer_range": 0.02,
-            "n_embd": config.n_embd,
-            "n_head": config.n_head,
-            "n_inner": None,
-            "n_layer": config.n_layer,
-            "n_positions": config.block_size,
-            "pad_token_id": None,
-            "summary_activation": None,
-            "summary_first_dropout": 0.1,
-            "summary_proj_to_labels": True,
-            "summary_type": "cls_index",
-            "summary_use_proj": True,
-            "use_cache": True,
-            "vocab_size": config.vocab_size,
-        }
-    )
+    fields: dict[str, Any] = {theirs: getattr(config, ours) for theirs, ours in CONFIG_FIELDS.items()}
+    fields["architectures"] = [architecture]
+    fields["dtype"] = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
     if not config.causal:
         fields["causal"] = False  # ours alone: transformers has no bidirectional GPT-2
+    fields |= FIXED_CONFIG | INERT_CONFIG | special | (extra_config or {})
+    generation = special | {"_from_model_config": True, "use_cache": True}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in {"config.json": fields, "generation_config.json": special | {"use_cache": True}}.items():
+    for name, content in {"config.json": fields, "generation_config.json": generation}.items():
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {name: (t.T if CONV1D.search(name) else t).contiguous() for name, t in state.items()}
     save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
