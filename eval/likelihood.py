@@ -124,8 +124,9 @@ def log_likelihoods(
     dtype = torch.float32 if device.type == "mps" else torch.float64
     scores = torch.zeros(2, len(requests), dtype=dtype, device=device)  # log-probability; tokens that are not greedy
     with _eval_mode(model):
+        head = _output_head(model)
         for batch in batches[rank::world_size]:
-            for ending_of, log_probs, misses in _score(model, batch, batch_size):
+            for ending_of, log_probs, misses in _score(model, head, batch, batch_size):
                 index = torch.tensor(ending_of, device=device)
                 scores[0].index_add_(0, index, log_probs.to(dtype).sum(1))
                 scores[1].index_add_(0, index, misses.to(dtype).sum(1))
@@ -168,43 +169,55 @@ def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int)
     return batches
 
 
-def _score(model: Any, batch: _Batch, batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _score(
+    model: Any, head: Tensor | None, batch: _Batch, batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """For each group of R endings: the requests they are of, and by token (R, T) the log-probabilities, 0 where there
-    is none, and True where another token was the most likely."""
+    is none, and True where another token was the most likely. `head` is that of `_output_head`."""
     device = next(model.parameters()).device
     # The last token of a context goes with the endings: its logits are those of their first token.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (G, P)
-    past = contexts.size(1)
-    cached = hasattr(model, "new_cache") and past > 0
-    if cached:
-        cache = model.new_cache(len(contexts), past)
+    cache = None
+    if head is not None and contexts.size(1):
+        cache = model.new_cache(*contexts.shape)
         model(contexts, attention_mask=mask, cache=cache, return_logits=False)
     for rows in batch.rows(batch_size):
         owner = torch.tensor([i for i, _ in rows], device=device)
         inputs, _ = _pad([(batch.contexts[i][-1], *part.ending[:-1]) for i, part in rows], device)  # (R, T)
         targets, kept = _pad([part.ending for _, part in rows], device)
-        row_mask = torch.cat([mask[owner], torch.ones_like(inputs)], dim=1)  # padding on the right is never looked at
-        if cached:
-            row_cache = _copy_rows(model, cache, owner, inputs.size(1))
-            logits = model(inputs, attention_mask=row_mask, cache=row_cache).logits
+        row_mask = torch.cat([mask[owner], torch.ones_like(kept)], dim=1)  # padding on the right is never looked at
+        if head is not None:
+            row_cache = None if cache is None else _copy_rows(model, cache, owner, inputs.size(1))
+            output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
+            hidden = output.last_hidden_state[kept].to(head.dtype)
         else:
             inputs = torch.cat([contexts[owner], inputs], dim=1)
-            logits = model(inputs, attention_mask=row_mask, logits_to_keep=targets.size(1)).logits
-        log_probs, greedy = token_log_probs(logits.flatten(0, 1), targets.flatten())
-        log_probs, greedy = log_probs.view_as(targets), greedy.view_as(targets)
-        yield [part.request for _, part in rows], log_probs.masked_fill(~kept, 0.0), ~greedy & kept
+            logits = model(inputs, attention_mask=row_mask, logits_to_keep=targets.size(1)).logits[kept]
+        log_probs = torch.zeros(targets.shape, device=device)
+        misses = torch.zeros_like(kept)
+        log_prob, miss = [], []
+        for part in torch.arange(int(kept.sum()), device=device).split(SOFTMAX_ROWS):
+            row_logits = (logits[part] if head is None else F.linear(hidden[part], head)).float()
+            log_prob.append(-F.cross_entropy(row_logits, targets[kept][part], reduction="none"))
+            miss.append(row_logits.argmax(dim=-1) != targets[kept][part])
+        log_probs[kept], misses[kept] = torch.cat(log_prob), torch.cat(miss)
+        yield [part.request for _, part in rows], log_probs, misses
 
 
-def token_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probability (N,), in fp32, of each target (N,) under its logits (N, V); whether it is the greedy one."""
-    log_probs = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    greedy = torch.empty(len(targets), dtype=torch.bool, device=logits.device)
-    for start in range(0, len(targets), SOFTMAX_ROWS):
-        rows = slice(start, start + SOFTMAX_ROWS)
-        part = logits[rows].float()
-        log_probs[rows] = -F.cross_entropy(part, targets[rows], reduction="none")
-        greedy[rows] = part.argmax(dim=-1) == targets[rows]
-    return log_probs, greedy
+def _output_head(model: Any) -> Tensor | None:
+    """The (V, C) matrix from a GPT's last hidden state to logits, in the dtype of the computation; None for a peer.
+
+    Adding one vector to all its rows adds one number to all the logits of a position, which the softmax does not see.
+    GPT-2's logits have such a number in common, near -80, and bf16 would spend most of its bits on it.
+    """
+    if not hasattr(model, "new_cache"):
+        return None
+    weight = model.transformer.wte.weight.detach()
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP
+        weight = weight.full_tensor()
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return (weight.float() - weight.float().mean(dim=0)).to(dtype)
 
 
 def _pad(sequences: list[tuple[int, ...]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ FROM_SCRATCH: dict[str, dict[str, Table]] = {
 }
 
 # GPT-3 of the four sizes: what the same shape reaches with 300B tokens.
-GPT3_HELLASWAG = Table(_sizes(0.337, 0.436, 0.510, 0.547), "Brown et al. 2020, zero-shot; as in llm.c, dev/vislog.ipynb")
+GPT3_HELLASWAG = Table(_sizes(0.337, 0.436, 0.510, 0.547), "Brown et al. 2020, zero-shot; llm.c, dev/vislog.ipynb")
 
 _BUILD_NANOGPT = "build-nanogpt, hellaswag.py; gpt2-medium and gpt2-large: llm.c, dev/vislog.ipynb"
 _HARNESS = "lm-evaluation-harness, as quoted in build-nanogpt, hellaswag.py"
