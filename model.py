@@ -264,7 +264,7 @@ class GPT(nn.Module):
             raise ValueError(f"exactly one of input_ids and inputs_embeds is needed, got {given}")
         if input_ids is not None:
             check_shape("input_ids", input_ids, ("B", "T"))
-            self._check_ids("input_ids", input_ids, "vocab_size")
+            self.check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
             inputs_embeds = self.transformer.wte(input_ids)
         assert inputs_embeds is not None
         check_shape("inputs_embeds", inputs_embeds, ("B", "T", config.n_embd))
@@ -283,12 +283,13 @@ class GPT(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # t predicts t + 1; nothing follows the last
         if targets is not None:
             check_shape("targets", targets, (B, T))
-            self._check_ids("targets", targets.masked_fill(targets == IGNORE_INDEX, 0), "vocab_size")
+            real_targets = targets.masked_fill(targets == IGNORE_INDEX, 0)
+            self.check_ids("targets", real_targets, config.vocab_size, "vocab_size")
 
         # ---- token and position embeddings
         if position_ids is not None:
             check_shape("position_ids", position_ids, (B, T), (T,))
-            self._check_ids("position_ids", position_ids, "block_size")
+            self.check_ids("position_ids", position_ids, config.block_size, "block_size")
         elif attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         else:
@@ -342,14 +343,13 @@ class GPT(nn.Module):
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
-    def _check_ids(self, what: str, ids: Tensor, field: str) -> None:
-        """ValueError unless all ids are below that field of the configuration, where looking is cheap."""
+    def check_ids(self, what: str, ids: Tensor, limit: int, limit_name: str) -> None:
+        """ValueError unless all ids are in 0..limit-1; looks only where a host read is cheap (see `forward`)."""
         if torch.compiler.is_compiling() or ids.is_meta or (self.training and ids.device.type != "cpu"):
             return
-        limit = getattr(self.config, field)
         low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= limit:
-            raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({field} {limit})")
+            raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({limit_name} {limit})")
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens of `batch_size` sequences, on the model's device, in its dtype."""

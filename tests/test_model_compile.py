@@ -1,0 +1,82 @@
+"""torch.compile takes the training forward whole, once, and changes nothing."""
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from model import GPT, IGNORE_INDEX, GPTConfig
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+
+
+def training_loss(model):
+    return lambda ids, targets: model(ids, targets=targets).loss
+
+
+def small(seed=0, **fields):
+    torch.manual_seed(seed)
+    config = GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32, **fields)
+    return GPT(config).train()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_same_loss_and_gradients_without_recompiling():
+    compiled, plain = small(), small()
+    step = torch.compile(training_loss(compiled), fullgraph=True, dynamic=False)
+    optimizer = torch.optim.AdamW(compiled.parameters(), lr=1e-3)
+    graphs = []
+    for number in range(5):
+        generator = torch.Generator().manual_seed(number)
+        ids, targets = torch.randint(300, (2, 4, 32), generator=generator)
+        targets[0, : 5 + number] = IGNORE_INDEX
+        loss = step(ids, targets)
+        loss.backward()
+        if number == 0:
+            expected = training_loss(plain)(ids, targets)
+            expected.backward()
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+            for (name, ours), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+                assert (ours.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=number % 2 == 0)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 5
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+
+
+def test_evaluation_and_saving_use_the_same_weights(tmp_path):
+    """What a loop does between steps: the module that was not compiled stays as it is, names included."""
+    model = small()
+    ids = torch.randint(300, (2, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(training_loss(model), backend="aot_eager", fullgraph=True, dynamic=False)(ids, ids).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["embeddings", "blocks", "dropout"])
+def test_fine_tuning_compiles(frozen):
+    model = small(dropout=0.1 if frozen == "dropout" else 0.0)
+    if frozen == "embeddings":
+        model.freeze()
+    if frozen == "blocks":
+        model.freeze(layers=1, embeddings=False)
+    ids = torch.randint(300, (2, 32))
+    step = torch.compile(training_loss(model), fullgraph=True, dynamic=False)
+    for _ in range(2):
+        step(ids, ids).backward()
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    assert counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,397 @@
+"""Weights in and out: files that transformers writes and reads, and files that are not what they should be."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+
+import model as model_module
+from model import CONV1D, GPT, GPTConfig, locate, read_config, read_tensors
+
+SHAPE = {"vocab_size": 90, "n_positions": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
+OURS = GPTConfig(vocab_size=90, block_size=24, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
+ROOT = Path(__file__).parent.parent
+
+
+def transformers_model(**options):
+    torch.manual_seed(0)
+    special = {"bos_token_id": None, "eos_token_id": None}
+    theirs = GPT2LMHeadModel(GPT2Config(**SHAPE | special | options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # biases and gains too
+    return theirs
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory that transformers wrote, and the model it came from."""
+    theirs = transformers_model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", theirs
+
+
+@pytest.fixture
+def ours():
+    torch.manual_seed(1)
+    return GPT(OURS).eval()
+
+
+def edit_config(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(directory, edit):
+    """Rewrite model.safetensors as `edit(tensors)` has it."""
+    tensors = edit(load_file(directory / "model.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+
+
+def assert_same_weights(ours, theirs):
+    """Bit for bit, transposed where transformers has a Conv1D."""
+    expected = dict(theirs.named_parameters())
+    expected.pop("lm_head.weight", None)
+    assert set(expected) == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, expected[name].T if CONV1D.search(name) else expected[name]), name
+
+
+# ---- out
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_transformers_loads_what_we_save(tmp_path, max_shard_size, cross_attention):
+    torch.manual_seed(1)
+    ours = GPT(GPTConfig(**vars(OURS) | {"cross_attention": cross_attention})).eval()
+    ours.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "10KB")
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs) is GPT2LMHeadModel
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+    assert_same_weights(ours, theirs)
+    assert_same_weights(GPT.from_pretrained(tmp_path), theirs)
+
+
+def test_files_are_those_of_transformers(saved, tmp_path):
+    directory, theirs = saved
+    GPT.from_pretrained(directory).save_pretrained(tmp_path / "ours")
+    assert {path.name for path in directory.iterdir()} == {path.name for path in (tmp_path / "ours").iterdir()}
+    expected = json.loads((directory / "config.json").read_text())
+    expected.pop("transformers_version")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text()) == expected
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "ours", directory))
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_end_of_text(tmp_path):
+    vocab = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 4}
+    for size, given, written in [(50257, None, 50256), (90, None, None), (90, 3, 3)]:
+        GPT(GPTConfig(vocab_size=size, **vocab)).save_pretrained(tmp_path, eos_token_id=given)
+        for file in ("config.json", "generation_config.json"):
+            fields = json.loads((tmp_path / file).read_text())
+            assert fields["eos_token_id"] == fields["bos_token_id"] == written
+
+
+def test_saving_over_shards_leaves_one_model(ours, tmp_path):
+    ours.save_pretrained(tmp_path, max_shard_size="10KB")
+    other = GPT(OURS)
+    other.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
+    assert torch.equal(GPT.from_pretrained(tmp_path).transformer.wte.weight, other.transformer.wte.weight)
+    ours.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert torch.equal(GPT.from_pretrained(tmp_path).transformer.wte.weight, ours.transformer.wte.weight)
+
+
+def test_dtype_and_encoder_use_survive(tmp_path):
+    encoder = GPT(GPTConfig(**vars(OURS) | {"causal": False})).bfloat16()
+    encoder.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == encoder.config
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+# ---- in
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+def test_we_load_what_transformers_saves(tmp_path, max_shard_size):
+    theirs = transformers_model(add_cross_attention=True)
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "10KB")
+    ours = GPT.from_pretrained(tmp_path)
+    assert not ours.training
+    assert ours.config.cross_attention
+    assert ours.config.dropout == 0.1
+    assert_same_weights(ours, theirs)
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
+
+
+def test_bare_names(tmp_path):
+    theirs = transformers_model()
+    GPT2Model.save_pretrained(theirs.transformer, tmp_path)
+    assert "wte.weight" in load_file(tmp_path / "model.safetensors")
+    assert_same_weights(GPT.from_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_stale_buffers(saved, prefix):
+    directory, theirs = saved
+
+    def add_buffers(tensors):
+        tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        for layer in range(2):
+            tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+            tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        return tensors
+
+    edit_tensors(directory, add_buffers)
+    assert_same_weights(GPT.from_pretrained(directory), theirs)
+
+
+@pytest.mark.parametrize("which", ["both", "head alone"])
+def test_head_in_the_file(saved, which):
+    directory, theirs = saved
+    drop = (
+        "transformer.wte.weight" if which == "head alone" else ""
+    )  # as safetensors' own save_model leaves a tied pair
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+        return {name: tensor for name, tensor in tensors.items() if name != drop}
+
+    edit_tensors(directory, add_head)
+    assert_same_weights(GPT.from_pretrained(directory), theirs)
+
+
+def test_untied_head(saved):
+    directory, _ = saved
+    edit_tensors(directory, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not transformer\.wte\.weight"):
+        GPT.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_model_bin(saved, zipped):
+    directory, theirs = saved
+    state = theirs.state_dict()
+    torch.save(state, directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (directory / "model.safetensors").unlink()
+    assert_same_weights(GPT.from_pretrained(directory), theirs)
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickle_with_code_is_refused(saved, tmp_path):
+    directory, theirs = saved
+    torch.save(theirs.state_dict() | {"trap": Trap(tmp_path / "sprung")}, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read as plain tensors"):
+        GPT.from_pretrained(directory)
+    assert not (tmp_path / "sprung").exists()
+    (directory / "pytorch_model.bin").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
+        GPT.from_pretrained(directory)
+
+
+def test_dtype_and_device(saved):
+    directory, theirs = saved
+    ours = GPT.from_pretrained(directory, dtype=torch.bfloat16, device="cpu")
+    theirs.bfloat16()
+    assert_same_weights(ours, theirs)
+
+
+def test_wrong_tensors_are_listed(saved):
+    directory, _ = saved
+
+    def spoil(tensors):
+        del tensors["transformer.h.1.ln_1.bias"], tensors["transformer.wpe.weight"]
+        tensors["transformer.h.0.attn.c_proj.weight"] = torch.zeros(16, 15)
+        return tensors | {"transformer.h.2.ln_1.bias": torch.zeros(16), "score.weight": torch.zeros(2, 16)}
+
+    edit_tensors(directory, spoil)
+    with pytest.raises(ValueError, match=r"are not those of its config\.json") as caught:
+        GPT.from_pretrained(directory)
+    for part in (
+        "missing: transformer.wpe.weight, transformer.h.1.ln_1.bias;",
+        "unknown: ",
+        "transformer.h.2.ln_1.bias",
+        "score.weight",
+        "misshapen: transformer.h.0.attn.c_proj.weight (15, 16), expected (16, 16)",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+def test_damaged_files(tmp_path, max_shard_size):
+    transformers_model().save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    content = file.read_bytes()
+    for damaged in (content[:-100], content[:4], b"", b"\xff" * 100):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{file.name} cannot be read"):
+            GPT.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=file.name if max_shard_size == "10KB" else "no weights"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; GPT-2 has 'gpt2'"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"n_inner": 100}, "n_inner is 100, expected 4 x n_embd = 64"),
+        ({"n_head": 3}, r"n_embd \(16\) must be divisible by n_head \(3\)"),
+        ({"vocab_size": None}, "vocab_size must be a positive integer"),
+    ],
+)
+def test_another_architecture(saved, fields, message):
+    directory, _ = saved
+    edit_config(directory, **fields)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(directory)
+
+
+def test_config_that_is_no_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        GPT.from_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    for content, message in [
+        ("{", "is not JSON"),
+        ("[1]", "holds a list"),
+        ("{}", "lacks model_type, vocab_size, n_positions"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path)
+
+
+def test_equivalent_configurations(saved):
+    directory, _ = saved
+    edit_config(directory, n_inner=64, activation_function="gelu_pytorch_tanh")
+    assert read_config(directory) == OURS
+    edit_config(directory, attn_pdrop=0.2)
+    with pytest.warns(UserWarning, match=r"\[0.1, 0.2\]: all become 0.2"):
+        assert read_config(directory).dropout == 0.2
+
+
+# ---- the hub
+
+
+def test_no_such_model(tmp_path):
+    for name in (tmp_path / "none", "./none", "../none", "a b", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no such model directory"):
+            locate(name)
+
+
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_hub_name_without_a_network(tmp_path, offline):
+    """In a process of its own, as the hub's client reads its environment once."""
+    program = "import model\ntry: model.GPT.from_pretrained('gpt2')\nexcept FileNotFoundError as error: print(error)"
+    environment = {
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens
+        "PATH": "/usr/bin:/bin",
+    }
+    began = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout.startswith("'gpt2' is not a directory, and as a hub id it could not be fetched ("), run.stderr
+    assert len(run.stdout.strip().splitlines()) == 1
+    assert time.monotonic() - began < 30
+
+
+def test_hub_snapshot(saved, monkeypatch):
+    """A repository of the older half of the hub has pytorch_model.bin alone; it is fetched only then."""
+    import huggingface_hub
+
+    directory, theirs = saved
+    wanted = []
+
+    def snapshot_download(name, allow_patterns):
+        wanted.append((name, "pytorch_model.bin" in allow_patterns))
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same_weights(GPT.from_pretrained("openai-community/gpt2"), theirs)
+    assert wanted == [("openai-community/gpt2", False)]
+    torch.save(theirs.state_dict(), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    assert_same_weights(GPT.from_pretrained("gpt2"), theirs)
+    assert wanted[1:] == [("gpt2", False), ("gpt2", True)]
+
+
+# ---- memory
+
+PEAK = """
+import resource, sys, torch, safetensors, model
+import torch._dynamo
+directory, dtype = sys.argv[1:]
+model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=2, vocab_size=2, block_size=2))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+gpt = model.GPT.from_pretrained(directory, dtype=getattr(torch, dtype))
+print((peak() - before) / sum(p.numel() * p.element_size() for p in gpt.parameters()))
+"""
+
+
+def loading_peak(directory, dtype="float32"):
+    """Peak memory of loading, over that of a process that has imported all, in units of the loaded weights."""
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(directory), dtype], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return float(run.stdout)
+
+
+SMALL_VOCAB = GPTConfig(vocab_size=4000, n_layer=6)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
+@pytest.mark.parametrize("files", ["safetensors", *(pytest.param(f, marks=SLOW) for f in ("shards", "head", "bin"))])
+@pytest.mark.parametrize(
+    "config", [SMALL_VOCAB, *(pytest.param(GPTConfig.preset(name), marks=SLOW) for name in ("gpt2", "gpt2-medium"))]
+)
+def test_loading_peaks_at_1_3_of_the_weights(tmp_path, config, files, dtype):
+    size = f"{'100MB' if config is SMALL_VOCAB else '400MB'}" if files == "shards" else "50GB"
+    GPT(config).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=size)
+    if files == "bin":
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    if files == "head":
+        edit_tensors(tmp_path, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].clone()})
+    assert loading_peak(tmp_path, dtype) <= 1.3
+
+
+def test_tensors_come_one_at_a_time(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    sizes = [tensor.numel() for _, tensor in read_tensors(tmp_path)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) == ours.num_parameters()
+
+
+def test_no_pickle_but_the_guarded_one():
+    source = Path(model_module.__file__).read_text()
+    assert source.count("torch.load(") == source.count("weights_only=True") == 1
+    assert "import pickle" not in source
