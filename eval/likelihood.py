@@ -93,8 +93,8 @@ def log_likelihoods(
     not fit at all is scored in windows of half the context, each after the tokens before it.
 
     Args:
-        model: a GPT, or anything with its `config.block_size` and `vocab_size` and a forward that takes `input_ids`,
-            `attention_mask` and `logits_to_keep`; without `new_cache` contexts are computed once an ending.
+        model: a GPT, or anything with its `config.block_size` and `vocab_size` and a forward that takes `input_ids` and
+            `logits_to_keep`; without `new_cache` a context is computed again for each ending.
         batch_size: sequences a forward pass; None is 16 on CPU and 64 elsewhere. The scores do not depend on it beyond
             rounding.
         rank, world_size: this process computes every world_size-th batch. All call the model equally often, as FSDP
@@ -183,16 +183,21 @@ def _score(
         model(contexts, attention_mask=mask, cache=cache, return_logits=False)
     for rows in batch.rows(batch_size):
         owner = torch.tensor([i for i, _ in rows], device=device)
-        inputs, _ = _pad([(batch.contexts[i][-1], *part.ending[:-1]) for i, part in rows], device)  # (R, T)
-        targets, kept = _pad([part.ending for _, part in rows], device)
-        row_mask = torch.cat([mask[owner], torch.ones_like(kept)], dim=1)  # padding on the right is never looked at
+        targets, kept = _pad([part.ending for _, part in rows], device)  # (R, T)
         if head is not None:
+            inputs, _ = _pad([(batch.contexts[i][-1], *part.ending[:-1]) for i, part in rows], device)
+            row_mask = torch.cat([mask[owner], torch.ones_like(kept)], dim=1)  # padding on the right is never looked at
             row_cache = None if cache is None else _copy_rows(model, cache, owner, inputs.size(1))
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             hidden = output.last_hidden_state[kept].to(head.dtype)
         else:
-            inputs = torch.cat([contexts[owner], inputs], dim=1)
-            logits = model(inputs, attention_mask=row_mask, logits_to_keep=targets.size(1)).logits[kept]
+            # Padded on the right alone, so that neither a mask nor positions are needed: peers differ in those.
+            lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
+            inputs, _ = _pad([batch.contexts[i] + part.ending[:-1] for i, part in rows], device)
+            first = int(lengths.min()) - 1
+            offset = torch.arange(first, inputs.size(1), device=device) - (lengths - 1)
+            scored = (offset >= 0) & (offset < kept.sum(dim=1, keepdim=True))
+            logits = model(inputs, logits_to_keep=inputs.size(1) - first).logits[scored]
         log_probs = torch.zeros(targets.shape, device=device)
         misses = torch.zeros_like(kept)
         log_prob, miss = [], []
