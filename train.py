@@ -27,7 +27,7 @@ from data.shards import open_split, write_json
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.loss import split_loss
 from generation import generate
-from model import GPT, load_weights, locate, read_config
+from model import GPT, GPTConfig, load_weights, locate, read_config
 from report.curves import draw_loss
 from training.checkpoint import Checkpoints, host_copy, load_optimizers, read_state
 from training.config import Config, parse_config, refuse_changes
@@ -76,9 +76,12 @@ class Trainer:
             self.directory / "checkpoints", keep=config.checkpoint.keep, on_error=config.checkpoint.on_error
         )
         checkpoint = self._checkpoint_to_resume()
-        self.model = make_model(config, self.tokenizer, checkpoint)
+        source = checkpoint
+        if source is None and config.model.init_from != "scratch":
+            source = locate(config.model.init_from)
+        shape = model_shape(config, self.tokenizer, source)
         self.identity = config.identity() | {
-            "model": dataclasses.asdict(self.model.config) | {"freeze_layers": config.model.freeze_layers},
+            "model": dataclasses.asdict(shape) | {"freeze_layers": config.model.freeze_layers},
             "dataset": {"sha256": train_split.fingerprint},
         }
         self.step, self.seconds, self.skipped_steps = 0, 0.0, 0
@@ -87,9 +90,10 @@ class Trainer:
             state = read_state(checkpoint)
             refuse_changes(state["identity"], self.identity, allow=config.run.allow_changes)
             self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
+        self.model = make_model(shape, source, config.run.seed)
 
-        self.sharded = should_shard(config, self.model.config, processes)
-        self.micro_batch = fit_micro_batch(config, self.model.config, processes, sharded=self.sharded)
+        self.sharded = should_shard(config, shape, processes)
+        self.micro_batch = fit_micro_batch(config, shape, processes, sharded=self.sharded)
         compiled, reason = should_compile(config, self.model, processes.device)
         n_parameters = self.model.num_parameters()
         self.model.to(processes.device).train()
@@ -112,9 +116,7 @@ class Trainer:
             world_size=processes.world_size,
             pin_memory=processes.device.type == "cuda",
         )
-        step_flops = config.data.batch_tokens * flops_per_token(
-            self.model.config, n_parameters, config.data.sequence_length
-        )
+        step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
         peak = peak_flops(processes.device)
         self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
         if processes.is_main:
@@ -134,20 +136,20 @@ class Trainer:
         """Train to the last step or to a signal. Returns "finished" or "preempted", which status.json says too."""
         config = self.config
         stop = StopSignal()
-        bad_steps, last_save = 0, time.monotonic()
+        stopping, bad_steps, last_save = False, 0, time.monotonic()
         if self.step == 0 and config.eval.every:
             self.validate()
-        while self.step < config.optim.steps and not stop.asked:
+        while self.step < config.optim.steps and not stopping:
             minutes = (time.monotonic() - last_save) / 60
             save_asked = 0 < config.checkpoint.every_minutes <= minutes
-            finite, stop.asked, save_asked = self.train_step(stop.asked, save_asked)
+            finite, stopping, save_asked = self.train_step(stop.asked, save_asked)
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
                 self._give_up()
             last = self.step == config.optim.steps
             if config.eval.every and (last or due(self.step, config.eval.every)):
                 self.validate()
-            if (last or stop.asked or save_asked or due(self.step, config.checkpoint.every)) and finite:
+            if (last or stopping or save_asked or due(self.step, config.checkpoint.every)) and finite:
                 self.save()
                 last_save = time.monotonic()
         status = "finished" if self.step == config.optim.steps else "preempted"
@@ -373,31 +375,35 @@ def lock_run(directory: Path) -> FileLock:
     return lock
 
 
-def make_model(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> GPT:
-    """The model on the CPU, in float32: from the checkpoint to resume, or model.init_from, or scratch."""
+def model_shape(config: Config, tokenizer: Tokenizer, source: Path | None) -> GPTConfig:
+    """The model's shape: as configured or, with model.init_from, that of `source`, the directory its weights are in.
+
+    Raises ValueError where the two, or their tokenizers, do not go together.
+    """
     asked = config.model
-    if asked.init_from == "scratch":
-        shape = config.model_config(tokenizer.vocab_size)
-    if checkpoint is None and asked.init_from == "scratch":
-        torch.manual_seed(config.run.seed)
-        return GPT(shape)
-    source = checkpoint or locate(asked.init_from)
-    if asked.init_from != "scratch":
-        shape = dataclasses.replace(read_config(source), dropout=asked.dropout)
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(asked, name) not in (None, getattr(shape, name)):
-                raise ValueError(
-                    f"model.{name} is {getattr(asked, name)}, but {source} has {getattr(shape, name)}: leave it out"
-                )
-        if config.data.sequence_length > shape.block_size:
-            raise ValueError(
-                f"data.sequence_length {config.data.sequence_length} is above the {shape.block_size} of {source}"
-            )
-    if load_tokenizer(source) != tokenizer:
+    if source is not None and load_tokenizer(source) != tokenizer:
         raise ValueError(
             f"{source} and {config.data.dir} have different tokenizers: prepare the text again with the tokenizer that "
             f"the model was trained with"
         )
+    if source is None or asked.init_from == "scratch":
+        return config.model_config(tokenizer.vocab_size)
+    shape = dataclasses.replace(read_config(source), dropout=asked.dropout)
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if getattr(asked, name) not in (None, getattr(shape, name)):
+            raise ValueError(
+                f"model.{name} is {getattr(asked, name)}, {source} has {getattr(shape, name)}: leave it out"
+            )
+    if config.data.sequence_length > shape.block_size:
+        raise ValueError(f"data.sequence_length {config.data.sequence_length} is above {source}'s {shape.block_size}")
+    return shape
+
+
+def make_model(shape: GPTConfig, source: Path | None, seed: int) -> GPT:
+    """A GPT on the CPU, in float32, with the weights in `source`, or from scratch: the same for every rank."""
+    if source is None:
+        torch.manual_seed(seed)
+        return GPT(shape)
     with torch.device("meta"):
         model = GPT(shape)
     load_weights(model, source, dtype=torch.float32, device="cpu")

@@ -87,14 +87,22 @@ def wait_for_step(run, step, process):
         time.sleep(0.002)
 
 
-def start(config):
-    return subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(config)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start():
+    """`start(file)`: a training process to be killed; none outlives its test."""
+    processes = []
+
+    def begin(config):
+        command = [sys.executable, "train.py", "--config", str(config)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def slow_run(tiny_run, name):
@@ -102,7 +110,7 @@ def slow_run(tiny_run, name):
     return tiny_run(name, **{"optim.steps": 40, "checkpoint.every": 5, "data.batch_tokens": 4096})
 
 
-def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_config, python):
+def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_config, start, python):
     whole = train(slow_run(tiny_run, "whole"))
     config = slow_run(tiny_run, "killed")
     killed = whole.parent / "killed"
@@ -120,7 +128,7 @@ def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_con
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, number):
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, start, number):
     config = tiny_run("stopped", **{"optim.steps": 100_000, "optim.schedule": "constant"})
     process = start(write_config(config))
     run = write_config(config).parent / "runs" / "stopped"

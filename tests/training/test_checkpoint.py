@@ -1,0 +1,184 @@
+"""Checkpoints: whole or not at all, a GPT-2 to every other tool, and never a pickle."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from data.tokenizer import load_tokenizer
+from generation import generate
+from model import GPT
+from train import lock_run
+from training.checkpoint import Checkpoints, list_checkpoints, resolve_model, verify
+
+
+@pytest.fixture
+def run(tiny_run, train):
+    """A finished run with checkpoints after 4, 8 and 10 steps."""
+    return train(tiny_run("run", **{"optim.steps": 10, "checkpoint.every": 4}))
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def steps(run):
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run / "checkpoints")]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe:300", "gpt2"])
+def test_a_checkpoint_is_a_gpt2_for_transformers(tiny_run, train, python, verses, tmp_path, kind):
+    """Ids, logits and generated text are those of ours."""
+    data = verses
+    if kind != "char":
+        data = tmp_path / "data"
+        source = verses.parent / "verses.jsonl"
+        python("-m", "data.prepare", "text", source, "--out", data, "--tokenizer", kind, "--val-fraction", "0.1")
+    run = train(tiny_run("run", **{"data.dir": str(data), "optim.steps": 30}))
+    checkpoint = resolve_model(str(run))
+    ours, tokenizer = GPT.from_pretrained(checkpoint), load_tokenizer(checkpoint)
+    theirs, their_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(checkpoint),
+        AutoTokenizer.from_pretrained(checkpoint),
+    )
+
+    text = "ROSALIND:\nThe ox of Kent is 7 leagues"
+    ids = tokenizer.encode(text)
+    assert their_tokenizer(text)["input_ids"] == ids
+    assert their_tokenizer.decode(ids) == tokenizer.decode(ids) == text
+    assert their_tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.eot
+    window = torch.tensor([ids[:20]])
+    torch.testing.assert_close(ours(window).logits, theirs(window).logits, rtol=1e-4, atol=1e-5)
+
+    prompt = "The"
+    expected = generate(ours, [tokenizer.encode(prompt)], max_new_tokens=12, eos_token_id=tokenizer.eot)[0].tolist()
+    generated = pipeline("text-generation", model=checkpoint)(prompt, max_new_tokens=12, do_sample=False)
+    assert generated[0]["generated_text"] == tokenizer.decode([i for i in expected if i != tokenizer.eot])
+
+
+def test_what_a_checkpoint_holds(run):
+    checkpoint = run / "checkpoints" / "step-000010"
+    files = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+    assert files == [
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer/optimizer.safetensors",
+        "trainer/state.json",
+    ]
+    verify(checkpoint)
+    assert set(json.loads((checkpoint / "manifest.json").read_text())) == set(files) - {"manifest.json"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "tokenizer.json", "trainer/optimizer.safetensors", "trainer/state.json"],
+)
+def test_one_flipped_byte_in_any_file_is_found_and_the_one_before_is_used(run, tiny_run, train, capsys, name):
+    damaged = run / "checkpoints" / "step-000010"
+    flip_a_byte(damaged / name)
+    train(tiny_run("run", **{"optim.steps": 10, "checkpoint.every": 4}))
+    output = capsys.readouterr()
+    assert f"passing over a damaged checkpoint: {damaged / name} has another sha256" in output.err
+    assert "going on from" in output.out
+    assert "step-000008" in output.out
+    assert (run / "checkpoints" / "step-000010.damaged").is_dir()  # left alone, out of the new one's way
+    verify(damaged)
+
+
+def test_where_all_are_damaged_nothing_begins_anew_in_silence(run, tiny_run, train):
+    for path in list_checkpoints(run / "checkpoints"):
+        flip_a_byte(path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        train(tiny_run("run", **{"optim.steps": 10}))
+
+
+def test_the_newest_and_the_best_stay(tiny_run, train):
+    config = tiny_run("kept", **{"optim.steps": 12, "checkpoint.every": 2, "checkpoint.keep": 2, "eval.every": 2})
+    run = train(config)
+    assert steps(run) == [10, 12]
+    state = run / "checkpoints" / "step-000010" / "trainer" / "state.json"
+    best = json.loads(state.read_text()) | {"val_loss": 0.0}  # as if it had been the best of all
+    state.write_text(json.dumps(best))
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    checkpoints = Checkpoints(run / "checkpoints", keep=1, on_error="stop")
+    for step in (14, 16):
+        shutil.copytree(run / "checkpoints" / "step-000010", run / "checkpoints" / f"step-{step:06d}")
+        later = run / "checkpoints" / f"step-{step:06d}" / "trainer" / "state.json"
+        later.write_text(json.dumps(best | {"step": step, "val_loss": 1.0}))
+    checkpoints._prune()
+    assert steps(run) == [10, 16]
+
+
+def test_resume_never_and_must(run, tiny_run, train):
+    with pytest.raises(ValueError, match=r"run.resume is never, but .* has checkpoints"):
+        train(tiny_run("run", **{"run.resume": "never"}))
+    with pytest.raises(FileNotFoundError, match=r"run.resume is must, but there is no checkpoint"):
+        train(tiny_run("fresh", **{"run.resume": "must"}))
+    assert not (run.parent / "fresh").exists()
+
+
+def test_a_changed_run_is_refused_with_old_and_new_values(run, tiny_run, train):
+    changed = tiny_run("run", **{"optim.steps": 20, "optim.weight_decay": 0.5, "run.seed": 4})
+    with pytest.raises(ValueError, match="go on with was another") as refused:
+        train(changed)
+    for part in ("run.seed was 1337, is 4", "optim.weight_decay was 0.1, is 0.5", "optim.steps was 10, is 20"):
+        assert part in str(refused.value)
+
+
+def test_a_changed_model_is_refused(run, tiny_run, train):
+    with pytest.raises(ValueError, match=r"model.n_layer was 2, is 3"):
+        train(tiny_run("run", **{"model.n_layer": 3, "optim.steps": 10}))
+
+
+def test_a_longer_run_when_that_is_said(run, tiny_run, train):
+    train(tiny_run("run", **{"optim.steps": 15, "run.allow_changes": True}))
+    assert steps(run)[-1] == 15
+    assert json.loads((run / "provenance.json").read_text())[-1]["allow_changes"] is True
+
+
+def test_a_second_run_in_the_directory_is_refused_while_the_first_lives(tiny_run, train, write_config, python):
+    lock = lock_run(train(tiny_run("run", **{"optim.steps": 3})))
+    result = python("train.py", "--config", write_config(tiny_run("run")), check=False)
+    lock.release()
+    assert result.returncode == 2
+    assert "is in use by a run that is still going" in result.stderr
+
+
+def test_no_room_for_a_checkpoint_stops_the_run_and_keeps_the_earlier_ones(run, tiny_run, train, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    longer = {"optim.steps": 14, "checkpoint.every": 2, "run.allow_changes": True}
+    with pytest.raises(OSError, match=r"could not be written .*No space left on device.*earlier ones are whole"):
+        train(tiny_run("run", **longer))
+    assert steps(run) == [4, 8, 10]
+    assert not list(run.rglob("*.partial"))
+    for path in list_checkpoints(run / "checkpoints"):
+        verify(path)
+
+
+def test_no_room_and_going_on_as_configured(tiny_run, train, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    run = train(tiny_run("run", **{"optim.steps": 4, "checkpoint.every": 2, "checkpoint.on_error": "continue"}))
+    assert capsys.readouterr().err.count("No space left on device") == 2
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+
+
+def test_resolve_model(run, tmp_path):
+    assert resolve_model(str(run)) == str(run / "checkpoints" / "step-000010")
+    assert resolve_model(None, str(run.parent)) == str(run / "checkpoints" / "step-000010")
+    assert resolve_model("gpt2") == "gpt2"
+    with pytest.raises(FileNotFoundError, match=r"no run with a checkpoint under .*: train one, or name a model"):
+        resolve_model(None, str(tmp_path / "nowhere"))

@@ -1,0 +1,68 @@
+"""The learning rate's course and what is decayed."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from training.config import Optim
+from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
+
+SMALL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
+
+
+def test_cosine_against_its_formula():
+    config = Optim(warmup_steps=10, steps=110, min_lr_ratio=0.1)
+    factors = [learning_rate_factor(step, config) for step in range(110)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[109] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.99)))
+
+
+def test_wsd_is_flat_then_falls_linearly():
+    config = Optim(schedule="wsd", warmup_steps=10, steps=100, min_lr_ratio=0.0, decay_fraction=0.2)
+    factors = [learning_rate_factor(step, config) for step in range(100)]
+    assert factors[9:81] == [1.0] * 72
+    assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
+
+
+def test_constant_without_warmup():
+    config = Optim(schedule="constant", warmup_steps=0, steps=5)
+    assert [learning_rate_factor(step, config) for step in range(5)] == [1.0] * 5
+
+
+def test_matrices_and_embeddings_decay_and_vectors_do_not():
+    model = GPT(SMALL)
+    (adamw,) = make_optimizers(model, Optim(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.3 if parameter.dim() >= 2 else 0.0), name
+    assert all(group["fused"] for group in adamw.param_groups)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = GPT(SMALL)
+    muon, adamw = make_optimizers(model, Optim(name="muon", muon_lr=0.05, lr=1e-3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert of_muon == {f"transformer.h.{i}.{part}.weight" for i in range(2) for part in parts}
+    of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert of_adamw | of_muon == set(names.values())
+    set_learning_rate([muon, adamw], 0.5)
+    assert [muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]] == [0.025, 5e-4]
+
+
+def test_frozen_parameters_are_left_out_and_stay(tmp_path):
+    model = GPT(SMALL)
+    model.freeze(1)
+    optimizers = make_optimizers(model, Optim(lr=0.1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.randint(0, 11, (2, 8), generator=torch.Generator().manual_seed(0))
+    model(ids, labels=ids).loss.backward()
+    optimizers[0].step()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("transformer.h.0.", "transformer.wte", "transformer.wpe"))
+        assert torch.equal(parameter, before[name]) == frozen, name
