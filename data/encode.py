@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data.shards import ShardWriter
-from data.sources import Options, Piece, Source
+from data.sources import Options, Piece, Source, Span
 from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, safe_cut
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,6 +32,8 @@ SPLITS = ("train", "val")
 # Re-encoded with the reference tokenizer: this share of the bytes, and so many documents for each shard's worth.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
+# Of a long document this much.
+CHECKED_PREFIX = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Encoder:
         for n, i in enumerate(order):
             if n >= at_least and left <= 0:
                 return
-            sample = texts[i][: safe_cut(texts[i], SPLIT_KEY_BYTES)]
+            sample = texts[i][: safe_cut(texts[i], CHECKED_PREFIX)]
             left -= len(sample)
             expected = self.tokenizer.encode(sample.decode())
             if tokens[begins[i] : begins[i] + len(expected)].tolist() != expected:
@@ -138,8 +140,8 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(pieces: list[Piece]) -> Encoded:
-    return _encoder(pieces)
+def _encode_in_worker(pieces: list[Piece | Span]) -> Encoded:
+    return _encoder([piece.read() if isinstance(piece, Span) else piece for piece in pieces])
 
 
 def encode_in_order(
@@ -155,7 +157,12 @@ def encode_in_order(
     waiting: deque = deque()
     try:
         for batch in batches:
-            waiting.append(([replace(piece, data=b"") for piece in batch], pool.submit(_encode_in_worker, batch)))
+            waiting.append(
+                (
+                    [replace(piece, data=b"") for piece in batch],
+                    pool.submit(_encode_in_worker, [Span.of(piece) for piece in batch]),
+                )
+            )
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -248,8 +255,10 @@ class Corpus:
             val = self._assign(encoded)
             counted["open_split"] = "val" if val[-1] else "train"
             for split, chosen in (("train", ~val), ("val", val)):
-                mask = np.repeat(chosen, encoded.lengths)
-                self.writers[split].write(encoded.tokens if mask.all() else encoded.tokens[mask])
+                if chosen.all():
+                    self.writers[split].write(encoded.tokens)
+                elif chosen.any():
+                    self.writers[split].write(encoded.tokens[np.repeat(chosen, encoded.lengths)])
                 counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
         counted["skipped"]["empty"] += encoded.empty
         counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8

@@ -179,8 +179,9 @@ class ByteLevelTokenizer(Tokenizer):
         except ImportError:
             return None
         # Its special tokens are always special, so it is not told of any.
-        described = json.loads(self._reference_backend.to_str())
-        described["added_tokens"] = []
+        model = {"type": "BPE", "vocab": self.vocab, "merges": self.merges}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+        described = {"added_tokens": [], "model": model, "pre_tokenizer": byte_level, "decoder": byte_level}
         return gigatoken.Tokenizer.from_json(json.dumps(described))
 
     @property

@@ -7,7 +7,7 @@ cuts pieces, which is cheap; the workers turn a piece into documents and those i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Piece:
     position: index of the file in the source, index of the piece in the file.
     source_bytes: how much of the file it accounts for, for progress.
     split_key: the first bytes of the document, where the piece is only a part of it.
+    offset: where `data` stands in the file, if it stands there as it is (uncompressed, on this machine).
     """
 
     file: File
@@ -35,10 +36,30 @@ class Piece:
     first: int
     source_bytes: int
     data: bytes = b""
-    row_group: int = 0
     continues: bool = False
     split_key: bytes | None = None
+    offset: int | None = None
+    row_group: int = 0
     position: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece on its way to another process, which reads the data from the file again: cheaper than sending it."""
+
+    piece: Piece
+    length: int
+
+    @classmethod
+    def of(cls, piece: Piece) -> Piece | Span:
+        """`piece` without its data, where that can be read again."""
+        return piece if piece.offset is None else cls(replace(piece, data=b""), len(piece.data))
+
+    def read(self) -> Piece:
+        """The piece with its data."""
+        with open(self.piece.file.name, "rb") as file:
+            file.seek(self.piece.offset or 0)
+            return replace(self.piece, data=file.read(self.length))
 
 
 @dataclass(frozen=True)

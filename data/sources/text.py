@@ -99,11 +99,11 @@ def read_pieces(file: File, limit: int, options: Options) -> Iterator[Piece]:
         if format == "parquet":
             yield from _parquet_pieces(file, raw, limit, options.text_key)
         elif format == "jsonl":
-            yield from _whole_documents(file, raw, "jsonl", limit, b"\n")
+            yield from _cut(file, raw, "jsonl", limit, b"\n")
         elif options.separator:
-            yield from _whole_documents(file, raw, "separated", limit, options.separator.encode())
+            yield from _cut(file, raw, "separated", limit, options.separator.encode())
         else:
-            yield from _one_document(file, raw, limit)
+            yield from _cut(file, raw, "text", limit, None)
 
 
 @contextmanager
@@ -153,24 +153,29 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
         raise zstandard.ZstdError("it ends within a frame")
 
 
-def _one_document(file: File, raw: BinaryIO, limit: int) -> Iterator[Piece]:
+def _cut(file: File, raw: BinaryIO, format: str, limit: int, mark: bytes | None) -> Iterator[Piece]:
+    """Pieces that end after a `mark`, or, where the file is one document, where no token can tell."""
+    plain = not file.name.startswith("hf://") and not file.name.endswith(COMPRESSIONS[1:])
     buffer = bytearray()
     key: bytes | None = None
-    first, done, searched = 1, 0, 0
+    continues = False
+    first, done, offset, searched = 1, 0, 0, 0
     for block in _blocks(raw, file.name):
         buffer += block
         if len(buffer) < limit:
             continue
-        cut = _last_safe_cut(buffer, searched)
-        searched = len(buffer) - 1
-        if not cut:
+        cut = buffer.rfind(mark, searched) + len(mark) if mark else _last_safe_cut(buffer, searched)
+        searched = len(buffer) - len(mark or b"\n")
+        if cut < len(mark or b"\n"):
             continue
         data, position = bytes(buffer[:cut]), raw.tell()
-        continues, key = key is not None, key or data[:SPLIT_KEY_BYTES]
-        yield Piece(file, "text", first, position - done, data, continues=continues, split_key=key)
+        if not mark:
+            continues, key = key is not None, key or data[:SPLIT_KEY_BYTES]
+        yield Piece(file, format, first, position - done, data, continues, key, offset if plain else None)
         del buffer[:cut]
-        first, done, searched = first + data.count(b"\n"), position, 0
-    yield Piece(file, "text", first, file.size - done, bytes(buffer), continues=key is not None, split_key=key)
+        first, done, offset, searched = first + data.count(mark or b"\n"), position, offset + cut, 0
+    data, continues = bytes(buffer), key is not None
+    yield Piece(file, format, first, file.size - done, data, continues, key, offset if plain else None)
 
 
 def safe_cut(text: bytes, start: int) -> int:
@@ -190,24 +195,6 @@ def _last_safe_cut(buffer: bytearray, start: int) -> int:
             return cuts[-1]
         end = begin
     return 0
-
-
-def _whole_documents(file: File, raw: BinaryIO, format: str, limit: int, mark: bytes) -> Iterator[Piece]:
-    buffer = bytearray()
-    first, done, searched = 1, 0, 0
-    for block in _blocks(raw, file.name):
-        buffer += block
-        if len(buffer) < limit:
-            continue
-        cut = buffer.rfind(mark, searched) + len(mark)
-        searched = max(0, len(buffer) - len(mark) + 1)
-        if cut < len(mark):
-            continue
-        data, position = bytes(buffer[:cut]), raw.tell()
-        yield Piece(file, format, first, position - done, data)
-        del buffer[:cut]
-        first, done, searched = first + data.count(mark), position, 0
-    yield Piece(file, format, first, file.size - done, bytes(buffer))
 
 
 def _parquet_pieces(file: File, raw: Any, limit: int, text_key: str) -> Iterator[Piece]:
