@@ -97,16 +97,17 @@ class Job:
 def prepare(job: Job, workers: int | None = None) -> DatasetMeta:
     """Make the dataset, or go on with it, or find it complete. Returns its description.
 
-    `workers` processes encode, by default one for each core, or this one alone where starting others would take longer.
-
+    `workers` processes encode: by default one for each core, or this one alone where starting others would take longer.
     Raises ValueError for text or options that cannot be used, OSError when something cannot be read or written.
     """
-    job.out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.out / ".lock")
     try:
+        job.out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise OSError(f"another `data.prepare` is at work in {job.out}: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise OSError(f"cannot write to {job.out}: {error.strerror}; choose another --out") from error
     try:
         return _prepare(job, workers)
     finally:
@@ -143,7 +144,7 @@ def _prepare(job: Job, workers: int | None) -> DatasetMeta:
 
 
 def _begin(job: Job) -> dict[str, Any] | None:
-    """What was recorded of an earlier run, {} at first, None when the dataset is complete."""
+    """What is recorded of this run and earlier ones, None when the dataset is complete."""
     path = job.out / PROGRESS_FILE
     settings = job.settings()
     meta = read_meta(job.out)
@@ -244,37 +245,16 @@ def merge(directory: Path) -> DatasetMeta:
     if (meta := read_meta(directory)) is not None:
         print(f"{directory} is complete already: nothing to do")
         return meta
-    found = sorted(directory.glob("part-*-of-*"))
-    metas = [read_meta(part) for part in found]
-    first = metas[0] if metas else None
-    if first is None:
-        raise ValueError(
-            f"{directory} has no part-I-of-N with a meta.json: make the parts with --part I/N --out {directory}"
-        )
-    count = int(found[0].name.rpartition("-")[2])
-    same = ("tokenizer_sha256", "source", "revision", "filter", "validation", "shard_tokens")
-    for index in range(1, count + 1):
-        part = part_directory(directory, (index, count))
-        meta = read_meta(part)
-        if meta is None or (part / PROGRESS_FILE).exists():
-            raise ValueError(f"{part} is not complete: run the same command with --part {index}/{count} first")
-        differing = [key for key in same if getattr(meta, key) != getattr(first, key)]
-        if differing:
-            raise ValueError(f"{part} differs from {found[0]} in {', '.join(differing)}: prepare it again")
-    if len(found) != count:
-        raise ValueError(
-            f"{directory} has parts of different counts ({found[0].name}, {found[-1].name}): remove the old ones"
-        )
-    progress = {"settings": {"merge": count}}
-    write_json(directory / PROGRESS_FILE, progress)
-    tokenizer = load_tokenizer(found[0])
+    parts = _find_parts(directory)
+    first = next(iter(parts.values()))
+    write_json(directory / PROGRESS_FILE, {"settings": {"parts": len(parts)}})
+    tokenizer = load_tokenizer(next(iter(parts)))
     tokenizer.save(directory)
-    parts = [meta for meta in metas if meta is not None]
     writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
     buffer = np.empty(1 << 22, np.uint16)
     for split, writer in writers.items():
         writer.restore(writer.state())
-        for part, meta in zip(found, parts, strict=True):
+        for part, meta in parts.items():
             if not meta.tokens[split]:
                 continue
             opened = open_split(part, split)
@@ -285,7 +265,7 @@ def merge(directory: Path) -> DatasetMeta:
                 writer.write(tokens)
 
     def total(key: str) -> dict[str, int]:
-        return {name: sum(getattr(meta, key)[name] for meta in parts) for name in getattr(first, key)}
+        return {name: sum(getattr(meta, key)[name] for meta in parts.values()) for name in getattr(first, key)}
 
     merged = replace(
         first,
@@ -299,6 +279,29 @@ def merge(directory: Path) -> DatasetMeta:
     merged.save(directory)
     (directory / PROGRESS_FILE).unlink()
     return merged
+
+
+def _find_parts(directory: Path) -> dict[Path, DatasetMeta]:
+    """All parts in order, each complete and made alike."""
+    found = sorted(directory.glob("part-*-of-*"))
+    if not found:
+        raise ValueError(f"{directory} has no part-I-of-N: make the parts with --part I/N --out {directory}")
+    count = int(found[0].name.rpartition("-")[2])
+    parts: dict[Path, DatasetMeta] = {}
+    for index in range(1, count + 1):
+        part = part_directory(directory, (index, count))
+        meta = read_meta(part) if part in found and not (part / PROGRESS_FILE).exists() else None
+        if meta is None:
+            raise ValueError(f"{part} is not complete: run the same command with --part {index}/{count} first")
+        parts[part] = meta
+        for key in ("tokenizer_sha256", "source", "revision", "filter", "validation", "shard_tokens"):
+            if getattr(meta, key) != getattr(parts[found[0]], key):
+                raise ValueError(f"{part} differs from {found[0]} in {key}: prepare it again")
+    if len(found) != count:
+        raise ValueError(
+            f"{directory} has parts of different counts, {found[0].name} and {found[-1].name}: remove the old"
+        )
+    return parts
 
 
 def part_directory(directory: Path, part: tuple[int, int]) -> Path:
@@ -424,20 +427,17 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def _report(out: Path, meta: DatasetMeta) -> None:
-    counts = ", ".join(
-        f"{meta.tokens[split]:,} {split} tokens in {meta.documents[split]:,} documents" for split in SPLITS
-    )
+    counts = (f"{meta.tokens[split]:,} {split} tokens (documents: {meta.documents[split]:,})" for split in SPLITS)
+    print(f"{out}: {', '.join(counts)}; {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
     text = sum(meta.text_bytes.values())
-    print(f"{out}: {counts}; {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
-    print(f"{sum(map(len, meta.shards.values()))} shards from {text / 1e6:,.1f} MB of text")
-    if not meta.skipped:
-        return
-    if meta.skipped["empty"]:
-        print(f"passed over {meta.skipped['empty']:,} empty documents")
-    if meta.skipped["invalid_utf8"]:
-        print(f"put U+FFFD for invalid UTF-8 in {meta.skipped['invalid_utf8']:,} documents")
-    if meta.skipped["longer_than_shard"]:
-        print(f"{meta.skipped['longer_than_shard']:,} documents are longer than a shard and go on in the next")
+    print(f"shards: {sum(map(len, meta.shards.values()))}" + (f", from {text / 1e6:,.1f} MB of text" if text else ""))
+    for name, said in (
+        ("empty", "empty documents passed over"),
+        ("invalid_utf8", "documents with U+FFFD put for invalid UTF-8"),
+        ("longer_than_shard", "documents longer than a shard, going on in the next"),
+    ):
+        if meta.skipped.get(name):
+            print(f"{said}: {meta.skipped[name]:,}")
 
 
 def main(arguments: list[str] | None = None) -> None:

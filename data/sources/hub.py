@@ -36,7 +36,7 @@ def hub_source(dataset: str, name: str | None, split: str | None, options: Optio
     ValueError for a configuration, split or kind of file that is not there.
     """
     local = Path(dataset).is_dir()
-    sizes, commit = ({}, "") if local else _hub_files(dataset)
+    commit = "" if local else _dataset_info(dataset).sha
     found = _data_files(dataset, name, commit or None)
     if split is None:
         chosen = {"train": "train", "validation": "val"} if "validation" in found else {"train": None}
@@ -48,10 +48,9 @@ def hub_source(dataset: str, name: str | None, split: str | None, options: Optio
     files = []
     for theirs, ours in chosen.items():
         for path in found[theirs]:
-            size = Path(path).stat().st_size if local else sizes[path.split("@", 1)[1].split("/", 1)[1]]
-            files.append(File(path, size, ours))
             if not file_format(path):
                 raise ValueError(f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl or .txt files")
+            files.append(File(path, Path(path).stat().st_size if local else _hub_size(path), ours))
     read = functools.partial(_read_articles if articles else read_pieces, options=options)
     described = ", ".join(filter(None, ["hf " + (Path(dataset).name if local else dataset), name, split]))
     revision = listing_sha256(files) if local else commit
@@ -65,19 +64,24 @@ def hub_source(dataset: str, name: str | None, split: str | None, options: Optio
     )
 
 
-def _hub_files(dataset: str) -> tuple[dict[str, int], str]:
-    """Size by path of all files, and the commit they are of."""
+def _dataset_info(dataset: str) -> Any:
+    """What the hub says of a dataset: `sha`, its newest commit, and `siblings`, its files."""
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().dataset_info(dataset, files_metadata=True, timeout=30)
+        return HfApi().dataset_info(dataset, files_metadata=True, timeout=30)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise OSError(
             f"cannot reach dataset {dataset} on the Hugging Face hub ({reason}); where there is no way to the hub, "
             "bring a copy of the dataset's directory and give that (`hf DIR`, or --from DIR for a preset)"
         ) from error
-    return {file.rfilename: file.size or 0 for file in info.siblings or ()}, info.sha or ""
+
+
+def _hub_size(address: str) -> int:
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem().info(address)["size"]
 
 
 def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[str, list[str]]:
@@ -130,13 +134,12 @@ def download(name: str, directory: Path) -> DatasetMeta:
 
     What is there is not fetched again. Raises OSError when the hub cannot be reached, ValueError for a bad shard.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     if directory.is_dir() and (meta := read_meta(directory)) is not None:
         return meta
     repository = TOKENIZED[name]
-    _, commit = _hub_files(repository)
-    info: Any = HfApi().dataset_info(repository, revision=commit, files_metadata=True)
+    info = _dataset_info(repository)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / PROGRESS_FILE, {"settings": {"download": repository}})
     tokenizer = load_tokenizer("gpt2")
@@ -146,7 +149,7 @@ def download(name: str, directory: Path) -> DatasetMeta:
         print(f"{number}/{len(listed)} {file.rfilename}")
         try:
             path = Path(
-                hf_hub_download(repository, file.rfilename, repo_type="dataset", revision=commit, local_dir=directory)
+                hf_hub_download(repository, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=directory)
             )
         except Exception as error:
             raise OSError(f"{file.rfilename} did not arrive ({error}); the same command goes on from here") from error
@@ -163,7 +166,7 @@ def download(name: str, directory: Path) -> DatasetMeta:
         tokenizer_sha256=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         source=f"hf {repository}, already tokenized",
-        revision=commit,
+        revision=info.sha,
         filter="",
         validation="as the source has it",
         shard_tokens=max(shard.tokens for listed in shards.values() for shard in listed),

