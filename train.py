@@ -25,7 +25,9 @@ from filelock import FileLock, Timeout
 from data.loader import Loader
 from data.shards import open_split, write_json
 from data.tokenizer import Tokenizer, load_tokenizer
+from eval.hellaswag import hellaswag, read_questions
 from eval.loss import split_loss
+from eval.reference import VALIDATION_LOSS
 from generation import generate
 from model import GPT, GPTConfig, load_weights, locate, read_config
 from report.curves import draw_loss
@@ -70,6 +72,8 @@ class Trainer:
         train_split, self.val_split = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
         self.tokenizer = load_tokenizer(config.data.dir if train_split.meta else "gpt2")
         self.token_bytes = self.tokenizer.token_bytes()
+        if config.eval.every and config.eval.hellaswag:
+            read_questions("completion")  # fetched now: a missing network should not show at the first validation
         if processes.is_main and self.directory.is_dir():
             self.lock = lock_run(self.directory)
         self.checkpoints = Checkpoints(
@@ -103,6 +107,12 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config.optim)
         if checkpoint is not None:
             load_optimizers(self.model, self.optimizers, checkpoint)
+        step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
+        peak = peak_flops(processes.device)
+        self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
+        if processes.is_main:
+            self._open_directory(resumed=checkpoint is not None)
+        # the last, as its thread has to be ended: from here on `close` does that
         self.loader = Loader(
             train_split,
             batch_tokens=config.data.batch_tokens,
@@ -116,11 +126,6 @@ class Trainer:
             world_size=processes.world_size,
             pin_memory=processes.device.type == "cuda",
         )
-        step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
-        peak = peak_flops(processes.device)
-        self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
-        if processes.is_main:
-            self._open_directory(resumed=checkpoint is not None)
         self.progress = Progress(self.step, config.optim.steps, config.log.every, processes.is_main)
         tokens = config.optim.steps * config.data.batch_tokens
         self.progress.say(
@@ -153,7 +158,7 @@ class Trainer:
                 self.save()
                 last_save = time.monotonic()
         status = "finished" if self.step == config.optim.steps else "preempted"
-        self._close(status)
+        self._conclude(status)
         return status
 
     def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
@@ -214,6 +219,12 @@ class Trainer:
             reduce=processes.sum,
             autocast=processes.autocast,
         )
+        answers = None
+        if config.eval.hellaswag:
+            with processes.autocast():
+                answers = hellaswag(
+                    model, self.tokenizer, rank=processes.rank, world_size=processes.world_size, reduce=processes.sum
+                )
         # under FSDP a forward pass takes all processes, also where only one writes down what comes of it
         texts = self._sample() if processes.is_main or self.sharded else []
         model.train()
@@ -225,6 +236,12 @@ class Trainer:
         self.progress.say(
             f"step {self.step:>6}  validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
         )
+        if answers is not None:
+            self.metrics.write("hellaswag", self.step, tokens=tokens, **answers)
+            self.progress.say(
+                f"step {self.step:>6}  HellaSwag ({answers['convention']}) acc {answers['acc']:.4f}, "
+                f"acc_norm {answers['acc_norm']:.4f} on {answers['count']:,}"
+            )
         with open(self.directory / "samples.txt", "a", encoding="utf-8") as file:
             file.writelines(f"==== step {self.step}, sample {i}\n{text}\n\n" for i, text in enumerate(texts, 1))
         self._draw()
@@ -274,8 +291,8 @@ class Trainer:
             )
             write_json(directory / "status.json", {"status": "running", "step": self.step})
             self.metrics = MetricsLog(directory / "metrics.jsonl", self.step, config)
-        except PermissionError as error:
-            raise PermissionError(f"no permission to write to {directory} ({error}): choose another run.dir") from error
+        except OSError as error:
+            raise OSError(f"cannot write to {directory} ({error.strerror}): choose another run.dir") from error
 
     def _log_step(self, loss: float, grad_norm: float, lr: float, seconds: float, finite: bool) -> None:
         self.seconds += seconds
@@ -317,7 +334,19 @@ class Trainer:
         return [self.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
 
     def _draw(self) -> None:
-        draw_loss(read_metrics(self.directory / "metrics.jsonl"), self.directory / "loss.png", self.config.run.name)
+        records = read_metrics(self.directory / "metrics.jsonl")
+        draw_loss(records, self.directory / "loss.png", self.config.run.name, self._references())
+
+    def _references(self) -> list[tuple[str, float]]:
+        """Losses of released GPT-2s on the same validation split, where they are published: (name, nats a token)."""
+        meta = self.val_split.meta
+        if meta is None or meta.tokenizer != "gpt2":
+            return []
+        # the longest first: fineweb-edu is not fineweb, whose losses are another's
+        names = sorted(VALIDATION_LOSS, key=len, reverse=True)
+        name = next((name for name in names if name.removesuffix("-10b") in meta.source), None)
+        figures = VALIDATION_LOSS[name].figures if name else {}
+        return [(f"{model}, released", loss) for model, loss in figures.items()]
 
     def _give_up(self) -> None:
         self.checkpoints.wait()
@@ -327,10 +356,9 @@ class Trainer:
             f"Last good checkpoint: {good[-1] if good else 'none'}. Go on from it with a lower optim.lr"
         )
 
-    def _close(self, status: str) -> None:
+    def _conclude(self, status: str) -> None:
         """End in order: the last checkpoint on disk, the curves drawn, the status written."""
         self.progress.close()
-        self.loader.close()
         self.checkpoints.wait()
         if self.metrics is None:
             return
@@ -343,6 +371,12 @@ class Trainer:
         """Leave word of a failure in status.json."""
         if self.metrics is not None:
             write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
+
+    def close(self) -> None:
+        """End the loader's thread and let go of the run's directory."""
+        self.loader.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 class StopSignal:
@@ -412,17 +446,18 @@ def make_model(shape: GPTConfig, source: Path | None, seed: int) -> GPT:
 
 def main() -> None:
     config = parse_config()
-    trainer = None
     try:
         trainer = Trainer(config, start_processes(config.system))
-        trainer.run()
-    except BaseException as error:
-        if trainer is not None:
+        try:
+            trainer.run()
+        except BaseException:
             trainer.fail()
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            print(f"train.py: {error}", file=sys.stderr)
-            sys.exit(2)
-        raise
+            raise
+        finally:
+            trainer.close()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
     stop_processes()
 
 

@@ -91,8 +91,10 @@ def train():
 
     def run(config):
         trainer = Trainer(config, start_processes(config.system))
-        trainer.run()
-        trainer.lock.release()
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
         return trainer.directory
 
     yield run

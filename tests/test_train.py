@@ -195,12 +195,11 @@ def test_one_read_of_the_device_a_step(tiny_run, monkeypatch):
     """What turns a tensor into Python numbers waits for the device: once a step, never in a micro-step."""
     config = tiny_run("reads", **{"data.micro_batch": 2})
     trainer = Trainer(config, start_processes(config.system))
-    monkeypatch.setattr(trainer.model, "_check_ids", lambda *arguments: None)  # on the CPU it looks at every id
+    monkeypatch.setattr(trainer.model, "check_ids", lambda *arguments: None)  # on the CPU it looks at every id
     reads = []
     for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda t, _real=real, _name=name: (reads.append(_name), _real(t))[1])
     trainer.train_step(False, False)
     assert reads == ["tolist"]
-    trainer.loader.close()
-    trainer.lock.release()
+    trainer.close()
