@@ -1,0 +1,362 @@
+"""The command line over decoding, as a user types it."""
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from data.tokenizer import CharacterTokenizer, load_tokenizer
+from generation import generate
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "éü世"
+
+
+def make_checkpoint(directory, tokenizer, vocab_size=None):
+    torch.manual_seed(0)
+    vocab_size = vocab_size or tokenizer.vocab_size
+    model = GPT(GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.4)  # wide enough for its text to wander
+    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"), CharacterTokenizer(CHARACTERS))
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    """`run("--prompt", "x")` on the checkpoint: (exit code, standard output, standard error)."""
+
+    def call(*arguments, model=checkpoint):
+        code = 0
+        try:
+            sample.main(["--model", str(model), "--dtype", "float32", "--max-new-tokens", "12", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_greedy_text_is_what_generate_gives(run, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    prompt = tokenizer.encode("Hello")
+    ids = generate(GPT.from_pretrained(checkpoint), [prompt], max_new_tokens=12, eos_token_id=tokenizer.eot)
+    expected = [token for token in ids[0].tolist() if token != tokenizer.eot]
+    assert run("--prompt", "Hello", "--greedy") == (0, f"{tokenizer.decode(expected)}\n{sample.SEPARATOR}\n", "")
+    assert run("--prompt", "Hello", "--greedy", "--stream")[:2] == run("--prompt", "Hello", "--greedy")[:2]
+
+
+def read_json(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_json_is_one_object_a_sample(run, checkpoint):
+    code, out, _ = run("--prompt", "Hello", "--json", "--num-samples", 5, "--batch-size", 2, "--seed", 3)
+    assert code == 0
+    objects = read_json(out)
+    assert len(objects) == 5
+    assert len({entry["text"] for entry in objects}) == 5
+    tokenizer = load_tokenizer(checkpoint)
+    model = GPT.from_pretrained(checkpoint)
+    for entry in objects:
+        assert list(entry) == ["prompt", "text", "tokens", "logprobs", "finish_reason"]
+        assert entry["prompt"] == "Hello"
+        assert entry["text"] == tokenizer.decode(entry["tokens"])
+        assert entry["finish_reason"] == ("length" if len(entry["tokens"]) == 12 else "stop")
+        ids = torch.tensor([tokenizer.encode("Hello") + entry["tokens"]])
+        logprobs = model(ids).logits[0, 4:-1].log_softmax(dim=-1).gather(1, ids[0, 5:, None])[:, 0]
+        assert entry["logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-3)
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch_size(run):
+    arguments = ("--prompt", "ab", "--num-samples", 4, "--json", "--temperature", 1.5)
+    texts = [
+        [entry["text"] for entry in read_json(run(*arguments, "--seed", seed, "--batch-size", size)[1])]
+        for seed, size in ((1, 1), (1, 3), (2, 4))
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert texts[0][1:] == texts[2][:3]  # sample i of seed s is sample 0 of seed s + i
+    streamed = run("--prompt", "ab", "--num-samples", 4, "--temperature", 1.5, "--seed", 1, "--stream")[1]
+    assert streamed == "".join(f"ab{text}\n{sample.SEPARATOR}\n" for text in texts[0])
+
+
+def test_without_a_seed_texts_differ(run):
+    assert run("--prompt", "ab")[1] != run("--prompt", "ab")[1]
+
+
+def test_without_a_prompt_text_begins_from_end_of_text(run, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    (entry,) = read_json(run("--greedy", "--json")[1])
+    ids = generate(GPT.from_pretrained(checkpoint), [[tokenizer.eot]], max_new_tokens=12, eos_token_id=tokenizer.eot)
+    assert entry["prompt"] == ""
+    assert entry["tokens"] == [token for token in ids[0, 1:].tolist() if token != tokenizer.eot]
+
+
+def test_a_file_of_prompts_is_answered_in_order(run, tmp_path):
+    prompts = ["the longest prompt of all", "a", "some words", "世 é"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[:2]) + "\n\n" + "\n".join(prompts[2:]), encoding="utf-8")
+    lines = [json.dumps({"prompt": prompt, "other": 1}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = ("--batch-size", 2, "--num-samples", 2, "--seed", 0)
+    code, out, _ = run("--file", tmp_path / "prompts.txt", "--json", *options)
+    assert code == 0
+    assert [entry["prompt"] for entry in read_json(out)] == [prompt for prompt in prompts for _ in range(2)]
+    assert run("--file", tmp_path / "prompts.jsonl", "--json", *options)[1] == out
+    texts = [entry["prompt"] + entry["text"] for entry in read_json(out)]
+    plain = run("--file", tmp_path / "prompts.txt", *options)[1]
+    assert plain == "".join(f"{text}\n{sample.SEPARATOR}\n" for text in texts)
+
+
+def test_beams(run, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    objects = read_json(run("--prompt", "Hello", "--num-beams", 4, "--num-samples", 2, "--json")[1])
+    ids = generate(
+        GPT.from_pretrained(checkpoint), [tokenizer.encode("Hello")], max_new_tokens=12, num_beams=4,
+        num_return_sequences=2, eos_token_id=tokenizer.eot,
+    )  # fmt: skip
+    expected = [[token for token in row if token != tokenizer.eot] for row in ids[:, 5:].tolist()]
+    assert [entry["tokens"] for entry in objects] == expected
+
+
+def test_show_probs_prints_a_table(run, checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    logits = GPT.from_pretrained(checkpoint)(torch.tensor([tokenizer.encode("Hello")])).logits[0, -1]
+    probabilities, tokens = logits.softmax(dim=-1).topk(3)
+    code, out, _ = run("--prompt", "Hello", "--show-probs", 3)
+    rows = [line.split(maxsplit=2) for line in out.splitlines()[1:4]]
+    assert code == 0
+    assert [(int(token), text) for _, token, text in rows] == [
+        (token, repr(tokenizer.decode([token]))) for token in tokens.tolist()
+    ]
+    assert [float(row[0]) for row in rows] == pytest.approx(probabilities.tolist(), abs=6e-5)
+
+
+def test_tokens_are_as_many_as_fit_unless_said(checkpoint, capsys):
+    sample.main(["--model", str(checkpoint), "--prompt", "x" * 60, "--json", "--seed", "1"])
+    (entry,) = read_json(capsys.readouterr().out)
+    assert 1 <= len(entry["tokens"]) <= 4  # of a block of 64
+
+
+def test_the_newest_run_is_the_default(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sample.main([])
+    assert stop.value.code == 2
+    assert "no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "0"], "temperature must be above 0"),
+        (["--temperature", "-1"], "temperature must be above 0"),
+        (["--top-p", "0"], "top_p must be in (0, 1]"),
+        (["--top-p", "1.5"], "top_p must be in (0, 1]"),
+        (["--top-k", "1000"], "top_k must be in 0..99, the vocabulary, got 1000"),
+        (["--prompt", "x" * 60], "60 prompt tokens + 12 new > block_size 64"),
+        (["--prompt", "Ω"], "'Ω'"),
+        (["--file", "missing.txt"], "missing.txt"),
+        (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        (["--greedy", "--temperature", "1"], "not with --greedy"),
+        (["--greedy", "--num-samples", "2"], "--greedy has one result"),
+        (["--num-beams", "2", "--num-samples", "3"], "num_return_sequences (3) exceeds num_beams (2)"),
+        (["--num-beams", "2", "--stream"], "not with --stream"),
+        (["--json", "--stream"], "--json is not for --stream"),
+        (["--show-probs", "200"], "more than the vocabulary of 99"),
+        (["--device", "nowhere"], "--device nowhere cannot be used"),
+        (["--prompt", "a", "--interactive"], "not allowed with argument"),
+    ],
+    ids=str,
+)
+def test_bad_input_exits_2_with_a_sentence(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "why"), [("{broken", "Expecting"), ('{"text": "x"}', "prompt"), ('{"prompt": 3}', "prompt"), ("[1]", "")]
+)
+def test_malformed_jsonl_is_named_by_its_line_and_nothing_is_written(run, tmp_path, line, why):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line + "\n", encoding="utf-8")
+    code, out, err = run("--file", path)
+    assert (code, out) == (2, "")
+    assert f"{path}, line 3: " in err
+    assert why in err
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
+def test_unusable_prompt_files(run, tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    code, out, err = run("--file", path)
+    assert (code, out) == (2, "")
+    assert str(path) in err
+
+
+def test_unknown_models(run, tmp_path):
+    assert run(model=tmp_path / "nothing")[0] == 2
+    code, out, err = run(model=tmp_path)
+    assert (code, out) == (2, "")
+    assert "config.json" in err or "tokenizer.json" in err
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(run, tmp_path):
+    make_checkpoint(tmp_path, CharacterTokenizer(CHARACTERS), vocab_size=120)
+    code, out, err = run(model=tmp_path)
+    assert (code, out) == (2, "")
+    assert "has 99 tokens, the model 120" in err
+
+
+def test_a_hub_name_without_a_network_is_one_sentence():
+    result = subprocess.run(
+        [sys.executable, "sample.py", "--model", "gpt2", "--prompt", "x"],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("sample.py: 'gpt2'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, sample\ntry: sample.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "AVX512-BF16" in result.stdout
+
+
+def test_dtype_of_this_processor():
+    _, dtype = sample.choose_device_and_dtype("cpu", "auto")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert dtype == torch.bfloat16
+    elif "avx2" in flags:
+        assert dtype == torch.float32
+    assert sample.choose_device_and_dtype("cpu", "float32")[1] == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interactive, through a pseudo-terminal
+
+
+class Terminal:
+    """A user in front of `sample.py --interactive`."""
+
+    def __init__(self, *arguments):
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+            os.execv(sys.executable, [sys.executable, "sample.py", "--interactive", *map(str, arguments)])
+        self.seen = ""
+
+    def type(self, keys):
+        os.write(self.descriptor, keys.encode())
+
+    def expect(self, text, timeout=60):
+        """Read until `text` appears; returns what came before it."""
+        deadline = time.monotonic() + timeout
+        while text not in self.seen:
+            ready, _, _ = select.select([self.descriptor], [], [], max(0, deadline - time.monotonic()))
+            try:
+                read = os.read(self.descriptor, 4096).decode() if ready else ""
+            except OSError:  # how Linux says that the other side is gone
+                read = ""
+            assert read, f"expected {text!r}, saw {self.seen!r}"
+            self.seen += read.replace("\r", "")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def exit_code(self):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if select.select([self.descriptor], [], [], 0.05)[0]:  # a terminal that nobody reads does not close
+                with contextlib.suppress(OSError):
+                    self.seen += os.read(self.descriptor, 4096).decode()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        pytest.fail("it did not end")
+
+
+def test_interactive(checkpoint, run):
+    arguments = ("--model", checkpoint, "--dtype", "float32", "--greedy", "--max-new-tokens", 12)
+    expected = {
+        prompt: run("--prompt", prompt, "--greedy")[1].split(f"\n{sample.SEPARATOR}")[0].removeprefix(prompt)
+        for prompt in ("Hello", "world")
+    }
+    terminal = Terminal(*arguments)
+    terminal.expect("> ")
+    terminal.type("Hello\n")
+    terminal.expect("Hello\n")  # the echo
+    assert terminal.expect("\n> ") == expected["Hello"]
+    terminal.type("\n")  # empty input is asked again
+    assert terminal.expect("> ") == "\n"
+    terminal.type("worlx\x7fd\n")  # line editing: backspace
+    terminal.expect("\n")
+    assert terminal.expect("\n> ") == expected["world"]
+    terminal.type("\x1b[A\x1b[A\n")  # history: two lines up
+    terminal.expect("\n")
+    assert terminal.expect("\n> ") == expected["Hello"]
+    terminal.type("x" * 80 + "\n")  # does not fit: explained, asked again
+    terminal.expect("block_size 64")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize("while_generating", [False, True])
+def test_interactive_ends_quietly_on_ctrl_c(checkpoint, while_generating):
+    terminal = Terminal("--model", checkpoint, *(("--num-samples", 100_000) if while_generating else ()))
+    terminal.expect("> ")
+    if while_generating:
+        terminal.type("Hello\n")
+        terminal.expect("Hello\n")
+        terminal.expect("\n")  # the first sample is there, as it was generated
+    terminal.type("\x03")
+    assert terminal.exit_code() == 130
+    assert "Traceback" not in terminal.seen
+
+
+def test_a_progress_bar_on_a_terminal_when_there_are_several_batches(checkpoint):
+    primary, secondary = pty.openpty()
+    termios.tcsetwinsize(secondary, (24, 80))
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", "--model", checkpoint, "--num-samples", "6", "--batch-size", "2"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=secondary,
+    )
+    assert process.wait(timeout=60) == 0
+    assert select.select([primary], [], [], 5)[0], "nothing was shown"
+    assert "/6 [" in os.read(primary, 65536).decode()
+    os.close(secondary)
+    os.close(primary)
