@@ -44,11 +44,14 @@ def _clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+RENDER = {"completion": completion, "harness": harness}
+
+
 @functools.lru_cache(maxsize=4)
 def read_questions(convention: Convention) -> list[Question]:
     """The 10,042 questions of the validation set, in the order of the data."""
     rows = read_rows("hellaswag/none/validation")
-    return build("hellaswag", rows, {"completion": completion, "harness": harness}[convention])
+    return build("hellaswag", rows, RENDER[convention])
 
 
 def summarize(answers: Answers, convention: Convention) -> dict[str, Any]:

@@ -120,12 +120,13 @@ def unchanged(text: str) -> str:
 @dataclass(frozen=True)
 class Corpus:
     """A corpus for word or byte perplexity: data set, configuration and split on the hub, the column with the text,
-    what stands between its rows, and how to turn it back into text."""
+    what stands between its rows, how to turn it back into text, and the convention so followed."""
 
     hub: tuple[str, str | None, str]
     detokenize: Callable[[str], str]
     field: str = "text"
     separator: str = ""
+    convention: str = "paper, "
 
     def load(self) -> str:
         """The raw corpus, from the hub. Raises OSError when it cannot be had."""
@@ -134,6 +135,10 @@ class Corpus:
 
 CORPORA: dict[str, Corpus] = {
     "wikitext-2": Corpus(("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), detokenize_wikitext),
+    # as in Hugging Face's "Perplexity of fixed-length models"
+    "wikitext-2-raw": Corpus(
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), unchanged, separator="\n\n", convention=""
+    ),
     "wikitext-103": Corpus(("Salesforce/wikitext", "wikitext-103-raw-v1", "test"), detokenize_wikitext),
     "ptb": Corpus(
         ("ptb-text-only/ptb_text_only", "penn_treebank", "test"), detokenize_ptb, field="sentence", separator="\n"
@@ -150,6 +155,8 @@ def read_text(path: str | Path) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

@@ -6,7 +6,9 @@ not found published is absent: `None` never stands for one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 RANDOM_LOSS = 10.825  # ln 50257: a model that has learned nothing, in nats a GPT-2 token
 
@@ -59,10 +61,10 @@ EVALUATIONS: dict[tuple[str, str, str], Table] = {
     ("hellaswag", "completion", "acc_norm"): Table(_sizes(0.2955, 0.3752, 0.4320, 0.4893), _BUILD_NANOGPT),
     ("hellaswag", "harness", "acc"): Table(_sizes(0.2892, None, None, 0.4004), _HARNESS),
     ("hellaswag", "harness", "acc_norm"): Table(_sizes(0.3114, None, None, 0.5089), _HARNESS),
-    ("lambada", "harness", "acc"): Table(_sizes(0.3256, None, None, None), _HARNESS_LAMBADA),
-    ("lambada", "harness", "perplexity"): Table(_sizes(40.06, None, None, 10.63), _HARNESS_LAMBADA),
-    ("lambada", "paper", "acc"): Table(_sizes(0.4599, 0.5548, 0.6012, 0.6324), _PAPER),
-    ("lambada", "paper", "perplexity"): Table(_sizes(35.13, 15.60, 10.87, 8.63), _PAPER),
+    ("lambada_openai", "harness", "acc"): Table(_sizes(0.3256, None, None, None), _HARNESS_LAMBADA),
+    ("lambada_openai", "harness", "perplexity"): Table(_sizes(40.06, None, None, 10.63), _HARNESS_LAMBADA),
+    ("lambada_openai", "paper", "acc"): Table(_sizes(0.4599, 0.5548, 0.6012, 0.6324), _PAPER),
+    ("lambada_openai", "paper", "perplexity"): Table(_sizes(35.13, 15.60, 10.87, 8.63), _PAPER),
     ("cbt-cn", "paper", "acc"): Table(_sizes(0.8765, 0.9235, 0.9345, 0.9330), _PAPER),
     ("cbt-ne", "paper", "acc"): Table(_sizes(0.834, 0.871, 0.880, 0.8905), _PAPER),
     ("wikitext-2", "paper", "word_perplexity"): Table(_sizes(29.41, 22.76, 19.93, 18.34), _PAPER),
@@ -71,12 +73,50 @@ EVALUATIONS: dict[tuple[str, str, str], Table] = {
     ("text8", "paper", "bits_per_byte"): Table(_sizes(1.17, 1.06, 1.02, 0.98), _PAPER),
     ("wikitext-103", "paper", "word_perplexity"): Table(_sizes(37.50, 26.37, 22.05, 17.48), _PAPER),
     ("1bw", "paper", "word_perplexity"): Table(_sizes(75.20, 55.72, 44.575, 42.16), _PAPER),
-    ("wikitext-2", "stride-1024", "perplexity"): Table(_sizes(29.94, None, 19.44, None), _STRIDE),
-    ("wikitext-2", "stride-512", "perplexity"): Table(_sizes(None, None, 16.44, None), _STRIDE),
+    ("wikitext-2-raw", "stride 1024", "perplexity"): Table(_sizes(29.94, None, 19.44, None), _STRIDE),
+    ("wikitext-2-raw", "stride 512", "perplexity"): Table(_sizes(None, None, 16.44, None), _STRIDE),
 }
 
 
 def published(task: str, convention: str, metric: str) -> dict[str, float]:
     """The published figures of the four released sizes, by model; empty where none are known."""
-    table = EVALUATIONS.get((task, convention, metric))
+    family = "paper" if convention.startswith("paper, ") else convention  # the paper does not tell its stride
+    table = EVALUATIONS.get((task, family, metric))
     return dict(table.figures) if table else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures measured on one's own data
+
+REFERENCE_FILE = "reference.json"
+
+
+def save_reference(directory: str | Path, model: str, figures: dict[str, Any]) -> Path:
+    """Keep a model's figures on a data set's validation split beside it, in `reference.json`, by the model's name.
+
+    figures: "loss" in nats a token, "bits_per_byte", "tokens", and "tokenizer", whose tokens they are. Others stay.
+    """
+    path = Path(directory) / REFERENCE_FILE
+    path.write_text(json.dumps(read_references(directory) | {model: figures}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """What `save_reference` kept, by model; empty where nothing was. Raises ValueError when the file is damaged."""
+    path = Path(directory) / REFERENCE_FILE
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it, and save the reference again") from None
+
+
+def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[tuple[str, float]]:
+    """(whose, nats a token) of the lines to draw beside a run on a data set: the figures kept beside it for the same
+    `tokenizer`, and for the released 124M, where it was not measured here, the published one for the source."""
+    kept = read_references(directory)
+    lines = [(name, float(figures["loss"])) for name, figures in kept.items() if figures["tokenizer"] == tokenizer]
+    if "gpt2" not in kept and tokenizer == "gpt2" and source in VALIDATION_LOSS:
+        lines.append(("gpt2, published", VALIDATION_LOSS[source].figures["gpt2"]))
+    return lines

@@ -1,0 +1,380 @@
+"""Evaluate a model: a table with the published figures of the released GPT-2s beside its own, and JSON.
+
+python -m eval.run --model gpt2 --tasks hellaswag,lambada
+python -m eval.run --model runs/mine --tasks hellaswag --convention harness --json figures.json
+python -m eval.run --model gpt2 --tasks perplexity --text book.txt --stride 256
+python -m eval.run --model gpt2 --tasks loss --data data/mine --save-reference
+python -m eval.run --tasks classify --file reviews.csv --template "{text}\\nSentiment:" --labels 0=bad,1=good
+
+Under torchrun all processes share the work. With --json, a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help need not wait for it
+    import torch
+
+    from eval.likelihood import Request, Scores
+    from eval.tasks import Outcome
+
+REQUESTS_AT_ONCE = 1024  # scored between two visits to the disk
+TASK_HELP = """tasks:
+  hellaswag                     --convention completion (default) or harness
+  arc_easy arc_challenge boolq commonsense_qa copa openbookqa piqa rte sciq social_iqa sst2 winogrande
+  cbt-cn cbt-ne                 Children's Book Test, from the hub
+  lambada lambada_openai        last words; from the package index, and OpenAI's file from the hub
+  perplexity                    of --text FILE or of the validation split of --data DIR
+  wikitext-2 wikitext-103 ptb enwik8 text8 1bw
+                                perplexity as in the GPT-2 paper, from the hub or from --text FILE
+  wikitext-2-raw                the same without detokenizing, as in Hugging Face's guide
+  classify                      rows of --file, by --template and --labels
+  loss                          as in training, on the validation split of --data DIR
+"""
+
+
+@dataclass
+class Subject:
+    """What is evaluated, by how many processes, and what was computed before."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    batch_size: int
+    saved: SavedScores
+    rank: int = 0
+    world_size: int = 1
+    reduce: Callable[[torch.Tensor], Any] | None = None
+    progress: bool = False
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in `dtype`, weights and everything else as they are."""
+        import torch
+
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.reduce is not None:
+            self.reduce(tensor)
+        return tensor
+
+    def score(self, requests: Sequence[Request]) -> Scores:
+        """`log_likelihoods` in groups, those already saved left out, with a progress bar."""
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        from eval.likelihood import Scores, log_likelihoods
+
+        device = next(self.model.parameters()).device
+        parts: list[Scores] = []
+        with tqdm(total=len(requests), unit="text", disable=not self.progress, leave=False) as bar:
+            for start in range(0, len(requests), REQUESTS_AT_ONCE):
+                group = requests[start : start + REQUESTS_AT_ONCE]
+                key = self.saved.key(group)
+                # All processes must agree, also where a file has not reached every node.
+                if self.sum(torch.tensor(float(key in self.saved.entries), device=device)) == self.world_size:
+                    entry = self.saved.entries[key]
+                    parts.append(Scores(np.array(entry["log_probs"]), np.array(entry["greedy"])))
+                    bar.update(len(group))
+                    continue
+                with self.autocast():
+                    scores = log_likelihoods(
+                        self.model,
+                        group,
+                        batch_size=self.batch_size,
+                        rank=self.rank,
+                        world_size=self.world_size,
+                        reduce=self.reduce,
+                        progress=lambda n: bar.update(n * self.world_size),
+                    )
+                parts.append(scores)
+                if self.rank == 0:
+                    self.saved.keep(key, scores)
+        return Scores(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    add = parser.add_argument
+    add(
+        "--model",
+        help="run, checkpoint or Hugging Face directory, or name on the hub; not only GPT-2 (default: newest run)",
+    )
+    add("--tasks", required=True, metavar="A,B,C", help="what to evaluate, see below")
+    add("--convention", choices=("completion", "harness"), help="of multiple choice (default: the task's own)")
+    add("--shots", type=int, default=0, metavar="K", help="solved examples before each question (default: 0)")
+    add(
+        "--shots-from",
+        choices=("train", "evaluated"),
+        default="train",
+        help="where they are drawn: the train split, or the rows evaluated, without the question itself",
+    )
+    add("--seed", type=int, default=0, help="of that draw (default: 0)")
+    add("--limit", type=int, metavar="N", help="evaluate the first N examples, or windows of a text, of each task")
+    add("--device", default="auto", help="cuda, cuda:1, mps, cpu (default: the first of these there is)")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of products; weights stay float32. auto is bfloat16 on GPUs that have it, else float32",
+    )
+    add("--batch-size", type=int, metavar="B", help="sequences a forward pass (default: 16 on CPU, 64 elsewhere)")
+    add("--transformers", action="store_true", help="load a GPT-2 through transformers too, as any other model is")
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--examples", type=Path, metavar="FILE", help="write a line of JSON for each example here")
+    texts = parser.add_argument_group("perplexity and loss")
+    texts.add_argument("--text", type=Path, metavar="FILE", help="a text file")
+    texts.add_argument("--data", type=Path, metavar="DIR", help="a data set of data.prepare")
+    texts.add_argument(
+        "--stride", type=int, metavar="N", help="new tokens a window (default: half the model's context)"
+    )
+    texts.add_argument(
+        "--tokens",
+        type=int,
+        default=10485760,
+        metavar="N",
+        help="of the validation split, for loss (default: 10485760, as in training)",
+    )
+    texts.add_argument(
+        "--save-reference", action="store_true", help="keep loss and bits per byte beside the data, as the line to beat"
+    )
+    table = parser.add_argument_group("classify")
+    table.add_argument("--file", type=Path, metavar="FILE", help=".csv with a header, or .jsonl")
+    table.add_argument("--train-file", type=Path, metavar="FILE", help="the same kind, to draw --shots from")
+    table.add_argument("--template", help=r"context with the fields of a row in braces, \n for a new line")
+    table.add_argument(
+        "--label-field", default="label", metavar="NAME", help="field with the right label (default: label)"
+    )
+    table.add_argument("--labels", metavar="V=WORD,...", help="the word that stands for each label")
+    args = parser.parse_args(arguments)
+
+    args.tasks = [name for name in args.tasks.split(",") if name]
+    for name in ("limit", "batch_size", "stride", "tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.shots < 0:
+        parser.error(f"--shots cannot be negative, got {args.shots}")
+    needed = {"perplexity": ("text", "data"), "loss": ("data",), "classify": ("file",)}
+    for task, options in needed.items():
+        if task in args.tasks and not any(getattr(args, option) for option in options):
+            parser.error(f"--tasks {task} needs {' or '.join('--' + option for option in options)}")
+    if "classify" in args.tasks and not (args.template and args.labels):
+        parser.error("--tasks classify needs --template and --labels")
+    if args.save_reference and "loss" not in args.tasks:
+        parser.error("--save-reference keeps what --tasks loss finds: add loss to --tasks")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, and what is remembered of a run that was killed
+
+
+def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
+    """The model, its tokenizer, and the precision of its products. Raises ValueError or OSError."""
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from eval.likelihood import check_pair
+    from eval.peers import load_peer
+    from model import GPT, PRESETS, locate
+    from training.checkpoint import resolve_model
+
+    args.model = resolve_model(args.model)
+    directory = locate(args.model)
+    device = find_device(args.device)
+    config = directory / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{args.model} is no model: it has no config.json")
+    model: Any
+    tokenizer: Any
+    if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "gpt2" and not args.transformers:
+        model = GPT.from_pretrained(directory, dtype=torch.float32, device=device)
+        tokenizer = load_tokenizer(args.model if args.model in PRESETS else directory)
+    else:
+        model, tokenizer = load_peer(directory, device)
+    check_pair(model, tokenizer)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = "bfloat16" if has_bfloat16 else "float32"
+    return model, tokenizer, getattr(torch, auto if args.dtype == "auto" else args.dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """The device `--device` stands for, this process' own under torchrun. Raises ValueError where there is none."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+class SavedScores:
+    """Scores that were computed before, in a file beside `--json`, a line for each group of requests.
+
+    They are known by a hash of the requests and of `identity`, all that the numbers depend on.
+    """
+
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path = path
+        self.identity = identity
+        self.entries: dict[str, dict[str, list[Any]]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                # the last line may be cut short
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    self.entries[entry.pop("key")] = entry
+
+    def key(self, requests: Sequence[Request]) -> str:
+        """The hash of a group of requests."""
+        return hashlib.sha256(repr((self.identity, [tuple(request) for request in requests])).encode()).hexdigest()
+
+    def keep(self, key: str, scores: Scores) -> None:
+        """Write the scores of a group to the disk."""
+        if self.path is not None:
+            entry = {"key": key, "log_probs": scores.log_probs.tolist(), "greedy": scores.greedy.tolist()}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def fingerprint(directory: Path) -> str:
+    """Names, sizes and times of a model's files: whether it is still the one that was evaluated."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def figures(task: str, outcome: Outcome) -> list[dict[str, Any]]:
+    """What `--json` holds of a task, a metric each, with the published figures of the same convention."""
+    from eval.reference import published
+
+    return [
+        {
+            "task": task,
+            "convention": outcome.convention,
+            "metric": metric,
+            "value": value,
+            "stderr": stderr,
+            "count": outcome.count,
+            "published": published(task, outcome.convention, metric),
+        }
+        for metric, (value, stderr) in outcome.metrics.items()
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Figures as aligned text, the published ones by model on the right."""
+    from model import PRESETS
+
+    cells = [["task", "convention", "metric", "value", "± stderr", "count", *PRESETS]]
+    for row in rows:
+        known = [f"{row['published'][name]:.4g}" if name in row["published"] else "" for name in PRESETS]
+        stderr = _short(row["stderr"]) if row["stderr"] else ""
+        cells.append(
+            [row["task"], row["convention"], row["metric"], _short(row["value"]), stderr, f"{row['count']:,}", *known]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+
+
+@contextlib.contextmanager
+def processes(device_name: str) -> Iterator[tuple[int, int, Callable[[torch.Tensor], Any] | None]]:
+    """(rank, world_size, sum over ranks) under torchrun, and of a process alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield 0, 1, None
+        return
+    import torch
+    import torch.distributed as dist
+
+    device = find_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), world_size, dist.all_reduce
+    finally:
+        dist.destroy_process_group()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, print and write."""
+    from eval.tasks import find_tasks
+    from model import locate
+
+    functions = find_tasks(args.tasks)
+    for path in (args.json, args.examples):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    with processes(args.device) as (rank, world_size, reduce):
+        model, tokenizer, dtype = load_subject(args)
+        batch_size = args.batch_size or (16 if next(model.parameters()).device.type == "cpu" else 64)
+        partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
+        identity = f"{fingerprint(locate(args.model))} {dtype} {batch_size} {args.transformers}"
+        saved = SavedScores(partial, identity)
+        progress = rank == 0 and sys.stderr.isatty()
+        subject = Subject(args.model, model, tokenizer, dtype, batch_size, saved, rank, world_size, reduce, progress)
+        rows: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for name, function in functions.items():
+            outcome = function(args, subject)
+            rows += figures(name, outcome)
+            heading = {"task": name, "convention": outcome.convention}
+            lines += [heading | {"index": i} | example for i, example in enumerate(outcome.examples)]
+        if rank > 0:
+            return
+        print(table(rows))
+        if args.examples is not None:
+            args.examples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        if args.json is not None:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            if partial is not None:
+                partial.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    described = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("eval.run", description=__doc__, epilog=TASK_HELP, formatter_class=described)
+    args = parse_arguments(parser, arguments)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
+
+
+if __name__ == "__main__":
+    main()
