@@ -189,7 +189,7 @@ def read_batches(source: Source, files: range, start: tuple[int, int], limit: in
                 yield batch
                 batch, size = [], 0
             batch.append(replace(piece, position=(i, j)))
-            size += max(len(piece.data), piece.source_bytes)
+            size += len(piece.data) + piece.text_bytes
             if size >= limit:
                 yield batch
                 batch, size = [], 0

@@ -28,6 +28,7 @@ class Piece:
     position: index of the file in the source, index of the piece in the file.
     source_bytes: how much of the file it accounts for, for progress.
     split_key: the first bytes of the document, where the piece is only a part of it.
+    text_bytes: about how much text a row group holds.
     offset: where `data` stands in the file, if it stands there as it is (uncompressed, on this machine).
     """
 
@@ -40,6 +41,7 @@ class Piece:
     split_key: bytes | None = None
     offset: int | None = None
     row_group: int = 0
+    text_bytes: int = 0
     position: tuple[int, int] = (0, 0)
 
 

@@ -224,7 +224,7 @@ def _row_groups(file: File, raw: Any, limit: int, text_key: str, read_here_above
         stored = sum(column.total_compressed_size for column in columns)
         text = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
         if text <= read_here_above:
-            yield Piece(file, "parquet", first, stored, row_group=i)
+            yield Piece(file, "parquet", first, stored, row_group=i, text_bytes=text)
             first += group.num_rows
             continue
         rows = max(1, group.num_rows * limit // text)
