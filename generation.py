@@ -270,6 +270,10 @@ def pack_weights(model: GPT) -> None:
     weight = model.transformer.wte.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
+    if weight.dtype != torch.float32 and not (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     for module, name, child in linears:
         if isinstance(child, nn.Linear):

@@ -134,11 +134,11 @@ def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
 
 
 def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> dict[str, Any]:
-    """The keyword arguments of `generate` that the flags stand for."""
-    from generation import encode_prompt
+    """The keyword arguments of `generate` that the flags stand for, checked against the longest prompt."""
+    from generation import encode_prompt, prepare, read_options
 
-    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    room = max(1, model.config.block_size - longest)
+    longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
+    room = max(1, model.config.block_size - len(longest))
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(MAX_NEW_TOKENS, room)}
     options["eos_token_id"] = tokenizer.eot
     if args.sampling:
@@ -148,6 +148,7 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
         options["top_p"] = 0.95 if args.top_p is None else args.top_p
     elif args.num_beams > 1:
         options |= {"num_beams": args.num_beams, "num_return_sequences": args.num_samples}
+    prepare(model, [longest], None, read_options(**options))  # refuses what is impossible before anything is printed
     return options
 
 

@@ -175,6 +175,8 @@ def test_the_newest_run_is_the_default(checkpoint, tmp_path, monkeypatch, capsys
         (["--top-k", "1000"], "top_k must be in 0..99, the vocabulary, got 1000"),
         (["--prompt", "x" * 60], "60 prompt tokens + 12 new > block_size 64"),
         (["--prompt", "Ω"], "'Ω'"),
+        (["--temperature", "0", "--show-probs", "3"], "temperature must be above 0"),
+        (["--temperature", "0", "--stream"], "temperature must be above 0"),
         (["--file", "missing.txt"], "missing.txt"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--greedy", "--temperature", "1"], "not with --greedy"),
@@ -205,6 +207,13 @@ def test_malformed_jsonl_is_named_by_its_line_and_nothing_is_written(run, tmp_pa
     assert (code, out) == (2, "")
     assert f"{path}, line 3: " in err
     assert why in err
+
+
+def test_nothing_is_streamed_if_a_later_prompt_does_not_fit(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("fits\n" + "x" * 60)
+    code, out, err = run("--file", tmp_path / "prompts.txt", "--stream")
+    assert (code, out) == (2, "")
+    assert "block_size 64" in err
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
