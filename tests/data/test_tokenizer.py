@@ -279,3 +279,33 @@ def test_without_gigatoken_the_ids_are_the_same(
 def test_play_names_are_there(plays: dict[str, str]) -> None:
     assert len(plays) == 38
     assert set(plays) >= HELD_OUT
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
+def test_pipeline_generates_the_same_text(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, pipeline
+
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    torch.manual_seed(0)
+    eot = tokenizer.eot
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size,
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=eot,
+        eos_token_id=eot,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    prompt = "HAMLET:\nTo be, or not to be"
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    pipe = pipeline("text-generation", model=str(tmp_path))
+    generated = pipe(prompt, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    assert generated[0]["generated_text"] == tokenizer.decode(ids[0].tolist())
