@@ -48,6 +48,7 @@ from training.parallel import (
     clip_gradients,
     distribute,
     fit_micro_batch,
+    free_gathered_weights,
     should_compile,
     should_shard,
     start_processes,
@@ -227,6 +228,7 @@ class Trainer:
                 )
         # under FSDP a forward pass takes all processes, also where only one writes down what comes of it
         texts = self._sample() if processes.is_main or self.sharded else []
+        free_gathered_weights(model)
         model.train()
         self.val_loss = result.loss
         if self.metrics is None:

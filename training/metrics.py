@@ -152,7 +152,6 @@ def record_provenance(path: Path, config: Config, processes: Processes, resumed_
     """Add this start of the run to provenance.json: what was called, of which code, with which versions, on what."""
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     start = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_at_step": resumed_at,
@@ -162,18 +161,23 @@ def record_provenance(path: Path, config: Config, processes: Processes, resumed_
         "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
-        "hardware": {
-            "platform": platform.platform(),
-            "cpu": _cpu_name(),
-            "cores": psutil.cpu_count(logical=False),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpus": gpus,
-        },
+        "hardware": hardware(),
         "processes": processes.world_size,
         "device": str(processes.device),
         "dtype": str(processes.dtype),
     }
     write_json(path, [*starts, start])
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine is."""
+    return {
+        "platform": platform.platform(),
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
 
 
 def _git(*arguments: str) -> str | None:
@@ -184,8 +188,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):  # no git here, or the code was copied without its history
         return None
     return result.stdout.strip()
-
-
-def _cpu_name() -> str:
-    name = torch.cpu.get_capabilities().get("cpu_name")
-    return str(name or platform.processor())

@@ -148,6 +148,13 @@ def synchronise_gradients(loss: nn.Module, model: GPT, on: bool) -> None:
         model.set_requires_gradient_sync(on)
 
 
+def free_gathered_weights(model: GPT) -> None:
+    """After forward passes without a backward: FSDP keeps what it gathered for one, and would show it as parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def clip_gradients(model: GPT, max_norm: float) -> Tensor:
     """Scale the gradient to at most `max_norm` (0: leave it); returns its norm () before that, on the device."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))

@@ -1,0 +1,36 @@
+"""The loss plot: drawn from what is there, and readable as an image."""
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from report.curves import SMOOTHING, draw_loss, smooth
+
+
+def records(n):
+    train = [{"split": "train", "step": i, "tokens": i * 100, "loss": 5.0 / i} for i in range(1, n + 1)]
+    return [*train, {"split": "val", "step": n, "tokens": n * 100, "loss": 0.7, "bits_per_byte": 1.0}]
+
+
+@pytest.mark.parametrize("metrics", [[], records(1)[1:], records(1), records(500)], ids=["none", "val", "one", "many"])
+def test_any_number_of_points_gives_a_picture(tmp_path, metrics):
+    draw_loss(metrics, tmp_path / "loss.png", "a run")
+    pixels = image.imread(tmp_path / "loss.png")
+    assert pixels.shape[0] > 400
+    assert pixels.shape[1] > 700
+    assert pixels.std() > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_skipped_step_and_gpt2s_line(tmp_path):
+    metrics = [*records(20), {"split": "train", "step": 21, "tokens": 2100, "loss": None}]
+    draw_loss(metrics, tmp_path / "without.png", "a run")
+    draw_loss(metrics, tmp_path / "with.png", "a run", [("gpt2, released", 3.2924)])
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_smoothing_is_the_mean_of_the_last_values():
+    values = np.random.default_rng(0).normal(size=300)
+    width = round(SMOOTHING * 300)
+    expected = [values[max(0, i + 1 - width) : i + 1].mean() for i in range(300)]
+    np.testing.assert_allclose(smooth(values), expected)
