@@ -188,7 +188,7 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that tells whether two splits hold the same tokens: of the shards' hashes, or their names and sizes."""
+        """A hash that tells whether two splits hold the same tokens: of the shards' hashes, or of names and sizes."""
         if self.meta is not None:
             described = [shard.sha256 for shard in self.meta.shards[self.name]]
         else:
