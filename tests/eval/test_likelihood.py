@@ -23,6 +23,7 @@ def model():
         for parameter in model.parameters():
             parameter.mul_(4)
         model.transformer.wte.weight.add_(0.5)
+        model.transformer.ln_f.bias.add_(5)
     return model
 
 
@@ -139,13 +140,13 @@ def test_shared_contexts_are_computed_once(model):
 
 
 def test_bfloat16_keeps_its_bits_for_what_differs_between_tokens(model):
-    # the number common to all logits is some 40 times their spread here; plain bf16 logits would be off by nats
+    # the number common to all logits is far larger than their spread here: rounded with it, they would be off by 0.3
     requests = make_requests(40)
     exact = log_likelihoods(model, requests).log_probs
     with torch.autocast("cpu", torch.bfloat16):
         rounded = log_likelihoods(model, requests).log_probs
     n_tokens = np.array([len(request.ending) for request in requests])
-    assert np.abs((rounded - exact) / n_tokens).max() < 0.15
+    assert np.abs((rounded - exact) / n_tokens).max() < 0.1
 
 
 def test_the_models_mode_is_left_as_it_was(model):

@@ -1,0 +1,174 @@
+"""HellaSwag against a slow reading of its two published conventions, and against lm-evaluation-harness itself."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data.tokenizer import load_tokenizer
+from eval.choices import answer, read_rows
+from eval.hellaswag import RENDER, completion, harness, hellaswag, read_questions
+from eval.likelihood import log_likelihoods
+from model import GPT, GPTConfig
+
+SPREAD = range(0, 10042, 20)  # 503 rows from the whole of the data: ActivityNet and WikiHow
+
+
+def make_model(n_embd=32, n_layer=2):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=256, n_layer=n_layer, n_head=2, n_embd=n_embd)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("gpt2")
+
+
+def test_the_data_is_the_whole_validation_set():
+    rows = read_rows("hellaswag/none/validation")
+    assert len(rows) == 10042
+    assert rows[0]["ctx"] == "A man is sitting on a roof. he"
+    golds = np.bincount([int(row["label"]) for row in rows])
+    assert golds.tolist() == [2515, 2485, 2584, 2458]
+
+
+def test_the_conventions_differ_as_described():
+    row = {
+        "activity_label": "Clean and jerk",
+        "ctx_a": "[header] How to lift [title] Stand up.",
+        "ctx_b": "the man",
+        "ctx": "[header] How to lift [title] Stand up. the man",
+        "endings": [" lifts [step] the  bar. [substeps] Now."],
+        "label": "0",
+    }
+    assert completion(row).contexts == ("[header] How to lift [title] Stand up. the man",)
+    assert completion(row).choices == (" lifts [step] the  bar. [substeps] Now.",)
+    assert harness(row).contexts == ("Clean and jerk: How to lift. Stand up. The man",)
+    assert harness(row).choices == ("lifts the bar. Now.",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (a) An independent slow reading, one ending at a time, no padding, straight from the descriptions
+
+
+def slow_completion(row):
+    """build-nanogpt: context tokens, then the tokens of a space and the ending; the mean loss over the latter."""
+    return [(row["ctx"], " " + ending, None) for ending in row["endings"]]
+
+
+def slow_harness(row):
+    """lm-evaluation-harness: preprocess(activity_label + ": " + ctx_a + " " + ctx_b.capitalize()), one text."""
+
+    def preprocess(text):
+        text = text.strip()
+        text = text.replace(" [title]", ". ")
+        text = re.sub("\\[.*?\\]", "", text)
+        return text.replace("  ", " ")
+
+    context = preprocess(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
+    return [(context, " " + preprocess(ending), len(preprocess(ending))) for ending in row["endings"]]
+
+
+@torch.no_grad()
+def slow_choices(model, tokenizer, row, convention):
+    totals, norms = [], []
+    for context, ending, n_characters in (slow_completion if convention == "completion" else slow_harness)(row):
+        if convention == "completion":
+            context_ids, ending_ids = tokenizer.encode(context), tokenizer.encode(ending)
+        else:
+            context_ids = tokenizer.encode(context)
+            ending_ids = tokenizer.encode(context + ending)[len(context_ids) :]
+        ids = torch.tensor([context_ids + ending_ids])
+        logits = model(ids[:, :-1], logits_to_keep=len(ending_ids)).logits[0]
+        total = -float(F.cross_entropy(logits, torch.tensor(ending_ids), reduction="sum"))
+        totals.append(total)
+        norms.append(total / (n_characters or len(ending_ids)))
+    return totals, int(np.argmax(totals)), int(np.argmax(norms))
+
+
+@pytest.mark.parametrize("rows_chosen", [SPREAD[::12], pytest.param(SPREAD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("convention", ["completion", "harness"])
+def test_choices_are_those_of_the_slow_reading(model, tokenizer, convention, rows_chosen):
+    rows = read_rows("hellaswag/none/validation")
+    questions = read_questions(convention)
+    answers = answer(
+        [questions[i] for i in rows_chosen], tokenizer, lambda requests: log_likelihoods(model, requests), convention
+    )
+    expected = [slow_choices(model, tokenizer, rows[i], convention) for i in rows_chosen]
+    np.testing.assert_allclose(np.array(answers.scores), [totals for totals, _, _ in expected], rtol=1e-5)
+    assert answers.choice.tolist() == [choice for _, choice, _ in expected]
+    assert answers.choice_norm.tolist() == [choice for _, _, choice in expected]
+    assert (answers.choice != answers.choice_norm).any()
+    assert answers.gold.tolist() == [int(rows[i]["label"]) for i in rows_chosen]
+
+
+def test_batch_size_and_processes_change_no_figure(model, tokenizer):
+    alone = hellaswag(model, tokenizer, limit=24)
+    assert set(alone) == {"convention", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "count"}
+    assert alone["count"] == 24
+    assert alone["acc_norm_stderr"] == pytest.approx(math.sqrt(alone["acc_norm"] * (1 - alone["acc_norm"]) / 23))
+    assert hellaswag(model, tokenizer, limit=24, batch_size=3) == alone
+    # three processes one after the other: the sum of their shares is what the reduction gives to each
+    shares = []
+    for rank in range(3):
+        hellaswag(model, tokenizer, limit=24, rank=rank, world_size=3, reduce=lambda t: shares.append(t.clone()))
+    total = sum(shares)
+    together = hellaswag(model, tokenizer, limit=24, rank=1, world_size=3, reduce=lambda t: t.copy_(total))
+    assert together == alone
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    small = GPT(GPTConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(ValueError, match="they do not belong together"):
+        hellaswag(small, tokenizer, limit=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (b) lm-evaluation-harness itself, where it is installed
+
+
+def harness_choices(directory, rows):
+    """Scores of the choices of each row by lm_eval's own code: its preprocessing, tokenisation, batching and model."""
+    import datasets
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    lm = HFLM(pretrained=str(directory), tokenizer=str(directory), device="cpu", dtype="float32", batch_size=8)
+    docs = process_docs(datasets.Dataset.from_list(rows))
+    instances = [
+        Instance("loglikelihood", doc, (doc["query"], " " + choice), i)
+        for doc in docs
+        for i, choice in enumerate(doc["choices"])
+    ]
+    scores = np.array([total for total, _ in lm.loglikelihood(instances, disable_tqdm=True)]).reshape(-1, 4)
+    lengths = np.array([[len(choice) for choice in doc["choices"]] for doc in docs], float)
+    return scores, scores.argmax(1), (scores / lengths).argmax(1)
+
+
+@pytest.mark.slow
+def test_choices_are_those_of_lm_evaluation_harness(model, tokenizer, tmp_path):
+    pytest.importorskip(
+        "lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed: pip install lm_eval[hf]"
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    rows = read_rows("hellaswag/none/validation")
+    scores, choice, choice_norm = harness_choices(tmp_path, [rows[i] for i in SPREAD])
+    questions = [RENDER["harness"](rows[i]) for i in SPREAD]
+    answers = answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "harness")
+    np.testing.assert_allclose(np.array(answers.scores), scores, rtol=1e-5)
+    assert answers.choice.tolist() == choice.tolist()
+    assert answers.choice_norm.tolist() == choice_norm.tolist()
