@@ -232,9 +232,9 @@ def fit_micro_batch(config: Config, shape: GPTConfig, processes: Processes, *, s
 
 def should_shard(config: Config, shape: GPTConfig, processes: Processes) -> bool:
     """FSDP where it is asked for, or where weights, gradients and optimizer state would fill over half of a GPU."""
-    if config.system.parallel != "auto" or processes.world_size == 1:
-        return config.system.parallel == "fsdp"
-    if processes.device.type != "cuda":
+    if processes.world_size == 1:
         return False
+    if config.system.parallel != "auto" or processes.device.type != "cuda":
+        return config.system.parallel == "fsdp"
     estimate = estimate_memory(shape, 1, config.data.sequence_length, dtype=processes.dtype)
     return sum(estimate.values()) > 0.5 * torch.cuda.mem_get_info(processes.device)[0]
