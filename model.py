@@ -271,9 +271,7 @@ class GPT(nn.Module):
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
         if not 0 < T <= config.block_size - past:
-            raise ValueError(
-                f"{past} cached + {T} new tokens, expected 1 new to {config.block_size} (block_size) in all"
-            )
+            raise ValueError(f"{past} cached + {T} new tokens, expected 1 to block_size {config.block_size} in all")
         if attention_mask is not None:
             check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, past + T))
         if targets is not None and labels is not None:
@@ -668,8 +666,7 @@ def read_config(directory: str | Path) -> GPTConfig:
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """The names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin, one at a time.
 
-    Of one file the largest comes first, so that where each is copied and let go before the next, no more than the whole
-    model is in memory.
+    Each is to be copied before the next is asked for. Of one file the largest comes first, while memory is emptiest.
     """
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"

@@ -508,7 +508,7 @@ MISUSE = [
     ({"input_ids": ids_of(2, 5), "inputs_embeds": torch.zeros(2, 5, 32)}, "got both"),
     ({"input_ids": ids_of(5)}, r"input_ids has shape \(5,\), expected \(B, T\)"),
     ({"inputs_embeds": torch.zeros(2, 5, 31)}, r"shape \(2, 5, 31\), expected \(B, T, 32\)"),
-    ({"input_ids": ids_of(2, 49)}, "49 new tokens, expected 1 new to 48"),
+    ({"input_ids": ids_of(2, 49)}, "49 new tokens, expected 1 to block_size 48"),
     ({"input_ids": ids_of(2, 0)}, "0 new tokens"),
     ({"input_ids": ids_of(2, 5) + 101}, r"input_ids hold 101, outside 0..100 \(vocab_size 101\)"),
     ({"input_ids": ids_of(2, 5) - 1}, "input_ids hold -1"),

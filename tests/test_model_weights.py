@@ -344,12 +344,13 @@ def test_hub_snapshot(saved, monkeypatch):
 
 # ---- memory
 
+# VmHWM belongs to the process image; ru_maxrss would start from what this process held when it made the child.
 PEAK = """
-import resource, sys, torch, safetensors, model
+import re, sys, torch, safetensors, model
 import torch._dynamo
 directory, dtype = sys.argv[1:]
 model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=2, vocab_size=2, block_size=2))
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 gpt = model.GPT.from_pretrained(directory, dtype=getattr(torch, dtype))
 print((peak() - before) / sum(p.numel() * p.element_size() for p in gpt.parameters()))
@@ -365,23 +366,35 @@ def loading_peak(directory, dtype="float32"):
 
 
 SMALL_VOCAB = GPTConfig(vocab_size=4000, n_layer=6)
-SLOW = pytest.mark.slow
+GPT2, MEDIUM = GPTConfig.preset("gpt2"), GPTConfig.preset("gpt2-medium")
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
-@pytest.mark.parametrize("files", ["safetensors", *(pytest.param(f, marks=SLOW) for f in ("shards", "head", "bin"))])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 @pytest.mark.parametrize(
-    "config", [SMALL_VOCAB, *(pytest.param(GPTConfig.preset(name), marks=SLOW) for name in ("gpt2", "gpt2-medium"))]
+    ("config", "files", "dtype"),
+    [
+        pytest.param(SMALL_VOCAB, "safetensors", "float32", id="small"),
+        *(
+            pytest.param(GPT2, files, "float32", id=f"gpt2 {files}", marks=pytest.mark.slow)
+            for files in ("safetensors", "shards", "head", "bin")
+        ),
+        pytest.param(GPT2, "safetensors", "bfloat16", id="gpt2 bfloat16", marks=pytest.mark.slow),
+        pytest.param(MEDIUM, "safetensors", "float32", id="gpt2-medium", marks=pytest.mark.slow),
+    ],
 )
 def test_loading_peaks_at_1_3_of_the_weights(tmp_path, config, files, dtype):
-    size = f"{'100MB' if config is SMALL_VOCAB else '400MB'}" if files == "shards" else "50GB"
-    GPT(config).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=size)
+    max_shard_size = "200MB" if files == "shards" else "50GB"
+    GPT(config).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=max_shard_size)
     if files == "bin":
         torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
     if files == "head":
         edit_tensors(tmp_path, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].clone()})
-    assert loading_peak(tmp_path, dtype) <= 1.3
+    ratio = loading_peak(tmp_path, dtype)
+    print(f"peak of loading: {ratio:.2f} x the weights")
+    # Less than the weights themselves would be a mistake of the measurement. A pickle is read whole before its largest
+    # tensor, 0.31 of the 124M, is copied.
+    assert 0.9 < ratio <= (1.35 if files == "bin" else 1.3)
 
 
 def test_tensors_come_one_at_a_time(ours, tmp_path):
