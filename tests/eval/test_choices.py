@@ -45,7 +45,7 @@ EXPECTED = {
     "copa": ("The man turned on the faucet therefore", "water flowed from the spout."),
     "sciq": ("\nQuestion: Who proposed the theory of evolution by natural selection?\nAnswer:", "darwin"),
     "social_iqa": (
-        "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before this?\nA:",
+        "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before this?\n",
         "Find somewhere to go",
     ),
     "winogrande": ("Sarah was a much better surgeon than Maria so Maria", "always got the easier cases."),

@@ -94,11 +94,11 @@ def test_what_cannot_be_measured_is_refused(model, tmp_path):
 
 def test_wikitext_becomes_text():
     raw = (
-        " = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor . He had a guest @-@"
+        " = Robert Boulter = \n \n Robert Boulter is a film , television and theatre actor . He had a guest @-@"
         ' starring role in 2000 , for 1 @,@ 000 pounds ( about $ 1 @.@ 5 million ) . It \'s called " Herons " .\n'
     )
     assert detokenize_wikitext(raw) == (
-        "= Robert Boulter =\n\nRobert Boulter is an English film, television and theatre actor. He had a guest-starring"
+        "= Robert Boulter =\n\nRobert Boulter is a film, television and theatre actor. He had a guest-starring"
         ' role in 2000, for 1,000 pounds (about $ 1.5 million). It\'s called "Herons".\n'
     )
 

@@ -1,0 +1,275 @@
+"""The command line of the evaluations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import ShardWriter
+from data.tokenizer import load_tokenizer, train_tokenizer
+from eval import likelihood
+from eval.reference import losses_to_beat, published, read_references, save_reference
+from eval.run import main
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random GPT-2 of GPT-2's vocabulary, with its tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=16)).save_pretrained(directory)
+    load_tokenizer("gpt2").save(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times, it was the age of wisdom. " * 12, "utf-8")
+    return path
+
+
+def figures(path):
+    return {(row["task"], row["convention"], row["metric"]): row for row in json.loads(path.read_text("utf-8"))}
+
+
+def fails(capsys, *arguments):
+    """What a command that must fail says."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; sys.argv = ['eval.run', '--help']\ntry:\n    from eval.run import main; main()\n"
+    code += "except SystemExit:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hellaswag" in done.stdout
+
+
+def test_table_json_and_examples(tiny, tmp_path, capsys):
+    written = ["--json", str(tmp_path / "f.json"), "--examples", str(tmp_path / "e.jsonl")]
+    main(["--model", tiny, "--tasks", "hellaswag,piqa,lambada", "--limit", "4", *written])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == [
+        *["task", "convention", "metric", "value", "±", "stderr", "count"],
+        *["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
+    ]
+    row = figures(tmp_path / "f.json")[("hellaswag", "completion", "acc_norm")]
+    assert set(row) == {"task", "convention", "metric", "value", "stderr", "count", "published"}
+    assert row["count"] == 4
+    assert row["published"] == {"gpt2": 0.2955, "gpt2-medium": 0.3752, "gpt2-large": 0.432, "gpt2-xl": 0.4893}
+    lines = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text("utf-8").splitlines()]
+    assert [line["task"] for line in lines] == ["hellaswag"] * 4 + ["piqa"] * 4 + ["lambada"] * 4
+    assert [line["index"] for line in lines] == [0, 1, 2, 3] * 3
+    assert set(lines[0]) == {"task", "convention", "index", "gold", "choice", "choice_norm", "scores"}
+    assert row["value"] == np.mean([line["choice_norm"] == line["gold"] for line in lines[:4]])
+    assert lines[0]["choice"] == int(np.argmax(lines[0]["scores"]))
+    assert not (tmp_path / "f.json.partial").exists()
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+    arguments = ["--model", tiny, "--tasks", "piqa,copa", "--limit", "6", "--json"]
+    main([*arguments, str(tmp_path / "whole.json")])
+    monkeypatch.setattr("eval.run.REQUESTS_AT_ONCE", 4)
+    real, groups = likelihood.log_likelihoods, []
+
+    def counted(model, requests, **options):
+        if len(groups) == 4 and not resumed:
+            raise KeyboardInterrupt
+        groups.append(len(requests))
+        return real(model, requests, **options)
+
+    monkeypatch.setattr(likelihood, "log_likelihoods", counted)
+    resumed = False
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, str(tmp_path / "f.json")])
+    assert stopped.value.code == 130
+    partial = tmp_path / "f.json.partial"
+    assert len(partial.read_text("utf-8").splitlines()) == 4
+    with open(partial, "a", encoding="utf-8") as file:
+        file.write('{"key": "cut sh')
+    resumed = True
+    main([*arguments, str(tmp_path / "f.json")])
+    assert groups == [4] * 6  # 3 groups a task: four before, two after
+    assert not partial.exists()
+    whole, pieces = figures(tmp_path / "whole.json"), figures(tmp_path / "f.json")
+    assert whole.keys() == pieces.keys()
+    for name in whole:
+        assert pieces[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-5)
+
+
+def test_scores_of_another_model_are_not_taken_over(tiny, tmp_path):
+    from eval.run import SavedScores
+
+    path = tmp_path / "x.partial"
+    requests = [likelihood.Request((1,), (2,))]
+    saved = SavedScores(path, "one")
+    saved.keep(saved.key(requests), likelihood.Scores(np.array([-1.5]), np.array([True])))
+    again = SavedScores(path, "one")
+    assert again.entries[again.key(requests)]["log_probs"] == [-1.5]
+    other = SavedScores(path, "two")
+    assert other.key(requests) not in other.entries
+
+
+def test_perplexity_of_a_text_and_through_transformers(tiny, text, tmp_path):
+    for name, more in (("ours", []), ("peer", ["--transformers"])):
+        written = ["--json", str(tmp_path / name)]
+        main(["--model", tiny, "--tasks", "perplexity", "--text", str(text), "--stride", "50", *more, *written])
+    ours, peer = figures(tmp_path / "ours"), figures(tmp_path / "peer")
+    assert {metric for _, _, metric in ours} == {"perplexity", "bits_per_byte", "word_perplexity"}
+    content = text.read_text("utf-8")
+    count = len(load_tokenizer("gpt2").encode(content))
+    nats = np.log(ours["perplexity", "stride 50", "perplexity"]["value"]) * count
+    assert ours["perplexity", "stride 50", "perplexity"]["count"] == count
+    assert ours["perplexity", "stride 50", "bits_per_byte"]["value"] == pytest.approx(
+        nats / np.log(2) / len(content.encode())
+    )
+    for name in ours:
+        assert peer[name]["value"] == pytest.approx(ours[name]["value"], rel=1e-4)
+
+
+def test_a_corpus_of_the_paper_from_a_local_file(tiny, tmp_path):
+    raw = " = A Title = \n \n It was , he said , a well @-@ known day .\n" * 5
+    (tmp_path / "wiki.txt").write_text(raw, encoding="utf-8")
+    files = ["--text", str(tmp_path / "wiki.txt"), "--json", str(tmp_path / "f.json")]
+    main(["--model", tiny, "--tasks", "wikitext-2", *files])
+    row = figures(tmp_path / "f.json")["wikitext-2", "paper, stride 64", "word_perplexity"]
+    clean = "= A Title =\n\nIt was, he said, a well-known day.\n" * 5
+    assert row["count"] == len(load_tokenizer("gpt2").encode(clean))
+    assert row["published"]["gpt2"] == 29.41
+    by_token = figures(tmp_path / "f.json")["wikitext-2", "paper, stride 64", "perplexity"]["value"]
+    assert np.log(row["value"]) * len(raw.split()) == pytest.approx(np.log(by_token) * row["count"])
+
+
+def test_shots_for_a_table_of_ones_own(tiny, tmp_path):
+    rows = "text,label\n" + "".join(f"example {i},{i % 2}\n" for i in range(6))
+    (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
+    common = ["--model", tiny, "--tasks", "classify", "--file", str(tmp_path / "t.csv"), "--labels", "0=bad,1=good"]
+    common += ["--template", r"{text}\nIt was", "--json", str(tmp_path / "f.json")]
+    main([*common, "--shots", "2", "--train-file", str(tmp_path / "t.csv")])
+    assert ("classify", "harness, 2 shots from train, seed 0", "acc") in figures(tmp_path / "f.json")
+    main([*common, "--shots", "2", "--shots-from", "evaluated", "--seed", "3"])
+    assert ("classify", "harness, 2 shots from evaluated, seed 3", "acc") in figures(tmp_path / "f.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A reference beside one's own data
+
+
+def make_dataset(directory, tokenizer, documents):
+    directory.mkdir()
+    tokenizer.save(directory)
+    writer = ShardWriter(directory, "val", 1000, tokenizer.eot)
+    for document in documents:
+        writer.write(np.array([tokenizer.eot, *tokenizer.encode(document)], np.uint16))
+    writer.finish()
+    return directory
+
+
+def test_the_loss_of_a_model_is_kept_beside_the_data(tiny, text, tmp_path):
+    documents = [text.read_text("utf-8"), "Call me Ishmael. Some years ago."]
+    tokenizer = load_tokenizer("gpt2")
+    same = make_dataset(tmp_path / "same", tokenizer, documents)
+    main(["--model", tiny, "--tasks", "loss", "--data", str(same), "--save-reference"])
+    kept = read_references(same)[tiny]
+    ids = [i for document in documents for i in (tokenizer.eot, *tokenizer.encode(document))]
+    assert kept["tokens"] == len(ids) - 1
+    assert kept["tokenizer"] == "gpt2"
+    model = GPT.from_pretrained(tiny)
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 128):
+            window = torch.tensor([ids[start : start + 129]])
+            nats += float(model(window[:, :-1], targets=window[:, 1:]).loss) * (window.size(1) - 1)
+    assert kept["loss"] == pytest.approx(nats / kept["tokens"], rel=1e-5)
+    n_bytes = sum(len(document.encode()) for document in documents)
+    assert kept["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
+    # a data set in other tokens holds the same text, so bits per byte are the same
+    other = make_dataset(tmp_path / "other", train_tokenizer("bpe:300", documents), documents)
+    main(["--model", tiny, "--tasks", "loss", "--data", str(other), "--save-reference"])
+    assert read_references(other)[tiny]["bits_per_byte"] == pytest.approx(kept["bits_per_byte"], rel=1e-5)
+    assert losses_to_beat(same, "mine", "gpt2") == [(tiny, kept["loss"])]
+    assert losses_to_beat(other, "mine", "bpe:300") == []
+
+
+def test_references_are_kept_by_model_and_published_ones_fill_in(tmp_path):
+    assert losses_to_beat(tmp_path, "fineweb-10b", "gpt2") == [("gpt2, published", 3.424958)]
+    assert losses_to_beat(tmp_path, "fineweb-edu-10b", "gpt2") == [("gpt2, published", 3.2924)]
+    assert losses_to_beat(tmp_path, "fineweb-10b", "char") == []
+    save_reference(tmp_path, "gpt2", {"loss": 3.3, "bits_per_byte": 1.0, "tokens": 5, "tokenizer": "gpt2"})
+    save_reference(tmp_path, "mine", {"loss": 3.1, "bits_per_byte": 0.9, "tokens": 5, "tokenizer": "gpt2"})
+    assert losses_to_beat(tmp_path, "fineweb-10b", "gpt2") == [("gpt2", 3.3), ("mine", 3.1)]
+    (tmp_path / "reference.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"reference\.json cannot be read"):
+        read_references(tmp_path)
+
+
+def test_conventions_are_never_mixed():
+    assert published("hellaswag", "harness", "acc_norm") == {"gpt2": 0.3114, "gpt2-xl": 0.5089}
+    assert published("hellaswag", "harness, 5 shots from train, seed 0", "acc_norm") == {}
+    assert published("lambada", "harness", "acc") == {}  # not OpenAI's file
+    assert published("lambada_openai", "harness", "acc") == {"gpt2": 0.3256}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_mistakes_are_explained(tiny, text, tmp_path, capsys):
+    assert "unknown task nope: known are hellaswag, arc_easy" in fails(capsys, "--model", tiny, "--tasks", "nope,piqa")
+    assert "no such model directory: /nonexistent" in fails(capsys, "--model", "/nonexistent", "--tasks", "copa")
+    assert "--tasks perplexity needs --text or --data" in fails(capsys, "--tasks", "perplexity")
+    assert "--tasks classify needs --template" in fails(capsys, "--tasks", "classify", "--file", "x.csv")
+    assert "add loss to --tasks" in fails(capsys, "--tasks", "copa", "--save-reference")
+    assert "--limit must be at least 1, got 0" in fails(capsys, "--tasks", "copa", "--limit", "0")
+    assert "cannot be used" in fails(capsys, "--model", tiny, "--tasks", "copa", "--device", "nonsense")
+    nowhere = str(tmp_path / "none" / "f.json")
+    assert "there is no directory" in fails(capsys, "--model", tiny, "--tasks", "copa", "--json", nowhere)
+    options = ["--model", tiny, "--tasks", "perplexity", "--text", str(text), "--stride", "129"]
+    assert "stride 129: expected 1..128" in fails(capsys, *options)
+
+
+def test_a_model_with_another_models_tokenizer_is_refused(tmp_path, capsys):
+    GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    load_tokenizer("gpt2").save(tmp_path)
+    message = fails(capsys, "--model", str(tmp_path), "--tasks", "copa")
+    assert "the tokenizer has 50,257 tokens and the model a vocabulary of 300" in message
+
+
+def test_another_architecture_is_measured_through_transformers(tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    tokenizer = train_tokenizer("bpe:300", ["the cat sat on the mat and said so"])
+    tokenizer.save(tmp_path)
+    config = GPTNeoXConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    main(["--model", str(tmp_path), "--tasks", "copa", "--limit", "3", "--json", str(tmp_path / "f.json")])
+    assert figures(tmp_path / "f.json")["copa", "harness", "acc"]["count"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_give_the_figures_of_one(tiny, text, tmp_path, n):
+    arguments = ["-m", "eval.run", "--model", tiny, "--tasks", "hellaswag,lambada,perplexity", "--text", str(text)]
+    arguments += ["--limit", "12", "--batch-size", "4", "--device", "cpu", "--json"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for command, name in (([sys.executable], "one"), (torchrun, "many")):
+        done = subprocess.run(
+            [*command, *arguments, str(tmp_path / name)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert figures(tmp_path / "one") == figures(tmp_path / "many")
