@@ -95,7 +95,7 @@ def log_likelihoods(
     Args:
         model: a GPT, or anything with its `config.block_size` and `vocab_size` and a forward that takes `input_ids` and
             `logits_to_keep`; without `new_cache` a context is computed again for each ending.
-        batch_size: sequences a forward pass; None is 16 on CPU and 64 elsewhere. The scores do not depend on it beyond
+        batch_size: sequences a forward pass; None is 8 on CPU and 64 elsewhere. The scores do not depend on it beyond
             rounding.
         rank, world_size: this process computes every world_size-th batch. All call the model equally often, as FSDP
             needs.
@@ -108,7 +108,7 @@ def log_likelihoods(
     if world_size > 1 and reduce is None:
         raise ValueError(f"{world_size} processes need a `reduce` that sums over them")
     device = next(model.parameters()).device
-    batch_size = batch_size or (16 if device.type == "cpu" else 64)
+    batch_size = batch_size or (8 if device.type == "cpu" else 64)
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     for i, request in enumerate(requests):
         if not request.context or not request.ending:

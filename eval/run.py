@@ -131,7 +131,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         default="auto",
         help="of products; weights stay float32. auto is bfloat16 on GPUs that have it, else float32",
     )
-    add("--batch-size", type=int, metavar="B", help="sequences a forward pass (default: 16 on CPU, 64 elsewhere)")
+    add("--batch-size", type=int, metavar="B", help="sequences a forward pass (default: 8 on CPU, 64 elsewhere)")
     add("--transformers", action="store_true", help="load a GPT-2 through transformers too, as any other model is")
     add("--json", type=Path, metavar="FILE", help="write the figures here")
     add("--examples", type=Path, metavar="FILE", help="write a line of JSON for each example here")
@@ -339,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
     with processes(args.device) as (rank, world_size, reduce):
         model, tokenizer, dtype = load_subject(args)
-        batch_size = args.batch_size or (16 if next(model.parameters()).device.type == "cpu" else 64)
+        batch_size = args.batch_size or (8 if next(model.parameters()).device.type == "cpu" else 64)
         partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
         identity = f"{fingerprint(locate(args.model))} {dtype} {batch_size} {args.transformers}"
         saved = SavedScores(partial, identity)

@@ -1,5 +1,6 @@
 """HellaSwag against a slow reading of its two published conventions, and against lm-evaluation-harness itself."""
 
+import json
 import math
 import re
 
@@ -172,3 +173,41 @@ def test_choices_are_those_of_lm_evaluation_harness(model, tokenizer, tmp_path):
     np.testing.assert_allclose(np.array(answers.scores), scores, rtol=1e-5)
     assert answers.choice.tolist() == choice.tolist()
     assert answers.choice_norm.tolist() == choice_norm.tolist()
+
+
+LOCAL_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{query}}"
+doc_to_target: "{{gold}}"
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_runs_under_lm_evaluation_harness_as_it_is(model, tokenizer, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval[hf]")
+    from lm_eval.tasks import TaskManager
+
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    questions = [read_questions("harness")[i] for i in SPREAD[::25]]
+    rows = [{"query": q.contexts[0], "choices": q.choices, "gold": q.gold} for q in questions]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = LOCAL_TASK.replace("FILE", str(tmp_path / "rows.jsonl"))
+    (tmp_path / "local_choice.yaml").write_text(task, encoding="utf-8")
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "model"), "dtype": "float32"},
+        tasks=["local_choice"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        bootstrap_iters=0,
+    )["results"]["local_choice"]
+    answers = answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "harness")
+    assert found["acc,none"] == pytest.approx((answers.choice == answers.gold).mean())
+    assert found["acc_norm,none"] == pytest.approx((answers.choice_norm == answers.gold).mean())
