@@ -273,3 +273,23 @@ def test_processes_give_the_figures_of_one(tiny, text, tmp_path, n):
         )
         assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "one") == figures(tmp_path / "many")
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("convention", "acc", "acc_norm"), [("completion", 0.2859, 0.2955), ("harness", 0.2892, 0.3114)]
+)
+def test_the_released_model_has_the_published_figures(tmp_path, convention, acc, acc_norm):
+    """python -m eval.run --model gpt2 --tasks hellaswag --convention C: an hour or two on CPU, a minute on a GPU."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "eval.run", "--model", "gpt2", "--tasks", "hellaswag", "--dtype", "float32"]
+    command += ["--convention", convention, "--json", str(tmp_path / "f.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "could not be fetched" in done.stderr:
+        pytest.skip("the hub cannot be reached")
+    assert done.returncode == 0, done.stderr
+    found = figures(tmp_path / "f.json")
+    # published with four digits, and rounding moves a few of the 10,042 choices
+    assert found["hellaswag", convention, "acc"]["value"] == pytest.approx(acc, abs=5e-4)
+    assert found["hellaswag", convention, "acc_norm"]["value"] == pytest.approx(acc_norm, abs=5e-4)
