@@ -106,11 +106,12 @@ def train_nanogpt(directory: str) -> Run:
 def decode_ours(batch: int, dtype: str) -> Run:
     import torch
 
-    from generation import generate
+    from generation import generate, pack_weights
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset("gpt2")).to(getattr(torch, dtype)).eval()
+    pack_weights(model)
     ids = torch.randint(VOCAB, (batch, 8))
     return lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)
 

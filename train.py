@@ -330,7 +330,13 @@ class Trainer:
         generator = torch.Generator(device).manual_seed(self.config.run.seed)
         with self.processes.autocast():
             ids = generate(
-                self.model, start, max_new_tokens=new, do_sample=True, top_k=50, eos_token_id=eot, generator=generator
+                self.model,
+                start,
+                max_new_tokens=new,
+                do_sample=True,
+                top_k=min(50, self.model.config.vocab_size),
+                eos_token_id=eot,
+                generator=generator,
             )
         assert isinstance(ids, torch.Tensor)
         return [self.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]

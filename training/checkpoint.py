@@ -20,12 +20,6 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 
 from data.shards import file_sha256, sync_directory
@@ -36,7 +30,6 @@ MANIFEST = "manifest.json"
 STATE = "trainer/state.json"
 OPTIMIZER = "trainer/optimizer.safetensors"
 PARTIAL = ".partial"
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def host_copy(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -44,23 +37,28 @@ def host_copy(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor
 
     Every process must call it; only the main one gets the tensors.
     """
-    state: Any = get_optimizer_state_dict(model, optimizers, options=FULL).get("state", {})  # empty on other ranks
+    from torch.distributed.checkpoint import state_dict as dcp  # here: it takes a second, which sampling need not wait
+
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=whole).get("state", {})  # none on other ranks
     optimizer_state = {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
-    weights: dict[str, Any] = get_model_state_dict(model, options=FULL)
+    weights: dict[str, Any] = dcp.get_model_state_dict(model, options=whole)
     # what was on the CPU already is still the model's own, which trains on
     return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in optimizer_state.items()}
 
 
 def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) -> None:
     """Give the optimizers the state in a checkpoint. Learning rates and the like stay as the configuration has them."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
     state: dict[str, Any] = {}
     with safe_open(directory / OPTIMIZER, framework="pt") as tensors:
         for flat in tensors.keys():  # noqa: SIM118 (not a dictionary)
             name, _, key = flat.rpartition("/")
             state.setdefault(name, {})[key] = tensors.get_tensor(flat)
-    options = StateDictOptions(full_state_dict=True)
-    groups = get_optimizer_state_dict(model, optimizers, options=options)["param_groups"]
-    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    groups = dcp.get_optimizer_state_dict(model, optimizers, options=options)["param_groups"]
+    dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
 
 
 class Checkpoints:
