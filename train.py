@@ -27,7 +27,7 @@ from data.shards import open_split, write_json
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import hellaswag, read_questions
 from eval.loss import split_loss
-from eval.reference import VALIDATION_LOSS
+from eval.reference import losses_to_beat
 from generation import generate
 from model import GPT, GPTConfig, load_weights, locate, read_config
 from report.curves import draw_loss
@@ -74,6 +74,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.dir if train_split.meta else "gpt2")
         self.token_bytes = self.tokenizer.token_bytes()
         if config.eval.every and config.eval.hellaswag:
+            if self.tokenizer.kind == "char":
+                raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
             read_questions("completion")  # fetched now: a missing network should not show at the first validation
         if processes.is_main and self.directory.is_dir():
             self.lock = lock_run(self.directory)
@@ -343,18 +345,9 @@ class Trainer:
 
     def _draw(self) -> None:
         records = read_metrics(self.directory / "metrics.jsonl")
-        draw_loss(records, self.directory / "loss.png", self.config.run.name, self._references())
-
-    def _references(self) -> list[tuple[str, float]]:
-        """Losses of released GPT-2s on the same validation split, where they are published: (name, nats a token)."""
-        meta = self.val_split.meta
-        if meta is None or meta.tokenizer != "gpt2":
-            return []
-        # the longest first: fineweb-edu is not fineweb, whose losses are another's
-        names = sorted(VALIDATION_LOSS, key=len, reverse=True)
-        name = next((name for name in names if name.removesuffix("-10b") in meta.source), None)
-        figures = VALIDATION_LOSS[name].figures if name else {}
-        return [(f"{model}, released", loss) for model, loss in figures.items()]
+        source = self.val_split.meta.source if self.val_split.meta else ""
+        lines = losses_to_beat(self.config.data.dir, source, self.tokenizer.kind)
+        draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
 
     def _give_up(self) -> None:
         self.checkpoints.wait()

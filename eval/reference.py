@@ -117,6 +117,9 @@ def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[t
     `tokenizer`, and for the released 124M, where it was not measured here, the published one for the source."""
     kept = read_references(directory)
     lines = [(name, float(figures["loss"])) for name, figures in kept.items() if figures["tokenizer"] == tokenizer]
-    if "gpt2" not in kept and tokenizer == "gpt2" and source in VALIDATION_LOSS:
-        lines.append(("gpt2, published", VALIDATION_LOSS[source].figures["gpt2"]))
+    # the longest name first: "fineweb" stands in fineweb-edu's source too, and its losses are others
+    corpora = sorted(VALIDATION_LOSS, key=len, reverse=True)
+    corpus = next((name for name in corpora if name.removesuffix("-10b") in source), None)
+    if "gpt2" not in kept and tokenizer == "gpt2" and corpus is not None:
+        lines.append(("gpt2, published", VALIDATION_LOSS[corpus].figures["gpt2"]))
     return lines

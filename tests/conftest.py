@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from train import Trainer
@@ -87,6 +88,8 @@ def tiny_run(verses, tmp_path):
 @pytest.fixture
 def train():
     """Run a configuration in this process; returns the run's directory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that `python` starts: the order of sums is part of the bits
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def run(config):
@@ -98,6 +101,7 @@ def train():
         return trainer.directory
 
     yield run
+    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

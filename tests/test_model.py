@@ -215,11 +215,12 @@ def test_logits_and_loss_only_where_asked_for(small):
     assert ours(ids).loss is None
     assert ours(ids, return_logits=False).logits is None
     everything = ours(ids).logits
-    assert torch.equal(ours(ids, logits_to_keep=3).logits, everything[:, -3:])
-    assert torch.equal(ours(ids, targets=ids, return_logits=True).logits, everything)
+    # close, not equal: a product of other rows may add up in another order
+    torch.testing.assert_close(ours(ids, logits_to_keep=3).logits, everything[:, -3:])
+    torch.testing.assert_close(ours(ids, targets=ids, return_logits=True).logits, everything)
     # labels are shifted once, targets not at all
     shifted = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
-    assert torch.equal(ours(ids, labels=ids).loss, ours(ids, targets=shifted).loss)
+    torch.testing.assert_close(ours(ids, labels=ids).loss, ours(ids, targets=shifted).loss)
 
 
 # ---- the cache

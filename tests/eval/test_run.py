@@ -206,6 +206,9 @@ def test_the_loss_of_a_model_is_kept_beside_the_data(tiny, text, tmp_path):
 def test_references_are_kept_by_model_and_published_ones_fill_in(tmp_path):
     assert losses_to_beat(tmp_path, "fineweb-10b", "gpt2") == [("gpt2, published", 3.424958)]
     assert losses_to_beat(tmp_path, "fineweb-edu-10b", "gpt2") == [("gpt2, published", 3.2924)]
+    # as data.prepare names them in meta.json
+    assert losses_to_beat(tmp_path, "hf HuggingFaceFW/fineweb-edu, sample-10BT", "gpt2")[0][1] == 3.2924
+    assert losses_to_beat(tmp_path, "hf kjj0/fineweb10B-gpt2, already tokenized", "gpt2")[0][1] == 3.424958
     assert losses_to_beat(tmp_path, "fineweb-10b", "char") == []
     save_reference(tmp_path, "gpt2", {"loss": 3.3, "bits_per_byte": 1.0, "tokens": 5, "tokenizer": "gpt2"})
     save_reference(tmp_path, "mine", {"loss": 3.1, "bits_per_byte": 0.9, "tokens": 5, "tokenizer": "gpt2"})
