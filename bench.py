@@ -226,18 +226,18 @@ def receive(pipe: Connection) -> Any:
 
 
 def matmul_rate(dtype_name: str) -> float:
-    """FLOP/s of the largest product of the step, the best of ten: what this machine can do at most."""
+    """FLOP/s, the best over the step's own products, forward and backward: what this machine can do at most."""
     import torch
 
-    a = torch.randn(ROWS * TOKENS, 768, dtype=getattr(torch, dtype_name))
-    b = torch.randn(768, 3072, dtype=a.dtype)
-    best = float("inf")
-    for _ in range(10):
-        began = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        best = min(best, (time.perf_counter() - began) / 5)
-    return 2 * a.numel() * b.size(1) / best
+    dtype, best = getattr(torch, dtype_name), 0.0
+    for n_in, n_out in [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, VOCAB)]:
+        x, weight = torch.randn(ROWS * TOKENS, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
+        y = x @ weight.T
+        for left, right in [(x, weight.T), (y, weight), (y.T, x)] * 6:
+            began = time.perf_counter()
+            left @ right
+            best = max(best, 2 * x.numel() * n_out / (time.perf_counter() - began))
+    return best
 
 
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
