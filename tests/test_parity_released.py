@@ -9,6 +9,8 @@ import psutil
 import pytest
 import torch
 
+from data.tokenizer import load_tokenizer
+from generation import generate
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.network
@@ -86,6 +88,36 @@ def test_greedy(gpt2):
     while ids.size(1) < len(expected):
         ids = torch.cat([ids, gpt2(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert ids[0].tolist() == expected
+
+
+def continued(gpt2, texts, prompts, **options):
+    """What `generate` makes of the prompts, left-padded as one batch, as long as the longest of `texts`."""
+    tokenizer = load_tokenizer("gpt2")
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    new = max(len(tokenizer.encode(text)) - len(prompt) for text, prompt in zip(texts, ids, strict=True))
+    rows = generate(gpt2, ids, max_new_tokens=new, eos_token_id=tokenizer.eot, **options).tolist()
+    width = len(rows[0]) - new
+    return [tokenizer.decode(row[width - len(prompt) :]) for row, prompt in zip(rows, ids, strict=True)]
+
+
+def test_greedy_text(gpt2):
+    text = (
+        "The Manhattan bridge is a major artery for the city's subway system, and the bridge is one of the busiest in"
+    )
+    assert continued(gpt2, [text], ["The Manhattan bridge"]) == [text]
+
+
+def test_left_padded_batch(gpt2):
+    texts = [
+        "Hello, my dog is a little bit of a mess. I'm not sure if he's going",
+        "Today, I'm going to be doing a lot of research on this. I",
+    ]
+    assert continued(gpt2, texts, ["Hello, my dog is a little", "Today, I"]) == texts
+
+
+def test_two_beams(gpt2):
+    text = "The dog was found in the backyard of a home in the 6500 block of South Main Street"
+    assert continued(gpt2, [text], ["The dog"], num_beams=2) == [text]
 
 
 @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in [*PARAMETERS][1:])])
