@@ -31,7 +31,7 @@ from eval.reference import losses_to_beat
 from generation import generate
 from model import GPT, GPTConfig, load_weights, locate, read_config
 from report.curves import draw_loss
-from training.checkpoint import Checkpoints, host_copy, load_optimizers, read_state
+from training.checkpoint import Checkpoints, Snapshot, host_copy, load_optimizers, read_state
 from training.config import Config, parse_config, refuse_changes
 from training.metrics import (
     MetricsLog,
@@ -261,7 +261,7 @@ class Trainer:
                 "val_loss": self.val_loss,
                 "identity": self.identity,
             }
-            self.checkpoints.save(weights, optimizer_state, self.model.config, self.tokenizer, state)
+            self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.tokenizer, state))
 
     def _checkpoint_to_resume(self) -> Path | None:
         """The checkpoint that run.resume asks for: chosen by the main process, the same for all."""

@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,6 +30,16 @@ MANIFEST = "manifest.json"
 STATE = "trainer/state.json"
 OPTIMIZER = "trainer/optimizer.safetensors"
 PARTIAL = ".partial"
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint is written from: nothing of it changes while training goes on."""
+
+    weights: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
+    shape: GPTConfig
+    tokenizer: Tokenizer
+    state: dict[str, Any]  # trainer/state.json; its "step" names the directory
 
 
 def host_copy(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -109,20 +119,13 @@ class Checkpoints:
         for path in self.directory.glob(f"*{PARTIAL}"):
             shutil.rmtree(path)
 
-    def save(
-        self,
-        weights: dict[str, Tensor],
-        optimizer_state: dict[str, Tensor],
-        shape: GPTConfig,
-        tokenizer: Tokenizer,
-        state: dict[str, Any],
-    ) -> None:
-        """Write a checkpoint of `state["step"]` on a thread, after the one before is done."""
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint on a thread, after the one before is done."""
         self.wait()
 
         def write() -> None:
             try:
-                self._write(weights, optimizer_state, shape, tokenizer, state)
+                self._write(snapshot)
             except Exception as error:
                 self._error = error
 
@@ -142,22 +145,15 @@ class Checkpoints:
             raise OSError(f"{message}. Make room, and run the same command to go on from the newest") from error
         print(message, file=sys.stderr)
 
-    def _write(
-        self,
-        weights: dict[str, Tensor],
-        optimizer_state: dict[str, Tensor],
-        shape: GPTConfig,
-        tokenizer: Tokenizer,
-        state: dict[str, Any],
-    ) -> None:
-        final = self.path(state["step"])
+    def _write(self, snapshot: Snapshot) -> None:
+        final = self.path(snapshot.state["step"])
         partial = final.with_name(final.name + PARTIAL)
         try:
             (partial / "trainer").mkdir(parents=True)
-            save_weights(weights, shape, partial, eos_token_id=tokenizer.eot)
-            tokenizer.save(partial)
-            save_file(optimizer_state, partial / OPTIMIZER)
-            (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            save_weights(snapshot.weights, snapshot.shape, partial, eos_token_id=snapshot.tokenizer.eot)
+            snapshot.tokenizer.save(partial)
+            save_file(snapshot.optimizer_state, partial / OPTIMIZER)
+            (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             manifest = {
                 path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
