@@ -682,7 +682,7 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
         except Exception as error:  # unpickling garbage can raise anything
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{pickled} cannot be read as plain tensors, and is not read otherwise ({reason})"
+                f"{pickled} cannot be read as plain tensors, and is not read otherwise ({reason}): use safetensors"
             ) from error
         for name in names:
             yield name, state.pop(name)

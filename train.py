@@ -110,12 +110,6 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config.optim)
         if checkpoint is not None:
             load_optimizers(self.model, self.optimizers, checkpoint)
-        step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
-        peak = peak_flops(processes.device)
-        self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
-        if processes.is_main:
-            self._open_directory(resumed=checkpoint is not None)
-        # the last, as its thread has to be ended: from here on `close` does that
         self.loader = Loader(
             train_split,
             batch_tokens=config.data.batch_tokens,
@@ -129,6 +123,11 @@ class Trainer:
             world_size=processes.world_size,
             pin_memory=processes.device.type == "cuda",
         )
+        step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
+        peak = peak_flops(processes.device)
+        self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
+        if processes.is_main:
+            self._open_directory(resumed=checkpoint is not None)
         self.progress = Progress(self.step, config.optim.steps, config.log.every, processes.is_main)
         tokens = config.optim.steps * config.data.batch_tokens
         self.progress.say(

@@ -109,8 +109,7 @@ class Loader:
         for _ in range(STEPS_AHEAD + 1):
             self._free.put(torch.empty((rows, sequence_length + 1), dtype=torch.int64, pin_memory=pin_memory))
         self._in_use: Tensor | None = None
-        self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # started by the first batch asked for
 
     def windows(self, step: int) -> np.ndarray:
         """The windows of this rank's share of global step `step`, in order: (rows,) int64."""
@@ -141,6 +140,9 @@ class Loader:
         return self
 
     def __next__(self) -> list[MicroBatch]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
+            self._thread.start()
         if self._in_use is not None:
             self._free.put(self._in_use)
             self._in_use = None
@@ -153,9 +155,10 @@ class Loader:
         return split_rows(self._in_use, self.micro_batches_per_step)
 
     def close(self) -> None:
-        """End the reading thread."""
+        """End the reading thread, if there is one."""
         self._free.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
 
 def validation_batches(

@@ -75,6 +75,11 @@ def test_no_shards(refused, tmp_path):
     assert "has no train shards" in refused(**{"data.dir": str(tmp_path / "empty")})
 
 
+def test_a_text_shorter_than_one_window(refused):
+    changes = {"model.block_size": 32768, "data.sequence_length": 32768, "data.batch_tokens": 32768}
+    assert "not one window of sequence_length 32768" in refused(**changes)
+
+
 def test_tokens_outside_the_vocabulary(tiny_run, write_config, python, damaged):
     overwrite(damaged / "train_000000.bin", 1024 + 2 * 100, 60_000, "<u2")
     result = python("train.py", "--config", write_config(tiny_run(**{"data.dir": str(damaged)})), check=False)

@@ -45,11 +45,6 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world_size > 1:
-            dist.barrier()
-
     def autocast(self) -> AbstractContextManager:
         """Matrix products in `dtype`, what needs the range or the precision in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -188,8 +183,8 @@ def estimate_memory(
         n_parameters = GPT(shape).num_parameters()
     size = torch.finfo(dtype).bits // 8
     # What autograd keeps of a block, per token and channel: the residual stream twice, in float32; in `dtype` both
-    # LayerNorms' outputs, queries, keys, values and their mix (once more as c_proj's input), and the MLP's 4 + 4.
-    kept = 4 if recompute else 2 * 4 + (2 + 3 + 2 + 4 + 4) * size
+    # LayerNorms' outputs, queries, keys, values and their mix (once more as c_proj's input), and c_fc's 4, not GELU's.
+    kept = 4 if recompute else 2 * 4 + (2 + 3 + 2 + 4) * size
     one_block = 2 * 4 + 15 * size if recompute else 0
     tokens = rows * sequence_length
     head = shape.vocab_size * shape.n_embd * 4
