@@ -442,19 +442,16 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss () in fp32 and its gradients in x (N, C) and weight (V, C), empty where not asked for."""
     total = x.new_zeros((), dtype=torch.float32)
-    dx = torch.zeros_like(x) if x_grad else x.new_empty(0)
+    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
-    # A CPU takes logits in pieces that its cache nearly holds, with room for no product as large as the weight; a GPU
-    # in few launches.
-    softmax_rows, columns = (128, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
-    blocks = [slice(first, first + columns) for first in range(0, len(weight), columns)]
+    head = weight.to(dtype)
+    # fp32 is needed of a few rows at a time: as many as a CPU's cache nearly holds, or a GPU takes in one launch
+    softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # the logits of a small batch do not exist at once either
     for first in range(0, len(x), rows or 1):
         chunk = slice(first, first + rows)
         x_rows = x[chunk].to(dtype)
-        logits = x_rows.new_empty(len(x_rows), len(weight))
-        for block in blocks:
-            logits[:, block] = x_rows @ weight[block].to(dtype).T
+        logits = x_rows @ head.T
         for part, target in zip(logits.split(softmax_rows), targets[chunk].split(softmax_rows), strict=True):
             counts = (target != IGNORE_INDEX).unsqueeze(1)
             target = target.unsqueeze(1).clamp(min=0)
@@ -463,11 +460,11 @@ def loss_and_gradients(
             if x_grad or weight_grad:  # d loss / d logits = softmax - one-hot, written over the logits
                 gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
                 part.copy_(gradient.mul_(counts))
-        for block in blocks:
-            if x_grad:
-                dx[chunk] += logits[:, block] @ weight[block].to(dtype)
-            if weight_grad:
-                dweight[block] += logits[:, block].T @ x_rows
+        if x_grad:
+            dx[chunk] = logits @ head
+        if weight_grad:  # in blocks, so that no second tensor is as large as the weight
+            for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
+                block += gradient.T @ x_rows
     return total, dx, dweight.to(weight.dtype)
 
 
