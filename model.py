@@ -14,8 +14,10 @@ import json
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -673,8 +675,10 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     elif index.is_file():
         files = sorted(set(read_json(index)["weight_map"].values()))
     elif pickled.is_file():
+        mapped = zipfile.is_zipfile(pickled)  # else written by PyTorch before 1.6, and read as a whole
+        load = partial(torch.load, pickled, map_location="cpu", weights_only=True, mmap=mapped)
         try:
-            state = torch.load(pickled, map_location="cpu", weights_only=True)
+            state = load()
             names = sorted(state, key=lambda name: -state[name].numel())
         except Exception as error:  # unpickling garbage can raise anything
             reason = str(error).splitlines()[0]
@@ -683,6 +687,8 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
             ) from error
         for name in names:
             yield name, state.pop(name)
+            if mapped:  # anew each time, as below
+                state = load()
         return
     else:
         raise FileNotFoundError(
