@@ -128,14 +128,14 @@ def decode_transformers(batch: int, dtype: str) -> Run:
     return lambda: model.generate(ids, attention_mask=mask, **options)
 
 
-def decode_nanogpt(batch: int, dtype: str, directory: str) -> Run:
-    """As its sample.py has it: no cache, float32 on a CPU, top-k 200."""
+def decode_nanogpt(directory: str) -> Run:
+    """As its sample.py has it: one sample at a time, no cache, float32 on a CPU, top-k 200."""
     import torch
 
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
     model = nanogpt.GPT(nanogpt.GPTConfig()).eval()
-    ids = torch.randint(VOCAB, (batch, 8))
+    ids = torch.randint(VOCAB, (1, 8))
     return lambda: model.generate(ids, NEW_TOKENS, temperature=0.8, top_k=200)
 
 
@@ -275,14 +275,14 @@ def bench_train(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
 
 
 def bench_decode(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
-    """Greedy decoding at batch 1 and 8, in bfloat16; nanoGPT in its own float32."""
+    """Greedy decoding at batch 1 and 8, in bfloat16; nanoGPT in its own float32, one sample at a time."""
     tables = []
     for batch in (1, 8):
         contestants: dict[str, tuple[Callable[..., Run], tuple]] = {"ours": (decode_ours, (batch, "bfloat16"))}
         if "transformers" in peers:
             contestants["transformers"] = (decode_transformers, (batch, "bfloat16"))
-        if "nanogpt" in peers:
-            contestants["nanogpt"] = (decode_nanogpt, (batch, "float32", peers["nanogpt"]))
+        if "nanogpt" in peers and batch == 1:
+            contestants["nanogpt"] = (decode_nanogpt, (peers["nanogpt"],))
         title = f"greedy decoding, 124M, batch {batch}, {NEW_TOKENS} new tokens"
         tables.append(report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs)))
     return tables
