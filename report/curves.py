@@ -1,14 +1,23 @@
-"""loss.png: a run's training and validation loss against tokens, beside GPT-2's."""
+"""PNGs: loss.png, a run's losses against tokens beside GPT-2's, and the charts of the report."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from report.runs import Chart
+
+# Told apart by readers with any kind of colour blindness: four of Okabe and Ito's, and a violet.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
 SMOOTHING = 0.02  # of the steps so far: the width of the average drawn over the single steps' losses
 
 
@@ -33,17 +42,9 @@ def draw_loss(
         tokens, losses = np.array(val).T
         best = losses.min()
         axes.plot(tokens, losses, "o-", color="tab:orange", markersize=3.5, label=f"validation (best {best:.4f})")
-    for (name, loss), style in zip(references, ("--", ":", "-.", (0, (1, 4))), strict=False):
-        axes.axhline(loss, color="black", linewidth=1, linestyle=style, label=f"{name} ({loss:.4f})")
+    _draw_levels(axes, references)
     axes.set(xlabel="tokens", ylabel="loss, nats a token", title=title)
-    axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    if train or val or references:
-        axes.legend(frameon=False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)  # whoever has the picture open never sees half of it
-    plt.close(figure)
+    _save(figure, axes, path, tokens=True)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -53,3 +54,50 @@ def smooth(values: np.ndarray) -> np.ndarray:
     last = np.arange(1, len(values) + 1)
     first = np.maximum(0, last - width)
     return (sums[last] - sums[first]) / (last - first)
+
+
+def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
+    """Write a PNG of a chart of the report; `names` are those of the runs."""
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for series in chart.series:
+        if not len(series.steps) or (series.kind == "step" and len(names) > 1):
+            continue
+        label = names[series.run] if series.kind in ("metric", "validation") else None
+        axes.plot(
+            chart.x_values(series),
+            series.values,
+            color=COLORS[(1 if len(names) == 1 and series.kind == "validation" else series.run) % len(COLORS)],
+            linestyle=("-", "--", ":")[series.run // len(COLORS) % 3],
+            linewidth=0.8 if series.kind in ("step", "metric") else 1.5,
+            alpha=0.35 if series.kind == "step" else 1,
+            marker="o" if series.kind == "validation" else None,
+            markersize=3.5,
+            label=label,
+        )
+    _draw_levels(axes, chart.levels)
+    unit, _ = chart.x_unit
+    axes.set(xlabel=unit if chart.x == "tokens" else f"training time, {unit}", ylabel=chart.y, title=chart.title)
+    axes.set(yscale="log" if chart.log else "linear", ylim=chart.y_range)
+    _save(figure, axes, path, tokens=chart.x == "tokens")
+
+
+def _draw_levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
+    for (name, value), style in zip(levels, itertools.cycle(["--", ":", "-.", (0, (1, 4))])):
+        axes.axhline(value, color="black", linewidth=1, linestyle=style, label=f"{name} ({value:.4f})")
+
+
+def _save(figure: Figure, axes: Axes, path: Path, *, tokens: bool) -> None:
+    if tokens:
+        axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    entries = axes.get_legend_handles_labels()[1]
+    if entries:  # below the axes: to look for the best place among many points takes seconds
+        columns = max(1, min(3, 90 // max(map(len, entries))))
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)  # whoever has the picture open never sees half of it
+    mpl.pyplot.close(figure)

@@ -1,0 +1,51 @@
+const dashes = ["solid", "dash", "dot"];
+
+function tracesOf(chart) {
+  return chart.series.map((series) => ({
+    x: series.x, y: series.y, customdata: series.steps, name: data.runs[series.run], type: "scatter",
+    mode: series.kind === "validation" ? "lines+markers" : "lines",
+    opacity: series.kind === "step" ? 0.35 : 1,
+    marker: { size: 5 },
+    line: {
+      // of one run alone, validation stands out from training by its colour too
+      color: color(`--run-${(data.runs.length === 1 && series.kind === "validation" ? 1 : series.run) % 5}`),
+      dash: dashes[Math.floor(series.run / 5) % 3],
+      width: series.kind === "step" || series.kind === "metric" ? 1 : 2,
+    },
+    hovertemplate: `%{fullData.name}${series.label}<br>step %{customdata:,}<br>%{x:${chart.xdigits}} ${chart.xunit}` +
+      `<br>${chart.ylabel}: %{y:${chart.digits}}<extra></extra>`,
+  }));
+}
+
+function draw() {
+  data.charts.forEach((chart, number) => {
+    const layout = layoutOf({ l: 10, r: 10, t: 10, b: 10 });
+    Object.assign(layout.xaxis, { title: { text: chart.xlabel } });
+    Object.assign(layout.yaxis, { title: { text: chart.ylabel }, type: chart.log ? "log" : "linear", range: chart.range });
+    if (chart.log) layout.yaxis.dtick = "D2";
+    if (chart.digits.endsWith("e")) layout.yaxis.exponentformat = "e";  // a learning rate is not so many µ
+    layout.shapes = chart.levels.map((level) => ({
+      type: "line", xref: "paper", x0: 0, x1: 1, y0: level.value, y1: level.value,
+      line: { color: color("--quiet"), width: 1.5, dash: "dash" },
+    }));
+    // side by side, so that lines near one another keep labels that can be read
+    layout.annotations = chart.levels.map((level, i) => ({
+      xref: "paper", x: 0.01 + 0.25 * (i % 4), xanchor: "left", y: level.value, yanchor: "bottom", text: level.label,
+      showarrow: false, font: { size: 10, color: color("--text") },
+    }));
+    Plotly.react(`chart-${number}`, tracesOf(chart), layout, plotConfig);
+  });
+  showChosen();
+}
+
+function showChosen() {
+  const off = (name) => new Set([...document.querySelectorAll(`input[data-${name}]:not(:checked)`)].map((i) => i.dataset[name]));
+  const runs = off("run"), kinds = off("kind");
+  data.charts.forEach((chart, number) => {
+    const visible = chart.series.map((s) => !runs.has(String(s.run)) && !kinds.has(s.kind));
+    Plotly.restyle(`chart-${number}`, { visible });
+  });
+}
+
+document.querySelectorAll(".controls input").forEach((input) => input.addEventListener("change", showChosen));
+drawAgainWhenTheThemeChanges(draw);
