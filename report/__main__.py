@@ -22,7 +22,7 @@ from report.page import command_line, pack, plotly_script, write_page
 if TYPE_CHECKING:  # imports torch
     from report.runs import Chart, Series
 
-LABELS = {"step": ", each step", "mean": ", running mean", "validation": ", validation", "metric": ""}
+LABELS = {"step": ", each step", "mean": ", running mean", "validation": ", validation", "value": ""}
 
 
 def add_arguments(add: Callable[..., Any]) -> None:

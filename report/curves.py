@@ -62,21 +62,24 @@ def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    kinds = {"step": "each step", "mean": "running mean"}
+    named: set[str] = set()
     for series in chart.series:
         if not len(series.steps) or (series.kind == "step" and len(names) > 1):
             continue
-        label = names[series.run] if series.kind in ("metric", "validation") else None
+        label = names[series.run] if len(names) > 1 else kinds.get(series.kind, series.kind)
         axes.plot(
             chart.x_values(series),
             series.values,
             color=COLORS[(1 if len(names) == 1 and series.kind == "validation" else series.run) % len(COLORS)],
             linestyle=("-", "--", ":")[series.run // len(COLORS) % 3],
-            linewidth=0.8 if series.kind in ("step", "metric") else 1.5,
+            linewidth=0.8 if series.kind in ("step", "value") else 1.5,
             alpha=0.35 if series.kind == "step" else 1,
             marker="o" if series.kind == "validation" else None,
             markersize=3.5,
-            label=label,
+            label=label if label not in named else None,
         )
+        named.add(label)
     _draw_levels(axes, chart.levels)
     unit, _ = chart.x_unit
     axes.set(xlabel=unit if chart.x == "tokens" else f"training time, {unit}", ylabel=chart.y, title=chart.title)

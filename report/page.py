@@ -34,7 +34,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror}): choose another place with --out") from error
     partial.replace(path)
-    print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")
 
 
 def plotly_script() -> Any:

@@ -195,7 +195,7 @@ class Series:
     """A line of a chart, thinned: (n,) each."""
 
     run: int  # index among the runs
-    kind: str  # of a loss "step", "mean", "validation"; else "metric"
+    kind: str  # "step", its running "mean", "validation", or "value", which is always shown
     steps: np.ndarray
     tokens: np.ndarray
     seconds: np.ndarray
@@ -270,7 +270,8 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
         ("grad_norm", "Gradient norm, before clipping", "gradient norm", ".4f", True),
         ("tokens_per_second", "Throughput", "tokens a second", ",.0f", False),
     ):
-        series = [make_series(i, run, "train", name, "metric") for i, run in enumerate(runs)]
+        kinds = ["value"] if name == "lr" else ["step", "mean"]
+        series = [make_series(i, run, "train", name, kind) for i, run in enumerate(runs) for kind in kinds]
         charts.append(Chart(name.replace("_", "-"), title, "tokens", unit, digits, series, log=log))
     return [chart for chart in charts if any(len(series.steps) for series in chart.series)]
 
@@ -283,7 +284,7 @@ def make_series(index: int, run: Run, split: str, name: str, kind: str) -> Serie
     present = np.flatnonzero(np.isfinite(columns[name]))
     values = columns[name][present]
     values = smooth(values) if kind == "mean" and len(values) else values
-    kept = thin(values)
+    kept = thin(values, POINTS // 2 if kind == "mean" else POINTS)
     steps = columns["step"][present[kept]]
     return Series(index, kind, steps, columns["tokens"][present[kept]], run.seconds(steps), values[kept])
 
@@ -314,7 +315,8 @@ def loss_levels(runs: Sequence[Run], count: int = 6) -> list[tuple[str, float]]:
     if not measured:
         return []
     best = {f"best of {run.name}": float(np.nanmin(run.splits["val"]["loss"])) for run in measured}
-    highest = max(float(np.nanmax(run.splits["val"]["loss"])) for run in measured)
+    # the first losses, near a random guess, are passed within minutes
+    highest = float(np.nanquantile(np.concatenate([run.splits["val"]["loss"] for run in measured]), 0.8))
     round_levels = MaxNLocator(count).tick_values(min(best.values()), highest)
     levels = [("", float(loss)) for loss in round_levels if min(best.values()) < loss < highest]
     levels += dict.fromkeys(level for run in runs for level in run.levels)

@@ -17,7 +17,8 @@ const panel = document.getElementById("panel");
 
 function showToken(t) {
   const weights = weightsOf(t);
-  flow.spans.forEach((span, s) => { span.style.background = s <= t ? shade("mark", weights[s]) : ""; });
+  const highest = Math.max(...weights);
+  flow.spans.forEach((span, s) => { span.style.background = s <= t ? shade("mark", weights[s] / highest) : ""; });
   panel.replaceChildren();
   heading(panel, `Token ${t}`, data.tokens[t]);
   const most = weights.map((weight, s) => [weight, s]).sort((a, b) => b[0] - a[0]).slice(0, 10);

@@ -29,7 +29,7 @@ function drawCurves() {
     hovertemplate: "%{fullData.name}<br>position %{x}<br>%{y:.4f}<extra></extra>",
   }));
   const layout = axes("position", "value");
-  Object.assign(layout, { showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" } });
+  Object.assign(layout, { showlegend: true, legend: { orientation: "h", y: -0.25, yanchor: "top" } });
   Plotly.react("curves", traces, layout, plotConfig);
 }
 

@@ -10,7 +10,7 @@ function tracesOf(chart) {
       // of one run alone, validation stands out from training by its colour too
       color: color(`--run-${(data.runs.length === 1 && series.kind === "validation" ? 1 : series.run) % 5}`),
       dash: dashes[Math.floor(series.run / 5) % 3],
-      width: series.kind === "step" || series.kind === "metric" ? 1 : 2,
+      width: series.kind === "step" || series.kind === "value" ? 1 : 2,
     },
     hovertemplate: `%{fullData.name}${series.label}<br>step %{customdata:,}<br>%{x:${chart.xdigits}} ${chart.xunit}` +
       `<br>${chart.ylabel}: %{y:${chart.digits}}<extra></extra>`,
@@ -19,7 +19,7 @@ function tracesOf(chart) {
 
 function draw() {
   data.charts.forEach((chart, number) => {
-    const layout = layoutOf({ l: 10, r: 10, t: 10, b: 10 });
+    const layout = layoutOf({ l: 10, r: 10, t: 30, b: 10 });
     Object.assign(layout.xaxis, { title: { text: chart.xlabel } });
     Object.assign(layout.yaxis, { title: { text: chart.ylabel }, type: chart.log ? "log" : "linear", range: chart.range });
     if (chart.log) layout.yaxis.dtick = "D2";

@@ -1,0 +1,200 @@
+"""The pages in Chromium, without a network: they draw, answer to a pointer and the keyboard, and ask for nothing."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from data.tokenizer import load_tokenizer
+from model import GPT
+
+pytestmark = pytest.mark.browser
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TEXT = "ROSALIND:\nThe forest of Arden is 7 leagues away"
+TIMEOUT = 120_000  # milliseconds: the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """`open_page(path)`: the page, opened offline; it must neither log, nor fail, nor ask for anything but itself."""
+    contexts, said, asked = [], [], []
+
+    def open_(path, **options):
+        context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri(), timeout=TIMEOUT)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.fixture(scope="module")
+def run(verses, tmp_path_factory, python):
+    """A run of a few steps, with a checkpoint."""
+    directory = tmp_path_factory.mktemp("browser")
+    config = {
+        "run": {"name": "tiny", "dir": str(directory)},
+        "model": {"preset": None, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64},
+        "data": {"dir": str(verses), "batch_tokens": 256, "sequence_length": 64, "micro_batch": 4},
+        "optim": {"lr": 1e-2, "warmup_steps": 2, "steps": 30},
+        "eval": {"every": 10, "samples": 1, "hellaswag": False},
+        "checkpoint": {"every": 0},
+        "system": {"device": "cpu", "dtype": "float32"},
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    python("train.py", "--config", path)
+    return directory / "tiny"
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    checkpoint = next((run / "checkpoints").iterdir())
+    return GPT.from_pretrained(checkpoint), load_tokenizer(checkpoint)
+
+
+def curves(page, chart):
+    return page.evaluate(f"document.getElementById('{chart}').data.map(trace => trace.visible !== false)")
+
+
+def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, python, open_page):
+    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    out = tmp_path / "two.html"
+    python("-m", "report", run, other, "--out", out)
+    page = open_page(out)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    val = next(record for record in records if record["split"] == "val" and record["step"] == 20)
+
+    # both runs lie on one another: hide the second, everywhere
+    assert curves(page, "chart-0") == [False, True, True, False, True, True]
+    page.get_by_label("other").uncheck()
+    assert curves(page, "chart-0") == [False, True, True, False, False, False]
+    page.get_by_label("running mean").uncheck()
+    assert curves(page, "chart-0") == [False, False, True, False, False, False]
+    assert curves(page, "chart-2") == [True, False]  # the learning rate has neither
+
+    page.locator("#chart-0").scroll_into_view_if_needed()
+    x, y = page.evaluate(
+        """([x, y]) => {
+            const chart = document.getElementById("chart-0"), box = chart.getBoundingClientRect();
+            const {xaxis, yaxis} = chart._fullLayout;
+            return [box.x + xaxis._offset + xaxis.d2p(x), box.y + yaxis._offset + yaxis.d2p(y)];
+        }""",
+        [val["tokens"], val["loss"]],
+    )
+    page.mouse.move(x - 40, y - 30)
+    page.mouse.move(x, y)
+    tooltip = page.locator("#chart-0 .hoverlayer .hovertext")
+    tooltip.wait_for()
+    told = tooltip.text_content()
+    assert "tiny, validation" in told
+    assert "step 20" in told
+    assert f"{val['loss']:.4f}" in told
+    assert page.get_by_text("Share chart").count() == 0
+    assert page.locator("[data-title^='Share']").count() == 0  # plotly's button uploads the figures
+
+
+def test_hovering_a_token_shows_where_it_looks(run, model, tmp_path, python, open_page):
+    gpt, tokenizer = model
+    out = tmp_path / "attention.html"
+    python("-m", "report.attention", "--model", run, "--text", TEXT, "--out", out)
+    page = open_page(out)
+    ids = tokenizer.encode(TEXT)
+    attentions = gpt(torch.tensor([ids]), output_attentions=True).attentions
+
+    page.get_by_role("button", name="layer 1, head 0").click()
+    assert page.locator("#layer").input_value() == "1"
+    page.locator("#flow span").nth(20).hover()
+    weights = attentions[1][0, 0, 20, :21].tolist()
+    shown = page.locator("#flow span").evaluate_all("spans => spans.map(span => span.style.background)")
+    alphas = [float(re.search(r"([\d.]+)\)$", background)[1]) if background else 0.0 for background in shown]
+    assert alphas[21:] == [0.0] * (len(ids) - 21)  # nothing looks ahead
+    for alpha, weight in zip(alphas, weights, strict=False):
+        assert (alpha / 0.6) ** 2 * max(weights) == pytest.approx(weight, abs=1 / 255)
+    rows = page.locator("#panel tbody tr").all_inner_texts()
+    for row in rows:
+        _, token, told = row.split("\t")
+        assert float(told.removesuffix(" %")) / 100 == pytest.approx(weights[int(token)], abs=1 / 255)
+    assert int(rows[0].split("\t")[1]) == max(range(21), key=weights.__getitem__)
+
+    page.locator("#heads button", has_text="all").click()
+    page.locator("#flow").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#flow [aria-current]").evaluate("span => [...span.parentNode.children].indexOf(span)") == 19
+    mean = attentions[1][0, :, 19].mean(dim=0).tolist()
+    for row in page.locator("#panel tbody tr").all_inner_texts():
+        _, token, told = row.split("\t")
+        assert float(told.removesuffix(" %")) / 100 == pytest.approx(mean[int(token)], abs=1 / 255)
+
+
+def test_the_tokens_page_tells_the_loss_and_what_was_expected(run, model, tmp_path, python, open_page):
+    gpt, tokenizer = model
+    out = tmp_path / "tokens.html"
+    python("-m", "report.tokens", "--model", run, "--text", TEXT, "--out", out)
+    page = open_page(out)
+    ids = tokenizer.encode(TEXT)
+    log_p = gpt(torch.tensor([[tokenizer.eot, *ids[:-1]]])).logits[0].log_softmax(dim=-1)
+    page.locator("#flow span").nth(12).hover()
+    told = page.locator("#panel").inner_text()
+    assert f"loss {-log_p[12, ids[12]].item():.4f} nats" in told
+    first = page.locator("#panel table").first.locator("tbody tr").first.inner_text().split("\t")
+    assert float(first[1].removesuffix(" %")) / 100 == pytest.approx(log_p[12].max().exp().item(), abs=6e-4)
+    assert page.locator("#lens tbody tr").count() == gpt.config.n_layer + 1
+
+
+def test_position_embeddings_by_dimension(run, model, tmp_path, python, open_page):
+    out = tmp_path / "embeddings.html"
+    python("-m", "report.embeddings", "--model", run, "--out", out)
+    page = open_page(out)
+    page.get_by_label("dimensions", exact=True).fill("3, 99")
+    page.keyboard.press("Enter")
+    assert "from 0 to 31" in page.locator("#told").inner_text()
+    drawn = page.evaluate("document.getElementById('curves').data.map(trace => [...trace.y])")
+    assert drawn == [pytest.approx(model[0].transformer.wpe.weight[:, 3].tolist())]
+    shape = page.evaluate(
+        "[document.getElementById('image')].map(e => [e.calcdata[0][0].z.length, e.calcdata[0][0].z[0].length])"
+    )
+    assert shape == [[64, 32]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_fit_a_telephone(run, tmp_path, python, open_page, scheme):
+    text = f"ROSALIND: {'away' * 30}"[:60]
+    pages = [tmp_path / f"{name}.html" for name in ("report", "attention", "tokens")]
+    python("-m", "report", run, "--out", pages[0])
+    python("-m", "report.attention", "--model", run, "--text", text, "--out", pages[1])
+    python("-m", "report.tokens", "--model", run, "--text", text, "--out", pages[2])
+    for path in pages:
+        page = open_page(path, color_scheme=scheme)
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        background, color = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
+        assert (background, color) == {
+            "light": ("rgb(255, 255, 255)", "rgb(27, 29, 34)"),
+            "dark": ("rgb(20, 23, 28)", "rgb(232, 234, 238)"),
+        }[scheme]

@@ -1,0 +1,276 @@
+"""The pages as files: what they hold, how large they get, and what they refuse."""
+
+import base64
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.tokenizer import load_tokenizer
+from model import GPT, GPTConfig
+from report.attention import packed_attentions
+from report.curves import COLORS
+from report.embeddings import similarity
+from report.page import token_labels
+from report.runs import (
+    POINTS,
+    by_validation_set,
+    differences,
+    evaluation_table,
+    loss_levels,
+    make_charts,
+    published_losses,
+    reached,
+    read_run,
+    short,
+    thin,
+)
+from report.tokens import read
+
+HOSTILE = "<script>alert(1)</script> & שלום 😀"
+
+
+def write_run(directory, n=40, *, spike=None, config=None, samples=HOSTILE):
+    """A run's directory with `n` steps of 1,000 tokens and half a second, validated every tenth."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(n)
+    lines = []
+    for step in range(n + 1):
+        loss = 3 + 7 / (1 + step) + rng.normal(0, 0.01)
+        if step:
+            train = {"step": step, "tokens": step * 1000, "loss": loss + (5 if step == spike else 0), "lr": 1e-3 / step}
+            train |= {"grad_norm": 1 + step % 3, "tokens_per_second": 2000.0, "mfu": None, "seconds": step / 2}
+            lines.append({"split": "train", **train})
+        if step % max(10, n // 80) == 0:
+            lines.append({"split": "val", "step": step, "tokens": step * 1000, "loss": loss, "bits_per_byte": loss / 3})
+            accuracy = {"acc": 0.26, "acc_norm": 0.25 + step / n / 20, "convention": "completion"}
+            lines.append({"split": "hellaswag", "step": step, "tokens": step * 1000, **accuracy})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (directory / "metrics.jsonl").write_text(text + '{"split": "train", "step": 9', encoding="utf-8")  # torn
+    config = config or {"data": {"dir": "data/gone", "sequence_length": 64}, "eval": {"tokens": 10}}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (directory / "samples.txt").write_text(f"==== step 0, sample 1\n{samples}\n\n==== step 0, sample 2\nb\n\n")
+    return directory
+
+
+def page_data(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+def test_thinning_keeps_every_extreme_and_the_ends():
+    values = np.random.default_rng(0).normal(size=20_000)
+    values[12_345], values[4_321] = 50, -50
+    kept = thin(values)
+    assert len(kept) <= POINTS
+    assert {0, 12_345, 4_321, 19_999} <= set(kept.tolist())
+    assert (np.diff(kept) > 0).all()
+    stretches = np.array_split(values, 500)  # coarser than the thinning's own
+    edges = np.cumsum([0, *map(len, stretches)])
+    for (start, end), stretch in zip(itertools.pairwise(edges), stretches, strict=True):
+        shown = values[kept[(kept >= start) & (kept < end)]]
+        assert shown.max() >= np.sort(stretch)[-2]
+    np.testing.assert_array_equal(thin(values[:POINTS]), np.arange(POINTS))
+
+
+def test_a_page_holds_the_runs_figures_and_escapes_what_runs_wrote(tmp_path, python):
+    run = write_run(tmp_path / "a <b>x", spike=30)
+    row = {"task": "lambada", "convention": "harness", "metric": "acc", "value": 0.31, "stderr": 0.006, "count": 9}
+    (run / "eval.json").write_text(json.dumps([row | {"published": {"gpt2": 0.3256, "gpt2-xl": 0.5}}]))
+    result = python("-m", "report", run)
+    page = run / "report.html"
+    assert str(page) in result.stdout
+    text = page.read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; שלום 😀" in text
+    assert "a &lt;b&gt;x" in text
+    assert "<b>x" not in text.replace("\\u003cb\\u003ex", "")
+    for figure in ("0.3100 ± 0.0060", "0.3256", "0.5000", "0.2955"):
+        assert figure in text
+    for key in ("loss-tokens", "loss-time", "hellaswag-completion", "lr", "grad-norm", "tokens-per-second"):
+        assert (run / f"report-{key}.png").stat().st_size > 5000
+    drawn = page_data(page)["charts"][0]["series"][0]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    expected = [record["loss"] for record in records if record["split"] == "train"]
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(drawn["y"]["bdata"])), expected)
+
+
+def test_runs_with_different_validation_sets_are_kept_apart(tmp_path, python):
+    other = {"data": {"dir": "data/other", "sequence_length": 64}, "eval": {"tokens": 10}}
+    directories = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", 50, config=other),
+        write_run(tmp_path / "c", 60),
+    ]
+    runs = [read_run(directory, directory.name) for directory in directories]
+    assert by_validation_set(runs) == [[0, 2], [1]]
+    losses = [chart for chart in make_charts(runs) if chart.key.startswith("loss")]
+    assert [{series.run for series in chart.series} for chart in losses] == [{0, 2}, {0, 2}, {1}, {1}]
+    assert differences(runs) == [("data.dir", ["data/gone", "data/other", "data/gone"])]
+    out = tmp_path / "page.html"
+    python("-m", "report", *directories, "--out", out)
+    assert "validated on 2 different sets" in out.read_text(encoding="utf-8")
+    python("-m", "report", directories[0], directories[2], "--out", out)
+    assert "different sets" not in out.read_text(encoding="utf-8")
+
+
+def test_tokens_and_time_to_a_loss(tmp_path):
+    run = read_run(write_run(tmp_path / "a"), "a")
+    val = run.splits["val"]  # steps 0, 10, 20, 30, 40
+    assert reached(run, val["loss"][2]) == "20K · 10 s"
+    assert reached(run, val["loss"][2] - 1e-9) == "30K · 15 s"
+    assert reached(run, 1.0) == "not reached"
+    levels = loss_levels([run])
+    assert ("best of a", val["loss"].min()) in levels
+    assert [loss for _, loss in levels] == sorted((loss for _, loss in levels), reverse=True)
+    assert [short(n) for n in (999, 1_064_960, 10_267_000_000)] == ["999", "1.06M", "10.3B"]
+
+
+def test_published_lines_are_those_of_the_data_set():
+    assert published_losses("fineweb-edu-10b: sample-10BT") == {"gpt2": 3.2924}
+    assert published_losses("fineweb-10b")["gpt2-xl"] == 2.831273
+    assert published_losses("shakespeare, 38 plays") == {}
+
+
+def test_a_later_evaluation_replaces_the_runs_own(tmp_path):
+    directory = write_run(tmp_path / "a")
+    row = {"task": "hellaswag", "convention": "completion", "metric": "acc_norm", "value": 0.3333, "published": {}}
+    (directory / "status.json").write_text('{"status": "finished", "step": 40}')
+    (directory / "eval.json").write_text(json.dumps([row]))
+    table = {row["key"]: row for row in evaluation_table([read_run(directory, "a")])}
+    assert table["hellaswag", "completion", "acc_norm"]["cells"] == ["0.3333"]
+    assert table["hellaswag", "completion", "acc"]["published"][0] == "0.2859"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "no metrics.jsonl"), ("", "no whole record"), ('{"split": "tr', "no whole record")]
+)
+def test_a_run_without_metrics_is_refused(tmp_path, python, content, told):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    result = python("-m", "report", tmp_path, check=False)
+    assert result.returncode == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "report.attention", "report.embeddings", "report.tokens"])
+def test_help_is_fast(python, command):
+    began = time.process_time_ns()
+    result = python("-X", "importtime", "-m", command, "--help")
+    assert time.process_time_ns() - began < 3e9
+    assert "usage" in result.stdout
+    assert "torch" not in result.stderr.split()
+
+
+@pytest.mark.slow
+def test_ten_runs_of_20000_steps(tmp_path, python):
+    runs = [write_run(tmp_path / f"run-{i}", 20_000, spike=15_000 + i) for i in range(10)]
+    page = tmp_path / "ten.html"
+    began = time.perf_counter()
+    python("-m", "report", *runs, "--out", page)
+    seconds = time.perf_counter() - began
+    assert page.stat().st_size < 10e6
+    assert seconds < 30  # a third of that alone on this machine; tests share it
+    series = page_data(page)["charts"][0]["series"]
+    for i, drawn in enumerate(series[0::3]):
+        steps = np.frombuffer(base64.b64decode(drawn["steps"]["bdata"]), np.int32)
+        assert 15_000 + i in steps  # the spike of a single step
+
+
+def tiny_gpt(**shape):
+    torch.manual_seed(0)
+    config = {"vocab_size": 300, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 32} | shape
+    model = GPT(GPTConfig(**config)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)  # far from the flat attention of a fresh model
+    return model
+
+
+def test_packed_attention_is_the_models():
+    model, ids = tiny_gpt(), list(range(7, 47))
+    packed = np.frombuffer(packed_attentions(model, ids), np.uint8).reshape(3, 2, 40 * 41 // 2)
+    attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    for layer in range(3):
+        expected = attentions[layer][0].detach().numpy()[:, *np.tril_indices(40)]
+        np.testing.assert_allclose((packed[layer] / 255.0) ** 2, expected, atol=1 / 255)  # (r + 1/510)² - r²
+        assert expected.max() > 0.2
+
+
+def test_attention_of_24_layers_by_16_heads_fits_a_page():
+    model, ids = tiny_gpt(n_layer=24, n_head=16, n_embd=64, block_size=512), [5] * 128
+    assert len(base64.b64encode(packed_attentions(model, ids))) < 5e6
+    with pytest.raises(ValueError, match="expected 1 to 265 for 24 layers of 16 heads"):
+        packed_attentions(model, [5] * 400)
+    with pytest.raises(ValueError, match="--text has 0 tokens"):
+        packed_attentions(model, [])
+
+
+def test_a_reading_is_the_models_loss_and_the_lens_ends_in_its_prediction():
+    model, ids, eot = tiny_gpt(), [9, 8, 7, 250, 3], 299
+    reading = read(model, ids, eot)
+    logits = model(torch.tensor([[eot, *ids[:-1]]])).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+    torch.testing.assert_close(reading.losses, expected)
+    order = logits.argsort(dim=-1, descending=True)
+    torch.testing.assert_close(reading.alternatives, order[:, : reading.alternatives.size(1)])
+    assert reading.ranks.tolist() == [row.tolist().index(i) for row, i in zip(order, ids, strict=True)]
+    torch.testing.assert_close(reading.lens_tokens[-1], order[:, 0])
+    torch.testing.assert_close(reading.lens_actual[-1], (-expected).exp())
+    embedded = model.transformer.wte.weight[[eot, *ids[:-1]]] + model.transformer.wpe.weight[:5]
+    first = (model.transformer.ln_f(embedded) @ model.transformer.wte.weight.T).softmax(dim=-1)
+    torch.testing.assert_close(reading.lens_probabilities[0], first.max(dim=-1).values)
+    assert reading.lens_tokens.shape == (4, 5)
+    with pytest.raises(ValueError, match="65 tokens: expected 1 to 64"):
+        read(model, [1] * 65, eot)
+
+
+def test_similarity_is_the_cosine():
+    embeddings = np.random.default_rng(0).normal(size=(1030, 8)).astype(np.float32)
+    every, cosines = similarity(embeddings)
+    assert every == 3
+    a, b = embeddings[30], embeddings[300]
+    assert cosines[10, 100] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
+
+
+def test_part_of_a_character_is_told_by_its_bytes():
+    tokenizer = load_tokenizer("gpt2")
+    assert token_labels(tokenizer, tokenizer.encode("hi 😀")) == ["hi", "⟨20 F0 9F 98⟩", "⟨80⟩"]
+
+
+# Machado, Oliveira and Fernandes 2009, "A physiologically-based model for simulation of color vision deficiency"
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+@pytest.mark.parametrize(
+    "colors", [COLORS, ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442")], ids=["light", "dark"]
+)
+def test_run_colours_can_be_told_apart(colors, deficiency):
+    def lab(color):
+        rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(DEFICIENCIES[deficiency] @ linear, 0, 1)
+        xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+        f = np.cbrt(xyz / [0.9505, 1, 1.089])
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    distances = [np.linalg.norm(lab(a) - lab(b)) for a, b in itertools.combinations(colors, 2)]
+    assert min(distances) > 15  # CIE 1976; about 2 can just be seen side by side
+
+
+def test_the_pages_have_those_colours():
+    from report import page
+
+    style = (page.Path(page.__file__).parent / "templates" / "style.css").read_text()
+    assert all(f"--run-{i}: {color}" in style for i, color in enumerate(COLORS))
