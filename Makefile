@@ -10,8 +10,9 @@ demo: $(READY)
 	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare --tokenizer bpe:2048
 	$(PYTHON) train.py --config configs/shakespeare.yaml
 	$(PYTHON) sample.py --model runs/shakespeare --prompt "HAMLET:" --num-samples 3 --max-new-tokens 120 --seed 1
+	$(PYTHON) -m report runs/shakespeare
 	@echo
-	@echo "loss curve:  runs/shakespeare/loss.png"
+	@echo "report:      runs/shakespeare/report.html (opens in a browser, no network needed)"
 	@echo "checkpoints: runs/shakespeare/checkpoints (each one a GPT-2 for transformers too)"
 
 test: $(READY)
