@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
@@ -20,37 +21,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from data.loader import Loader
-from data.shards import open_split, write_json
-from data.tokenizer import Tokenizer, load_tokenizer
-from eval.hellaswag import hellaswag, read_questions
+from data.shards import write_json
+from eval.hellaswag import hellaswag
 from eval.loss import split_loss
 from eval.reference import losses_to_beat
 from generation import generate
-from model import GPT, GPTConfig, load_weights, locate, read_config
 from report.curves import draw_loss
-from training.checkpoint import Checkpoints, Snapshot, host_copy, load_optimizers, read_state
-from training.config import Config, parse_config, refuse_changes
+from training.checkpoint import Checkpoints, Snapshot, host_copy, load_optimizers, lock_run, read_state
+from training.config import Config, parse_command_line, refuse_changes
+from training.estimate import dry_run, fit_micro_batch, flops_per_token, peak_flops, should_shard
+from training.inputs import find_weights, make_model, model_shape, open_inputs, warnings
 from training.metrics import (
     MetricsLog,
     Progress,
+    Stopwatch,
     duration,
-    flops_per_token,
-    peak_flops,
+    peak_memory,
     read_metrics,
     record_provenance,
+    start_profiler,
 )
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 from training.parallel import (
     Processes,
     clip_gradients,
     distribute,
-    fit_micro_batch,
     free_gathered_weights,
+    lost_process,
     should_compile,
-    should_shard,
     start_processes,
     stop_processes,
     synchronise_gradients,
@@ -63,44 +64,40 @@ SAMPLE_TOKENS = 200
 class Trainer:
     """One life of a run: set up, from scratch or from a checkpoint, then `run` to the end or to a signal."""
 
-    def __init__(self, config: Config, processes: Processes) -> None:
+    def __init__(self, config: Config, processes: Processes, *, verify: bool = False) -> None:
         self.config, self.processes = config, processes
         self.directory = Path(config.run.dir) / config.run.name
         self.lock: FileLock | None = None
         self.metrics: MetricsLog | None = None
 
         # What can be refused is refused before anything is created.
-        train_split, self.val_split = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
-        self.tokenizer = load_tokenizer(config.data.dir if train_split.meta else "gpt2")
-        self.token_bytes = self.tokenizer.token_bytes()
-        if config.eval.every and config.eval.hellaswag:
-            if self.tokenizer.kind == "char":
-                raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
-            read_questions("completion")  # fetched now: a missing network should not show at the first validation
+        self.inputs = inputs = open_inputs(config, verify=verify and processes.is_main)
         if processes.is_main and self.directory.is_dir():
             self.lock = lock_run(self.directory)
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", keep=config.checkpoint.keep, on_error=config.checkpoint.on_error
         )
         checkpoint = self._checkpoint_to_resume()
-        source = checkpoint
-        if source is None and config.model.init_from != "scratch":
-            source = locate(config.model.init_from)
-        shape = model_shape(config, self.tokenizer, source)
+        source = find_weights(config, checkpoint)
+        shape = model_shape(config, inputs.tokenizer, source)
         self.identity = config.identity() | {
             "model": dataclasses.asdict(shape) | {"freeze_layers": config.model.freeze_layers},
-            "dataset": {"sha256": train_split.fingerprint},
+            "dataset": {"sha256": inputs.train.fingerprint},
         }
-        self.step, self.seconds, self.skipped_steps = 0, 0.0, 0
+        self.step, self.seconds, self.skipped_steps, self.save_seconds = 0, 0.0, 0, 0.0
         self.val_loss: float | None = None  # of this step; None where it was not measured
+        state: dict[str, Any] = {}
         if checkpoint is not None:
             state = read_state(checkpoint)
             refuse_changes(state["identity"], self.identity, allow=config.run.allow_changes)
             self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
         self.model = make_model(shape, source, config.run.seed)
 
-        self.sharded = should_shard(config, shape, processes)
-        self.micro_batch = fit_micro_batch(config, shape, processes, sharded=self.sharded)
+        # free memory differs between processes and moments: all, and a run gone on with, must decide the same
+        self.sharded = bool(processes.least(should_shard(config, shape, processes)))
+        self.micro_batch = processes.least(fit_micro_batch(config, shape, processes, sharded=self.sharded))
+        if config.data.micro_batch == "auto" and state.get("processes") == processes.world_size:
+            self.micro_batch = state["micro_batch"]
         compiled, reason = should_compile(config, self.model, processes.device)
         n_parameters = self.model.num_parameters()
         self.model.to(processes.device).train()
@@ -111,11 +108,11 @@ class Trainer:
         if checkpoint is not None:
             load_optimizers(self.model, self.optimizers, checkpoint)
         self.loader = Loader(
-            train_split,
+            inputs.train,
             batch_tokens=config.data.batch_tokens,
             sequence_length=config.data.sequence_length,
             micro_batch=self.micro_batch,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=inputs.tokenizer.vocab_size,
             seed=config.run.seed,
             shuffle=config.data.shuffle,
             start_step=self.step,
@@ -132,20 +129,22 @@ class Trainer:
         tokens = config.optim.steps * config.data.batch_tokens
         self.progress.say(
             f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
-            f"{tokens / train_split.n_tokens:.2f} epochs of {config.data.dir}\n"
+            f"{tokens / inputs.train.n_tokens:.2f} epochs of {config.data.dir}\n"
             f"{processes.world_size} x {processes.device.type}, {str(processes.dtype).removeprefix('torch.')}, "
             f"micro-batches of {self.micro_batch} x {config.data.sequence_length}, "
             f"{'compiled' if compiled else 'not compiled'} ({reason})"
+            + "".join(f"\nwarning: {warning}" for warning in warnings(config, inputs.train.n_tokens))
             + (f"\ngoing on from {checkpoint}" if checkpoint is not None else "")
         )
 
-    def run(self) -> str:
+    def run(self, profile: bool = False) -> str:
         """Train to the last step or to a signal. Returns "finished" or "preempted", which status.json says too."""
         config = self.config
         stop = StopSignal()
         stopping, bad_steps, last_save = False, 0, time.monotonic()
         if self.step == 0 and config.eval.every:
             self.validate()
+        profiler = start_profiler(self.directory / "trace.json") if profile and self.processes.is_main else None
         while self.step < config.optim.steps and not stopping:
             minutes = (time.monotonic() - last_save) / 60
             save_asked = 0 < config.checkpoint.every_minutes <= minutes
@@ -156,9 +155,13 @@ class Trainer:
             last = self.step == config.optim.steps
             if config.eval.every and (last or due(self.step, config.eval.every)):
                 self.validate()
-            if (last or stopping or save_asked or due(self.step, config.checkpoint.every)) and finite:
+            if last or stopping or (finite and (save_asked or due(self.step, config.checkpoint.every))):
                 self.save()
                 last_save = time.monotonic()
+            if profiler is not None:
+                profiler.step()
+        if profiler is not None:
+            profiler.stop()
         status = "finished" if self.step == config.optim.steps else "preempted"
         self._conclude(status)
         return status
@@ -170,8 +173,7 @@ class Trainer:
         asked to stop, or to save.
         """
         config, processes, model = self.config, self.processes, self.model
-        began = time.perf_counter()
-        self.val_loss = None
+        clock, self.val_loss = Stopwatch(), None
         if model.config.dropout:  # drawn from the step alone, so that going on needs no generator's state
             seeds = np.random.SeedSequence([config.run.seed, self.step, processes.rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
@@ -179,6 +181,7 @@ class Trainer:
         set_learning_rate(self.optimizers, factor)
 
         micro_batches = next(self.loader)
+        clock.lap("data")
         loss_sum = torch.zeros((), device=processes.device)
         for i, (inputs, targets, n_tokens) in enumerate(micro_batches, 1):
             synchronise_gradients(self.loss_function, model, i == len(micro_batches))
@@ -196,13 +199,15 @@ class Trainer:
         asked = torch.tensor([float(stop_asked), float(save_asked)]).to(processes.device)
         told = processes.sum(torch.cat([loss_sum[None], asked]))
         loss_value, stops, saves, grad_norm = torch.cat([told, norm[None]]).tolist()
+        clock.lap("forward_backward")
         finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         for optimizer in self.optimizers:
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        clock.lap("optimizer")
         self.step += 1
-        self._log_step(loss_value, grad_norm, config.optim.lr * factor, time.perf_counter() - began, finite)
+        self._log_step(loss_value, grad_norm, config.optim.lr * factor, clock, finite)
         return finite, stops > 0, saves > 0
 
     def validate(self) -> None:
@@ -211,8 +216,8 @@ class Trainer:
         model.eval()
         result = split_loss(
             model,
-            self.val_split,
-            self.token_bytes,
+            self.inputs.val,
+            self.inputs.tokenizer.token_bytes(),
             tokens=config.eval.tokens,
             sequence_length=config.data.sequence_length,
             micro_batch=self.micro_batch,
@@ -225,7 +230,11 @@ class Trainer:
         if config.eval.hellaswag:
             with processes.autocast():
                 answers = hellaswag(
-                    model, self.tokenizer, rank=processes.rank, world_size=processes.world_size, reduce=processes.sum
+                    model,
+                    self.inputs.tokenizer,
+                    rank=processes.rank,
+                    world_size=processes.world_size,
+                    reduce=processes.sum,
                 )
         # under FSDP a forward pass takes all processes, also where only one writes down what comes of it
         texts = self._sample() if processes.is_main or self.sharded else []
@@ -251,6 +260,7 @@ class Trainer:
 
     def save(self) -> None:
         """Copy weights and optimizer state to the host and hand them to the writing thread."""
+        began = time.perf_counter()
         weights, optimizer_state = host_copy(self.model, self.optimizers)
         if self.processes.is_main:
             state = {
@@ -258,9 +268,12 @@ class Trainer:
                 "seconds": self.seconds,
                 "skipped_steps": self.skipped_steps,
                 "val_loss": self.val_loss,
+                "processes": self.processes.world_size,
+                "micro_batch": self.micro_batch,
                 "identity": self.identity,
             }
-            self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.tokenizer, state))
+            self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.inputs.tokenizer, state))
+        self.save_seconds = time.perf_counter() - began
 
     def _checkpoint_to_resume(self) -> Path | None:
         """The checkpoint that run.resume asks for: chosen by the main process, the same for all."""
@@ -293,11 +306,12 @@ class Trainer:
                 directory / "provenance.json", config, self.processes, resumed_at=self.step if resumed else None
             )
             write_json(directory / "status.json", {"status": "running", "step": self.step})
-            self.metrics = MetricsLog(directory / "metrics.jsonl", self.step, config)
+            self.metrics = MetricsLog(directory / "metrics.jsonl", self.step if resumed else -1, config)
         except OSError as error:
             raise OSError(f"cannot write to {directory} ({error.strerror}): choose another run.dir") from error
 
-    def _log_step(self, loss: float, grad_norm: float, lr: float, seconds: float, finite: bool) -> None:
+    def _log_step(self, loss: float, grad_norm: float, lr: float, clock: Stopwatch, finite: bool) -> None:
+        seconds = clock.total
         self.seconds += seconds
         if not finite:
             self.skipped_steps += 1
@@ -316,7 +330,11 @@ class Trainer:
             tokens_per_second=batch_tokens / seconds,
             mfu=mfu,
             seconds=self.seconds,
+            **clock.seconds,
+            checkpoint_seconds=self.save_seconds,  # of the checkpoint before this step, if there was one
+            peak_memory=peak_memory(self.processes.device),
         )
+        self.save_seconds = 0.0
         rate = f"{batch_tokens / seconds:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
         self.progress.update(self.step, loss, rate)
 
@@ -325,7 +343,7 @@ class Trainer:
         n = self.config.eval.samples
         if n == 0:
             return []
-        device, eot = self.processes.device, self.tokenizer.eot
+        device, eot = self.processes.device, self.inputs.tokenizer.eot
         start = torch.full((n, 1), eot, device=device)
         new = min(SAMPLE_TOKENS, self.model.config.block_size - 1)
         generator = torch.Generator(device).manual_seed(self.config.run.seed)
@@ -340,12 +358,12 @@ class Trainer:
                 generator=generator,
             )
         assert isinstance(ids, torch.Tensor)
-        return [self.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
+        return [self.inputs.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
 
     def _draw(self) -> None:
         records = read_metrics(self.directory / "metrics.jsonl")
-        source = self.val_split.meta.source if self.val_split.meta else ""
-        lines = losses_to_beat(self.config.data.dir, source, self.tokenizer.kind)
+        source = self.inputs.val.meta.source if self.inputs.val.meta else ""
+        lines = losses_to_beat(self.config.data.dir, source, self.inputs.tokenizer.kind)
         draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
 
     def _give_up(self) -> None:
@@ -397,67 +415,33 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def lock_run(directory: Path) -> FileLock:
-    """Hold the run's directory for this process; the system lets go of it however the process ends."""
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(
-            f"{directory} is in use by a run that is still going: wait, or choose another run.name"
-        ) from None
-    return lock
-
-
-def model_shape(config: Config, tokenizer: Tokenizer, source: Path | None) -> GPTConfig:
-    """The model's shape: as configured or, with model.init_from, that of `source`, the directory its weights are in.
-
-    Raises ValueError where the two, or their tokenizers, do not go together.
-    """
-    asked = config.model
-    if source is not None and load_tokenizer(source) != tokenizer:
-        raise ValueError(
-            f"{source} and {config.data.dir} have different tokenizers: prepare the text again with the tokenizer that "
-            f"the model was trained with"
-        )
-    if source is None or asked.init_from == "scratch":
-        return config.model_config(tokenizer.vocab_size)
-    shape = dataclasses.replace(read_config(source), dropout=asked.dropout)
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        if getattr(asked, name) not in (None, getattr(shape, name)):
-            raise ValueError(
-                f"model.{name} is {getattr(asked, name)}, {source} has {getattr(shape, name)}: leave it out"
-            )
-    if config.data.sequence_length > shape.block_size:
-        raise ValueError(f"data.sequence_length {config.data.sequence_length} is above {source}'s {shape.block_size}")
-    return shape
-
-
-def make_model(shape: GPTConfig, source: Path | None, seed: int) -> GPT:
-    """A GPT on the CPU, in float32, with the weights in `source`, or from scratch: the same for every rank."""
-    if source is None:
-        torch.manual_seed(seed)
-        return GPT(shape)
-    with torch.device("meta"):
-        model = GPT(shape)
-    load_weights(model, source, dtype=torch.float32, device="cpu")
-    return model
-
-
 def main() -> None:
-    config = parse_config()
+    config, flags = parse_command_line()
+    who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
-        trainer = Trainer(config, start_processes(config.system))
+        processes = start_processes(config.system)
+        if flags.dry_run is not None:
+            print(dry_run(config, processes, flags))
+            return
+        trainer = Trainer(config, processes, verify=flags.verify)
         try:
-            trainer.run()
+            trainer.run(profile=flags.profile)
         except BaseException:
             trainer.fail()
             raise
         finally:
             trainer.close()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {who}{error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"train.py: {who}lost another process, whose own message says why ({reason})", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     stop_processes()
 
 

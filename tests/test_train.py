@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from train import MAX_BAD_STEPS, Trainer
 from training.metrics import read_metrics
@@ -36,24 +39,6 @@ def test_a_micro_batch_that_is_no_divisor_gives_the_same_losses(tiny_run, train)
         assert losses(train(tiny_run(f"by-{rows}", **{"data.micro_batch": rows}))) == pytest.approx(one, abs=1e-4)
     assert len(one) == 20
     assert one[-1] < one[0] - 0.5  # and they are the losses of a model that learns
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_same_curve_and_a_checkpoint_for_one(tiny_run, train, write_config, python, parallel):
-    """Saved by two under either strategy, gone on with alone: the curve of one process throughout."""
-    one = train(tiny_run("one", **{"eval.every": 10}))
-    config = tiny_run("two", **{"eval.every": 10, "checkpoint.every": 12, "data.micro_batch": 3})
-    config.system.parallel = parallel
-    python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-           "--config", write_config(config))  # fmt: skip
-    two = one.parent / "two"
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    assert losses(two, "val") == pytest.approx(losses(one, "val"), abs=1e-4)
-    assert json.loads((two / "provenance.json").read_text())[0]["processes"] == 2
-    shutil.rmtree(two / "checkpoints" / "step-000020")
-    train(config)
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    assert [r["step"] for r in read_metrics(two / "metrics.jsonl") if r["split"] == "train"] == list(range(1, 21))
 
 
 @pytest.mark.parametrize(
@@ -195,3 +180,115 @@ def test_one_read_of_the_device_a_step(tiny_run, monkeypatch):
     trainer.train_step(False, False)
     assert reads == ["tolist"]
     trainer.close()
+
+
+def test_a_record_says_where_the_time_went_and_what_memory_was_held(tiny_run, train):
+    run = train(tiny_run("timed", **{"checkpoint.every": 5}))
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["split"] == "train"]
+    before = 0.0
+    for record in records:
+        parts = [record[f"{part}_seconds"] for part in ("data", "forward_backward", "optimizer")]
+        assert sum(parts) == pytest.approx(record["seconds"] - before, abs=1e-6)
+        assert parts[1] == max(parts) or parts[1] > 0.2 * sum(parts)
+        before = record["seconds"]
+    # a checkpoint is counted in the step after it
+    assert [r["step"] for r in records if r["checkpoint_seconds"] > 0] == [6, 11, 16]
+    memory = [record["peak_memory"] for record in records]
+    assert memory == sorted(memory)
+    assert 50e6 < memory[-1] < psutil.virtual_memory().total
+
+
+def test_profile_leaves_a_trace_of_the_operators(tiny_run, write_config, python):
+    config = write_config(tiny_run("traced", **{"optim.steps": 8}))
+    python("train.py", "--config", config, "--profile")
+    trace = json.loads((config.parent / "runs" / "traced" / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"aten::addmm", "aten::_fused_adamw_", "gpt2::linear_cross_entropy_sum"} <= names
+    assert "ProfilerStep#2" in names
+
+
+def test_verify_finds_a_flipped_byte_of_the_dataset_before_anything_is_created(tiny_run, write_config, python, verses):
+    config = tiny_run("verified", **{"optim.steps": 2})
+    dataset = shutil.copytree(verses, write_config(config).parent / "dataset")
+    config.data.dir = str(dataset)
+    file = write_config(config)
+    python("train.py", "--config", file, "--verify", "--run.name", "sound")
+    with open(dataset / "val_000000.bin", "r+b") as shard:
+        shard.seek(1100)
+        byte = shard.read(1)[0]
+        shard.seek(1100)
+        shard.write(bytes([byte ^ 1]))
+    result = python("train.py", "--config", file, "--verify", check=False)
+    assert result.returncode == 2
+    assert re.search(r"shard .*val_000000.bin is damaged: sha256 \w+, meta.json says", result.stderr)
+    assert not (file.parent / "runs" / "verified").exists()
+
+
+def test_a_run_gone_on_with_keeps_the_micro_batch_that_was_found_for_it(tiny_run, train, monkeypatch):
+    """`auto` goes by free memory, and another micro-batch is another order of sums: other bits."""
+    config = tiny_run("auto", **{"data.micro_batch": "auto", "checkpoint.every": 10})
+    run = train(config)
+    whole = weights(run, 20)
+    shutil.rmtree(run / "checkpoints" / "step-000020")
+    monkeypatch.setattr("train.fit_micro_batch", lambda *arguments, **options: 1)
+    train(config)
+    assert same_bits(weights(run, 20), whole)
+
+
+def test_a_validation_before_the_first_checkpoint_does_not_stand_twice(tiny_run, train):
+    config = tiny_run("twice", **{"optim.steps": 4, "eval.every": 2})
+    run = train(config)
+    shutil.rmtree(run / "checkpoints")  # killed before there was one
+    train(config)
+    assert [(r["split"], r["step"]) for r in read_metrics(run / "metrics.jsonl")] == [
+        ("val", 0), ("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_5000_steps(tiny_run, train):
+    """With validations, samples and checkpoints; resident memory at steps 1,000 and 5,000."""
+    changes = {"optim.steps": 5000, "optim.lr": 1e-3, "eval.every": 500, "eval.samples": 1, "checkpoint.every": 250}
+    resident, real, process = {}, Trainer.train_step, psutil.Process()
+
+    def train_step(self, *asked):
+        result = real(self, *asked)
+        resident[self.step] = process.memory_info().rss
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        train(tiny_run("long", **changes))
+    settled = max(resident[step] for step in range(501, 1001))
+    assert max(resident[step] for step in range(4501, 5001)) - settled < 4 * 2**20
+
+
+@pytest.mark.slow
+def test_the_loader_takes_less_than_one_percent_of_a_step(tiny_run, train):
+    """Steps of some 100 ms; the first, which waits for the first batch, left out."""
+    changes = {"data.batch_tokens": 8192, "model.n_embd": 128, "model.n_layer": 4, "optim.steps": 20, "optim.lr": 1e-3}
+    records = read_metrics(train(tiny_run("busy", **changes)) / "metrics.jsonl")
+    loading = sum(record["data_seconds"] for record in records[1:])
+    assert loading < 0.01 * (records[-1]["seconds"] - records[0]["seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_nothing_is_compiled_again_after_the_first_step(tiny_run, train, monkeypatch):
+    """Not by other micro-batches, nor by evaluation, nor by sampling."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs, real = [], Trainer.train_step
+
+    def train_step(self, *asked):
+        result = real(self, *asked)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    changes = {"system.compile": True, "data.micro_batch": 3, "optim.steps": 8, "eval.every": 2, "eval.samples": 1}
+    compiled = losses(train(tiny_run("compiled", **changes)))
+    assert graphs[0] == 2  # 8 windows by at most 3 are two of 3 and one of 2
+    assert set(graphs) == {2}
+    changes["system.compile"] = False
+    assert compiled == pytest.approx(losses(train(tiny_run("plain", **changes))), abs=1e-4)

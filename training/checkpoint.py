@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -208,6 +209,18 @@ def verify(checkpoint: Path) -> None:
             raise ValueError(f"{path} has another sha256 than its manifest says")
     if missing := {"config.json", STATE, OPTIMIZER} - listed.keys():
         raise ValueError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(missing))}")
+
+
+def lock_run(directory: Path) -> FileLock:
+    """Hold a run's directory for this process; the system lets go of it however the process ends."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"{directory} is in use by a run that is still going: wait, or choose another run.name"
+        ) from None
+    return lock
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -252,22 +252,49 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool) 
         )
 
 
+@dataclass
+class Flags:
+    """What one start of a run is asked for, beside its configuration."""
+
+    dry_run: str | None = None
+    mfu: float = 0.4
+    verify: bool = False
+    profile: bool = False
+
+
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for; exits with status 2 and a sentence when it cannot work."""
+    """The configuration alone of what `parse_command_line` reads."""
+    return parse_command_line(arguments)[0]
+
+
+def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flags]:
+    """What a command line asks for; exits with status 2 and a sentence when it cannot work."""
     parser = ArgumentParser(
         prog="train.py",
-        usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...]",
+        usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run] [--verify] [--profile]",
         description="Train a GPT-2: `python train.py ...`, or `torchrun --nproc_per_node=N train.py ...`.",
         exit_on_error=False,
     )
     parser.add_argument(
         "--config", action=ActionConfigFile, metavar="FILE", help="YAML file; flags after it override it"
     )
+    parser.add_argument(
+        "--dry-run", nargs="?", const="", metavar="8xH100",
+        help="say what the run would take, here or on the hardware named, check the dataset, and train nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mfu", type=PositiveFloat, default=0.4, help="share of the peak FLOP/s --dry-run reckons with"
+    )
+    parser.add_argument("--verify", action="store_true", help="hold the dataset's shards against their hashes first")
+    parser.add_argument(
+        "--profile", action="store_true", help="trace three steps into trace.json in the run's directory"
+    )
     for section in dataclasses.fields(Config):
         parser.add_class_arguments(section.default_factory, section.name)
     try:
-        sections = parser.instantiate(parser.parse_args(arguments))
-        return Config(**{section.name: sections[section.name] for section in dataclasses.fields(Config)})
+        parsed = parser.instantiate(parser.parse_args(arguments))
+        flags = Flags(**{field.name: parsed[field.name] for field in dataclasses.fields(Flags)})
+        return Config(**{section.name: parsed[section.name] for section in dataclasses.fields(Config)}), flags
     except (ArgumentError, ValueError) as error:
         refuse(str(error))
 

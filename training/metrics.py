@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -19,46 +20,24 @@ import torch
 from tqdm import tqdm
 
 from data.shards import write_json
-from model import GPTConfig
 from training.config import Config
 from training.parallel import Processes
-
-# Dense bf16 peaks in FLOP/s by a part of the device's name, the more particular first (vendors' data sheets).
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def flops_per_token(shape: GPTConfig, n_parameters: int, sequence_length: int) -> int:
-    """FLOPs of one token's forward and backward pass: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B)."""
-    return 6 * n_parameters + 12 * shape.n_layer * shape.n_embd * sequence_length
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 class MetricsLog:
     """metrics.jsonl: one object a line, appended and flushed; the same to Weights & Biases when on.
 
     Opening it drops what was written after step `last_step`, the one training goes on from, and a line torn by a crash:
-    no step stands twice.
+    no step stands twice. Where the disk is full and checkpoint.on_error is "continue", lines wait until there is room.
     """
 
     def __init__(self, path: Path, last_step: int, config: Config) -> None:
+        self._patient, self._waiting = config.checkpoint.on_error == "continue", b""
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._wandb = None
         if config.log.wandb != "disabled":
             import wandb
@@ -77,8 +56,13 @@ class MetricsLog:
     def write(self, split: str, step: int, **values: Any) -> None:
         """Append one record. Numbers that are not finite become null, as JSON has none."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"split": split, "step": step, **clean}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"split": split, "step": step, **clean}).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError:
+            if not self._patient:
+                raise
         if self._wandb is not None:
             self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
@@ -136,6 +120,42 @@ class Progress:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Stopwatch:
+    """Seconds of a step by part, `<part>_seconds`, on the host's clock: the device is not waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What went by since the last lap belongs to `part`."""
+        now = time.perf_counter()
+        self.seconds[f"{part}_seconds"], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        """All laps."""
+        return self._last - self._began
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held at a time: of tensors on a GPU, of everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def start_profiler(path: Path) -> torch.profiler.profile:
+    """Trace steps 3 to 5 from here (after compiling) into `path`, for chrome://tracing; `step()` after each step."""
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    )
+    profiler.start()
+    return profiler
 
 
 def duration(seconds: float) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from model import GPT, MATMUL_ROWS, GPTConfig
+from model import GPT
 from training.config import Config, System
 
 SMALL_MODEL = 10_000_000  # parameters: below, compiling for a CPU costs more than a run gains
@@ -45,6 +46,14 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def least(self, number: int) -> int:
+        """The least of a number over all processes: what each has found out for itself, made the same for all."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor)
+
     def autocast(self) -> AbstractContextManager:
         """Matrix products in `dtype`, what needs the range or the precision in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -60,15 +69,35 @@ def start_processes(system: System) -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    elif device.type == "cpu":
+        keep_freed_memory()
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world_size, device, find_dtype(system.dtype, device))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, as CUDA's allocator does.
+
+    By default it gives every large tensor back to the system, which fills its pages with zeros again at the next
+    allocation: about a tenth of a training step on a CPU. Only glibc (Linux) has this setting; others do without.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def stop_processes() -> None:
     """Leave the others in order."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process is gone, of which NCCL and gloo learn by a broken connection."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -116,6 +145,25 @@ class Loss(nn.Module):
         return loss
 
 
+class CompiledLoss(nn.Module):
+    """A `Loss` that is compiled when it is first called; where that does not work it says so and goes on without."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+        self._compiled: Callable[[Tensor, Tensor], Tensor] | None = torch.compile(loss.forward, dynamic=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self._compiled is not None:
+            try:
+                return self._compiled(inputs, targets)
+            except Exception as error:  # of Dynamo, Inductor, a C++ compiler; what is wrong in the model comes again
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"compiling fell back to PyTorch's own operators, which is slower: {reason}", file=sys.stderr)
+                self._compiled = None
+        return self.loss(inputs, targets)
+
+
 def distribute(model: GPT, config: Config, processes: Processes, *, compiled: bool, sharded: bool) -> nn.Module:
     """The model's `Loss`, compiled and spread over all processes as asked for. The GPT's own parameter names stay."""
     if config.system.activation_checkpointing:
@@ -127,9 +175,7 @@ def distribute(model: GPT, config: Config, processes: Processes, *, compiled: bo
         for block in model.transformer.h:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
-    loss: Any = Loss(model)
-    if compiled:
-        loss = torch.compile(loss, dynamic=False)
+    loss: nn.Module = CompiledLoss(Loss(model)) if compiled else Loss(model)
     if processes.world_size > 1 and not sharded:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     return loss
@@ -169,67 +215,3 @@ def should_compile(config: Config, model: GPT, device: torch.device) -> tuple[bo
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return False, "no C++ compiler found"
     return True, "a large model on CPU"
-
-
-def estimate_memory(
-    shape: GPTConfig, rows: int, sequence_length: int, *, dtype: torch.dtype, shards: int = 1, recompute: bool = False
-) -> dict[str, int]:
-    """Bytes that training takes on one process, by part, for micro-batches of `rows` windows.
-
-    `shards` processes share weights, gradients and optimizer state under FSDP; with `recompute` (activation
-    checkpointing) a block keeps its input alone.
-    """
-    with torch.device("meta"):
-        n_parameters = GPT(shape).num_parameters()
-    size = torch.finfo(dtype).bits // 8
-    # What autograd keeps of a block, per token and channel: the residual stream twice, in float32; in `dtype` both
-    # LayerNorms' outputs, queries, keys, values and their mix (once more as c_proj's input), and c_fc's 4, not GELU's.
-    kept = 4 if recompute else 2 * 4 + (2 + 3 + 2 + 4) * size
-    one_block = 2 * 4 + 15 * size if recompute else 0
-    tokens = rows * sequence_length
-    head = shape.vocab_size * shape.n_embd * 4
-    return {
-        "weights": 4 * n_parameters // shards + (size * n_parameters if dtype != torch.float32 else 0),
-        "gradients": 4 * n_parameters // shards,
-        "optimizer": 8 * n_parameters // shards,
-        "activations": tokens * shape.n_embd * (kept * shape.n_layer + one_block + 12),
-        "logits": min(tokens, MATMUL_ROWS) * shape.vocab_size * size + head,
-    }
-
-
-def fit_micro_batch(config: Config, shape: GPTConfig, processes: Processes, *, sharded: bool) -> int:
-    """The most windows that the memory estimate allows at a time, in 80% of what is free; ValueError if none."""
-    if config.data.micro_batch != "auto":
-        return config.data.micro_batch
-    if processes.device.type == "cuda":
-        free = torch.cuda.mem_get_info(processes.device)[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    windows = config.data.batch_tokens // config.data.sequence_length
-    share = max(1, -(-windows // processes.world_size))
-    for rows in sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True):
-        estimate = estimate_memory(
-            shape,
-            rows,
-            config.data.sequence_length,
-            dtype=processes.dtype,
-            shards=processes.world_size if sharded else 1,
-            recompute=config.system.activation_checkpointing,
-        )
-        if sum(estimate.values()) <= 0.8 * free:
-            return rows
-    raise ValueError(
-        f"one window of {config.data.sequence_length} tokens needs about {sum(estimate.values()) / 2**30:.1f} GiB, and "
-        f"{free / 2**30:.1f} GiB are free on {processes.device}: shorten data.sequence_length, take a smaller model, "
-        f"system.activation_checkpointing true, or system.parallel fsdp on more processes"
-    )
-
-
-def should_shard(config: Config, shape: GPTConfig, processes: Processes) -> bool:
-    """FSDP where it is asked for, or where weights, gradients and optimizer state would fill over half of a GPU."""
-    if processes.world_size == 1:
-        return False
-    if config.system.parallel != "auto" or processes.device.type != "cuda":
-        return config.system.parallel == "fsdp"
-    estimate = estimate_memory(shape, 1, config.data.sequence_length, dtype=processes.dtype)
-    return sum(estimate.values()) > 0.5 * torch.cuda.mem_get_info(processes.device)[0]

@@ -1,17 +1,20 @@
 """Checkpoints: whole or not at all, a GPT-2 to every other tool, and never a pickle."""
 
+import contextlib
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from data.shards import file_sha256
 from data.tokenizer import load_tokenizer
 from generation import generate
 from model import GPT
-from train import lock_run
-from training.checkpoint import Checkpoints, list_checkpoints, resolve_model, verify
+from training.checkpoint import Checkpoints, list_checkpoints, lock_run, resolve_model, verify
+from training.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture
@@ -182,3 +185,84 @@ def test_resolve_model(run, tmp_path):
     assert resolve_model("gpt2") == "gpt2"
     with pytest.raises(FileNotFoundError, match=r"no run with a checkpoint under .*: train one, or name a model"):
         resolve_model(None, str(tmp_path / "nowhere"))
+
+
+# train.py under a limit on the size of any file it writes, as a full disk would stop it
+LIMITED = "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); train.main()"
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_disk_that_is_full_stops_the_run_or_not_as_configured(tiny_run, train, write_config, python, on_error):
+    """After step 4 no file may be larger than 60 KB, and a checkpoint's are."""
+    run = train(tiny_run("full", **{"optim.steps": 4}))
+    longer = {"optim.steps": 12, "checkpoint.every": 4, "checkpoint.on_error": on_error, "run.allow_changes": True}
+    config = write_config(tiny_run("full", **longer))
+    result = python("-c", LIMITED, "--config", config, check=False)
+    assert "a checkpoint could not be written" in result.stderr
+    assert "earlier ones are whole" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (result.returncode, json.loads((run / "status.json").read_text())["status"]) == (
+        (2, "failed") if on_error == "stop" else (0, "finished")
+    )
+    assert steps(run) == [4]
+    verify(run / "checkpoints" / "step-000004")
+    assert not list(run.rglob("*.partial"))
+
+
+def test_lines_of_metrics_wait_for_room_where_the_run_goes_on(tiny_run, tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", -1, tiny_run(**{"checkpoint.on_error": "continue"}))
+    log.write("train", 1, loss=1.0)
+    with open("/dev/full", "wb", buffering=0) as full:
+        log._file, real = full, log._file
+        log.write("train", 2, loss=2.0)
+    log._file = real
+    log.write("train", 3, loss=3.0)
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json",
+         "trainer/optimizer.safetensors", "trainer/state.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FILES, "pytorch_model.bin"])
+@pytest.mark.parametrize("protocol", ["pickle", "torch"])
+def test_a_pickle_in_any_file_of_a_checkpoint_is_never_executed(run, tiny_run, train, tmp_path, name, protocol):
+    """Where a run goes on, where it is fine-tuned from, and where it is loaded to sample: refused, or not looked at."""
+    checkpoint, sprung = run / "checkpoints" / "step-000010", tmp_path / "sprung"
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    write = pickle.dump if protocol == "pickle" else torch.save
+    with open(checkpoint / name, "wb") as file:
+        write({"transformer.wte.weight": Trap(sprung)}, file)
+    manifest = checkpoint / "manifest.json"
+    if name != "manifest.json":  # with a manifest that vouches for it
+        listed = json.loads(manifest.read_text())
+        listed = {
+            other: {"bytes": (checkpoint / other).stat().st_size, "sha256": file_sha256(checkpoint / other)}
+            for other in (*listed, name)
+            if (checkpoint / other).exists()
+        }
+        manifest.write_text(json.dumps(listed))
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    for attempt in (
+        lambda: train(tiny_run("run", **{"optim.steps": 11, "run.allow_changes": True})),
+        lambda: train(tiny_run("fine", **{"model.init_from": str(copy), "optim.steps": 3})),
+        lambda: GPT.from_pretrained(copy),
+        lambda: load_tokenizer(copy),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            attempt()
+    assert not sprung.exists()
+    pickle.loads(pickle.dumps(Trap(sprung)))  # and the trap is one
+    assert sprung.exists()

@@ -2,11 +2,15 @@
 
 import dataclasses
 import re
+import typing
+from pathlib import Path
 
 import pytest
 import yaml
 
 from training.config import Config, parse_config, refuse_changes
+from training.estimate import count_parameters
+from training.inputs import RECIPES, warnings
 
 FIELDS = [(s, f) for s, fields in Config().to_dict().items() for f in fields]
 
@@ -34,9 +38,48 @@ def test_file_then_flags(tmp_path):
     assert (shape.n_layer, shape.n_head, shape.n_embd, shape.dropout, shape.vocab_size) == (4, 16, 1024, 0.1, 100)
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "gpt2-124m"])
-def test_shipped_configurations_are_valid(name):
-    parse_config(["--config", f"configs/{name}.yaml"])
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_named_after_themselves(path):
+    assert parse_config(["--config", str(path)]).run.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("name", "n_parameters", "batch_tokens", "lr", "min_lr_ratio", "warmup_steps", "steps"),
+    [
+        ("124m", 124_439_808, 524_288, 6e-4, 0.1, 715, 19_073),
+        ("350m", 354_823_168, 524_288, 3e-4, 0.0, 700, 60_000),
+        ("774m", 774_030_080, 524_288, 2.5e-4, 0.0, 700, 286_102),
+        ("1558m", 1_557_611_200, 1_048_576, 6e-4, 0.1, 700, 32_000),
+    ],
+)
+def test_the_four_sizes(name, n_parameters, batch_tokens, lr, min_lr_ratio, warmup_steps, steps):
+    config = parse_config(["--config", f"configs/gpt2-{name}.yaml"])
+    optim = config.optim
+    assert count_parameters(config.model_config(50257)) == n_parameters
+    assert (config.data.batch_tokens, optim.lr, optim.min_lr_ratio, optim.warmup_steps, optim.steps) == (
+        batch_tokens, lr, min_lr_ratio, warmup_steps, steps
+    )  # fmt: skip
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.grad_clip) == ((0.9, 0.95), 1e-8, 0.1, 1.0)
+    assert config.model.dropout == 0.0
+    assert RECIPES[config.model.preset] == (batch_tokens, lr)
+
+
+def test_a_small_batch_with_a_large_batchs_learning_rate_is_warned_of():
+    config = parse_config(["--data.batch_tokens", "65536"])
+    (warning,) = warnings(config, 10**10)
+    assert "65,536 is 8 times below the 524,288 that optim.lr 0.0006 goes with" in warning
+    assert "lower optim.lr to about 2.1e-04" in warning
+    assert not warnings(parse_config(["--data.batch_tokens", "65536", "--optim.lr", "2e-4"]), 10**10)
+    assert not warnings(parse_config(["--data.batch_tokens", "491520"]), 10**10)
+
+
+def test_a_dataset_repeated_more_than_four_times_is_warned_of():
+    config = Config()
+    tokens = config.optim.steps * config.data.batch_tokens
+    (warning,) = warnings(config, tokens // 5)
+    assert "repeat data/fineweb-edu-10b 5.0 times" in warning
+    assert "lower optim.steps to 15,258" in warning
+    assert not warnings(config, tokens // 4 + 1)
 
 
 def test_the_124m_file_says_what_the_defaults_say():
@@ -48,6 +91,30 @@ def test_a_wrong_type_names_the_field(capsys, tmp_path, section, field):
     file = tmp_path / "a.yaml"
     file.write_text(f"{section}: {{{field}: [1, {{a: b}}]}}\n")
     assert f"{section}.{field}" in refused(capsys, "--config", str(file))
+
+
+def out_of_range():
+    """(section.field, value) below each number's range, and none of each choice: from the types of the fields."""
+    for section, parts in typing.get_type_hints(Config).items():
+        for field, kind in typing.get_type_hints(parts, include_extras=True).items():
+            words = str(kind)
+            if "Literal" in words:
+                yield f"{section}.{field}", "nonsense"
+            if "int" in words.lower() or "float" in words.lower() or "Interval" in words:
+                yield f"{section}.{field}", "[-1.0, 0.5]" if "tuple" in words else "-1"
+
+
+def test_the_generated_cases_are_most_fields():
+    assert len({name for name, _ in out_of_range()}) > 35
+
+
+@pytest.mark.parametrize(("name", "value"), sorted(out_of_range()))
+def test_a_value_out_of_range_names_the_field(capsys, tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(tmp_path)
+    if name == "run.seed":
+        pytest.skip("any integer is a seed")
+    assert name in refused(capsys, f"--{name}={value}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("section", list(Config().to_dict()))
@@ -102,6 +169,25 @@ def test_length_rate_and_schedule_may_change_when_that_is_said(name):
     refuse_changes(Config().identity(), now.identity(), allow=True)
     with pytest.raises(ValueError, match=f"optim.{name} was"):
         refuse_changes(Config().identity(), now.identity(), allow=False)
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_each_field_in_a_resumed_run(section, field):
+    """What makes a run itself may not change; its course when that is said; machines and reports as one likes."""
+    before, now = Config(), Config()
+    value = getattr(getattr(now, section), field)
+    changed = (value + 1) if isinstance(value, int | float) and not isinstance(value, bool) else f"not {value}"
+    setattr(getattr(now, section), field, changed)
+    course = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
+    itself = section == "optim" or (section, field) in (
+        ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle")
+    )  # fmt: skip
+    for allow in (False, True):
+        if itself and not (allow and section == "optim" and field in course):
+            with pytest.raises(ValueError, match=rf"{section}\.{field} was"):
+                refuse_changes(before.identity(), now.identity(), allow=allow)
+        else:
+            refuse_changes(before.identity(), now.identity(), allow=allow)
 
 
 def test_other_machines_and_other_reports_are_the_same_run():

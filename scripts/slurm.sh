@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=gpt2
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#
+# Train under Slurm, over preemptions and time limits, until the run is finished:
+#
+#   sbatch scripts/slurm.sh --config configs/gpt2-124m.yaml
+#
+# Five minutes before the time is up (or on preemption, with Slurm's PreemptParameters=send_user_signal) Slurm sends
+# SIGUSR1 to this script. The training processes are told, end after their step with a checkpoint, and status.json says
+# `preempted`: torchrun's exit status does not tell. Then the job puts itself back into the queue and goes on from there.
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+PYTHON=${PYTHON:-.venv/bin/python}
+PROCESSES=${PROCESSES:-gpu}  # on each node
+PORT=${PORT:-29500}
+
+run=$("$PYTHON" -c 'from training.config import parse_config; run = parse_config().run; print(f"{run.dir}/{run.name}")' "$@") || exit 2
+
+rm -f "$run/status.json"  # of the life before: it must not speak for one that never got that far
+
+# What runs on each node. SIGUSR1 would kill torchrun, which then kills its workers: so torchrun ignores it, and its
+# workers, which are its children and have a handler of their own, are told here. The same on SIGTERM (scancel).
+node='
+trap "" USR1
+"$@" &
+agent=$!
+trap "pkill -USR1 -P $agent" USR1 TERM
+while kill -0 "$agent" 2>/dev/null; do wait "$agent"; status=$?; done
+exit "$status"
+'
+srun bash -c "$node" node "$PYTHON" -m torch.distributed.run \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$PROCESSES" --max-restarts=3 \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+    --rdzv_endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$PORT" \
+    train.py "$@" &
+step=$!
+trap 'kill -USR1 "$step"' USR1 TERM  # srun passes it on to the nodes
+while kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done
+
+case $("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$run/status.json" 2>/dev/null) in
+    finished) exit 0 ;;
+    preempted) exec scontrol requeue "$SLURM_JOB_ID" ;;
+    *) echo "slurm.sh: $run did not end in order (srun: $status); see what it printed" >&2; exit 1 ;;
+esac

@@ -1,0 +1,143 @@
+"""scripts/slurm.sh around a real torchrun, with an srun and a scontrol that do on one machine what Slurm's do."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+
+# As Slurm's: runs the command once for each node, passes signals on to the tasks, fails with the worst of them.
+SRUN = """#!/usr/bin/env bash
+tasks=()
+for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+worst=0
+for task in "${tasks[@]}"; do
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
+    [ "$status" -gt "$worst" ] && worst=$status
+done
+exit "$worst"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case $1 in
+    show) echo 127.0.0.1 ;;
+    requeue) echo "$2" >> "$REQUEUED" ;;
+esac
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """`cluster(nodes, *arguments)`: scripts/slurm.sh as sbatch would start it."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+
+    def sbatch(nodes, *arguments):
+        environment = {
+            "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "PROCESSES": "1", "PORT": str(port),
+            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "here[1-2]",
+            "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": str(len(started)),
+            "REQUEUED": str(tmp_path / "requeued"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        process = subprocess.Popen(
+            ["bash", str(ROOT / "scripts/slurm.sh"), *map(str, arguments)],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield sbatch
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_step(run, step, process):
+    path = run / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_config, train, cluster, tmp_path):
+    """Two nodes of one process: SIGUSR1 before the time limit, then the job once more."""
+    changes = {"optim.steps": 300, "optim.lr": 1e-3, "data.batch_tokens": 2048, "checkpoint.keep": 9}
+    config = write_config(tiny_run("preempted", **changes))
+    run = tmp_path / "runs" / "preempted"
+    job = cluster(2, "--config", config)
+    wait_for_step(run, 10, job)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "preempted", output
+    assert 10 <= status["step"] < 300
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{status['step']:06d}"]
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+
+    again = cluster(2, "--config", config)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 300}
+    starts = json.loads((run / "provenance.json").read_text())
+    assert [(start["processes"], start["resumed_at_step"]) for start in starts] == [(2, None), (2, status["step"])]
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+    assert load_file(run / "checkpoints" / "step-000300" / "model.safetensors")
+
+
+def test_a_job_that_fails_is_not_requeued(tiny_run, write_config, cluster, tmp_path):
+    job = cluster(1, "--config", write_config(tiny_run("x")), "--data.dir", tmp_path / "nowhere")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, output
+    assert "no dataset at" in output
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_configuration_that_cannot_work_starts_nothing(cluster):
+    job = cluster(1, "--optim.steps", "-3")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 2
+    assert "optim.steps" in output
+
+
+@pytest.mark.slow
+def test_two_nodes_as_the_walk_through_has_it(tiny_run, write_config, tmp_path):
+    config = write_config(tiny_run("nodes"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
+             "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc_per_node=1", "train.py",
+             "--config", str(config)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    run = tmp_path / "runs" / "nodes"
+    assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 20}
+    assert json.loads((run / "provenance.json").read_text())[0]["processes"] == 2

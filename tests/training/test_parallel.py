@@ -1,0 +1,213 @@
+"""The same run on 1, 2 and 4 processes, under DDP and FSDP, whatever the micro-batch: losses, validation, batches."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from training.metrics import read_metrics
+from training.parallel import CompiledLoss, Loss
+
+TORCHRUN = ("-m", "torch.distributed.run")
+
+
+def losses(run, split="train"):
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == split]
+
+
+def batches(run):
+    """(steps, windows, T): the global batches, put together from what each process read of them."""
+    parts = [np.load(run / f"ids-{rank}.npy") for rank in range(len(list(run.glob("ids-*.npy"))))]
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.fixture
+def same_run(tiny_run):
+    """30 steps of 30 windows, which 4 processes cannot share evenly; validated before, halfway and after."""
+
+    def configure(name, parallel, rows, **changes):
+        changes = {"optim.steps": 30, "optim.lr": 1e-3, "data.batch_tokens": 30 * 32, "eval.every": 15} | changes
+        return tiny_run(name, **{"system.parallel": parallel, "data.micro_batch": rows}, **changes)
+
+    return configure
+
+
+@pytest.fixture
+def in_turn(python, write_config):
+    """`in_turn(processes, configs)`: train them all in one start; returns their directories."""
+
+    def run(processes, configs):
+        launch = (*TORCHRUN, "--standalone", f"--nproc_per_node={processes}") if processes > 1 else ()
+        files = [write_config(config) for config in configs]
+        python(*launch, "tests/training/run_in_turn.py", *files, PYTHONPATH=".", timeout=900)
+        return [files[0].parent / "runs" / config.run.name for config in configs]
+
+    return run
+
+
+def hold_to(one, run):
+    assert losses(run) == pytest.approx(losses(one), abs=1e-4), run.name
+    assert losses(run, "val") == pytest.approx(losses(one, "val"), abs=1e-6), run.name
+    assert np.array_equal(batches(run), batches(one)), run.name
+    assert len(losses(run)) == 30
+    assert len(losses(run, "val")) == 3
+
+
+def matrix(same_run, processes, micro_batches, **changes):
+    return [
+        same_run(f"{parallel}-{processes}-by-{rows}", parallel, rows, **changes)
+        for parallel, rows in itertools.product(("ddp", "fsdp"), micro_batches)
+    ]
+
+
+def test_two_processes_under_both_strategies_are_the_run_of_one(same_run, in_turn):
+    """And what they saved after step 12 is gone on with alone."""
+    (one,) = in_turn(1, [same_run("one", "auto", 30)])
+    configs = matrix(same_run, 2, (4,), **{"checkpoint.every": 12})
+    runs = in_turn(2, configs)
+    for run in runs:
+        hold_to(one, run)
+        for step in (24, 30):
+            shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
+    in_turn(1, configs)
+    for run in runs:
+        assert json.loads((run / "provenance.json").read_text())[-1]["resumed_at_step"] == 12
+        assert losses(run) == pytest.approx(losses(one), abs=1e-4)
+        assert losses(run, "val") == pytest.approx(losses(one, "val"), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_any_strategy_any_micro_batch_is_the_same_run(same_run, in_turn):
+    one, *others = in_turn(1, [same_run(f"one-by-{rows}", "auto", rows) for rows in (30, 1, 4, 8)])
+    for processes in (2, 4):
+        others += in_turn(processes, matrix(same_run, processes, (1, 4, 8)))
+    for run in others:
+        hold_to(one, run)
+    assert len(others) == 3 + 6 + 6
+
+
+@pytest.mark.slow
+def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same_run, in_turn):
+    """What four processes saved under FSDP after step 12 is continued to the end in four ways."""
+    (one,) = in_turn(1, [same_run("one", "auto", 8)])
+    saved = same_run("four", "fsdp", 3, **{"checkpoint.every": 12})
+    (four,) = in_turn(4, [saved])
+    hold_to(one, four)
+    for step in (24, 30):
+        shutil.rmtree(four / "checkpoints" / f"step-{step:06d}")
+    for processes, parallel in ((1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp")):
+        name = f"on-{processes}-{parallel}"
+        continued = shutil.copytree(four, four.parent / name)
+        in_turn(processes, [same_run(name, parallel, 4, **{"run.resume": "must"})])
+        assert losses(continued) == pytest.approx(losses(one), abs=1e-4), name
+        assert losses(continued, "val") == pytest.approx(losses(one, "val"), abs=1e-6), name
+        parts = [np.load(continued / f"ids-{rank}.npy") for rank in range(processes)]
+        assert np.array_equal(np.concatenate(parts, axis=1), batches(one)[12:]), name
+        assert json.loads((continued / "provenance.json").read_text())[-1]["resumed_at_step"] == 12
+
+
+@pytest.fixture
+def launch():
+    """`launch(*arguments)`: a process of its own group with its output in a pipe; its group ends with the test."""
+    started = []
+
+    def begin(*arguments, **environment):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def workers(agent):
+    """Process ids of torchrun's workers, by rank."""
+    found = {}
+    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    for pid in children:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            environment = dict(item.split(b"=", 1) for item in file.read().split(b"\0") if b"=" in item)
+        if b"RANK" in environment:
+            found[int(environment[b"RANK"])] = int(pid)
+    return found
+
+
+def wait_for_step(run, step, process):
+    path = run / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def long_run(tiny_run, name, steps=120):
+    changes = {"optim.steps": steps, "checkpoint.every": 10, "data.batch_tokens": 2048, "optim.lr": 1e-3}
+    return tiny_run(name, **changes)
+
+
+def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_config, launch, in_turn):
+    config = long_run(tiny_run, "elastic")
+    run = write_config(config).parent / "runs" / "elastic"
+    agent = launch(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py",
+                   "--config", write_config(config))  # fmt: skip
+    wait_for_step(run, 25, agent)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    output, _ = agent.communicate(timeout=240)
+    assert agent.returncode == 0, output
+    assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 120}
+    starts = json.loads((run / "provenance.json").read_text())
+    assert [start["processes"] for start in starts] == [2, 2]
+    assert starts[1]["resumed_at_step"] >= 10
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, 121))
+
+
+def test_a_process_that_fails_takes_the_others_down_with_its_own_message(tiny_run, write_config, launch, verses):
+    """A shard vanishes under the second of two processes; the first waits for gradients that never come."""
+    dataset = shutil.copytree(verses, write_config(tiny_run("x")).parent / "vanishing")
+    config = long_run(tiny_run, "fails", steps=100_000)
+    config.data.dir = str(dataset)
+    run = write_config(config).parent / "runs" / "fails"
+    agent = launch(*TORCHRUN, "--standalone", "--nproc_per_node=2", "tests/training/lose_a_shard.py", "1", "20",
+                   "--config", write_config(config), PYTHONPATH=".")  # fmt: skip
+    wait_for_step(run, 20, agent)
+    began = time.monotonic()
+    output, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert time.monotonic() - began < 60
+    assert re.search(r"^train.py: process 1: cannot read shard .*train_000000.bin: No such file", output, re.M), output
+    assert "process 0: lost another process" in output
+    assert json.loads((run / "status.json").read_text())["status"] == "failed"
+
+
+def test_compiling_that_does_not_work_falls_back_and_says_so(monkeypatch, capsys):
+    from model import GPT, GPTConfig
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no such compiler: nowhere++")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=1, n_embd=4)).train()
+    ids = torch.randint(7, (2, 4))
+    loss = CompiledLoss(Loss(model))
+    assert torch.equal(loss(ids, ids), Loss(model)(ids, ids))
+    assert torch.equal(loss(ids, ids), Loss(model)(ids, ids))
+    assert capsys.readouterr().err.count("compiling fell back") == 1

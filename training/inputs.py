@@ -1,0 +1,116 @@
+"""What a run begins with: its dataset, its tokenizer and its first weights, refused before anything is created."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.shards import Split, open_split
+from data.tokenizer import Tokenizer, load_tokenizer
+from eval.hellaswag import read_questions
+from model import GPT, GPTConfig, load_weights, locate, read_config
+from training.config import Config
+
+# What each released shape is trained with, tokens of a step and peak learning rate of AdamW (configs/gpt2-*.yaml).
+RECIPES = {
+    "gpt2": (524_288, 6e-4),
+    "gpt2-medium": (524_288, 3e-4),
+    "gpt2-large": (524_288, 2.5e-4),
+    "gpt2-xl": (1_048_576, 6e-4),
+}
+MAX_EPOCHS = 4  # repeated more often, text is worth ever less (Muennighoff et al. 2023, "Data-Constrained LMs")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A dataset, open, with the tokenizer it was made with."""
+
+    train: Split
+    val: Split
+    tokenizer: Tokenizer
+
+
+def open_inputs(config: Config, *, verify: bool) -> Inputs:
+    """Open and check what the configuration names; with `verify`, every shard's hash too.
+
+    Raises ValueError or OSError that names what is missing or damaged, and the mend.
+    """
+    train, val = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
+    if verify:
+        train.verify()
+        val.verify()
+    tokenizer = load_tokenizer(config.data.dir if train.meta else "gpt2")
+    if config.eval.every and config.eval.hellaswag:
+        if tokenizer.kind == "char":
+            raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
+        read_questions("completion")  # fetched now: a missing network should not show at the first validation
+    return Inputs(train, val, tokenizer)
+
+
+def find_weights(config: Config, checkpoint: Path | None) -> Path | None:
+    """The directory of the first weights: a checkpoint to go on from, else model.init_from, else None (scratch)."""
+    if checkpoint is None and config.model.init_from != "scratch":
+        return locate(config.model.init_from)
+    return checkpoint
+
+
+def model_shape(config: Config, tokenizer: Tokenizer, source: Path | None) -> GPTConfig:
+    """The model's shape: as configured or, with model.init_from, that of `source`, the directory its weights are in.
+
+    Raises ValueError where the two, or their tokenizers, do not go together.
+    """
+    asked = config.model
+    if source is not None and load_tokenizer(source) != tokenizer:
+        raise ValueError(
+            f"{source} and {config.data.dir} have different tokenizers: prepare the text again with the tokenizer that "
+            f"the model was trained with"
+        )
+    if source is None or asked.init_from == "scratch":
+        return config.model_config(tokenizer.vocab_size)
+    shape = dataclasses.replace(read_config(source), dropout=asked.dropout)
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if getattr(asked, name) not in (None, getattr(shape, name)):
+            raise ValueError(
+                f"model.{name} is {getattr(asked, name)}, {source} has {getattr(shape, name)}: leave it out"
+            )
+    if config.data.sequence_length > shape.block_size:
+        raise ValueError(f"data.sequence_length {config.data.sequence_length} is above {source}'s {shape.block_size}")
+    return shape
+
+
+def make_model(shape: GPTConfig, source: Path | None, seed: int) -> GPT:
+    """A GPT on the CPU, in float32, with the weights in `source`, or from scratch: the same for every rank."""
+    if source is None:
+        torch.manual_seed(seed)
+        return GPT(shape)
+    with torch.device("meta"):
+        model = GPT(shape)
+    load_weights(model, source, dtype=torch.float32, device="cpu")
+    return model
+
+
+def warnings(config: Config, n_train_tokens: int) -> list[str]:
+    """What can be trained, but is seldom meant: a small batch with a large batch's learning rate, too little text."""
+    data, optim, model = config.data, config.optim, config.model
+    found = []
+    as_released = model.init_from == "scratch" and not (model.n_layer or model.n_head or model.n_embd)
+    if model.preset and as_released:
+        batch_tokens, lr = RECIPES[model.preset]
+        share = data.batch_tokens / batch_tokens
+        if share <= 0.5 and optim.lr >= lr:
+            found.append(
+                f"data.batch_tokens {data.batch_tokens:,} is {1 / share:.0f} times below the {batch_tokens:,} that "
+                f"optim.lr {optim.lr:g} goes with: the loss will be noisy; more processes do not change it. Raise it "
+                f"(micro-batches accumulate), or lower optim.lr to about {lr * share**0.5:.1e}"
+            )
+    epochs = optim.steps * data.batch_tokens / n_train_tokens
+    if epochs > MAX_EPOCHS:
+        steps = MAX_EPOCHS * n_train_tokens // data.batch_tokens
+        found.append(
+            f"{optim.steps:,} steps repeat {data.dir} {epochs:.1f} times; after about {MAX_EPOCHS} it teaches little "
+            f"that is new: prepare more text, or lower optim.steps to {steps:,}"
+        )
+    return found
