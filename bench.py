@@ -2,24 +2,34 @@
 
     python bench.py train --peer transformers --peer nanogpt=../nanoGPT
     python bench.py decode --peer transformers
+    python bench.py tokenize
+    python bench.py hellaswag --peer build-nanogpt=../build-nanogpt
     python bench.py all --json bench.json
 
 Every contestant lives in a process of its own and runs in turn with the others, so that a machine whose speed drifts
-slows all of them; medians are reported. Peers are given as directories of their repositories, and read from there.
+slows all of them; medians are reported. Peers are given as directories of their repositories, and read from there;
+tiktoken is one by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
+import os
+import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +37,7 @@ from typing import Any
 
 ROWS, TOKENS = 4, 512  # of a training step
 NEW_TOKENS = 256  # of a decoding run
+QUESTIONS = 32  # of a HellaSwag run
 VOCAB = 50257
 Run = Callable[[], object]
 
@@ -160,6 +171,178 @@ def loader_ours() -> Run:
     return lambda: [next(loader) for _ in range(10)]
 
 
+# ---- HellaSwag: questions spread over the validation set, 124M, completion convention
+
+
+def hellaswag_rows() -> list[dict[str, Any]]:
+    from eval.choices import read_rows
+
+    rows = read_rows("hellaswag/none/validation")
+    return rows[:: len(rows) // QUESTIONS][:QUESTIONS]
+
+
+def hellaswag_ours(dtype: str) -> Run:
+    """As eval.run has it."""
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from eval.choices import answer
+    from eval.hellaswag import completion
+    from eval.likelihood import log_likelihoods
+    from model import GPT, GPTConfig
+    from training.parallel import keep_freed_memory
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset("gpt2")).eval()
+    tokenizer = load_tokenizer("gpt2")
+    questions = [completion(row) for row in hellaswag_rows()]
+
+    def run() -> None:
+        with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+            answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "completion")
+
+    return run
+
+
+def hellaswag_build_nanogpt(directory: str) -> Run:
+    """Its evaluate(), which is in float32 on a CPU, over a model and rows that are here already."""
+    import tiktoken
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from data.tokenizer import load_tokenizer
+
+    tokenizer: Any = load_tokenizer("gpt2")
+    tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # the same, from what is here
+    theirs: Any = load_file(Path(directory) / "hellaswag.py")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    rows = [row | {"label": int(row["label"])} for row in hellaswag_rows()]
+    theirs.iterate_examples = lambda split: iter(rows)
+    theirs.GPT2LMHeadModel.from_pretrained = lambda name: model
+    theirs.print = lambda *words: None
+    return lambda: theirs.evaluate("gpt2", "cpu")
+
+
+# ---- text to shards, gpt2 tokens, from reading to writing
+
+# Code, markup and prose, by the names of files.
+CODE = {
+    ".py",
+    ".pyi",
+    ".pyx",
+    ".c",
+    ".h",
+    ".hpp",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".js",
+    ".ts",
+    ".sh",
+    ".pl",
+    ".pm",
+    ".java",
+    ".rs",
+}
+MARKUP = {".html", ".xml", ".svg", ".css", ".json", ".ipynb", ".toml", ".yaml", ".yml", ".cmake", ".po"}
+PROSE = {".txt", ".md", ".rst", ".tex"}
+
+
+def text_files(roots: list[str]) -> Iterator[str]:
+    """The text of every file under `roots` whose name says that it is text, each content once."""
+    seen = set()
+    for path in itertools.chain.from_iterable(sorted(Path(root).rglob("*")) for root in roots):
+        if path.suffix not in CODE | MARKUP | PROSE or path.is_symlink() or not path.is_file():
+            continue
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).digest()
+        if not data or digest in seen:
+            continue
+        seen.add(digest)
+        try:
+            yield data.decode()
+        except UnicodeDecodeError:
+            continue
+
+
+def repeated_plays(size: int) -> Iterator[str]:
+    """The plays over and over, up to `size` bytes."""
+    from data.sources.shakespeare import read_plays
+
+    written = 0
+    for text in itertools.cycle(read_plays().values()):
+        if written >= size:
+            return
+        yield text
+        written += len(text.encode())
+
+
+def write_corpus(texts: Iterator[str], path: Path) -> tuple[float, float]:
+    """Write a .jsonl; returns its megabytes of text, and how many different words of GPT-2's splitting rule there are
+    in each megabyte of 20, of documents drawn from all of it."""
+    import regex
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    size, lengths = 0, []
+    with open(path, "w", encoding="utf-8") as file:
+        for text in texts:
+            lengths.append(len(text.encode()))
+            size += lengths[-1]
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    share = min(1.0, 20e6 / max(size, 1))
+    draw = random.Random(0)
+    chosen = [draw.random() < share for _ in lengths]
+    words: set[str] = set()
+    with open(path, encoding="utf-8") as file:
+        for line in itertools.compress(file, chosen):
+            words.update(regex.findall(r50k_pat_str, json.loads(line)["text"]))
+    sampled = sum(itertools.compress(lengths, chosen))
+    return size / 1e6, len(words) / max(sampled / 1e6, 1e-9)
+
+
+def tokenize_ours(corpus: Path) -> Run:
+    """The command itself."""
+    command = [sys.executable, "-m", "data.prepare", "text", str(corpus), "--val-fraction", "0", "--out"]
+
+    def run() -> None:
+        subprocess.run([*command, tempfile.mkdtemp(dir=corpus.parent)], check=True, capture_output=True)
+
+    return run
+
+
+def tokenize_tiktoken(corpus: Path) -> Run:
+    """encode_ordinary_batch on all cores, and the same writing."""
+    import numpy as np
+
+    from data.shards import ShardWriter
+    from data.tokenizer import load_tokenizer
+
+    tokenizer: Any = load_tokenizer("gpt2")
+
+    def batches() -> Iterator[list[str]]:
+        batch: list[str] = []
+        size = 0
+        with open(corpus, encoding="utf-8") as file:
+            for line in file:
+                batch.append(json.loads(line)["text"])
+                size += len(batch[-1])
+                if size > 1 << 26:
+                    yield batch
+                    batch, size = [], 0
+        yield batch
+
+    def run() -> None:
+        writer = ShardWriter(Path(tempfile.mkdtemp(dir=corpus.parent)), "train", 100_000_000, tokenizer.eot)
+        for batch in batches():
+            for ids in tokenizer._tiktoken.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
+                writer.write(np.array([tokenizer.eot, *ids], np.uint16))
+        writer.finish()
+
+    return run
+
+
 def load_file(path: Path) -> ModuleType:
     """A Python file of another repository as a module."""
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
@@ -174,30 +357,62 @@ def load_file(path: Path) -> ModuleType:
 # ---- measuring
 
 
-def serve(make: Callable[..., Run], arguments: tuple, pipe: Connection) -> None:
+def serve(make: Callable[..., Run], arguments: tuple, warm_up: int, pipe: Connection) -> None:
     """A contestant's process: set up, warm up, then time one run each time it is asked to; None ends it."""
+    peak, running = [0], threading.Event()
+    threading.Thread(target=watch_memory, args=(peak, running), daemon=True).start()
     try:
         run = make(*arguments)
-        run()
-        run()
+        for _ in range(warm_up):
+            run()
         pipe.send(None)
         while pipe.recv():
+            running.set()
             began = time.perf_counter()
             run()
-            pipe.send(time.perf_counter() - began)
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            seconds = time.perf_counter() - began
+            running.clear()
+            pipe.send(seconds)
+        pipe.send(max(own_peak(), peak[0]))
     except Exception as error:
         pipe.send(error)
 
 
-def compare(contestants: dict[str, tuple[Callable[..., Run], tuple]], runs: int) -> dict[str, dict[str, float]]:
+def own_peak() -> int:
+    """The most bytes this process has held. What the system reports on Linux counts those of its parent too."""
+    if sys.platform == "linux":
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def watch_memory(peak: list[int], running: threading.Event) -> None:
+    """Keep in peak[0] the most bytes of memory this process and those it started have held together, shared ones
+    counted for each."""
+    import psutil
+
+    this = psutil.Process()
+    while running.wait():
+        held = 0
+        for process in (this, *this.children(recursive=True)):
+            try:
+                held += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        peak[0] = max(peak[0], held)
+        time.sleep(0.5)
+
+
+def compare(
+    contestants: dict[str, tuple[Callable[..., Run], tuple]], runs: int, warm_up: int = 2
+) -> dict[str, dict[str, float]]:
     """Seconds (median, lowest, highest) and peak memory in bytes of each contestant, run in turn `runs` times."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for name, (make, arguments) in contestants.items():
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(make, arguments, theirs), daemon=True).start()
+        context.Process(target=serve, args=(make, arguments, warm_up, theirs), daemon=True).start()
         receive(ours)  # warmed up, before the next begins to
         pipes[name] = ours
     for _ in range(runs):
@@ -237,6 +452,19 @@ def matmul_rate(dtype_name: str) -> float:
             began = time.perf_counter()
             left @ right
             best = max(best, 2 * x.numel() * n_out / (time.perf_counter() - began))
+    return best
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second of copying 512 MB, read and written counted, by all threads."""
+    import torch
+
+    source, target = torch.ones(2**27), torch.zeros(2**27)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
     return best
 
 
@@ -288,6 +516,41 @@ def bench_decode(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     return tables
 
 
+def bench_hellaswag(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
+    """As eval.run does it by itself, and in the other dtype too."""
+    import torch
+
+    from training.parallel import find_dtype
+
+    default = str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    contestants: dict[str, tuple[Callable[..., Run], tuple]] = {"ours": (hellaswag_ours, (default,))}
+    for dtype in {"float32", "bfloat16"} - {default}:
+        contestants[f"ours, {dtype}"] = (hellaswag_ours, (dtype,))
+    if "build-nanogpt" in peers:
+        contestants["build-nanogpt"] = (hellaswag_build_nanogpt, (peers["build-nanogpt"],))
+    title = f"HellaSwag, 124M, {QUESTIONS} questions; ours is in {default}, as eval.run is by itself, peers in float32"
+    return [report(title, "questions", QUESTIONS, compare(contestants, runs, warm_up=1))]
+
+
+def bench_tokenize(peers: dict[str, str], runs: int, corpus: list[str] | None = None) -> list[dict[str, Any]]:
+    """Files of the Python installation, of /usr/share and /usr/include (or of `corpus`), and the plays repeated."""
+    roots = corpus or list(dict.fromkeys([sys.prefix, sys.base_prefix, "/usr/share", "/usr/include"]))
+    tables = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, texts in (("files", text_files(roots)), ("plays", repeated_plays(10**9))):
+            path = Path(temporary) / f"{name}.jsonl"
+            megabytes, words = write_corpus(texts, path)
+            # A minute each, and nothing that needs to be warm.
+            contestants = {"ours": (tokenize_ours, (path,)), "tiktoken": (tokenize_tiktoken, (path,))}
+            results = compare(contestants, min(runs, 3), warm_up=0)
+            what = f"{', '.join(roots)}, each file once" if name == "files" else "the plays of Shakespeare, repeated"
+            title = f"text to shards, {megabytes:,.0f} MB: {what}; {words:,.0f} different words a MB"
+            tables.append(report(title, "MB", megabytes, results) | {"words_per_mb": words})
+            for old in Path(temporary).iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return tables
+
+
 def bench_loader(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """Ten batches of 524,288 tokens."""
     return [report("loader", "Mtokens", 5.24288, compare({"ours": (loader_ours, ())}, runs))]
@@ -308,31 +571,59 @@ def bench_startup(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     return tables
 
 
-BENCHES = {"train": bench_train, "decode": bench_decode, "loader": bench_loader, "startup": bench_startup}
+BENCHES = {
+    "train": bench_train,
+    "decode": bench_decode,
+    "tokenize": bench_tokenize,
+    "hellaswag": bench_hellaswag,
+    "loader": bench_loader,
+    "startup": bench_startup,
+}
+PEER_FILES = {"nanogpt": "model.py", "build-nanogpt": "hellaswag.py"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description="Speed, beside others, on this machine.")
     parser.add_argument("what", choices=[*BENCHES, "all"])
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME[=DIR]", help="transformers, or nanogpt=DIR; repeatable"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME[=DIR]",
+        help="transformers, nanogpt=DIR, build-nanogpt=DIR; repeatable (tiktoken is always there)",
+    )
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        metavar="DIR",
+        help="of tokenize (default: the Python installation, /usr/share, /usr/include)",
     )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each contestant (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     arguments = parser.parse_args()
     peers = {name: directory for name, _, directory in (peer.partition("=") for peer in arguments.peer)}
-    if unknown := peers.keys() - {"transformers", "nanogpt"}:
-        parser.error(f"unknown peer {unknown.pop()!r}: transformers, or nanogpt=DIR")
-    if "nanogpt" in peers and not (Path(peers["nanogpt"]) / "model.py").is_file():
-        parser.error(f"no model.py in {peers['nanogpt'] or 'no directory'}: give nanoGPT's directory, nanogpt=DIR")
+    for name, directory in peers.items():
+        if name not in ("transformers", *PEER_FILES):
+            parser.error(f"unknown peer {name!r}: transformers, nanogpt=DIR or build-nanogpt=DIR")
+        if name in PEER_FILES and not (Path(directory) / PEER_FILES[name]).is_file():
+            parser.error(f"no {PEER_FILES[name]} in {directory or 'no directory'}: give the repository's, {name}=DIR")
+    for directory in arguments.corpus or ():
+        if not Path(directory).is_dir():
+            parser.error(f"--corpus {directory} is no directory")
     from training.metrics import hardware
 
     machine = hardware()
-    print(json.dumps(machine))
+    bandwidth = memory_bandwidth()
+    print(f"{json.dumps(machine)}\nmemory: {bandwidth / 1e9:.1f} GB/s, copying")
     chosen = list(BENCHES) if arguments.what == "all" else [arguments.what]
-    tables = [table for name in chosen for table in BENCHES[name](peers, arguments.runs)]
+    tables = []
+    for name in chosen:
+        options = {"corpus": arguments.corpus} if name == "tokenize" else {}
+        tables += BENCHES[name](peers, arguments.runs, **options)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"hardware": machine, "tables": tables}, indent=1) + "\n")
+        Path(arguments.json).write_text(
+            json.dumps({"hardware": machine, "memory_bandwidth": bandwidth, "tables": tables}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.shards import ShardWriter
-from data.sources import Options, Piece, Source, Span
+from data.sources import Options, Piece, Source
 from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, safe_cut
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,8 +33,10 @@ SPLITS = ("train", "val")
 # Re-encoded with the reference tokenizer: this share of the bytes, and so many documents for each shard's worth.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
-# Of a long document this much.
-CHECKED_PREFIX = 1 << 14
+# Of a long document no more than is left to check, but this much.
+CHECKED_PREFIX = 1 << 10
+# Text that is being encoded, for each worker: documents longer than half of this are encoded one at a time.
+IN_FLIGHT_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,13 @@ class Encoder:
         for n, i in enumerate(order):
             if n >= at_least and left <= 0:
                 return
-            sample = texts[i][: safe_cut(texts[i], CHECKED_PREFIX)]
+            sample = texts[i][: safe_cut(texts[i], max(CHECKED_PREFIX, int(left)))]
             left -= len(sample)
             expected = self.tokenizer.encode(sample.decode())
             if tokens[begins[i] : begins[i] + len(expected)].tolist() != expected:
                 raise ValueError(
                     f"{self.tokenizer.bulk_encoder} and the reference tokenizer disagree on a document near "
-                    f"{piece.file.name}, {piece.first}: {sample[:60]!r}...; uninstall gigatoken to do without it"
+                    f"{piece.file.name}: {sample[:60]!r}...; uninstall gigatoken to do without it"
                 )
 
 
@@ -140,8 +143,8 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(pieces: list[Piece | Span]) -> Encoded:
-    return _encoder([piece.read() if isinstance(piece, Span) else piece for piece in pieces])
+def _encode_in_worker(pieces: list[Piece]) -> Encoded:
+    return _encoder(pieces)
 
 
 def encode_in_order(
@@ -154,20 +157,20 @@ def encode_in_order(
     settings = (tokenizer, encoder.options, encoder.validation, encoder.shard_tokens)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
-    waiting: deque = deque()
+    waiting: deque[tuple[list[Piece], int, Future[Encoded]]] = deque()
+    in_flight = 0
     try:
         for batch in batches:
-            waiting.append(
-                (
-                    [replace(piece, data=b"") for piece in batch],
-                    pool.submit(_encode_in_worker, [Span.of(piece) for piece in batch]),
-                )
-            )
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
+            size = sum(piece.size for piece in batch)
+            while len(waiting) > 2 * workers or (waiting and in_flight + size > workers * IN_FLIGHT_BYTES):
+                done, done_size, future = waiting.popleft()
                 yield done, future.result()
+                in_flight -= done_size
+            in_flight += size
+            future = pool.submit(_encode_in_worker, batch)
+            waiting.append(([replace(piece, data=b"") for piece in batch], size, future))
         while waiting:
-            done, future = waiting.popleft()
+            done, _, future = waiting.popleft()
             yield done, future.result()
     except BrokenProcessPool as error:
         raise OSError("a worker process died, perhaps for want of memory: run it again with fewer --workers") from error
@@ -189,7 +192,7 @@ def read_batches(source: Source, files: range, start: tuple[int, int], limit: in
                 yield batch
                 batch, size = [], 0
             batch.append(replace(piece, position=(i, j)))
-            size += len(piece.data) + piece.text_bytes
+            size += piece.size
             if size >= limit:
                 yield batch
                 batch, size = [], 0
@@ -254,11 +257,15 @@ class Corpus:
             self._count_long(encoded)
             val = self._assign(encoded)
             counted["open_split"] = "val" if val[-1] else "train"
+            ends = np.cumsum(encoded.lengths)
+            # Runs of documents that go the same way.
+            begins = np.flatnonzero(np.diff(val, prepend=not val[0]))
+            parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+            for begin, end in itertools.pairwise([*begins.tolist(), len(val)]):
+                first = ends[begin - 1] if begin else 0
+                parts["val" if val[begin] else "train"].append(encoded.tokens[first : ends[end - 1]])
             for split, chosen in (("train", ~val), ("val", val)):
-                if chosen.all():
-                    self.writers[split].write(encoded.tokens)
-                elif chosen.any():
-                    self.writers[split].write(encoded.tokens[np.repeat(chosen, encoded.lengths)])
+                self.writers[split].write(np.concatenate([encoded.tokens[:0], *parts[split]]))
                 counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
         counted["skipped"]["empty"] += encoded.empty
         counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8

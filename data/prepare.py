@@ -26,10 +26,10 @@ from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, list_shards, op
 from data.sources import Options, Source
 from data.sources.hub import PRESETS, TOKENIZED, download, hub_source
 from data.sources.shakespeare import shakespeare_source
-from data.sources.text import SPLIT_KEY_BYTES, Documents, parse, text_source
+from data.sources.text import Documents, parse, text_source
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES, MIN_PIECE_BYTES = 4 << 20, 1 << 16
 SAVE_SECONDS = 5
 SMALL_BYTES = 1 << 25
 # A BPE is learnt from the first so many bytes of the train split; more text hardly moves its merges.
@@ -175,7 +175,7 @@ def _begin(job: Job) -> dict[str, Any] | None:
 
 def _encode(job: Job, tokenizer: Tokenizer, corpus: Corpus, progress: dict[str, Any], workers: int | None) -> None:
     encoder = Encoder(tokenizer, job.source.options, job.validation, job.shard_tokens)
-    limit = min(PIECE_BYTES, max(SPLIT_KEY_BYTES, job.shard_tokens // 4))
+    limit = min(PIECE_BYTES, max(MIN_PIECE_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
     if workers is None:
         workers = 1 if total < SMALL_BYTES else os.cpu_count() or 1

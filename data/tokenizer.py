@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
@@ -186,7 +187,9 @@ class ByteLevelTokenizer(Tokenizer):
 
     @property
     def bulk_encoder(self) -> str:
-        name = "gigatoken" if self._gigatoken else "tiktoken" if self.kind == "gpt2" else "tokenizers"
+        # Not by loading it, which takes a while, and the process that asks may have workers that do.
+        found = importlib.util.find_spec("gigatoken")
+        name = "gigatoken" if found else "tiktoken" if self.kind == "gpt2" else "tokenizers"
         return f"{name} {importlib.metadata.version(name)}"
 
     def encode(self, text: str) -> list[int]:

@@ -129,7 +129,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of products; weights stay float32. auto is bfloat16 on GPUs that have it, else float32",
+        help="of products; weights stay float32. auto, as in training, is bfloat16 on processors that compute in it",
     )
     add("--batch-size", type=int, metavar="B", help="sequences a forward pass (default: 8 on CPU, 64 elsewhere)")
     add("--transformers", action="store_true", help="load a GPT-2 through transformers too, as any other model is")
@@ -192,6 +192,7 @@ def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
     from eval.peers import load_peer
     from model import GPT, PRESETS, locate
     from training.checkpoint import resolve_model
+    from training.parallel import find_dtype, keep_freed_memory
 
     args.model = resolve_model(args.model)
     directory = locate(args.model)
@@ -207,9 +208,9 @@ def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
     else:
         model, tokenizer = load_peer(directory, device)
     check_pair(model, tokenizer)
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bfloat16" if has_bfloat16 else "float32"
-    return model, tokenizer, getattr(torch, auto if args.dtype == "auto" else args.dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return model, tokenizer, find_dtype(args.dtype, device)
 
 
 def find_device(name: str) -> torch.device:

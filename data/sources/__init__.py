@@ -7,7 +7,7 @@ cuts pieces, which is cheap; the workers turn a piece into documents and those i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class File:
 class Piece:
     """What one worker takes at a time: whole documents, or a part of one that is too long.
 
-    format: "text" (one document), "separated", "jsonl", "parquet" (a row group, which the worker reads) or "arrow"
-    (rows already read). first: number of its first line, document or row, from 1, for messages.
-    position: index of the file in the source, index of the piece in the file.
+    format: "text" (one document), "separated", "jsonl", "parquet" (a row group) or "arrow" (rows already read).
+    first: number of its first document or row, from 1, for messages; counted from `offset` where that is set.
     source_bytes: how much of the file it accounts for, for progress.
     split_key: the first bytes of the document, where the piece is only a part of it.
-    text_bytes: about how much text a row group holds.
-    offset: where `data` stands in the file, if it stands there as it is (uncompressed, on this machine).
+    offset: where in the file the worker finds it, as it is, `text_bytes` long; None where `data` holds it.
+    text_bytes: how much text there is to read; of a row group, about.
+    position: index of the file in the source, index of the piece in the file.
     """
 
     file: File
@@ -44,24 +44,21 @@ class Piece:
     text_bytes: int = 0
     position: tuple[int, int] = (0, 0)
 
+    @property
+    def size(self) -> int:
+        """Bytes of text, about."""
+        return len(self.data) + self.text_bytes
 
-@dataclass(frozen=True)
-class Span:
-    """A piece on its way to another process, which reads the data from the file again: cheaper than sending it."""
-
-    piece: Piece
-    length: int
-
-    @classmethod
-    def of(cls, piece: Piece) -> Piece | Span:
-        """`piece` without its data, where that can be read again."""
-        return piece if piece.offset is None else cls(replace(piece, data=b""), len(piece.data))
-
-    def read(self) -> Piece:
-        """The piece with its data."""
-        with open(self.piece.file.name, "rb") as file:
-            file.seek(self.piece.offset or 0)
-            return replace(self.piece, data=file.read(self.length))
+    def read(self) -> bytes:
+        """Its bytes. Raises ValueError when the file is no longer as long as it was."""
+        if self.offset is None:
+            return self.data
+        with open(self.file.name, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.text_bytes)
+        if len(data) < self.text_bytes:
+            raise ValueError(f"{self.file.name} has become shorter while it was read: begin again with another --out")
+        return data
 
 
 @dataclass(frozen=True)

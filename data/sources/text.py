@@ -7,10 +7,11 @@ import glob
 import gzip
 import hashlib
 import json
+import mmap
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,11 @@ FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = ("", ".gz", ".zst")
 BLOCK_BYTES = 1 << 20
 # The split of a document depends on this much of it, so that a long one need not be held whole.
-SPLIT_KEY_BYTES = 1 << 16
+SPLIT_KEY_BYTES = 1 << 12
+# Where a piece may end is looked for in steps of so much, backwards.
+SEARCH_BYTES = 1 << 16
 # A row group with more text than this is read piece by piece instead of at once.
-ROW_GROUP_BYTES = 1 << 28
+ROW_GROUP_BYTES = 1 << 26
 # Between two lines that neither end nor begin with white space no token of any of the tokenizers can reach.
 _SAFE_CUT = re.compile(rb"(?<=[!-~])\n(?=[!-~])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -94,16 +97,17 @@ def read_pieces(file: File, limit: int, options: Options) -> Iterator[Piece]:
 
     Raises ValueError naming the file when it is damaged or lacks the text column, OSError when it cannot be read.
     """
-    format = file_format(file.name)
+    format = file_format(file.name) or ""
+    mark = b"\n" if format == "jsonl" else b""
+    if format == "text" and options.separator:
+        format, mark = "separated", options.separator.encode()
     with _named_errors(file.name), open_file(file.name) as raw:
         if format == "parquet":
             yield from _parquet_pieces(file, raw, limit, options.text_key)
-        elif format == "jsonl":
-            yield from _cut(file, raw, "jsonl", limit, b"\n")
-        elif options.separator:
-            yield from _cut(file, raw, "separated", limit, options.separator.encode())
+        elif file.name.startswith("hf://") or file.name.endswith(COMPRESSIONS[1:]):
+            yield from _cut_stream(file, raw, format, limit, mark)
         else:
-            yield from _cut(file, raw, "text", limit, None)
+            yield from _cut_file(file, raw, format, limit, mark)
 
 
 @contextmanager
@@ -153,48 +157,70 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
         raise zstandard.ZstdError("it ends within a frame")
 
 
-def _cut(file: File, raw: BinaryIO, format: str, limit: int, mark: bytes | None) -> Iterator[Piece]:
-    """Pieces that end after a `mark`, or, where the file is one document, where no token can tell."""
-    plain = not file.name.startswith("hf://") and not file.name.endswith(COMPRESSIONS[1:])
-    buffer = bytearray()
+def _cut_file(file: File, raw: BinaryIO, format: str, limit: int, mark: bytes) -> Iterator[Piece]:
+    """Pieces of a plain file, which the workers read: here it is only looked at where a piece may end."""
+
+    def read(begin: int, end: int) -> bytes:
+        raw.seek(begin)
+        return raw.read(end - begin)
+
+    begin, searched, end = 0, 0, limit
     key: bytes | None = None
-    continues = False
-    first, done, offset, searched = 1, 0, 0, 0
+    while end < file.size:
+        cut = _last_cut(read, searched, end, mark)
+        if cut:
+            continues, key = key is not None, key or (None if mark else read(0, SPLIT_KEY_BYTES))
+            yield Piece(file, format, 1, cut - begin, b"", continues, key, begin, text_bytes=cut - begin)
+            begin = searched = cut
+            end = cut + limit
+        else:
+            searched, end = end - max(len(mark), 2), end + limit
+    rest = file.size - begin
+    yield Piece(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
+
+
+def _cut_stream(file: File, raw: BinaryIO, format: str, limit: int, mark: bytes) -> Iterator[Piece]:
+    """Pieces of a file that has to be unpacked, or fetched, from its beginning to its end."""
+    buffer = bytearray()
+
+    def read(begin: int, end: int) -> bytearray:
+        return buffer[begin:end]
+
+    key: bytes | None = None
+    first, done, searched = 1, 0, 0
     for block in _blocks(raw, file.name):
         buffer += block
         if len(buffer) < limit:
             continue
-        cut = buffer.rfind(mark, searched) + len(mark) if mark else _last_safe_cut(buffer, searched)
-        searched = len(buffer) - len(mark or b"\n")
-        if cut < len(mark or b"\n"):
-            continue
-        data, position = bytes(buffer[:cut]), raw.tell()
-        if not mark:
-            continues, key = key is not None, key or data[:SPLIT_KEY_BYTES]
-        yield Piece(file, format, first, position - done, data, continues, key, offset if plain else None)
-        del buffer[:cut]
-        first, done, offset, searched = first + data.count(mark or b"\n"), position, offset + cut, 0
-    data, continues = bytes(buffer), key is not None
-    yield Piece(file, format, first, file.size - done, data, continues, key, offset if plain else None)
+        cut = _last_cut(read, searched, len(buffer), mark)
+        searched = max(0, len(buffer) - max(len(mark), 2))
+        if cut:
+            data, position = bytes(memoryview(buffer)[:cut]), raw.tell()
+            continues, key = key is not None, key or (None if mark else bytes(buffer[:SPLIT_KEY_BYTES]))
+            yield Piece(file, format, first, position - done, data, continues, key)
+            del buffer[:cut]
+            first, done, searched = first + data.count(mark or b"\n"), position, 0
+    yield Piece(file, format, first, file.size - done, bytes(buffer), key is not None, key)
+
+
+def _last_cut(read: Callable[[int, int], bytes | bytearray], start: int, end: int, mark: bytes) -> int:
+    """The last place in start..end after a `mark`, or, without one, where no token can tell; 0 when there is none."""
+    pattern = re.compile(b"(?<=%b)" % re.escape(mark)) if mark else _SAFE_CUT
+    while True:
+        begin = max(start, end - SEARCH_BYTES - len(mark))
+        cuts = [match.start() for match in pattern.finditer(read(begin, end))]
+        if cuts and cuts[-1]:
+            return begin + cuts[-1]
+        if begin == start:
+            return 0
+        # Some of it again, for a mark that lies across.
+        end = begin + max(len(mark), 2)
 
 
 def safe_cut(text: bytes, start: int) -> int:
     """The first place from `start` on where `text` may be cut without changing its tokens, else its end."""
     found = _SAFE_CUT.search(text, start)
     return found.start() if found else len(text)
-
-
-def _last_safe_cut(buffer: bytearray, start: int) -> int:
-    """The last place in `buffer` from `start` on where a long document may be cut, 0 when there is none."""
-    end = len(buffer)
-    while end > start:
-        begin = max(start, end - SPLIT_KEY_BYTES)
-        cuts = [match.start() for match in _SAFE_CUT.finditer(buffer, begin, end)]
-        # A document's first piece holds all that its split depends on.
-        if cuts and cuts[-1] >= SPLIT_KEY_BYTES:
-            return cuts[-1]
-        end = begin
-    return 0
 
 
 def _parquet_pieces(file: File, raw: Any, limit: int, text_key: str) -> Iterator[Piece]:
@@ -272,7 +298,9 @@ def parse(piece: Piece, options: Options, documents: Documents) -> Documents:
     for number, raw in _raw_documents(piece, options):
         if not raw:
             if options.strict and not piece.continues:
-                raise ValueError(f"{_where(piece, number)} is empty: remove it, or leave out --strict to pass over it")
+                raise ValueError(
+                    f"{_where(piece, options, number)} is empty: remove it, or leave out --strict to pass over it"
+                )
             documents.empty += not piece.continues
             continue
         try:
@@ -283,7 +311,7 @@ def parse(piece: Piece, options: Options, documents: Documents) -> Documents:
                 text = raw
         except UnicodeError as error:
             if options.strict:
-                where = _where(piece, number, raw, error.start)  # type: ignore[attr-defined]
+                where = _where(piece, options, number, raw, error.start)  # type: ignore[attr-defined]
                 raise ValueError(
                     f"{where} has invalid UTF-8: repair it, or leave out --strict to put U+FFFD in its place"
                 ) from None
@@ -294,24 +322,34 @@ def parse(piece: Piece, options: Options, documents: Documents) -> Documents:
     return documents
 
 
-def _where(piece: Piece, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
+def _where(piece: Piece, options: Options, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
     if piece.format == "text":
-        line = number + bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) and raw else None
-        return f"{piece.file.name}, line {line}," if line else piece.file.name
-    unit = {"jsonl": "line", "separated": "document"}.get(piece.format, "row")
+        if not raw:
+            return piece.file.name
+        number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
+    if piece.offset:
+        # The process that cut the file did not count.
+        mark = re.compile(
+            re.escape(options.separator.encode() if piece.format == "separated" and options.separator else b"\n")
+        )
+        with open(piece.file.name, "rb") as file:
+            number += sum(
+                1 for _ in mark.finditer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, piece.offset)
+            )
+    unit = {"text": "line", "jsonl": "line", "separated": "document"}.get(piece.format, "row")
     return f"{piece.file.name}, {unit} {number},"
 
 
 def _raw_documents(piece: Piece, options: Options) -> Iterable[tuple[int, bytes | str]]:
     if piece.format == "text":
-        return [(piece.first, piece.data)]
+        return [(piece.first, piece.read())]
     if piece.format == "separated":
         separator = (options.separator or "").encode()
-        texts = [text.strip(b"\r\n") for text in piece.data.split(separator)]
+        texts = [text.strip(b"\r\n") for text in piece.read().split(separator)]
         # What follows the last separator of a piece is the end of the file, or nothing.
         return enumerate(texts if texts[-1] else texts[:-1], piece.first)
     if piece.format == "jsonl":
-        return _json_lines(piece, options.text_key)
+        return _json_lines(piece, options)
     return enumerate(_rows(piece, options.text_key), piece.first)
 
 
@@ -330,19 +368,22 @@ def _rows(piece: Piece, text_key: str) -> Iterator[bytes]:
     return (value.as_py() or b"" for value in table.column(0).cast(pyarrow.large_binary()))
 
 
-def _json_lines(piece: Piece, text_key: str) -> Iterator[tuple[int, bytes | str]]:
-    for number, line in enumerate(piece.data.split(b"\n"), piece.first):
+def _json_lines(piece: Piece, options: Options) -> Iterator[tuple[int, bytes | str]]:
+    text_key = options.text_key
+    for number, line in enumerate(piece.read().split(b"\n"), piece.first):
         if not line.strip():
             continue
         try:
             # Bytes that are no UTF-8 become lone surrogates, which the caller replaces or refuses.
             row = json.loads(line.decode(errors="surrogateescape"))
         except ValueError as error:
-            raise ValueError(f"{_where(piece, number)} is not JSON ({error}): repair or remove it") from None
-        if not isinstance(row, dict) or text_key not in row:
-            found = f"only {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
-            raise ValueError(f"{_where(piece, number)} has no key {text_key!r} but {found}: name one with --text-key")
-        if not isinstance(row[text_key], str):
-            kind = type(row[text_key]).__name__
-            raise ValueError(f"{_where(piece, number)} has under {text_key!r} no string but a {kind}")
-        yield number, row[text_key]
+            where = _where(piece, options, number)
+            raise ValueError(f"{where} is not JSON ({error}): repair or remove it") from None
+        if isinstance(row, dict) and isinstance(row.get(text_key), str):
+            yield number, row[text_key]
+            continue
+        where = _where(piece, options, number)
+        if isinstance(row, dict) and text_key in row:
+            raise ValueError(f"{where} has under {text_key!r} no string but a {type(row[text_key]).__name__}")
+        found = f"only {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+        raise ValueError(f"{where} has no key {text_key!r} but {found}: name one with --text-key")

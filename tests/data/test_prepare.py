@@ -339,6 +339,23 @@ def test_invalid_utf8_and_empty_documents(tmp_path: Path, capsys: pytest.Capture
         assert message in refused(capsys, "text", tmp_path / name, "--out", tmp_path / "strict", "--strict")
 
 
+def test_places_far_into_a_file_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = json.dumps({"text": "x" * 1000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 500 + "[]\n" + line)
+    (tmp_path / "b.txt").write_bytes(b"y\n|\n" * 100_000 + b"\xff")
+    for compress, suffix in ((bytes, ""), (gzip.compress, ".gz")):
+        for name, options, message in [
+            ("a.jsonl", (), f"a.jsonl{suffix}, line 501, has no key 'text' but is a list"),
+            ("b.txt", (), f"b.txt{suffix}, line 200001, has invalid UTF-8"),
+            ("b.txt", ("--separator", "|"), f"b.txt{suffix}, document 100001, has invalid UTF-8"),
+        ]:
+            path = tmp_path / f"{name}{suffix}"
+            path.write_bytes(compress((tmp_path / name).read_bytes()))
+            # small shards make small pieces
+            out = ("--out", tmp_path / f"{path.name}{len(options)}", "--shard-tokens", 1000, "--strict")
+            assert message in refused(capsys, "text", path, *out, *options)
+
+
 def test_options_that_cannot_work(jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", tmp_path / "out")
     one = tmp_path / "one.txt"
@@ -398,12 +415,16 @@ def test_the_check_stops_at_a_wrong_token(
 def test_each_shard_is_checked_on_sixteen_documents(
     jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # without the play at its end, which is one document in several shards
+    path = tmp_path / "speeches.jsonl"
+    path.write_text("\n".join(jsonl.read_text().split("\n")[:-2]) + "\n")
     checked = []
     right = ByteLevelTokenizer.encode
     monkeypatch.setattr(ByteLevelTokenizer, "encode", lambda self, text: checked.append(text) or right(self, text))
-    run("text", jsonl, "--out", tmp_path / "out", "--shard-tokens", 20_000, "--val-fraction", 0)
+    run("text", path, "--out", tmp_path / "out", "--shard-tokens", 5_000, "--val-fraction", 0)
     meta = read_meta(tmp_path / "out")
     assert meta is not None
+    assert len(meta.shards["train"]) > 3
     assert len(checked) >= 16 * (len(meta.shards["train"]) - 1)
     assert sum(map(len, checked)) >= encode.CHECKED_BYTES * meta.text_bytes["train"]
 

@@ -1,0 +1,60 @@
+"""The bench: corpora that repeat nothing, peers that give the same tokens and choices, and what it prints."""
+
+import json
+
+import pytest
+
+import bench
+from data.shards import open_split, read_meta
+
+
+def test_each_content_of_a_directory_is_taken_once(tmp_path):
+    for name, data in [("a.py", b"one"), ("b.md", b"one"), ("c.html", b"two"), ("d.txt", b"\xff"), ("e.so", b"three")]:
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link.py").symlink_to(tmp_path / "c.html")
+    assert list(bench.text_files([str(tmp_path)])) == ["one", "two"]
+
+
+def test_words_of_a_corpus_are_counted(tmp_path):
+    assert bench.write_corpus(iter(["a b a", " b\n"]), tmp_path / "c.jsonl") == (8 / 1e6, 4 / (8 / 1e6))
+    assert [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").open()] == ["a b a", " b\n"]
+    assert sum(len(text.encode()) for text in bench.repeated_plays(10**7)) >= 10**7
+
+
+def test_both_tokenizers_write_the_same_shard(tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    bench.write_corpus(bench.repeated_plays(200_000), corpus)
+    bench.tokenize_ours(corpus)()
+    bench.tokenize_tiktoken(corpus)()
+    ours, theirs = sorted((path for path in tmp_path.iterdir() if path.is_dir()), key=lambda p: read_meta(p) is None)
+    assert (ours / "train_000000.bin").read_bytes() == (theirs / "train_000000.bin").read_bytes()
+    assert open_split(ours, "train").n_tokens > 50_000
+
+
+def test_contestants_are_timed_in_turn_and_their_memory_is_their_own(capsys):
+    results = bench.compare({"ours": (make_sleeper, (0.01, 1)), "other": (make_sleeper, (0.03, 300))}, runs=3)
+    table = bench.report("sleeping", "naps", 1, results)
+    assert table["results"]["other"]["ours_is"] == pytest.approx(3, rel=0.5)
+    assert results["other"]["peak_memory"] - results["ours"]["peak_memory"] > 250e6
+    assert "sleeping" in capsys.readouterr().out
+
+
+def make_sleeper(seconds, megabytes):
+    import time
+
+    held = bytearray(megabytes * 10**6)
+    for i in range(0, len(held), 4096):
+        held[i] = 1
+    return lambda: time.sleep(seconds + 0 * len(held))
+
+
+def test_what_is_missing_is_said(monkeypatch, capsys, tmp_path):
+    for arguments, message in [
+        (["train", "--peer", "megatron"], "unknown peer 'megatron'"),
+        (["hellaswag", "--peer", f"build-nanogpt={tmp_path}"], f"no hellaswag.py in {tmp_path}"),
+        (["tokenize", "--corpus", f"{tmp_path}/none"], "is no directory"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
+        with pytest.raises(SystemExit):
+            bench.main()
+        assert message in capsys.readouterr().err
