@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     ids = tokenizer.encode(args.text)
     reading = read(model, ids, tokenizer.eot)
 
-    def rounded(tensor: Tensor, digits: int = 5) -> list[Any]:
-        return [[round(value, digits) for value in row] for row in tensor.tolist()]
+    def rounded(tensor: Tensor) -> list[Any]:
+        return [[round(value, 7) for value in row] for row in tensor.tolist()]
 
     used = sorted({*reading.alternatives.flatten().tolist(), *reading.lens_tokens.flatten().tolist()})
     number = {token: i for i, token in enumerate(used)}
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         data={
             "tokens": token_labels(tokenizer, ids),
             "labels": token_labels(tokenizer, used),
-            "losses": rounded(reading.losses[None])[0],
+            "losses": reading.losses.tolist(),
             "ranks": reading.ranks.tolist(),
             "alternatives": [[number[token] for token in row] for row in reading.alternatives.tolist()],
             "probabilities": rounded(reading.probabilities),

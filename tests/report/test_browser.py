@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import yaml
 from data.tokenizer import load_tokenizer
 from model import GPT
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TEXT = "ROSALIND:\nThe forest of Arden is 7 leagues away"
 TIMEOUT = 120_000  # milliseconds: the machine may be busy
@@ -34,7 +36,7 @@ def open_page(browser):
     contexts, said, asked = [], [], []
 
     def open_(path, **options):
-        context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, **options)
+        context = browser.new_context(**{"offline": True, "viewport": {"width": 1280, "height": 900}} | options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(TIMEOUT)
@@ -70,6 +72,24 @@ def run(verses, tmp_path_factory, python):
     return directory / "tiny"
 
 
+def write(command, *arguments):
+    """`python -m command ...`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [command, *map(str, arguments)])
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def pages(run, tmp_path_factory):
+    """The page of each command."""
+    directory = tmp_path_factory.mktemp("pages")
+    write("report", run, "--out", directory / "report.html")
+    for name in ("attention", "tokens"):
+        write(f"report.{name}", "--model", run, "--text", TEXT, "--out", directory / f"{name}.html")
+    write("report.embeddings", "--model", run, "--out", directory / "embeddings.html")
+    return directory
+
+
 @pytest.fixture(scope="module")
 def model(run):
     checkpoint = next((run / "checkpoints").iterdir())
@@ -80,10 +100,10 @@ def curves(page, chart):
     return page.evaluate(f"document.getElementById('{chart}').data.map(trace => trace.visible !== false)")
 
 
-def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, python, open_page):
+def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, open_page):
     other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
     out = tmp_path / "two.html"
-    python("-m", "report", run, other, "--out", out)
+    write("report", run, other, "--out", out)
     page = open_page(out)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     val = next(record for record in records if record["split"] == "val" and record["step"] == 20)
@@ -117,11 +137,9 @@ def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, python, open_page
     assert page.locator("[data-title^='Share']").count() == 0  # plotly's button uploads the figures
 
 
-def test_hovering_a_token_shows_where_it_looks(run, model, tmp_path, python, open_page):
+def test_hovering_a_token_shows_where_it_looks(pages, model, open_page):
     gpt, tokenizer = model
-    out = tmp_path / "attention.html"
-    python("-m", "report.attention", "--model", run, "--text", TEXT, "--out", out)
-    page = open_page(out)
+    page = open_page(pages / "attention.html")
     ids = tokenizer.encode(TEXT)
     attentions = gpt(torch.tensor([ids]), output_attentions=True).attentions
 
@@ -150,11 +168,9 @@ def test_hovering_a_token_shows_where_it_looks(run, model, tmp_path, python, ope
         assert float(told.removesuffix(" %")) / 100 == pytest.approx(mean[int(token)], abs=1 / 255)
 
 
-def test_the_tokens_page_tells_the_loss_and_what_was_expected(run, model, tmp_path, python, open_page):
+def test_the_tokens_page_tells_the_loss_and_what_was_expected(pages, model, open_page):
     gpt, tokenizer = model
-    out = tmp_path / "tokens.html"
-    python("-m", "report.tokens", "--model", run, "--text", TEXT, "--out", out)
-    page = open_page(out)
+    page = open_page(pages / "tokens.html")
     ids = tokenizer.encode(TEXT)
     log_p = gpt(torch.tensor([[tokenizer.eot, *ids[:-1]]])).logits[0].log_softmax(dim=-1)
     page.locator("#flow span").nth(12).hover()
@@ -165,10 +181,8 @@ def test_the_tokens_page_tells_the_loss_and_what_was_expected(run, model, tmp_pa
     assert page.locator("#lens tbody tr").count() == gpt.config.n_layer + 1
 
 
-def test_position_embeddings_by_dimension(run, model, tmp_path, python, open_page):
-    out = tmp_path / "embeddings.html"
-    python("-m", "report.embeddings", "--model", run, "--out", out)
-    page = open_page(out)
+def test_position_embeddings_by_dimension(pages, model, open_page):
+    page = open_page(pages / "embeddings.html")
     page.get_by_label("dimensions", exact=True).fill("3, 99")
     page.keyboard.press("Enter")
     assert "from 0 to 31" in page.locator("#told").inner_text()
@@ -181,15 +195,9 @@ def test_position_embeddings_by_dimension(run, model, tmp_path, python, open_pag
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_a_telephone(run, tmp_path, python, open_page, scheme):
-    text = f"ROSALIND: {'away' * 30}"[:60]
-    pages = [tmp_path / f"{name}.html" for name in ("report", "attention", "tokens")]
-    python("-m", "report", run, "--out", pages[0])
-    python("-m", "report.attention", "--model", run, "--text", text, "--out", pages[1])
-    python("-m", "report.tokens", "--model", run, "--text", text, "--out", pages[2])
-    for path in pages:
-        page = open_page(path, color_scheme=scheme)
-        page.set_viewport_size({"width": 390, "height": 800})
+def test_pages_fit_a_telephone(pages, open_page, scheme):
+    for path in sorted(pages.glob("*.html")):
+        page = open_page(path, color_scheme=scheme, viewport={"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         background, color = page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
