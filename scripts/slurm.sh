@@ -23,6 +23,7 @@ PROCESSES=${PROCESSES:-gpu}  # on each node
 PORT=${PORT:-29500}
 
 run=$("$PYTHON" -c 'from training.config import parse_config; run = parse_config().run; print(f"{run.dir}/{run.name}")' "$@") || exit 2
+"$PYTHON" train.py "$@" --dry-run || exit 2  # what is wrong with configuration or dataset, before all nodes try it
 
 rm -f "$run/status.json"  # of the life before: it must not speak for one that never got that far
 

@@ -208,7 +208,7 @@ def test_profile_leaves_a_trace_of_the_operators(tiny_run, write_config, python)
 
 
 def test_verify_finds_a_flipped_byte_of_the_dataset_before_anything_is_created(tiny_run, write_config, python, verses):
-    config = tiny_run("verified", **{"optim.steps": 2})
+    config = tiny_run("verified", **{"optim.steps": 3})
     dataset = shutil.copytree(verses, write_config(config).parent / "dataset")
     config.data.dir = str(dataset)
     file = write_config(config)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -63,10 +63,13 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     from torch.distributed.checkpoint import state_dict as dcp
 
     state: dict[str, Any] = {}
-    with safe_open(directory / OPTIMIZER, framework="pt") as tensors:
-        for flat in tensors.keys():  # noqa: SIM118 (not a dictionary)
-            name, _, key = flat.rpartition("/")
-            state.setdefault(name, {})[key] = tensors.get_tensor(flat)
+    try:
+        tensors = load_file(directory / OPTIMIZER)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / OPTIMIZER} is not a safetensors file ({error})") from None
+    for flat, tensor in tensors.items():
+        name, _, key = flat.rpartition("/")
+        state.setdefault(name, {})[key] = tensor
     options = dcp.StateDictOptions(full_state_dict=True)
     groups = dcp.get_optimizer_state_dict(model, optimizers, options=options)["param_groups"]
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)

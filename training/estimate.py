@@ -57,9 +57,10 @@ def estimate_memory(
     # LayerNorms' outputs, queries, keys, values and their mix (once more as c_proj's input), and c_fc's 4, not GELU's.
     of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
     kept = shape.n_layer * (4 if recompute else of_a_block) + 2 * 4  # and both sides of ln_f
-    # At a time, either one block goes backward (GELU's output, its gradient and its input's, 4 wide; two gradients of
-    # the stream), or the loss is computed, with two chunks of logits and on CPU 64 rows of them in float32.
-    backward = tokens * width * (12 * size + 2 * 4 + (of_a_block if recompute else 0))
+    # At a time, either one block goes backward (the gradient of GELU's output beside that output, or the gradient
+    # of its input, each 4 wide; two gradients of the stream), or the loss is computed, with two chunks of logits, the
+    # one before being there until the next is, and on CPU 64 rows of them in float32.
+    backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
     chunk = min(-(-tokens // 2), MATMUL_ROWS) * shape.vocab_size
     loss = 2 * chunk * size + 64 * shape.vocab_size * 4
     head = 4 * shape.vocab_size * width  # its gradient waits for the embedding's, which comes last

@@ -105,19 +105,33 @@ def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_conf
     assert load_file(run / "checkpoints" / "step-000300" / "model.safetensors")
 
 
-def test_a_job_that_fails_is_not_requeued(tiny_run, write_config, cluster, tmp_path):
-    job = cluster(1, "--config", write_config(tiny_run("x")), "--data.dir", tmp_path / "nowhere")
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 1, output
-    assert "no dataset at" in output
-    assert not (tmp_path / "requeued").exists()
-
-
-def test_a_configuration_that_cannot_work_starts_nothing(cluster):
-    job = cluster(1, "--optim.steps", "-3")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--optim.steps", "-3"), "optim.steps"), ((), "no dataset at")],
+    ids=["field", "dataset"],
+)
+def test_a_job_that_cannot_work_is_refused_before_it_starts(
+    cluster, tiny_run, write_config, tmp_path, arguments, message
+):
+    config = write_config(tiny_run("x", **{"data.dir": str(tmp_path / "nowhere")}))
+    job = cluster(1, "--config", config, *arguments)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 2
-    assert "optim.steps" in output
+    assert message in output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_not_requeued(tiny_run, write_config, cluster, tmp_path):
+    """Nor does the `preempted` of a life before speak for it."""
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "status.json").write_text('{"status": "preempted", "step": 3}')
+    job = cluster(1, "--config", write_config(tiny_run("x", **{"run.resume": "must"})))
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 1, output
+    assert "run.resume is must, but there is no checkpoint" in output
+    assert "did not end in order (srun: 1)" in output
+    assert not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.slow
