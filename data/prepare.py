@@ -434,7 +434,10 @@ def _report(out: Path, meta: DatasetMeta) -> None:
     for name, said in (
         ("empty", "empty documents passed over"),
         ("invalid_utf8", "documents with U+FFFD put for invalid UTF-8"),
-        ("longer_than_shard", "documents longer than a shard, going on in the next"),
+        (
+            "longer_than_shard",
+            "documents longer than a shard, going on in the next (as readers expect; or raise --shard-tokens)",
+        ),
     ):
         if meta.skipped.get(name):
             print(f"{said}: {meta.skipped[name]:,}")

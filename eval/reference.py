@@ -1,4 +1,4 @@
-"""Published figures of GPT-2, to be shown beside ours. Each table says where it comes from.
+"""Published figures of GPT-2, to be shown beside ours. Each table says who published it.
 
 Models are named as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M). A figure that was
 not found published is absent: `None` never stands for one.
@@ -28,14 +28,14 @@ def _sizes(*figures: float | None) -> dict[str, float]:
 # Validation loss of the released models in nats a token, by the name of the data set's source in data.prepare. FineWeb
 # and FineWeb-Edu are two data sets, and their losses, 3.42 and 3.29, are often taken for one another.
 VALIDATION_LOSS: dict[str, Table] = {
-    "openwebtext": Table(_sizes(3.12, 2.84, 2.67, 2.54), "nanoGPT, README, baselines"),
-    "fineweb-10b": Table(_sizes(3.424958, 3.083089, 3.000580, 2.831273), "llm.c, dev/vislog.ipynb"),
-    "fineweb-edu-10b": Table(_sizes(3.2924, None, None, None), "build-nanogpt, play.ipynb"),
+    "openwebtext": Table(_sizes(3.12, 2.84, 2.67, 2.54), "nanoGPT, README"),
+    "fineweb-10b": Table(_sizes(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
+    "fineweb-edu-10b": Table(_sizes(3.2924, None, None, None), "build-nanogpt"),
 }
 
 # What others reached from scratch, at the end of training: validation loss and HellaSwag acc_norm ("completion").
 FROM_SCRATCH: dict[str, dict[str, Table]] = {
-    "openwebtext": {"loss": Table({"gpt2": 2.85}, "nanoGPT, README, 295B tokens")},
+    "openwebtext": {"loss": Table({"gpt2": 2.85}, "nanoGPT, 295B tokens")},
     "fineweb-10b": {
         "loss": Table({"gpt2": 3.2722, "gpt2-medium": 2.9282}, "llm.c, 10.26B and 31.5B tokens"),
         "hellaswag": Table({"gpt2": 0.299}, "llm.c, 10.26B tokens"),
@@ -47,13 +47,13 @@ FROM_SCRATCH: dict[str, dict[str, Table]] = {
 }
 
 # GPT-3 of the four sizes: what the same shape reaches with 300B tokens.
-GPT3_HELLASWAG = Table(_sizes(0.337, 0.436, 0.510, 0.547), "Brown et al. 2020, zero-shot; llm.c, dev/vislog.ipynb")
+GPT3_HELLASWAG = Table(_sizes(0.337, 0.436, 0.510, 0.547), "GPT-3 of the same sizes")
 
-_BUILD_NANOGPT = "build-nanogpt, hellaswag.py; gpt2-medium and gpt2-large: llm.c, dev/vislog.ipynb"
+_BUILD_NANOGPT = "the 124M and the 1558M: build-nanogpt, hellaswag.py; the others: published in the same convention"
 _HARNESS = "lm-evaluation-harness, as quoted in build-nanogpt, hellaswag.py"
 _HARNESS_LAMBADA = "lm-evaluation-harness, lambada_openai"
 _PAPER = "Radford et al. 2019, table 3"
-_STRIDE = "Hugging Face, perplexity of fixed-length models"
+_STRIDE = "Hugging Face's script for perplexity"
 
 # Evaluations of the released models: (task, convention, metric) as eval.run writes them. Accuracies are fractions.
 EVALUATIONS: dict[tuple[str, str, str], Table] = {

@@ -174,7 +174,9 @@ def test_big_row_groups_are_read_piece_by_piece(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe:300", "char"])
-def test_a_long_document_is_cut_where_no_token_can_tell(kind: str, tmp_path: Path) -> None:
+def test_a_long_document_is_cut_where_no_token_can_tell(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plays = read_plays()
     text = "\n".join(plays[name] for name in ("hamlet", "othello")) + " " * 7_000 + "\n\n \t\nend"
     for i, document in enumerate((text, plays["cymbeline"])):
@@ -189,6 +191,8 @@ def test_a_long_document_is_cut_where_no_token_can_tell(kind: str, tmp_path: Pat
     assert meta is not None
     assert meta.documents["train"] == 2
     assert meta.skipped["longer_than_shard"] == 2
+    said = "documents longer than a shard, going on in the next (as readers expect; or raise --shard-tokens): 2"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_separated_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
