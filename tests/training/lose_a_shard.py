@@ -18,7 +18,7 @@ def main() -> None:
     def vanishing(self, at):
         if at >= step and int(os.environ["RANK"]) == rank:
             self.split.close()
-            self.split.paths = [path.with_name(f"gone/{path.name}") for path in self.split.paths]
+            self.split.paths = [path.parent / "gone" / path.name for path in self.split.paths]
         return windows(self, at)
 
     data.loader.Loader.windows = vanishing

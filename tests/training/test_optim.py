@@ -7,7 +7,7 @@ import torch
 
 from model import GPT, GPTConfig
 from training.config import Optim
-from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
+from training.optim import Muon, learning_rate_factor, make_optimizers, orthogonalise, set_learning_rate
 
 SMALL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -53,6 +53,46 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert of_adamw | of_muon == set(names.values())
     set_learning_rate([muon, adamw], 0.5)
     assert [muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]] == [0.025, 5e-4]
+
+
+def take_steps(optimizer, parameters, gradients):
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+
+def test_muon_is_pytorchs():
+    torch.manual_seed(0)
+    start = [torch.randn(64, 64), torch.randn(256, 64), torch.randn(64, 256)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(10)]
+    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    take_steps(Muon([], ours, lr=0.02, weight_decay=0.1, momentum=0.95), ours, gradients)
+    take_steps(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95), theirs, gradients)
+    for a, b, p in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 1e-3 * (b - p).norm()
+
+
+def test_muon_sees_three_matrices_in_one():
+    torch.manual_seed(0)
+    start = torch.randn(192, 64)
+    gradients = [torch.randn(192, 64) for _ in range(10)]
+    fused = start.clone().requires_grad_()
+    parts = [p.clone().requires_grad_() for p in start.split(64)]
+    take_steps(Muon([fused], [], lr=0.02, weight_decay=0.1, momentum=0.95), [fused], [[g] for g in gradients])
+    theirs = torch.optim.Muon(parts, lr=0.02, weight_decay=0.1, momentum=0.95)
+    take_steps(theirs, parts, [g.split(64) for g in gradients])
+    whole = torch.cat([p.detach() for p in parts])
+    assert (fused - whole).norm() < 1e-3 * (whole - start).norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 96), (3, 64, 64), (1, 96, 32)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.logspace(-1, 1, shape[2])
+    )
+    values = torch.linalg.svdvals(orthogonalise(matrices).float())
+    assert 0.5 < values.min() and values.max() < 1.3
 
 
 def test_frozen_parameters_are_left_out_and_stay(tmp_path):
