@@ -3,11 +3,96 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch.optim import AdamW, Muon, Optimizer
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import AdamW, Optimizer
 
 from model import GPT
 from training.config import Optim
+
+FIRST_MUON_MOMENTUM = 0.85  # from which it is warmed up
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised: a matrix moves as far in every direction that its gradients agree on (Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon/).
+
+    It is torch.optim.Muon but for two things. Queries, keys and values, which c_attn computes in one product, are three
+    matrices here. And processes with the same gradients (DDP) share the work: each orthogonalises some of the matrices
+    for all, where torch's would do every matrix on every process.
+    """
+
+    def __init__(
+        self, fused: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        """`fused` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape."""
+        groups = [{"params": list(fused), "fused": True}, {"params": list(others), "fused": False}]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """Update each matrix (rows, columns) that has a gradient."""
+        for group in self.param_groups:
+            # the large ones first, in turn over the processes, so that all have about as much to do
+            parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
+            updates = [self._nesterov(p, group["momentum"]) for p in parameters]
+            updates = [u.view(-1, u.size(1), u.size(1)) if group["fused"] else u[None] for u in updates]
+            share_out(updates)
+            for parameter, update in zip(parameters, updates, strict=True):
+                rows, columns = update.shape[-2:]
+                update = update.reshape(parameter.shape)
+                if isinstance(parameter, DTensor):  # FSDP: all have computed the whole, each keeps its part
+                    update = DTensor.from_local(update, parameter.device_mesh, [Replicate()]).redistribute(
+                        placements=parameter.placements
+                    )
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The parameter's averaged gradient with one step of look-ahead, whole also where it is sharded."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient = parameter.grad
+        assert gradient is not None
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(average, momentum)
+        return update.full_tensor() if isinstance(update, DTensor) else update
+
+
+def share_out(updates: list[Tensor]) -> None:
+    """Orthogonalise each of the updates, in place in the list: process r of n those at r, r + n, r + 2n ..."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    messages = []
+    for i, update in enumerate(updates):
+        owner = i % world_size
+        mine = owner == rank
+        updates[i] = orthogonalise(update) if mine else torch.empty_like(update, dtype=torch.bfloat16)
+        if world_size > 1:
+            messages.append(dist.broadcast(updates[i], src=owner, async_op=True))
+    for message in messages:
+        message.wait()
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The matrices (N, rows, columns) with all singular values brought to about 1 (0.7 to 1.2), in bfloat16.
+
+    Five steps of a Newton-Schulz iteration, in matrix products only; the quintic's coefficients are those of Jordan et
+    al., chosen to lift small singular values fast instead of reaching 1 exactly.
+    """
+    x = matrices.bfloat16()
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).contiguous()
 
 
 def make_optimizers(model: GPT, config: Optim) -> list[Optimizer]:
@@ -18,14 +103,11 @@ def make_optimizers(model: GPT, config: Optim) -> list[Optimizer]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
     if config.name == "muon":
-        matrices = [p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")]
-        parameters = {
-            name: p for name, p in parameters.items() if p.dim() != 2 or not name.startswith("transformer.h.")
-        }
-        muon = Muon(
-            matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.muon_momentum, nesterov=True
-        )
-        optimizers.append(muon)
+        matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")}
+        parameters = {name: p for name, p in parameters.items() if name not in matrices}
+        fused = [p for name, p in matrices.items() if name.endswith("attn.c_attn.weight")]
+        others = [p for name, p in matrices.items() if not name.endswith("attn.c_attn.weight")]
+        optimizers.append(Muon(fused, others, config.muon_lr, config.weight_decay, config.muon_momentum))
     decayed = [p for p in parameters.values() if p.dim() >= 2]
     others = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

