@@ -100,7 +100,6 @@ def chart_data(chart: Chart) -> dict[str, Any]:
         "xdigits": ".4s" if chart.x == "tokens" else ".2f",
         "ylabel": chart.y,
         "digits": chart.digits,
-        "log": chart.log,
         "range": chart.y_range,
     }
 

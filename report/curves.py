@@ -83,7 +83,7 @@ def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
     _draw_levels(axes, chart.levels)
     unit, _ = chart.x_unit
     axes.set(xlabel=unit if chart.x == "tokens" else f"training time, {unit}", ylabel=chart.y, title=chart.title)
-    axes.set(yscale="log" if chart.log else "linear", ylim=chart.y_range)
+    axes.set(ylim=chart.y_range)
     _save(figure, axes, path, tokens=chart.x == "tokens")
 
 

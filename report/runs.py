@@ -213,7 +213,6 @@ class Chart:
     digits: str  # d3-format of a value
     series: list[Series]
     levels: list[tuple[str, float]] = field(default_factory=list)
-    log: bool = False
 
     @property
     def x_unit(self) -> tuple[str, float]:
@@ -229,13 +228,18 @@ class Chart:
 
     @property
     def y_range(self) -> tuple[float, float] | None:
-        """What of a loss is shown at first: all but the first 5% of the steps, which would flatten the rest."""
-        if not self.key.startswith("loss") or not any(len(series.steps) for series in self.series):
+        """What is shown at first beside a running mean: all but the first 5% of the steps, which flatten the rest.
+
+        The single steps count where they are shown at first, of one run alone.
+        """
+        kinds = {"mean", "validation"} | ({"step"} if len({series.run for series in self.series}) == 1 else set())
+        late = [s.values[s.steps >= 0.05 * s.steps[-1]] for s in self.series if len(s.steps) and s.kind in kinds]
+        if not any(series.kind == "mean" for series in self.series) or not late:
             return None
-        late = [s.values[s.steps >= 0.05 * s.steps[-1]] for s in self.series if len(s.steps)]
-        shown = np.concatenate([*late, [loss for _, loss in self.levels]])
-        margin = 0.04 * float(np.ptp(shown)) or 0.1
-        return float(shown.min()) - margin, float(shown.max()) + margin
+        shown = np.concatenate([*late, [value for _, value in self.levels]])
+        low, high = float(shown.min()), float(shown.max())
+        margin = 0.04 * (high - low) or 0.1
+        return low - margin, high + margin
 
 
 def make_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -265,14 +269,14 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
                 levels=levels,
             )
         )
-    for name, title, unit, digits, log in (
-        ("lr", "Learning rate", "learning rate", ".3e", False),
-        ("grad_norm", "Gradient norm, before clipping", "gradient norm", ".4f", True),
-        ("tokens_per_second", "Throughput", "tokens a second", ",.0f", False),
+    for name, title, unit, digits in (
+        ("lr", "Learning rate", "learning rate", ".3e"),
+        ("grad_norm", "Gradient norm, before clipping", "gradient norm", ".4f"),
+        ("tokens_per_second", "Throughput", "tokens a second", ",.0f"),
     ):
         kinds = ["value"] if name == "lr" else ["step", "mean"]
         series = [make_series(i, run, "train", name, kind) for i, run in enumerate(runs) for kind in kinds]
-        charts.append(Chart(name.replace("_", "-"), title, "tokens", unit, digits, series, log=log))
+        charts.append(Chart(name.replace("_", "-"), title, "tokens", unit, digits, series))
     return [chart for chart in charts if any(len(series.steps) for series in chart.series)]
 
 

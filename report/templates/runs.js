@@ -21,8 +21,7 @@ function draw() {
   data.charts.forEach((chart, number) => {
     const layout = layoutOf({ l: 10, r: 10, t: 30, b: 10 });
     Object.assign(layout.xaxis, { title: { text: chart.xlabel } });
-    Object.assign(layout.yaxis, { title: { text: chart.ylabel }, type: chart.log ? "log" : "linear", range: chart.range });
-    if (chart.log) layout.yaxis.dtick = "D2";
+    Object.assign(layout.yaxis, { title: { text: chart.ylabel }, range: chart.range });
     if (chart.digits.endsWith("e")) layout.yaxis.exponentformat = "e";  // a learning rate is not so many µ
     layout.shapes = chart.levels.map((level) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: level.value, y1: level.value,
@@ -31,7 +30,7 @@ function draw() {
     // side by side, so that lines near one another keep labels that can be read
     layout.annotations = chart.levels.map((level, i) => ({
       xref: "paper", x: 0.01 + 0.25 * (i % 4), xanchor: "left", y: level.value, yanchor: "bottom", text: level.label,
-      showarrow: false, font: { size: 10, color: color("--text") },
+      showarrow: false, bgcolor: color("--page"), borderpad: 0, font: { size: 10, color: color("--text") },
     }));
     Plotly.react(`chart-${number}`, tracesOf(chart), layout, plotConfig);
   });
