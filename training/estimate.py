@@ -85,7 +85,7 @@ def fit_micro_batch(config: Config, shape: GPTConfig, processes: Processes, *, s
         return config.data.micro_batch
     if processes.device.type == "cuda":
         free, part = torch.cuda.mem_get_info(processes.device)[0], 0.8
-    else:  # the C library's heap fragments: up to 1.45 times the estimate was measured
+    else:  # the C library's heap, which is kept, fragments: up to 1.45 times the estimate was measured
         free, part = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
     share = largest_share(config, processes.world_size)
     for rows in sorted({-(-share // n) for n in range(1, share + 1)}, reverse=True):
@@ -149,7 +149,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
         f"model       {n_parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
         f"vocabulary {shape.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
-        f"{tokens / inputs.train.n_tokens:.2f} epochs of {config.data.dir}, which is sound",
+        f"{tokens / inputs.train.n_tokens:.2f} epochs of {config.data.dir}, whose shards are whole",
         f"compute     {flops / 1e6:,.1f} MFLOPs a token, {flops * tokens:.3g} FLOPs in all",
         f"memory      estimated MiB of each of {count} x {device}, {str(dtype).removeprefix('torch.')}",
     ]
