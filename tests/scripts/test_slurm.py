@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -60,7 +61,6 @@ def cluster(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
         started.append(process)
         return process
@@ -68,7 +68,9 @@ def cluster(tmp_path):
     yield sbatch
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            script = psutil.Process(process.pid)
+            for one in (*script.children(recursive=True), script):  # torchrun's workers have sessions of their own
+                one.kill()
         process.communicate()
 
 

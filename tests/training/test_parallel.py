@@ -5,12 +5,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -117,7 +117,7 @@ def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same
 
 @pytest.fixture
 def launch():
-    """`launch(*arguments)`: a process of its own group with its output in a pipe; its group ends with the test."""
+    """`launch(*arguments)`: a process with its output in a pipe; it and its children end with the test."""
     started = []
 
     def begin(*arguments, **environment):
@@ -127,7 +127,6 @@ def launch():
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
         started.append(process)
         return process
@@ -135,20 +134,16 @@ def launch():
     yield begin
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            agent = psutil.Process(process.pid)
+            for one in (*agent.children(recursive=True), agent):  # torchrun's workers have sessions of their own
+                one.kill()
         process.communicate()
 
 
 def workers(agent):
-    """Process ids of torchrun's workers, by rank."""
-    found = {}
-    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    for pid in children:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            environment = dict(item.split(b"=", 1) for item in file.read().split(b"\0") if b"=" in item)
-        if b"RANK" in environment:
-            found[int(environment[b"RANK"])] = int(pid)
-    return found
+    """torchrun's workers, by rank."""
+    children = [(child, child.environ()) for child in psutil.Process(agent.pid).children()]
+    return {int(environment["RANK"]): child for child, environment in children if "RANK" in environment}
 
 
 def wait_for_step(run, step, process):
@@ -169,7 +164,7 @@ def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_confi
     agent = launch(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py",
                    "--config", write_config(config))  # fmt: skip
     wait_for_step(run, 25, agent)
-    os.kill(workers(agent)[1], signal.SIGKILL)
+    workers(agent)[1].kill()
     output, _ = agent.communicate(timeout=240)
     assert agent.returncode == 0, output
     assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 120}
