@@ -72,8 +72,21 @@ def start_processes(system: System) -> Processes:
     elif device.type == "cpu":
         keep_freed_memory()
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join("nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world_size, device, find_dtype(system.dtype, device))
+
+
+def join(backend: str) -> None:
+    """Join the other processes in one group.
+
+    torchrun keeps its store of addresses when it starts a node's processes again, and who reads there what the dead
+    have left waits for them: every start gets a part of the store for itself. Nodes count their restarts each for
+    itself, so with several nodes torchrun has to be told to make a new store (docs/distributed.md).
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def keep_freed_memory() -> None:
