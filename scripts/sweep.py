@@ -1,0 +1,86 @@
+"""Train one configuration in several ways, and set what comes of them in a table:
+
+    python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
+
+Every combination of the values given with --vary is trained with every seed, one after another, each a run of its own
+under --dir; a run that is finished already is read and not repeated. The last column is what reruns the row: after
+`--config ... --vary`. docs/recipes.md holds such rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from pathlib import Path
+
+from train import Trainer
+from training.config import parse_config
+from training.metrics import read_metrics
+from training.parallel import start_processes
+
+
+def finish(arguments: list[str]) -> Path:
+    """Train the run that these arguments of train.py describe to its end; returns its directory."""
+    config = parse_config(arguments)
+    trainer = Trainer(config, start_processes(config.system))
+    try:
+        if trainer.run() != "finished":
+            raise KeyboardInterrupt
+    finally:
+        trainer.close()
+    return trainer.directory
+
+
+def first_below(records: list[dict], loss: float) -> int | None:
+    """Tokens at the first validation with at most this loss."""
+    return next((r["tokens"] for r in records if r["split"] == "val" and r["loss"] <= loss), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts.sweep", description="Train one configuration in several ways.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
+    parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
+    parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")
+    arguments = parser.parse_args()
+    for field in arguments.vary:
+        if "=" not in field:
+            parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
+
+    choices = [
+        [(name, value) for value in values.split(",")]
+        for name, _, values in (field.partition("=") for field in arguments.vary)
+    ]
+    rows = []
+    for combination in itertools.product(*choices):
+        finals, seconds, reached = [], [], []
+        for seed in arguments.seeds:
+            fields = [(name, value) for name, value in combination] + [("run.seed", str(seed))]
+            name = "-".join([Path(arguments.config).stem, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)])
+            flags = [part for n, v in fields for part in (f"--{n}", v)]
+            directory = finish(["--config", arguments.config, "--run.dir", arguments.dir, "--run.name", name, *flags])
+            records = read_metrics(directory / "metrics.jsonl")
+            finals.append(next(r["loss"] for r in reversed(records) if r["split"] == "val"))
+            seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
+            reached.append([first_below(records, loss) for loss in arguments.losses])
+        tokens = [
+            "never" if None in counts else f"{statistics.median(counts):,.0f}" for counts in zip(*reached, strict=True)
+        ]
+        rows.append(
+            [
+                f"{statistics.median(finals):.4f}",
+                " ".join(f"{loss:.4f}" for loss in finals),
+                *tokens,
+                f"{statistics.median(seconds):.0f}",
+                f"`{' '.join(f'{n}={v}' for n, v in combination)}`",
+            ]
+        )
+    heads = ["final loss", "each seed", *(f"tokens to {loss}" for loss in arguments.losses), "seconds", "varied"]
+    for row in [heads, ["---"] * len(heads), *rows]:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
