@@ -7,6 +7,8 @@ import functools
 import os
 import shutil
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -87,6 +89,33 @@ def join(backend: str) -> None:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def meet(rank: int, world_size: int) -> dist.Store:
+    """The store by which processes find each other, with nothing in it of an attempt before this one.
+
+    torchrun (of PyTorch 2.13) keeps one store over restarts. A process that is started again may find there the address
+    of a peer that is dead, and waits for it until a timeout of half an hour. So the first process names the attempt,
+    to each of the others by a name that this one has just made up. Raises TimeoutError where one does not come.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if rank > 0:
+        myself = uuid.uuid4().hex
+        store.set(f"here-{rank}", myself)
+        attempt = store.get(f"attempt-for-{myself}").decode()  # waits for it
+        store.set(f"{attempt}-known-to-{rank}", "")
+        return dist.PrefixStore(attempt, store)
+    attempt, missing = uuid.uuid4().hex, set(range(1, world_size))
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"here-{other}"]):  # or was, in an attempt before: so it is asked until it has answered
+                store.set(f"attempt-for-{store.get(f'here-{other}').decode()}", attempt)
+        missing = {other for other in missing if not store.check([f"{attempt}-known-to-{other}"])}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {sorted(missing)} did not come: see whether they were started")
+        time.sleep(0.01)
+    return dist.PrefixStore(attempt, store)
 
 
 def keep_freed_memory() -> None:

@@ -57,7 +57,7 @@ DEEP = {"vocab_size": 4096, "block_size": 256, "n_layer": 12, "n_head": 4, "n_em
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "recompute"),
     [
-        pytest.param(WIDE, 8, "float32", False, id="wide"),
+        pytest.param(WIDE, 8, "float32", False, id="wide", marks=pytest.mark.slow),
         pytest.param(WIDE, 8, "bfloat16", False, id="wide-bfloat16"),
         pytest.param(WIDE, 2, "bfloat16", False, id="mostly-parameters", marks=pytest.mark.slow),
         pytest.param(VOCABULARY, 4, "float32", False, id="vocabulary", marks=pytest.mark.slow),

@@ -158,19 +158,22 @@ def long_run(tiny_run, name, steps=120):
     return tiny_run(name, **changes)
 
 
-def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_config, launch, in_turn):
+def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_config, launch):
+    """Twice: the second process, then in the next life the first, which writes."""
     config = long_run(tiny_run, "elastic")
     run = write_config(config).parent / "runs" / "elastic"
     agent = launch(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py",
                    "--config", write_config(config))  # fmt: skip
-    wait_for_step(run, 25, agent)
-    workers(agent)[1].kill()
+    for step, rank in ((25, 1), (60, 0)):
+        wait_for_step(run, step, agent)
+        workers(agent)[rank].kill()
     output, _ = agent.communicate(timeout=240)
     assert agent.returncode == 0, output
     assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 120}
     starts = json.loads((run / "provenance.json").read_text())
-    assert [start["processes"] for start in starts] == [2, 2]
+    assert [start["processes"] for start in starts] == [2, 2, 2]
     assert starts[1]["resumed_at_step"] >= 10
+    assert starts[2]["resumed_at_step"] >= 40
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, 121))
 
 
