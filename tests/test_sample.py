@@ -349,6 +349,7 @@ def test_interactive_ends_quietly_on_ctrl_c(checkpoint, while_generating):
         terminal.type("Hello\n")
         terminal.expect("Hello\n")
         terminal.expect("\n")  # the first sample is there, as it was generated
+    time.sleep(0.5)  # readline shows its prompt a moment before it listens for signals
     terminal.type("\x03")
     assert terminal.exit_code() == 130
     assert "Traceback" not in terminal.seen
