@@ -9,6 +9,7 @@ The same command again goes on from the newest checkpoint. README.md says what a
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -39,8 +40,8 @@ from training.metrics import (
     Progress,
     Stopwatch,
     duration,
+    iterate_metrics,
     peak_memory,
-    read_metrics,
     record_provenance,
     start_profiler,
 )
@@ -59,6 +60,7 @@ from training.parallel import (
 
 MAX_BAD_STEPS = 10  # in a row without a finite loss and gradient: the run has diverged
 SAMPLE_TOKENS = 200
+POINTS_DRAWN = 1000  # of loss.png's curve
 
 
 class Trainer:
@@ -361,10 +363,13 @@ class Trainer:
         return [self.inputs.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
 
     def _draw(self) -> None:
-        records = read_metrics(self.directory / "metrics.jsonl")
+        every = max(1, self.step // POINTS_DRAWN)  # of a long run a part, so that memory does not grow with it
+        metrics = iterate_metrics(self.directory / "metrics.jsonl")
+        records = [record for record in metrics if record["split"] != "train" or record["step"] % every == 0]
         source = self.inputs.val.meta.source if self.inputs.val.meta else ""
         lines = losses_to_beat(self.config.data.dir, source, self.inputs.tokenizer.kind)
         draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
+        gc.collect()  # figures refer to themselves: left to Python, dozens of megabytes of them pile up
 
     def _give_up(self) -> None:
         self.checkpoints.wait()

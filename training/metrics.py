@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, last_step: int, config: Config) -> None:
         self._patient, self._waiting = config.checkpoint.on_error == "continue", b""
-        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in iterate_metrics(path) if line["step"] <= last_step)
         os.replace(partial, path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._wandb = None
@@ -73,19 +74,22 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none where there is no file. A last line torn by a crash is left out."""
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, one at a time; none where there is no file. A line torn by a crash is not one."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    return records
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if line.endswith("\n"):  # the torn one is the last and has no end
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl."""
+    return list(iterate_metrics(path))
 
 
 class Progress:
