@@ -81,6 +81,7 @@ def wait_for_step(run, step, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_config, train, cluster, tmp_path):
     """Two nodes of one process: SIGUSR1 before the time limit, then the job once more."""
     changes = {"optim.steps": 300, "optim.lr": 1e-3, "data.batch_tokens": 2048, "checkpoint.keep": 9}
