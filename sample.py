@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a wrong argument need not wait for it
-    import torch
-
     from data.tokenizer import Tokenizer
     from generation import Completion
     from model import GPT
@@ -96,32 +94,17 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def choose_device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        where = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    if where.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = torch.cpu.get_capabilities() if where.type == "cpu" else {}
-        has_bfloat16 = any(present for flag, present in flags.items() if "bf16" in flag)
-    return where, getattr(torch, {True: "bfloat16", False: "float32"}[has_bfloat16] if dtype == "auto" else dtype)
-
-
 def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     """The model and its tokenizer, which must be of one size."""
     from data.tokenizer import load_tokenizer
     from generation import pack_weights
     from model import GPT, locate
     from training.checkpoint import resolve_model
+    from training.device import find_device, find_dtype
 
     directory = locate(resolve_model(args.model))
-    device, dtype = choose_device_and_dtype(args.device, args.dtype)
+    device = find_device(args.device, "--device")
+    dtype = find_dtype(args.dtype, device)
     tokenizer = load_tokenizer(directory)
     model = GPT.from_pretrained(directory, dtype=dtype, device=device)
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -192,11 +192,11 @@ def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
     from eval.peers import load_peer
     from model import GPT, PRESETS, locate
     from training.checkpoint import resolve_model
-    from training.parallel import find_dtype, keep_freed_memory
+    from training.device import find_device, find_dtype, keep_freed_memory
 
     args.model = resolve_model(args.model)
     directory = locate(args.model)
-    device = find_device(args.device)
+    device = find_device(args.device, "--device")
     config = directory / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{args.model} is no model: it has no config.json")
@@ -211,20 +211,6 @@ def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
     if device.type == "cpu":
         keep_freed_memory()
     return model, tokenizer, find_dtype(args.dtype, device)
-
-
-def find_device(name: str) -> torch.device:
-    """The device `--device` stands for, this process' own under torchrun. Raises ValueError where there is none."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 class SavedScores:
@@ -319,7 +305,9 @@ def processes(device_name: str) -> Iterator[tuple[int, int, Callable[[torch.Tens
     import torch
     import torch.distributed as dist
 
-    device = find_device(device_name)
+    from training.device import find_device
+
+    device = find_device(device_name, "--device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -27,9 +27,6 @@ run=$("$PYTHON" -c 'from training.config import parse_config; run = parse_config
 
 rm -f "$run/status.json"  # of the life before: it must not speak for one that never got that far
 
-# A new store of addresses for every restart: in the old one the processes would find those of the dead, and wait for them.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
 # What runs on each node. SIGUSR1 would kill torchrun, which then kills its workers: so torchrun ignores it, and its
 # workers, which are its children and have a handler of their own, are told here. The same on SIGTERM (scancel).
 node='

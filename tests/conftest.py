@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -116,3 +118,42 @@ def write_config(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def launch():
+    """`launch(*command, **environment)`: a process, its output in a pipe; it and its children end with the test."""
+    started = []
+
+    def begin(*command, **environment):
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            parent = psutil.Process(process.pid)
+            for one in (*parent.children(recursive=True), parent):  # torchrun's workers have sessions of their own
+                one.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def wait_for_step():
+    """`wait_for_step(run, step, process)`: until the run has logged the step; a process that ends before has failed."""
+
+    def wait(run, step, process):
+        path = run / "metrics.jsonl"
+        while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+
+    return wait

@@ -19,6 +19,7 @@ import sample
 from data.tokenizer import CharacterTokenizer, load_tokenizer
 from generation import generate
 from model import GPT, GPTConfig
+from training.device import find_dtype
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "éü世"
@@ -260,13 +261,13 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_dtype_of_this_processor():
-    _, dtype = sample.choose_device_and_dtype("cpu", "auto")
+    dtype = find_dtype("auto", torch.device("cpu"))
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "avx512_bf16" in flags or "amx_bf16" in flags:
         assert dtype == torch.bfloat16
     elif "avx2" in flags:
         assert dtype == torch.float32
-    assert sample.choose_device_and_dtype("cpu", "float32")[1] == torch.float32
+    assert find_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

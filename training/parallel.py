@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import GPT
 from training.config import Config, System
+from training.device import find_device, find_dtype, keep_freed_memory
 
 SMALL_MODEL = 10_000_000  # parameters: below, compiling for a CPU costs more than a run gains
 
@@ -67,28 +67,16 @@ def start_processes(system: System) -> Processes:
     Raises ValueError for a device or precision that this machine does not have.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = find_device(system.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = find_device(system.device, "system.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     elif device.type == "cpu":
         keep_freed_memory()
     if world_size > 1:
-        join("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meet(rank, world_size), rank=rank, world_size=world_size)
     return Processes(rank, world_size, device, find_dtype(system.dtype, device))
-
-
-def join(backend: str) -> None:
-    """Join the other processes in one group.
-
-    torchrun keeps its store of addresses when it starts a node's processes again, and who reads there what the dead
-    have left waits for them: every start gets a part of the store for itself. Nodes count their restarts each for
-    itself, so with several nodes torchrun has to be told to make a new store (docs/distributed.md).
-    """
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def meet(rank: int, world_size: int) -> dist.Store:
@@ -118,19 +106,6 @@ def meet(rank: int, world_size: int) -> dist.Store:
     return dist.PrefixStore(attempt, store)
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next one, as CUDA's allocator does.
-
-    By default it gives every large tensor back to the system, which fills its pages with zeros again at the next
-    allocation: about a tenth of a training step on a CPU. Only glibc (Linux) has this setting; others do without.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def stop_processes() -> None:
     """Leave the others in order."""
     if dist.is_initialized():
@@ -140,35 +115,6 @@ def stop_processes() -> None:
 def lost_process(error: RuntimeError) -> bool:
     """Whether an error says that another process is gone, of which NCCL and gloo learn by a broken connection."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `auto`, `cuda`, `mps` or `cpu` stands for here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("system.device is cuda, but PyTorch finds no such device: use cpu, or a CUDA build")
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local_rank} of this node has no GPU of its own: {torch.cuda.device_count()} found"
-            )
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("system.device is mps, but PyTorch finds no Apple GPU: use cpu")
-    return torch.device(name)
-
-
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that `auto`, `bfloat16` or `float32` stands for on a device: bfloat16 where it is fast."""
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = torch.cpu.get_capabilities()
-        fast = device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
 
 
 class Loss(nn.Module):
@@ -191,15 +137,17 @@ class CompiledLoss(nn.Module):
     """A `Loss` that is compiled when it is first called; where that does not work it says so and goes on without."""
 
     def __init__(self, loss: Loss) -> None:
+        from torch._dynamo.exc import TorchDynamoException  # here: it takes a second to import
+
         super().__init__()
-        self.loss = loss
+        self.loss, self._cannot_compile = loss, TorchDynamoException
         self._compiled: Callable[[Tensor, Tensor], Tensor] | None = torch.compile(loss.forward, dynamic=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self._compiled is not None:
             try:
                 return self._compiled(inputs, targets)
-            except Exception as error:  # of Dynamo, Inductor, a C++ compiler; what is wrong in the model comes again
+            except self._cannot_compile as error:  # Dynamo, Inductor or its C++ compiler; what the model raises goes on
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 print(f"compiling fell back to PyTorch's own operators, which is slower: {reason}", file=sys.stderr)
                 self._compiled = None

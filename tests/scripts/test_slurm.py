@@ -1,15 +1,13 @@
 """scripts/slurm.sh around a real torchrun, with an srun and a scontrol that do on one machine what Slurm's do."""
 
+import itertools
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -36,7 +34,7 @@ esac
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path, launch):
     """`cluster(nodes, *arguments)`: scripts/slurm.sh as sbatch would start it."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -46,43 +44,22 @@ def cluster(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
+    starts = itertools.count()
 
     def sbatch(nodes, *arguments):
         environment = {
             "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "PROCESSES": "1", "PORT": str(port),
             "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "here[1-2]",
-            "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": str(len(started)),
-            "REQUEUED": str(tmp_path / "requeued"), "OMP_NUM_THREADS": "1",
+            "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": str(next(starts)),
+            "REQUEUED": str(tmp_path / "requeued"),
         }  # fmt: skip
-        process = subprocess.Popen(
-            ["bash", str(ROOT / "scripts/slurm.sh"), *map(str, arguments)],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
+        return launch("bash", ROOT / "scripts/slurm.sh", *arguments, **environment)
 
-    yield sbatch
-    for process in started:
-        if process.poll() is None:
-            script = psutil.Process(process.pid)
-            for one in (*script.children(recursive=True), script):  # torchrun's workers have sessions of their own
-                one.kill()
-        process.communicate()
-
-
-def wait_for_step(run, step, process):
-    path = run / "metrics.jsonl"
-    while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+    return sbatch
 
 
 @pytest.mark.slow
-def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_config, train, cluster, tmp_path):
+def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_config, cluster, wait_for_step, tmp_path):
     """Two nodes of one process: SIGUSR1 before the time limit, then the job once more."""
     changes = {"optim.steps": 300, "optim.lr": 1e-3, "data.batch_tokens": 2048, "checkpoint.keep": 9}
     config = write_config(tiny_run("preempted", **changes))
@@ -138,18 +115,15 @@ def test_a_job_that_fails_is_not_requeued(tiny_run, write_config, cluster, tmp_p
 
 
 @pytest.mark.slow
-def test_two_nodes_as_the_walk_through_has_it(tiny_run, write_config, tmp_path):
+def test_two_nodes_as_the_walk_through_has_it(tiny_run, write_config, launch, tmp_path):
     config = write_config(tiny_run("nodes"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
-             "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc_per_node=1", "train.py",
-             "--config", str(config)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
+        launch(
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc_per_node=1", "train.py", "--config", config,
         )
         for rank in (0, 1)
     ]  # fmt: skip

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 
@@ -13,7 +11,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
+from model import GPT, GPTConfig
 from training.metrics import read_metrics
 from training.parallel import CompiledLoss, Loss
 
@@ -115,42 +115,10 @@ def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same
         assert json.loads((continued / "provenance.json").read_text())[-1]["resumed_at_step"] == 12
 
 
-@pytest.fixture
-def launch():
-    """`launch(*arguments)`: a process with its output in a pipe; it and its children end with the test."""
-    started = []
-
-    def begin(*arguments, **environment):
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            agent = psutil.Process(process.pid)
-            for one in (*agent.children(recursive=True), agent):  # torchrun's workers have sessions of their own
-                one.kill()
-        process.communicate()
-
-
 def workers(agent):
     """torchrun's workers, by rank."""
     children = [(child, child.environ()) for child in psutil.Process(agent.pid).children()]
     return {int(environment["RANK"]): child for child, environment in children if "RANK" in environment}
-
-
-def wait_for_step(run, step, process):
-    path = run / "metrics.jsonl"
-    while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
 
 
 def long_run(tiny_run, name, steps=120):
@@ -158,11 +126,11 @@ def long_run(tiny_run, name, steps=120):
     return tiny_run(name, **changes)
 
 
-def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_config, launch):
+def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_config, launch, wait_for_step):
     """Twice: the second process, then in the next life the first, which writes."""
     config = long_run(tiny_run, "elastic")
     run = write_config(config).parent / "runs" / "elastic"
-    agent = launch(*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py",
+    agent = launch(sys.executable, *TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py",
                    "--config", write_config(config))  # fmt: skip
     for step, rank in ((25, 1), (60, 0)):
         wait_for_step(run, step, agent)
@@ -177,14 +145,17 @@ def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_confi
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, 121))
 
 
-def test_a_process_that_fails_takes_the_others_down_with_its_own_message(tiny_run, write_config, launch, verses):
+def test_a_process_that_fails_takes_the_others_down_with_its_own_message(
+    tiny_run, write_config, launch, wait_for_step, verses
+):
     """A shard vanishes under the second of two processes; the first waits for gradients that never come."""
     dataset = shutil.copytree(verses, write_config(tiny_run("x")).parent / "vanishing")
     config = long_run(tiny_run, "fails", steps=100_000)
     config.data.dir = str(dataset)
     run = write_config(config).parent / "runs" / "fails"
-    agent = launch(*TORCHRUN, "--standalone", "--nproc_per_node=2", "tests/training/lose_a_shard.py", "1", "20",
-                   "--config", write_config(config), PYTHONPATH=".")  # fmt: skip
+    agent = launch(sys.executable, *TORCHRUN, "--standalone", "--nproc_per_node=2",
+                   "tests/training/lose_a_shard.py", "1", "20", "--config", write_config(config),
+                   PYTHONPATH=".")  # fmt: skip
     wait_for_step(run, 20, agent)
     began = time.monotonic()
     output, _ = agent.communicate(timeout=120)
@@ -195,17 +166,26 @@ def test_a_process_that_fails_takes_the_others_down_with_its_own_message(tiny_ru
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
 
 
-def test_compiling_that_does_not_work_falls_back_and_says_so(monkeypatch, capsys):
-    from model import GPT, GPTConfig
+def compiled_loss(monkeypatch, error):
+    """A small model's loss, the compiled form of which raises `error`, the plain one, and ids to call them with."""
 
     def broken(*arguments, **options):
-        raise RuntimeError("no such compiler: nowhere++")
+        raise error
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=1, n_embd=4)).train()
-    ids = torch.randint(7, (2, 4))
-    loss = CompiledLoss(Loss(model))
-    assert torch.equal(loss(ids, ids), Loss(model)(ids, ids))
-    assert torch.equal(loss(ids, ids), Loss(model)(ids, ids))
+    loss = Loss(GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=1, n_embd=4)).train())
+    return CompiledLoss(loss), loss, torch.randint(7, (2, 4))
+
+
+def test_compiling_that_does_not_work_falls_back_and_says_so(monkeypatch, capsys):
+    loss, plain, ids = compiled_loss(monkeypatch, TorchDynamoException("no such compiler: nowhere++"))
+    assert torch.equal(loss(ids, ids), plain(ids, ids))
+    assert torch.equal(loss(ids, ids), plain(ids, ids))
     assert capsys.readouterr().err.count("compiling fell back") == 1
+
+
+def test_what_goes_wrong_in_a_compiled_step_is_not_taken_for_the_compilers_fault(monkeypatch):
+    loss, _, ids = compiled_loss(monkeypatch, torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        loss(ids, ids)
