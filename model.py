@@ -450,10 +450,11 @@ def loss_and_gradients(
     # fp32 is needed of a few rows at a time: as many as a CPU's cache nearly holds, or a GPU takes in one launch
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # the logits of a small batch do not exist at once either
+    buffer = head.new_empty(rows, len(weight))
     for first in range(0, len(x), rows or 1):
         chunk = slice(first, first + rows)
         x_rows = x[chunk].to(dtype)
-        logits = x_rows @ head.T
+        logits = torch.mm(x_rows, head.T, out=buffer[: len(x_rows)])
         for part, target in zip(logits.split(softmax_rows), targets[chunk].split(softmax_rows), strict=True):
             counts = (target != IGNORE_INDEX).unsqueeze(1)
             target = target.unsqueeze(1).clamp(min=0)

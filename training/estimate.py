@@ -58,11 +58,11 @@ def estimate_memory(
     of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
     kept = shape.n_layer * (4 if recompute else of_a_block) + 2 * 4  # and both sides of ln_f
     # At a time, either one block goes backward (the gradient of GELU's output beside that output, or the gradient
-    # of its input, each 4 wide; two gradients of the stream), or the loss is computed, with two chunks of logits, the
-    # one before being there until the next is, and on CPU 64 rows of them in float32.
+    # of its input, each 4 wide; two gradients of the stream), or the loss is computed, with a chunk of logits, and on
+    # CPU 64 rows of them in float32.
     backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
     chunk = min(-(-tokens // 2), MATMUL_ROWS) * shape.vocab_size
-    loss = 2 * chunk * size + 64 * shape.vocab_size * 4
+    loss = chunk * size + 64 * shape.vocab_size * 4
     head = 4 * shape.vocab_size * width  # its gradient waits for the embedding's, which comes last
     # Products in less than float32 have copies of the weights. FSDP gathers a block at a time, the next one ahead, and
     # embeddings and head, which are not in a block; gradients stay whole until the last micro-batch.
