@@ -15,8 +15,6 @@ from torch.optim import AdamW, Optimizer
 from model import GPT
 from training.config import Optim
 
-FIRST_MUON_MOMENTUM = 0.85  # from which it is warmed up
-
 
 class Muon(Optimizer):
     """Momentum, orthogonalised: a matrix moves as far in every direction that its gradients agree on (Jordan et al.
@@ -28,10 +26,10 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, fused: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float, momentum: float
+        self, stacked: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float, momentum: float
     ) -> None:
-        """`fused` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape."""
-        groups = [{"params": list(fused), "fused": True}, {"params": list(others), "fused": False}]
+        """`stacked` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape."""
+        groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -41,7 +39,7 @@ class Muon(Optimizer):
             # the large ones first, in turn over the processes, so that all have about as much to do
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
             updates = [self._nesterov(p, group["momentum"]) for p in parameters]
-            updates = [u.view(-1, u.size(1), u.size(1)) if group["fused"] else u[None] for u in updates]
+            updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u[None] for u in updates]
             share_out(updates)
             for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = update.shape[-2:]
@@ -105,9 +103,9 @@ def make_optimizers(model: GPT, config: Optim) -> list[Optimizer]:
     if config.name == "muon":
         matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")}
         parameters = {name: p for name, p in parameters.items() if name not in matrices}
-        fused = [p for name, p in matrices.items() if name.endswith("attn.c_attn.weight")]
+        stacked = [p for name, p in matrices.items() if name.endswith("attn.c_attn.weight")]
         others = [p for name, p in matrices.items() if not name.endswith("attn.c_attn.weight")]
-        optimizers.append(Muon(fused, others, config.muon_lr, config.weight_decay, config.muon_momentum))
+        optimizers.append(Muon(stacked, others, config.muon_lr, config.weight_decay, config.muon_momentum))
     decayed = [p for p in parameters.values() if p.dim() >= 2]
     others = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
