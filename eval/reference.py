@@ -112,14 +112,20 @@ def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} cannot be read ({error}): delete it, and save the reference again") from None
 
 
+def published_losses(source: str) -> dict[str, float]:
+    """The released models' validation losses on a data set, in nats a token, by model; empty where none are known."""
+    # the longest name first: "fineweb" stands in fineweb-edu's source too, and its losses are others
+    corpora = sorted(VALIDATION_LOSS, key=len, reverse=True)
+    corpus = next((name for name in corpora if name.removesuffix("-10b") in source), None)
+    return VALIDATION_LOSS[corpus].figures if corpus else {}
+
+
 def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[tuple[str, float]]:
     """(whose, nats a token) of the lines to draw beside a run on a data set: the figures kept beside it for the same
     `tokenizer`, and for the released 124M, where it was not measured here, the published one for the source."""
     kept = read_references(directory)
     lines = [(name, float(figures["loss"])) for name, figures in kept.items() if figures["tokenizer"] == tokenizer]
-    # the longest name first: "fineweb" stands in fineweb-edu's source too, and its losses are others
-    corpora = sorted(VALIDATION_LOSS, key=len, reverse=True)
-    corpus = next((name for name in corpora if name.removesuffix("-10b") in source), None)
-    if "gpt2" not in kept and tokenizer == "gpt2" and corpus is not None:
-        lines.append(("gpt2, published", VALIDATION_LOSS[corpus].figures["gpt2"]))
+    released = published_losses(source)
+    if "gpt2" not in kept and tokenizer == "gpt2" and "gpt2" in released:
+        lines.append(("gpt2, published", released["gpt2"]))
     return lines

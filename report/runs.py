@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from data.shards import read_meta
-from eval.reference import VALIDATION_LOSS, losses_to_beat, published
+from eval.reference import losses_to_beat, published, published_losses
 from model import PRESETS
 from training.metrics import duration, read_metrics
 
@@ -125,14 +125,6 @@ def _validation(config: dict[str, Any]) -> tuple[str, ValidationSet, list[tuple[
     known = {name.removesuffix(", published") for name, _ in levels}
     levels += [(f"{name}, published", loss) for name, loss in table.items() if name not in known]
     return source, validation, levels
-
-
-def published_losses(source: str) -> dict[str, float]:
-    """The released models' losses on a data set, by model, as published; empty where none are known."""
-    # the longest name first: "fineweb" stands in fineweb-edu's source too, and its losses are others
-    corpora = sorted(VALIDATION_LOSS, key=len, reverse=True)
-    corpus = next((name for name in corpora if name.removesuffix("-10b") in source), None)
-    return VALIDATION_LOSS[corpus].figures if corpus else {}
 
 
 def _samples(path: Path) -> Iterator[tuple[str, list[str]]]:
