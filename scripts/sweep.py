@@ -4,7 +4,7 @@
 
 Every combination of the values given with --vary is trained with every seed, one after another, each a run of its own
 under --dir; a run that is finished already is read and not repeated. The last column is what reruns the row: after
-`--config ... --vary`. docs/recipes.md holds such rows.
+`--config ... --vary`. docs/recipes.md has such rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from training.parallel import start_processes
 def finish(arguments: list[str]) -> Path:
     """Train the run that these arguments of train.py describe to its end; returns its directory."""
     config = parse_config(arguments)
+    if not config.eval.every:
+        raise ValueError("eval.every is 0: without a validation there is nothing to compare by")
     trainer = Trainer(config, start_processes(config.system))
     try:
         if trainer.run() != "finished":
@@ -37,18 +39,8 @@ def first_below(records: list[dict], loss: float) -> int | None:
     return next((r["tokens"] for r in records if r["split"] == "val" and r["loss"] <= loss), None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts.sweep", description="Train one configuration in several ways.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
-    parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
-    parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
-    parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")
-    arguments = parser.parse_args()
-    for field in arguments.vary:
-        if "=" not in field:
-            parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
-
+def table(arguments: argparse.Namespace) -> str:
+    """Train what is not trained yet; the rows, in Markdown."""
     choices = [
         [(name, value) for value in values.split(",")]
         for name, _, values in (field.partition("=") for field in arguments.vary)
@@ -78,8 +70,27 @@ def main() -> None:
             ]
         )
     heads = ["final loss", "each seed", *(f"tokens to {loss}" for loss in arguments.losses), "seconds", "varied"]
-    for row in [heads, ["---"] * len(heads), *rows]:
-        print("| " + " | ".join(row) + " |")
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts.sweep", description="Train one configuration in several ways.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
+    parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
+    parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")
+    arguments = parser.parse_args()
+    for field in arguments.vary:
+        if "=" not in field:
+            parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
+
+    try:
+        print(table(arguments))
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "the same command goes on from here\n")
 
 
 if __name__ == "__main__":

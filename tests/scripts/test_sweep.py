@@ -1,0 +1,42 @@
+"""A sweep trains each combination once, and its table says what the runs' own logs say."""
+
+import statistics
+
+import pytest
+
+from training.metrics import read_metrics
+
+
+@pytest.fixture
+def sweep(tiny_run, write_config, python, tmp_path):
+    """`sweep(*arguments, **changes)`: the script on a tiny run, its runs in tmp_path / "swept"."""
+
+    def run(*arguments, check=True, **changes):
+        config = write_config(tiny_run("x", **{"optim.steps": 6, "eval.every": 3} | changes))
+        return python("-m", "scripts.sweep", "--config", config, "--dir", tmp_path / "swept", *arguments, check=check)
+
+    return run
+
+
+def test_each_combination_and_seed_is_a_row_of_its_runs_figures(sweep, tmp_path):
+    arguments = ("--seeds", 1, 2, "--vary", "optim.lr=1e-4,1e-2", "--losses", 9.0, 0.1)
+    table = [line for line in sweep(*arguments).stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 2
+    for line, lr in zip(table[2:], ("1e-4", "1e-2"), strict=True):
+        runs = [read_metrics(tmp_path / "swept" / f"x-lr_{lr}-seed_{seed}" / "metrics.jsonl") for seed in (1, 2)]
+        finals = [next(r["loss"] for r in reversed(run) if r["split"] == "val") for run in runs]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == f"{statistics.median(finals):.4f}"
+        assert cells[1] == " ".join(f"{loss:.4f}" for loss in finals)
+        assert cells[2:4] == ["0", "never"]  # below 9 nats before the first step, and never below 0.1
+        assert cells[-1] == f"`optim.lr={lr}`"
+    before = (tmp_path / "swept" / "x-lr_1e-4-seed_1" / "metrics.jsonl").read_bytes()
+    assert [line for line in sweep(*arguments).stdout.splitlines() if line.startswith("|")] == table
+    assert (tmp_path / "swept" / "x-lr_1e-4-seed_1" / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_cannot_be_swept_is_said(sweep):
+    assert "expected FIELD=VALUE" in sweep("--vary", "optim.lr", check=False).stderr
+    result = sweep(check=False, **{"eval.every": 0})
+    assert result.returncode == 2
+    assert "eval.every is 0" in result.stderr
