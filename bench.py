@@ -154,8 +154,6 @@ def decode_nanogpt(directory: str) -> Run:
 
 
 def loader_ours() -> Run:
-    import tempfile
-
     import numpy as np
 
     from data.loader import Loader
@@ -190,7 +188,7 @@ def hellaswag_ours(dtype: str) -> Run:
     from eval.hellaswag import completion
     from eval.likelihood import log_likelihoods
     from model import GPT, GPTConfig
-    from training.parallel import keep_freed_memory
+    from training.device import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -228,24 +226,7 @@ def hellaswag_build_nanogpt(directory: str) -> Run:
 # ---- text to shards, gpt2 tokens, from reading to writing
 
 # Code, markup and prose, by the names of files.
-CODE = {
-    ".py",
-    ".pyi",
-    ".pyx",
-    ".c",
-    ".h",
-    ".hpp",
-    ".cpp",
-    ".cu",
-    ".cuh",
-    ".js",
-    ".ts",
-    ".sh",
-    ".pl",
-    ".pm",
-    ".java",
-    ".rs",
-}
+CODE = {".py", ".pyi", ".pyx", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".js", ".ts", ".sh", ".pl", ".java", ".rs"}
 MARKUP = {".html", ".xml", ".svg", ".css", ".json", ".ipynb", ".toml", ".yaml", ".yml", ".cmake", ".po"}
 PROSE = {".txt", ".md", ".rst", ".tex"}
 
@@ -520,7 +501,7 @@ def bench_hellaswag(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """As eval.run does it by itself, and in the other dtype too."""
     import torch
 
-    from training.parallel import find_dtype
+    from training.device import find_dtype
 
     default = str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     contestants: dict[str, tuple[Callable[..., Run], tuple]] = {"ours": (hellaswag_ours, (default,))}

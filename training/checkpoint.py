@@ -66,7 +66,9 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     try:
         tensors = load_file(directory / OPTIMIZER)
     except SafetensorError as error:
-        raise ValueError(f"{directory / OPTIMIZER} is not a safetensors file ({error})") from None
+        raise ValueError(
+            f"{directory / OPTIMIZER} is not a safetensors file ({error}): delete {directory}, and go on without it"
+        ) from None
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor

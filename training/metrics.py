@@ -14,15 +14,17 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from data.shards import write_json
-from training.config import Config
-from training.parallel import Processes
+
+if TYPE_CHECKING:  # their imports take a second that reading metrics does without
+    from training.config import Config
+    from training.parallel import Processes
 
 
 class MetricsLog:
