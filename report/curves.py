@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 
 if TYPE_CHECKING:
@@ -28,9 +27,7 @@ def draw_loss(
 
     `references` are losses on the same validation set to beat, each (whose, nats a token), drawn as level lines.
     """
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     train = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "train" and m["loss"] is not None]
     val = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "val"]
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
@@ -58,9 +55,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
     """Write a PNG of a chart of the report; `names` are those of the runs."""
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     kinds = {"step": "each step", "mean": "running mean"}
     named: set[str] = set()
@@ -87,14 +82,26 @@ def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
     _save(figure, axes, path, tokens=chart.x == "tokens")
 
 
+def _pyplot() -> Any:
+    """Imported when something is drawn: `train.py --help` need not wait for it."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _draw_levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
     for (name, value), style in zip(levels, itertools.cycle(["--", ":", "-.", (0, (1, 4))])):
         axes.axhline(value, color="black", linewidth=1, linestyle=style, label=f"{name} ({value:.4f})")
 
 
 def _save(figure: Figure, axes: Axes, path: Path, *, tokens: bool) -> None:
+    from matplotlib.ticker import EngFormatter
+
     if tokens:
-        axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     entries = axes.get_legend_handles_labels()[1]
     if entries:  # below the axes: to look for the best place among many points takes seconds
@@ -103,4 +110,4 @@ def _save(figure: Figure, axes: Axes, path: Path, *, tokens: bool) -> None:
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)  # whoever has the picture open never sees half of it
-    mpl.pyplot.close(figure)
+    _pyplot().close(figure)
