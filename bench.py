@@ -156,7 +156,7 @@ def decode_nanogpt(directory: str) -> Run:
 def loader_ours() -> Run:
     import numpy as np
 
-    from data.loader import Loader
+    from data.loader import Loader, TokenWindows
     from data.shards import MAGIC, VERSION, open_split
 
     directory = Path(tempfile.mkdtemp())
@@ -164,8 +164,8 @@ def loader_ours() -> Run:
     header[:3] = MAGIC, VERSION, 10_000_000
     tokens = np.random.default_rng(0).integers(VOCAB, size=10_000_000, dtype=np.uint16)
     (directory / "train_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    split = open_split(directory, "train")
-    loader = Loader(split, batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_size=VOCAB, seed=0)
+    windows = TokenWindows(open_split(directory, "train"), 1024, VOCAB)
+    loader = Loader(windows, batch_tokens=524288, micro_batch=64, seed=0)
     return lambda: [next(loader) for _ in range(10)]
 
 

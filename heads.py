@@ -94,6 +94,7 @@ class SequenceClassifier(nn.Module):
         if strategy not in ("last", "all", "token"):
             raise ValueError(f"strategy is {strategy!r}, expected 'last', 'all' or 'token'")
         self.gpt, self.num_labels, self.strategy = gpt, num_labels, strategy
+        self.labels = [f"LABEL_{index}" for index in range(num_labels)]  # the classes' names
         self.max_length = gpt.config.block_size if max_length is None else max_length
         if strategy == "all" and not 1 <= self.max_length <= gpt.config.block_size:
             raise ValueError(f"max_length is {max_length}, expected 1 to block_size {gpt.config.block_size}")
@@ -167,21 +168,23 @@ class SequenceClassifier(nn.Module):
         directory = locate(name_or_dir)
         gpt = read_trunk(directory)
         fields = read_json(directory / "config.json")
-        num_labels = len(fields.get("id2label") or ("LABEL_0", "LABEL_1"))  # transformers leaves two classes out
+        labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these out
+        num_labels = len(labels)
         if fields.get("problem_type") == "regression" and num_labels > 1:
             raise ValueError(f"{directory}: a regression of {num_labels} values; here a regression has one")
         with torch.device("meta"):
             strategy = fields.get("classifier_strategy", "last")
             model = cls(gpt, num_labels, strategy, fields.get("classifier_max_length"))
         load_weights(model, directory, dtype=dtype, device=device)
+        model.labels = [label for _, label in sorted(labels.items(), key=lambda item: int(item[0]))]
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, eos_token_id: int | None = None) -> None:
         """Write the classifier as transformers writes a GPT2ForSequenceClassification, which with `last` it is."""
-        labels = [f"LABEL_{index}" for index in range(self.num_labels)]
         fields: dict[str, Any] = {}
-        if self.num_labels != 2:
-            fields = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        if self.labels != ["LABEL_0", "LABEL_1"]:
+            numbers = {label: i for i, label in enumerate(self.labels)}
+            fields = {"id2label": dict(enumerate(self.labels)), "label2id": numbers}
         if self.strategy != "last":
             fields |= {"classifier_strategy": self.strategy, "classifier_max_length": self.max_length}
         architecture = "GPT2ForSequenceClassification" if self.strategy == "last" else type(self).__name__

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,13 @@ class Trainer:
         }
         self.step, self.seconds, self.skipped_steps, self.save_seconds = 0, 0.0, 0, 0.0
         self.val_loss: float | None = None  # of this step; None where it was not measured
+        self.best: tuple[float, int] | None = None  # lowest validation loss, and the step it was measured after
         state: dict[str, Any] = {}
         if checkpoint is not None:
             state = read_state(checkpoint)
             refuse_changes(state["identity"], self.identity, allow=config.run.allow_changes)
             self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
+            self.best = state.get("best")
         self.model = make_model(shape, source, config.run.seed)
 
         # free memory differs between processes and moments: all, and a run gone on with, must decide the same
@@ -112,9 +115,7 @@ class Trainer:
         self.loader = Loader(
             inputs.train,
             batch_tokens=config.data.batch_tokens,
-            sequence_length=config.data.sequence_length,
             micro_batch=self.micro_batch,
-            vocab_size=inputs.tokenizer.vocab_size,
             seed=config.run.seed,
             shuffle=config.data.shuffle,
             start_step=self.step,
@@ -131,11 +132,11 @@ class Trainer:
         tokens = config.optim.steps * config.data.batch_tokens
         self.progress.say(
             f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
-            f"{tokens / inputs.train.n_tokens:.2f} epochs of {config.data.dir}\n"
+            f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}\n"
             f"{processes.world_size} x {processes.device.type}, {str(processes.dtype).removeprefix('torch.')}, "
             f"micro-batches of {self.micro_batch} x {config.data.sequence_length}, "
             f"{'compiled' if compiled else 'not compiled'} ({reason})"
-            + "".join(f"\nwarning: {warning}" for warning in warnings(config, inputs.train.n_tokens))
+            + "".join(f"\nwarning: {warning}" for warning in warnings(config, inputs))
             + (f"\ngoing on from {checkpoint}" if checkpoint is not None else "")
         )
 
@@ -147,26 +148,32 @@ class Trainer:
         if self.step == 0 and config.eval.every:
             self.validate()
         profiler = start_profiler(self.directory / "trace.json") if profile and self.processes.is_main else None
-        while self.step < config.optim.steps and not stopping:
+        while not self.done and not stopping:
             minutes = (time.monotonic() - last_save) / 60
             save_asked = 0 < config.checkpoint.every_minutes <= minutes
             finite, stopping, save_asked = self.train_step(stop.asked, save_asked)
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
                 self._give_up()
-            last = self.step == config.optim.steps
-            if config.eval.every and (last or due(self.step, config.eval.every)):
+            if config.eval.every and (self.done or due(self.step, config.eval.every)):
                 self.validate()
-            if last or stopping or (finite and (save_asked or due(self.step, config.checkpoint.every))):
+            if self.done or stopping or (finite and (save_asked or due(self.step, config.checkpoint.every))):
                 self.save()
                 last_save = time.monotonic()
             if profiler is not None:
                 profiler.step()
         if profiler is not None:
             profiler.stop()
-        status = "finished" if self.step == config.optim.steps else "preempted"
+        status = "finished" if self.done else "preempted"
         self._conclude(status)
         return status
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is taken, or eval.patience validations in a row found no lower loss."""
+        patience = self.config.eval.patience * self.config.eval.every
+        impatient = patience > 0 and self.best is not None and self.step - self.best[1] >= patience
+        return impatient or self.step == self.config.optim.steps
 
     def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
         """One optimizer step over a global batch.
@@ -185,14 +192,13 @@ class Trainer:
         micro_batches = next(self.loader)
         clock.lap("data")
         loss_sum = torch.zeros((), device=processes.device)
-        for i, (inputs, targets, n_tokens) in enumerate(micro_batches, 1):
+        for i, (inputs, targets, share) in enumerate(micro_batches, 1):
             synchronise_gradients(self.loss_function, model, i == len(micro_batches))
             inputs = inputs.to(processes.device, non_blocking=True)
             targets = targets.to(processes.device, non_blocking=True)
             with processes.autocast():
                 loss = self.loss_function(inputs, targets)
-            # Every token weighs the same: gradients add up over micro-batches, and are averaged over processes.
-            share = n_tokens / config.data.batch_tokens
+            # Every target weighs the same: gradients add up over micro-batches, and are averaged over processes.
             (loss * (share * processes.world_size)).backward()
             loss_sum += loss.detach() * share
         norm = clip_gradients(model, config.optim.grad_clip)
@@ -220,8 +226,6 @@ class Trainer:
             model,
             self.inputs.val,
             self.inputs.tokenizer.token_bytes(),
-            tokens=config.eval.tokens,
-            sequence_length=config.data.sequence_length,
             micro_batch=self.micro_batch,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -243,6 +247,8 @@ class Trainer:
         free_gathered_weights(model)
         model.train()
         self.val_loss = result.loss
+        if self.best is None or result.loss < self.best[0]:
+            self.best = result.loss, self.step
         if self.metrics is None:
             return
         tokens = self.step * config.data.batch_tokens
@@ -270,6 +276,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "skipped_steps": self.skipped_steps,
                 "val_loss": self.val_loss,
+                "best": self.best,
                 "processes": self.processes.world_size,
                 "micro_batch": self.micro_batch,
                 "identity": self.identity,
@@ -341,18 +348,18 @@ class Trainer:
         self.progress.update(self.step, loss, rate)
 
     def _sample(self) -> list[str]:
-        """Texts from end-of-text on, with the same seed each time, so that one sees the model change."""
-        n = self.config.eval.samples
+        """Texts from end-of-text or from given prompts on, with the same seed each time: one sees the model change."""
+        n, block_size = self.config.eval.samples, self.model.config.block_size
         if n == 0:
             return []
-        device, eot = self.processes.device, self.inputs.tokenizer.eot
-        start = torch.full((n, 1), eot, device=device)
-        new = min(SAMPLE_TOKENS, self.model.config.block_size - 1)
-        generator = torch.Generator(device).manual_seed(self.config.run.seed)
+        eot = self.inputs.tokenizer.eot
+        prompts = [prompt[-(block_size // 2) :] for prompt in islice(cycle(self.inputs.prompts), n)]
+        new = min(SAMPLE_TOKENS, block_size - max(map(len, prompts)))
+        generator = torch.Generator(self.processes.device).manual_seed(self.config.run.seed)
         with self.processes.autocast():
             ids = generate(
                 self.model,
-                start,
+                prompts,
                 max_new_tokens=new,
                 do_sample=True,
                 top_k=min(50, self.model.config.vocab_size),
@@ -366,8 +373,7 @@ class Trainer:
         every = max(1, self.step // POINTS_DRAWN)  # of a long run a part, so that memory does not grow with it
         metrics = iterate_metrics(self.directory / "metrics.jsonl")
         records = [record for record in metrics if record["split"] != "train" or record["step"] % every == 0]
-        source = self.inputs.val.meta.source if self.inputs.val.meta else ""
-        lines = losses_to_beat(self.config.data.dir, source, self.inputs.tokenizer.kind)
+        lines = losses_to_beat(self.config.data.dir, self.inputs.val.source, self.inputs.tokenizer.kind)
         draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
         gc.collect()  # figures refer to themselves: left to Python, dozens of megabytes of them pile up
 
@@ -389,6 +395,8 @@ class Trainer:
         self._draw()
         write_json(self.directory / "status.json", {"status": status, "step": self.step})
         print(f"{status} after step {self.step}, {duration(self.seconds)} of training: {self.directory}")
+        if best := self.checkpoints.best():
+            print(f"lowest validation loss, {best[0]:.4f}: {best[1]}")
 
     def fail(self) -> None:
         """Leave word of a failure in status.json."""

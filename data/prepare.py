@@ -65,7 +65,10 @@ def make_tokenizer(kind: str, source: Source, validation: Validation) -> Tokeniz
 
 @dataclass(frozen=True)
 class Job:
-    """What the bytes of a dataset depend on, and where it goes. `part` is (index from 1, count)."""
+    """What the bytes of a dataset depend on, and where it goes. `part` is (index from 1, count).
+
+    `tokenizer` is the kind, and `given` one that there is already; None to make it, or to take GPT-2's.
+    """
 
     source: Source
     out: Path
@@ -73,6 +76,7 @@ class Job:
     validation: Validation
     shard_tokens: int
     part: tuple[int, int] = (1, 1)
+    given: Tokenizer | None = None
 
     @property
     def files(self) -> range:
@@ -125,9 +129,9 @@ def _prepare(job: Job, workers: int | None) -> DatasetMeta:
     if "tokenizer_sha256" in progress:
         tokenizer = load_tokenizer(job.out)
     else:
-        if job.tokenizer != "gpt2":
+        if job.tokenizer != "gpt2" and not job.given:
             print(f"making a {job.tokenizer} tokenizer from the text ...", file=sys.stderr)
-        tokenizer = make_tokenizer(job.tokenizer, job.source, job.validation)
+        tokenizer = job.given or make_tokenizer(job.tokenizer, job.source, job.validation)
         tokenizer.save(job.out)
         progress["tokenizer_sha256"] = tokenizer.fingerprint
         write_json(job.out / PROGRESS_FILE, progress)
@@ -170,6 +174,9 @@ def _begin(job: Job) -> dict[str, Any] | None:
         raise ValueError(
             f"{job.out} was prepared with other options ({changed}): choose another --out, or delete it to start again"
         )
+    used = meta.tokenizer_sha256 if meta and progress is None else (progress or {}).get("tokenizer_sha256")
+    if job.given and used not in (None, job.given.fingerprint):
+        raise ValueError(f"{job.out} was prepared with another {job.tokenizer} tokenizer: choose another --out")
     return progress
 
 
@@ -342,7 +349,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Turn text into token shards.")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the dataset goes")
-    shared.add_argument("--tokenizer", default="gpt2", metavar="KIND", help="gpt2 (default), char, or bpe:N")
+    shared.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="KIND|DIR",
+        help="gpt2 (default), char, bpe:N; or as a dataset or checkpoint has it",
+    )
     held_out = shared.add_mutually_exclusive_group()
     held_out.add_argument(
         "--val-fraction", type=_fraction, metavar="F", help="share of the documents held out, by hash (default 0.01)"
@@ -389,7 +401,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(arguments: argparse.Namespace) -> Job:
-    parse_kind(arguments.tokenizer)
+    given = load_tokenizer(arguments.tokenizer) if Path(arguments.tokenizer).is_dir() else None
+    kind = given.kind if given else arguments.tokenizer
+    parse_kind(kind)
     if arguments.command == "text":
         options = Options(arguments.text_key, arguments.separator, arguments.strict)
         source = text_source(arguments.files, options)
@@ -420,10 +434,10 @@ def _job(arguments: argparse.Namespace) -> Job:
     else:
         fraction = 0.01 if arguments.val_fraction is None else arguments.val_fraction
         validation = Validation(f"{fraction:g} of the documents by hash", fraction)
-    if validation.tokens and (count > 1 or (arguments.val and arguments.tokenizer.startswith("bpe"))):
+    if validation.tokens and (count > 1 or (arguments.val and kind.startswith("bpe") and not given)):
         raise ValueError("--val-tokens and --val first-shard need the whole source in order: use --val-fraction here")
     out = part_directory(arguments.out, arguments.part)
-    return Job(source, out, arguments.tokenizer, validation, arguments.shard_tokens, arguments.part)
+    return Job(source, out, kind, validation, arguments.shard_tokens, arguments.part, given)
 
 
 def _report(out: Path, meta: DatasetMeta) -> None:

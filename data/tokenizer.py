@@ -342,7 +342,7 @@ def parse_kind(kind: str) -> int | None:
         return None
     match = re.fullmatch(r"bpe:(\d+)", kind)
     if not match:
-        raise ValueError(f"unknown tokenizer {kind!r}: expected gpt2, char or bpe:N")
+        raise ValueError(f"unknown tokenizer {kind!r}: expected gpt2, char, bpe:N, or a directory that has one")
     size = int(match[1])
     if not 257 <= size <= MAX_VOCAB_SIZE:
         raise ValueError(

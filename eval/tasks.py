@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.loader import TokenWindows
 from data.shards import ShardWriter, open_split
 from data.tokenizer import load_tokenizer
 from eval import hellaswag, lambada
@@ -216,13 +217,12 @@ def run_loss(args: argparse.Namespace, subject: Subject) -> Outcome:
             writer.write(tokens)
             writer.finish()
             directory, n_tokens = Path(temporary), len(tokens)
+        windows = TokenWindows(open_split(directory, "val"), sequence_length, tokenizer.vocab_size, tokens=n_tokens)
         with subject.autocast():
             result = split_loss(
                 subject.model,
-                open_split(directory, "val"),
+                windows,
                 tokenizer.token_bytes(),
-                tokens=n_tokens,
-                sequence_length=sequence_length,
                 micro_batch=subject.batch_size,
                 rank=subject.rank,
                 world_size=subject.world_size,

@@ -120,6 +120,11 @@ class Checkpoints:
             )
         return None
 
+    def best(self) -> tuple[float, Path] | None:
+        """The lowest validation loss among those that have one, and whose it is."""
+        paths = [path for path in self.list() if path not in self._damaged]
+        return min(((loss, path) for path in paths if (loss := read_state(path)["val_loss"]) is not None), default=None)
+
     def remove_partial(self) -> None:
         """Delete what a killed process left half written or half deleted."""
         for path in self.directory.glob(f"*{PARTIAL}"):
@@ -183,10 +188,9 @@ class Checkpoints:
     def _prune(self) -> None:
         """Delete all but the newest `keep` and the best by validation loss."""
         paths = [path for path in self.list() if path not in self._damaged]
-        scored = [(loss, path) for path in paths if (loss := read_state(path)["val_loss"]) is not None]
-        best = min(scored)[1] if scored else None
+        best = self.best()
         for path in paths[: -self.keep]:
-            if path != best:
+            if best is None or path != best[1]:
                 # renamed first, so that a kill in the middle leaves no checkpoint that looks whole or damaged
                 shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
 

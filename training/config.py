@@ -46,7 +46,7 @@ class Model:
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = "gpt2"
     """Shape of a released GPT-2, each part of which can be overridden; null: the fields below stand alone."""
     init_from: str = "scratch"
-    """scratch, or a directory or hub id of a GPT-2 to fine-tune (its shape wins over preset)."""
+    """scratch, or a run, directory or hub id of a GPT-2 to fine-tune (its shape wins over preset)."""
     freeze_layers: NonNegativeInt = 0
     """Blocks, from the first on, that do not train; with any, the embeddings do not either."""
     n_layer: PositiveInt | None = None
@@ -66,9 +66,12 @@ class Data:
     """What it reads."""
 
     dir: str = "data/fineweb-edu-10b"
-    """Dataset directory: token shards and meta.json, as `python -m data.prepare` makes it."""
-    format: Literal["tokens"] = "tokens"
-    """tokens: one long text, cut into windows."""
+    """Dataset directory: token shards and meta.json, as `python -m data.prepare` makes it; or see format."""
+    format: Literal["tokens", "completions"] = "tokens"
+    """tokens: one long text, cut into windows; completions: train.jsonl and val.jsonl with a "prompt" and a
+    "completion" a line, of which the completion is learned."""
+    pack: bool = False
+    """Of completions: several training examples in a window, instead of each in one of its own, with padding."""
     batch_tokens: PositiveInt = 524288
     """Tokens of an optimizer step over all processes; a multiple of sequence_length."""
     sequence_length: PositiveInt = 1024
@@ -118,11 +121,13 @@ class Eval:
     every: NonNegativeInt = 250
     """Steps between validations (also before the first step and after the last), 0 for never."""
     tokens: PositiveInt = 10485760
-    """Tokens of the validation split to score, from its beginning; the whole split if it has fewer."""
+    """Tokens of the validation split to score, from its beginning, or all it has; of completions, all."""
     hellaswag: bool = True
     """Score HellaSwag (completion convention) at each validation."""
     samples: NonNegativeInt = 4
     """Texts to sample at each validation, into samples.txt."""
+    patience: NonNegativeInt = 0
+    """Validations in a row without a lower loss after which the run ends early, 0 for never."""
 
 
 @dataclass
@@ -186,6 +191,8 @@ class Config:
                 f"data.batch_tokens {data.batch_tokens} is no multiple of data.sequence_length {data.sequence_length}: "
                 f"take {nearest}"
             )
+        if data.pack and data.format != "completions":
+            raise ValueError("data.pack is for data.format completions: tokens are one text that fills every window")
         if optim.schedule != "constant" and optim.warmup_steps >= optim.steps:
             raise ValueError(
                 f"optim.warmup_steps {optim.warmup_steps} leaves nothing of optim.steps {optim.steps}: "
@@ -193,6 +200,8 @@ class Config:
             )
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise ValueError(f"optim.betas {list(optim.betas)} must lie in [0, 1)")
+        if self.eval.patience and not self.eval.every:
+            raise ValueError("eval.patience counts validations, and eval.every 0 makes none: set eval.every")
         if self.run.name in ("", ".", "..") or Path(self.run.name).name != self.run.name:
             raise ValueError(f"run.name {self.run.name!r} must be the name of one directory under run.dir")
         if model.init_from == "scratch":

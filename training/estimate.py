@@ -149,7 +149,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
         f"model       {n_parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
         f"vocabulary {shape.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
-        f"{tokens / inputs.train.n_tokens:.2f} epochs of {config.data.dir}, whose shards are whole",
+        f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}, whose shards are whole",
         f"compute     {flops / 1e6:,.1f} MFLOPs a token, {flops * tokens:.3g} FLOPs in all",
         f"memory      estimated MiB of each of {count} x {device}, {str(dtype).removeprefix('torch.')}",
     ]
@@ -168,5 +168,5 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
         lines.append(
             f"time        {days:,.2f} days, assuming {flags.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s on each (--mfu)"
         )
-    lines += [f"warning: {warning}" for warning in warnings(config, inputs.train.n_tokens)]
+    lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
     return "\n".join(lines)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
-from data.shards import Split, open_split
+from data.completions import CompletionWindows
+from data.loader import TokenWindows, Windows
+from data.shards import open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from model import GPT, GPTConfig, load_weights, locate, read_config
+from training.checkpoint import resolve_model
 from training.config import Config
 
 # What each released shape is trained with, tokens of a step and peak learning rate of AdamW (configs/gpt2-*.yaml).
@@ -26,11 +29,17 @@ MAX_EPOCHS = 4  # repeated more often, text is worth ever less (Muennighoff et a
 
 @dataclass(frozen=True)
 class Inputs:
-    """A dataset, open, with the tokenizer it was made with."""
+    """A dataset, open, with the tokenizer it was made with or, for text, is read with."""
 
-    train: Split
-    val: Split
+    train: Windows
+    val: Windows
     tokenizer: Tokenizer
+    prompts: list[list[int]]  # token ids to sample from at validation
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of all training windows, padding included, as data.batch_tokens counts them."""
+        return len(self.train) * self.train.sequence_length
 
 
 def open_inputs(config: Config, *, verify: bool) -> Inputs:
@@ -38,22 +47,43 @@ def open_inputs(config: Config, *, verify: bool) -> Inputs:
 
     Raises ValueError or OSError that names what is missing or damaged, and the mend.
     """
+    inputs = open_completions(config) if config.data.format == "completions" else open_tokens(config, verify=verify)
+    if config.eval.every and config.eval.hellaswag:
+        if inputs.tokenizer.kind == "char":
+            raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
+        read_questions("completion")  # fetched now: a missing network should not show at the first validation
+    return inputs
+
+
+def open_tokens(config: Config, *, verify: bool) -> Inputs:
+    """Token shards, and the tokenizer beside them; GPT-2's where there is no meta.json."""
     train, val = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
     if verify:
         train.verify()
         val.verify()
     tokenizer = load_tokenizer(config.data.dir if train.meta else "gpt2")
-    if config.eval.every and config.eval.hellaswag:
-        if tokenizer.kind == "char":
-            raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
-        read_questions("completion")  # fetched now: a missing network should not show at the first validation
-    return Inputs(train, val, tokenizer)
+    length = config.data.sequence_length
+    return Inputs(
+        TokenWindows(train, length, tokenizer.vocab_size),
+        TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens),
+        tokenizer,
+        [[tokenizer.eot]],
+    )
+
+
+def open_completions(config: Config) -> Inputs:
+    """Prompts and completions, encoded with the tokenizer of model.init_from; GPT-2's from scratch."""
+    start, directory, length = config.model.init_from, Path(config.data.dir), config.data.sequence_length
+    tokenizer = load_tokenizer("gpt2" if start == "scratch" else locate(resolve_model(start)))
+    train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
+    val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)  # each by itself, as it is used
+    return Inputs(train, val, tokenizer, val.prompts)
 
 
 def find_weights(config: Config, checkpoint: Path | None) -> Path | None:
     """The directory of the first weights: a checkpoint to go on from, else model.init_from, else None (scratch)."""
     if checkpoint is None and config.model.init_from != "scratch":
-        return locate(config.model.init_from)
+        return locate(resolve_model(config.model.init_from))
     return checkpoint
 
 
@@ -92,7 +122,7 @@ def make_model(shape: GPTConfig, source: Path | None, seed: int) -> GPT:
     return model
 
 
-def warnings(config: Config, n_train_tokens: int) -> list[str]:
+def warnings(config: Config, inputs: Inputs) -> list[str]:
     """What can be trained, but is seldom meant: a small batch with a large batch's learning rate, too little text."""
     data, optim, model = config.data, config.optim, config.model
     found = []
@@ -106,11 +136,16 @@ def warnings(config: Config, n_train_tokens: int) -> list[str]:
                 f"optim.lr {optim.lr:g} goes with: the loss will be noisy; more processes do not change it. Raise it "
                 f"(micro-batches accumulate), or lower optim.lr to about {lr * share**0.5:.1e}"
             )
-    epochs = optim.steps * data.batch_tokens / n_train_tokens
+    epochs = optim.steps * data.batch_tokens / inputs.epoch_tokens
     if epochs > MAX_EPOCHS:
-        steps = MAX_EPOCHS * n_train_tokens // data.batch_tokens
+        steps = MAX_EPOCHS * inputs.epoch_tokens // data.batch_tokens
         found.append(
             f"{optim.steps:,} steps repeat {data.dir} {epochs:.1f} times; after about {MAX_EPOCHS} it teaches little "
             f"that is new: prepare more text, or lower optim.steps to {steps:,}"
+        )
+    if n_cut := getattr(inputs.train, "n_cut", 0):
+        found.append(
+            f"{n_cut:,} prompts are longer than data.sequence_length {data.sequence_length} leaves room for: their "
+            f"beginnings were cut off"
         )
     return found

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
-from model import GPT
 from training.config import Optim
 
 
@@ -93,7 +93,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).contiguous()
 
 
-def make_optimizers(model: GPT, config: Optim) -> list[Optimizer]:
+def make_optimizers(model: nn.Module, config: Optim) -> list[Optimizer]:
     """The optimizers of a model's trainable parameters, each group with its `peak_lr`.
 
     Weight decay goes to tensors of two dimensions and more: embeddings and matrices, not biases and LayerNorms.

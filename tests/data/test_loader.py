@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import IGNORE_INDEX, Loader, count_windows, permute, rank_share, validation_batches
+from data.loader import IGNORE_INDEX, Loader, TokenWindows, permute, rank_share, validation_batches
 from data.shards import HEADER_BYTES, MAGIC, VERSION, open_split
 
 T = 16
@@ -30,13 +30,14 @@ def dataset(tmp_path):
 
 
 def make(dataset, **changes):
-    options = {"batch_tokens": 8 * T, "sequence_length": T, "micro_batch": 8, "vocab_size": 1003, "seed": 5}
-    return Loader(open_split(dataset, "train"), **(options | changes))
+    options = {"batch_tokens": 8 * T, "sequence_length": T, "micro_batch": 8, "vocab_size": 1003, "seed": 5} | changes
+    windows = TokenWindows(open_split(dataset, "train"), options.pop("sequence_length"), options.pop("vocab_size"))
+    return Loader(windows, **options)
 
 
 def global_batch(loader_step):
     """One step's micro-batches as a pair (inputs, targets) of (rows, T), rows that do not count left out."""
-    rows = [m for m in loader_step if m.tokens]
+    rows = [m for m in loader_step if m.share]
     return torch.cat([m.inputs for m in rows]), torch.cat([m.targets for m in rows])
 
 
@@ -62,10 +63,9 @@ def test_permute_of_a_huge_range_stays_inside_and_does_not_collide():
 
 
 def test_every_window_once_an_epoch_over_shard_borders_and_another_order_next_time(dataset):
-    split = open_split(dataset, "train")
-    n = count_windows(split, T)
-    assert n == 62
     loader = make(dataset)
+    n = len(loader.windows)
+    assert n == 62
     rows = torch.cat([global_batch(next(loader))[0] for _ in range(16)])  # 128 windows: two epochs and a bit
     starts = rows[:, 0]
     assert sorted(starts[:n].tolist()) == [w * T for w in range(n)]
@@ -98,7 +98,8 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch
         steps = [next(rank) for rank in ranks]
         assert len({len(step) for step in steps}) == 1  # in step, as FSDP needs it
         assert max(len(m.inputs) for step in steps for m in step) <= micro_batch
-        assert sum(m.tokens for step in steps for m in step) == 8 * T
+        assert sum(m.share for step in steps for m in step) == pytest.approx(1, abs=1e-12)
+        assert all(m.share == pytest.approx(len(m.inputs) / 8) for step in steps for m in step if m.share)
         for side in (0, 1):
             assert torch.equal(torch.cat([global_batch(step)[side] for step in steps]), expected[side])
     for loader in (whole, *ranks):
@@ -108,8 +109,8 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch
 def test_a_rank_with_fewer_windows_than_micro_batches_gets_one_that_does_not_count(dataset):
     last = make(dataset, batch_tokens=5 * T, micro_batch=1, rank=0, world_size=2)  # shares of 2 and 3
     step = next(last)
-    assert [m.tokens for m in step].count(0) == 1
-    assert all((m.targets == IGNORE_INDEX).all() for m in step if m.tokens == 0)
+    assert [m.share for m in step].count(0) == 1
+    assert all((m.targets == IGNORE_INDEX).all() for m in step if m.share == 0)
     last.close()
 
 
@@ -155,22 +156,12 @@ def test_validation_counts_each_target_once_on_any_number_of_ranks(dataset, worl
     seen = []
     batches = []
     for rank in range(world_size):
-        split = open_split(dataset, "val")
-        mine = list(
-            validation_batches(
-                split,
-                tokens=tokens,
-                sequence_length=T,
-                micro_batch=2,
-                vocab_size=1003,
-                rank=rank,
-                world_size=world_size,
-            )
-        )
+        windows = TokenWindows(open_split(dataset, "val"), T, 1003, tokens=tokens)
+        mine = list(validation_batches(windows, micro_batch=2, rank=rank, world_size=world_size))
         batches.append(len(mine))
         for batch in mine:
             valid = batch.targets != IGNORE_INDEX
-            assert batch.tokens == valid.sum()
+            assert batch.share == pytest.approx(valid.sum().item() / counted, abs=1e-12)
             assert torch.equal(batch.inputs[valid] + 1, batch.targets[valid])
             seen += batch.targets[valid].tolist()
     assert seen == list(range(1, counted + 1))

@@ -368,7 +368,7 @@ def test_options_that_cannot_work(jsonl: Path, tmp_path: Path, capsys: pytest.Ca
         (("text", tmp_path / "nothing*.txt", *out), "no such file, directory or pattern"),
         (("text", one, *out), "no document of 1 fell into the val split"),
         (("text", jsonl, *out, "--tokenizer", "bpe:70000"), "65,536"),
-        (("text", jsonl, *out, "--tokenizer", "words"), "expected gpt2, char or bpe:N"),
+        (("text", jsonl, *out, "--tokenizer", "words"), "expected gpt2, char, bpe:N"),
         (("text", one, *out, "--tokenizer", "bpe:999"), "too little text for bpe:999"),
         (("text", jsonl, *out, "--part", "1/2"), "1 files cannot make 2 parts"),
         (("text", jsonl, *out, "--part", "3/2"), "'3/2' is no part"),

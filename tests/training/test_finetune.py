@@ -1,0 +1,276 @@
+"""Fine-tuning: the loss on completions alone, an end when it stops helping, and a start that is worth having."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.completions import CompletionWindows
+from data.loader import IGNORE_INDEX, Loader, validation_batches
+from data.tokenizer import load_tokenizer, train_tokenizer
+from eval.loss import split_loss
+from model import GPT, GPTConfig
+from training.config import parse_config
+from training.metrics import read_metrics
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
+PAIRS = [(f"The capital of {country} is", f" {city}.") for country, city in CAPITALS.items()]
+
+
+def write_pairs(path, pairs):
+    rows = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in pairs]
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer("char", [prompt + completion for prompt, completion in PAIRS] + ["\n"])
+
+
+@pytest.fixture(scope="module")
+def untrained(tokenizer, tmp_path_factory):
+    """A model's directory to begin from."""
+    directory = tmp_path_factory.mktemp("untrained")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32))
+    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    directory = tmp_path / "pairs"
+    directory.mkdir()
+    write_pairs(directory / "train.jsonl", PAIRS)
+    write_pairs(directory / "val.jsonl", PAIRS[:2])
+    return directory
+
+
+def windows_of(path, tokenizer, T=64, pack=False):
+    """Every window of a file as (inputs, targets)."""
+    windows = CompletionWindows(path, tokenizer, T, pack=pack)
+    rows = np.empty((2, len(windows), T), dtype=np.int64)
+    for w in range(len(windows)):
+        windows.read(w, rows[0, w], rows[1, w])
+    return windows, rows[0], rows[1]
+
+
+def test_the_loss_of_two_rows_is_the_one_worked_out_by_hand(untrained, tokenizer, tmp_path):
+    """Token by token, from the probabilities of each example alone: no batch, no padding, no window."""
+    pairs = [("The capital of Peru is", " Lima."), ("Cuba", " is a")]
+    model = GPT.from_pretrained(untrained)
+    nats, count = 0.0, 0
+    for prompt, completion in pairs:
+        ids = tokenizer.encode(prompt)
+        for token in [*tokenizer.encode(completion), tokenizer.eot]:
+            with torch.no_grad():
+                nats -= model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)[token].item()
+            ids, count = [*ids, token], count + 1
+    assert count == len(" Lima.") + 1 + len(" is a") + 1
+
+    windows = CompletionWindows(write_pairs(tmp_path / "two.jsonl", pairs), tokenizer, 64, pack=False)
+    for micro_batch in (1, 2):
+        result = split_loss(model, windows, tokenizer.token_bytes(), micro_batch=micro_batch)
+        assert result.loss == pytest.approx(nats / count, abs=1e-6)
+        assert result.tokens == count
+        assert result.bits_per_byte == pytest.approx(nats / math.log(2) / len(" Lima. is a"), abs=1e-6)
+
+
+def test_a_step_weighs_every_completion_token_the_same_whatever_the_micro_batch(untrained, tokenizer, pairs):
+    """Gradients of micro-batches add up to the gradient of the whole, though they have different numbers of targets."""
+    windows, inputs, targets = windows_of(pairs / "train.jsonl", tokenizer)
+    model = GPT.from_pretrained(untrained)
+    model(torch.tensor(inputs), targets=torch.tensor(targets)).loss.backward()
+    whole = model.transformer.wte.weight.grad.clone()
+    for micro_batch, world_size in ((1, 1), (4, 1), (2, 2), (2, 3)):
+        model.zero_grad()
+        shares = []
+        for rank in range(world_size):
+            loader = Loader(
+                windows, batch_tokens=6 * 64, micro_batch=micro_batch, seed=1, rank=rank, world_size=world_size
+            )
+            for rows, wanted, share in next(loader):
+                (model(rows, targets=wanted).loss * share).backward()
+                shares.append(share)
+            loader.close()
+        assert sum(shares) == pytest.approx(1, abs=1e-12)
+        assert len({round(share, 6) for share in shares if share}) > 1
+        assert torch.allclose(model.transformer.wte.weight.grad, whole, atol=1e-6)
+
+
+def test_prompts_and_padding_do_not_count(pairs, tokenizer):
+    _, inputs, targets = windows_of(pairs / "train.jsonl", tokenizer)
+    for (prompt, completion), row, wanted in zip(PAIRS, inputs, targets, strict=True):
+        text, answer = tokenizer.encode(prompt + completion), tokenizer.encode(completion)
+        assert row[: len(text)].tolist() == text
+        assert (wanted != IGNORE_INDEX).nonzero()[0].tolist() == list(range(len(prompt) - 1, len(text)))
+        assert wanted[wanted != IGNORE_INDEX].tolist() == [*answer, tokenizer.eot]
+
+
+def test_packed_windows_hold_the_same_examples_in_fewer_windows(pairs, tokenizer):
+    padded, _, apart = windows_of(pairs / "train.jsonl", tokenizer)
+    packed, inputs, together = windows_of(pairs / "train.jsonl", tokenizer, pack=True)
+    assert len(padded) == 6
+    assert len(packed) < 6
+    assert together[together != IGNORE_INDEX].tolist() == apart[apart != IGNORE_INDEX].tolist()
+    seen = [i for row in inputs for i in row.tolist()]
+    for prompt, completion in PAIRS:  # whole, whichever window it is in
+        example = tokenizer.encode(prompt + completion)
+        assert any(seen[i : i + len(example)] == example for i in range(len(seen)))
+    assert padded.fingerprint != packed.fingerprint
+
+
+def test_a_long_prompt_loses_its_beginning_and_never_its_completion(tokenizer, tmp_path):
+    path = write_pairs(tmp_path / "long.jsonl", [("The capital of France is " * 5 + "France", " Paris."), PAIRS[0]])
+    windows, inputs, targets = windows_of(path, tokenizer, T=40)
+    assert windows.n_cut == 1
+    assert tokenizer.decode(inputs[0].tolist()).endswith("is France Paris.")
+    assert tokenizer.decode([i for i in targets[0].tolist() if i not in (IGNORE_INDEX, tokenizer.eot)]) == " Paris."
+
+
+def test_validation_is_the_same_on_any_number_of_processes(untrained, pairs, tokenizer):
+    windows = CompletionWindows(pairs / "train.jsonl", tokenizer, 64, pack=False)
+    seen = []
+    for world_size in (1, 2, 4, 7):
+        shares, targets = 0.0, []
+        for rank in range(world_size):
+            for batch in validation_batches(windows, micro_batch=2, rank=rank, world_size=world_size):
+                shares += batch.share
+                targets += batch.targets[batch.targets != IGNORE_INDEX].tolist()
+        assert shares == pytest.approx(1, abs=1e-12)
+        seen.append(targets)
+    assert all(targets == seen[0] for targets in seen)
+
+
+def finetune(untrained, pairs, tmp_path, *flags):
+    given = f"""
+        --config configs/finetune-jsonl.yaml --model.init_from {untrained} --data.dir {pairs} --run.dir {tmp_path}/runs
+        --model.dropout 0 --system.device cpu --system.dtype float32 --data.sequence_length 64 --data.batch_tokens 384
+        --optim.lr 1e-2 --optim.steps 80 --optim.warmup_steps 5 --eval.every 20 --checkpoint.every 20
+    """
+    return parse_config([*given.split(), *flags])
+
+
+def test_it_learns_to_complete_and_sample_py_goes_on_in_the_same_format(untrained, pairs, tmp_path, train, python):
+    run = train(finetune(untrained, pairs, tmp_path, "--optim.steps", "120"))
+    losses = [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
+    assert losses[-1] < 0.2 < 3 < losses[0]
+    samples = (run / "samples.txt").read_text(encoding="utf-8")
+    assert f"==== step 120, sample 1\n{PAIRS[0][0]}{PAIRS[0][1]}\n" in samples
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS), encoding="utf-8")
+    done = python("sample.py", "--model", run, "--file", prompts, "--greedy", "--json", "--dtype", "float32")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["text"] for answer in answers] == [completion for _, completion in PAIRS]
+    assert {answer["finish_reason"] for answer in answers} == {"stop"}
+
+
+def test_packed_examples_are_learned_too(untrained, pairs, tmp_path, train):
+    run = train(finetune(untrained, pairs, tmp_path, "--data.pack", "true", "--eval.patience", "0"))
+    losses = [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "train"]
+    assert losses[-1] < 0.05 < 3 < losses[0]
+
+
+def test_it_ends_when_validation_stops_improving_and_says_which_was_best(untrained, pairs, tmp_path, train, capsys):
+    write_pairs(pairs / "val.jsonl", [("The capital of Cuba is", " Rome.")])  # the better it learns, the worse
+    config = finetune(
+        untrained, pairs, tmp_path, "--eval.patience", "2", "--eval.every", "10", "--checkpoint.every", "10"
+    )
+    run = train(config)
+    losses = {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["split"] == "val"}
+    best = min(losses, key=losses.get)
+    assert max(losses) == best + 20 < 80
+    assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": best + 20}
+    assert (
+        f"lowest validation loss, {losses[best]:.4f}: {run / 'checkpoints' / f'step-{best:06d}'}"
+        in capsys.readouterr().out
+    )
+    assert (run / "checkpoints" / f"step-{best:06d}").is_dir()  # kept, though keep is 1
+    train(config)  # finished is finished
+    assert max(r["step"] for r in read_metrics(run / "metrics.jsonl")) == best + 20
+
+
+def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
+    run = train(finetune(untrained, pairs, tmp_path, "--model.freeze_layers", "1"))
+    before, after = GPT.from_pretrained(untrained), GPT.from_pretrained(run / "checkpoints" / "step-000080")
+    moved = {name for name, p in before.state_dict().items() if not torch.equal(p, after.state_dict()[name])}
+    assert moved == {name for name in moved if name.startswith(("transformer.h.1.", "transformer.ln_f."))}
+    assert len(moved) == 14
+
+
+def test_plain_text_from_a_trained_run_beats_plain_text_from_scratch(verses, tiny_run, train, python, tmp_path):
+    """configs/finetune-shakespeare.yaml, from a run that knows the characters, on a little of another text."""
+    start = train(tiny_run("start", **{"optim.steps": 60}))
+    text = tmp_path / "text"
+    text.mkdir()
+    for n in range(12):
+        (text / f"{n}.txt").write_text(
+            f"DUKE:\nThe ox of France is {n} leagues away,\nand no court shall stay me.\n" * 3
+        )
+    data = tmp_path / "data"
+    python("-m", "data.prepare", "text", text, "--out", data, "--tokenizer", verses, "--val-fraction", 0.2)
+    assert load_tokenizer(data) == load_tokenizer(verses)
+    flags = [
+        "--config",
+        "configs/finetune-shakespeare.yaml",
+        "--data.dir",
+        str(data),
+        "--run.dir",
+        str(tmp_path / "runs"),
+    ]
+    flags += ["--data.batch_tokens", "128", "--data.sequence_length", "32", "--optim.steps", "13", "--optim.lr", "3e-3"]
+    flags += [
+        "--optim.warmup_steps",
+        "2",
+        "--system.device",
+        "cpu",
+        "--system.dtype",
+        "float32",
+        "--model.dropout",
+        "0",
+    ]
+    final = {}
+    shape = ["--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "32", "--model.block_size", "32"]
+    for name, model in {"tuned": [str(start)], "scratch": ["scratch", *shape]}.items():
+        run = train(parse_config([*flags, "--run.name", name, "--model.init_from", *model]))
+        records = [record for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
+        final[name] = records[-1]["loss"]
+    assert final["tuned"] < 0.7 * final["scratch"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "The", "answer": " a"}', "line 2: expected .*completion"),
+        ('{"prompt": "The", "completion": ""}', "line 2: expected .*not empty"),
+        ('{"prompt": 3, "completion": " a"}', "line 2: expected .*must be text"),
+        ('{"prompt": "The"', "line 2: expected"),
+        (
+            '{"prompt": "The", "completion": "%s"}' % ("a" * 70),
+            "line 2: a completion of 71 tokens .*sequence_length 64",
+        ),
+        ('{"prompt": "Q", "completion": "1"}', "line 2: .*'Q'"),
+    ],
+)
+def test_a_line_that_cannot_be_learned_from_is_named(pairs, untrained, tmp_path, train, line, said):
+    (pairs / "train.jsonl").write_text('{"prompt": "The", "completion": " a"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        train(finetune(untrained, pairs, tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_missing_or_makes_no_sense_is_said(pairs, untrained, tmp_path, train, capsys):
+    (pairs / "val.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val\.jsonl.*move a tenth"):
+        train(finetune(untrained, pairs, tmp_path))
+    for flags, said in [
+        (["--data.format", "tokens", "--data.pack", "true"], "data.pack is for data.format completions"),
+        (["--eval.every", "0"], "eval.patience counts validations"),
+    ]:
+        with pytest.raises(SystemExit):
+            finetune(untrained, pairs, tmp_path, *flags)
+        assert said in capsys.readouterr().err
