@@ -1,0 +1,144 @@
+"""classify.py: it learns to tell texts apart, and what it writes is a classifier to transformers too."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from transformers import GPT2ForSequenceClassification, pipeline
+
+from classify import main
+from data.tokenizer import train_tokenizer
+from heads import SequenceClassifier
+from model import GPT, GPTConfig
+
+TEXTS = [
+    (f"{number}. {start} {thing}", kind)
+    for number in range(12)
+    for start in ("The", "A great, green")
+    for thing, kind in [("forest", "wood"), ("lake", "water"), ("river", "water"), ("oak", "wood")]
+]
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("untrained")
+    tokenizer = train_tokenizer("char", [text for text, _ in TEXTS])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32))
+    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Learn from a .csv, validate on a .jsonl, of which the columns have other names."""
+    directory = tmp_path_factory.mktemp("texts")
+    with open(directory / "train.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["words", "kind"])
+        rows.writerows(TEXTS[:64])
+    lines = [json.dumps({"words": text, "kind": kind}) + "\n" for text, kind in TEXTS[64:]]
+    (directory / "val.jsonl").write_text("".join(lines), encoding="utf-8")
+    return directory
+
+
+COLUMNS = ["--text-key", "words", "--device", "cpu", "--dtype", "float32"]
+
+
+def learn(untrained, files, out, *flags):
+    given = f"--model {untrained} --train {files}/train.csv --val {files}/val.jsonl --out {out} --label-key kind"
+    main(["train", *given.split(), "--lr", "3e-3", "--batch-size", "8", *COLUMNS, *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(untrained, files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "kinds"
+    learn(untrained, files, out, "--epochs", "15", "--patience", "15")
+    return out
+
+
+def test_it_learns_and_predicts_every_row_in_order(trained, files, capsys):
+    main(["predict", "--model", str(trained), "--file", str(files / "val.jsonl"), "--batch-size", "5", *COLUMNS])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == [text for text, _ in TEXTS[64:]]
+    right = [row["label"] == kind for row, (_, kind) in zip(rows, TEXTS[64:], strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+    assert all(0.5 <= row["probability"] <= 1 for row in rows)
+
+
+def test_transformers_reads_it_as_a_classifier_with_the_same_answers(trained, files, capsys):
+    theirs = pipeline("text-classification", model=str(trained), device="cpu")
+    main(["predict", "--model", str(trained), "--file", str(files / "val.jsonl"), *COLUMNS])
+    for line in capsys.readouterr().out.splitlines():
+        ours = json.loads(line)
+        answer = theirs(ours["text"])[0]
+        assert answer["label"] == ours["label"]
+        assert answer["score"] == pytest.approx(ours["probability"], abs=1e-5)
+    assert GPT2ForSequenceClassification.from_pretrained(trained).config.id2label == {0: "water", 1: "wood"}
+
+
+def test_the_epoch_kept_is_the_best_and_it_ends_without_patience(untrained, files, tmp_path, capsys):
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    (turned / "train.csv").write_bytes((files / "train.csv").read_bytes())
+    lines = (files / "val.jsonl").read_text().replace("water", "?").replace("wood", "water").replace("?", "wood")
+    (turned / "val.jsonl").write_text(lines)  # the better it learns, the worse it does
+    learn(untrained, turned, tmp_path / "out", "--epochs", "12", "--patience", "2")
+    said = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"validation loss ([\d.]+)", said)[1:]]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 12
+    assert "no lower loss in 2 epochs: the end" in said
+    assert said.count("the best so far") == sum(loss == min(losses[: i + 1]) for i, loss in enumerate(losses))
+
+
+def test_the_same_seed_gives_the_same_classifier_and_frozen_blocks_stay(untrained, files, tmp_path):
+    for name in ("one", "two"):
+        learn(untrained, files, tmp_path / name, "--epochs", "1", "--freeze-layers", "1")
+    one, two = (SequenceClassifier.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    before = GPT.from_pretrained(untrained).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    moved = {name for name in before if not torch.equal(before[name], one[f"gpt.{name}"])}
+    assert len(moved) == 14
+    assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--label-key", "sort"], r"train\.csv, row 1 has no 'sort': it has words, kind"),
+        (["--text-key", "text"], r"train\.csv, row 1 has no 'text'"),
+        (["--max-length", "99"], "--max-length 99 is above the 32 tokens"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--lr", "0"], "--lr must be above 0"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--train", "missing.csv"], r"missing\.csv"),
+        (["--val", "VAL_WITH_ANOTHER"], "classes that .* lacks: stone"),
+        (["--train", "ONE_CLASS"], "one class, 'wood'"),
+    ],
+)
+def test_a_mistake_gives_one_sentence_and_leaves_nothing(untrained, files, tmp_path, capsys, flags, said):
+    another, one = tmp_path / "another.jsonl", tmp_path / "one.jsonl"
+    another.write_text('{"words": "A lake", "kind": "stone"}\n')
+    one.write_text('{"words": "A lake", "kind": "wood"}\n')
+    flags = [{"VAL_WITH_ANOTHER": str(another), "ONE_CLASS": str(one)}.get(flag, flag) for flag in flags]
+    with pytest.raises(SystemExit) as exit:
+        learn(untrained, files, tmp_path / "out", *flags)
+    assert exit.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_exists_is_not_overwritten(untrained, files, trained, capsys):
+    with pytest.raises(SystemExit):
+        learn(untrained, files, trained)
+    assert "exists: choose another" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch(python):
+    done = python("-X", "importtime", "classify.py", "--help")
+    assert "predict" in done.stdout
+    assert "| torch\n" not in done.stderr
