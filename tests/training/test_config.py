@@ -4,6 +4,7 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -64,22 +65,27 @@ def test_the_four_sizes(name, n_parameters, batch_tokens, lr, min_lr_ratio, warm
     assert RECIPES[config.model.preset] == (batch_tokens, lr)
 
 
+def inputs_of(tokens):
+    """A dataset of so many tokens, as far as `warnings` looks at it."""
+    return SimpleNamespace(epoch_tokens=tokens, train=None)
+
+
 def test_a_small_batch_with_a_large_batchs_learning_rate_is_warned_of():
     config = parse_config(["--data.batch_tokens", "65536"])
-    (warning,) = warnings(config, 10**10)
+    (warning,) = warnings(config, inputs_of(10**10))
     assert "65,536 is 8 times below the 524,288 that optim.lr 0.0006 goes with" in warning
     assert "lower optim.lr to about 2.1e-04" in warning
-    assert not warnings(parse_config(["--data.batch_tokens", "65536", "--optim.lr", "2e-4"]), 10**10)
-    assert not warnings(parse_config(["--data.batch_tokens", "491520"]), 10**10)
+    assert not warnings(parse_config(["--data.batch_tokens", "65536", "--optim.lr", "2e-4"]), inputs_of(10**10))
+    assert not warnings(parse_config(["--data.batch_tokens", "491520"]), inputs_of(10**10))
 
 
 def test_a_dataset_repeated_more_than_four_times_is_warned_of():
     config = Config()
     tokens = config.optim.steps * config.data.batch_tokens
-    (warning,) = warnings(config, tokens // 5)
+    (warning,) = warnings(config, inputs_of(tokens // 5))
     assert "repeat data/fineweb-edu-10b 5.0 times" in warning
     assert "lower optim.steps to 15,258" in warning
-    assert not warnings(config, tokens // 4 + 1)
+    assert not warnings(config, inputs_of(tokens // 4 + 1))
 
 
 def test_the_124m_file_says_what_the_defaults_say():
