@@ -1,7 +1,9 @@
 """Fine-tuning: the loss on completions alone, an end when it stops helping, and a start that is worth having."""
 
+import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 from data.completions import CompletionWindows
 from data.loader import IGNORE_INDEX, Loader, validation_batches
+from data.sources.shakespeare import HELD_OUT, read_plays
 from data.tokenizer import load_tokenizer, train_tokenizer
+from eval.choices import read_rows
 from eval.loss import split_loss
 from model import GPT, GPTConfig
 from training.config import parse_config
@@ -274,3 +278,60 @@ def test_what_is_missing_or_makes_no_sense_is_said(pairs, untrained, tmp_path, t
         with pytest.raises(SystemExit):
             finetune(untrained, pairs, tmp_path, *flags)
         assert said in capsys.readouterr().err
+
+
+DEMO = Path("runs/shakespeare")
+needs_demo = pytest.mark.skipif(not (DEMO / "checkpoints").is_dir(), reason="`make demo` has not been run here")
+SHORT = ["--data.sequence_length", "128", "--data.batch_tokens", "2048", "--optim.lr", "1e-3", "--model.dropout", "0"]
+
+
+def last_bits(run):
+    """Bits per byte of the first and the last validation."""
+    found = [record["bits_per_byte"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
+    return found[0], found[-1]
+
+
+@pytest.mark.slow
+@needs_demo
+def test_from_the_demo_prose_is_learned_better_than_from_scratch(train, python, tmp_path):
+    """The small corpus: 300 passages of an encyclopedia, of which the demo has seen nothing."""
+    passages = sorted({row["passage"] for row in read_rows("boolq/none/validation")})[:300]
+    text, data = tmp_path / "passages.jsonl", tmp_path / "data"
+    text.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
+    python("-m", "data.prepare", "text", text, "--out", data, "--tokenizer", "data/shakespeare", "--val-fraction", 0.15)
+    flags = ["--config", "configs/finetune-shakespeare.yaml", "--data.dir", str(data), "--optim.steps", "39", *SHORT]
+    flags += ["--run.dir", str(tmp_path / "runs")]
+    shape = ["--model.n_layer", "4", "--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "256"]
+    tuned = train(parse_config([*flags, "--run.name", "tuned", "--model.init_from", str(DEMO)]))
+    scratch = train(parse_config([*flags, "--run.name", "scratch", "--model.init_from", "scratch", *shape]))
+    (before, after), (_, from_scratch) = last_bits(tuned), last_bits(scratch)
+    print(f"bits per byte: {before:.4f} before, {after:.4f} after; from scratch {from_scratch:.4f}")
+    assert after < before - 0.3
+    assert after < from_scratch - 0.3
+
+
+@pytest.mark.slow
+@needs_demo
+def test_from_the_demo_answers_are_learned(train, tmp_path):
+    """Prompt: a speech and the name of who speaks next; completion: what they say."""
+    speeches = [speech for name in sorted(HELD_OUT) for speech in read_plays()[name].split("\n\n") if "\n" in speech]
+    pairs = []
+    for said, answer in itertools.pairwise(speech for speech in speeches if len(speech) < 200):
+        name, _, words = answer.partition("\n")
+        pairs.append((f"{said}\n\n{name}\n", words))
+    write_pairs(tmp_path / "train.jsonl", pairs[100:])
+    write_pairs(tmp_path / "val.jsonl", pairs[:100])
+    flags = [
+        "--config",
+        "configs/finetune-jsonl.yaml",
+        "--data.dir",
+        str(tmp_path),
+        "--run.dir",
+        str(tmp_path / "runs"),
+    ]
+    flags += [*SHORT, "--optim.steps", "60", "--optim.warmup_steps", "6", "--model.init_from", str(DEMO)]
+    run = train(parse_config(flags))
+    before, after = last_bits(run)
+    print(f"bits per byte of the answers: {before:.4f} before, {after:.4f} after")
+    assert after < before - 0.05
+    assert pairs[0][0] in (run / "samples.txt").read_text(encoding="utf-8")
