@@ -114,7 +114,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T or M, D)
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
-        is_causal = self.causal and mask is None and q.size(2) == k.size(2)
+        is_causal = self.causal and mask is None and q.size(2) > 1  # one query sees all there is
         dropout = self.dropout if self.training else 0.0
         weights = None
         if head_mask is None and not output_weights:

@@ -79,3 +79,25 @@ def test_fine_tuning_compiles(frozen):
     for parameter in model.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_one_graph_decodes_at_every_length(padded):
+    """With a cache, whose buffers keep their shapes (filling the last place of it would be a graph of its own)."""
+    model = small().eval()
+    ids, mask = torch.randint(300, (2, 31)), torch.ones(2, 32, dtype=torch.long)
+    mask[0, :3] = 0
+
+    def logits(ids, cache, mask):
+        return model(ids, cache=cache, attention_mask=mask).logits
+
+    def mask_of(length):
+        return mask[:, :length] if padded else None
+
+    step, cache = torch.compile(logits, fullgraph=True, dynamic=True), model.new_cache(2, 32)
+    found = [logits(ids[:, :8], cache, mask_of(8))]
+    found += [step(ids[:, i : i + 1].contiguous(), cache, mask_of(i + 1)) for i in range(8, 31)]
+    torch.testing.assert_close(torch.cat(found, dim=1), logits(ids, None, mask_of(31)), atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

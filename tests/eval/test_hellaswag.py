@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from eval.choices import answer, read_rows
 from eval.hellaswag import RENDER, completion, harness, hellaswag, read_questions
 from eval.likelihood import log_likelihoods
 from model import GPT, GPTConfig
+from training.checkpoint import resolve_model
 
 SPREAD = range(0, 10042, 20)  # 503 rows from the whole of the data: ActivityNet and WikiHow
 
@@ -113,6 +115,23 @@ def test_choices_are_those_of_the_slow_reading(model, tokenizer, convention, row
     assert answers.choice_norm.tolist() == [choice for _, _, choice in expected]
     assert (answers.choice != answers.choice_norm).any()
     assert answers.gold.tolist() == [int(rows[i]["label"]) for i in rows_chosen]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("runs/shakespeare/checkpoints").is_dir(), reason="`make demo` has not been run here")
+@pytest.mark.parametrize("convention", ["completion", "harness"])
+def test_the_demos_model_chooses_as_in_the_slow_reading(convention):
+    directory = resolve_model("runs/shakespeare")
+    demo, its_tokenizer = GPT.from_pretrained(directory), load_tokenizer(directory)
+    questions = read_questions(convention)
+
+    def fits(i):  # the slow reading has no windows
+        texts = (questions[i].contexts[0] + " " + choice for choice in questions[i].choices)
+        return max(len(its_tokenizer.encode(text)) for text in texts) <= demo.config.block_size
+
+    rows = [i for i in range(0, 10042, 16) if fits(i)][:500]
+    assert len(rows) == 500
+    test_choices_are_those_of_the_slow_reading(demo, its_tokenizer, convention, rows)
 
 
 def test_batch_size_and_processes_change_no_figure(model, tokenizer):
