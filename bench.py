@@ -324,6 +324,17 @@ def tokenize_tiktoken(corpus: Path) -> Run:
     return run
 
 
+def check_shards(directory: Path) -> None:
+    """ValueError unless the datasets in a directory, whoever wrote them, have the same shards byte by byte."""
+    from data.shards import file_sha256
+
+    datasets = [path for path in directory.iterdir() if path.is_dir()]
+    hashes = [[file_sha256(shard) for shard in sorted(dataset.glob("train_*.bin"))] for dataset in datasets]
+    if hashes[0] == [] or any(found != hashes[0] for found in hashes):
+        raise ValueError("two of the runs wrote different tokens for the same text")
+    print(f"  every run wrote the same {len(hashes[0])} shards, byte by byte")
+
+
 def load_file(path: Path) -> ModuleType:
     """A Python file of another repository as a module."""
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
@@ -527,6 +538,7 @@ def bench_tokenize(peers: dict[str, str], runs: int, corpus: list[str] | None = 
             what = f"{', '.join(roots)}, each file once" if name == "files" else "the plays of Shakespeare, repeated"
             title = f"text to shards, {megabytes:,.0f} MB: {what}; {words:,.0f} different words a MB"
             tables.append(report(title, "MB", megabytes, results) | {"words_per_mb": words})
+            check_shards(Path(temporary))
             for old in Path(temporary).iterdir():
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     return tables
