@@ -144,11 +144,12 @@ def train(args: argparse.Namespace) -> None:
     from data.loader import permute
     from data.tokenizer import load_tokenizer
     from heads import SequenceClassifier
-    from model import GPT, locate
+    from model import GPT
     from training.checkpoint import resolve_model
     from training.config import Optim
     from training.device import find_device, find_dtype
     from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
+    from weights import locate
 
     device = find_device(args.device, "--device")
     dtype = find_dtype(args.dtype, device)
@@ -217,8 +218,8 @@ def predict(args: argparse.Namespace) -> None:
     """Print {"text", "label", "probability"} for each row of a file, in its order."""
     from data.tokenizer import load_tokenizer
     from heads import SequenceClassifier
-    from model import locate
     from training.device import find_device, find_dtype
+    from weights import locate
 
     device = find_device(args.device, "--device")
     directory = locate(args.model)

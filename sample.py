@@ -98,9 +98,10 @@ def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     """The model and its tokenizer, which must be of one size."""
     from data.tokenizer import load_tokenizer
     from generation import pack_weights
-    from model import GPT, locate
+    from model import GPT
     from training.checkpoint import resolve_model
     from training.device import find_device, find_dtype
+    from weights import locate
 
     directory = locate(resolve_model(args.model))
     device = find_device(args.device, "--device")

@@ -190,9 +190,10 @@ def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
     from data.tokenizer import load_tokenizer
     from eval.likelihood import check_pair
     from eval.peers import load_peer
-    from model import GPT, PRESETS, locate
+    from model import GPT, PRESETS
     from training.checkpoint import resolve_model
     from training.device import find_device, find_dtype, keep_freed_memory
+    from weights import locate
 
     args.model = resolve_model(args.model)
     directory = locate(args.model)
@@ -320,7 +321,7 @@ def processes(device_name: str) -> Iterator[tuple[int, int, Callable[[torch.Tens
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print and write."""
     from eval.tasks import find_tasks
-    from model import locate
+    from weights import locate
 
     functions = find_tasks(args.tasks)
     for path in (args.json, args.examples):

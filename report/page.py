@@ -60,8 +60,9 @@ def load_model(name: str | None) -> tuple[GPT, Tokenizer, str]:
     import torch
 
     from data.tokenizer import load_tokenizer
-    from model import GPT, locate
+    from model import GPT
     from training.checkpoint import resolve_model
+    from weights import locate
 
     name = resolve_model(name)
     directory = locate(name)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-import model as model_module
-from model import CONV1D, GPT, GPTConfig, locate, read_config, read_tensors
+import weights as weights_module
+from model import GPT, GPTConfig
+from weights import CONV1D, locate, read_config, read_tensors
 
 SHAPE = {"vocab_size": 90, "n_positions": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
 OURS = GPTConfig(vocab_size=90, block_size=24, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
@@ -403,6 +404,6 @@ def test_tensors_come_one_at_a_time(ours, tmp_path):
 
 
 def test_no_pickle_but_the_guarded_one():
-    source = Path(model_module.__file__).read_text()
+    source = Path(weights_module.__file__).read_text()
     assert source.count("torch.load") == source.count("weights_only=True") == 1
     assert "import pickle" not in source

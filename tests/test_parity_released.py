@@ -24,7 +24,9 @@ def released(name):
     need = 4 * PARAMETERS[name] * 1.5
     if psutil.virtual_memory().available < need:
         pytest.skip(f"{name} needs {need / 1e9:.1f} GB of memory")
-    fetch = "import sys, model\ntry: print(model.locate(sys.argv[1]))\nexcept OSError as error: sys.exit(str(error))"
+    fetch = (
+        "import sys, weights\ntry: print(weights.locate(sys.argv[1]))\nexcept OSError as error: sys.exit(str(error))"
+    )
     online = os.environ | {"HF_HUB_OFFLINE": "0"}
     run = subprocess.run([sys.executable, "-c", fetch, name], cwd=ROOT, env=online, capture_output=True, text=True)
     if run.returncode:

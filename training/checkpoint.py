@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 
 from data.shards import file_sha256, sync_directory
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, save_weights
+from model import GPT, GPTConfig
+from weights import save_weights
 
 MANIFEST = "manifest.json"
 STATE = "trainer/state.json"

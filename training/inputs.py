@@ -13,9 +13,10 @@ from data.loader import TokenWindows, Windows
 from data.shards import open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
-from model import GPT, GPTConfig, load_weights, locate, read_config
+from model import GPT, GPTConfig
 from training.checkpoint import resolve_model
 from training.config import Config
+from weights import load_weights, locate, read_config
 
 # What each released shape is trained with, tokens of a step and peak learning rate of AdamW (configs/gpt2-*.yaml).
 RECIPES = {
