@@ -85,12 +85,10 @@ def run(args: argparse.Namespace) -> None:
 
 def chart_data(chart: Chart) -> dict[str, Any]:
     """A chart as the page's script reads it."""
-    from report.runs import SIZES
-
     unit, _ = chart.x_unit
     levels = [
-        {"value": value, "label": f"{SIZES.get(model, html.escape(model))} {value:.4f}"}
-        for model, value in ((name.removesuffix(", published"), value) for name, value in chart.levels)
+        {"value": value, "label": f"{html.escape(name.removeprefix('GPT-2 ').removesuffix(', published'))} {value:.4f}"}
+        for name, value in chart.levels
     ]
     return {
         "series": [series_data(chart, series) for series in chart.series],

@@ -77,8 +77,9 @@ def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
         named.add(label)
     _draw_levels(axes, chart.levels)
     unit, _ = chart.x_unit
-    axes.set(xlabel=unit if chart.x == "tokens" else f"training time, {unit}", ylabel=chart.y, title=chart.title)
-    axes.set(ylim=chart.y_range)
+    axes.set(xlabel=unit if chart.x == "tokens" else f"training time, {unit}", ylabel=chart.y)
+    dots = ", dots: validation" if len(names) > 1 and chart.y.startswith("loss") else ""
+    axes.set(ylim=chart.y_range, title=chart.title + dots)
     _save(figure, axes, path, tokens=chart.x == "tokens")
 
 
@@ -101,7 +102,9 @@ def _save(figure: Figure, axes: Axes, path: Path, *, tokens: bool) -> None:
     from matplotlib.ticker import EngFormatter
 
     if tokens:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        formatter = EngFormatter(sep="")
+        formatter.ENG_PREFIXES = {**formatter.ENG_PREFIXES, 9: "B"}  # tokens are counted in billions, not in giga
+        axes.xaxis.set_major_formatter(formatter)
     axes.grid(alpha=0.3)
     entries = axes.get_legend_handles_labels()[1]
     if entries:  # below the axes: to look for the best place among many points takes seconds

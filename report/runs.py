@@ -239,7 +239,7 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for number, members in enumerate(by_validation_set(runs), 1):
         of_set = f", validation set {number}" if len(members) < len(runs) else ""
-        levels = list(dict.fromkeys(level for i in members for level in runs[i].levels))
+        levels = named_levels([runs[i] for i in members])
         series = [s for i in members for s in loss_series(i, runs[i])]
         suffix = f"-{number}" if of_set else ""
         for x, against in (("tokens", "tokens"), ("seconds", "training time")):
@@ -249,13 +249,13 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
     for convention in sorted({run.convention for run in runs if run.convention}):
         members = [i for i, run in enumerate(runs) if run.convention == convention]
         figures = published("hellaswag", convention, "acc_norm")
-        levels = [(f"{name}, published", figure) for name, figure in figures.items()]
+        levels = [(f"GPT-2 {SIZES[name]}, published", figure) for name, figure in figures.items()]
         charts.append(
             Chart(
                 key=f"hellaswag-{convention}",
                 title=f"HellaSwag ({convention} convention)",
                 x="tokens",
-                y="normalised accuracy",
+                y="normalised accuracy (chance 0.25)",
                 digits=".4f",
                 series=[make_series(i, runs[i], "hellaswag", "acc_norm", "validation") for i in members],
                 levels=levels,
@@ -270,6 +270,15 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
         series = [make_series(i, run, "train", name, kind) for i, run in enumerate(runs) for kind in kinds]
         charts.append(Chart(name.replace("_", "-"), title, "tokens", unit, digits, series))
     return [chart for chart in charts if any(len(series.steps) for series in chart.series)]
+
+
+def named_levels(runs: Sequence[Run]) -> list[tuple[str, float]]:
+    """The levels of the runs, each once; GPT-2's sizes, which are named as on the hub, by their parameters."""
+    levels = dict.fromkeys(level for run in runs for level in run.levels)
+    parted = [(*name.partition(","), loss) for name, loss in levels]
+    return [
+        (f"GPT-2 {SIZES[m]}{comma}{rest}" if m in SIZES else m + comma + rest, loss) for m, comma, rest, loss in parted
+    ]
 
 
 def make_series(index: int, run: Run, split: str, name: str, kind: str) -> Series:
@@ -315,7 +324,7 @@ def loss_levels(runs: Sequence[Run], count: int = 6) -> list[tuple[str, float]]:
     highest = float(np.nanquantile(np.concatenate([run.splits["val"]["loss"] for run in measured]), 0.8))
     round_levels = MaxNLocator(count).tick_values(min(best.values()), highest)
     levels = [("", float(loss)) for loss in round_levels if min(best.values()) < loss < highest]
-    levels += dict.fromkeys(level for run in runs for level in run.levels)
+    levels += named_levels(runs)
     return sorted([*levels, *best.items()], key=lambda level: -level[1])
 
 
@@ -354,8 +363,8 @@ def summary(run: Run) -> dict[str, str]:
         "tokens": short(float(max([*train["tokens"], *val["tokens"]], default=0.0))),
         "training time": duration(train["seconds"][-1]) if len(train["seconds"]) else "",
         "best validation loss": f"{np.nanmin(val['loss']):.4f}" if np.isfinite(val["loss"]).any() else "",
-        "last": last["loss"],
-        "last, bits per byte": last["bits_per_byte"],
+        "last validation loss": last["loss"],
+        "last bits per byte": last["bits_per_byte"],
     }
 
 

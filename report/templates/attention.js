@@ -53,7 +53,7 @@ function draw(canvas, at, head) {
   const context = canvas.getContext("2d"), image = context.createImageData(T, T);
   for (let t = 0; t < T; t++)
     for (let s = 0; s <= t; s++)
-      // a blue that stands out from both the light and the dark page, the more opaque the more it is looked at
+      // on a dark page the style sheet makes it brighter; the more opaque the more it is looked at
       image.data.set([40, 130, 210, root(at, head, t, s)], 4 * (t * T + s));
   context.putImageData(image, 0, 0);
 }
@@ -65,7 +65,7 @@ function label(text, className) {
   span.className = className;
   grid.append(span);
 }
-label("", "head");
+label("head", "");
 for (let head = 0; head < data.heads; head++) label(head, "head");
 for (let at = 0; at < data.layers; at++) {
   label(`layer ${at}`, "");

@@ -7,7 +7,7 @@ function heatmap(z, scale, unit, extra) {
   return {
     type: "heatmap", z, zmin: -scale, zmax: scale,
     colorscale: [[0, color("--low")], [0.5, color("--page")], [1, color("--high")]],
-    colorbar: { thickness: 12, title: { text: unit, side: "right" }, outlinewidth: 0 }, ...extra,
+    colorbar: { thickness: 12, title: { text: unit, side: "top" }, outlinewidth: 0 }, ...extra,
   };
 }
 

@@ -30,14 +30,16 @@ function tokenFlow(element, tokens, choose) {
 }
 
 function visible(token) {
-  return token.replaceAll("\r", "␍").replaceAll("\t", "⇥").replaceAll("\n", "⏎\n");
+  return token
+    .replace(/(?![\r\t\n])[\p{Cc}\p{Cf}]/gu, (c) => `⟨U+${c.codePointAt().toString(16).toUpperCase().padStart(4, "0")}⟩`)
+    .replaceAll("\r", "␍").replaceAll("\t", "⇥").replaceAll("\n", "⏎\n");
 }
 
 // A token between other words: whatever its direction, they keep theirs.
 function quoted(token) {
   const code = document.createElement("code");
   code.dir = "auto";
-  code.textContent = token.replaceAll("\n", "⏎").replaceAll("\r", "␍").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+  code.textContent = visible(token).replaceAll("⏎\n", "⏎").replaceAll(" ", "␣");
   return code;
 }
 

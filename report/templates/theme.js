@@ -16,6 +16,7 @@ function layoutOf(margin) {
     hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--text") }, namelength: -1 },
     // a finger that drags scrolls the page
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    modebar: { color: color("--quiet"), activecolor: color("--text"), bgcolor: "transparent" },
     margin, hovermode: "closest", showlegend: false, xaxis: { ...axis }, yaxis: { ...axis },
   };
 }
@@ -24,6 +25,12 @@ const plotConfig = {
   displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "pan2d"],
   showSendToCloud: false, plotlyServerURL: "",  // its button would upload the figures
 };
+
+// A browser sends mouse events after a tap: where a finger does not drag, plotly takes them for a second tap, hides the
+// tooltip of the first, and undoes the zoom.
+document.addEventListener("touchend", (event) => {
+  if (event.cancelable && event.target.closest(".draglayer")) event.preventDefault();
+}, { passive: false });
 
 function drawAgainWhenTheThemeChanges(draw) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
