@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,10 +106,8 @@ def batch(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor
     return ids.to(device), mask.to(device), torch.tensor([example.label for example in examples], device=device)
 
 
-def logits_of(
-    classifier: SequenceClassifier, examples: list[Example], batch_size: int, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """Each example's logits of the classes (K,), in their order; those of about one length are computed together."""
+def logits_of(classifier: SequenceClassifier, examples: list[Example], batch_size: int, dtype: torch.dtype) -> Tensor:
+    """The logits (N, K) of the classes of N examples, computed in batches of about one length."""
     import torch
 
     device = classifier.score.weight.device
@@ -122,7 +119,7 @@ def logits_of(
             places = order[start : start + batch_size]
             ids, mask, _ = batch([examples[i] for i in places], device)
             results[places] = classifier(ids, attention_mask=mask).logits.float().cpu()
-    yield from results
+    return results
 
 
 def evaluate(classifier: SequenceClassifier, examples: list[Example], batch_size: int, dtype: torch.dtype) -> Score:
@@ -130,7 +127,7 @@ def evaluate(classifier: SequenceClassifier, examples: list[Example], batch_size
     import torch
     from torch.nn.functional import cross_entropy
 
-    logits = torch.stack(list(logits_of(classifier, examples, batch_size, dtype)))
+    logits = logits_of(classifier, examples, batch_size, dtype)
     labels = torch.tensor([example.label for example in examples])
     return Score(cross_entropy(logits, labels).item(), (logits.argmax(dim=-1) == labels).double().mean().item())
 

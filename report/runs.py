@@ -275,10 +275,12 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
 def named_levels(runs: Sequence[Run]) -> list[tuple[str, float]]:
     """The levels of the runs, each once; GPT-2's sizes, which are named as on the hub, by their parameters."""
     levels = dict.fromkeys(level for run in runs for level in run.levels)
-    parted = [(*name.partition(","), loss) for name, loss in levels]
-    return [
-        (f"GPT-2 {SIZES[m]}{comma}{rest}" if m in SIZES else m + comma + rest, loss) for m, comma, rest, loss in parted
-    ]
+
+    def named(name: str) -> str:
+        model, comma, rest = name.partition(",")
+        return f"GPT-2 {SIZES[model]}{comma}{rest}" if model in SIZES else name
+
+    return [(named(name), loss) for name, loss in levels]
 
 
 def make_series(index: int, run: Run, split: str, name: str, kind: str) -> Series:
