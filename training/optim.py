@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from training.config import Optim
@@ -44,7 +43,9 @@ class Muon(Optimizer):
             for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = update.shape[-2:]
                 update = update.reshape(parameter.shape)
-                if isinstance(parameter, DTensor):  # FSDP: all have computed the whole, each keeps its part
+                if hasattr(parameter, "full_tensor"):  # FSDP: all have computed the whole, each keeps its part
+                    from torch.distributed.tensor import DTensor, Replicate  # here: it takes a second to import
+
                     update = DTensor.from_local(update, parameter.device_mesh, [Replicate()]).redistribute(
                         placements=parameter.placements
                     )
@@ -60,7 +61,7 @@ class Muon(Optimizer):
         assert gradient is not None
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(average, momentum)
-        return update.full_tensor() if isinstance(update, DTensor) else update
+        return update.full_tensor() if hasattr(update, "full_tensor") else update
 
 
 def share_out(updates: list[Tensor]) -> None:

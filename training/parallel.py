@@ -11,13 +11,12 @@ import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -160,6 +159,8 @@ def distribute(model: GPT, config: Config, processes: Processes, *, compiled: bo
         for block in model.transformer.h:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if sharded:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes a second
+
         reduced = processes.dtype if processes.dtype != torch.float32 else None
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
@@ -171,25 +172,26 @@ def distribute(model: GPT, config: Config, processes: Processes, *, compiled: bo
     return loss
 
 
-def synchronise_gradients(loss: nn.Module, model: GPT, on: bool) -> None:
+def synchronise_gradients(loss: nn.Module, model: Any, on: bool) -> None:
     """Whether the next backward pass averages gradients over the processes: only the last micro-batch has to."""
     if isinstance(loss, DistributedDataParallel):
         loss.require_backward_grad_sync = on
-    elif isinstance(model, FSDPModule):
+    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP's
         model.set_requires_gradient_sync(on)
 
 
 def free_gathered_weights(model: GPT) -> None:
     """After forward passes without a backward: FSDP keeps what it gathered for one, and would show it as parameters."""
+    module: Any
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):  # FSDP's
             module.reshard()
 
 
 def clip_gradients(model: GPT, max_norm: float) -> Tensor:
     """Scale the gradient to at most `max_norm` (0: leave it); returns its norm () before that, on the device."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is in parts
 
 
 def should_compile(config: Config, model: GPT, device: torch.device) -> tuple[bool, str]:
