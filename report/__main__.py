@@ -95,7 +95,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
         "levels": levels,
         "xlabel": "tokens" if chart.x == "tokens" else f"training time, {unit}",
         "xunit": unit,
-        "xdigits": ".4s" if chart.x == "tokens" else ".2f",
+        "xdigits": "" if chart.x == "tokens" else ":.2f",  # plotly tells tokens as on the axis: 2.5B
         "ylabel": chart.y,
         "digits": chart.digits,
         "range": chart.y_range,

@@ -12,7 +12,7 @@ function tracesOf(chart) {
       dash: dashes[Math.floor(series.run / 5) % 3],
       width: series.kind === "step" || series.kind === "value" ? 1 : 2,
     },
-    hovertemplate: `%{fullData.name}${series.label}<br>step %{customdata:,}<br>%{x:${chart.xdigits}} ${chart.xunit}` +
+    hovertemplate: `%{fullData.name}${series.label}<br>step %{customdata:,}<br>%{x${chart.xdigits}} ${chart.xunit}` +
       `<br>${chart.ylabel}: %{y:${chart.digits}}<extra></extra>`,
   }));
 }

@@ -13,15 +13,16 @@ import train
 
 def main() -> None:
     rank, step = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-    windows = data.loader.Loader.windows
+    order = data.loader.Loader.order
 
     def vanishing(self, at):
         if at >= step and int(os.environ["RANK"]) == rank:
-            self.split.close()
-            self.split.paths = [path.parent / "gone" / path.name for path in self.split.paths]
-        return windows(self, at)
+            split = self.windows.split
+            split.close()
+            split.paths = [path.parent / "gone" / path.name for path in split.paths]
+        return order(self, at)
 
-    data.loader.Loader.windows = vanishing
+    data.loader.Loader.order = vanishing
     train.main()
 
 
