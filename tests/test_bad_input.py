@@ -43,7 +43,7 @@ def test_no_dataset(refused, tmp_path):
     message = refused(**{"data.dir": str(tmp_path / "shakespeare")})
     assert "no dataset at" in message
     assert (
-        f"make it with `python -m data.prepare shakespeare --tokenizer bpe:2048 --out {tmp_path}/shakespeare`"
+        f"make it with `python -m data.prepare shakespeare --tokenizer bpe:4096 --out {tmp_path}/shakespeare`"
         in message
     )
 

@@ -3,6 +3,7 @@ function tokenFlow(element, tokens, choose) {
   const spans = tokens.map((token) => {
     const span = document.createElement("span");
     span.textContent = visible(token);
+    if (token.startsWith("⟨")) span.dir = "ltr";  // bytes keep their order in a text from right to left
     element.append(span);
     return span;
   });
@@ -39,7 +40,7 @@ function visible(token) {
 function quoted(token) {
   const code = document.createElement("code");
   code.dir = "auto";
-  code.textContent = visible(token).replaceAll("⏎\n", "⏎").replaceAll(" ", "␣");
+  code.textContent = token.startsWith("⟨") ? token : visible(token).replaceAll("⏎\n", "⏎").replaceAll(" ", "␣");
   return code;
 }
 
