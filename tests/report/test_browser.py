@@ -100,6 +100,19 @@ def curves(page, chart):
     return page.evaluate(f"document.getElementById('{chart}').data.map(trace => trace.visible !== false)")
 
 
+def place(page, x, y):
+    """Where a point of the first chart is on the screen."""
+    page.locator("#chart-0").scroll_into_view_if_needed()
+    return page.evaluate(
+        """([x, y]) => {
+            const chart = document.getElementById("chart-0"), box = chart.getBoundingClientRect();
+            const {xaxis, yaxis} = chart._fullLayout;
+            return [box.x + xaxis._offset + xaxis.d2p(x), box.y + yaxis._offset + yaxis.d2p(y)];
+        }""",
+        [x, y],
+    )
+
+
 def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, open_page):
     other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
     out = tmp_path / "two.html"
@@ -116,15 +129,7 @@ def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, open_page):
     assert curves(page, "chart-0") == [False, False, True, False, False, False]
     assert curves(page, "chart-2") == [True, False]  # the learning rate has neither
 
-    page.locator("#chart-0").scroll_into_view_if_needed()
-    x, y = page.evaluate(
-        """([x, y]) => {
-            const chart = document.getElementById("chart-0"), box = chart.getBoundingClientRect();
-            const {xaxis, yaxis} = chart._fullLayout;
-            return [box.x + xaxis._offset + xaxis.d2p(x), box.y + yaxis._offset + yaxis.d2p(y)];
-        }""",
-        [val["tokens"], val["loss"]],
-    )
+    x, y = place(page, val["tokens"], val["loss"])
     page.mouse.move(x - 40, y - 30)
     page.mouse.move(x, y)
     tooltip = page.locator("#chart-0 .hoverlayer .hovertext")
@@ -135,6 +140,24 @@ def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, open_page):
     assert f"{val['loss']:.4f}" in told
     assert page.get_by_text("Share chart").count() == 0
     assert page.locator("[data-title^='Share']").count() == 0  # plotly's button uploads the figures
+
+
+def test_a_tap_shows_a_tooltip_and_leaves_the_zoom(run, pages, open_page):
+    page = open_page(
+        pages / "report.html",
+        viewport={"width": 390, "height": 800},
+        has_touch=True,
+        is_mobile=True,
+        color_scheme="dark",
+    )
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    val = [record for record in records if record["split"] == "val"]
+    zoom = [val[1]["tokens"], 2 * val[2]["tokens"] - val[1]["tokens"]]  # the second's is in the middle
+    page.evaluate("zoom => Plotly.relayout('chart-0', {'xaxis.range': zoom})", zoom)
+    page.touchscreen.tap(*place(page, val[2]["tokens"], val[2]["loss"]))
+    page.wait_for_timeout(500)  # plotly waits 300 ms for a second tap
+    assert f"{val[2]['loss']:.4f}" in page.locator("#chart-0 .hoverlayer .hovertext").text_content()
+    assert page.evaluate("document.getElementById('chart-0')._fullLayout.xaxis.range") == zoom
 
 
 def test_hovering_a_token_shows_where_it_looks(pages, model, open_page):
@@ -179,6 +202,8 @@ def test_the_tokens_page_tells_the_loss_and_what_was_expected(pages, model, open
     first = page.locator("#panel table").first.locator("tbody tr").first.inner_text().split("\t")
     assert float(first[1].removesuffix(" %")) / 100 == pytest.approx(log_p[12].max().exp().item(), abs=6e-4)
     assert page.locator("#lens tbody tr").count() == gpt.config.n_layer + 1
+    quoted = page.evaluate(r"['⟨20 F0⟩', '\0 a\n\u202e'].map(token => quoted(token).textContent)")
+    assert quoted == ["⟨20 F0⟩", "⟨U+0000⟩␣a⏎⟨U+202E⟩"]  # bytes as they are; what cannot be seen is told
 
 
 def test_position_embeddings_by_dimension(pages, model, open_page):
