@@ -9,8 +9,8 @@ function tracesOf(chart) {
     line: {
       // of one run alone, validation stands out from training by its colour too
       color: color(`--run-${(data.runs.length === 1 && series.kind === "validation" ? 1 : series.run) % 5}`),
-      dash: dashes[Math.floor(series.run / 5) % 3],
-      width: series.kind === "step" || series.kind === "value" ? 1 : 2,
+      dash: dashes[series.run % 3],
+      width: series.kind === "step" ? 1 : 2,
     },
     hovertemplate: `%{fullData.name}${series.label}<br>step %{customdata:,}<br>%{x${chart.xdigits}} ${chart.xunit}` +
       `<br>${chart.ylabel}: %{y:${chart.digits}}<extra></extra>`,
