@@ -95,7 +95,7 @@ def test_one_graph_decodes_at_every_length(padded):
     def mask_of(length):
         return mask[:, :length] if padded else None
 
-    step, cache = torch.compile(logits, fullgraph=True, dynamic=True), model.new_cache(2, 32)
+    step, cache = torch.compile(logits, backend="aot_eager", fullgraph=True, dynamic=True), model.new_cache(2, 32)
     found = [logits(ids[:, :8], cache, mask_of(8))]
     found += [step(ids[:, i : i + 1].contiguous(), cache, mask_of(i + 1)) for i in range(8, 31)]
     torch.testing.assert_close(torch.cat(found, dim=1), logits(ids, None, mask_of(31)), atol=1e-5, rtol=1e-5)

@@ -62,18 +62,29 @@ def hold_to(one, run, train_error=1e-4, val_error=1e-6):
     assert len(losses(run, "val")) == 3
 
 
+MUON = {"optim.name": "muon", "optim.muon_lr": 0.02}
+
+
+def hold_muon_to(one, run):
+    """To 1e-3: its iteration computes in bfloat16, where gradients that differ in their last bit may round apart."""
+    assert losses(one)[-1] < losses(one)[0] - 0.5
+    hold_to(one, run, train_error=1e-3, val_error=1e-3)
+
+
 def matrix(same_run, processes, micro_batches, **changes):
     return [
-        same_run(f"{parallel}-{processes}-by-{rows}", parallel, rows, **changes)
+        same_run(f"{parallel}-{processes}-by-{rows}{changes.get('optim.name', '')}", parallel, rows, **changes)
         for parallel, rows in itertools.product(("ddp", "fsdp"), micro_batches)
     ]
 
 
 def test_two_processes_under_both_strategies_are_the_run_of_one(same_run, in_turn):
-    """And what they saved after step 12 is gone on with alone."""
-    (one,) = in_turn(1, [same_run("one", "auto", 30)])
+    """And what they saved after step 12 is gone on with alone. With Muon too."""
+    one, with_muon = in_turn(1, [same_run("one", "auto", 30), same_run("muon", "auto", 30, **MUON)])
     configs = matrix(same_run, 2, (4,), **{"checkpoint.every": 12})
-    runs = in_turn(2, configs)
+    *runs, muon_ddp, muon_fsdp = in_turn(2, configs + matrix(same_run, 2, (8,), **MUON))
+    hold_muon_to(with_muon, muon_ddp)
+    hold_muon_to(with_muon, muon_fsdp)
     for run in runs:
         hold_to(one, run)
         for step in (24, 30):
@@ -95,28 +106,23 @@ def test_any_number_of_processes_any_strategy_any_micro_batch_is_the_same_run(sa
     assert len(others) == 3 + 6 + 6
 
 
-MUON = {"optim.name": "muon", "optim.muon_lr": 0.02}
-
-
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_muon_on_several_processes_is_the_run_of_one(same_run, in_turn, processes):
-    """To 1e-3: its iteration computes in bfloat16, where gradients that differ in their last bit may round apart."""
+@pytest.mark.slow
+def test_muon_on_four_processes_is_the_run_of_one(same_run, in_turn):
     (one,) = in_turn(1, [same_run("one", "auto", 30, **MUON)])
-    assert losses(one)[-1] < losses(one)[0] - 0.5
-    for run in in_turn(processes, matrix(same_run, processes, (8,), **MUON)):
-        hold_to(one, run, train_error=1e-3, val_error=1e-3)
+    for run in in_turn(4, matrix(same_run, 4, (8,), **MUON)):
+        hold_muon_to(one, run)
 
 
 @pytest.mark.slow
 def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same_run, in_turn):
-    """What four processes saved under FSDP after step 12 is continued to the end in four ways."""
+    """What four processes saved under FSDP after step 12 is continued to the end in three ways."""
     (one,) = in_turn(1, [same_run("one", "auto", 8)])
     saved = same_run("four", "fsdp", 3, **{"checkpoint.every": 12})
     (four,) = in_turn(4, [saved])
     hold_to(one, four)
     for step in (24, 30):
         shutil.rmtree(four / "checkpoints" / f"step-{step:06d}")
-    for processes, parallel in ((1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp")):
+    for processes, parallel in ((1, "auto"), (2, "ddp"), (2, "fsdp")):
         name = f"on-{processes}-{parallel}"
         continued = shutil.copytree(four, four.parent / name)
         in_turn(processes, [same_run(name, parallel, 4, **{"run.resume": "must"})])
