@@ -286,6 +286,7 @@ def test_what_is_missing_or_makes_no_sense_is_said(pairs, untrained, tmp_path, t
 DEMO = Path("runs/shakespeare")
 needs_demo = pytest.mark.skipif(not (DEMO / "checkpoints").is_dir(), reason="`make demo` has not been run here")
 SHORT = ["--data.sequence_length", "128", "--data.batch_tokens", "2048", "--optim.lr", "1e-3", "--model.dropout", "0"]
+SHORT += ["--eval.every", "60", "--eval.samples", "1", "--checkpoint.every", "60"]
 
 
 def last_bits(run):
