@@ -4,7 +4,7 @@ python classify.py train --model gpt2 --train reviews.csv --val held-out.csv --o
 python classify.py predict --model runs/reviews --file new.csv > classes.jsonl
 
 Files are .csv with a header or .jsonl; the columns are "text" and "label" unless --text-key and --label-key say so.
-What it writes is a GPT2ForSequenceClassification to transformers, with the names of the classes.
+What it writes is, with --strategy last, a GPT2ForSequenceClassification to transformers, with the names of the classes.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def train(args: argparse.Namespace) -> None:
     directory = locate(resolve_model(args.model))
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(args.seed)
-    gpt = GPT.from_pretrained(directory)
+    gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # a file in half precision would lose small updates
     max_length = fitting_length(args, gpt.config.block_size)
     classifier = SequenceClassifier(gpt, len(classes), args.strategy, max_length).to(device)
     classifier.labels = classes
@@ -173,8 +173,8 @@ def train(args: argparse.Namespace) -> None:
 
     steps_per_epoch = -(-len(learn) // args.batch_size)
     steps = args.epochs * steps_per_epoch
-    course = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
-    optimizers = make_optimizers(classifier, course)
+    optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
+    optimizers = make_optimizers(classifier, optim)
     print(f"{len(learn):,} texts of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch:,} steps")
     best, best_epoch = evaluate(classifier, val, args.batch_size, dtype), 0
     print(f"before: validation loss {best.loss:.4f}, accuracy {best.accuracy:.4f}")
@@ -185,11 +185,11 @@ def train(args: argparse.Namespace) -> None:
         for step in tqdm(range(steps_per_epoch), desc=f"epoch {epoch}", leave=False, disable=None, unit="step"):
             chosen = [learn[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size]]
             ids, mask, labels = batch(chosen, device)
-            set_learning_rate(optimizers, learning_rate_factor((epoch - 1) * steps_per_epoch + step, course))
+            set_learning_rate(optimizers, learning_rate_factor((epoch - 1) * steps_per_epoch + step, optim))
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = classifier(ids, attention_mask=mask, labels=labels).loss
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), course.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), optim.grad_clip)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"epoch {epoch}, step {step + 1}: the gradient is not finite; lower --lr")
             for optimizer in optimizers:
@@ -213,6 +213,8 @@ def train(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """Print {"text", "label", "probability"} for each row of a file, in its order."""
+    import torch
+
     from data.tokenizer import load_tokenizer
     from heads import SequenceClassifier
     from training.device import find_device, find_dtype
@@ -220,7 +222,7 @@ def predict(args: argparse.Namespace) -> None:
 
     device = find_device(args.device, "--device")
     directory = locate(args.model)
-    classifier = SequenceClassifier.from_pretrained(directory, device=device)
+    classifier = SequenceClassifier.from_pretrained(directory, dtype=torch.float32, device=device)
     texts = read_column(args.file, args.text_key)
     max_length = fitting_length(args, classifier.max_length)
     examples = encode(texts, [-1] * len(texts), load_tokenizer(directory), max_length)

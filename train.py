@@ -396,7 +396,7 @@ class Trainer:
         write_json(self.directory / "status.json", {"status": status, "step": self.step})
         print(f"{status} after step {self.step}, {duration(self.seconds)} of training: {self.directory}")
         if best := self.checkpoints.best():
-            print(f"lowest validation loss, {best[0]:.4f}: {best[1]}")
+            print(f"of its checkpoints the lowest validation loss, {best[0]:.4f}: {best[1]}")
 
     def fail(self) -> None:
         """Leave word of a failure in status.json."""

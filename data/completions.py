@@ -16,7 +16,7 @@ from data.loader import IGNORE_INDEX
 from data.shards import file_sha256
 from data.tokenizer import Tokenizer
 
-SOME = 64  # prompts kept to sample from
+PROMPTS_KEPT = 64  # more than anyone samples from
 
 
 class CompletionWindows:
@@ -47,7 +47,7 @@ class CompletionWindows:
             if start > self._bounds[-1] and not (pack and end - self._bounds[-1] <= sequence_length + 1):
                 self._bounds.append(int(start))
         self._bounds.append(int(ends[-1]))
-        self.prompts = [tokens[~counts].tolist() for tokens, counts in examples[:SOME]]
+        self.prompts = [tokens[~counts].tolist() for tokens, counts in examples[:PROMPTS_KEPT]]
         self._tokens = np.concatenate([tokens for tokens, _ in examples])
         self._counts = np.concatenate([counts for _, counts in examples])
         self._n_counted = np.array([self._counted(w).sum() for w in range(len(self))])

@@ -163,7 +163,7 @@ class Loader:
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
-        self._ready: queue.Queue[tuple[int, Tensor] | BaseException] = queue.Queue()
+        self._ready: queue.Queue[tuple[int, np.ndarray, Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):  # inputs and targets, (2, rows, T)
             self._free.put(torch.empty((2, len(self.share), T), dtype=torch.int64, pin_memory=pin_memory))
@@ -184,9 +184,10 @@ class Loader:
             step = self.step
             while (buffer := self._free.get()) is not None:
                 inputs, targets = buffer.numpy()
-                for i, window in enumerate(self.order(step)[self.share.start : self.share.stop]):
+                order = self.order(step)
+                for i, window in enumerate(order[self.share.start : self.share.stop]):
                     self.windows.read(int(window), inputs[i], targets[i])
-                self._ready.put((step, buffer))
+                self._ready.put((step, order, buffer))
                 step += 1
         except BaseException as error:
             self._ready.put(error)  # raised where the batch is asked for
@@ -205,9 +206,9 @@ class Loader:
         if isinstance(ready, BaseException):
             self._ready.put(ready)
             raise ready
-        step, self._in_use = ready
+        step, order, self._in_use = ready
         self.step = step + 1
-        return self._divide(self._in_use, self.order(step))
+        return self._divide(self._in_use, order)
 
     def _divide(self, buffer: Tensor, order: np.ndarray) -> list[MicroBatch]:
         """The buffer (2, rows, T) in micro-batches of nearly the same size, as views.

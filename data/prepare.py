@@ -152,16 +152,17 @@ def _begin(job: Job) -> dict[str, Any] | None:
     path = job.out / PROGRESS_FILE
     settings = job.settings()
     meta = read_meta(job.out)
+    used = None  # the tokenizer's hash, where one was made or given
     if path.exists():
         progress = json.loads(path.read_text(encoding="utf-8"))
-        earlier = progress["settings"]
+        earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
             # Nothing was made yet, so other options, or a file that was mended, begin anew.
             progress, earlier = {"settings": settings}, settings
             write_json(path, progress)
     elif meta is not None:
         progress = None
-        earlier = {key: getattr(meta, key) for key in settings}
+        earlier, used = {key: getattr(meta, key) for key in settings}, meta.tokenizer_sha256
     elif list_shards(job.out, "train") or list_shards(job.out, "val"):
         raise ValueError(f"{job.out} holds shards that this command did not write: choose another --out")
     else:
@@ -174,9 +175,11 @@ def _begin(job: Job) -> dict[str, Any] | None:
         raise ValueError(
             f"{job.out} was prepared with other options ({changed}): choose another --out, or delete it to start again"
         )
-    used = meta.tokenizer_sha256 if meta and progress is None else (progress or {}).get("tokenizer_sha256")
     if job.given and used not in (None, job.given.fingerprint):
-        raise ValueError(f"{job.out} was prepared with another {job.tokenizer} tokenizer: choose another --out")
+        raise ValueError(
+            f"{job.out} was prepared with another {job.tokenizer} tokenizer: choose another --out, or delete it to "
+            f"start again"
+        )
     return progress
 
 

@@ -1,4 +1,4 @@
-"""A corpus for experiments, about 9 MB of English of three kinds, from the pinned packages:
+"""A corpus for experiments, about 10 MB of English of three kinds, from the pinned packages:
 
     python -m scripts.english data/english.jsonl
     python -m data.prepare text data/english.jsonl --out data/english --tokenizer bpe:4096 --val-fraction 0.05
@@ -42,9 +42,12 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, metavar="FILE.jsonl")
     out = parser.parse_args().out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in documents())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents())
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

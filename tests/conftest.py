@@ -143,7 +143,8 @@ def launch():
             parent = psutil.Process(process.pid)
             for one in (*parent.children(recursive=True), parent):  # torchrun's workers have sessions of their own
                 one.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture

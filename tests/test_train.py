@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -56,42 +53,16 @@ def test_going_on_from_a_checkpoint_is_bit_exact(tiny_run, train, changes):
     assert "7" in json.dumps(json.loads((run / "provenance.json").read_text())[1]["resumed_at_step"])
 
 
-def wait_for_step(run, step, process):
-    """Until metrics.jsonl has a step; the process must not end before."""
-    path = run / "metrics.jsonl"
-    while not path.exists() or f'"step": {step},' not in path.read_text(encoding="utf-8"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-
-
-@pytest.fixture
-def start():
-    """`start(file)`: a training process to be killed; none outlives its test."""
-    processes = []
-
-    def begin(config):
-        command = [sys.executable, "train.py", "--config", str(config)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 def slow_run(tiny_run, name):
     """40 steps of some 20 ms, so that a signal lands where it is meant to."""
     return tiny_run(name, **{"optim.steps": 40, "checkpoint.every": 5, "data.batch_tokens": 4096})
 
 
-def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_config, start, python):
+def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_config, launch, wait_for_step, python):
     whole = train(slow_run(tiny_run, "whole"))
     config = slow_run(tiny_run, "killed")
     killed = whole.parent / "killed"
-    process = start(write_config(config))
+    process = launch(sys.executable, "train.py", "--config", write_config(config))
     wait_for_step(killed, 23, process)
     process.kill()
     process.communicate()
@@ -105,14 +76,14 @@ def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_con
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, start, number):
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, launch, wait_for_step, number):
     config = tiny_run("stopped", **{"optim.steps": 100_000, "optim.schedule": "constant"})
-    process = start(write_config(config))
+    process = launch(sys.executable, "train.py", "--config", write_config(config))
     run = write_config(config).parent / "runs" / "stopped"
     wait_for_step(run, 3, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
     status = json.loads((run / "status.json").read_text())
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert status == {"status": "preempted", "step": last}

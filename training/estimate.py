@@ -149,7 +149,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
         f"model       {n_parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
         f"vocabulary {shape.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
-        f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}, whose shards are whole",
+        f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}, which is whole",
         f"compute     {flops / 1e6:,.1f} MFLOPs a token, {flops * tokens:.3g} FLOPs in all",
         f"memory      estimated MiB of each of {count} x {device}, {str(dtype).removeprefix('torch.')}",
     ]

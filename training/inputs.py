@@ -36,6 +36,7 @@ class Inputs:
     val: Windows
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids to sample from at validation
+    n_cut: int = 0  # training prompts that were too long, and lost their beginning
 
     @property
     def epoch_tokens(self) -> int:
@@ -48,7 +49,14 @@ def open_inputs(config: Config, *, verify: bool) -> Inputs:
 
     Raises ValueError or OSError that names what is missing or damaged, and the mend.
     """
-    inputs = open_completions(config) if config.data.format == "completions" else open_tokens(config, verify=verify)
+    if config.data.format == "completions":
+        if verify:
+            raise ValueError(
+                "--verify holds shards against their hashes, and data.format completions has none: leave it out"
+            )
+        inputs = open_completions(config)
+    else:
+        inputs = open_tokens(config, verify=verify)
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
             raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
@@ -78,7 +86,7 @@ def open_completions(config: Config) -> Inputs:
     tokenizer = load_tokenizer("gpt2" if start == "scratch" else locate(resolve_model(start)))
     train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
     val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)  # each by itself, as it is used
-    return Inputs(train, val, tokenizer, val.prompts)
+    return Inputs(train, val, tokenizer, val.prompts, train.n_cut)
 
 
 def find_weights(config: Config, checkpoint: Path | None) -> Path | None:
@@ -144,9 +152,9 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
             f"{optim.steps:,} steps repeat {data.dir} {epochs:.1f} times; after about {MAX_EPOCHS} it teaches little "
             f"that is new: prepare more text, or lower optim.steps to {steps:,}"
         )
-    if n_cut := getattr(inputs.train, "n_cut", 0):
+    if inputs.n_cut:
         found.append(
-            f"{n_cut:,} prompts are longer than data.sequence_length {data.sequence_length} leaves room for: their "
-            f"beginnings were cut off"
+            f"{inputs.n_cut:,} prompts are longer than data.sequence_length {data.sequence_length} leaves room for: "
+            f"their beginnings were cut off; raise it to keep them"
         )
     return found

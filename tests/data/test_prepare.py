@@ -556,3 +556,18 @@ def test_two_at_once_are_refused(jsonl: Path, tmp_path: Path, capsys: pytest.Cap
     out.mkdir()
     with FileLock(out / ".lock"):
         assert "another `data.prepare` is at work" in refused(capsys, "text", jsonl, "--out", out)
+
+
+def test_a_given_tokenizer_is_used_as_it_is_and_another_is_refused(
+    tmp_path: Path, verses: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for n in range(9):
+        (text / f"{n}.txt").write_text("The forest of Arden is 1 leagues away,\n" * (n + 1))
+    out, options = tmp_path / "out", ("--out", tmp_path / "out", "--val-fraction", 0.3)
+    run("text", text, *options, "--tokenizer", verses)
+    assert load_tokenizer(out) == load_tokenizer(verses)
+    run("text", text, "--out", tmp_path / "own", "--val-fraction", 0.3, "--tokenizer", "char")
+    message = refused(capsys, "text", text, *options, "--tokenizer", tmp_path / "own")
+    assert "was prepared with another char tokenizer: choose another --out" in message

@@ -67,7 +67,7 @@ def test_the_four_sizes(name, n_parameters, batch_tokens, lr, min_lr_ratio, warm
 
 def inputs_of(tokens):
     """A dataset of so many tokens, as far as `warnings` looks at it."""
-    return SimpleNamespace(epoch_tokens=tokens, train=None)
+    return SimpleNamespace(epoch_tokens=tokens, n_cut=0)
 
 
 def test_a_small_batch_with_a_large_batchs_learning_rate_is_warned_of():

@@ -17,6 +17,7 @@ from eval.choices import read_rows
 from eval.loss import split_loss
 from model import GPT, GPTConfig
 from training.config import parse_config
+from training.inputs import open_inputs
 from training.metrics import read_metrics
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
@@ -271,6 +272,8 @@ def test_a_line_that_cannot_be_learned_from_is_named(pairs, untrained, tmp_path,
 
 
 def test_what_is_missing_or_makes_no_sense_is_said(pairs, untrained, tmp_path, train, capsys):
+    with pytest.raises(ValueError, match="--verify holds shards"):
+        open_inputs(finetune(untrained, pairs, tmp_path), verify=True)
     (pairs / "val.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.jsonl.*move a tenth"):
         train(finetune(untrained, pairs, tmp_path))
