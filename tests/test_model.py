@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import model as code
 from model import GPT, IGNORE_INDEX, MATMUL_ROWS, PRESETS, GPTConfig, linear_cross_entropy, loss_and_gradients
 
 
@@ -403,6 +404,50 @@ def test_dropout_only_in_training():
     assert 0.3 < (weights != 0).sum() / (2 * 2 * 36) < 0.7  # of the 36 pairs in each of 2 rows and 2 heads
     model.eval()
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# ---- attention's backward pass on a CPU
+
+
+@pytest.mark.parametrize("T", [1, 2, 128, 300])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_attention_gradients_are_no_worse_than_pytorchs(T, scale, monkeypatch):
+    torch.manual_seed(T)
+    q, k, v, dy = (torch.randn(2, T, 3, 40).transpose(1, 2).bfloat16() for _ in range(4))
+    q, k = q * scale, k * scale
+
+    def gradients(attention, dtype=torch.bfloat16):
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        return torch.cat([g.double() for g in torch.autograd.grad(attention(*inputs), inputs, dy.to(dtype))])
+
+    def pytorchs(*inputs):
+        return F.scaled_dot_product_attention(*inputs, is_causal=True)
+
+    exact = gradients(pytorchs, torch.float64)
+    ours = gradients(code.CausalAttention.apply)
+    assert (ours - exact).norm() <= 1.1 * (gradients(pytorchs) - exact).norm()
+    monkeypatch.setattr(code, "WEIGHTS", 1)  # blocks of 16 queries, as where there are many heads
+    assert (gradients(code.CausalAttention.apply) - ours).norm() <= 5e-3 * exact.norm()
+
+
+def test_only_training_in_bfloat16_on_a_cpu_takes_our_backward_pass(monkeypatch):
+    taken = []
+    theirs = code.CausalAttention.apply
+    monkeypatch.setattr(code.CausalAttention, "apply", lambda *inputs: taken.append(len(inputs)) or theirs(*inputs))
+    ids = torch.randint(50, (2, 8))
+
+    def calls(autocast=True, keep=None, **fields):
+        taken.clear()
+        model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16, **fields)).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(ids, targets=ids, attention_mask=keep).loss.backward()
+        return len(taken)
+
+    assert calls() == 2
+    assert calls(autocast=False) == calls(dropout=0.1) == calls(causal=False) == calls(keep=torch.ones(2, 8)) == 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16))(ids)
+    assert not taken
 
 
 # ---- the loss

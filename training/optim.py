@@ -38,7 +38,7 @@ class Muon(Optimizer):
             # the large ones first, in turn over the processes, so that all have about as much to do
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
             updates = [self._nesterov(p, group["momentum"]) for p in parameters]
-            updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u[None] for u in updates]
+            updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u for u in updates]
             share_out(updates)
             for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = update.shape[-2:]
@@ -79,18 +79,19 @@ def share_out(updates: list[Tensor]) -> None:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The matrices (N, rows, columns) with all singular values brought to about 1 (0.7 to 1.2), in bfloat16.
+    """Matrices ([N,] rows, columns) with all singular values brought to about 1 (0.7 to 1.2), in bfloat16.
 
     Five steps of a Newton-Schulz iteration, in matrix products only; the quintic's coefficients are those of Jordan et
     al., chosen to lift small singular values fast instead of reaching 1 exactly.
     """
     x = matrices.bfloat16()
-    tall = x.size(1) > x.size(2)
+    tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = add_product(x, add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).contiguous()
 
 
