@@ -16,11 +16,11 @@ demo: $(READY)
 	@echo "checkpoints: runs/shakespeare/checkpoints (each one a GPT-2 for transformers too)"
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 # What takes minutes: large shapes, many kills, long property tests.
 test-slow: $(READY)
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(READY)
 	$(PYTHON) -m ruff format --check .

@@ -4,7 +4,7 @@
 
 Every combination of the values given with --vary is trained with every seed, one after another, each a run of its own
 under --dir; a run that is finished already is read and not repeated. The last column is what reruns the row: after
-`--config ... --vary`. docs/recipes.md has such rows.
+`--config ... --vary`; `--idea` trains with a change of scripts/ideas.py. docs/recipes.md has such rows.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import itertools
 import statistics
 from pathlib import Path
 
+from scripts.ideas import IDEAS
 from train import Trainer
 from training.config import parse_config
 from training.metrics import read_metrics
 from training.parallel import start_processes
 
 
-def finish(arguments: list[str]) -> Path:
+def finish(arguments: list[str], trainer_class: type[Trainer]) -> Path:
     """Train the run that these arguments of train.py describe to its end; returns its directory."""
     config = parse_config(arguments)
     if not config.eval.every:
         raise ValueError("eval.every is 0: without a validation there is nothing to compare by")
-    trainer = Trainer(config, start_processes(config.system))
+    trainer = trainer_class(config, start_processes(config.system))
     try:
         if trainer.run() != "finished":
             raise KeyboardInterrupt
@@ -50,9 +51,13 @@ def table(arguments: argparse.Namespace) -> str:
         finals, seconds, reached = [], [], []
         for seed in arguments.seeds:
             fields = [(name, value) for name, value in combination] + [("run.seed", str(seed))]
-            name = "-".join([Path(arguments.config).stem, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)])
+            parts = [Path(arguments.config).stem, *([arguments.idea] if arguments.idea else [])]
+            name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)])
             flags = [part for n, v in fields for part in (f"--{n}", v)]
-            directory = finish(["--config", arguments.config, "--run.dir", arguments.dir, "--run.name", name, *flags])
+            directory = finish(
+                ["--config", arguments.config, "--run.dir", arguments.dir, "--run.name", name, *flags],
+                IDEAS.get(arguments.idea, Trainer),
+            )
             records = read_metrics(directory / "metrics.jsonl")
             finals.append(next(r["loss"] for r in reversed(records) if r["split"] == "val"))
             seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
@@ -77,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts.sweep", description="Train one configuration in several ways.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
     parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
+    parser.add_argument("--idea", choices=IDEAS, help="train with one of the changes in scripts/ideas.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
     parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
     parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")

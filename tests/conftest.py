@@ -19,6 +19,7 @@ from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, S
 from training.parallel import start_processes
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # as in the processes that `python` starts: the order of sums is part of the bits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub says so by its mark, and unsets this
 
 
@@ -90,8 +91,6 @@ def tiny_run(verses, tmp_path):
 @pytest.fixture
 def train():
     """Run a configuration in this process; returns the run's directory."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes that `python` starts: the order of sums is part of the bits
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def run(config):
@@ -103,7 +102,6 @@ def train():
         return trainer.directory
 
     yield run
-    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -604,7 +604,6 @@ def test_rows_that_have_ended_hold_eos(pair):
         ({"generator": [Generator()] * 2}, "got 2 generators: give one, or 1"),
         ({"bad_words_ids": [[k] for k in range(257)]}, "no token is left to choose at position 2"),
     ],
-    ids=str,
 )
 def test_impossible_options_are_refused(pair, options, message):
     with pytest.raises(ValueError, match=message):
