@@ -421,7 +421,7 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention's backward pass on a CPU, for which PyTorch's own in bfloat16 takes half as long again
 
-WEIGHT_ROWS, WEIGHTS = 128, 2**22  # attention weights alive at a time: of so many queries, and so many in all
+QUERIES, WEIGHTS = 128, 2**20  # attention weights alive at a time: of so many queries, and about so many in all
 
 
 class CausalAttention(torch.autograd.Function):
@@ -444,25 +444,35 @@ def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
     As FlashAttention does (Dao et al. 2022, algorithm 4), the weights are computed again, a block of queries at a time:
     scores and softmax in float32, the other four products in the dtype of q.
     """
-    shape, T, scale = q.shape, q.size(2), 1 / math.sqrt(q.size(3))
-    dy, q, k, v = (t.reshape(-1, T, t.size(3)) for t in (dy, q, k, v))
-    scaled_q, keys = q.float() * scale, k.float().mT
-    dq, dk, dv = torch.empty_like(scaled_q), torch.zeros_like(scaled_q), torch.zeros_like(scaled_q)
-    rows = max(16, min(WEIGHT_ROWS, WEIGHTS // (len(q) * T)))
-    future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
-    for first in range(0, T, rows):
-        last = min(first + rows, T)
+    _, H, T, _ = q.shape
+    sequences = max(1, WEIGHTS // (H * QUERIES * T))
+    dq, dk, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    for parts in zip(*(t.split(sequences) for t in (dy, q, k, v, dq, dk, dv)), strict=True):
+        _fill_in_attention_gradients(*(t.reshape(-1, *t.shape[2:]) for t in parts))
+    return dq, dk, dv
+
+
+def _fill_in_attention_gradients(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """All are (heads, T, D); the last three are written to."""
+    T, scale = q.size(1), 1 / math.sqrt(q.size(2))
+    queries, keys = q.float() * scale, k.float().mT
+    dk_sum, dv_sum = torch.zeros_like(queries), torch.zeros_like(queries)
+    future = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    for first in range(0, T, QUERIES):
+        last = min(first + QUERIES, T)
         block, seen = slice(first, last), slice(last)
-        scores = scaled_q[:, block] @ keys[:, :, seen]
+        scores = queries[:, block] @ keys[:, :, seen]
         scores[:, :, first:].masked_fill_(future[: last - first, : last - first], float("-inf"))
         weights = torch.softmax(scores, dim=-1, out=scores).to(q.dtype)
         dweights = dy[:, block] @ v[:, seen].mT
         dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
-        dq[:, block] = dscores @ k[:, seen]
-        dk[:, seen] += dscores.mT @ q[:, block]
-        dv[:, seen] += weights.mT @ dy[:, block]
-    dq, dk, dv = dq.mul_(scale).to(q.dtype), dk.mul_(scale).to(q.dtype), dv.to(q.dtype)
-    return dq.view(shape), dk.view(shape), dv.view(shape)
+        dq[:, block] = (dscores @ k[:, seen]).mul_(scale)
+        dk_sum[:, seen] += dscores.mT @ q[:, block]
+        dv_sum[:, seen] += weights.mT @ dy[:, block]
+    dk.copy_(dk_sum.mul_(scale))
+    dv.copy_(dv_sum)
 
 
 @causal_attention_gradients.register_fake
