@@ -1,6 +1,6 @@
 """Ideas that were tried and are not in train.py, each as a small change of a Trainer: `scripts.sweep --idea NAME`.
 
-docs/recipes.md has what came of them. A run with an idea is for one process, and is not gone on with after a kill.
+docs/recipes.md has what came of them. A run with an idea is for one process, and starts from step 0.
 """
 
 from __future__ import annotations
@@ -81,6 +81,12 @@ class Averaged(Trainer):
 class MomentumWarmUp(Trainer):
     """Muon's momentum grows from 0.85 in the first 300 steps (as in modded-nanogpt), in all where they are fewer."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.config.optim.name != "muon":
+            self.close()
+            raise ValueError(f"momentum-warm-up is for optim.name muon, got {self.config.optim.name}")
+
     def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
         part = min(1.0, self.step / min(300, self.config.optim.steps))
         for group in self.optimizers[0].param_groups:
@@ -96,7 +102,8 @@ class SmallBatchesFirst(Trainer):
             return super().train_step(stop_asked, save_asked)
         whole = self.loader
         inputs, targets, share = zip(*next(whole), strict=True)
-        assert len(share) == 1, "this idea takes a batch in one micro-batch"
+        if len(share) != 1:
+            raise ValueError("small-batches-first halves whole batches: raise data.micro_batch until a batch is one")
         halves = zip(inputs[0].chunk(2), targets[0].chunk(2), strict=True)
         batches: Any = iter([[MicroBatch(*half, share=share[0])] for half in halves])
         self.loader = batches

@@ -28,6 +28,11 @@ def finish(arguments: list[str], trainer_class: type[Trainer]) -> Path:
         raise ValueError("eval.every is 0: without a validation there is nothing to compare by")
     trainer = trainer_class(config, start_processes(config.system))
     try:
+        if trainer_class is not Trainer and 0 < trainer.step < config.optim.steps:
+            raise ValueError(
+                f"{trainer.directory} was interrupted at step {trainer.step}, and checkpoints do not hold what an idea "
+                "keeps: delete it, to train it anew"
+            )
         if trainer.run() != "finished":
             raise KeyboardInterrupt
     finally:

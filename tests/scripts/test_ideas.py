@@ -1,5 +1,6 @@
 """What each idea changes in a run, and that the rest stays."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,20 @@ def test_small_batches_are_steps_of_their_own(trained):
     halves = trained("small-batches-first", **{"optim.schedule": "constant"})
     steps = [r["step"] for r in read_metrics(halves.directory / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [1, 1, 2, 2, 3, 4, 5, 6]
+
+
+def test_what_an_idea_cannot_do_is_said(trained, tiny_run, write_config, python, tmp_path):
+    with pytest.raises(ValueError, match=r"raise data\.micro_batch"):
+        trained("small-batches-first", **{"data.micro_batch": 4})
+    with pytest.raises(ValueError, match=r"optim\.name muon, got adamw"):
+        trained("momentum-warm-up", **{"optim.name": "adamw"})
+    config = write_config(tiny_run("x", **MUON | {"checkpoint.every": 3}))
+    sweep = ("-m", "scripts.sweep", "--config", config, "--dir", tmp_path / "swept", "--idea", "averaged", "--seeds", 1)
+    python(*sweep)
+    shutil.rmtree(tmp_path / "swept" / "x-averaged-seed_1" / "checkpoints" / "step-000006")
+    result = python(*sweep, check=False)
+    assert result.returncode == 2
+    assert "interrupted at step 3" in result.stderr
 
 
 def test_start_and_decay(trained):
