@@ -30,6 +30,8 @@ class Muon(Optimizer):
         """`stacked` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape."""
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
@@ -54,12 +56,9 @@ class Muon(Optimizer):
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """The parameter's averaged gradient with one step of look-ahead, whole also where it is sharded."""
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
         gradient = parameter.grad
         assert gradient is not None
-        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        average = self.state[parameter]["momentum_buffer"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(average, momentum)
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
@@ -111,7 +110,11 @@ def make_optimizers(model: nn.Module, config: Optim) -> list[Optimizer]:
     decayed = [p for p in parameters.values() if p.dim() >= 2]
     others = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizers.append(AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+    adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    for p in parameters.values():  # now, not in the first step, in whose memory a CPU's heap would scatter it
+        step = torch.zeros((), device=p.device)
+        adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    optimizers.append(adamw)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -42,6 +42,24 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
     assert all(group["fused"] for group in adamw.param_groups)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_is_there_before_the_first_step(name):
+    """All of it, so that a run that starts has the memory it needs: a step adds no tensor."""
+    model = GPT(SMALL)
+    optimizers = make_optimizers(model, Optim(name=name))
+
+    def shapes():
+        return [{p: {k: v.shape for k, v in state.items()} for p, state in o.state.items()} for o in optimizers]
+
+    before = shapes()
+    assert sum(map(len, before)) == len(list(model.parameters()))
+    assert not any(tensor.any() for o in optimizers for state in o.state.values() for tensor in state.values())
+    model(torch.zeros(1, 8, dtype=torch.long), targets=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert shapes() == before
+
+
 def test_muon_takes_the_matrices_of_the_blocks():
     model = GPT(SMALL)
     muon, adamw = make_optimizers(model, Optim(name="muon", muon_lr=0.05, lr=1e-3))
