@@ -521,11 +521,14 @@ def loss_and_gradients(
         for part, target in zip(logits.split(softmax_rows), targets[chunk].split(softmax_rows), strict=True):
             counts = (target != IGNORE_INDEX).unsqueeze(1)
             target = target.unsqueeze(1).clamp(min=0)
-            log_p = F.log_softmax(part, dim=-1, dtype=torch.float32)
-            total -= (log_p.gather(1, target) * counts).sum()
+            scores = part.float()
+            highest, right = scores.amax(dim=-1, keepdim=True), scores.gather(1, target)
+            p = torch.softmax(scores, dim=-1, out=scores)
+            log_sum = highest - p.amax(dim=-1, keepdim=True).log()  # log Σ exp(score): the highest has p = exp / Σ exp
+            total += ((log_sum - right) * counts).sum()
             if x_grad or weight_grad:  # d loss / d logits = softmax - one-hot, written over the logits
-                gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-                part.copy_(gradient.mul_(counts))
+                p.scatter_add_(1, target, torch.full_like(right, -1.0))
+                part.copy_(p.mul_(counts))
         if x_grad:
             dx[chunk] = logits @ head
         if weight_grad:  # in blocks, so that no second tensor is as large as the weight

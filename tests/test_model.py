@@ -477,6 +477,14 @@ def test_loss_and_gradients_are_cross_entropy(N, frozen):
             assert_close(gradient, other, 1e-5)
 
 
+def test_loss_of_what_the_model_is_all_but_sure_not_to_see():
+    """The probability of such a target is 0 in float32, its loss is not infinite."""
+    x, weight = torch.eye(3), torch.tensor([[300.0, 0, 0], [0, 100, 0], [-300, 0, 50]])
+    targets = torch.tensor([2, 0, 1])
+    loss = linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(loss, torch.tensor((600 + 100 + 50) / 3), atol=0, rtol=1e-6)
+
+
 def test_loss_where_no_target_counts():
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     loss = linear_cross_entropy(x, weight, torch.full((5,), IGNORE_INDEX))
