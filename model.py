@@ -144,8 +144,20 @@ class MLP(nn.Module):
         return checkpoint(self._project, h, use_reentrant=False, preserve_rng_state=False)
 
     def _project(self, h: Tensor) -> Tensor:
-        # the tanh form, as OpenAI's code has it: the erf form differs by up to 5e-4 and breaks parity
-        return self.c_proj(F.gelu(h, approximate="tanh"))
+        return self.c_proj(gelu(h))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x/2 (1 + tanh u), u = √(2/π) (x + 0.044715 x³), as OpenAI's code has it (Hendrycks and Gimpel 2016).
+
+    The erf form differs from it by up to 5e-4 and breaks parity.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh u)/2 is sigmoid(2u), and the compiler's kernel for that takes half the time of tanh's on a CPU
+    z = x.float()
+    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
+    return (z * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 class Block(nn.Module):

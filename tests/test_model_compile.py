@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
-from model import GPT, IGNORE_INDEX, GPTConfig
+from model import GPT, IGNORE_INDEX, GPTConfig, gelu
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
 
@@ -54,6 +55,30 @@ def test_same_loss_and_gradients_without_recompiling(dtype, tolerance):
     assert graphs == [1] * 5
     assert not counters["graph_break"]
     assert not counters["recompiles"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.0)])
+def test_gelu_is_the_tanh_form(dtype, tolerance):
+    """Value and slope, which the compiled one computes by another formula, are about as near to float64 as PyTorch's.
+
+    A slope's error is that of 1 - tanh² or 1 - sigmoid, near 1, times a factor that grows with x: millionths.
+    """
+    x = torch.cat([torch.linspace(-12, 12, 40_001), torch.tensor([-1e4, -100.0, 100.0, 1e4])]).to(dtype)
+
+    def value_and_slope(function, x):
+        x = x.clone().requires_grad_()
+        y = function(x)
+        return torch.stack([y.detach(), *torch.autograd.grad(y.sum(), x)]).double()
+
+    def plain(x):
+        return F.gelu(x, approximate="tanh")
+
+    exact = value_and_slope(plain, x.double())
+    found = value_and_slope(torch.compile(gelu, fullgraph=True), x)
+    assert counters["stats"]["unique_graphs"] == 1
+    error, plain_error = ((y - exact).abs() / exact.abs().clamp(min=1) for y in (found, value_and_slope(plain, x)))
+    assert error.amax() <= plain_error.amax() + tolerance
+    assert error.mean() <= plain_error.mean() + tolerance / 20
 
 
 def test_evaluation_and_saving_use_the_same_weights(tmp_path):
