@@ -31,7 +31,7 @@ class Run:
     """Name of the run: its directory under `dir`."""
     dir: str = "runs"
     """Directory that holds all runs."""
-    seed: int = 1337
+    seed: NonNegativeInt = 1337
     """Seed of initialisation, data order and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on from the newest whole checkpoint: auto, if there is one; must, or stop; never: refuse a used directory."""
