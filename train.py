@@ -96,6 +96,11 @@ class Trainer:
             refuse_changes(state["identity"], self.identity, allow=config.run.allow_changes)
             self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
             self.best = state.get("best")
+            if self.step > config.optim.steps:
+                raise ValueError(
+                    f"{checkpoint} is after step {self.step:,}, past optim.steps {config.optim.steps:,}: raise "
+                    f"optim.steps, or move the later checkpoints away to go on from an earlier one"
+                )
         self.model = make_model(shape, source, config.run.seed)
 
         # free memory differs between processes and moments: all, and a run gone on with, must decide the same

@@ -147,6 +147,11 @@ def test_a_longer_run_when_that_is_said(run, tiny_run, train):
     assert json.loads((run / "provenance.json").read_text())[-1]["allow_changes"] is True
 
 
+def test_a_run_cannot_become_shorter_than_it_is_already(run, tiny_run, train):
+    with pytest.raises(ValueError, match=r"step-000010 is after step 10, past optim.steps 9: raise optim.steps"):
+        train(tiny_run("run", **{"optim.steps": 9, "run.allow_changes": True}))
+
+
 def test_a_second_run_in_the_directory_is_refused_while_the_first_lives(tiny_run, train, write_config, python):
     lock = lock_run(train(tiny_run("run", **{"optim.steps": 3})))
     result = python("train.py", "--config", write_config(tiny_run("run")), check=False)
