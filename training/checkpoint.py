@@ -122,9 +122,20 @@ class Checkpoints:
         return None
 
     def best(self) -> tuple[float, Path] | None:
-        """The lowest validation loss among those that have one, and whose it is."""
-        paths = [path for path in self.list() if path not in self._damaged]
-        return min(((loss, path) for path in paths if (loss := read_state(path)["val_loss"]) is not None), default=None)
+        """The lowest validation loss among those that have one, and whose it is; what cannot be read is passed over."""
+        found = []
+        for path in self.list():
+            if path in self._damaged:
+                continue
+            try:
+                loss = read_state(path)["val_loss"]
+            except (OSError, ValueError, KeyError, TypeError) as error:  # one without its trainer/ is still a GPT-2
+                print(f"leaving alone {path}, whose {STATE} cannot be read: {error!r}", file=sys.stderr)
+                self._damaged.add(path)
+                continue
+            if loss is not None:
+                found.append((loss, path))
+        return min(found, default=None)
 
     def remove_partial(self) -> None:
         """Delete what a killed process left half written or half deleted."""
@@ -187,9 +198,9 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep` and the best by validation loss."""
+        """Delete all but the newest `keep`, the best by validation loss, and what is damaged."""
+        best = self.best()  # which finds what cannot be read
         paths = [path for path in self.list() if path not in self._damaged]
-        best = self.best()
         for path in paths[: -self.keep]:
             if best is None or path != best[1]:
                 # renamed first, so that a kill in the middle leaves no checkpoint that looks whole or damaged

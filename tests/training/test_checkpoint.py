@@ -120,6 +120,14 @@ def test_the_newest_and_the_best_stay(tiny_run, train):
     assert steps(run) == [10, 16]
 
 
+def test_older_checkpoints_that_cannot_be_read_are_left_alone(run, tiny_run, train, capsys):
+    shutil.rmtree(run / "checkpoints" / "step-000004" / "trainer")  # to save space
+    (run / "checkpoints" / "step-000008" / "trainer" / "state.json").write_text("[]")
+    train(tiny_run("run", **{"optim.steps": 12, "checkpoint.keep": 1, "run.allow_changes": True}))
+    assert steps(run) == [4, 8, 12]
+    assert capsys.readouterr().err.count("cannot be read") == 2  # each once
+
+
 def test_resume_never_and_must(run, tiny_run, train):
     with pytest.raises(ValueError, match=r"run.resume is never, but .* has checkpoints"):
         train(tiny_run("run", **{"run.resume": "never"}))
