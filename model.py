@@ -514,6 +514,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
+def centred_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head (V, C) in `dtype`; in less than float32, with the mean of its rows taken from each.
+
+    That takes one number from all the logits of a position, which softmax does not see. GPT-2's logits have such a
+    number in common, near -80, where neighbours in bfloat16 are half a nat apart.
+    """
+    if dtype.itemsize >= 4:
+        return weight.to(dtype)
+    head, mean = torch.empty_like(weight, dtype=dtype), weight.mean(dim=0, dtype=torch.float32)
+    for part, rows in zip(head.split(8192), weight.split(8192), strict=True):  # no second head in float32
+        part.copy_(rows - mean)
+    return head
+
+
 def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -521,7 +535,7 @@ def loss_and_gradients(
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
-    head = weight.to(dtype)
+    head = centred_head(weight, dtype)
     # fp32 is needed of a few rows at a time: as many as a CPU's cache nearly holds, or a GPU takes in one launch
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # the logits of a small batch do not exist at once either

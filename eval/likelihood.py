@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.tokenizer import Tokenizer
+from model import centred_head
 
 SOFTMAX_ROWS = 128  # rows of logits in fp32 at a time: 26 MB for GPT-2's vocabulary
 PADDING_LIMIT = 128  # a vocabulary is padded to a multiple of 64 or 128 for speed, never by more
@@ -210,11 +211,7 @@ def _score(
 
 
 def _output_head(model: Any) -> Tensor | None:
-    """The (V, C) matrix from a GPT's last hidden state to logits, in the dtype of the computation; None for a peer.
-
-    Adding one vector to all its rows adds one number to all the logits of a position, which the softmax does not see.
-    GPT-2's logits have such a number in common, near -80, and bf16 would spend most of its bits on it.
-    """
+    """The (V, C) matrix from a GPT's last hidden state to logits, in the dtype of the computation; None for a peer."""
     if not hasattr(model, "new_cache"):
         return None
     weight = model.transformer.wte.weight.detach()
@@ -222,7 +219,7 @@ def _output_head(model: Any) -> Tensor | None:
         weight = weight.full_tensor()
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return (weight.float() - weight.float().mean(dim=0)).to(dtype)
+    return centred_head(weight, dtype)
 
 
 def _pad(sequences: list[tuple[int, ...]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
