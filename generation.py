@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, GPTOutput
+from model import GPT, GPTOutput, centred_head
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids (N, T), scores (N, V)) -> scores (N, V), as in transformers
 BANNED = -inf
@@ -262,23 +262,34 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def pack_weights(model: GPT) -> None:
-    """Lay out a model's weights for fast decoding, in place, if it is on a CPU that oneDNN knows.
+class DecodingHead(nn.Module):
+    """Hidden states (N, C) -> logits (N, V) in float32, from a product in the weights' dtype: see `centred_head`."""
 
-    For models that only decode from here on: the packed weights can be neither trained, saved nor moved.
+    def __init__(self, weight: Tensor, *, pack: bool) -> None:
+        super().__init__()
+        head = centred_head(weight.detach(), weight.dtype)
+        self.product = PackedLinear(head, None) if pack else partial(F.linear, weight=head)
+        self.mean = None if weight.dtype == torch.float32 else weight.detach().float().mean(dim=0)  # what head lacks
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.product(x).float()
+        return logits if self.mean is None else logits + (x.float() @ self.mean).unsqueeze(1)
+
+
+def pack_weights(model: GPT) -> None:
+    """Prepare a model for decoding, in place: exact logits, and weights laid out for a CPU that oneDNN knows.
+
+    For models that only decode from here on: they can be neither trained, saved nor moved.
     """
     weight = model.transformer.wte.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return
-    if weight.dtype != torch.float32 and not (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
-        return
+    pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if weight.dtype != torch.float32:
+        pack = pack and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
-    for module, name, child in linears:
+    for module, name, child in linears if pack else ():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias))
-    model.add_module("packed_head", PackedLinear(weight, None))
+    model.add_module("decoding_head", DecodingHead(weight, pack=pack))
 
 
 class Reader:
@@ -292,25 +303,30 @@ class Reader:
         self.model, self.mask, self.options = model, mask, options
         length = ids.size(1) + options.max_new_tokens - 1  # the last token is not read
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
-        self.packed_head = model._modules.get("packed_head")
+        self.head = model._modules.get("decoding_head")  # of pack_weights
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
-        """ids (N, T) -> logits (N, V) of the token after the last, in fp32, and the model's output."""
+        """ids (N, T) -> logits (N, V) of the token after the last, in fp32, and the model's output.
+
+        ValueError if the first are not numbers.
+        """
         first = max(0, ids.size(1) - self.model.config.block_size)
+        is_first_pass = self.cache.length == 0 and not first
         if first:
             self.cache.crop(0)
         output = self.model(
             ids[:, first + self.cache.length :],
             attention_mask=None if self.mask is None else self.mask[:, first : ids.size(1)],
             cache=self.cache,
-            return_logits=self.packed_head is None,
+            return_logits=self.head is None,
             logits_to_keep=1,
             output_hidden_states=self.options.output_hidden_states,
             output_attentions=self.options.output_attentions,
         )
-        if self.packed_head is not None:
-            return self.packed_head(output.last_hidden_state[:, -1]).float(), output
-        return output.logits[:, -1].float(), output
+        logits = output.logits[:, -1].float() if self.head is None else self.head(output.last_hidden_state[:, -1])
+        if is_first_pass and logits.isnan().any():
+            raise ValueError("the model's logits are NaN: its weights are damaged, or overflow in this dtype")
+        return logits, output
 
 
 def empty_records(options: Options) -> dict[str, Any]:
@@ -474,6 +490,8 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
         read.cache.reorder(running.origins[:, :, new].flatten())
 
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
+    if (best.scores < NEVER / 2).any():
+        raise ValueError(f"too much is banned: some prompt has fewer than {options.num_return_sequences} continuations")
     steps = int((best.origins >= 0).sum(dim=1).max())
     return GenerateOutput(
         best.ids[:, : prompt_length + steps],
@@ -586,7 +604,8 @@ def generate(
         stop_strings: text that ends a row when it appears, with the `tokenizer` that shows it.
         num_return_sequences: results of each prompt, next to each other.
         sliding: allow more tokens than block_size; the model then sees the last block_size tokens.
-        eos_token_id: ends a row, which then holds (the first) eos to its end. None: only the length does.
+        eos_token_id: ends a row, which then holds (the first) eos to its end. None: only the length does; with
+            stop_strings it is the tokenizer's end-of-text.
         generator: one for all draws, or one for each of the B * num_return_sequences rows, so that a row does not
             depend on its neighbours (in beam search, of the B prompts). On the model's device.
         logits_processor: called as (ids, scores) -> scores, after the others and before temperature.

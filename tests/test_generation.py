@@ -1,5 +1,6 @@
 """Decoding against transformers' generate: the same weights, in fp32, token for token."""
 
+import copy
 import inspect
 import itertools
 from collections import Counter
@@ -261,6 +262,38 @@ def test_packed_weights_choose_the_same_tokens(tmp_path):
     output = generate(model, ids, attention_mask=mask, max_new_tokens=40, return_dict=True, output_logits=True)
     assert torch.equal(output.sequences, expected.sequences)
     torch.testing.assert_close(output.logits[-1], expected.logits[-1], atol=1e-3, rtol=1e-4)
+
+
+def test_logits_with_a_number_in_common_are_exact_in_bfloat16():
+    """As GPT-2's are, near -80, where bfloat16 has steps of 0.5: those of float32 on the same weights are the truth."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=64)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(4.0)
+        model.transformer.wte.weight.sub_(80 / (4.0 * model.config.n_embd))
+    model.bfloat16()
+    ids = torch.randint(257, (3, 9), generator=Generator().manual_seed(0))
+
+    def logits(model):
+        options = {"max_new_tokens": 1, "return_dict": True, "output_logits": True}
+        return generate(model, ids, **options).logits[0]
+
+    plain, exact = logits(model), logits(copy.deepcopy(model).float())
+    pack_weights(model)
+    packed = logits(model)
+    assert -90 < exact.min() < exact.max() < -70
+    torch.testing.assert_close(packed, exact, atol=0.2, rtol=0)  # itself, with what the hidden state is rounded by
+    plain_error, error = (a.log_softmax(-1) - exact.log_softmax(-1) for a in (plain, packed))
+    assert error.abs().max() < 0.03 < 0.2 < plain_error.abs().max()
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_damaged_model_is_named(tmp_path, num_beams):
+    _, model = make_pair(SHAPES[2], tmp_path)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="weights are damaged"):
+        generate(model, [[1, 2]], max_new_tokens=3, num_beams=num_beams)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,6 +636,7 @@ def test_rows_that_have_ended_hold_eos(pair):
         ({"attention_mask": torch.tensor([[1, 0]])}, "padded on the left"),
         ({"generator": [Generator()] * 2}, "got 2 generators: give one, or 1"),
         ({"bad_words_ids": [[k] for k in range(257)]}, "no token is left to choose at position 2"),
+        ({"bad_words_ids": [[k] for k in range(257)], "num_beams": 2}, "fewer than 1 continuations"),
     ],
 )
 def test_impossible_options_are_refused(pair, options, message):
