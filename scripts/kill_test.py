@@ -184,6 +184,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     config = parse_config(["--config", options.config])
+    if options.kills > config.optim.steps:
+        parser.error(
+            f"--kills {options.kills} in a run of optim.steps {config.optim.steps}: raise it, or kill less often"
+        )
+    options.dir.mkdir(parents=True, exist_ok=True)
     alone, killed = Run(options.dir / "alone"), Run(options.dir / "killed")
 
     def live(run: Run) -> Life:

@@ -18,8 +18,7 @@ def kill(tiny_run, write_config, python, tmp_path):
             "eval.every": 50,
         }
         config = write_config(tiny_run("x", **changes))
-        out = tmp_path / f"{processes}"
-        out.mkdir()
+        out = tmp_path / "made" / f"{processes}"
         arguments = ("--config", config, "--dir", out, "--kills", kills, "--processes", processes)
         return json.loads(python("-m", "scripts.kill_test", *arguments, timeout=1200).stdout)
 
@@ -31,6 +30,14 @@ def test_five_kills(kill, kills, processes):
     counts = kill(kills, processes)
     assert counts["differences"] == []
     assert (counts["kills"], counts["hung"]) == (kills, 0)
+
+
+def test_more_kills_than_steps_are_refused_before_anything_runs(tiny_run, write_config, python, tmp_path):
+    config, out = write_config(tiny_run(**{"optim.steps": 3})), tmp_path / "out"
+    result = python("-m", "scripts.kill_test", "--config", config, "--dir", out, "--kills", 4, check=False)
+    assert result.returncode == 2
+    assert "--kills 4 in a run of optim.steps 3: raise it, or kill less often" in result.stderr
+    assert not out.exists()
 
 
 @pytest.mark.slow
