@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def first_below(records: list[dict], loss: float) -> int | None:
 
 def table(arguments: argparse.Namespace) -> str:
     """Train what is not trained yet; the rows, in Markdown."""
-    choices = [
-        [(name, value) for value in values.split(",")]
+    choices = [  # split at commas that are not inside brackets: betas=[0.9,0.95],[0.9,0.99] are two
+        [(name, value) for value in re.split(r",(?![^\[]*\])", values)]
         for name, _, values in (field.partition("=") for field in arguments.vary)
     ]
     rows = []
@@ -57,7 +58,7 @@ def table(arguments: argparse.Namespace) -> str:
         for seed in arguments.seeds:
             fields = [(name, value) for name, value in combination] + [("run.seed", str(seed))]
             parts = [Path(arguments.config).stem, *([arguments.idea] if arguments.idea else [])]
-            name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)])
+            name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)]).replace("/", "-")
             flags = [part for n, v in fields for part in (f"--{n}", v)]
             directory = finish(
                 ["--config", arguments.config, "--run.dir", arguments.dir, "--run.name", name, *flags],

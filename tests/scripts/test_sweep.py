@@ -35,6 +35,13 @@ def test_each_combination_and_seed_is_a_row_of_its_runs_figures(sweep, tmp_path)
     assert (tmp_path / "swept" / "x-lr_1e-4-seed_1" / "metrics.jsonl").read_bytes() == before
 
 
+def test_values_with_slashes_and_lists_are_varied_too(sweep, verses, tmp_path):
+    arguments = ("--seeds", 1, "--vary", f"data.dir={verses}", "optim.betas=[0.9,0.95],[0.8,0.99]")
+    rows = [line for line in sweep(*arguments, **{"optim.steps": 3}).stdout.splitlines() if "data.dir" in line]
+    assert [row.rpartition("optim.betas=")[2] for row in rows] == ["[0.9,0.95]` |", "[0.8,0.99]` |"]
+    assert len([path for path in (tmp_path / "swept").iterdir() if (path / "metrics.jsonl").exists()]) == 2
+
+
 def test_what_cannot_be_swept_is_said(sweep):
     assert "expected FIELD=VALUE" in sweep("--vary", "optim.lr", check=False).stderr
     result = sweep(check=False, **{"eval.every": 0})
