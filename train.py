@@ -319,10 +319,10 @@ class Trainer:
             record_provenance(
                 directory / "provenance.json", config, self.processes, resumed_at=self.step if resumed else None
             )
-            write_json(directory / "status.json", {"status": "running", "step": self.step})
             self.metrics = MetricsLog(directory / "metrics.jsonl", self.step if resumed else -1, config)
+            write_json(directory / "status.json", {"status": "running", "step": self.step})
         except OSError as error:
-            raise OSError(f"cannot write to {directory} ({error.strerror}): choose another run.dir") from error
+            raise OSError(f"cannot write to {directory} ({error.strerror or error}): choose another run.dir") from error
 
     def _log_step(self, loss: float, grad_norm: float, lr: float, clock: Stopwatch, finite: bool) -> None:
         seconds = clock.total

@@ -216,6 +216,15 @@ def test_a_validation_before_the_first_checkpoint_does_not_stand_twice(tiny_run,
     ]  # fmt: skip
 
 
+def test_what_keeps_a_directory_from_being_written_is_said(tiny_run, train, monkeypatch):
+    def refuse(path, value):  # as write_json tells it, without an errno
+        raise OSError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("train.write_json", refuse)
+    with pytest.raises(OSError, match=r"cannot write to .*\(cannot write .*: No space left on device\): choose"):
+        train(tiny_run())
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_over_5000_steps(tiny_run, train):
     """With validations, samples and checkpoints; resident memory at steps 1,000 and 5,000."""

@@ -32,6 +32,8 @@ class MetricsLog:
 
     Opening it drops what was written after step `last_step`, the one training goes on from, and a line torn by a crash:
     no step stands twice. Where the disk is full and checkpoint.on_error is "continue", lines wait until there is room.
+
+    Raises ValueError where Weights & Biases does not start.
     """
 
     def __init__(self, path: Path, last_step: int, config: Config) -> None:
@@ -46,15 +48,21 @@ class MetricsLog:
             import wandb
 
             # one id a run directory: a resumed run goes on in the same curves
-            self._wandb = wandb.init(
-                project="gpt2",
-                name=config.run.name,
-                id=config.run.name,
-                resume="allow",
-                mode=config.log.wandb,
-                dir=path.parent,
-                config=config.to_dict(),
-            )
+            try:
+                self._wandb = wandb.init(
+                    project="gpt2",
+                    name=config.run.name,
+                    id=config.run.name,
+                    resume="allow",
+                    mode=config.log.wandb,
+                    dir=path.parent,
+                    config=config.to_dict(),
+                )
+            except wandb.Error as error:
+                raise ValueError(
+                    f"log.wandb is {config.log.wandb}, but Weights & Biases did not start ({error}): run "
+                    f"`wandb login`, see to the network, or set log.wandb to offline or disabled"
+                ) from error
 
     def write(self, split: str, step: int, **values: Any) -> None:
         """Append one record. Numbers that are not finite become null, as JSON has none."""

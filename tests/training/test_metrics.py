@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from model import GPT, GPTConfig
@@ -73,6 +74,16 @@ def test_peaks_by_device_name(monkeypatch, name, peak):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_where_wandb_does_not_start_no_run_is_said_to_be_going(tiny_run, train, monkeypatch, tmp_path):
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"log.wandb is online, but .* \(No API key configured.\): run `wandb login`"):
+        train(tiny_run("logged", **{"log.wandb": "online"}))
+    assert not (tmp_path / "runs" / "logged" / "status.json").exists()
 
 
 def test_wandb_offline_has_what_metrics_jsonl_has(tiny_run, write_config, python):
