@@ -29,6 +29,7 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 GPT2_VOCAB_SIZE = 50257
 MAX_VOCAB_SIZE = 65536
+MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
 META_FILE = "meta.json"
 # Present while `data.prepare` is at work: the shards beside it are not a dataset yet.
 PROGRESS_FILE = "prepare-progress.json"
@@ -116,10 +117,13 @@ def _existing(directory: str | Path) -> Path:
     directory = Path(directory)
     if directory.is_dir():
         return directory
-    made_by = {"shakespeare": "shakespeare --tokenizer bpe:4096"}
-    known = ("shakespeare", "fineweb-edu-10b", "fineweb-10b", "openwebtext", "wikitext-103", "tinystories")
-    source = next((name for name in known if directory.name.startswith(name)), "SOURCE")
-    command = f"python -m data.prepare {made_by.get(source, source)} --out {directory}"
+    # the datasets that the configurations name, and the presets of data.prepare, which are their own sources
+    made_by = {
+        "shakespeare": "shakespeare --tokenizer bpe:4096",
+        "shakespeare-char": "shakespeare --tokenizer char",
+        "shakespeare-gpt2": "shakespeare",
+    } | {name: name for name in ("fineweb-edu-10b", "fineweb-10b", "openwebtext", "wikitext-103", "tinystories")}
+    command = f"python -m data.prepare {made_by.get(directory.name, 'SOURCE')} --out {directory}"
     raise FileNotFoundError(f"no dataset at {directory}: make it with `{command}`")
 
 

@@ -39,11 +39,20 @@ def overwrite(path, offset, value, kind="<i4"):
         file.write(np.array([value], kind).tobytes())
 
 
-def test_no_dataset(refused, tmp_path):
-    message = refused(**{"data.dir": str(tmp_path / "shakespeare")})
-    assert "no dataset at" in message
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("shakespeare", "shakespeare --tokenizer bpe:4096"),
+        ("shakespeare-char", "shakespeare --tokenizer char"),
+        ("shakespeare-gpt2", "shakespeare"),
+        ("shakespeare-of-mine", "SOURCE"),
+        ("openwebtext", "openwebtext"),
+    ],
+)
+def test_no_dataset(refused, tmp_path, name, source):
+    message = refused(**{"data.dir": str(tmp_path / name)})
     assert (
-        f"make it with `python -m data.prepare shakespeare --tokenizer bpe:4096 --out {tmp_path}/shakespeare`"
+        f"no dataset at {tmp_path}/{name}: make it with `python -m data.prepare {source} --out {tmp_path}/{name}`"
         in message
     )
 
