@@ -22,7 +22,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from data.encode import SPLITS, Corpus, Encoder, Progress, Validation, encode_in_order, read_batches
-from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, list_shards, open_split, read_meta, write_json
+from data.shards import (
+    MAX_SHARD_TOKENS,
+    PROGRESS_FILE,
+    DatasetMeta,
+    ShardWriter,
+    list_shards,
+    open_split,
+    read_meta,
+    write_json,
+)
 from data.sources import Options, Source
 from data.sources.hub import PRESETS, TOKENIZED, download, hub_source
 from data.sources.shakespeare import shakespeare_source
@@ -338,6 +347,13 @@ def _whole_number(text: str) -> int:
     return int(digits)
 
 
+def _shard_tokens(text: str) -> int:
+    value = _whole_number(text)
+    if value > MAX_SHARD_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is above {MAX_SHARD_TOKENS:,}, the most that a shard can count")
+    return value
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -367,7 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     held_out.add_argument("--val", choices=["first-shard"], help="hold out the first documents, one shard of them")
     shared.add_argument(
-        "--shard-tokens", type=_whole_number, default=100_000_000, metavar="N", help="default 100000000"
+        "--shard-tokens", type=_shard_tokens, default=100_000_000, metavar="N", help="default 100000000"
     )
     shared.add_argument("--workers", type=_whole_number, metavar="N", help="processes (default: one for each core)")
     shared.add_argument(

@@ -374,6 +374,7 @@ def test_options_that_cannot_work(jsonl: Path, tmp_path: Path, capsys: pytest.Ca
         (("text", jsonl, *out, "--part", "3/2"), "'3/2' is no part"),
         (("text", jsonl, *out, "--val-fraction", "2"), "not a fraction"),
         (("text", jsonl, *out, "--shard-tokens", "0"), "not a whole number above 0"),
+        (("text", jsonl, *out, "--shard-tokens", f"{2**31}"), "is above 2,147,483,647"),
         (("shakespeare", *out, "--val-fraction", "0.1"), "its own validation"),
         (("merge", tmp_path / "nowhere"), "no dataset at"),
         (("merge", tmp_path), "make the parts with --part"),
