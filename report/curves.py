@@ -23,13 +23,13 @@ SMOOTHING = 0.02  # of the steps so far: the width of the average drawn over the
 def draw_loss(
     metrics: Sequence[dict[str, Any]], path: Path, title: str, references: Sequence[tuple[str, float]] = ()
 ) -> None:
-    """Write a PNG of the losses in `metrics`, the records of a metrics.jsonl.
+    """Write a PNG of the losses in `metrics`, the records of a metrics.jsonl; one that is null was not a number.
 
     `references` are losses on the same validation set to beat, each (whose, nats a token), drawn as level lines.
     """
     plt = _pyplot()
     train = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "train" and m["loss"] is not None]
-    val = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "val"]
+    val = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "val" and m["loss"] is not None]
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     if train:
         tokens, losses = np.array(train).T

@@ -29,6 +29,14 @@ def test_a_skipped_step_and_gpt2s_line(tmp_path):
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
+def test_validation_losses_that_are_null_are_left_out(tmp_path):
+    broken = {"split": "val", "step": 21, "tokens": 2100, "loss": None, "bits_per_byte": None}
+    draw_loss(records(20), tmp_path / "without.png", "a run")
+    draw_loss([*records(20), broken], tmp_path / "with.png", "a run")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+    draw_loss([broken], tmp_path / "alone.png", "a run")
+
+
 def test_smoothing_is_the_mean_of_the_last_values():
     values = np.random.default_rng(0).normal(size=300)
     width = round(SMOOTHING * 300)
