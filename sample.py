@@ -73,7 +73,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file: its lines that are not blank or, of a .jsonl file, their "prompt"."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(), which also cuts at characters that a prompt may hold, such as U+2028 and form feeds
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     prompts = []

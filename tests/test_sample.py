@@ -217,6 +217,15 @@ def test_nothing_is_streamed_if_a_later_prompt_does_not_fit(run, tmp_path):
     assert "block_size 64" in err
 
 
+def test_only_line_ends_separate_prompts(tmp_path):
+    prompts = [f"one{separator}prompt" for separator in "\u2028\u2029\x85\x0b\x0c"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n\n".join(prompts).encode())
+    assert sample.read_prompts(tmp_path / "prompts.txt") == prompts
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert sample.read_prompts(tmp_path / "prompts.jsonl") == prompts
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
 def test_unusable_prompt_files(run, tmp_path, content):
     path = tmp_path / "prompts.txt"
