@@ -592,7 +592,7 @@ def main() -> None:
         help="of tokenize (default: the Python installation, /usr/share, /usr/include)",
     )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each contestant (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     arguments = parser.parse_args()
     peers = {name: directory for name, _, directory in (peer.partition("=") for peer in arguments.peer)}
     for name, directory in peers.items():
@@ -603,6 +603,10 @@ def main() -> None:
     for directory in arguments.corpus or ():
         if not Path(directory).is_dir():
             parser.error(f"--corpus {directory} is no directory")
+    if arguments.runs < 1:
+        parser.error(f"--runs must be at least 1, got {arguments.runs}")
+    if arguments.json and not arguments.json.parent.is_dir():  # now, not after all was timed
+        parser.error(f"cannot write {arguments.json}: there is no directory {arguments.json.parent}")
     from training.metrics import hardware
 
     machine = hardware()
@@ -614,7 +618,7 @@ def main() -> None:
         options = {"corpus": arguments.corpus} if name == "tokenize" else {}
         tables += BENCHES[name](peers, arguments.runs, **options)
     if arguments.json:
-        Path(arguments.json).write_text(
+        arguments.json.write_text(
             json.dumps({"hardware": machine, "memory_bandwidth": bandwidth, "tables": tables}, indent=1) + "\n"
         )
 

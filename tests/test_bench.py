@@ -58,6 +58,8 @@ def test_what_is_missing_is_said(monkeypatch, capsys, tmp_path):
         (["train", "--peer", "megatron"], "unknown peer 'megatron'"),
         (["hellaswag", "--peer", f"build-nanogpt={tmp_path}"], f"no hellaswag.py in {tmp_path}"),
         (["tokenize", "--corpus", f"{tmp_path}/none"], "is no directory"),
+        (["startup", "--runs", "0"], "--runs must be at least 1, got 0"),
+        (["startup", "--json", f"{tmp_path}/none/b.json"], f"there is no directory {tmp_path}/none"),
     ]:
         monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
         with pytest.raises(SystemExit):
