@@ -20,6 +20,7 @@ from eval.choices import detokenize_ptb_style, load_hub_rows
 from eval.likelihood import Request, Scorer
 
 REQUESTS_AT_ONCE = 1024  # so that a large corpus is not held as a million Python lists
+MAX_NATS = 700.0  # e^709 is the largest that a float holds, and infinity is not JSON; the standard error needs room too
 
 
 class Perplexity(NamedTuple):
@@ -72,7 +73,10 @@ def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, sc
 
 
 def summarize(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple[float, float]]:
-    """(value, standard error) of perplexity by token, bits per byte, and perplexity by word where there are words."""
+    """(value, standard error) of perplexity by token, bits per byte, and perplexity by word where there are words.
+
+    The last is left out where a float cannot hold it: of long texts in few words, as in scripts without spaces.
+    """
     nats, stderr = result.normalized(result.tokens)
     figures = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}
     if n_bytes:
@@ -80,10 +84,8 @@ def summarize(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple
         figures["bits_per_byte"] = (nats / math.log(2), stderr / math.log(2))
     if n_words:
         nats, stderr = result.normalized(n_words)
-        try:
+        if nats < MAX_NATS:
             figures["word_perplexity"] = (math.exp(nats), math.exp(nats) * stderr)
-        except OverflowError:
-            figures["word_perplexity"] = (math.inf, math.inf)
     return figures
 
 

@@ -9,7 +9,16 @@ import torch
 from torch.nn import functional as F
 
 from eval.likelihood import log_likelihoods
-from eval.perplexity import CORPORA, detokenize_ptb, detokenize_wikitext, perplexity, read_text, summarize, windows
+from eval.perplexity import (
+    CORPORA,
+    Perplexity,
+    detokenize_ptb,
+    detokenize_wikitext,
+    perplexity,
+    read_text,
+    summarize,
+    windows,
+)
 from model import GPT, GPTConfig
 
 BLOCK, EOT = 16, 50
@@ -74,6 +83,13 @@ def test_figures_are_weighted_by_tokens(model, tokens):
     expected = even.window_nats.std(ddof=1) / 3 / 8
     assert even.normalized(72)[1] == pytest.approx(expected)
     assert set(summarize(result, 300, 0)) == {"perplexity", "bits_per_byte"}
+
+
+def test_a_perplexity_by_word_that_no_float_holds_is_left_out():
+    windows = np.array([800.0, 1200.0])
+    result = Perplexity(2000.0, 400, windows, np.array([200, 200]))
+    assert set(summarize(result, 900, 2)) == {"perplexity", "bits_per_byte"}
+    assert all(math.isfinite(number) for pair in summarize(result, 900, 3).values() for number in pair)
 
 
 def test_what_cannot_be_measured_is_refused(model, tmp_path):
