@@ -130,7 +130,7 @@ def build(name: str, rows: Sequence[dict[str, Any]], question: Callable[[dict[st
             built = question(row)
         except KeyError as error:
             raise ValueError(f"{name}, row {number}: the field {error} is missing; it has {', '.join(row)}") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{name}, row {number} cannot be read: {error}") from None
         if not 0 <= built.gold < len(built.choices):
             raise ValueError(f"{name}, row {number}: the answer is number {built.gold} of {len(built.choices)} choices")
@@ -324,7 +324,13 @@ def classification(template: str, label_field: str, words: dict[str, str]) -> Ca
         label = str(row[label_field])
         if label not in words:
             raise ValueError(f"its {label_field} is {label!r}, expected one of {', '.join(labels)}")
-        return same_context(template.format(**row), tuple(words.values()), labels.index(label))
+        try:
+            context = template.format(**row)
+        except IndexError as error:
+            raise ValueError(
+                f"the template {template!r} cannot be filled in ({error}): name one of {', '.join(row)} in its braces"
+            ) from None
+        return same_context(context, tuple(words.values()), labels.index(label))
 
     return question
 

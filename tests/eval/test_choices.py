@@ -10,6 +10,7 @@ from data.tokenizer import load_tokenizer
 from eval.choices import (
     TASKS,
     Question,
+    _copa,
     answer,
     build,
     classification,
@@ -178,6 +179,11 @@ def test_classification_of_a_table(tmp_path):
         build("t", [{"text": "x", "label": 2}], question)
     with pytest.raises(ValueError, match=r"t, row 1: the field 'text' is missing"):
         build("t", [{"label": 1}], question)
+    nameless = classification("Review: {}", "label", {"0": "terrible", "1": "great"})
+    with pytest.raises(ValueError, match=r"t, row 1 cannot be read: the template 'Review: {}' .* name one of text, l"):
+        build("t", [{"text": "x", "label": 1}], nameless)
+    with pytest.raises(ValueError, match="copa, row 1 cannot be read"):
+        build("copa", [{"premise": "p.", "question": "cause", "choice1": "", "choice2": "b", "label": 0}], _copa)
 
 
 def test_tables_that_cannot_be_read(tmp_path):
