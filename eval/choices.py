@@ -338,16 +338,24 @@ def classification(template: str, label_field: str, words: dict[str, str]) -> Ca
 def read_table(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a .csv file with a header line, or of a .jsonl file.
 
-    Raises FileNotFoundError, or ValueError for another kind of file, an empty one, or a line that is not an object.
+    Raises FileNotFoundError, or ValueError for another kind of file, an empty one, a line that is not an object, or
+    quotes in a .csv that do not match.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path} is of no known kind: expected .csv or .jsonl")
-    with open(path, encoding="utf-8", newline="") as file:
+    rows: list[dict[str, Any]] = []
+    with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: Excel begins its files with a mark
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
+            try:
+                for row in csv.DictReader(file, strict=True):  # else a quote left open swallows the rest of the file
+                    rows.append(row)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{path}, row {len(rows) + 1} cannot be read: {error}. Close its quotes, double those inside a "
+                    "field, and give longer texts as .jsonl"
+                ) from None
         else:
-            rows = []
             for number, line in enumerate(file, start=1):
                 try:
                     rows.append(dict(json.loads(line)))

@@ -186,11 +186,20 @@ def test_classification_of_a_table(tmp_path):
         build("copa", [{"premise": "p.", "question": "cause", "choice1": "", "choice2": "b", "label": 0}], _copa)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_the_mark_that_excel_puts_first_is_no_part_of_a_table(tmp_path, name):
+    content = "text,label\nx,1\n" if name == "t.csv" else '{"text": "x", "label": "1"}\n'
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_table(tmp_path / name) == [{"text": "x", "label": "1"}]
+
+
 def test_tables_that_cannot_be_read(tmp_path):
     for name, content, message in (
         ("a.csv", "text,label\n", "is empty"),
         ("a.jsonl", '{"a": 1}\nnonsense\n', "line 2 is not a JSON object: 'nonsense'"),
         ("a.tsv", "x", "is of no known kind"),
+        ("b.csv", "text,label\nx,1\n" + "y" * 140_000 + ",0\n", r"b\.csv, row 2 cannot be read: field larger"),
+        ("c.csv", 'text,label\n"x,1\ny,0\n', r"c\.csv, row 1 cannot be read: unexpected end.* Close its quotes"),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
