@@ -203,11 +203,13 @@ def cloze(row: dict[str, Any]) -> Question:
     As in the GPT-2 paper, a candidate is judged together with the rest of its sentence.
     """
     story = detokenize_ptb_style(" ".join(row["sentences"]))
-    contexts = detokenize_ptb_style(row["question"]).partition("XXXXX")
-    if not contexts[1]:
+    before, gap, after = detokenize_ptb_style(row["question"]).partition("XXXXX")
+    if not gap:
         raise ValueError("the question has no XXXXX")
-    choices = [f"{option}{contexts[2]}" for option in row["options"]]
-    return same_context(f"{story} {contexts[0]}".strip(), choices, row["options"].index(row["answer"]))
+    # An opening quote or bracket goes with the candidate: a space stands between a context and a choice.
+    before, _, opening = before.rpartition(" ")
+    choices = [f"{opening}{option}{after}" for option in row["options"]]
+    return same_context(f"{story} {before}".strip(), choices, row["options"].index(row["answer"]))
 
 
 def detokenize_ptb_style(text: str) -> str:

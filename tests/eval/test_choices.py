@@ -150,6 +150,15 @@ def test_cloze_of_the_childrens_book_test():
     assert question.contexts[0].endswith("Then the")
     assert question.choices == tuple(f"{word} went away (quickly)." for word in ("dog", "King", "cat"))
     assert question.gold == 1
+    for asked, context, choice in (
+        ("`` XXXXX , '' he said .", "glad.", '"King," he said.'),
+        ("He said , `` XXXXX , come in . ''", "He said,", '"King, come in."'),
+        ("He -LRB- XXXXX -RRB- sat .", "He", "(King) sat."),
+        ("XXXXX sat .", "glad.", "King sat."),
+    ):
+        question = cloze(row | {"sentences": ["The King was n't glad ."], "question": asked})
+        assert question.contexts[1].endswith(context)
+        assert question.choices[1] == choice
     with pytest.raises(ValueError, match=r"cbt, row 1 cannot be read: the question has no XXXXX"):
         build("cbt", [row | {"question": "no gap"}], cloze)
 
