@@ -80,7 +80,8 @@ EVALUATIONS: dict[tuple[str, str, str], Table] = {
 
 def published(task: str, convention: str, metric: str) -> dict[str, float]:
     """The published figures of the four released sizes, by model; empty where none are known."""
-    family = "paper" if convention.startswith("paper, ") else convention  # the paper does not tell its stride
+    # the paper tells neither its stride nor where it cut a text into context and ending
+    family = "paper" if convention.startswith("paper, ") else convention
     table = EVALUATIONS.get((task, family, metric))
     return dict(table.figures) if table else {}
 

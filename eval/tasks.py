@@ -77,7 +77,10 @@ def run_choices(name: str, args: argparse.Namespace, subject: Subject) -> Outcom
     task = TASKS[name]
     questions = build(name, task.rows(), task.question)
     convention: Convention = args.convention or "harness"
-    return _choose(args, subject, questions, lambda: build(name, task.train_rows(), task.question), convention)
+    outcome = _choose(args, subject, questions, lambda: build(name, task.train_rows(), task.question), convention)
+    if not args.shots:  # the paper gave no solved examples
+        outcome.convention = f"{task.convention}{outcome.convention}"
+    return outcome
 
 
 def run_classify(args: argparse.Namespace, subject: Subject) -> Outcome:

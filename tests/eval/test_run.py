@@ -218,6 +218,18 @@ def test_references_are_kept_by_model_and_published_ones_fill_in(tmp_path):
         read_references(tmp_path)
 
 
+def test_the_papers_figures_stand_beside_the_childrens_book_test(tiny, tmp_path, monkeypatch):
+    row = {"sentences": ["The King sat ."], "question": "The XXXXX ate .", "options": ["dog", "King"], "answer": "King"}
+    monkeypatch.setattr("eval.choices.load_hub_rows", lambda dataset, config, split: [row] * 3)
+    arguments = ["--model", tiny, "--tasks", "cbt-ne", "--shots-from", "evaluated", "--json", str(tmp_path / "f.json")]
+    main(arguments)
+    assert figures(tmp_path / "f.json")["cbt-ne", "paper, harness", "acc"]["published"]["gpt2-xl"] == 0.8905
+    assert figures(tmp_path / "f.json")["cbt-ne", "paper, harness", "acc_norm"]["published"] == {}
+    main([*arguments, "--shots", "1"])  # which the paper did not give
+    row = figures(tmp_path / "f.json")["cbt-ne", "harness, 1 shots from evaluated, seed 0", "acc"]
+    assert row["published"] == {}
+
+
 def test_conventions_are_never_mixed():
     assert published("hellaswag", "harness", "acc_norm") == {"gpt2": 0.3114, "gpt2-xl": 0.5089}
     assert published("hellaswag", "harness, 5 shots from train, seed 0", "acc_norm") == {}
