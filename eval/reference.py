@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RANDOM_LOSS = 10.825  # ln 50257: a model that has learned nothing, in nats a GPT-2 token
-
 
 class Table(NamedTuple):
     """Figures by model, and who published them."""
@@ -32,22 +30,6 @@ VALIDATION_LOSS: dict[str, Table] = {
     "fineweb-10b": Table(_sizes(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
     "fineweb-edu-10b": Table(_sizes(3.2924, None, None, None), "build-nanogpt"),
 }
-
-# What others reached from scratch, at the end of training: validation loss and HellaSwag acc_norm ("completion").
-FROM_SCRATCH: dict[str, dict[str, Table]] = {
-    "openwebtext": {"loss": Table({"gpt2": 2.85}, "nanoGPT, 295B tokens")},
-    "fineweb-10b": {
-        "loss": Table({"gpt2": 3.2722, "gpt2-medium": 2.9282}, "llm.c, 10.26B and 31.5B tokens"),
-        "hellaswag": Table({"gpt2": 0.299}, "llm.c, 10.26B tokens"),
-    },
-    "fineweb-edu-10b": {
-        "loss": Table({"gpt2": 3.09}, "build-nanogpt, 10B tokens; reruns 3.03 to 3.09"),
-        "hellaswag": Table({"gpt2": 0.3009}, "build-nanogpt, 10B tokens; reruns 0.301 to 0.306"),
-    },
-}
-
-# GPT-3 of the four sizes: what the same shape reaches with 300B tokens.
-GPT3_HELLASWAG = Table(_sizes(0.337, 0.436, 0.510, 0.547), "GPT-3 of the same sizes")
 
 _BUILD_NANOGPT = "the 124M and the 1558M: build-nanogpt, hellaswag.py; the others: published in the same convention"
 _HARNESS = "lm-evaluation-harness, as quoted in build-nanogpt, hellaswag.py"
