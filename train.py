@@ -74,13 +74,13 @@ class Trainer:
         self.metrics: MetricsLog | None = None
 
         # What can be refused is refused before anything is created.
-        self.inputs = inputs = open_inputs(config, verify=verify and processes.is_main)
         if processes.is_main and self.directory.is_dir():
             self.lock = lock_run(self.directory)
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", keep=config.checkpoint.keep, on_error=config.checkpoint.on_error
         )
         checkpoint = self._checkpoint_to_resume()
+        self.inputs = inputs = open_inputs(config, verify=verify and processes.is_main, checkpoint=checkpoint)
         source = find_weights(config, checkpoint)
         shape = model_shape(config, inputs.tokenizer, source)
         self.identity = config.identity() | {

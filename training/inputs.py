@@ -44,8 +44,10 @@ class Inputs:
         return len(self.train) * self.train.sequence_length
 
 
-def open_inputs(config: Config, *, verify: bool) -> Inputs:
+def open_inputs(config: Config, *, verify: bool, checkpoint: Path | None = None) -> Inputs:
     """Open and check what the configuration names; with `verify`, every shard's hash too.
+
+    Text is read with the tokenizer of the `checkpoint` to go on from, where there is one.
 
     Raises ValueError or OSError that names what is missing or damaged, and the mend.
     """
@@ -54,7 +56,7 @@ def open_inputs(config: Config, *, verify: bool) -> Inputs:
             raise ValueError(
                 "--verify holds shards against their hashes, and data.format completions has none: leave it out"
             )
-        inputs = open_completions(config)
+        inputs = open_completions(config, checkpoint)
     else:
         inputs = open_tokens(config, verify=verify)
     if config.eval.every and config.eval.hellaswag:
@@ -80,10 +82,10 @@ def open_tokens(config: Config, *, verify: bool) -> Inputs:
     )
 
 
-def open_completions(config: Config) -> Inputs:
-    """Prompts and completions, encoded with the tokenizer of model.init_from; GPT-2's from scratch."""
-    start, directory, length = config.model.init_from, Path(config.data.dir), config.data.sequence_length
-    tokenizer = load_tokenizer("gpt2" if start == "scratch" else locate(resolve_model(start)))
+def open_completions(config: Config, checkpoint: Path | None) -> Inputs:
+    """Prompts and completions, encoded with the tokenizer beside the first weights; GPT-2's from scratch."""
+    directory, length = Path(config.data.dir), config.data.sequence_length
+    tokenizer = load_tokenizer(find_weights(config, checkpoint) or "gpt2")
     train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
     val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)  # each by itself, as it is used
     return Inputs(train, val, tokenizer, val.prompts, train.n_cut)

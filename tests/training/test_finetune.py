@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,16 @@ def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
     moved = {name for name, p in before.state_dict().items() if not torch.equal(p, after.state_dict()[name])}
     assert moved == {name for name in moved if name.startswith(("transformer.h.1.", "transformer.ln_f."))}
     assert len(moved) == 14
+
+
+def test_going_on_does_not_need_the_model_it_began_from(untrained, pairs, tmp_path, train):
+    base = shutil.copytree(untrained, tmp_path / "base")
+    config = finetune(base, pairs, tmp_path, "--optim.steps", "10", "--checkpoint.every", "5", "--checkpoint.keep", "2")
+    run = train(config)
+    shutil.rmtree(base)
+    shutil.rmtree(run / "checkpoints" / "step-000010")
+    train(config)
+    assert (run / "checkpoints" / "step-000010").is_dir()
 
 
 def test_plain_text_from_a_trained_run_beats_plain_text_from_scratch(verses, tiny_run, train, python, tmp_path):
