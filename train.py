@@ -80,7 +80,9 @@ class Trainer:
             self.directory / "checkpoints", keep=config.checkpoint.keep, on_error=config.checkpoint.on_error
         )
         checkpoint = self._checkpoint_to_resume()
-        self.inputs = inputs = open_inputs(config, verify=verify and processes.is_main, checkpoint=checkpoint)
+        # Every process verifies: one that only waited for another's hashing would run into its backend's timeout. They
+        # read side by side, and on one machine the page cache serves all but the first.
+        self.inputs = inputs = open_inputs(config, verify=verify, checkpoint=checkpoint)
         source = find_weights(config, checkpoint)
         shape = model_shape(config, inputs.tokenizer, source)
         self.identity = config.identity() | {

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from train import MAX_BAD_STEPS, Trainer
 from training.metrics import read_metrics
-from training.parallel import start_processes
+from training.parallel import Processes, start_processes
 
 
 def losses(run, split="train"):
@@ -193,6 +193,17 @@ def test_verify_finds_a_flipped_byte_of_the_dataset_before_anything_is_created(t
     assert result.returncode == 2
     assert re.search(r"shard .*val_000000.bin is damaged: sha256 \w+, meta.json says", result.stderr)
     assert not (file.parent / "runs" / "verified").exists()
+
+
+def test_every_process_verifies_so_that_none_waits_for_another(tiny_run, monkeypatch):
+    def refuse(split):
+        raise ValueError("verified")
+
+    monkeypatch.setattr("data.shards.Split.verify", refuse)
+    with pytest.raises(ValueError, match="verified"):
+        Trainer(
+            tiny_run(), Processes(rank=1, world_size=1, device=torch.device("cpu"), dtype=torch.float32), verify=True
+        )
 
 
 def test_a_run_gone_on_with_keeps_the_micro_batch_that_was_found_for_it(tiny_run, train, monkeypatch):
