@@ -108,8 +108,16 @@ class Trainer:
         # free memory differs between processes and moments: all, and a run gone on with, must decide the same
         self.sharded = bool(processes.least(should_shard(config, shape, processes)))
         self.micro_batch = processes.least(fit_micro_batch(config, shape, processes, sharded=self.sharded))
-        if config.data.micro_batch == "auto" and state.get("processes") == processes.world_size:
-            self.micro_batch = state["micro_batch"]
+        device = processes.device
+        self.hardware = {
+            "processes": processes.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(processes.dtype),
+        }
+        if config.data.micro_batch == "auto" and checkpoint is not None:
+            same = all(state.get(name, value) == value for name, value in self.hardware.items())
+            if processes.least(same or not processes.is_main):  # state.json tells of the main process' device
+                self.micro_batch = state["micro_batch"]
         compiled, reason = should_compile(config, self.model, processes.device)
         n_parameters = self.model.num_parameters()
         self.model.to(processes.device).train()
@@ -284,8 +292,8 @@ class Trainer:
                 "skipped_steps": self.skipped_steps,
                 "val_loss": self.val_loss,
                 "best": self.best,
-                "processes": self.processes.world_size,
                 "micro_batch": self.micro_batch,
+                **self.hardware,
                 "identity": self.identity,
             }
             self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.inputs.tokenizer, state))

@@ -217,6 +217,26 @@ def test_a_run_gone_on_with_keeps_the_micro_batch_that_was_found_for_it(tiny_run
     assert same_bits(weights(run, 20), whole)
 
 
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [({}, 8), ({"device": "NVIDIA H200"}, 1), ({"dtype": "torch.bfloat16"}, 1), ({"processes": 2}, 1), (None, 8)],
+    ids=["same", "device", "dtype", "processes", "told-of-none"],
+)
+def test_on_other_hardware_the_micro_batch_is_found_anew(tiny_run, train, monkeypatch, stored, found):
+    config = tiny_run("auto", **{"data.micro_batch": "auto", "optim.steps": 3})
+    checkpoint = train(config) / "checkpoints" / "step-000003"
+    state = json.loads((checkpoint / "trainer" / "state.json").read_text())
+    assert (state["micro_batch"], state["device"], state["dtype"]) == (8, "cpu", "torch.float32")
+    if stored is None:  # of a version before this
+        del state["device"], state["dtype"]
+    (checkpoint / "trainer" / "state.json").write_text(json.dumps(state | (stored or {})))
+    monkeypatch.setattr("training.checkpoint.verify", lambda path: None)
+    monkeypatch.setattr("train.fit_micro_batch", lambda *arguments, **options: 1)
+    trainer = Trainer(config, start_processes(config.system))
+    trainer.close()
+    assert trainer.micro_batch == found
+
+
 def test_a_validation_before_the_first_checkpoint_does_not_stand_twice(tiny_run, train):
     config = tiny_run("twice", **{"optim.steps": 4, "eval.every": 2})
     run = train(config)
