@@ -236,6 +236,7 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation split, sample, and draw the curves so far."""
         config, processes, model = self.config, self.processes, self.model
+        assert self.inputs.val is not None  # else open_inputs refuses eval.every
         model.eval()
         result = split_loss(
             model,
@@ -388,7 +389,7 @@ class Trainer:
         every = max(1, self.step // POINTS_DRAWN)  # of a long run a part, so that memory does not grow with it
         metrics = iterate_metrics(self.directory / "metrics.jsonl")
         records = [record for record in metrics if record["split"] != "train" or record["step"] % every == 0]
-        lines = losses_to_beat(self.config.data.dir, self.inputs.val.source, self.inputs.tokenizer.kind)
+        lines = losses_to_beat(self.config.data.dir, self.inputs.train.source, self.inputs.tokenizer.kind)
         draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
         gc.collect()  # figures refer to themselves: left to Python, dozens of megabytes of them pile up
 

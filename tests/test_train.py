@@ -256,6 +256,20 @@ def test_what_keeps_a_directory_from_being_written_is_said(tiny_run, train, monk
         train(tiny_run())
 
 
+def test_a_dataset_without_validation_is_trained_on_where_none_is_asked_for(tiny_run, train, verses, tmp_path):
+    dataset = shutil.copytree(verses, tmp_path / "dataset")
+    (dataset / "val_000000.bin").unlink()
+    meta = json.loads((dataset / "meta.json").read_text())
+    meta["shards"]["val"] = []  # as --val-fraction 0 leaves it
+    (dataset / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(FileNotFoundError, match=r"has no val shards .*, or train without validation, --eval.every 0"):
+        train(tiny_run(**{"data.dir": str(dataset), "eval.every": 2}))
+    config = tiny_run(**{"data.dir": str(dataset), "optim.steps": 3})
+    trainer = Trainer(config, start_processes(config.system), verify=True)
+    trainer.close()
+    assert losses(train(config))[-1] > 0
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_over_5000_steps(tiny_run, train):
     """With validations, samples and checkpoints; resident memory at steps 1,000 and 5,000."""

@@ -10,7 +10,7 @@ import torch
 
 from data.completions import CompletionWindows
 from data.loader import TokenWindows, Windows
-from data.shards import open_split
+from data.shards import list_shards, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from model import GPT, GPTConfig
@@ -33,7 +33,7 @@ class Inputs:
     """A dataset, open, with the tokenizer it was made with or, for text, is read with."""
 
     train: Windows
-    val: Windows
+    val: Windows | None  # a dataset may have none, where eval.every is 0
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids to sample from at validation
     n_cut: int = 0  # training prompts that were too long, and lost their beginning
@@ -68,15 +68,23 @@ def open_inputs(config: Config, *, verify: bool, checkpoint: Path | None = None)
 
 def open_tokens(config: Config, *, verify: bool) -> Inputs:
     """Token shards, and the tokenizer beside them; GPT-2's where there is no meta.json."""
-    train, val = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
+    directory = Path(config.data.dir)
+    train, val = open_split(directory, "train"), None
+    if list_shards(directory, "val") or (train.meta and train.meta.shards.get("val")):
+        val = open_split(directory, "val")
+    elif config.eval.every:
+        raise FileNotFoundError(
+            f"{directory} has no val shards (*val_NNNNNN.bin): prepare it again with a part held out, or train without "
+            f"validation, --eval.every 0"
+        )
     if verify:
-        train.verify()
-        val.verify()
+        for split in (train, val) if val else (train,):
+            split.verify()
     tokenizer = load_tokenizer(config.data.dir if train.meta else "gpt2")
     length = config.data.sequence_length
     return Inputs(
         TokenWindows(train, length, tokenizer.vocab_size),
-        TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens),
+        TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens) if val else None,
         tokenizer,
         [[tokenizer.eot]],
     )
