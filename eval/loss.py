@@ -43,16 +43,17 @@ def split_loss(
     """
     device = model.transformer.wte.weight.device
     bytes_of = torch.from_numpy(token_bytes)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps lacks
+    loss = torch.zeros((), dtype=dtype, device=device)
     counted = torch.zeros(2, dtype=torch.float64)  # tokens, bytes
     for inputs, targets, share in validation_batches(
         windows, micro_batch=micro_batch, rank=rank, world_size=world_size
     ):
         with autocast():
             mean = model(inputs.to(device), targets=targets.to(device)).loss
-        loss += mean.double() * share
+        loss += mean.to(dtype) * share
         scored = targets[targets != IGNORE_INDEX]
         counted += torch.tensor([len(scored), int(bytes_of[scored].sum())])
-    nats, n_tokens, n_bytes = reduce(torch.cat([loss[None], counted.to(device)])).tolist()
+    nats, n_tokens, n_bytes = reduce(torch.cat([loss[None], counted.to(device, dtype)])).tolist()
     bits = nats * n_tokens / math.log(2)
     return SplitLoss(nats, bits / max(n_bytes, 1), int(n_tokens))
