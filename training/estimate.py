@@ -64,14 +64,15 @@ def estimate_memory(
     chunk = min(-(-tokens // 2), MATMUL_ROWS) * shape.vocab_size
     loss = chunk * size + 64 * shape.vocab_size * 4
     head = 4 * shape.vocab_size * width  # its gradient waits for the embedding's, which comes last
-    # Products in less than float32 have copies of the weights. FSDP gathers a block at a time, the next one ahead, and
-    # embeddings and head, which are not in a block; gradients stay whole until the last micro-batch.
+    # Products in less than float32 have copies of the weights. FSDP gathers a block at a time, the next one ahead, in
+    # `dtype`, and in float32 what is in no block, embeddings and head; gradients stay whole until the last micro-batch.
     embeddings = (shape.vocab_size + shape.block_size) * width
-    copies = n_parameters if dtype != torch.float32 else 0
+    copied, gathered = n_parameters, 0
     if shards > 1:
-        copies = embeddings + 2 * (n_parameters - embeddings) // shape.n_layer
+        copied, gathered = embeddings, 4 * embeddings + size * 2 * (n_parameters - embeddings) // shape.n_layer
+    copies = size * copied if dtype != torch.float32 else 0
     return {
-        "weights": 4 * n_parameters // shards + size * copies,
+        "weights": 4 * n_parameters // shards + gathered + copies,
         "gradients": 4 * n_parameters,
         "optimizer": 8 * n_parameters // shards,
         "activations": tokens * width * kept + max(0, backward - loss),

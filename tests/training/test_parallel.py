@@ -82,9 +82,11 @@ def test_two_processes_under_both_strategies_are_the_run_of_one(same_run, in_tur
     """And what they saved after step 12 is gone on with alone. With Muon too."""
     one, with_muon = in_turn(1, [same_run("one", "auto", 30), same_run("muon", "auto", 30, **MUON)])
     configs = matrix(same_run, 2, (4,), **{"checkpoint.every": 12})
-    *runs, muon_ddp, muon_fsdp = in_turn(2, configs + matrix(same_run, 2, (8,), **MUON))
+    others = matrix(same_run, 2, (8,), **MUON) + matrix(same_run, 2, (3,), **{"system.dtype": "bfloat16"})
+    *runs, muon_ddp, muon_fsdp, rough_ddp, rough_fsdp = in_turn(2, configs + others)
     hold_muon_to(with_muon, muon_ddp)
     hold_muon_to(with_muon, muon_fsdp)
+    hold_to(rough_ddp, rough_fsdp)  # the same is rounded to bfloat16 under both
     for run in runs:
         hold_to(one, run)
         for step in (24, 30):
@@ -131,6 +133,22 @@ def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same
         parts = [np.load(continued / f"ids-{rank}.npy") for rank in range(processes)]
         assert np.array_equal(np.concatenate(parts, axis=1), batches(one)[12:]), name
         assert json.loads((continued / "provenance.json").read_text())[-1]["resumed_at_step"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_three_processes_go_on_bit_for_bit(same_run, in_turn, parallel):
+    """Of three gradients the sum depends on the order, of two it does not."""
+    config = same_run("whole", parallel, 4, **{"checkpoint.every": 12})
+    (whole,) = in_turn(3, [config])
+    part = shutil.copytree(whole, whole.parent / "part")
+    for step in (24, 30):
+        shutil.rmtree(part / "checkpoints" / f"step-{step:06d}")
+    in_turn(3, [same_run("part", parallel, 4, **{"checkpoint.every": 12, "run.resume": "must"})])
+    assert json.loads((part / "provenance.json").read_text())[-1]["resumed_at_step"] == 12
+    ends = [json.loads((run / "checkpoints" / "step-000030" / "manifest.json").read_text()) for run in (whole, part)]
+    for name in ("model.safetensors", "trainer/optimizer.safetensors"):
+        assert ends[0][name] == ends[1][name], name
 
 
 def workers(agent):
