@@ -161,14 +161,24 @@ def distribute(model: GPT, config: Config, processes: Processes, *, compiled: bo
     if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes a second
 
+        # What autocast would cast, the matrices of the blocks, travels in that dtype. The rest, and so the residual
+        # stream, is float32: the numbers are those of DDP.
         reduced = processes.dtype if processes.dtype != torch.float32 else None
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
+            for norm in (module for module in block.children() if isinstance(module, nn.LayerNorm)):
+                fully_shard(norm)
             fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+        fully_shard(model)
     loss: nn.Module = CompiledLoss(Loss(model)) if compiled else Loss(model)
     if processes.world_size > 1 and not sharded:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        # DDP adds the processes' gradients in one order after its first backward pass, and in another from then on. A
+        # first one that does not count makes a life that goes on from a checkpoint add as the one before it did.
+        ids = torch.zeros(1, config.data.sequence_length, dtype=torch.long, device=processes.device)
+        with processes.autocast(), torch.compiler.set_stance("force_eager"):
+            loss(ids, ids).backward()
+        model.zero_grad()
     return loss
 
 
