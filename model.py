@@ -523,7 +523,7 @@ def centred_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize >= 4:
         return weight.to(dtype)
     head, mean = torch.empty_like(weight, dtype=dtype), weight.mean(dim=0, dtype=torch.float32)
-    for part, rows in zip(head.split(8192), weight.split(8192), strict=True):  # no second head in float32
+    for part, rows in zip(head.split(2048), weight.split(2048), strict=True):  # no second head in float32
         part.copy_(rows - mean)
     return head
 
