@@ -160,7 +160,7 @@ class Trainer:
         config = self.config
         stop = StopSignal()
         stopping, bad_steps, last_save = False, 0, time.monotonic()
-        if self.step == 0 and config.eval.every:
+        if self.step == 0 and config.eval.every and config.eval.at_start:
             self.validate()
         profiler = start_profiler(self.directory / "trace.json") if profile and self.processes.is_main else None
         while not self.done and not stopping:

@@ -247,6 +247,12 @@ def test_a_validation_before_the_first_checkpoint_does_not_stand_twice(tiny_run,
     ]  # fmt: skip
 
 
+def test_without_a_validation_at_the_start(tiny_run, train):
+    run = train(tiny_run("late", **{"optim.steps": 3, "eval.every": 2, "eval.at_start": False}))
+    found = [record["step"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
+    assert found == [2, 3]
+
+
 def test_what_keeps_a_directory_from_being_written_is_said(tiny_run, train, monkeypatch):
     def refuse(path, value):  # as write_json tells it, without an errno
         raise OSError(f"cannot write {path}: No space left on device")

@@ -193,6 +193,7 @@ class Checkpoints:
             raise
         if final.exists():  # a damaged one that was passed over
             final.rename(final.with_name(f"{final.name}.damaged"))
+            self._damaged.discard(final)
         partial.rename(final)
         sync_directory(self.directory)
         self._prune()

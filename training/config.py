@@ -119,7 +119,9 @@ class Eval:
     """How it is validated."""
 
     every: NonNegativeInt = 250
-    """Steps between validations (also before the first step and after the last), 0 for never."""
+    """Steps between validations (also after the last step), 0 for never."""
+    at_start: bool = True
+    """Validate before the first step, too: what a model that has learned nothing scores."""
     tokens: PositiveInt = 10485760
     """Tokens of the validation split to score, from its beginning, or all it has; of completions, all."""
     hellaswag: bool = True

@@ -96,6 +96,13 @@ def test_one_flipped_byte_in_any_file_is_found_and_the_one_before_is_used(run, t
     verify(damaged)
 
 
+def test_what_is_written_anew_in_a_damaged_ones_place_counts_again(run, tiny_run, train):
+    flip_a_byte(run / "checkpoints" / "step-000010" / "config.json")
+    changes = {"optim.steps": 14, "run.allow_changes": True, "checkpoint.every": 2, "checkpoint.keep": 2}
+    train(tiny_run("run", **changes))
+    assert steps(run) == [12, 14]
+
+
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(run, tiny_run, train):
     for path in list_checkpoints(run / "checkpoints"):
         flip_a_byte(path / "model.safetensors")
