@@ -110,11 +110,13 @@ def logits_of(classifier: SequenceClassifier, examples: list[Example], batch_siz
     """The logits (N, K) of the classes of N examples, computed in batches of about one length."""
     import torch
 
+    from training.device import autocast
+
     device = classifier.score.weight.device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     results = torch.empty(len(examples), classifier.num_labels)
     classifier.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), autocast(device, dtype):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             ids, mask, _ = batch([examples[i] for i in places], device)
@@ -144,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
     from model import GPT
     from training.checkpoint import resolve_model
     from training.config import Optim
-    from training.device import find_device, find_dtype
+    from training.device import autocast, find_device, find_dtype
     from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
     from weights import locate
 
@@ -186,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
             chosen = [learn[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size]]
             ids, mask, labels = batch(chosen, device)
             set_learning_rate(optimizers, learning_rate_factor((epoch - 1) * steps_per_epoch + step, optim))
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 loss = classifier(ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), optim.grad_clip)

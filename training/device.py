@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -36,6 +37,11 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
         cpu = torch.cpu.get_capabilities()
         fast = device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `dtype`, what needs the range or the precision in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def keep_freed_memory() -> None:

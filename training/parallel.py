@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import GPT
 from training.config import Config, System
-from training.device import find_device, find_dtype, keep_freed_memory
+from training.device import autocast, find_device, find_dtype, keep_freed_memory
 
 SMALL_MODEL = 10_000_000  # parameters: below, compiling for a CPU costs more than a run gains
 
@@ -56,8 +56,8 @@ class Processes:
         return int(tensor)
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in `dtype`, what needs the range or the precision in float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Matrix products in this process' `dtype`."""
+        return autocast(self.device, self.dtype)
 
 
 def start_processes(system: System) -> Processes:
