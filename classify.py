@@ -146,12 +146,14 @@ def train(args: argparse.Namespace) -> None:
     from model import GPT
     from training.checkpoint import resolve_model
     from training.config import Optim
-    from training.device import autocast, find_device, find_dtype
+    from training.device import autocast, find_device, find_dtype, keep_freed_memory
     from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
     from weights import locate
 
     device = find_device(args.device, "--device")
     dtype = find_dtype(args.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     names = read_column(args.train, args.label_key)
     classes = sorted(set(names))
     if len(classes) < 2:
