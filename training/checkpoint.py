@@ -79,7 +79,7 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
 
 
 class Checkpoints:
-    """The checkpoints of one run. Only the main process writes; `save` returns once a copy in host memory is made.
+    """The checkpoints of one run. Only the main process writes; `save` waits for the one before and writes on a thread.
 
     Args:
         directory: runs/<name>/checkpoints.
