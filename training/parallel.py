@@ -173,8 +173,8 @@ def distribute(model: GPT, config: Config, processes: Processes, *, compiled: bo
     loss: nn.Module = CompiledLoss(Loss(model)) if compiled else Loss(model)
     if processes.world_size > 1 and not sharded:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
-        # DDP adds the processes' gradients in one order after its first backward pass, and in another from then on. A
-        # first one that does not count makes a life that goes on from a checkpoint add as the one before it did.
+        # DDP adds the processes' gradients in one order in its first backward pass, and in another from then on. One is
+        # thrown away here, so that a resumed process adds in the same order as one that never stopped.
         ids = torch.zeros(1, config.data.sequence_length, dtype=torch.long, device=processes.device)
         with processes.autocast(), torch.compiler.set_stance("force_eager"):
             loss(ids, ids).backward()
