@@ -23,7 +23,7 @@ READ_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Documents:
+class Survey:
     """One entry a document, in order. lengths: tokens without end-of-text; digests: equal where the tokens are."""
 
     lengths: np.ndarray
@@ -47,16 +47,16 @@ def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
     yield rest[1:] if len(rest) and rest[0] == end_of_text else rest
 
 
-def survey(split: Split, end_of_text: int) -> Documents:
+def survey(split: Split, end_of_text: int) -> Survey:
     """Lengths and digests of all documents of a split."""
     lengths, digests = array("q"), array("Q")
     for tokens in read_documents(split, end_of_text):
         lengths.append(len(tokens))
         digests.append(int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()))
-    return Documents(np.array(lengths), np.array(digests))
+    return Survey(np.array(lengths), np.array(digests))
 
 
-def draw_histogram(splits: dict[str, Documents], path: Path) -> None:
+def draw_histogram(splits: dict[str, Survey], path: Path) -> None:
     """Draw the number of documents by tokens, on logarithmic axes, to a PNG."""
     from matplotlib.figure import Figure
 
@@ -103,7 +103,7 @@ def inspect(directory: Path, shown: int, histogram: Path, config: Path | None) -
     meta = read_meta(directory)
     print(describe(meta))
     tokenizer: Tokenizer = load_tokenizer(directory if meta else "gpt2")
-    splits: dict[str, Documents] = {}
+    splits: dict[str, Survey] = {}
     for name in ("train", "val"):
         if not (meta.tokens.get(name) if meta else list_shards(directory, name)):
             print(f"\n{name}: none")
@@ -129,7 +129,7 @@ def inspect(directory: Path, shown: int, histogram: Path, config: Path | None) -
     print(f"lengths drawn in {histogram}")
 
 
-def _print_split(name: str, split: Split, documents: Documents, tokenizer: Tokenizer, shown: int) -> None:
+def _print_split(name: str, split: Split, documents: Survey, tokenizer: Tokenizer, shown: int) -> None:
     lengths = documents.lengths
     verified = ", sha256 verified" if split.meta is not None else ""
     print(f"\n{name}: {split.n_tokens:,} tokens in {len(lengths):,} documents; shards: {len(split.paths)}{verified}")
