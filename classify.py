@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a wrong argument need not wait for it
     import torch
     from torch import Tensor
@@ -43,11 +45,11 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|predict")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--model", required=True, help="run, checkpoint or Hugging Face directory, or name on the hub")
+    add("--model", required=True, help=MODEL_HELP)
     add("--text-key", default="text", metavar="KEY", help="column of the texts (default: text)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: 16)")
     add("--max-length", type=int, metavar="N", help="tokens of a text that are read (default: all that the model can)")
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu (default: the first of these there is)")
+    add("--device", default="auto", help=DEVICE_HELP)
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
     train = commands.add_parser("train", parents=[shared], help="fine-tune on texts with labels")
     add = train.add_argument
@@ -64,9 +66,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     predict = commands.add_parser("predict", parents=[shared], help="print the class of each text, an object a line")
     predict.add_argument("--file", type=Path, required=True, metavar="FILE", help="the texts")
     args = parser.parse_args(arguments)
-    for name in ("batch_size", "max_length", "epochs", "patience"):
-        if (value := getattr(args, name, None)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    at_least_one(parser, args, "batch_size", "max_length", "epochs", "patience")
     if args.command == "train" and not 0 < args.lr < math.inf:
         parser.error(f"--lr must be above 0, got {args.lr}")
     if args.command == "train" and args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
@@ -249,14 +249,10 @@ def main(arguments: list[str] | None = None) -> None:
         prog="classify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     args = parse_arguments(parser, arguments)
-    try:
+    with ending(parser):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("classify.py runs on one process: start it without torchrun")
         train(args) if args.command == "train" else predict(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a wrong argument need not wait for it
     from data.tokenizer import Tokenizer
     from generation import Completion
@@ -25,7 +27,7 @@ MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as they fit
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
-    add("--model", help="run, checkpoint or Hugging Face directory, or name on the hub (default: the newest run)")
+    add("--model", help=f"{MODEL_HELP} (default: the newest run)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to continue (default: begin from <|endoftext|>)")
     what.add_argument("--file", type=Path, help="one prompt a line, or in *.jsonl one object with 'prompt' a line")
@@ -49,13 +51,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         help="of weights and arithmetic; auto is bfloat16 on processors that compute in it (AVX512-BF16, AMX, Arm "
         "BF16, recent GPUs), else float32. For exact comparisons take float32",
     )
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu (default: the first of these there is)")
+    add("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(arguments)
 
-    for name in ("num_samples", "batch_size", "num_beams", "max_new_tokens", "show_probs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    at_least_one(parser, args, "num_samples", "batch_size", "num_beams", "max_new_tokens", "show_probs")
     args.sampling = not args.greedy and args.num_beams == 1
     if not args.sampling and (args.temperature, args.top_k, args.top_p) != (None, None, None):
         parser.error("--temperature, --top-k and --top-p are for sampling: not with --greedy or --num-beams")
@@ -236,12 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     args = parse_arguments(parser, arguments)
-    try:
+    with ending(parser):
         run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command import ending
 from data.shards import DatasetMeta, Split, list_shards, open_split, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -152,14 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="default: DIR/tokens-per-document.png")
     parser.add_argument("--config", type=Path, metavar="YAML", help="estimate how many epochs this run would make")
-    parsed = parser.parse_args(arguments)
-    try:
-        histogram = parsed.histogram or parsed.directory / "tokens-per-document.png"
-        inspect(parsed.directory, parsed.documents, histogram, parsed.config)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130)
+    args = parser.parse_args(arguments)
+    with ending(parser):
+        histogram = args.histogram or args.directory / "tokens-per-document.png"
+        inspect(args.directory, args.documents, histogram, args.config)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from command import ending
 from data.encode import SPLITS, Corpus, Encoder, Progress, Validation, encode_in_order, read_batches
 from data.shards import (
     MAX_SHARD_TOKENS,
@@ -419,44 +420,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(arguments: argparse.Namespace) -> Job:
-    given = load_tokenizer(arguments.tokenizer) if Path(arguments.tokenizer).is_dir() else None
-    kind = given.kind if given else arguments.tokenizer
+def _job(args: argparse.Namespace) -> Job:
+    given = load_tokenizer(args.tokenizer) if Path(args.tokenizer).is_dir() else None
+    kind = given.kind if given else args.tokenizer
     parse_kind(kind)
-    if arguments.command == "text":
-        options = Options(arguments.text_key, arguments.separator, arguments.strict)
-        source = text_source(arguments.files, options)
-    elif arguments.command == "hf":
-        options = Options(arguments.text_key, strict=arguments.strict)
-        source = hub_source(arguments.dataset, arguments.name, arguments.split, options)
-    elif arguments.command in PRESETS:
-        dataset, name = PRESETS[arguments.command]
-        options = Options(strict=arguments.strict)
-        articles = arguments.command == "wikitext-103"
-        source = hub_source(arguments.copy or dataset, name, None, options, articles)
+    if args.command == "text":
+        options = Options(args.text_key, args.separator, args.strict)
+        source = text_source(args.files, options)
+    elif args.command == "hf":
+        options = Options(args.text_key, strict=args.strict)
+        source = hub_source(args.dataset, args.name, args.split, options)
+    elif args.command in PRESETS:
+        dataset, name = PRESETS[args.command]
+        options = Options(strict=args.strict)
+        articles = args.command == "wikitext-103"
+        source = hub_source(args.copy or dataset, name, None, options, articles)
     else:
         source = shakespeare_source()
-    count = arguments.part[1]
+    count = args.part[1]
     if count > len(source.files):
         raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")
-    chosen = arguments.val or arguments.val_tokens or arguments.val_fraction
+    chosen = args.val or args.val_tokens or args.val_fraction
     if any(file.split for file in source.files):
         if chosen is not None:
-            raise ValueError(f"{arguments.command} has its own validation documents: leave --val... out")
+            raise ValueError(f"{args.command} has its own validation documents: leave --val... out")
         validation = Validation("as the source has it", 0.0)
-    elif arguments.val:
-        validation = Validation("first shard", 1.0, arguments.shard_tokens)
-    elif arguments.val_tokens:
-        validation = Validation(
-            f"one document in ten by hash, {arguments.val_tokens} tokens", 0.1, arguments.val_tokens
-        )
+    elif args.val:
+        validation = Validation("first shard", 1.0, args.shard_tokens)
+    elif args.val_tokens:
+        validation = Validation(f"one document in ten by hash, {args.val_tokens} tokens", 0.1, args.val_tokens)
     else:
-        fraction = 0.01 if arguments.val_fraction is None else arguments.val_fraction
+        fraction = 0.01 if args.val_fraction is None else args.val_fraction
         validation = Validation(f"{fraction:g} of the documents by hash", fraction)
-    if validation.tokens and (count > 1 or (arguments.val and kind.startswith("bpe") and not given)):
+    if validation.tokens and (count > 1 or (args.val and kind.startswith("bpe") and not given)):
         raise ValueError("--val-tokens and --val first-shard need the whole source in order: use --val-fraction here")
-    out = part_directory(arguments.out, arguments.part)
-    return Job(source, out, kind, validation, arguments.shard_tokens, arguments.part, given)
+    out = part_directory(args.out, args.part)
+    return Job(source, out, kind, validation, args.shard_tokens, args.part, given)
 
 
 def _report(out: Path, meta: DatasetMeta) -> None:
@@ -479,20 +478,16 @@ def _report(out: Path, meta: DatasetMeta) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
-    parsed = parser.parse_args(arguments)
-    try:
-        if parsed.command == "merge":
-            out, meta = parsed.directory, merge(parsed.directory)
-        elif parsed.command == "download":
-            out, meta = parsed.out, download(parsed.tokenized, parsed.out)
+    args = parser.parse_args(arguments)
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command goes on from here\n"):
+        if args.command == "merge":
+            out, meta = args.directory, merge(args.directory)
+        elif args.command == "download":
+            out, meta = args.out, download(args.tokenized, args.out)
         else:
-            job = _job(parsed)
-            out, meta = job.out, prepare(job, parsed.workers)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on from here\n")
-    _report(out, meta)
+            job = _job(args)
+            out, meta = job.out, prepare(job, args.workers)
+        _report(out, meta)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+
 if TYPE_CHECKING:  # torch takes seconds to import, and --help need not wait for it
     import torch
 
@@ -109,10 +111,7 @@ class Subject:
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
-    add(
-        "--model",
-        help="run, checkpoint or Hugging Face directory, or name on the hub; not only GPT-2 (default: newest run)",
-    )
+    add("--model", help=f"{MODEL_HELP}; not only GPT-2 (default: the newest run)")
     add("--tasks", required=True, metavar="A,B,C", help="what to evaluate, see below")
     add("--convention", choices=("completion", "harness"), help="of multiple choice (default: the task's own)")
     add("--shots", type=int, default=0, metavar="K", help="solved examples before each question (default: 0)")
@@ -124,7 +123,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     )
     add("--seed", type=int, default=0, help="of that draw (default: 0)")
     add("--limit", type=int, metavar="N", help="evaluate the first N examples, or windows of a text, of each task")
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu (default: the first of these there is)")
+    add("--device", default="auto", help=DEVICE_HELP)
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -162,10 +161,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     args = parser.parse_args(arguments)
 
     args.tasks = [name for name in args.tasks.split(",") if name]
-    for name in ("limit", "batch_size", "stride", "tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    at_least_one(parser, args, "limit", "batch_size", "stride", "tokens")
     if args.shots < 0:
         parser.error(f"--shots cannot be negative, got {args.shots}")
     needed = {"perplexity": ("text", "data"), "loss": ("data",), "classify": ("file",)}
@@ -355,15 +351,15 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    described = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("eval.run", description=__doc__, epilog=TASK_HELP, formatter_class=described)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.run",
+        description=__doc__,
+        epilog=TASK_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     args = parse_arguments(parser, arguments)
-    try:
+    with ending(parser):
         run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130)
 
 
 if __name__ == "__main__":

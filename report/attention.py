@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from command import MODEL_HELP
 from report.page import command_line, load_model, token_labels, write_page
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ LIMIT = 18_000_000  # characters of base64: the page stays under 20 MB
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
-    add("--model", help="run, checkpoint or Hugging Face directory, or name on the hub (default: the newest run)")
+    add("--model", help=f"{MODEL_HELP} (default: the newest run)")
     add("--text", required=True, help="what the model reads")
     add("--out", type=Path, default=Path("attention.html"), metavar="FILE", help="default: attention.html")
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from command import MODEL_HELP
 from report.page import command_line, load_model, pack, plotly_script, write_page
 
 SIMILAR_POSITIONS = 512  # rows of the similarity matrix at most
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
-    add("--model", help="run, checkpoint or Hugging Face directory, or name on the hub (default: the newest run)")
+    add("--model", help=f"{MODEL_HELP} (default: the newest run)")
     add("--out", type=Path, default=Path("embeddings.html"), metavar="FILE", help="default: embeddings.html")
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from command import ending
+
 if TYPE_CHECKING:  # torch takes seconds to import, and --help need not wait for it
     from data.tokenizer import Tokenizer
     from model import GPT
@@ -100,9 +102,5 @@ def command_line(
     )
     add_arguments(parser.add_argument)
     args = parser.parse_args()
-    try:
+    with ending(parser):
         run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from command import MODEL_HELP
 from report.page import command_line, load_model, token_labels, write_page
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ ALTERNATIVES = 8
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
-    add("--model", help="run, checkpoint or Hugging Face directory, or name on the hub (default: the newest run)")
+    add("--model", help=f"{MODEL_HELP} (default: the newest run)")
     add("--text", required=True, help="what the model reads")
     add("--out", type=Path, default=Path("tokens.html"), metavar="FILE", help="default: tokens.html")
 

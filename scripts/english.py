@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from command import ending
 from data.sources.shakespeare import read_plays
 from eval.choices import read_rows
 
@@ -38,16 +39,14 @@ def documents() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="scripts.english", description="Write a corpus for experiments as JSON lines."
+        prog="python -m scripts.english", description="Write a corpus for experiments as JSON lines."
     )
     parser.add_argument("out", type=Path, metavar="FILE.jsonl")
-    out = parser.parse_args().out
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "w", encoding="utf-8") as file:
+    args = parser.parse_args()
+    with ending(parser):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.out, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in documents())
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported once here, not in every life)
 
 import train
+from command import ending
 from training.checkpoint import MANIFEST, PARTIAL, list_checkpoints, read_state
 from training.config import Config, parse_config
 from training.metrics import read_metrics
@@ -173,6 +175,39 @@ def differences(alone: Run, killed: Run, config: Config) -> list[str]:
     return found
 
 
+def kill_and_compare(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Train alone and under kills: what was counted, and the differences. Ends with status 1 where it cannot go on."""
+    args.dir.mkdir(parents=True, exist_ok=True)
+    alone, killed = Run(args.dir / "alone"), Run(args.dir / "killed")
+
+    def live(run: Run) -> Life:
+        where = ["--run.dir", str(args.dir), "--run.name", run.directory.name]
+        return Life(["--config", args.config, *where], args.processes, args.dir / f"{run.directory.name}.log")
+
+    def finish(run: Run) -> None:
+        life = live(run)
+        while not life.over():
+            time.sleep(0.01)
+        if life.failed:
+            sys.exit(f"a life failed, see {args.dir / run.directory.name}.log")
+
+    finish(alone)
+    chance = random.Random(args.seed)
+    moments = [name for name, share in MOMENTS.items() for _ in range(round(share * args.kills))]
+    moments += ["step"] * (args.kills - len(moments))
+    chance.shuffle(moments)
+    counts = {"kills": 0, "after_first_step": 0, "half_written": 0, "hung": 0}
+    for moment in moments[: args.kills]:
+        hit = kill_once(killed, live(killed), moment, chance, config.optim.steps // args.kills)
+        if hit is None:
+            sys.exit(f"the run ended by itself after {counts['kills']} kills: raise optim.steps")
+        counts["kills"] += 1
+        for name, value in hit.items():
+            counts[name] += value
+    finish(killed)
+    return counts | {"processes": args.processes, "differences": differences(alone, killed, config)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
@@ -182,44 +217,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1, help="of the run; all on this machine")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args()
-    config = parse_config(["--config", options.config])
-    if options.kills > config.optim.steps:
-        parser.error(
-            f"--kills {options.kills} in a run of optim.steps {config.optim.steps}: raise it, or kill less often"
-        )
-    options.dir.mkdir(parents=True, exist_ok=True)
-    alone, killed = Run(options.dir / "alone"), Run(options.dir / "killed")
-
-    def live(run: Run) -> Life:
-        where = ["--run.dir", str(options.dir), "--run.name", run.directory.name]
-        arguments = ["--config", options.config, *where]
-        return Life(arguments, options.processes, options.dir / f"{run.directory.name}.log")
-
-    def finish(run: Run) -> None:
-        life = live(run)
-        while not life.over():
-            time.sleep(0.01)
-        if life.failed:
-            parser.exit(1, f"{parser.prog}: a life failed, see {options.dir / run.directory.name}.log\n")
-
-    finish(alone)
-    chance = random.Random(options.seed)
-    moments = [name for name, share in MOMENTS.items() for _ in range(round(share * options.kills))]
-    moments += ["step"] * (options.kills - len(moments))
-    chance.shuffle(moments)
-    counts = {"kills": 0, "after_first_step": 0, "half_written": 0, "hung": 0}
-    for moment in moments[: options.kills]:
-        hit = kill_once(killed, live(killed), moment, chance, config.optim.steps // options.kills)
-        if hit is None:
-            parser.exit(1, f"{parser.prog}: the run ended by itself after {counts['kills']} kills: raise optim.steps\n")
-        counts["kills"] += 1
-        for name, value in hit.items():
-            counts[name] += value
-    finish(killed)
-    found = differences(alone, killed, config)
-    print(json.dumps(counts | {"processes": options.processes, "differences": found}))
-    sys.exit(bool(found))
+    args = parser.parse_args()
+    config = parse_config(["--config", args.config])
+    if args.kills > config.optim.steps:
+        parser.error(f"--kills {args.kills} in a run of optim.steps {config.optim.steps}: raise it, or kill less often")
+    with ending(parser):
+        counted = kill_and_compare(args, config)
+        print(json.dumps(counted))
+        sys.exit(bool(counted["differences"]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import statistics
 from pathlib import Path
 
+from command import ending
 from scripts.ideas import IDEAS
 from train import Trainer
 from training.config import parse_config
@@ -46,28 +47,28 @@ def first_below(records: list[dict], loss: float) -> int | None:
     return next((r["tokens"] for r in records if r["split"] == "val" and r["loss"] <= loss), None)
 
 
-def table(arguments: argparse.Namespace) -> str:
+def table(args: argparse.Namespace) -> str:
     """Train what is not trained yet; the rows, in Markdown."""
     choices = [  # split at commas that are not inside brackets: betas=[0.9,0.95],[0.9,0.99] are two
         [(name, value) for value in re.split(r",(?![^\[]*\])", values)]
-        for name, _, values in (field.partition("=") for field in arguments.vary)
+        for name, _, values in (field.partition("=") for field in args.vary)
     ]
     rows = []
     for combination in itertools.product(*choices):
         finals, seconds, reached = [], [], []
-        for seed in arguments.seeds:
+        for seed in args.seeds:
             fields = [(name, value) for name, value in combination] + [("run.seed", str(seed))]
-            parts = [Path(arguments.config).stem, *([arguments.idea] if arguments.idea else [])]
+            parts = [Path(args.config).stem, *([args.idea] if args.idea else [])]
             name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)]).replace("/", "-")
             flags = [part for n, v in fields for part in (f"--{n}", v)]
             directory = finish(
-                ["--config", arguments.config, "--run.dir", arguments.dir, "--run.name", name, *flags],
-                IDEAS.get(arguments.idea, Trainer),
+                ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags],
+                IDEAS.get(args.idea, Trainer),
             )
             records = read_metrics(directory / "metrics.jsonl")
             finals.append(next(r["loss"] for r in reversed(records) if r["split"] == "val"))
             seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
-            reached.append([first_below(records, loss) for loss in arguments.losses])
+            reached.append([first_below(records, loss) for loss in args.losses])
         tokens = [
             "never" if None in counts else f"{statistics.median(counts):,.0f}" for counts in zip(*reached, strict=True)
         ]
@@ -80,29 +81,26 @@ def table(arguments: argparse.Namespace) -> str:
                 f"`{' '.join(f'{n}={v}' for n, v in combination)}`",
             ]
         )
-    heads = ["final loss", "each seed", *(f"tokens to {loss}" for loss in arguments.losses), "seconds", "varied"]
+    heads = ["final loss", "each seed", *(f"tokens to {loss}" for loss in args.losses), "seconds", "varied"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts.sweep", description="Train one configuration in several ways.")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.sweep", description="Train one configuration in several ways."
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
     parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
     parser.add_argument("--idea", choices=IDEAS, help="train with one of the changes in scripts/ideas.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
     parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
     parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")
-    arguments = parser.parse_args()
-    for field in arguments.vary:
+    args = parser.parse_args()
+    for field in args.vary:
         if "=" not in field:
             parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
-
-    try:
-        print(table(arguments))
-    except (ValueError, OSError, FloatingPointError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "the same command goes on from here\n")
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command goes on from here\n"):
+        print(table(args))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def test_help_does_not_wait_for_torch():
     code += "except SystemExit:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m eval.run ")
     assert "hellaswag" in done.stdout
 
 
