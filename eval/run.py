@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help need not wait for
 
     from eval.likelihood import Request, Scores
     from eval.tasks import Outcome
+    from training.parallel import Processes
 
 REQUESTS_AT_ONCE = 1024  # scored between two visits to the disk
 TASK_HELP = """tasks:
@@ -52,59 +53,42 @@ class Subject:
     name: str
     model: Any
     tokenizer: Any
-    dtype: torch.dtype
+    processes: Processes
     batch_size: int
     saved: SavedScores
-    rank: int = 0
-    world_size: int = 1
-    reduce: Callable[[torch.Tensor], Any] | None = None
-    progress: bool = False
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in `dtype`, weights and everything else as they are."""
-        import torch
-
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, in place."""
-        if self.reduce is not None:
-            self.reduce(tensor)
-        return tensor
+    progress: bool
 
     def score(self, requests: Sequence[Request]) -> Scores:
         """`log_likelihoods` in groups, those already saved left out, with a progress bar."""
         import numpy as np
-        import torch
         from tqdm import tqdm
 
         from eval.likelihood import Scores, log_likelihoods
 
-        device = next(self.model.parameters()).device
+        processes = self.processes
         parts: list[Scores] = []
         with tqdm(total=len(requests), unit="text", disable=not self.progress, leave=False) as bar:
             for start in range(0, len(requests), REQUESTS_AT_ONCE):
                 group = requests[start : start + REQUESTS_AT_ONCE]
                 key = self.saved.key(group)
                 # All processes must agree, also where a file has not reached every node.
-                if self.sum(torch.tensor(float(key in self.saved.entries), device=device)) == self.world_size:
+                if processes.least(int(key in self.saved.entries)):
                     entry = self.saved.entries[key]
                     parts.append(Scores(np.array(entry["log_probs"]), np.array(entry["greedy"])))
                     bar.update(len(group))
                     continue
-                with self.autocast():
+                with processes.autocast():
                     scores = log_likelihoods(
                         self.model,
                         group,
                         batch_size=self.batch_size,
-                        rank=self.rank,
-                        world_size=self.world_size,
-                        reduce=self.reduce,
-                        progress=lambda n: bar.update(n * self.world_size),
+                        rank=processes.rank,
+                        world_size=processes.world_size,
+                        reduce=processes.sum,
+                        progress=lambda n: bar.update(n * processes.world_size),
                     )
                 parts.append(scores)
-                if self.rank == 0:
+                if processes.is_main:
                     self.saved.keep(key, scores)
         return Scores(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
@@ -176,38 +160,54 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model, and what is remembered of a run that was killed
+# The processes, the model, and what is remembered of a run that was killed
 
 
-def load_subject(args: argparse.Namespace) -> tuple[Any, Any, torch.dtype]:
-    """The model, its tokenizer, and the precision of its products. Raises ValueError or OSError."""
+@contextlib.contextmanager
+def join_processes(device_name: str, dtype_name: str) -> Iterator[Processes]:
+    """This process among those that torchrun started. Raises ValueError for a device that is not here."""
+    import torch
+    import torch.distributed as dist
+
+    from training.device import find_device, find_dtype, keep_freed_memory
+    from training.parallel import Processes, stop_processes
+
+    # Not training.parallel.start_processes: it turns TF32 on, which would change --dtype float32's figures on CUDA.
+    device = find_device(device_name, "--device")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cpu":
+        keep_freed_memory()
+    if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, device, find_dtype(dtype_name, device))
+    finally:
+        stop_processes()
+
+
+def load_pair(name: str, directory: Path, device: torch.device, *, through_transformers: bool) -> tuple[Any, Any]:
+    """The model `name`, whose files are in `directory`, and its tokenizer. Raises ValueError or OSError."""
     import torch
 
     from data.tokenizer import load_tokenizer
     from eval.likelihood import check_pair
     from eval.peers import load_peer
     from model import GPT, PRESETS
-    from training.checkpoint import resolve_model
-    from training.device import find_device, find_dtype, keep_freed_memory
-    from weights import locate
 
-    args.model = resolve_model(args.model)
-    directory = locate(args.model)
-    device = find_device(args.device, "--device")
     config = directory / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{args.model} is no model: it has no config.json")
+        raise FileNotFoundError(f"{name} is no model: it has no config.json")
     model: Any
     tokenizer: Any
-    if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "gpt2" and not args.transformers:
+    if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "gpt2" and not through_transformers:
         model = GPT.from_pretrained(directory, dtype=torch.float32, device=device)
-        tokenizer = load_tokenizer(args.model if args.model in PRESETS else directory)
+        tokenizer = load_tokenizer(name if name in PRESETS else directory)
     else:
         model, tokenizer = load_peer(directory, device)
     check_pair(model, tokenizer)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return model, tokenizer, find_dtype(args.dtype, device)
+    return model, tokenizer
 
 
 class SavedScores:
@@ -292,53 +292,34 @@ def _short(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
-@contextlib.contextmanager
-def processes(device_name: str) -> Iterator[tuple[int, int, Callable[[torch.Tensor], Any] | None]]:
-    """(rank, world_size, sum over ranks) under torchrun, and of a process alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield 0, 1, None
-        return
-    import torch
-    import torch.distributed as dist
-
-    from training.device import find_device
-
-    device = find_device(device_name, "--device")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), world_size, dist.all_reduce
-    finally:
-        dist.destroy_process_group()
-
-
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print and write."""
     from eval.tasks import find_tasks
+    from training.checkpoint import resolve_model
     from weights import locate
 
     functions = find_tasks(args.tasks)
     for path in (args.json, args.examples):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
-    with processes(args.device) as (rank, world_size, reduce):
-        model, tokenizer, dtype = load_subject(args)
-        batch_size = args.batch_size or (8 if next(model.parameters()).device.type == "cpu" else 64)
+    with join_processes(args.device, args.dtype) as processes:
+        name = resolve_model(args.model)
+        directory = locate(name)
+        model, tokenizer = load_pair(name, directory, processes.device, through_transformers=args.transformers)
+        batch_size = args.batch_size or (8 if processes.device.type == "cpu" else 64)
         partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
-        identity = f"{fingerprint(locate(args.model))} {dtype} {batch_size} {args.transformers}"
+        identity = f"{fingerprint(directory)} {processes.dtype} {batch_size} {args.transformers}"
         saved = SavedScores(partial, identity)
-        progress = rank == 0 and sys.stderr.isatty()
-        subject = Subject(args.model, model, tokenizer, dtype, batch_size, saved, rank, world_size, reduce, progress)
+        progress = processes.is_main and sys.stderr.isatty()
+        subject = Subject(name, model, tokenizer, processes, batch_size, saved, progress)
         rows: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
-        for name, function in functions.items():
+        for task, function in functions.items():
             outcome = function(args, subject)
-            rows += figures(name, outcome)
-            heading = {"task": name, "convention": outcome.convention}
+            rows += figures(task, outcome)
+            heading = {"task": task, "convention": outcome.convention}
             lines += [heading | {"index": i} | example for i, example in enumerate(outcome.examples)]
-        if rank > 0:
+        if not processes.is_main:
             return
         print(table(rows))
         if args.examples is not None:

@@ -209,7 +209,7 @@ def _dataset_tokenizer(directory: Path) -> Any:
 def run_loss(args: argparse.Namespace, subject: Subject) -> Outcome:
     if not isinstance(subject.model, GPT):
         raise ValueError("--tasks loss is for GPT-2s; for another model take --tasks perplexity --data")
-    tokenizer = subject.tokenizer
+    tokenizer, processes = subject.tokenizer, subject.processes
     own = _dataset_tokenizer(args.data)
     sequence_length = min(1024, subject.model.config.block_size)
     with tempfile.TemporaryDirectory() as temporary:
@@ -221,17 +221,17 @@ def run_loss(args: argparse.Namespace, subject: Subject) -> Outcome:
             writer.finish()
             directory, n_tokens = Path(temporary), len(tokens)
         windows = TokenWindows(open_split(directory, "val"), sequence_length, tokenizer.vocab_size, tokens=n_tokens)
-        with subject.autocast():
+        with processes.autocast():
             result = split_loss(
                 subject.model,
                 windows,
                 tokenizer.token_bytes(),
                 micro_batch=subject.batch_size,
-                rank=subject.rank,
-                world_size=subject.world_size,
-                reduce=subject.sum,
+                rank=processes.rank,
+                world_size=processes.world_size,
+                reduce=processes.sum,
             )
-    if args.save_reference and subject.rank == 0:
+    if args.save_reference and processes.is_main:
         figures = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
         save_reference(args.data, subject.name, figures | {"tokenizer": tokenizer.kind})
     metrics = {"loss": (result.loss, 0.0), "bits_per_byte": (result.bits_per_byte, 0.0)}
