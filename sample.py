@@ -95,24 +95,13 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
-    """The model and its tokenizer, which must be of one size."""
-    from data.tokenizer import load_tokenizer
+    """The model, its weights packed for decoding, and its tokenizer."""
     from generation import pack_weights
-    from model import GPT
-    from training.checkpoint import resolve_model
+    from training.checkpoint import load_model
     from training.device import find_device, find_dtype
-    from weights import locate
 
-    directory = locate(resolve_model(args.model))
     device = find_device(args.device, "--device")
-    dtype = find_dtype(args.dtype, device)
-    tokenizer = load_tokenizer(directory)
-    model = GPT.from_pretrained(directory, dtype=dtype, device=device)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
-            f"they do not belong together"
-        )
+    model, tokenizer, _ = load_model(args.model, dtype=find_dtype(args.dtype, device), device=device)
     pack_weights(model)
     return model, tokenizer
 

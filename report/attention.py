@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from command import MODEL_HELP
-from report.page import command_line, load_model, token_labels, write_page
+from report.page import command_line, token_labels, write_page
 
 if TYPE_CHECKING:
     from model import GPT
@@ -30,6 +30,8 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, let it read the text, write the page."""
+    from training.checkpoint import load_model
+
     model, tokenizer, name = load_model(args.model)
     ids = tokenizer.encode(args.text)
     weights = packed_attentions(model, ids)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from command import MODEL_HELP
-from report.page import command_line, load_model, pack, plotly_script, write_page
+from report.page import command_line, pack, plotly_script, write_page
 
 SIMILAR_POSITIONS = 512  # rows of the similarity matrix at most
 
@@ -34,6 +34,8 @@ def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, write the page."""
+    from training.checkpoint import load_model
+
     model, _, name = load_model(args.model)
     embeddings = model.transformer.wpe.weight.detach().numpy()
     every, cosines = similarity(embeddings)

@@ -15,7 +15,6 @@ from command import ending
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help need not wait for it
     from data.tokenizer import Tokenizer
-    from model import GPT
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -52,29 +51,6 @@ def pack(values: np.ndarray) -> dict[str, str]:
     kind = {"float64": "f8", "float32": "f4", "int32": "i4"}[values.dtype.name]
     shape = {"shape": ",".join(map(str, values.shape))} if values.ndim > 1 else {}
     return {"dtype": kind, "bdata": base64.b64encode(values.tobytes()).decode(), **shape}
-
-
-def load_model(name: str | None) -> tuple[GPT, Tokenizer, str]:
-    """The model that `--model` stands for, in float32 on the CPU, its tokenizer, and what it is called.
-
-    Raises ValueError where the two do not belong together, OSError where there is none.
-    """
-    import torch
-
-    from data.tokenizer import load_tokenizer
-    from model import GPT
-    from training.checkpoint import resolve_model
-    from weights import locate
-
-    name = resolve_model(name)
-    directory = locate(name)
-    model, tokenizer = GPT.from_pretrained(directory, dtype=torch.float32), load_tokenizer(directory)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
-            f"they do not belong together"
-        )
-    return model, tokenizer, name
 
 
 def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from command import MODEL_HELP
-from report.page import command_line, load_model, token_labels, write_page
+from report.page import command_line, token_labels, write_page
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,8 @@ def read(model: GPT, ids: Sequence[int], eot: int) -> Reading:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, let it read the text, write the page."""
+    from training.checkpoint import load_model
+
     model, tokenizer, name = load_model(args.model)
     ids = tokenizer.encode(args.text)
     reading = read(model, ids, tokenizer.eot)

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,9 +25,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data.shards import file_sha256, sync_directory
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
-from weights import save_weights
+from weights import locate, save_weights
 
 MANIFEST = "manifest.json"
 STATE = "trainer/state.json"
@@ -267,3 +268,24 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs") -> str:
     if newest is None:
         raise FileNotFoundError(f"{name_or_dir} has no checkpoint yet")
     return str(newest)
+
+
+def load_model(
+    name_or_dir: str | None, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[GPT, Tokenizer, str]:
+    """The model that `--model` stands for, its tokenizer, and what it is called.
+
+    Raises ValueError where the two do not belong together, OSError where there is none.
+    """
+    name = resolve_model(name_or_dir)
+    directory = locate(name)
+    tokenizer = load_tokenizer(directory)
+    model = GPT.from_pretrained(directory, dtype=dtype, device=device)
+    # Exactly, as its ids are decoded: one that only pads the vocabulary has no text. What is scored is encoded only, so
+    # eval.likelihood.check_pair lets padding pass.
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+            f"they do not belong together"
+        )
+    return model, tokenizer, name
