@@ -203,12 +203,12 @@ def read_batches(source: Source, files: range, start: tuple[int, int], limit: in
 class Progress:
     """Megabytes a second, tokens and time left: one line that changes on a terminal, else a line now and then."""
 
-    def __init__(self, total: int, corpus: Corpus) -> None:
+    def __init__(self, total: int, dataset: DatasetWriter) -> None:
         self.total = max(total, 1)
-        self.corpus = corpus
+        self.dataset = dataset
         self.began = time.monotonic()
-        self.first_source = corpus.counted["source_bytes"]
-        self.first_text = sum(corpus.counted["text_bytes"].values())
+        self.first_source = dataset.counted["source_bytes"]
+        self.first_text = sum(dataset.counted["text_bytes"].values())
         self.terminal = sys.stderr.isatty()
         self.shown = self.began
 
@@ -218,9 +218,9 @@ class Progress:
         if not last and now - self.shown < (0.2 if self.terminal else 10):
             return
         self.shown, seconds = now, max(now - self.began, 1e-3)
-        source = self.total if last else self.corpus.counted["source_bytes"]
-        text = sum(self.corpus.counted["text_bytes"].values()) - self.first_text
-        tokens = sum(writer.n_tokens for writer in self.corpus.writers.values())
+        source = self.total if last else self.dataset.counted["source_bytes"]
+        text = sum(self.dataset.counted["text_bytes"].values()) - self.first_text
+        tokens = sum(writer.n_tokens for writer in self.dataset.writers.values())
         left = seconds * (self.total - source) / max(source - self.first_source, 1)
         when = f"in {timedelta(seconds=round(seconds))}" if last else f"{timedelta(seconds=round(left))} left"
         line = f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:7.1f} MB/s {tokens:15,} tokens {when}"
@@ -233,7 +233,7 @@ class Progress:
             print(file=sys.stderr)
 
 
-class Corpus:
+class DatasetWriter:
     """The dataset as it is written: the two splits, what was counted, and how far the source has been read."""
 
     def __init__(self, directory: Path, validation: Validation, shard_tokens: int, end_of_text: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from command import ending
-from data.encode import SPLITS, Corpus, Encoder, Progress, Validation, encode_in_order, read_batches
+from data.encode import SPLITS, DatasetWriter, Encoder, Progress, Validation, encode_in_order, read_batches
 from data.shards import (
     MAX_SHARD_TOKENS,
     PROGRESS_FILE,
@@ -148,13 +148,13 @@ def _prepare(job: Job, workers: int | None) -> DatasetMeta:
     if job.tokenizer != "char" and not tokenizer.bulk_encoder.startswith("gigatoken"):
         print(f"gigatoken is not installed here: encoding with {tokenizer.bulk_encoder}, slower", file=sys.stderr)
 
-    corpus = Corpus(job.out, job.validation, job.shard_tokens, tokenizer.eot)
+    dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot)
     # At the beginning too: what an earlier run left before its first record must not stay.
-    corpus.restore(progress.get("state", corpus.state()))
-    _encode(job, tokenizer, corpus, progress, workers)
+    dataset.restore(progress.get("state", dataset.state()))
+    _encode(job, tokenizer, dataset, progress, workers)
     if job.part[1] == 1:
-        _refuse_empty(job, corpus)
-    return _finish(job, tokenizer, corpus)
+        _refuse_empty(job, dataset)
+    return _finish(job, tokenizer, dataset)
 
 
 def _begin(job: Job) -> dict[str, Any] | None:
@@ -193,33 +193,35 @@ def _begin(job: Job) -> dict[str, Any] | None:
     return progress
 
 
-def _encode(job: Job, tokenizer: Tokenizer, corpus: Corpus, progress: dict[str, Any], workers: int | None) -> None:
+def _encode(
+    job: Job, tokenizer: Tokenizer, dataset: DatasetWriter, progress: dict[str, Any], workers: int | None
+) -> None:
     encoder = Encoder(tokenizer, job.source.options, job.validation, job.shard_tokens)
     limit = min(PIECE_BYTES, max(MIN_PIECE_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
     if workers is None:
         workers = 1 if total < SMALL_BYTES else os.cpu_count() or 1
-    file, piece = corpus.counted["position"]
+    file, piece = dataset.counted["position"]
     batches = read_batches(job.source, job.files, (file, piece), limit)
     saved, shards = time.monotonic(), -1
-    bar = Progress(total, corpus)
+    bar = Progress(total, dataset)
     for pieces, encoded in encode_in_order(batches, encoder, job.out, workers):
-        corpus.add(pieces, encoded)
+        dataset.add(pieces, encoded)
         bar.update()
-        finished = sum(len(writer.finished) for writer in corpus.writers.values())
+        finished = sum(len(writer.finished) for writer in dataset.writers.values())
         if finished != shards or time.monotonic() - saved > SAVE_SECONDS:
-            progress["state"] = corpus.state()
+            progress["state"] = dataset.state()
             write_json(job.out / PROGRESS_FILE, progress)
             saved, shards = time.monotonic(), finished
     bar.close()
 
 
-def _refuse_empty(job: Job, corpus: Corpus) -> None:
-    documents = {split: writer.n_documents for split, writer in corpus.writers.items()}
+def _refuse_empty(job: Job, dataset: DatasetWriter) -> None:
+    documents = {split: writer.n_documents for split, writer in dataset.writers.items()}
     empty = [split for split in SPLITS if not documents[split]]
     if not empty or (empty == ["val"] and job.validation.fraction == 0):
         return
-    corpus.discard()
+    dataset.discard()
     for name in (PROGRESS_FILE, "tokenizer.json", "tokenizer_config.json"):
         (job.out / name).unlink(missing_ok=True)
     names = [file.name for file in job.source.files]
@@ -234,17 +236,17 @@ def _refuse_empty(job: Job, corpus: Corpus) -> None:
     )
 
 
-def _finish(job: Job, tokenizer: Tokenizer, corpus: Corpus) -> DatasetMeta:
-    shards = {split: writer.finish() for split, writer in corpus.writers.items()}
+def _finish(job: Job, tokenizer: Tokenizer, dataset: DatasetWriter) -> DatasetMeta:
+    shards = {split: writer.finish() for split, writer in dataset.writers.items()}
     meta = DatasetMeta(
         **job.settings(),
         tokenizer_sha256=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        tokens={split: writer.n_tokens for split, writer in corpus.writers.items()},
-        documents={split: writer.n_documents for split, writer in corpus.writers.items()},
-        text_bytes=corpus.counted["text_bytes"],
+        tokens={split: writer.n_tokens for split, writer in dataset.writers.items()},
+        documents={split: writer.n_documents for split, writer in dataset.writers.items()},
+        text_bytes=dataset.counted["text_bytes"],
         shards=shards,
-        skipped=corpus.counted["skipped"],
+        skipped=dataset.counted["skipped"],
         versions=_versions(tokenizer),
     )
     meta.save(job.out)
