@@ -56,6 +56,7 @@ class Tokenizer(ABC):
         ids that `encode` gives. No end-of-text is added.
         """
 
+    @property
     @abstractmethod
     def _backend(self) -> Any:
         """The same mapping as a `tokenizers.Tokenizer`."""
@@ -97,7 +98,7 @@ class Tokenizer(ABC):
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend().save(str(directory / "tokenizer.json"))
+        self._backend.save(str(directory / "tokenizer.json"))
         # Beside a config.json of model_type gpt2, any other class would read the file as GPT-2's own vocabulary.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -146,11 +147,8 @@ class ByteLevelTokenizer(Tokenizer):
         ordered = sorted(self.vocab, key=self.vocab.__getitem__)
         return _hash(["byte-level", ordered, self.merges])
 
-    def _backend(self) -> Any:
-        return self._reference_backend
-
     @functools.cached_property
-    def _reference_backend(self) -> Any:
+    def _backend(self) -> Any:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
         from tokenizers import Tokenizer as Backend
 
@@ -193,14 +191,14 @@ class ByteLevelTokenizer(Tokenizer):
         return f"{name} {importlib.metadata.version(name)}"
 
     def encode(self, text: str) -> list[int]:
-        _refuse_surrogates(text)
+        _to_utf8(text)  # refuses lone surrogates, which tiktoken would replace
         if self.kind == "gpt2":
             return self._tiktoken.encode_ordinary(text)
-        return self._reference_backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         if self._gigatoken:
-            documents = [_refuse_surrogates(text) if isinstance(text, str) else text for text in texts]
+            documents = [_to_utf8(text) if isinstance(text, str) else text for text in texts]
             layout = self._gigatoken.encode_batch(documents).layout
             offsets = np.asarray(layout.offsets.data, np.int64)
             tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
@@ -239,6 +237,7 @@ class CharacterTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return _hash(["char", self.characters])
 
+    @functools.cached_property
     def _backend(self) -> Any:
         from tokenizers import AddedToken, decoders, models
         from tokenizers import Tokenizer as Backend
@@ -256,7 +255,7 @@ class CharacterTokenizer(Tokenizer):
     def encode_documents(self, texts: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         parts = [np.empty(0, np.int32)]
         for text in texts:
-            utf8 = _refuse_surrogates(text) if isinstance(text, str) else text
+            utf8 = _to_utf8(text) if isinstance(text, str) else text
             points = np.frombuffer(utf8.decode().encode("utf-32-le"), "<u4")
             parts.append(self._ids[points])
             unknown = np.flatnonzero(parts[-1] == self.vocab_size)
@@ -363,7 +362,7 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
     if size is None:
         characters: set[str] = set()
         for text in texts:
-            _refuse_surrogates(text)
+            _to_utf8(text)  # refuses lone surrogates
             characters.update(text)
         return CharacterTokenizer(characters)
 
@@ -387,7 +386,8 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _refuse_surrogates(text: str) -> bytes:
+def _to_utf8(text: str) -> bytes:
+    """The text in UTF-8. Raises ValueError for a lone surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
