@@ -103,12 +103,13 @@ def make_optimizers(model: nn.Module, config: Optim) -> list[Optimizer]:
     if config.name == "muon":
         matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("transformer.h.")}
         parameters = {name: p for name, p in parameters.items() if name not in matrices}
-        stacked = [p for name, p in matrices.items() if name.endswith("attn.c_attn.weight")]
-        others = [p for name, p in matrices.items() if not name.endswith("attn.c_attn.weight")]
-        optimizers.append(Muon(stacked, others, config.muon_lr, config.weight_decay, config.muon_momentum))
+        stacked = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
+        single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
+        if matrices:  # not all blocks are frozen
+            optimizers.append(Muon(stacked, single, config.muon_lr, config.weight_decay, config.muon_momentum))
     decayed = [p for p in parameters.values() if p.dim() >= 2]
-    others = [p for p in parameters.values() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    undecayed = [p for p in parameters.values() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     for p in parameters.values():  # now, not in the first step, in whose memory a CPU's heap would scatter it
         step = torch.zeros((), device=p.device)

@@ -211,6 +211,18 @@ def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
     assert len(moved) == 14
 
 
+def test_muon_goes_on_with_all_blocks_frozen(untrained, pairs, tmp_path, train):
+    """It has no matrix then, and an optimizer without parameters has no state to read."""
+    flags = ("--model.freeze_layers", "2", "--optim.name", "muon", "--optim.steps", "4", "--checkpoint.every", "2")
+    config = finetune(untrained, pairs, tmp_path, *flags, "--optim.warmup_steps", "0", "--checkpoint.keep", "2")
+    run = train(config)
+    expected = GPT.from_pretrained(run / "checkpoints" / "step-000004").state_dict()
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    train(config)
+    again = GPT.from_pretrained(run / "checkpoints" / "step-000004").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
 def test_going_on_does_not_need_the_model_it_began_from(untrained, pairs, tmp_path, train):
     base = shutil.copytree(untrained, tmp_path / "base")
     config = finetune(base, pairs, tmp_path, "--optim.steps", "10", "--checkpoint.every", "5", "--checkpoint.keep", "2")

@@ -1,5 +1,6 @@
 """The learning rate's course and what is decayed."""
 
+import dataclasses
 import math
 
 import pytest
@@ -125,3 +126,11 @@ def test_frozen_parameters_are_left_out_and_stay(tmp_path):
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("transformer.h.0.", "transformer.wte", "transformer.wpe"))
         assert torch.equal(parameter, before[name]) == frozen, name
+
+
+def test_muon_has_every_stack_of_square_matrices():
+    model = GPT(dataclasses.replace(SMALL, cross_attention=True))
+    stacked, single = make_optimizers(model, Optim(name="muon"))[0].param_groups
+    C = SMALL.n_embd
+    assert [tuple(p.shape) for p in stacked["params"]] == [(3 * C, C), (2 * C, C)] * SMALL.n_layer
+    assert len(single["params"]) == 5 * SMALL.n_layer  # c_fc, three c_proj, the queries of the second attention
