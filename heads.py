@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GPT, IGNORE_INDEX, GPTOutput, check_shape
-from weights import load_weights, locate, read_config, read_json, save_weights
+from weights import INERT_CONFIG, load_weights, locate, read_config, read_json, save_weights
 
 Strategy = Literal["last", "all", "token"]
 
@@ -269,6 +269,10 @@ class DoubleHeads(nn.Module):
         """Double heads that were saved here or by transformers, in eval mode; errors as of `GPT.from_pretrained`."""
         directory = locate(name_or_dir)
         gpt = read_trunk(directory)
+        fields = read_json(directory / "config.json")
+        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # inert without this head
+            if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
+                raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):
             model = cls(gpt)
         load_weights(model, directory, dtype=dtype, device=device)

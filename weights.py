@@ -225,6 +225,8 @@ def save_weights(
     if not config.causal:
         fields["causal"] = False  # ours alone: transformers has no bidirectional GPT-2
     fields |= FIXED_CONFIG | INERT_CONFIG | special | (extra_config or {})
+    if architecture == "GPT2ForSequenceClassification":
+        fields["pad_token_id"] = eos_token_id  # without one transformers takes a single row at a time
     generation = special | {"_from_model_config": True, "use_cache": True}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

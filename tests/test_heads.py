@@ -110,6 +110,16 @@ def test_transformers_loads_our_classifier(tmp_path, num_labels):
     assert torch.equal(again(ids).logits, ours(ids).logits)
 
 
+@torch.no_grad()
+def test_transformers_takes_padded_rows_of_our_classifier(tmp_path):
+    """It knows padding by its id alone, which is end-of-text here: no encoded text has it."""
+    ours = SequenceClassifier(a_gpt(), 3).eval()
+    ours.save_pretrained(tmp_path, eos_token_id=PAD)
+    ids, mask, _ = padded([10, 3, 6], "right")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert_close(ours(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits)
+
+
 def test_config_is_that_of_transformers(tmp_path):
     for num_labels in (1, 2, 3):
         theirs = TheirClassifier(their_config(num_labels))
@@ -326,3 +336,10 @@ def test_encode_is_as_alone(side):
         encode(gpt, ids, mask)
     with pytest.raises(ValueError, match="pooling is 'max'"):
         encode(gpt, ids, pooling="max")
+
+
+@pytest.mark.parametrize(("field", "value"), [("summary_activation", "tanh"), ("summary_type", "mean")])
+def test_double_heads_that_summarise_otherwise_are_refused(tmp_path, field, value):
+    GPT2DoubleHeadsModel(their_config(1, **{field: value})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field} is '{value}', and only"):
+        DoubleHeads.from_pretrained(tmp_path)
