@@ -460,7 +460,9 @@ def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
     sequences = max(1, WEIGHTS // (H * QUERIES * T))
     dq, dk, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     for parts in zip(*(t.split(sequences) for t in (dy, q, k, v, dq, dk, dv)), strict=True):
-        _fill_in_attention_gradients(*(t.reshape(-1, *t.shape[2:]) for t in parts))
+        given, gradients = parts[:4], parts[4:]
+        # products of rows that lie together are faster by more than the copy takes
+        _fill_in_attention_gradients(*(t.flatten(0, 1).contiguous() for t in given), *(t.flatten(0, 1) for t in gradients))
     return dq, dk, dv
 
 
@@ -471,12 +473,12 @@ def _fill_in_attention_gradients(
     T, scale = q.size(1), 1 / math.sqrt(q.size(2))
     queries, keys = q.float() * scale, k.float().mT
     dk_sum, dv_sum = torch.zeros_like(queries), torch.zeros_like(queries)
-    future = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    future = torch.full((QUERIES, QUERIES), float("-inf")).triu(1)
     for first in range(0, T, QUERIES):
         last = min(first + QUERIES, T)
         block, seen = slice(first, last), slice(last)
         scores = queries[:, block] @ keys[:, :, seen]
-        scores[:, :, first:].masked_fill_(future[: last - first, : last - first], float("-inf"))
+        scores[:, :, first:] += future[: last - first, : last - first]
         weights = torch.softmax(scores, dim=-1, out=scores).to(q.dtype)
         dweights = dy[:, block] @ v[:, seen].mT
         dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
