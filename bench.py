@@ -8,7 +8,7 @@
 
 Every contestant lives in a process of its own and runs in turn with the others, so that a machine whose speed drifts
 slows all of them; medians are reported. Peers are given as directories of their repositories, and read from there;
-tiktoken is one by itself.
+tiktoken is always among them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoding over a GPT: greedy, sampling, beam search, streaming.
 
 `generate` has the names and the meaning of transformers' method of that name, so that its results can be held against
-it. Every method is the same loop: read the new token, process the scores, choose, stop or go on.
+it. Greedy and sampling are one loop, beam search another; both read, process the scores, choose, and stop or go on.
 
 Shapes: N rows (prompts times sequences returned of each, or times beams), V = vocab_size; `ids` (N, T) is all that a
 row holds so far, prompt and padding included.
@@ -309,7 +309,7 @@ class Reader:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """ids (N, T) -> logits (N, V) of the token after the last, in fp32, and the model's output.
 
-        ValueError if the first are not numbers.
+        ValueError where the first logits are NaN.
         """
         first = max(0, ids.size(1) - self.model.config.block_size)
         is_first_pass = self.cache.length == 0 and not first
@@ -346,7 +346,7 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 
 
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
-    """Whether the last token completes a stop string, be it with characters to spare."""
+    """Whether the last token completes a stop string, even if that token goes on after it."""
     tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]  # a token is at least a byte
     text, before = tokenizer.decode(tail), tokenizer.decode(tail[:-1]).rstrip("\ufffd")
     found = [text.rfind(stop) + len(stop) for stop in stop_strings if stop in text]

@@ -82,7 +82,7 @@ def hellaswag(
     """Evaluate a model that is being trained: every rank takes a share, and all get the same figures.
 
     Args:
-        model: on the device to compute on, under the autocast to compute in. It is put into eval mode for the while.
+        model: on the device to compute on, under the autocast to compute in. It is in eval mode meanwhile.
         limit: the first so many questions only.
         batch_size: sequences a forward pass; None chooses. See `eval.likelihood.log_likelihoods` for this and for
             `rank`, `world_size` and `reduce`, which sums a tensor over the ranks in place.

@@ -258,8 +258,8 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool) 
     ]
     if changed:
         raise ValueError(
-            f"the run to go on with was another: {'; '.join(changed)}. Set these back, or give the new run a run.name "
-            f"of its own; run.allow_changes true lets optim.steps, its learning rates and its schedule change"
+            f"this run was started with another configuration: {'; '.join(changed)}. Set these back, or give the new "
+            f"run a run.name of its own; run.allow_changes true lets optim.steps, learning rates and schedule change"
         )
 
 

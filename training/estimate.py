@@ -45,7 +45,8 @@ def count_parameters(shape: GPTConfig) -> int:
 def estimate_memory(
     shape: GPTConfig, rows: int, sequence_length: int, *, dtype: torch.dtype, shards: int = 1, recompute: bool = False
 ) -> dict[str, int]:
-    """Bytes of tensors on one process at its fullest, by part, for micro-batches of `rows` windows, not the first.
+    """Bytes of tensors on one process at its fullest, by part, for micro-batches of `rows` windows: the second
+    of a step and later ones, when gradients exist.
 
     Under FSDP `shards` processes share weights and optimizer state; with `recompute` (activation checkpointing) a block
     keeps its input alone. What an allocator holds besides is not counted.

@@ -144,7 +144,7 @@ class Stopwatch:
         self._began = self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """What went by since the last lap belongs to `part`."""
+        """Count the time since the last lap as `part`."""
         now = time.perf_counter()
         self.seconds[f"{part}_seconds"], self._last = now - self._last, now
 

@@ -145,7 +145,7 @@ def test_resume_never_and_must(run, tiny_run, train):
 
 def test_a_changed_run_is_refused_with_old_and_new_values(run, tiny_run, train):
     changed = tiny_run("run", **{"optim.steps": 20, "optim.weight_decay": 0.5, "run.seed": 4})
-    with pytest.raises(ValueError, match="go on with was another") as refused:
+    with pytest.raises(ValueError, match="this run was started with another configuration") as refused:
         train(changed)
     for part in ("run.seed was 1337, is 4", "optim.weight_decay was 0.1, is 0.5", "optim.steps was 10, is 20"):
         assert part in str(refused.value)
