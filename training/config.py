@@ -12,13 +12,12 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-if TYPE_CHECKING:
-    from model import GPTConfig
+from model import PRESETS, GPTConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -218,8 +217,6 @@ class Config:
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The GPTConfig of a model from scratch, its vocabulary that of the dataset's tokenizer."""
-        from model import PRESETS, GPTConfig  # here, so that --help need not wait for torch
-
         model = self.model
         fields: dict[str, Any] = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 1024}
         if model.preset is not None:
