@@ -27,8 +27,6 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
-GPT2_VOCAB_SIZE = 50257
-MAX_VOCAB_SIZE = 65536
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
 META_FILE = "meta.json"
 # Present while `data.prepare` is at work: the shards beside it are not a dataset yet.

@@ -19,23 +19,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
-from eval.choices import Answers, Convention, Question, answer, build, mean_and_stderr, read_rows
+from eval.choices import Answers, Convention, Question, answer, build, mean_and_stderr, read_rows, same_context
 from eval.likelihood import check_pair, log_likelihoods
 
 
 def completion(row: dict[str, Any]) -> Question:
     """A row of the data set in the completion convention."""
-    return _question(row, row["ctx"], row["endings"])
+    return same_context(row["ctx"], row["endings"], int(row["label"]))
 
 
 def harness(row: dict[str, Any]) -> Question:
     """A row of the data set as lm-evaluation-harness' tasks/hellaswag has it."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _question(row, _clean(context), [_clean(ending) for ending in row["endings"]])
-
-
-def _question(row: dict[str, Any], context: str, endings: list[str]) -> Question:
-    return Question((context,) * len(endings), tuple(endings), int(row["label"]))
+    return same_context(_clean(context), [_clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
 def _clean(text: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.loader import ceil_div
 from data.tokenizer import Tokenizer
 from model import centred_head
 
@@ -64,7 +65,7 @@ class _Batch(NamedTuple):
 
     def passes(self, batch_size: int) -> int:
         """How often it calls the model."""
-        return int(len(self.contexts[0]) > 1) + -(-sum(map(len, self.parts)) // batch_size)
+        return int(len(self.contexts[0]) > 1) + ceil_div(sum(map(len, self.parts)), batch_size)
 
 
 def check_pair(model: Any, tokenizer: Tokenizer) -> None:

@@ -109,20 +109,10 @@ def detokenize_ptb(text: str) -> str:
     return detokenize_ptb_style(re.sub(r"^ | $", "", text, flags=re.MULTILINE)).replace("$ N", "$N")
 
 
-def detokenize_1bw(text: str) -> str:
-    """Undo the tokenisation of the One Billion Word Benchmark (Chelba et al. 2013)."""
-    return detokenize_ptb_style(text)
-
-
-def unchanged(text: str) -> str:
-    """For corpora that are text as it is."""
-    return text
-
-
 @dataclass(frozen=True)
 class Corpus:
     """A corpus for word or byte perplexity: data set, configuration and split on the hub, the column with the text,
-    what stands between its rows, how to turn it back into text, and the convention so followed."""
+    what stands between its rows, how to turn it back into text (`str`: it is text), and the convention so followed."""
 
     hub: tuple[str, str | None, str]
     detokenize: Callable[[str], str]
@@ -139,15 +129,15 @@ CORPORA: dict[str, Corpus] = {
     "wikitext-2": Corpus(("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), detokenize_wikitext),
     # as in Hugging Face's "Perplexity of fixed-length models"
     "wikitext-2-raw": Corpus(
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), unchanged, separator="\n\n", convention=""
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), str, separator="\n\n", convention=""
     ),
     "wikitext-103": Corpus(("Salesforce/wikitext", "wikitext-103-raw-v1", "test"), detokenize_wikitext),
     "ptb": Corpus(
         ("ptb-text-only/ptb_text_only", "penn_treebank", "test"), detokenize_ptb, field="sentence", separator="\n"
     ),
-    "enwik8": Corpus(("LTCB/enwik8", "enwik8", "train"), unchanged, separator="\n"),
-    "text8": Corpus(("afmck/text8", None, "test"), unchanged),
-    "1bw": Corpus(("dvruette/lm1b", None, "test"), detokenize_1bw, separator="\n"),
+    "enwik8": Corpus(("LTCB/enwik8", "enwik8", "train"), str, separator="\n"),
+    "text8": Corpus(("afmck/text8", None, "test"), str),
+    "1bw": Corpus(("dvruette/lm1b", None, "test"), detokenize_ptb_style, separator="\n"),
 }
 
 

@@ -7,6 +7,7 @@ import os
 import psutil
 import torch
 
+from data.loader import ceil_div
 from model import GPT, MATMUL_ROWS, GPTConfig
 from training.config import Config, Flags
 from training.inputs import find_weights, model_shape, open_inputs, warnings
@@ -62,7 +63,7 @@ def estimate_memory(
     # of its input, each 4 wide; two gradients of the stream), or the loss is computed, with a chunk of logits, and on
     # CPU 64 rows of them in float32.
     backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
-    chunk = min(-(-tokens // 2), MATMUL_ROWS) * shape.vocab_size
+    chunk = min(ceil_div(tokens, 2), MATMUL_ROWS) * shape.vocab_size
     loss = chunk * size + 64 * shape.vocab_size * 4
     head = 4 * shape.vocab_size * width  # its gradient waits for the embedding's, which comes last
     # Products in less than float32 have copies of the weights. FSDP gathers a block at a time, the next one ahead, in
@@ -90,7 +91,7 @@ def fit_micro_batch(config: Config, shape: GPTConfig, processes: Processes, *, s
     else:  # the C library's heap, which is kept, fragments: up to 1.45 times the estimate was measured
         free, part = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
     share = largest_share(config, processes.world_size)
-    for rows in sorted({-(-share // n) for n in range(1, share + 1)}, reverse=True):
+    for rows in sorted({ceil_div(share, n) for n in range(1, share + 1)}, reverse=True):
         needed = needed_memory(config, shape, rows, processes.dtype, processes.world_size if sharded else 1)
         if sum(needed.values()) <= part * free:
             return rows
@@ -119,7 +120,7 @@ def needed_memory(config: Config, shape: GPTConfig, rows: int, dtype: torch.dtyp
 
 def largest_share(config: Config, world_size: int) -> int:
     """Windows of a global batch that fall to the process with most of them."""
-    return max(1, -(-(config.data.batch_tokens // config.data.sequence_length) // world_size))
+    return max(1, ceil_div(config.data.batch_tokens // config.data.sequence_length, world_size))
 
 
 def dry_run(config: Config, processes: Processes, flags: Flags) -> str:

