@@ -115,12 +115,15 @@ def _existing(directory: str | Path) -> Path:
     directory = Path(directory)
     if directory.is_dir():
         return directory
-    # the datasets that the configurations name, and the presets of data.prepare, which are their own sources
-    made_by = {
+    from data.sources.hub import PRESETS  # here: it needs this module for the shards it writes
+
+    # the presets of data.prepare, each its own source, and the other datasets that the configurations name
+    made_by = {name: name for name in PRESETS} | {
         "shakespeare": "shakespeare --tokenizer bpe:4096",
         "shakespeare-char": "shakespeare --tokenizer char",
         "shakespeare-gpt2": "shakespeare",
-    } | {name: name for name in ("fineweb-edu-10b", "fineweb-10b", "openwebtext", "wikitext-103", "tinystories")}
+        "fineweb-100b": "hf HuggingFaceFW/fineweb --name sample-100BT --val first-shard",
+    }
     command = f"python -m data.prepare {made_by.get(directory.name, 'SOURCE')} --out {directory}"
     raise FileNotFoundError(f"no dataset at {directory}: make it with `{command}`")
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from data.shards import open_split
 from training.config import Config, parse_config, refuse_changes
 from training.estimate import count_parameters
 from training.inputs import RECIPES, warnings
@@ -39,9 +40,20 @@ def test_file_then_flags(tmp_path):
     assert (shape.n_layer, shape.n_head, shape.n_embd, shape.dropout, shape.vocab_size) == (4, 16, 1024, 0.1, 100)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+shipped = pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+
+
+@shipped
 def test_shipped_configurations_are_valid_and_named_after_themselves(path):
     assert parse_config(["--config", str(path)]).run.name == path.stem
+
+
+@shipped
+def test_a_missing_dataset_is_made_by_the_command_above_its_configuration(path, tmp_path):
+    missing = tmp_path / Path(parse_config(["--config", str(path)]).data.dir).name
+    for source, options in re.findall(r"data\.prepare (.+) --out \S+(.*)", path.read_text()):
+        with pytest.raises(FileNotFoundError, match=f"`python -m data.prepare {source}{options} --out {missing}`"):
+            open_split(missing, "train")
 
 
 @pytest.mark.parametrize(
