@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,17 +58,12 @@ def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, sc
         raise ValueError("the text is empty")
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride {stride}: expected 1..{block_size}, the length of the model's context")
+    requests = windows(tokens, eot, block_size, stride)
     sums: list[np.ndarray] = []
     counts: list[int] = []
-    pending: list[Request] = []
-    for request in windows(tokens, eot, block_size, stride):
-        pending.append(request)
-        counts.append(len(request.ending))
-        if len(pending) == REQUESTS_AT_ONCE:
-            sums.append(score(pending).log_probs)
-            pending = []
-    if pending:
-        sums.append(score(pending).log_probs)
+    while group := list(islice(requests, REQUESTS_AT_ONCE)):
+        sums.append(score(group).log_probs)
+        counts += [len(request.ending) for request in group]
     window_nats = -np.concatenate(sums)
     return Perplexity(float(window_nats.sum()), len(tokens), window_nats, np.array(counts))
 
