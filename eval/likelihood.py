@@ -191,7 +191,7 @@ def _score(
             row_mask = torch.cat([mask[owner], torch.ones_like(kept)], dim=1)  # padding on the right is never looked at
             row_cache = None if cache is None else _copy_rows(model, cache, owner, inputs.size(1))
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
-            hidden = output.last_hidden_state[kept].to(head.dtype)
+            found = output.last_hidden_state[kept].to(head.dtype)  # (tokens, C), the head to come
         else:
             # Padded on the right alone, so that neither a mask nor positions are needed: peers differ in those.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
@@ -199,14 +199,14 @@ def _score(
             first = int(lengths.min()) - 1
             offset = torch.arange(first, inputs.size(1), device=device) - (lengths - 1)
             scored = (offset >= 0) & (offset < kept.sum(dim=1, keepdim=True))
-            logits = model(inputs, logits_to_keep=inputs.size(1) - first).logits[scored]
+            found = model(inputs, logits_to_keep=inputs.size(1) - first).logits[scored]  # (tokens, V)
         log_probs = torch.zeros(targets.shape, device=device)
         misses = torch.zeros_like(kept)
         log_prob, miss = [], []
-        for part in torch.arange(int(kept.sum()), device=device).split(SOFTMAX_ROWS):
-            row_logits = (logits[part] if head is None else F.linear(hidden[part], head)).float()
-            log_prob.append(-F.cross_entropy(row_logits, targets[kept][part], reduction="none"))
-            miss.append(row_logits.argmax(dim=-1) != targets[kept][part])
+        for x, target in zip(found.split(SOFTMAX_ROWS), targets[kept].split(SOFTMAX_ROWS), strict=True):
+            row_logits = (x if head is None else F.linear(x, head)).float()
+            log_prob.append(-F.cross_entropy(row_logits, target, reduction="none"))
+            miss.append(row_logits.argmax(dim=-1) != target)
         log_probs[kept], misses[kept] = torch.cat(log_prob), torch.cat(miss)
         yield [part.request for _, part in rows], log_probs, misses
 
