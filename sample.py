@@ -129,14 +129,14 @@ def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: in
     """A table of the `count` tokens that the model thinks likeliest to come next."""
     import torch
 
-    from generation import encode_prompt
+    from generation import Reader, encode_prompt, read_options
 
     if count > model.config.vocab_size:
         raise ValueError(f"--show-probs {count} is more than the vocabulary of {model.config.vocab_size}")
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.transformer.wte.weight.device)
     with torch.no_grad():
-        logits = model(ids, logits_to_keep=1).logits[0, -1].float()
-    probabilities, tokens = logits.softmax(dim=-1).topk(count)
+        logits, _ = Reader(model, ids, None, read_options(max_new_tokens=1))(ids)
+    probabilities, tokens = logits[0].softmax(dim=-1).topk(count)
     print(f"{'probability':>11}  {'id':>5}  token")
     for probability, token in zip(probabilities.tolist(), tokens.tolist(), strict=True):
         print(f"{probability:11.4f}  {token:5}  {tokenizer.decode([token])!r}")

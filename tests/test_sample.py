@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def test_show_probs_prints_a_table(run, checkpoint):
         (token, repr(tokenizer.decode([token]))) for token in tokens.tolist()
     ]
     assert [float(row[0]) for row in rows] == pytest.approx(probabilities.tolist(), abs=6e-5)
+
+
+def test_shown_probabilities_are_exact_in_bfloat16(run, checkpoint, tmp_path):
+    """Where logits have a number in common, as GPT-2's have, bfloat16 would take many of them for equal."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    model = GPT.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(0.05).sub_(80 / (4.0 * model.config.n_embd))
+        model.transformer.ln_f.bias.fill_(4.0)
+    model.bfloat16().save_pretrained(tmp_path)
+    logits = GPT.from_pretrained(tmp_path).float()(torch.tensor([load_tokenizer(tmp_path).encode("Hello")])).logits
+    assert logits[0, -1].max() < -70
+    expected = logits[0, -1].softmax(dim=-1).topk(3).values.tolist()
+    _, out, _ = run("--prompt", "Hello", "--show-probs", 3, "--dtype", "bfloat16", model=tmp_path)
+    assert [float(line.split()[0]) for line in out.splitlines()[1:4]] == pytest.approx(expected, rel=0.03)
 
 
 def test_tokens_are_as_many_as_fit_unless_said(checkpoint, capsys):
