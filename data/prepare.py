@@ -416,7 +416,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--from", dest="copy", metavar="DIR", help="a local copy of the dataset's directory")
     fetching = commands.add_parser("download", help="shards that are already tokenized")
     fetching.add_argument("tokenized", choices=list(TOKENIZED))
-    fetching.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    fetching.add_argument("--out", type=Path, metavar="DIR", help="where the shards go (default: data/ and the name)")
     merging = commands.add_parser("merge", help="join the parts made with --part")
     merging.add_argument("directory", type=Path, metavar="DIR")
     return parser
@@ -485,7 +485,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.command == "merge":
             out, meta = args.directory, merge(args.directory)
         elif args.command == "download":
-            out, meta = args.out, download(args.tokenized, args.out)
+            out = args.out or Path("data", args.tokenized)
+            meta = download(args.tokenized, out)
         else:
             job = _job(args)
             out, meta = job.out, prepare(job, args.workers)

@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """What a task found: (value, standard error) by metric, over `count` examples, and a line for each of those."""
+    """What a task found: (value, its standard error or None where it has none) by metric, over `count` examples, and a
+    line for each of those."""
 
     convention: str
-    metrics: dict[str, tuple[float, float]]
+    metrics: dict[str, tuple[float, float | None]]
     count: int
     examples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -234,5 +235,5 @@ def run_loss(args: argparse.Namespace, subject: Subject) -> Outcome:
     if args.save_reference and processes.is_main:
         figures = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
         save_reference(args.data, subject.name, figures | {"tokenizer": tokenizer.kind})
-    metrics = {"loss": (result.loss, 0.0), "bits_per_byte": (result.bits_per_byte, 0.0)}
+    metrics = {"loss": (result.loss, None), "bits_per_byte": (result.bits_per_byte, None)}
     return Outcome(f"windows of {sequence_length}, {tokenizer.kind} tokens", metrics, result.tokens)

@@ -242,8 +242,10 @@ def test_tokenized_shards_are_checked_as_they_are_fetched(
     info = SimpleNamespace(siblings=files, sha="c0ffee")
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, *a, **k: info)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    prepare.main(["download", "fineweb-10b", "--out", str(tmp_path / "out")])
-    train, val = open_split(tmp_path / "out", "train"), open_split(tmp_path / "out", "val")
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["download", "fineweb-10b"])
+    directory = tmp_path / "data" / "fineweb-10b"
+    train, val = open_split(directory, "train"), open_split(directory, "val")
     assert (train.n_tokens, val.n_tokens) == (2000, 1000)
     train.verify()
 

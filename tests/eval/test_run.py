@@ -182,7 +182,9 @@ def test_the_loss_of_a_model_is_kept_beside_the_data(tiny, text, tmp_path):
     documents = [text.read_text("utf-8"), "Call me Ishmael. Some years ago."]
     tokenizer = load_tokenizer("gpt2")
     same = make_dataset(tmp_path / "same", tokenizer, documents)
-    main(["--model", tiny, "--tasks", "loss", "--data", str(same), "--save-reference"])
+    json_file = tmp_path / "figures.json"
+    main(["--model", tiny, "--tasks", "loss", "--data", str(same), "--save-reference", "--json", str(json_file)])
+    assert {row["stderr"] for row in figures(json_file).values()} == {None}  # none is computed: not 0
     kept = read_references(same)[tiny]
     ids = [i for document in documents for i in (tokenizer.eot, *tokenizer.encode(document))]
     assert kept["tokens"] == len(ids) - 1
