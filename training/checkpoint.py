@@ -8,6 +8,7 @@ A checkpoint is written under a temporary name, flushed to the disk and renamed:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -193,7 +194,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # room for the next attempt
             raise
         if final.exists():  # a damaged one that was passed over
-            final.rename(final.with_name(f"{final.name}.damaged"))
+            names = (final.with_name(f"{final.name}.damaged{n or ''}") for n in itertools.count())
+            final.rename(next(name for name in names if not name.exists()))
             self._damaged.discard(final)
         partial.rename(final)
         sync_directory(self.directory)
