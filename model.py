@@ -462,7 +462,9 @@ def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
     for parts in zip(*(t.split(sequences) for t in (dy, q, k, v, dq, dk, dv)), strict=True):
         given, gradients = parts[:4], parts[4:]
         # products of rows that lie together are faster by more than the copy takes
-        _fill_in_attention_gradients(*(t.flatten(0, 1).contiguous() for t in given), *(t.flatten(0, 1) for t in gradients))
+        _fill_in_attention_gradients(
+            *(t.flatten(0, 1).contiguous() for t in given), *(t.flatten(0, 1) for t in gradients)
+        )
     return dq, dk, dv
 
 
