@@ -96,6 +96,17 @@ def test_one_flipped_byte_in_any_file_is_found_and_the_one_before_is_used(run, t
     verify(damaged)
 
 
+def test_a_second_damaged_one_of_the_same_step_is_kept_too(run, tiny_run, train):
+    for _ in range(2):
+        flip_a_byte(run / "checkpoints" / "step-000010" / "config.json")
+        train(tiny_run("run", **{"optim.steps": 10, "checkpoint.every": 4}))
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.damaged*")) == [
+        "step-000010.damaged",
+        "step-000010.damaged1",
+    ]
+    verify(run / "checkpoints" / "step-000010")
+
+
 def test_what_is_written_anew_in_a_damaged_ones_place_counts_again(run, tiny_run, train):
     flip_a_byte(run / "checkpoints" / "step-000010" / "config.json")
     changes = {"optim.steps": 14, "run.allow_changes": True, "checkpoint.every": 2, "checkpoint.keep": 2}
