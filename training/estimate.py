@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import psutil
 import torch
@@ -13,7 +14,7 @@ from training.config import Config, Flags
 from training.inputs import find_weights, model_shape, open_inputs, warnings
 from training.parallel import Processes
 
-# Dense bf16 peaks in FLOP/s by a part of the device's name, the more particular first (vendors' data sheets).
+# Dense bf16 peaks in FLOP/s by words in the device's name, the more particular first (vendors' data sheets).
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -23,6 +24,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)"  # another card, whose peak is not known
 
 
 def flops_per_token(shape: GPTConfig, n_parameters: int, sequence_length: int) -> int:
@@ -34,7 +36,7 @@ def peak_flops(device: torch.device | str) -> float | None:
     """The dense bf16 peak in FLOP/s of a device, or of a GPU by its name; None where it is not known."""
     if isinstance(device, torch.device):
         device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{OTHER_MODEL}", device)), None)
 
 
 def count_parameters(shape: GPTConfig) -> int:

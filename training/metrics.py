@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import resource
+import secrets
 import subprocess
 import sys
 import time
@@ -47,12 +48,15 @@ class MetricsLog:
         if config.log.wandb != "disabled":
             import wandb
 
-            # one id a run directory: a resumed run goes on in the same curves
+            # one id a run directory: a resumed run goes on in the same curves, another of its name does not
+            id_file = path.with_name("wandb_id.txt")
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
             try:
                 self._wandb = wandb.init(
                     project="gpt2",
                     name=config.run.name,
-                    id=config.run.name,
+                    id=id_file.read_text(encoding="utf-8").strip(),
                     resume="allow",
                     mode=config.log.wandb,
                     dir=path.parent,
@@ -71,9 +75,12 @@ class MetricsLog:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError:
+        except OSError as error:
             if not self._patient:
-                raise
+                raise OSError(
+                    f"cannot write {self._file.name} ({error.strerror}): make room, and the same command goes on from "
+                    f"the last checkpoint"
+                ) from error
         if self._wandb is not None:
             self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 

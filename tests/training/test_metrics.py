@@ -59,6 +59,9 @@ def test_flops_of_a_token():
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
         ("Tesla P4", None),
     ],
 )
@@ -84,6 +87,31 @@ def test_where_wandb_does_not_start_no_run_is_said_to_be_going(tiny_run, train, 
     with pytest.raises(ValueError, match=r"log.wandb is online, but .* \(No API key configured.\): run `wandb login`"):
         train(tiny_run("logged", **{"log.wandb": "online"}))
     assert not (tmp_path / "runs" / "logged" / "status.json").exists()
+
+
+def test_wandb_knows_a_run_by_its_directory(tiny_run, train, monkeypatch, tmp_path):
+    """Going on, it is the same run; begun anew or in another place under the same name, another."""
+    ids = []
+
+    def init(id, **options):
+        ids.append(id)
+        raise wandb.errors.UsageError("enough")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for directory in ("one", "one", "two"):
+        with pytest.raises(ValueError, match="enough"):
+            train(tiny_run("logged", **{"log.wandb": "online", "run.dir": str(tmp_path / directory)}))
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, Config())
+    log._file.close()
+    with (
+        open("/dev/full", "ab", buffering=0) as log._file,
+        pytest.raises(OSError, match=r"cannot write /dev/full \(No space left on device\): make room"),
+    ):
+        log.write("train", 1, loss=1.0)
 
 
 def test_wandb_offline_has_what_metrics_jsonl_has(tiny_run, write_config, python):
