@@ -209,7 +209,7 @@ def train(args: argparse.Namespace) -> None:
         if better:
             best, best_epoch = score, epoch
             classifier.save_pretrained(args.out, eos_token_id=tokenizer.eot)
-            tokenizer.save(args.out)
+            tokenizer.save(args.out, pads=True)
         elif epoch - best_epoch >= args.patience:
             print(f"no lower loss in {args.patience} epochs: the end")
             break

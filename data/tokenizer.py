@@ -94,8 +94,12 @@ class Tokenizer(ABC):
         lengths[self.eot] = 0
         return lengths
 
-    def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
+    def save(self, directory: str | Path, *, pads: bool = False) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are.
+
+        `pads` says that end-of-text is padding, too, as batches for a classifier need. A language model's must not say
+        so: transformers' collator for one leaves padding out of the loss, and the end of texts would not be learned.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(directory / "tokenizer.json"))
@@ -107,6 +111,8 @@ class Tokenizer(ABC):
             "unk_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
         }
+        if pads:
+            config["pad_token"] = END_OF_TEXT
         text = json.dumps(config, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -72,9 +72,8 @@ def test_it_learns_and_predicts_every_row_in_order(trained, files, capsys):
 def test_transformers_reads_it_as_a_classifier_with_the_same_answers(trained, files, capsys):
     theirs = pipeline("text-classification", model=str(trained), device="cpu")
     main(["predict", "--model", str(trained), "--file", str(files / "val.jsonl"), *COLUMNS])
-    for line in capsys.readouterr().out.splitlines():
-        ours = json.loads(line)
-        answer = theirs(ours["text"])[0]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for ours, answer in zip(rows, theirs([row["text"] for row in rows], batch_size=5), strict=True):
         assert answer["label"] == ours["label"]
         assert answer["score"] == pytest.approx(ours["probability"], abs=1e-5)
     assert GPT2ForSequenceClassification.from_pretrained(trained).config.id2label == {0: "water", 1: "wood"}
