@@ -31,6 +31,7 @@ from eval.hellaswag import hellaswag
 from eval.loss import split_loss
 from eval.reference import losses_to_beat
 from generation import generate
+from model import GPTConfig
 from report.curves import draw_loss
 from training.checkpoint import Checkpoints, Snapshot, host_copy, load_optimizers, lock_run, read_state
 from training.config import Config, parse_command_line, refuse_changes
@@ -72,6 +73,9 @@ class Trainer:
         self.directory = Path(config.run.dir) / config.run.name
         self.lock: FileLock | None = None
         self.metrics: MetricsLog | None = None
+        self.step, self.seconds, self.skipped_steps, self.save_seconds = 0, 0.0, 0, 0.0
+        self.val_loss: float | None = None  # of this step; None where it was not measured
+        self.best: tuple[float, int] | None = None  # lowest validation loss, and the step it was measured after
 
         # What can be refused is refused before anything is created.
         if processes.is_main and self.directory.is_dir():
@@ -89,38 +93,19 @@ class Trainer:
             "model": dataclasses.asdict(shape) | {"freeze_layers": config.model.freeze_layers},
             "dataset": {"sha256": inputs.train.fingerprint},
         }
-        self.step, self.seconds, self.skipped_steps, self.save_seconds = 0, 0.0, 0, 0.0
-        self.val_loss: float | None = None  # of this step; None where it was not measured
-        self.best: tuple[float, int] | None = None  # lowest validation loss, and the step it was measured after
-        state: dict[str, Any] = {}
-        if checkpoint is not None:
-            state = read_state(checkpoint)
-            refuse_changes(state["identity"], self.identity, allow=config.run.allow_changes)
-            self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
-            self.best = state.get("best")
-            if self.step > config.optim.steps:
-                raise ValueError(
-                    f"{checkpoint} is after step {self.step:,}, past optim.steps {config.optim.steps:,}: raise "
-                    f"optim.steps, or move the later checkpoints away to go on from an earlier one"
-                )
+        state = self._resume(checkpoint) if checkpoint is not None else {}
         self.model = make_model(shape, source, config.run.seed)
 
-        # free memory differs between processes and moments: all, and a run gone on with, must decide the same
-        self.sharded = bool(processes.least(should_shard(config, shape, processes)))
-        self.micro_batch = processes.least(fit_micro_batch(config, shape, processes, sharded=self.sharded))
         device = processes.device
         self.hardware = {
             "processes": processes.world_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(processes.dtype),
         }
-        if config.data.micro_batch == "auto" and checkpoint is not None:
-            same = all(state.get(name, value) == value for name, value in self.hardware.items())
-            if processes.least(same or not processes.is_main):  # state.json tells of the main process' device
-                self.micro_batch = state["micro_batch"]
-        compiled, reason = should_compile(config, self.model, processes.device)
+        self.sharded, self.micro_batch = self._fit(shape, state)
+        compiled, reason = should_compile(config, self.model, device)
         n_parameters = self.model.num_parameters()
-        self.model.to(processes.device).train()
+        self.model.to(device).train()
         if config.model.freeze_layers:
             self.model.freeze(config.model.freeze_layers)
         self.loss_function = distribute(self.model, config, processes, compiled=compiled, sharded=self.sharded)
@@ -136,24 +121,15 @@ class Trainer:
             start_step=self.step,
             rank=processes.rank,
             world_size=processes.world_size,
-            pin_memory=processes.device.type == "cuda",
+            pin_memory=device.type == "cuda",
         )
         step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
-        peak = peak_flops(processes.device)
+        peak = peak_flops(device)
         self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
         if processes.is_main:
             self._open_directory(resumed=checkpoint is not None)
         self.progress = Progress(self.step, config.optim.steps, config.log.every, processes.is_main)
-        tokens = config.optim.steps * config.data.batch_tokens
-        self.progress.say(
-            f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
-            f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}\n"
-            f"{processes.world_size} x {processes.device.type}, {str(processes.dtype).removeprefix('torch.')}, "
-            f"micro-batches of {self.micro_batch} x {config.data.sequence_length}, "
-            f"{'compiled' if compiled else 'not compiled'} ({reason})"
-            + "".join(f"\nwarning: {warning}" for warning in warnings(config, inputs))
-            + (f"\ngoing on from {checkpoint}" if checkpoint is not None else "")
-        )
+        self._greet(n_parameters, f"{'compiled' if compiled else 'not compiled'} ({reason})", checkpoint)
 
     def run(self, profile: bool = False) -> str:
         """Train to the last step or to a signal. Returns "finished" or "preempted", which status.json says too."""
@@ -300,6 +276,17 @@ class Trainer:
             self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.inputs.tokenizer, state))
         self.save_seconds = time.perf_counter() - began
 
+    def fail(self) -> None:
+        """Leave word of a failure in status.json."""
+        if self.metrics is not None:
+            write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
+
+    def close(self) -> None:
+        """End the loader's thread and let go of the run's directory."""
+        self.loader.close()
+        if self.lock is not None:
+            self.lock.release()
+
     def _checkpoint_to_resume(self) -> Path | None:
         """The checkpoint that run.resume asks for: chosen by the main process, the same for all."""
         resume, step = self.config.run.resume, -1
@@ -318,6 +305,46 @@ class Trainer:
         if self.processes.world_size > 1:
             dist.broadcast(chosen, src=0)
         return None if chosen < 0 else self.checkpoints.path(int(chosen))
+
+    def _resume(self, checkpoint: Path) -> dict[str, Any]:
+        """Take up the counts of a checkpoint, if it is of this run; returns all that its state.json says."""
+        state, steps = read_state(checkpoint), self.config.optim.steps
+        refuse_changes(state["identity"], self.identity, allow=self.config.run.allow_changes)
+        self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
+        self.best = state.get("best")
+        if self.step > steps:
+            raise ValueError(
+                f"{checkpoint} is after step {self.step:,}, past optim.steps {steps:,}: raise optim.steps, or move the "
+                f"later checkpoints away to go on from an earlier one"
+            )
+        return state
+
+    def _fit(self, shape: GPTConfig, state: dict[str, Any]) -> tuple[bool, int]:
+        """Whether the model is sharded, and the micro-batch; `state` is that of the checkpoint gone on from, or empty.
+
+        Free memory differs between processes and moments: all, and a run gone on with, must decide the same.
+        """
+        config, processes = self.config, self.processes
+        sharded = bool(processes.least(should_shard(config, shape, processes)))
+        micro_batch = processes.least(fit_micro_batch(config, shape, processes, sharded=sharded))
+        if config.data.micro_batch == "auto" and state:
+            same = all(state.get(name, value) == value for name, value in self.hardware.items())
+            if processes.least(same or not processes.is_main):  # state.json tells of the main process' device
+                micro_batch = state["micro_batch"]
+        return sharded, micro_batch
+
+    def _greet(self, n_parameters: int, compiling: str, checkpoint: Path | None) -> None:
+        """Say what is trained, for how long, on what, and what of it is seldom meant."""
+        config, processes = self.config, self.processes
+        tokens = config.optim.steps * config.data.batch_tokens
+        self.progress.say(
+            f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
+            f"{tokens / self.inputs.epoch_tokens:.2f} epochs of {config.data.dir}\n"
+            f"{processes.world_size} x {processes.device.type}, {str(processes.dtype).removeprefix('torch.')}, "
+            f"micro-batches of {self.micro_batch} x {config.data.sequence_length}, {compiling}"
+            + "".join(f"\nwarning: {warning}" for warning in warnings(config, self.inputs))
+            + (f"\ngoing on from {checkpoint}" if checkpoint is not None else "")
+        )
 
     def _open_directory(self, resumed: bool) -> None:
         """Create the run's directory, or clear up what a killed process left in it; open its metrics."""
@@ -413,17 +440,6 @@ class Trainer:
         print(f"{status} after step {self.step}, {duration(self.seconds)} of training: {self.directory}")
         if best := self.checkpoints.best():
             print(f"of its checkpoints the lowest validation loss, {best[0]:.4f}: {best[1]}")
-
-    def fail(self) -> None:
-        """Leave word of a failure in status.json."""
-        if self.metrics is not None:
-            write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
-
-    def close(self) -> None:
-        """End the loader's thread and let go of the run's directory."""
-        self.loader.close()
-        if self.lock is not None:
-            self.lock.release()
 
 
 class StopSignal:
