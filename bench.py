@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,7 @@ VOCAB = 50257
 Run = Callable[[], object]
 
 
+Contestants = dict[str, Callable[[], Run]]  # by name, what sets each up in a process of its own
 # ---- training: one step of the 124M on 4 x 512 tokens, forward to optimizer
 
 
@@ -111,28 +113,28 @@ def train_nanogpt(directory: str) -> Run:
     return step
 
 
-# ---- decoding: 256 new tokens, greedily, 124M
+# ---- decoding: 256 new tokens, greedily, 124M in bfloat16
 
 
-def decode_ours(batch: int, dtype: str) -> Run:
+def decode_ours(batch: int) -> Run:
     import torch
 
     from generation import generate, pack_weights
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset("gpt2")).to(getattr(torch, dtype)).eval()
+    model = GPT(GPTConfig.preset("gpt2")).bfloat16().eval()
     pack_weights(model)
     ids = torch.randint(VOCAB, (batch, 8))
     return lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)
 
 
-def decode_transformers(batch: int, dtype: str) -> Run:
+def decode_transformers(batch: int) -> Run:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).to(getattr(torch, dtype)).eval()
+    model = GPT2LMHeadModel(GPT2Config()).bfloat16().eval()
     ids = torch.randint(VOCAB, (batch, 8))
     mask = torch.ones_like(ids)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
@@ -153,17 +155,15 @@ def decode_nanogpt(directory: str) -> Run:
 # ---- the loader: batches of 524,288 tokens from a shard
 
 
-def loader_ours() -> Run:
+def loader_ours(directory: Path) -> Run:
     import numpy as np
 
     from data.loader import Loader, TokenWindows
-    from data.shards import MAGIC, VERSION, open_split
+    from data.shards import ShardWriter, open_split
 
-    directory = Path(tempfile.mkdtemp())
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, 10_000_000
-    tokens = np.random.default_rng(0).integers(VOCAB, size=10_000_000, dtype=np.uint16)
-    (directory / "train_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    writer = ShardWriter(directory, "train", 10_000_000, VOCAB - 1)
+    writer.write(np.random.default_rng(0).integers(VOCAB, size=writer.shard_tokens, dtype=np.uint16))
+    writer.finish()
     windows = TokenWindows(open_split(directory, "train"), 1024, VOCAB)
     loader = Loader(windows, batch_tokens=524288, micro_batch=64, seed=0)
     return lambda: [next(loader) for _ in range(10)]
@@ -349,12 +349,12 @@ def load_file(path: Path) -> ModuleType:
 # ---- measuring
 
 
-def serve(make: Callable[..., Run], arguments: tuple, warm_up: int, pipe: Connection) -> None:
+def serve(make: Callable[[], Run], warm_up: int, pipe: Connection) -> None:
     """A contestant's process: set up, warm up, then time one run each time it is asked to; None ends it."""
     peak, running = [0], threading.Event()
     threading.Thread(target=watch_memory, args=(peak, running), daemon=True).start()
     try:
-        run = make(*arguments)
+        run = make()
         for _ in range(warm_up):
             run()
         pipe.send(None)
@@ -395,16 +395,14 @@ def watch_memory(peak: list[int], running: threading.Event) -> None:
         time.sleep(0.5)
 
 
-def compare(
-    contestants: dict[str, tuple[Callable[..., Run], tuple]], runs: int, warm_up: int = 2
-) -> dict[str, dict[str, float]]:
+def compare(contestants: Contestants, runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
     """Seconds (median, lowest, highest) and peak memory in bytes of each contestant, run in turn `runs` times."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for name, (make, arguments) in contestants.items():
+    for name, make in contestants.items():
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(make, arguments, warm_up, theirs), daemon=True).start()
+        context.Process(target=serve, args=(make, warm_up, theirs), daemon=True).start()
         receive(ours)  # warmed up, before the next begins to
         pipes[name] = ours
     for _ in range(runs):
@@ -478,11 +476,11 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 def bench_train(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """The training step, and its share of the machine's matmul rate."""
-    contestants: dict[str, tuple[Callable[..., Run], tuple]] = {"ours": (train_ours, ())}
+    contestants: Contestants = {"ours": train_ours}
     if "transformers" in peers:
-        contestants["transformers"] = (train_transformers, ())
+        contestants["transformers"] = train_transformers
     if "nanogpt" in peers:
-        contestants["nanogpt"] = (train_nanogpt, (peers["nanogpt"],))
+        contestants["nanogpt"] = partial(train_nanogpt, peers["nanogpt"])
     results = compare(contestants, runs)
     table = report(f"training step, 124M, {ROWS} x {TOKENS} tokens", "tokens", ROWS * TOKENS, results)
     flops = ROWS * TOKENS * (6 * 124_439_808 + 12 * 12 * 768 * TOKENS)
@@ -498,11 +496,11 @@ def bench_decode(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """Greedy decoding at batch 1 and 8, in bfloat16; nanoGPT in its own float32, one sample at a time."""
     tables = []
     for batch in (1, 8):
-        contestants: dict[str, tuple[Callable[..., Run], tuple]] = {"ours": (decode_ours, (batch, "bfloat16"))}
+        contestants: Contestants = {"ours": partial(decode_ours, batch)}
         if "transformers" in peers:
-            contestants["transformers"] = (decode_transformers, (batch, "bfloat16"))
+            contestants["transformers"] = partial(decode_transformers, batch)
         if "nanogpt" in peers and batch == 1:
-            contestants["nanogpt"] = (decode_nanogpt, (peers["nanogpt"],))
+            contestants["nanogpt"] = partial(decode_nanogpt, peers["nanogpt"])
         title = f"greedy decoding, 124M, batch {batch}, {NEW_TOKENS} new tokens"
         tables.append(report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs)))
     return tables
@@ -515,11 +513,11 @@ def bench_hellaswag(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     from training.device import find_dtype
 
     default = str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    contestants: dict[str, tuple[Callable[..., Run], tuple]] = {"ours": (hellaswag_ours, (default,))}
+    contestants: Contestants = {"ours": partial(hellaswag_ours, default)}
     for dtype in {"float32", "bfloat16"} - {default}:
-        contestants[f"ours, {dtype}"] = (hellaswag_ours, (dtype,))
+        contestants[f"ours, {dtype}"] = partial(hellaswag_ours, dtype)
     if "build-nanogpt" in peers:
-        contestants["build-nanogpt"] = (hellaswag_build_nanogpt, (peers["build-nanogpt"],))
+        contestants["build-nanogpt"] = partial(hellaswag_build_nanogpt, peers["build-nanogpt"])
     title = f"HellaSwag, 124M, {QUESTIONS} questions; ours is in {default}, as eval.run is by itself, peers in float32"
     return [report(title, "questions", QUESTIONS, compare(contestants, runs, warm_up=1))]
 
@@ -533,7 +531,8 @@ def bench_tokenize(peers: dict[str, str], runs: int, corpus: list[str] | None = 
             path = Path(temporary) / f"{name}.jsonl"
             megabytes, words = write_corpus(texts, path)
             # A minute each, and nothing that needs to be warm.
-            contestants = {"ours": (tokenize_ours, (path,)), "tiktoken": (tokenize_tiktoken, (path,))}
+            contestants: Contestants = {"ours": partial(tokenize_ours, path)}
+            contestants["tiktoken"] = partial(tokenize_tiktoken, path)
             results = compare(contestants, min(runs, 3), warm_up=0)
             what = f"{', '.join(roots)}, each file once" if name == "files" else "the plays of Shakespeare, repeated"
             title = f"text to shards, {megabytes:,.0f} MB: {what}; {words:,.0f} different words a MB"
@@ -546,7 +545,9 @@ def bench_tokenize(peers: dict[str, str], runs: int, corpus: list[str] | None = 
 
 def bench_loader(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """Ten batches of 524,288 tokens."""
-    return [report("loader", "Mtokens", 5.24288, compare({"ours": (loader_ours, ())}, runs))]
+    with tempfile.TemporaryDirectory() as temporary:
+        results = compare({"ours": partial(loader_ours, Path(temporary))}, runs)
+    return [report("loader", "Mtokens", 5.24288, results)]
 
 
 def bench_startup(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The bench: corpora that repeat nothing, peers that give the same tokens and choices, and what it prints."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_both_tokenizers_write_the_same_shard(tmp_path):
 
 
 def test_contestants_are_timed_in_turn_and_their_memory_is_their_own(capsys):
-    results = bench.compare({"ours": (make_sleeper, (0.01, 1)), "other": (make_sleeper, (0.03, 300))}, runs=3)
+    results = bench.compare({"ours": partial(make_sleeper, 0.01, 1), "other": partial(make_sleeper, 0.03, 300)}, runs=3)
     table = bench.report("sleeping", "naps", 1, results)
     assert table["results"]["other"]["ours_is"] == pytest.approx(3, rel=0.5)
     assert results["other"]["peak_memory"] - results["ours"]["peak_memory"] > 250e6
@@ -65,3 +66,17 @@ def test_what_is_missing_is_said(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit):
             bench.main()
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("other tokens"), 2), (KeyboardInterrupt(), 130)])
+def test_what_ends_it_is_no_traceback(monkeypatch, capsys, error, status):
+    def fail(peers, runs):
+        raise error
+
+    monkeypatch.setattr("bench.BENCHES", {"loader": fail})
+    monkeypatch.setattr("bench.memory_bandwidth", lambda: 0.0)
+    monkeypatch.setattr("sys.argv", ["bench.py", "loader"])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == status
+    assert str(error) in capsys.readouterr().err
