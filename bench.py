@@ -36,14 +36,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from command import at_least_one, ending
+
 ROWS, TOKENS = 4, 512  # of a training step
 NEW_TOKENS = 256  # of a decoding run
 QUESTIONS = 32  # of a HellaSwag run
 VOCAB = 50257
 Run = Callable[[], object]
-
-
 Contestants = dict[str, Callable[[], Run]]  # by name, what sets each up in a process of its own
+
+
 # ---- training: one step of the 124M on 4 x 512 tokens, forward to optimizer
 
 
@@ -188,7 +190,7 @@ def hellaswag_ours(dtype: str) -> Run:
     from eval.hellaswag import completion
     from eval.likelihood import log_likelihoods
     from model import GPT, GPTConfig
-    from training.device import keep_freed_memory
+    from training.device import autocast, keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -197,7 +199,7 @@ def hellaswag_ours(dtype: str) -> Run:
     questions = [completion(row) for row in hellaswag_rows()]
 
     def run() -> None:
-        with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+        with autocast(torch.device("cpu"), getattr(torch, dtype)):
             answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "completion")
 
     return run
@@ -368,6 +370,8 @@ def serve(make: Callable[[], Run], warm_up: int, pipe: Connection) -> None:
         pipe.send(max(own_peak(), peak[0]))
     except Exception as error:
         pipe.send(error)
+    except KeyboardInterrupt:
+        pass  # the process that asks is interrupted too, and says so
 
 
 def own_peak() -> int:
@@ -576,6 +580,24 @@ BENCHES = {
 PEER_FILES = {"nanogpt": "model.py", "build-nanogpt": "hellaswag.py"}
 
 
+def measure(arguments: argparse.Namespace, peers: dict[str, str]) -> None:
+    """Take the benches that were chosen one after the other; print what comes of them, and write it where asked."""
+    from training.metrics import hardware
+
+    machine = hardware()
+    bandwidth = memory_bandwidth()
+    print(f"{json.dumps(machine)}\nmemory: {bandwidth / 1e9:.1f} GB/s, copying")
+    chosen = list(BENCHES) if arguments.what == "all" else [arguments.what]
+    tables = []
+    for name in chosen:
+        options = {"corpus": arguments.corpus} if name == "tokenize" else {}
+        tables += BENCHES[name](peers, arguments.runs, **options)
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"hardware": machine, "memory_bandwidth": bandwidth, "tables": tables}, indent=1) + "\n"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description="Speed, beside others, on this machine.")
     parser.add_argument("what", choices=[*BENCHES, "all"])
@@ -604,24 +626,11 @@ def main() -> None:
     for directory in arguments.corpus or ():
         if not Path(directory).is_dir():
             parser.error(f"--corpus {directory} is no directory")
-    if arguments.runs < 1:
-        parser.error(f"--runs must be at least 1, got {arguments.runs}")
+    at_least_one(parser, arguments, "runs")
     if arguments.json and not arguments.json.parent.is_dir():  # now, not after all was timed
         parser.error(f"cannot write {arguments.json}: there is no directory {arguments.json.parent}")
-    from training.metrics import hardware
-
-    machine = hardware()
-    bandwidth = memory_bandwidth()
-    print(f"{json.dumps(machine)}\nmemory: {bandwidth / 1e9:.1f} GB/s, copying")
-    chosen = list(BENCHES) if arguments.what == "all" else [arguments.what]
-    tables = []
-    for name in chosen:
-        options = {"corpus": arguments.corpus} if name == "tokenize" else {}
-        tables += BENCHES[name](peers, arguments.runs, **options)
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"hardware": machine, "memory_bandwidth": bandwidth, "tables": tables}, indent=1) + "\n"
-        )
+    with ending(parser):
+        measure(arguments, peers)
 
 
 if __name__ == "__main__":
