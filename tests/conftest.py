@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from data.tokenizer import load_tokenizer
 from train import Trainer
 from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, System
 from training.parallel import start_processes
@@ -42,6 +43,12 @@ def run_python(*arguments, check=True, timeout=300, **environment):
 def python():
     """`python("train.py", "--config", ...)`: a completed process."""
     return run_python
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """GPT-2's."""
+    return load_tokenizer("gpt2")
 
 
 VERSES = [

