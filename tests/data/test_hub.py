@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
@@ -19,7 +17,6 @@ import pytest
 from data.shards import open_split, read_meta
 from data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -99,20 +96,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def prepare(tmp_path):
+def prepare(python, tmp_path):
     """`prepare(hub, ...)`: the command, with this hub in the place of the real one."""
 
-    def run(hub: Hub, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(hub: Hub, *arguments: object) -> CompletedProcess[str]:
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HOME": str(tmp_path / "hf"),
-        }
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        command = [sys.executable, "-m", "data.prepare", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        done = python("-m", "data.prepare", *arguments, check=False, timeout=120, **environment)
         hub.shutdown()
         assert "Traceback" not in done.stderr
         return done

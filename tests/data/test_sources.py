@@ -1,12 +1,11 @@
 """Sources: the plays as dialogue, wheels checked before use, datasets of the hub and local copies of them."""
 
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +19,6 @@ from data.sources import Options, hub, wheel
 from data.sources.shakespeare import HELD_OUT, WHEEL, dialogue, read_plays
 from data.sources.text import Documents, parse
 from data.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # `~` stands for the two spaces of a Markdown line break.
 MARKDOWN = """# A Play
@@ -210,11 +207,10 @@ def test_wikitext_rows_become_articles(tmp_path: Path) -> None:
         assert second.decode() == " = Second = \n End . \n"
 
 
-def test_no_way_to_the_hub_is_a_sentence(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+def test_no_way_to_the_hub_is_a_sentence(python: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for arguments in (["fineweb-edu-10b"], ["hf", "some/dataset"], ["download", "fineweb-10b"]):
-        command = [sys.executable, "-m", "data.prepare", *arguments, "--out", str(tmp_path / "out")]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = python("-m", "data.prepare", *arguments, "--out", tmp_path / "out", check=False, **environment)
         assert done.returncode == 2
         assert "cannot reach dataset" in done.stderr
         assert "Traceback" not in done.stderr
