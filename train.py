@@ -8,13 +8,16 @@ The same command again goes on from the newest checkpoint. README.md says what a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -91,18 +94,16 @@ class Trainer:
         shape = model_shape(config, inputs.tokenizer, source)
         self.identity = config.identity() | {
             "model": dataclasses.asdict(shape) | {"freeze_layers": config.model.freeze_layers},
-            "dataset": {"sha256": inputs.train.fingerprint},
+            "dataset": {
+                "sha256": inputs.train.fingerprint,
+                "validation_sha256": inputs.val.fingerprint if inputs.val else None,
+            },
         }
         state = self._resume(checkpoint) if checkpoint is not None else {}
         self.model = make_model(shape, source, config.run.seed)
 
         device = processes.device
-        self.hardware = {
-            "processes": processes.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "dtype": str(processes.dtype),
-        }
-        self.sharded, self.micro_batch = self._fit(shape, state)
+        self.sharded, self.micro_batch, self.fitted_to = self._fit(shape, state)
         compiled, reason = should_compile(config, self.model, device)
         n_parameters = self.model.num_parameters()
         self.model.to(device).train()
@@ -136,7 +137,7 @@ class Trainer:
         config = self.config
         stop = StopSignal()
         stopping, bad_steps, last_save = False, 0, time.monotonic()
-        if self.step == 0 and config.eval.every and config.eval.at_start:
+        if config.eval.every and (config.eval.at_start if self.step == 0 else self._left_unvalidated()):
             self.validate()
         profiler = start_profiler(self.directory / "trace.json") if profile and self.processes.is_main else None
         while not self.done and not stopping:
@@ -146,7 +147,8 @@ class Trainer:
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
                 self._give_up()
-            if config.eval.every and (self.done or due(self.step, config.eval.every)):
+            # who asks for a stop may not wait: the next life validates first
+            if config.eval.every and (self.done or (due(self.step, config.eval.every) and not stopping)):
                 self.validate()
             if self.done or stopping or (finite and (save_asked or due(self.step, config.checkpoint.every))):
                 self.save()
@@ -254,7 +256,7 @@ class Trainer:
                 f"step {self.step:>6}  HellaSwag ({answers['convention']}) acc {answers['acc']:.4f}, "
                 f"acc_norm {answers['acc_norm']:.4f} on {answers['count']:,}"
             )
-        with open(self.directory / "samples.txt", "a", encoding="utf-8") as file:
+        with self._room_for("samples.txt"), open(self.directory / "samples.txt", "a", encoding="utf-8") as file:
             file.writelines(f"==== step {self.step}, sample {i}\n{text}\n\n" for i, text in enumerate(texts, 1))
         self._draw()
 
@@ -270,7 +272,7 @@ class Trainer:
                 "val_loss": self.val_loss,
                 "best": self.best,
                 "micro_batch": self.micro_batch,
-                **self.hardware,
+                **self.fitted_to,
                 "identity": self.identity,
             }
             self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.inputs.tokenizer, state))
@@ -279,7 +281,8 @@ class Trainer:
     def fail(self) -> None:
         """Leave word of a failure in status.json."""
         if self.metrics is not None:
-            write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
+            with contextlib.suppress(OSError):  # the failure itself is told, not what came of it
+                write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
 
     def close(self) -> None:
         """End the loader's thread and let go of the run's directory."""
@@ -309,9 +312,12 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Take up the counts of a checkpoint, if it is of this run; returns all that its state.json says."""
         state, steps = read_state(checkpoint), self.config.optim.steps
+        before, now = state["identity"]["dataset"], self.identity["dataset"]
+        if None in (before.get("validation_sha256"), now["validation_sha256"]):  # one of the two had no validation
+            before["validation_sha256"] = now["validation_sha256"]
         refuse_changes(state["identity"], self.identity, allow=self.config.run.allow_changes)
         self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
-        self.best = state.get("best")
+        self.val_loss, self.best = state["val_loss"], state.get("best")
         if self.step > steps:
             raise ValueError(
                 f"{checkpoint} is after step {self.step:,}, past optim.steps {steps:,}: raise optim.steps, or move the "
@@ -319,19 +325,29 @@ class Trainer:
             )
         return state
 
-    def _fit(self, shape: GPTConfig, state: dict[str, Any]) -> tuple[bool, int]:
-        """Whether the model is sharded, and the micro-batch; `state` is that of the checkpoint gone on from, or empty.
+    def _fit(self, shape: GPTConfig, state: dict[str, Any]) -> tuple[bool, int, dict[str, Any]]:
+        """Whether the model is sharded, the micro-batch, and what that was fitted to.
 
-        Free memory differs between processes and moments: all, and a run gone on with, must decide the same.
+        `state` is that of the checkpoint gone on from, or empty. Free memory differs between processes and moments:
+        all, and a run gone on with in the same way, must decide the same.
         """
         config, processes = self.config, self.processes
         sharded = bool(processes.least(should_shard(config, shape, processes)))
         micro_batch = processes.least(fit_micro_batch(config, shape, processes, sharded=sharded))
+        device = processes.device
+        fitted_to = {
+            "processes": processes.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(processes.dtype),
+            "sharded": sharded,
+            "activation_checkpointing": config.system.activation_checkpointing,
+            "micro_batch_asked": config.data.micro_batch,
+        }
         if config.data.micro_batch == "auto" and state:
-            same = all(state.get(name, value) == value for name, value in self.hardware.items())
+            same = all(state.get(name, value) == value for name, value in fitted_to.items())
             if processes.least(same or not processes.is_main):  # state.json tells of the main process' device
                 micro_batch = state["micro_batch"]
-        return sharded, micro_batch
+        return sharded, micro_batch, fitted_to
 
     def _greet(self, n_parameters: int, compiling: str, checkpoint: Path | None) -> None:
         """Say what is trained, for how long, on what, and what of it is seldom meant."""
@@ -357,7 +373,10 @@ class Trainer:
             record_provenance(
                 directory / "provenance.json", config, self.processes, resumed_at=self.step if resumed else None
             )
-            self.metrics = MetricsLog(directory / "metrics.jsonl", self.step if resumed else -1, config)
+            last_step = self.step if resumed else -1
+            validated = last_step - 1 if resumed and self._left_unvalidated() else last_step
+            self.metrics = MetricsLog(directory / "metrics.jsonl", last_step, config, last_validation=validated)
+            keep_samples(directory / "samples.txt", validated)
             write_json(directory / "status.json", {"status": "running", "step": self.step})
         except OSError as error:
             raise OSError(f"cannot write to {directory} ({error.strerror or error}): choose another run.dir") from error
@@ -412,12 +431,27 @@ class Trainer:
         assert isinstance(ids, torch.Tensor)
         return [self.inputs.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
 
+    def _left_unvalidated(self) -> bool:
+        """Whether a stop came before the validation that was due after this step."""
+        return self.val_loss is None and due(self.step, self.config.eval.every)
+
+    @contextlib.contextmanager
+    def _room_for(self, name: str) -> Iterator[None]:
+        """Where a full disk shall not stop the run (checkpoint.on_error), do without what is written in here."""
+        try:
+            yield
+        except OSError as error:
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            self.progress.say(f"{self.directory / name} could not be written ({error}); the run goes on")
+
     def _draw(self) -> None:
         every = max(1, self.step // POINTS_DRAWN)  # of a long run a part, so that memory does not grow with it
         metrics = iterate_metrics(self.directory / "metrics.jsonl")
         records = [record for record in metrics if record["split"] != "train" or record["step"] % every == 0]
         lines = losses_to_beat(self.config.data.dir, self.inputs.train.source, self.inputs.tokenizer.kind)
-        draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
+        with self._room_for("loss.png"):
+            draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
         gc.collect()  # figures refer to themselves: left to Python, dozens of megabytes of them pile up
 
     def _give_up(self) -> None:
@@ -453,6 +487,14 @@ class StopSignal:
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def keep_samples(path: Path, last_step: int) -> None:
+    """Of a run's samples.txt keep those of steps up to `last_step`: what comes after is sampled anew."""
+    if path.exists():
+        blocks = re.split(r"^(?===== step \d+, sample )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        kept = [block for block in blocks[1:] if int(block.split(maxsplit=3)[2].rstrip(",")) <= last_step]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def due(step: int, every: int) -> bool:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -219,10 +220,19 @@ def test_a_run_gone_on_with_keeps_the_micro_batch_that_was_found_for_it(tiny_run
 
 @pytest.mark.parametrize(
     ("stored", "found"),
-    [({}, 8), ({"device": "NVIDIA H200"}, 1), ({"dtype": "torch.bfloat16"}, 1), ({"processes": 2}, 1), (None, 8)],
-    ids=["same", "device", "dtype", "processes", "told-of-none"],
+    [
+        ({}, 8),
+        (None, 8),
+        ({"device": "NVIDIA H200"}, 1),
+        ({"dtype": "torch.bfloat16"}, 1),
+        ({"processes": 2}, 1),
+        ({"sharded": True}, 1),
+        ({"activation_checkpointing": True}, 1),
+        ({"micro_batch_asked": 8}, 1),
+    ],
+    ids=["same", "told-of-none", "device", "dtype", "processes", "sharded", "recomputing", "given"],
 )
-def test_on_other_hardware_the_micro_batch_is_found_anew(tiny_run, train, monkeypatch, stored, found):
+def test_where_what_it_went_by_is_another_the_micro_batch_is_found_anew(tiny_run, train, monkeypatch, stored, found):
     config = tiny_run("auto", **{"data.micro_batch": "auto", "optim.steps": 3})
     checkpoint = train(config) / "checkpoints" / "step-000003"
     state = json.loads((checkpoint / "trainer" / "state.json").read_text())
@@ -245,6 +255,72 @@ def test_a_validation_before_the_first_checkpoint_does_not_stand_twice(tiny_run,
     assert [(r["split"], r["step"]) for r in read_metrics(run / "metrics.jsonl")] == [
         ("val", 0), ("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4)
     ]  # fmt: skip
+
+
+def test_a_stop_does_not_wait_for_a_validation_and_the_next_life_has_it(tiny_run, train, monkeypatch):
+    options = {"optim.steps": 8, "eval.every": 2, "eval.samples": 1, "checkpoint.every": 8}
+
+    def told(run):
+        return [(r["split"], r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl")]
+
+    whole = train(tiny_run("whole", **options))
+    real = Trainer.train_step
+
+    def train_step(self, *asked):
+        finite, _, save = real(self, *asked)
+        return finite, self.step == 4, save
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        run = train(tiny_run("stopped", **options))
+    assert told(run) == [record for record in told(whole) if record[1] < 4 or record[:2] == ("train", 4)]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+    # killed after it has validated, but before another checkpoint: nothing stands twice in the life after that
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(tiny_run("stopped", **options))
+    assert told(run)[-1][:2] == ("val", 4)
+    train(tiny_run("stopped", **options))
+    assert sorted(told(run)) == sorted(told(whole))
+    assert (run / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+
+
+def test_samples_of_steps_that_are_taken_again_do_not_stand_twice(tiny_run, train):
+    config = tiny_run("again", **{"optim.steps": 6, "eval.every": 2, "eval.samples": 2, "checkpoint.every": 4})
+    run = train(config)
+    samples = (run / "samples.txt").read_text()
+    assert samples.count("==== step ") == 8
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    train(config)
+    assert (run / "samples.txt").read_text() == samples
+
+
+def test_samples_and_curves_without_room_stop_the_run_or_not_as_configured(tiny_run, train, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.draw_loss", refuse)
+    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1}
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_run("stop", **options))
+    run = tiny_run("continue", **options, **{"checkpoint.on_error": "continue"})
+    (directory := Path(run.run.dir) / "continue").mkdir()
+    (directory / "samples.txt").mkdir()  # which no file can be written over
+    monkeypatch.setattr("train.keep_samples", lambda *arguments: None)
+    train(run)
+    assert len(losses(directory)) == 4
+    output = capsys.readouterr().out
+    assert output.count("samples.txt could not be written") == output.count("loss.png could not be written") - 1 == 3
+
+
+def test_a_failure_that_cannot_be_noted_does_not_hide_behind_that(tiny_run, monkeypatch):
+    def refuse(path, value):
+        raise OSError(f"cannot write {path}: No space left on device")
+
+    trainer = Trainer(tiny_run(), start_processes(tiny_run().system))
+    monkeypatch.setattr("train.write_json", refuse)
+    trainer.fail()
+    trainer.close()
 
 
 def test_without_a_validation_at_the_start(tiny_run, train):

@@ -124,20 +124,28 @@ class Checkpoints:
         return None
 
     def best(self) -> tuple[float, Path] | None:
-        """The lowest validation loss among those that have one, and whose it is; what cannot be read is passed over."""
-        found = []
+        """The lowest validation loss known of them, and whose it is; what cannot be read is passed over.
+
+        A checkpoint has its own loss, and the best before it: one saved at a stop was validated only afterwards.
+        """
+        own: dict[Path, float] = {}
+        told: dict[Path, float] = {}
         for path in self.list():
             if path in self._damaged:
                 continue
             try:
-                loss = read_state(path)["val_loss"]
+                state = read_state(path)
+                loss, best = state["val_loss"], state.get("best")
             except (OSError, ValueError, KeyError, TypeError) as error:  # one without its trainer/ is still a GPT-2
                 print(f"leaving alone {path}, whose {STATE} cannot be read: {error!r}", file=sys.stderr)
                 self._damaged.add(path)
                 continue
             if loss is not None:
-                found.append((loss, path))
-        return min(found, default=None)
+                own[path] = loss
+            if best is not None:
+                told[self.path(best[1])] = best[0]
+        there = set(self.list()) - self._damaged
+        return min(((loss, path) for path, loss in (told | own).items() if path in there), default=None)
 
     def remove_partial(self) -> None:
         """Delete what a killed process left half written or half deleted."""

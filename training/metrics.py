@@ -31,17 +31,22 @@ if TYPE_CHECKING:  # their imports take a second that reading metrics does witho
 class MetricsLog:
     """metrics.jsonl: one object a line, appended and flushed; the same to Weights & Biases when on.
 
-    Opening it drops what was written after step `last_step`, the one training goes on from, and a line torn by a crash:
-    no step stands twice. Where the disk is full and checkpoint.on_error is "continue", lines wait until there is room.
+    Opening it drops what was written after step `last_step`, the one training goes on from, and of validations what was
+    written after `last_validation` (by default the same); and a line torn by a crash. So no step stands twice. Where
+    the disk is full and checkpoint.on_error is "continue", lines wait until there is room.
 
     Raises ValueError where Weights & Biases does not start.
     """
 
-    def __init__(self, path: Path, last_step: int, config: Config) -> None:
+    def __init__(self, path: Path, last_step: int, config: Config, *, last_validation: int | None = None) -> None:
+        last = {"train": last_step}
+        last_validation = last_step if last_validation is None else last_validation
         self._patient, self._waiting = config.checkpoint.on_error == "continue", b""
         partial = path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in iterate_metrics(path) if line["step"] <= last_step)
+            for line in iterate_metrics(path):
+                if line["step"] <= last.get(line["split"], last_validation):
+                    file.write(json.dumps(line) + "\n")
         os.replace(partial, path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._wandb = None

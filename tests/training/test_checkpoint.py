@@ -114,6 +114,18 @@ def test_what_is_written_anew_in_a_damaged_ones_place_counts_again(run, tiny_run
     assert steps(run) == [12, 14]
 
 
+def test_a_loss_measured_only_after_its_checkpoint_counts(tmp_path):
+    """As of one saved at a stop: later checkpoints know it as the best."""
+    states = {4: (None, None), 6: (3.0, [2.5, 4]), 8: (2.8, [2.5, 4])}
+    for step, (loss, best) in states.items():
+        (trainer := tmp_path / f"step-{step:06d}" / "trainer").mkdir(parents=True)
+        (trainer / "state.json").write_text(json.dumps({"val_loss": loss, "best": best}))
+    checkpoints = Checkpoints(tmp_path, keep=1, on_error="stop")
+    assert checkpoints.best() == (2.5, tmp_path / "step-000004")
+    shutil.rmtree(tmp_path / "step-000004")
+    assert checkpoints.best() == (2.8, tmp_path / "step-000008")
+
+
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(run, tiny_run, train):
     for path in list_checkpoints(run / "checkpoints"):
         flip_a_byte(path / "model.safetensors")

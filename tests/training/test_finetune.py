@@ -211,6 +211,15 @@ def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
     assert len(moved) == 14
 
 
+def test_another_validation_set_is_refused(untrained, pairs, tmp_path, train):
+    """What is best, and when patience ends, goes by losses on one and the same."""
+    config = finetune(untrained, pairs, tmp_path, "--optim.steps", "10")
+    train(config)
+    write_pairs(pairs / "val.jsonl", PAIRS[2:4])
+    with pytest.raises(ValueError, match=r"dataset.validation_sha256 was '\w+ padded', is '\w+ padded'"):
+        train(config)
+
+
 def test_muon_goes_on_with_all_blocks_frozen(untrained, pairs, tmp_path, train):
     """It has no matrix then, and an optimizer without parameters has no state to read."""
     flags = ("--model.freeze_layers", "2", "--optim.name", "muon", "--optim.steps", "4", "--checkpoint.every", "2")
