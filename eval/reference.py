@@ -79,8 +79,10 @@ def save_reference(directory: str | Path, model: str, figures: dict[str, Any]) -
 
     figures: "loss" in nats a token, "bits_per_byte", "tokens", and "tokenizer", whose tokens they are. Others stay.
     """
+    from data.shards import write_json  # whose NumPy the help of a command does without
+
     path = Path(directory) / REFERENCE_FILE
-    path.write_text(json.dumps(read_references(directory) | {model: figures}, indent=1) + "\n", encoding="utf-8")
+    write_json(path, read_references(directory) | {model: figures})
     return path
 
 

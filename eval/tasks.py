@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Outcome:
     line for each of those."""
 
     convention: str
-    metrics: dict[str, tuple[float, float | None]]
+    metrics: Mapping[str, tuple[float, float | None]]
     count: int
     examples: list[dict[str, Any]] = field(default_factory=list)
 
