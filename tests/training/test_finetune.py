@@ -340,7 +340,7 @@ def test_from_the_demo_prose_is_learned_better_than_from_scratch(train, python, 
     python("-m", "data.prepare", "text", text, "--out", data, "--tokenizer", "data/shakespeare", "--val-fraction", 0.15)
     flags = ["--config", "configs/finetune-shakespeare.yaml", "--data.dir", str(data), "--optim.steps", "39", *SHORT]
     flags += ["--run.dir", str(tmp_path / "runs")]
-    shape = ["--model.n_layer", "4", "--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "256"]
+    shape = ["--model.n_layer", "3", "--model.n_head", "4", "--model.n_embd", "128", "--model.block_size", "256"]
     tuned = train(parse_config([*flags, "--run.name", "tuned", "--model.init_from", str(DEMO)]))
     scratch = train(parse_config([*flags, "--run.name", "scratch", "--model.init_from", "scratch", *shape]))
     (before, after), (_, from_scratch) = last_bits(tuned), last_bits(scratch)
