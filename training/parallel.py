@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before a process group exists: default arguments in there would keep it and its threads to the end, and a thread of
+# gloo's that lets go of a tensor while Python shuts down aborts the process.
+import torch.distributed.nn.functional
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -109,6 +113,7 @@ def stop_processes() -> None:
     """Leave the others in order."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # FSDP keeps the group, too: time for its threads to let go of their last tensors
 
 
 def lost_process(error: RuntimeError) -> bool:

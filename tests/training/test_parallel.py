@@ -224,3 +224,25 @@ def test_what_goes_wrong_in_a_compiled_step_is_not_taken_for_the_compilers_fault
     loss, _, ids = compiled_loss(monkeypatch, torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         loss(ids, ids)
+
+
+GROUP_THREADS = """
+import os
+import torch
+import torch.distributed as dist
+from training.parallel import stop_processes
+
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+import torch.distributed.nn.functional  # as evaluation and torch.compile do sooner or later
+dist.all_reduce(torch.ones(3))
+stop_processes()
+print([open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_thread_of_a_process_group_outlives_it(python):
+    """One that lets go of a tensor while Python shuts down aborts the process, after its work is done."""
+    threads = python("-c", GROUP_THREADS).stdout
+    assert "python" in threads
+    assert "gloo" not in threads
