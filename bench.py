@@ -580,20 +580,20 @@ BENCHES = {
 PEER_FILES = {"nanogpt": "model.py", "build-nanogpt": "hellaswag.py"}
 
 
-def measure(arguments: argparse.Namespace, peers: dict[str, str]) -> None:
+def measure(args: argparse.Namespace, peers: dict[str, str]) -> None:
     """Take the benches that were chosen one after the other; print what comes of them, and write it where asked."""
     from training.metrics import hardware
 
     machine = hardware()
     bandwidth = memory_bandwidth()
     print(f"{json.dumps(machine)}\nmemory: {bandwidth / 1e9:.1f} GB/s, copying")
-    chosen = list(BENCHES) if arguments.what == "all" else [arguments.what]
+    chosen = list(BENCHES) if args.what == "all" else [args.what]
     tables = []
     for name in chosen:
-        options = {"corpus": arguments.corpus} if name == "tokenize" else {}
-        tables += BENCHES[name](peers, arguments.runs, **options)
-    if arguments.json:
-        arguments.json.write_text(
+        options = {"corpus": args.corpus} if name == "tokenize" else {}
+        tables += BENCHES[name](peers, args.runs, **options)
+    if args.json:
+        args.json.write_text(
             json.dumps({"hardware": machine, "memory_bandwidth": bandwidth, "tables": tables}, indent=1) + "\n"
         )
 
@@ -616,21 +616,21 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each contestant (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
-    arguments = parser.parse_args()
-    peers = {name: directory for name, _, directory in (peer.partition("=") for peer in arguments.peer)}
+    args = parser.parse_args()
+    peers = {name: directory for name, _, directory in (peer.partition("=") for peer in args.peer)}
     for name, directory in peers.items():
         if name not in ("transformers", *PEER_FILES):
             parser.error(f"unknown peer {name!r}: transformers, nanogpt=DIR or build-nanogpt=DIR")
         if name in PEER_FILES and not (Path(directory) / PEER_FILES[name]).is_file():
             parser.error(f"no {PEER_FILES[name]} in {directory or 'no directory'}: give the repository's, {name}=DIR")
-    for directory in arguments.corpus or ():
+    for directory in args.corpus or ():
         if not Path(directory).is_dir():
             parser.error(f"--corpus {directory} is no directory")
-    at_least_one(parser, arguments, "runs")
-    if arguments.json and not arguments.json.parent.is_dir():  # now, not after all was timed
-        parser.error(f"cannot write {arguments.json}: there is no directory {arguments.json.parent}")
+    at_least_one(parser, args, "runs")
+    if args.json and not args.json.parent.is_dir():  # now, not after all was timed
+        parser.error(f"cannot write {args.json}: there is no directory {args.json.parent}")
     with ending(parser):
-        measure(arguments, peers)
+        measure(args, peers)
 
 
 if __name__ == "__main__":

@@ -492,9 +492,11 @@ class StopSignal:
 def keep_samples(path: Path, last_step: int) -> None:
     """Of a run's samples.txt keep those of steps up to `last_step`: what comes after is sampled anew."""
     if path.exists():
-        blocks = re.split(r"^(?===== step \d+, sample )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        kept = [block for block in blocks[1:] if int(block.split(maxsplit=3)[2].rstrip(",")) <= last_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        blocks = re.split(r"^(?===== step (\d+), sample )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+        kept = [block for step, block in zip(blocks[::2], blocks[1::2], strict=True) if int(step) <= last_step]
+        partial = path.with_suffix(".partial")  # a kill now must not cost the samples of earlier lives
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
 
 
 def due(step: int, every: int) -> bool:

@@ -39,13 +39,12 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, last_step: int, config: Config, *, last_validation: int | None = None) -> None:
-        last = {"train": last_step}
         last_validation = last_step if last_validation is None else last_validation
         self._patient, self._waiting = config.checkpoint.on_error == "continue", b""
         partial = path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:
             for line in iterate_metrics(path):
-                if line["step"] <= last.get(line["split"], last_validation):
+                if line["step"] <= (last_step if line["split"] == "train" else last_validation):
                     file.write(json.dumps(line) + "\n")
         os.replace(partial, path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
