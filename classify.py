@@ -175,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
         for path, labels in ((args.train, names), (args.val, val_names))
     )
 
-    steps_per_epoch = -(-len(learn) // args.batch_size)
+    steps_per_epoch = math.ceil(len(learn) / args.batch_size)
     steps = args.epochs * steps_per_epoch
     optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
     optimizers = make_optimizers(classifier, optim)

@@ -548,20 +548,21 @@ def loss_and_gradients(
         chunk = slice(first, first + rows)
         x_rows = x[chunk].to(dtype)
         logits = torch.mm(x_rows, head.T, out=buffer[: len(x_rows)])
-        for part, target in zip(logits.split(softmax_rows), targets[chunk].split(softmax_rows), strict=True):
-            counts = (target != IGNORE_INDEX).unsqueeze(1)
-            target = target.unsqueeze(1).clamp(min=0)
+        counts = (targets[chunk] != IGNORE_INDEX).unsqueeze(1)
+        target = targets[chunk].unsqueeze(1).clamp(min=0)
+        for part, right, count in zip(*(t.split(softmax_rows) for t in (logits, target, counts)), strict=True):
             scores = part.float()
-            highest, right = scores.amax(dim=-1, keepdim=True), scores.gather(1, target)
+            highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
             p = torch.softmax(scores, dim=-1, out=scores)
             log_sum = highest - p.amax(dim=-1, keepdim=True).log()  # log Σ exp(score): the highest has p = exp / Σ exp
-            total += ((log_sum - right) * counts).sum()
+            total += ((log_sum - right_score) * count).sum()
             if x_grad or weight_grad:  # d loss / d logits = softmax - one-hot, written over the logits
-                p.scatter_add_(1, target, torch.full_like(right, -1.0))
-                part.copy_(p.mul_(counts))
+                part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
+        # what does not count is left out here, where rows are short
         if x_grad:
-            dx[chunk] = logits @ head
+            dx[chunk] = (logits @ head) * counts
         if weight_grad:  # in blocks, so that no second tensor is as large as the weight
+            x_rows = x_rows * counts
             for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
                 block += gradient.T @ x_rows
     return total, dx, dweight.to(weight.dtype)
