@@ -34,14 +34,16 @@ class Survey:
 def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
     """The tokens of each document without its end-of-text. Memory: the longest document and a few megabytes."""
     rest = np.empty(0, np.uint16)
+    first = True
     for start in range(0, split.n_tokens, READ_TOKENS):
         tokens = np.empty(min(READ_TOKENS, split.n_tokens - start), np.uint16)
         split.read(start, tokens)
         tokens = np.concatenate([rest, tokens])
         begins = np.flatnonzero(tokens == end_of_text).tolist()
         # A shard of someone else's may begin within a document.
-        if begins and begins[0] > 0 and start == 0:
+        if begins and begins[0] > 0 and first:
             yield tokens[: begins[0]]
+        first = first and not begins
         for begin, end in itertools.pairwise(begins):
             yield tokens[begin + 1 : end]
         rest = tokens[begins[-1] if begins else 0 :]

@@ -196,11 +196,12 @@ def _begin(job: Job) -> dict[str, Any] | None:
 def _encode(
     job: Job, tokenizer: Tokenizer, dataset: DatasetWriter, progress: dict[str, Any], workers: int | None
 ) -> None:
-    encoder = Encoder(tokenizer, job.source.options, job.validation, job.shard_tokens)
     limit = min(PIECE_BYTES, max(MIN_PIECE_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
+    # a shard that will not be full is checked as often as a full one; few texts have more than 8 bytes a token
+    encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
-        workers = 1 if total < SMALL_BYTES else os.cpu_count() or 1
+        workers = 1 if total < SMALL_BYTES else available_cores()
     file, piece = dataset.counted["position"]
     batches = read_batches(job.source, job.files, (file, piece), limit)
     saved, shards = time.monotonic(), -1
@@ -252,6 +253,11 @@ def _finish(job: Job, tokenizer: Tokenizer, dataset: DatasetWriter) -> DatasetMe
     meta.save(job.out)
     (job.out / PROGRESS_FILE).unlink()
     return meta
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions(tokenizer: Tokenizer) -> dict[str, str]:

@@ -30,8 +30,9 @@ SPLIT_KEY_BYTES = 1 << 12
 SEARCH_BYTES = 1 << 16
 # A row group with more text than this is read piece by piece instead of at once.
 ROW_GROUP_BYTES = 1 << 26
-# Between two lines that neither end nor begin with white space no token of any of the tokenizers can reach.
-_SAFE_CUT = re.compile(rb"(?<=[!-~])\n(?=[!-~])")
+# A newline right before something that is not white space is a token's beginning with every tokenizer: GPT-2's split
+# keeps it from the white space before it. In UTF-8 white space begins with a byte below "!", or C2, E1, E2 or E3.
+_SAFE_CUT = re.compile(rb"(?<=.)\n(?=[!-~\xc3-\xdf\xe4-\xf4])", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -145,12 +146,13 @@ def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
     # zstandard's own stream reader takes a file cut short within a frame for a whole one.
-    frame = zstandard.ZstdDecompressor().decompressobj()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # what `zstd --long=31` needs; the default is 2^27
+    frame = decompressor.decompressobj()
     whole = True
     while chunk := raw.read(BLOCK_BYTES // 4):
         while chunk:
             if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = decompressor.decompressobj()
             yield frame.decompress(chunk)
             chunk, whole = frame.unused_data, frame.eof
     if not whole:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,3 +81,11 @@ def test_damage_and_wrong_arguments_are_named(
     data[-1] ^= 1
     shard.write_bytes(data)
     assert "train_000001.bin is damaged" in refused(dataset)
+
+
+def test_a_first_document_longer_than_what_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(inspect, "READ_TOKENS", 10)
+    tokens = np.ones(50, np.uint16)
+    tokens[45] = 0
+    split = SimpleNamespace(n_tokens=50, read=lambda start, out: np.copyto(out, tokens[start : start + len(out)]))
+    assert inspect.survey(split, end_of_text=0).lengths.tolist() == [45, 4]

@@ -21,7 +21,9 @@ import zstandard
 
 from data import encode, prepare
 from data.shards import HEADER_BYTES, PROGRESS_FILE, open_split, read_meta
+from data.sources import File, Options
 from data.sources.shakespeare import HELD_OUT, read_plays
+from data.sources.text import read_pieces
 from data.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
 
 COMMAND = [sys.executable, "-m", "data.prepare"]
@@ -193,6 +195,26 @@ def test_a_long_document_is_cut_where_no_token_can_tell(
     assert meta.skipped["longer_than_shard"] == 2
     said = "documents longer than a shard, going on in the next (as readers expect; or raise --shard-tokens): 2"
     assert capsys.readouterr().out.count(said) == 1
+
+
+@pytest.mark.parametrize("text", ["A paragraph in a line.\n\n", "Абзац в одну строку.\n", "一行文字\r\n\r\n"])
+def test_every_kind_of_text_can_be_cut(text: str, tmp_path: Path) -> None:
+    text = text * (400_000 // len(text.encode())) + "end"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    file = File(str(tmp_path / "a.txt"), (tmp_path / "a.txt").stat().st_size)
+    assert len(list(read_pieces(file, 60_000, Options()))) >= 6
+    run("text", tmp_path / "a.txt", "--out", tmp_path / "o", "--shard-tokens", 30_000, "--val-fraction", 0)
+    tokenizer = load_tokenizer(tmp_path / "o")
+    assert read_all(tmp_path / "o", "train").tolist() == [tokenizer.eot, *tokenizer.encode(text)]
+
+
+def test_frames_with_a_long_window_are_read(jsonl: Path, tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(jsonl.read_bytes()) + compressor.flush())
+    for name, path in (("expected", jsonl), ("long", tmp_path / "a.jsonl.zst")):
+        run("text", path, "--out", tmp_path / name, "--tokenizer", "char", "--val-fraction", 0)
+    assert contents(tmp_path / "long", meta=False) == contents(tmp_path / "expected", meta=False)
 
 
 def test_separated_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,6 +454,9 @@ def test_each_shard_is_checked_on_sixteen_documents(
     assert len(meta.shards["train"]) > 3
     assert len(checked) >= 16 * (len(meta.shards["train"]) - 1)
     assert sum(map(len, checked)) >= encode.CHECKED_BYTES * meta.text_bytes["train"]
+    checked.clear()
+    run("text", path, "--out", tmp_path / "one", "--val-fraction", 0)  # a shard that is far from full
+    assert len(checked) >= 16
 
 
 def test_without_gigatoken_the_bytes_are_the_same_and_it_says_so(
