@@ -110,6 +110,7 @@ class Tokenizer(ABC):
             "eos_token": END_OF_TEXT,
             "unk_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # `<|endoftext|>` in a text is text, as it is here
         }
         if pads:
             config["pad_token"] = END_OF_TEXT
@@ -281,8 +282,6 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     Raises FileNotFoundError when there is none, ValueError when it is of no kind this repository has, OSError when
     GPT-2's vocabulary is not cached and cannot be fetched.
     """
-    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:
-        return _gpt2()
     directory = Path(name_or_dir)
     path = directory / "tokenizer.json"
     if path.is_file():
@@ -295,6 +294,8 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
         return ByteLevelTokenizer(
             json.loads((directory / "vocab.json").read_text(encoding="utf-8")), _parse_merges(merges)
         )
+    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # after a directory of that name
+        return _gpt2()
     if re.fullmatch(r"char|bpe:\d+", str(name_or_dir)):
         raise ValueError(
             f"a {name_or_dir} tokenizer is made from a corpus: give the directory of a dataset that has one"
@@ -337,6 +338,8 @@ def _from_json(described: dict[str, Any]) -> Tokenizer:
             return ByteLevelTokenizer(vocab, merges)
         characters = [text for text in vocab if text != END_OF_TEXT]
         if not splitter and not merges and all(len(text) == 1 for text in characters):
+            if [vocab[text] for text in (*sorted(characters), END_OF_TEXT)] != list(range(len(vocab))):
+                raise ValueError(f"its characters are not numbered in their order, with {END_OF_TEXT} at the end")
             return CharacterTokenizer(characters)
     raise ValueError("it is neither a byte-level BPE split like GPT-2's nor one token a character")
 
