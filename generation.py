@@ -56,8 +56,8 @@ class Options(SimpleNamespace):
     def check(self, vocab_size: int) -> None:
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must be above 0 (for greedy decoding set do_sample=False)": 0 < self.temperature < inf,
-            f"top_k must be in 0..{vocab_size}, the vocabulary": 0 <= (self.top_k or 0) <= vocab_size,
+            "temperature must be above 0 (for greedy decoding set do_sample=False)": 1e-30 <= self.temperature < inf,
+            "top_k must not be negative": (self.top_k or 0) >= 0,
             "top_p must be in (0, 1]": self.top_p is None or 0 < self.top_p <= 1,
             "min_p must be in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
             "num_beams must be at least 1": self.num_beams >= 1,
@@ -78,6 +78,8 @@ class Options(SimpleNamespace):
             raise ValueError(f"num_return_sequences ({self.num_return_sequences}) exceeds num_beams ({self.num_beams})")
         if self.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer, to see the text")
+        if self.stop_strings and not all(self.stop_strings):
+            raise ValueError("stop_strings hold an empty one, which ends every text at once: leave it out")
         words = [token for word in self.bad_words_ids or () for token in word or (-1,)]
         if not all(0 <= token < vocab_size for token in (*words, *self.eos)):
             raise ValueError(f"bad_words_ids and eos_token_id must hold ids in 0..{vocab_size - 1}, no word be empty")
@@ -121,7 +123,7 @@ def ban_words(ids: Tensor, scores: Tensor, words: Sequence[Sequence[int]]) -> Te
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
     """Ban all but the k highest scores, and what ties with the k-th (Fan et al. 2018)."""
-    return scores.masked_fill(scores < scores.topk(k).values[:, -1:], BANNED)
+    return scores.masked_fill(scores < scores.topk(min(k, scores.size(1))).values[:, -1:], BANNED)
 
 
 def keep_top_p(scores: Tensor, p: float, at_least: int = 1) -> Tensor:
@@ -137,7 +139,8 @@ def keep_min_p(scores: Tensor, p: float, at_least: int = 1) -> Tensor:
     """Ban tokens less likely than p times the likeliest (Nguyen et al. 2024)."""
     probabilities = scores.softmax(dim=-1)
     banned = probabilities < p * probabilities.amax(dim=-1, keepdim=True)
-    return scores.masked_fill(banned.scatter(1, probabilities.topk(at_least).indices, False), BANNED)
+    likeliest = probabilities.topk(min(at_least, scores.size(1))).indices
+    return scores.masked_fill(banned.scatter(1, likeliest, False), BANNED)
 
 
 def _tokens_to_mask(tokens: Tensor, scores: Tensor) -> Tensor:
@@ -278,7 +281,7 @@ class DecodingHead(nn.Module):
 
 
 def pack_weights(model: GPT) -> None:
-    """Prepare a model for decoding, in place: exact logits, and weights laid out for a CPU that oneDNN knows.
+    """Prepare a model for decoding, in place: `DecodingHead`, and weights laid out for a CPU that oneDNN knows.
 
     For models that only decode from here on: they can be neither trained, saved nor moved.
     """
@@ -305,6 +308,7 @@ class Reader:
         length = ids.size(1) + options.max_new_tokens - 1  # the last token is not read
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
         self.head = model._modules.get("decoding_head")  # of pack_weights
+        self.checked = False
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """ids (N, T) -> logits (N, V) of the token after the last, in fp32, and the model's output.
@@ -312,7 +316,6 @@ class Reader:
         ValueError where the first logits are NaN.
         """
         first = max(0, ids.size(1) - self.model.config.block_size)
-        is_first_pass = self.cache.length == 0 and not first
         if first:
             self.cache.crop(0)
         output = self.model(
@@ -325,11 +328,12 @@ class Reader:
             output_attentions=self.options.output_attentions,
         )
         logits = output.logits[:, -1].float() if self.head is None else self.head(output.last_hidden_state[:, -1])
-        if is_first_pass and logits.isnan().any():
+        if not self.checked and logits.isnan().any():
             raise ValueError(
                 "the model's logits are NaN: its weights are damaged, or overflow in this dtype: take another "
                 "checkpoint, or float32"
             )
+        self.checked = True
         return logits, output
 
 
@@ -392,7 +396,9 @@ def sample_steps(model: GPT, ids: Tensor, mask: Tensor | None, options: Options)
         if may_ban_all and (scores[running] == BANNED).all(dim=-1).any():
             raise ValueError(f"no token is left to choose at position {t}: all are banned")
         if options.do_sample:
-            tokens = draw(scores, 1, options.generator, options.gumbel)[:, 0]
+            # of a row that has ended nothing may be left to draw
+            choices = scores.masked_fill(~running[:, None], 0.0) if may_ban_all else scores
+            tokens = draw(choices, 1, options.generator, options.gumbel)[:, 0]
         else:
             tokens = scores.argmax(dim=-1)
         was_running, is_last = running, t + 1 == length
@@ -494,17 +500,19 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
         read.cache.reorder(running.origins[:, :, new].flatten())
 
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
-    if (best.scores < NEVER / 2).any():
+    lengths = (best.origins >= 0).sum(dim=1)
+    summed = best.scores * lengths.clamp(min=1) ** options.length_penalty  # as it was before the length divided it
+    if (torch.minimum(best.scores, summed) < NEVER / 2).any():
         raise ValueError(
             f"some prompt has fewer than {options.num_return_sequences} continuations, so much is banned: ban less, or "
             f"ask for fewer num_return_sequences"
         )
-    steps = int((best.origins >= 0).sum(dim=1).max())
+    steps = int(lengths.max())
     return GenerateOutput(
         best.ids[:, : prompt_length + steps],
         best.logprobs[:, :steps],
         best.scores,
-        (best.origins >= 0).sum(dim=1),
+        lengths,
         beam_indices=best.origins[:, :steps],
         **records,
     )
@@ -516,6 +524,8 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Options) 
 
 def left_pad(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
     """Ids (B, T) and attention mask (B, T) of prompts of different lengths, padded on the left with `fill`."""
+    if any(isinstance(prompt, int) for prompt in prompts):
+        raise ValueError("one list of ids was given, expected a list of such lists, one for each prompt")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token, and there must be a prompt")
     length = max(len(prompt) for prompt in prompts)
@@ -719,10 +729,13 @@ def generate_text(
 ) -> list[Completion]:
     """Continue any number of prompts, in batches of up to `batch_size` of about one length; results in order.
 
-    With num_return_sequences each prompt has that many results, next to each other. A `seed` gives result i the
-    generator seed + i, so that results do not depend on the batches. eos_token_id is the tokenizer's end-of-text if not
+    With num_return_sequences each prompt has that many results, next to each other. A `seed` gives result i (in beam
+    search those of prompt i) the generator seed + i, so that in float32 results do not depend on the batches; bfloat16
+    rounds differently in batches of another size. eos_token_id is the tokenizer's end-of-text if not
     given. `progress` is called after each batch with the number of prompts in it. Other options are `generate`'s.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string, expected a list of them")
     options = {"eos_token_id": tokenizer.eot, "tokenizer": tokenizer, **options, "return_dict": True}
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)  # what does not fit fails first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -33,14 +34,19 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     what.add_argument("--file", type=Path, help="one prompt a line, or in *.jsonl one object with 'prompt' a line")
     what.add_argument("--interactive", action="store_true", help="ask for prompts until end of file (Ctrl-D)")
     add("--num-samples", type=int, default=1, metavar="N", help="of each prompt (default: 1)")
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences generated together (default: 8)")
-    add("--max-new-tokens", type=int, metavar="N", help=f"default: {MAX_NEW_TOKENS}, or as many as fit")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts continued together (default: 8)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {MAX_NEW_TOKENS}, or as many as fit after the longest prompt",
+    )
     add("--temperature", type=float, help="below 1 likelier tokens gain, above 1 unlikely ones (default: 0.8)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest that reach probability P (default: 0.95)")
     add("--greedy", action="store_true", help="always take the likeliest token")
     add("--num-beams", type=int, default=1, metavar="N", help="beam search instead of sampling")
-    add("--seed", type=int, help="same seed, same text, whatever the batch size (default: a new one each time)")
+    add("--seed", type=int, help="same seed, same text; in float32 whatever the batch size (default: a new one)")
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print an object a sample: prompt, text, tokens, logprobs, finish_reason")
     add("--show-probs", type=int, metavar="K", help="first print the K likeliest next tokens with their probabilities")
@@ -60,6 +66,12 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         parser.error("--temperature, --top-k and --top-p are for sampling: not with --greedy or --num-beams")
     if args.greedy and args.num_beams > 1:
         parser.error("--greedy and --num-beams exclude each other")
+    if args.temperature is not None and not 1e-30 <= args.temperature < math.inf:
+        parser.error(f"--temperature must be above 0, got {args.temperature}: --greedy takes the likeliest token")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be in 0..2^63 - 1, got {args.seed}")
+    if 1 < args.num_beams < args.num_samples:
+        parser.error(f"--num-beams {args.num_beams} finds as many results, fewer than --num-samples {args.num_samples}")
     if args.greedy and args.num_samples > 1:
         parser.error("--greedy has one result for a prompt: not with --num-samples")
     if (args.stream or args.interactive) and args.num_beams > 1:
@@ -73,7 +85,7 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts in a file: its lines that are not blank or, of a .jsonl file, their "prompt"."""
     try:
         # not splitlines(), which also cuts at characters that a prompt may hold, such as U+2028 and form feeds
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     prompts = []
@@ -112,7 +124,13 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
 
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
     room = max(1, model.config.block_size - len(longest))
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(MAX_NEW_TOKENS, room)}
+    new = args.max_new_tokens or min(MAX_NEW_TOKENS, room)
+    if len(longest) + new > model.config.block_size:
+        raise ValueError(
+            f"{len(longest)} prompt tokens + {new} new > block_size {model.config.block_size}: shorten the prompt, or "
+            f"lower --max-new-tokens"
+        )
+    options: dict[str, Any] = {"max_new_tokens": new}
     options["eos_token_id"] = tokenizer.eot
     if args.sampling:
         options["do_sample"] = True

@@ -616,8 +616,8 @@ def test_rows_that_have_ended_hold_eos(pair):
         ({"do_sample": True, "temperature": float("nan")}, r"temperature.*got nan"),
         ({"do_sample": True, "top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
         ({"do_sample": True, "top_p": 1.1}, r"top_p.*got 1\.1"),
-        ({"do_sample": True, "top_k": 258}, r"top_k must be in 0\.\.257, the vocabulary, got 258"),
-        ({"do_sample": True, "top_k": -1}, r"top_k.*got -1"),
+        ({"do_sample": True, "temperature": 1e-40}, r"temperature.*got 1e-40"),
+        ({"do_sample": True, "top_k": -1}, r"top_k must not be negative, got -1"),
         ({"do_sample": True, "min_p": 2.0}, "min_p"),
         ({"top_k": 5}, "set do_sample=True"),
         ({"gumbel": True}, "set do_sample=True"),
@@ -637,6 +637,9 @@ def test_rows_that_have_ended_hold_eos(pair):
         ({"generator": [Generator()] * 2}, "got 2 generators: give one, or 1"),
         ({"bad_words_ids": [[k] for k in range(257)]}, "no token is left to choose at position 2"),
         ({"bad_words_ids": [[k] for k in range(257)], "num_beams": 2}, "fewer than 1 continuations"),
+        # one is left, so that all beams but the first are dead from the first token on
+        ({"bad_words_ids": [[k] for k in range(256)], "num_beams": 2, "num_return_sequences": 2}, "fewer than 2"),
+        ({"stop_strings": ["x", ""], "tokenizer": object()}, "stop_strings hold an empty one"),
     ],
 )
 def test_impossible_options_are_refused(pair, options, message):
@@ -678,3 +681,55 @@ def test_generate_leaves_gradients_and_mode_alone(pair):
     assert generate(pair[1], [[1]], max_new_tokens=2).is_inference() is False
     assert torch.is_grad_enabled()
     assert list(inspect.signature(generation.generate).parameters)[:2] == ["model", "input_ids"]
+
+
+def test_a_flat_list_and_a_single_string_are_refused(pair):
+    with pytest.raises(ValueError, match="expected a list of such lists"):
+        generate(pair[1], [1, 2], max_new_tokens=1)
+    with pytest.raises(ValueError, match="expected a list of them"):
+        generate_text(pair[1], None, "The", max_new_tokens=1)
+
+
+def test_top_k_above_the_vocabulary_keeps_all(pair):
+    def sample(top_k):
+        generator = Generator().manual_seed(3)
+        return generate(pair[1], [[1, 2]], max_new_tokens=8, do_sample=True, top_k=top_k, generator=generator)
+
+    assert torch.equal(sample(10_000), sample(None))
+
+
+def test_a_vocabulary_smaller_than_what_beams_keep(tmp_path):
+    _, model = make_pair((2, 16, 1, 1, 8), tmp_path)
+    for options in ({"top_k": 1}, {"min_p": 0.5}):
+        out = generate(
+            model,
+            [[1]],
+            max_new_tokens=4,
+            num_beams=2,
+            do_sample=True,
+            eos_token_id=[0, 1],
+            early_stopping=True,
+            **options,
+        )
+        assert out.size(1) > 1
+
+
+def test_a_row_that_has_ended_may_have_nothing_left(pair):
+    prompts = torch.tensor([[1, 2], [3, 4]])
+    free = generate(pair[1], prompts, max_new_tokens=1)[:, -1]
+    eos = int(free[0])
+    assert eos != int(free[1])
+
+    def process(ids, scores):
+        scores = torch.where(torch.arange(257) == free[:, None], scores + 1e4, scores) if ids.size(1) == 2 else scores
+        return scores.masked_fill((ids[:, -1:] == eos) & (ids.size(1) > 2), float("-inf"))
+
+    out = generate(pair[1], prompts, max_new_tokens=4, do_sample=True, eos_token_id=eos, logits_processor=process)
+    assert (out[0, 2:] == eos).all()
+
+
+def test_damaged_weights_are_found_with_a_prompt_beyond_the_context(pair):
+    model = copy.deepcopy(pair[1])
+    model.transformer.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are NaN"):
+        generate(model, [[1] * 100], max_new_tokens=2, sliding=True)
