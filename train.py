@@ -93,7 +93,8 @@ class Trainer:
         source = find_weights(config, checkpoint)
         shape = model_shape(config, inputs.tokenizer, source)
         self.identity = config.identity() | {
-            "model": dataclasses.asdict(shape) | {"freeze_layers": config.model.freeze_layers},
+            "model": dataclasses.asdict(shape)
+            | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
             "dataset": {
                 "sha256": inputs.train.fingerprint,
                 "validation_sha256": inputs.val.fingerprint if inputs.val else None,
@@ -144,6 +145,7 @@ class Trainer:
             minutes = (time.monotonic() - last_save) / 60
             save_asked = 0 < config.checkpoint.every_minutes <= minutes
             finite, stopping, save_asked = self.train_step(stop.asked, save_asked)
+            self.checkpoints.raise_failure()
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
                 self._give_up()
@@ -237,7 +239,8 @@ class Trainer:
                     reduce=processes.sum,
                 )
         # under FSDP a forward pass takes all processes, also where only one writes down what comes of it
-        texts = self._sample() if processes.is_main or self.sharded else []
+        sane = math.isfinite(result.loss)  # else there is nothing to draw from, and train_step tells
+        texts = self._sample() if sane and (processes.is_main or self.sharded) else []
         free_gathered_weights(model)
         model.train()
         self.val_loss = result.loss
@@ -492,10 +495,11 @@ class StopSignal:
 def keep_samples(path: Path, last_step: int) -> None:
     """Of a run's samples.txt keep those of steps up to `last_step`: what comes after is sampled anew."""
     if path.exists():
-        blocks = re.split(r"^(?===== step (\d+), sample )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+        # in bytes: a full disk or a kill may have cut a character in two
+        blocks = re.split(rb"^(?===== step (\d+), sample )", path.read_bytes(), flags=re.MULTILINE)[1:]
         kept = [block for step, block in zip(blocks[::2], blocks[1::2], strict=True) if int(step) <= last_step]
         partial = path.with_suffix(".partial")  # a kill now must not cost the samples of earlier lives
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))
         os.replace(partial, path)
 
 
@@ -506,11 +510,14 @@ def due(step: int, every: int) -> bool:
 
 def main() -> None:
     config, flags = parse_command_line()
-    who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         processes = start_processes(config.system)
         if flags.dry_run is not None:
-            print(dry_run(config, processes, flags))
+            report = dry_run(config, processes, flags)
+            if processes.is_main:
+                print(report)
+            stop_processes()
             return
         trainer = Trainer(config, processes, verify=flags.verify)
         try:

@@ -125,6 +125,11 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(t
         train(config)
 
 
+def test_a_validation_amid_bad_steps_leaves_it_to_them_to_tell(tiny_run, train):
+    with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS} steps in a row"):
+        train(tiny_run("far", **{"optim.lr": 1e38, "optim.steps": 40, "eval.every": 5, "eval.samples": 1}))
+
+
 def poison(monkeypatch, steps):
     """Make the loss NaN in these steps (counted from 0)."""
     real = Trainer.train_step
@@ -291,6 +296,8 @@ def test_samples_of_steps_that_are_taken_again_do_not_stand_twice(tiny_run, trai
     samples = (run / "samples.txt").read_text()
     assert samples.count("==== step ") == 8
     shutil.rmtree(run / "checkpoints" / "step-000006")
+    with open(run / "samples.txt", "ab") as file:  # as a full disk leaves it, in the middle of a character
+        file.write("==== step 6, sample 3\nabc п".encode()[:-1])
     train(config)
     assert (run / "samples.txt").read_text() == samples
 

@@ -86,7 +86,8 @@ class Checkpoints:
     Args:
         directory: runs/<name>/checkpoints.
         keep: the newest that stay, beside the best by validation loss.
-        on_error: "stop" raises a failed save at the next call; "continue" says so on stderr and goes on.
+        on_error: "stop" raises a failed save at the next call of any method that can; "continue" says so on stderr and
+            goes on.
     """
 
     def __init__(self, directory: Path, *, keep: int, on_error: str) -> None:
@@ -164,6 +165,11 @@ class Checkpoints:
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
+
+    def raise_failure(self) -> None:
+        """As `wait`, but without waiting: tells of the last `save` as soon as it has failed."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Until the last `save` is on disk. Raises OSError if it failed, unless `on_error` is "continue"."""
@@ -271,7 +277,7 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs") -> str:
         if not found:
             raise FileNotFoundError(f"no run with a checkpoint under {runs}/: train one, or name a model with --model")
         name_or_dir = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
-    checkpoints = Path(name_or_dir) / "checkpoints"
+    checkpoints = Path(name_or_dir).expanduser() / "checkpoints"
     if not checkpoints.is_dir():
         return name_or_dir
     newest = Checkpoints(checkpoints, keep=1, on_error="stop").newest()

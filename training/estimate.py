@@ -24,7 +24,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)"  # another card, whose peak is not known
+OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"  # another card, or a part of one: the peak is not known
 
 
 def flops_per_token(shape: GPTConfig, n_parameters: int, sequence_length: int) -> int:

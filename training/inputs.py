@@ -125,6 +125,8 @@ def model_shape(config: Config, tokenizer: Tokenizer, source: Path | None) -> GP
             raise ValueError(
                 f"model.{name} is {getattr(asked, name)}, {source} has {getattr(shape, name)}: leave it out"
             )
+    if asked.freeze_layers > shape.n_layer:
+        raise ValueError(f"model.freeze_layers {asked.freeze_layers} is above {source}'s {shape.n_layer}: lower it")
     if config.data.sequence_length > shape.block_size:
         raise ValueError(f"data.sequence_length {config.data.sequence_length} is above {source}'s {shape.block_size}")
     return shape

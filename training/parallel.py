@@ -70,6 +70,8 @@ def start_processes(system: System) -> Processes:
     Raises ValueError for a device or precision that this machine does not have.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and "RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world_size}, but there is no RANK: start several processes with torchrun")
     device = find_device(system.device, "system.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -179,6 +179,23 @@ def test_a_changed_model_is_refused(run, tiny_run, train):
         train(tiny_run("run", **{"model.n_layer": 3, "optim.steps": 10}))
 
 
+def test_another_beginning_is_refused(run, tiny_run, train):
+    other = train(tiny_run("other"))
+    with pytest.raises(ValueError, match=r"model.init_from was 'scratch', is '.*other'"):
+        train(tiny_run("run", **{"model.init_from": str(other)}))
+
+
+def test_a_failed_save_stops_the_run_at_once(run, tiny_run, train, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    longer = {"optim.steps": 400, "checkpoint.every": 200, "run.allow_changes": True}
+    with pytest.raises(OSError, match="No space left on device"):
+        train(tiny_run("run", **longer))
+    assert 200 <= len(read_metrics(run / "metrics.jsonl")) < 400
+
+
 def test_a_longer_run_when_that_is_said(run, tiny_run, train):
     train(tiny_run("run", **{"optim.steps": 15, "run.allow_changes": True}))
     assert steps(run)[-1] == 15

@@ -157,6 +157,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--data.sequence_length", "2048"], "data.sequence_length 2048 is above model.block_size 1024"),
         (["--optim.warmup_steps", "9", "--optim.steps", "9"], "optim.warmup_steps 9 leaves nothing of optim.steps 9"),
         (["--optim.betas", "[0.9, 1.0]"], "optim.betas [0.9, 1.0] must lie in [0, 1)"),
+        (["--optim.muon_momentum", "1.0"], "optim.muon_momentum 1.0 must lie in [0, 1)"),
         (["--model.dropout", "1.5"], "model.dropout must be in [0, 1), got 1.5"),
         (["--model.preset", "null"], "model.n_layer is needed where model.preset is null"),
         (["--model.freeze_layers", "2"], "model.freeze_layers freezes untrained weights"),

@@ -62,6 +62,7 @@ def test_flops_of_a_token():
         ("NVIDIA H100 NVL", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("Tesla P4", None),
     ],
 )
