@@ -69,6 +69,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     at_least_one(parser, args, "batch_size", "max_length", "epochs", "patience")
     if args.command == "train" and not 0 < args.lr < math.inf:
         parser.error(f"--lr must be above 0, got {args.lr}")
+    if args.command == "train" and args.seed < 0:
+        parser.error(f"--seed must not be negative, got {args.seed}")
     if args.command == "train" and args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         parser.error(f"--out {args.out} exists: choose another, or delete it")
     return args
@@ -80,8 +82,10 @@ def read_column(path: Path, key: str) -> list[str]:
 
     values = []
     for number, row in enumerate(read_table(path), 1):
-        if row.get(key) in (None, ""):
+        if key not in row:
             raise ValueError(f"{path}, row {number} has no {key!r}: it has {', '.join(map(str, row))}")
+        if row[key] in (None, ""):
+            raise ValueError(f"{path}, row {number}: its {key!r} is empty")
         values.append(str(row[key]))
     return values
 
@@ -175,6 +179,7 @@ def train(args: argparse.Namespace) -> None:
         for path, labels in ((args.train, names), (args.val, val_names))
     )
 
+    args.out.mkdir(parents=True, exist_ok=True)  # now, not after an epoch's work
     steps_per_epoch = math.ceil(len(learn) / args.batch_size)
     steps = args.epochs * steps_per_epoch
     optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
@@ -202,17 +207,27 @@ def train(args: argparse.Namespace) -> None:
             total += loss.item() * len(chosen)
         score = evaluate(classifier, val, args.batch_size, dtype)
         better = score.loss < best.loss or best_epoch == 0
+        if better:
+            best, best_epoch = score, epoch
+            save(classifier, tokenizer, args.out)
         print(
             f"epoch {epoch}: training loss {total / len(learn):.4f}, validation loss {score.loss:.4f}, "
             f"accuracy {score.accuracy:.4f}{'; the best so far is in ' + str(args.out) if better else ''}"
         )
-        if better:
-            best, best_epoch = score, epoch
-            classifier.save_pretrained(args.out, eos_token_id=tokenizer.eot)
-            tokenizer.save(args.out, pads=True)
-        elif epoch - best_epoch >= args.patience:
+        if not better and epoch - best_epoch >= args.patience:
             print(f"no lower loss in {args.patience} epochs: the end")
             break
+
+
+def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the classifier beside the one that is there, and then over it, so that a kill leaves one that is whole."""
+    partial = directory / "partial"
+    partial.mkdir(exist_ok=True)
+    classifier.save_pretrained(partial, eos_token_id=tokenizer.eot)
+    tokenizer.save(partial, pads=True)
+    for path in partial.iterdir():
+        os.replace(path, directory / path.name)
+    partial.rmdir()
 
 
 def predict(args: argparse.Namespace) -> None:

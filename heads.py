@@ -79,7 +79,7 @@ class SequenceClassifier(nn.Module):
         strategy: what the classes are read off. `last` (Texar's cls_time): the last kept token of each sequence. `all`
             (all_time): all its tokens side by side, each with weights of its own. `token` (time_wise): each token by
             itself, for itself.
-        max_length: for `all`, the longest sequence in tokens; None is block_size.
+        max_length: the longest sequence that it is meant for, in tokens, and for `all` can take; None is block_size.
 
     The loss follows from K and the type of the labels, as in transformers. One class: labels in floats are a regression
     (squared error), in integers 0 and 1 a binary classification (logistic). Several: integers are the class (B,),
@@ -97,7 +97,7 @@ class SequenceClassifier(nn.Module):
         self.gpt, self.num_labels, self.strategy = gpt, num_labels, strategy
         self.labels = [f"LABEL_{index}" for index in range(num_labels)]  # the classes' names
         self.max_length = gpt.config.block_size if max_length is None else max_length
-        if strategy == "all" and not 1 <= self.max_length <= gpt.config.block_size:
+        if not 1 <= self.max_length <= gpt.config.block_size:
             raise ValueError(f"max_length is {max_length}, expected 1 to block_size {gpt.config.block_size}")
         n_inputs = gpt.config.n_embd * (self.max_length if strategy == "all" else 1)
         weight = gpt.transformer.wte.weight
@@ -186,8 +186,10 @@ class SequenceClassifier(nn.Module):
         if self.labels != ["LABEL_0", "LABEL_1"]:
             numbers = {label: i for i, label in enumerate(self.labels)}
             fields = {"id2label": dict(enumerate(self.labels)), "label2id": numbers}
+        if self.max_length != self.gpt.config.block_size:
+            fields["classifier_max_length"] = self.max_length
         if self.strategy != "last":
-            fields |= {"classifier_strategy": self.strategy, "classifier_max_length": self.max_length}
+            fields["classifier_strategy"] = self.strategy
         architecture = "GPT2ForSequenceClassification" if self.strategy == "last" else type(self).__name__
         save_with_head(self, directory, architecture, fields, eos_token_id)
 

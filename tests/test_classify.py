@@ -3,13 +3,14 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, pipeline
 
-from classify import main
-from data.tokenizer import train_tokenizer
+from classify import main, save
+from data.tokenizer import load_tokenizer, train_tokenizer
 from heads import SequenceClassifier
 from model import GPT, GPTConfig
 
@@ -141,3 +142,34 @@ def test_help_does_not_wait_for_torch(python):
     done = python("-X", "importtime", "classify.py", "--help")
     assert "predict" in done.stdout
     assert "| torch\n" not in done.stderr
+
+
+def test_the_length_it_was_trained_with_is_that_of_predictions(untrained, files, tmp_path, capsys):
+    learn(untrained, files, tmp_path / "short", "--epochs", "1", "--max-length", "5")
+    capsys.readouterr()
+    main(["predict", "--model", str(tmp_path / "short"), "--file", str(files / "val.jsonl"), *COLUMNS])
+    assert "texts go on after 5 tokens, unread" in capsys.readouterr().err
+
+
+def test_a_kill_while_it_is_saved_leaves_the_one_before(trained, files, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "kept"
+    shutil.copytree(trained, directory)
+    classifier = SequenceClassifier.from_pretrained(directory)
+    before = (directory / "model.safetensors").read_bytes()
+
+    def die(self, path, **options):
+        (path / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SequenceClassifier, "save_pretrained", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(classifier, load_tokenizer(directory), directory)
+    assert (directory / "model.safetensors").read_bytes() == before
+    main(["predict", "--model", str(directory), "--file", str(files / "val.jsonl"), *COLUMNS])
+
+
+def test_an_empty_cell_is_said_to_be_empty(untrained, files, tmp_path, capsys):
+    (tmp_path / "holes.csv").write_text("words,kind\na,wood\n,water\n")
+    with pytest.raises(SystemExit):
+        learn(untrained, files, tmp_path / "out", "--train", str(tmp_path / "holes.csv"))
+    assert "holes.csv, row 2: its 'words' is empty" in capsys.readouterr().err
