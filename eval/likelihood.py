@@ -151,7 +151,7 @@ def log_likelihoods(
 def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int) -> list[_Batch]:
     groups: dict[tuple[int, ...], list[_Part]] = {}
     for i, (context, ending) in enumerate(requests):
-        step = len(ending) if len(ending) <= block_size else block_size // 2
+        step = len(ending) if len(ending) <= block_size else max(1, block_size // 2)
         for start in range(0, len(ending), step):
             piece = ending[start : start + step]
             # The last token of the ending is only predicted, so context and ending may be one longer than the block.

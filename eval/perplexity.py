@@ -140,7 +140,7 @@ CORPORA: dict[str, Corpus] = {
 def read_text(path: str | Path) -> str:
     """A text file. Raises OSError when it cannot be read, ValueError when it is not UTF-8 or has no text."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError as error:

@@ -7,6 +7,7 @@ not found published is absent: `None` never stands for one.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,13 @@ def _sizes(*figures: float | None) -> dict[str, float]:
     return {name: figure for name, figure in zip(names, figures, strict=True) if figure is not None}
 
 
-# Validation loss of the released models in nats a token, by the name of the data set's source in data.prepare. FineWeb
-# and FineWeb-Edu are two data sets, and their losses, 3.42 and 3.29, are often taken for one another.
+# Validation loss of the released models in nats a token, by a pattern for a data set's name among a source's words.
+# FineWeb and FineWeb-Edu are two data sets, and their losses, 3.42 and 3.29, are often taken for one another; FineWeb 2
+# is a third.
 VALIDATION_LOSS: dict[str, Table] = {
     "openwebtext": Table(_sizes(3.12, 2.84, 2.67, 2.54), "nanoGPT, README"),
-    "fineweb-10b": Table(_sizes(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
-    "fineweb-edu-10b": Table(_sizes(3.2924, None, None, None), "build-nanogpt"),
+    "fineweb(-10b|10B(-gpt2)?)?": Table(_sizes(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
+    "fineweb-edu(-10b)?": Table(_sizes(3.2924, None, None, None), "build-nanogpt"),
 }
 
 _BUILD_NANOGPT = "the 124M and the 1558M: build-nanogpt, hellaswag.py; the others: published in the same convention"
@@ -92,17 +94,18 @@ def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        references = dict(json.loads(path.read_text(encoding="utf-8")))
+        if not all({"loss", "tokenizer"} <= set(figures) for figures in references.values()):
+            raise ValueError("a model without a loss or a tokenizer")
+        return references
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it, and save the reference again") from None
 
 
 def published_losses(source: str) -> dict[str, float]:
     """The released models' validation losses on a data set, in nats a token, by model; empty where none are known."""
-    # the longest name first: "fineweb" stands in fineweb-edu's source too, and its losses are others
-    corpora = sorted(VALIDATION_LOSS, key=len, reverse=True)
-    corpus = next((name for name in corpora if name.removesuffix("-10b") in source), None)
-    return VALIDATION_LOSS[corpus].figures if corpus else {}
+    tables = (table for name, table in VALIDATION_LOSS.items() if re.search(rf"(^|[ /]){name}($|[,: ])", source))
+    return next((table.figures for table in tables), {})
 
 
 def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[tuple[str, float]]:

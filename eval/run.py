@@ -129,7 +129,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         type=int,
         default=10485760,
         metavar="N",
-        help="of the validation split, for loss (default: 10485760, as in training)",
+        help="of the validation split of --data (default: 10485760, as in training)",
     )
     texts.add_argument(
         "--save-reference", action="store_true", help="keep loss and bits per byte beside the data, as the line to beat"
@@ -148,6 +148,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     at_least_one(parser, args, "limit", "batch_size", "stride", "tokens")
     if args.shots < 0:
         parser.error(f"--shots cannot be negative, got {args.shots}")
+    if args.text and args.data and "perplexity" in args.tasks:
+        parser.error("--tasks perplexity is of --text or of --data: give one of them")
     needed = {"perplexity": ("text", "data"), "loss": ("data",), "classify": ("file",)}
     for task, options in needed.items():
         if task in args.tasks and not any(getattr(args, option) for option in options):
@@ -294,11 +296,14 @@ def _short(value: float) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print and write."""
-    from eval.tasks import find_tasks
+    from eval.tasks import find_tasks, has_questions
     from training.checkpoint import resolve_model
     from weights import locate
 
     functions = find_tasks(args.tasks)
+    others = [name for name in functions if not has_questions(name)]
+    if others and (args.shots or args.convention):
+        raise ValueError(f"--shots and --convention are for questions with choices: not with {', '.join(others)}")
     for path in (args.json, args.examples):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")

@@ -64,6 +64,11 @@ def find_tasks(names: Sequence[str]) -> dict[str, Run]:
     return {name: known[name] for name in names}
 
 
+def has_questions(name: str) -> bool:
+    """Whether a task is of questions with choices, which --convention and --shots are for."""
+    return name in ("hellaswag", "classify", *TASKS)
+
+
 def run_hellaswag(args: argparse.Namespace, subject: Subject) -> Outcome:
     convention: Convention = args.convention or "completion"
     questions = hellaswag.read_questions(convention)

@@ -32,9 +32,10 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error.strerror}): choose another place with --out") from error
-    partial.replace(path)
     print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from data.shards import read_meta
+from data.shards import file_sha256, read_meta
+from data.tokenizer import load_tokenizer
 from eval.reference import losses_to_beat, published, published_losses
 from model import PRESETS
 from training.metrics import duration, read_metrics
@@ -26,9 +27,14 @@ class ValidationSet(NamedTuple):
     """What a validation loss was measured on: losses on two that differ say nothing of one another."""
 
     data: str  # sha256 of the shards where they can be looked up, else the directory's name
-    tokens: int  # at most so many of the split
+    tokens: int  # at most so many of the split; 0 for prompts and completions, of which each counts whole
     sequence_length: int
     tokenizer: str
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return f"completions in at most {self.sequence_length} tokens"
+        return f"{self.tokens:,} tokens in windows of {self.sequence_length}"
 
 
 @dataclass
@@ -74,7 +80,7 @@ def read_run(directory: Path, name: str) -> Run:
     }
     conventions = [record["convention"] for record in records if record["split"] == "hellaswag"]
     config = _read(directory / "config.yaml", yaml.safe_load, {})
-    source, validation, levels = _validation(config)
+    source, validation, levels = _validation(config, directory)
     run = Run(
         name=name,
         directory=directory,
@@ -106,10 +112,15 @@ def _read(path: Path, parse: Any, missing: Any) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _validation(config: dict[str, Any]) -> tuple[str, ValidationSet, list[tuple[str, float]]]:
+def _validation(config: dict[str, Any], run: Path) -> tuple[str, ValidationSet, list[tuple[str, float]]]:
     """The data set's source, which part of it the run was validated on, and others' losses there."""
     data, limit = config.get("data", {}), config.get("eval", {}).get("tokens", 0)
     directory = Path(data.get("dir", ""))
+    if data.get("format") == "completions":
+        file, checkpoints = directory / "val.jsonl", sorted((run / "checkpoints").glob("step-*[0-9]"))
+        texts = file_sha256(file) if file.is_file() else str(directory)
+        kind = load_tokenizer(checkpoints[-1]).kind if checkpoints else ""
+        return directory.name, ValidationSet(texts, 0, data.get("sequence_length", 0), kind), []
     meta = read_meta(directory) if data.get("dir") and directory.is_dir() else None
     if meta is None:
         kind = "gpt2" if directory.is_dir() else ""  # bare shards are GPT-2 tokens; of data that is gone, who knows
@@ -132,7 +143,7 @@ def _samples(path: Path) -> Iterator[tuple[str, list[str]]]:
     if not path.exists():
         return
     heading, texts = "", list[str]()
-    for part in f"\n{path.read_text(encoding='utf-8')}".split("\n==== ")[1:]:
+    for part in f"\n{path.read_text(encoding='utf-8', errors='replace')}".split("\n==== ")[1:]:
         title, _, text = part.partition("\n")
         step = title.partition(",")[0]
         if step != heading and texts:
@@ -149,7 +160,7 @@ def _evaluations(run: Run) -> Iterator[dict[str, Any]]:
     val, hellaswag = run.splits["val"], run.splits["hellaswag"]
     if len(val["step"]):
         released = {name.removesuffix(", published"): loss for name, loss in run.levels}
-        convention = f"{run.source}, {run.validation.tokens:,} tokens in windows of {run.validation.sequence_length}"
+        convention = f"{run.source}, {run.validation}"
         yield {"task": "validation", "convention": convention, "metric": "loss", "value": val["loss"][-1]} | {
             "published": released
         }

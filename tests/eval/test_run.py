@@ -250,6 +250,9 @@ def test_mistakes_are_explained(tiny, text, tmp_path, capsys):
     assert "--tasks perplexity needs --text or --data" in fails(capsys, "--tasks", "perplexity")
     assert "--tasks classify needs --template" in fails(capsys, "--tasks", "classify", "--file", "x.csv")
     assert "add loss to --tasks" in fails(capsys, "--tasks", "copa", "--save-reference")
+    assert "not with lambada" in fails(capsys, "--tasks", "copa,lambada", "--shots", "2")
+    both = ["--tasks", "perplexity", "--text", str(text), "--data", str(tmp_path)]
+    assert "of --text or of --data: give one" in fails(capsys, *both)
     assert "--limit must be at least 1, got 0" in fails(capsys, "--tasks", "copa", "--limit", "0")
     assert "cannot be used" in fails(capsys, "--model", tiny, "--tasks", "copa", "--device", "nonsense")
     nowhere = str(tmp_path / "none" / "f.json")

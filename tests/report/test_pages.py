@@ -144,7 +144,16 @@ def test_tokens_and_time_to_a_loss(tmp_path):
 def test_published_lines_are_those_of_the_data_set():
     assert published_losses("fineweb-edu-10b: sample-10BT") == {"gpt2": 3.2924}
     assert published_losses("fineweb-10b")["gpt2-xl"] == 2.831273
-    assert published_losses("shakespeare, 38 plays") == {}
+    assert published_losses("hf HuggingFaceFW/fineweb, sample-10BT")["gpt2"] == 3.424958
+    assert published_losses("hf kjj0/fineweb10B-gpt2, already tokenized")["gpt2"] == 3.424958
+    assert published_losses("hf Skylion007/openwebtext")["gpt2-xl"] == 2.54
+    others = [
+        "hf HuggingFaceFW/fineweb-2, fra_Latn",
+        "hf HuggingFaceFW/fineweb-edu-score-2",
+        "text, 1 file: fineweb.txt",
+    ]
+    for source in ("shakespeare, 38 plays", *others):
+        assert published_losses(source) == {}
 
 
 def test_a_later_evaluation_replaces_the_runs_own(tmp_path):

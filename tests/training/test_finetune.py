@@ -17,6 +17,7 @@ from data.tokenizer import load_tokenizer, train_tokenizer
 from eval.choices import read_rows
 from eval.loss import split_loss
 from model import GPT, GPTConfig
+from report.runs import read_run
 from training.config import parse_config
 from training.inputs import open_inputs
 from training.metrics import read_metrics
@@ -209,6 +210,18 @@ def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
     moved = {name for name, p in before.state_dict().items() if not torch.equal(p, after.state_dict()[name])}
     assert moved == {name for name in moved if name.startswith(("transformer.h.1.", "transformer.ln_f."))}
     assert len(moved) == 14
+
+
+def test_more_frozen_blocks_than_there_are_is_said_before_anything_is_loaded(untrained, pairs, tmp_path, train):
+    with pytest.raises(ValueError, match=r"model.freeze_layers 3 is above .*'s 2: lower it"):
+        train(finetune(untrained, pairs, tmp_path, "--model.freeze_layers", "3"))
+
+
+def test_the_report_says_what_it_was_validated_on(untrained, pairs, tmp_path, train):
+    run = train(finetune(untrained, pairs, tmp_path, "--optim.steps", "6", "--eval.every", "3"))
+    found = read_run(run, "run").validation
+    assert (found.tokens, found.tokenizer) == (0, load_tokenizer(untrained).kind)
+    assert str(found) == "completions in at most 64 tokens"
 
 
 def test_another_validation_set_is_refused(untrained, pairs, tmp_path, train):
