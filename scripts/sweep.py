@@ -3,16 +3,19 @@
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
 Every combination of the values given with --vary is trained with every seed, one after another, each a run of its own
-under --dir; a run that is finished already is read and not repeated. The last column is what reruns the row: after
-`--config ... --vary`; `--idea` trains with a change of scripts/ideas.py. docs/recipes.md has such rows.
+under --dir; a run that is finished already is read and not repeated, and one that diverges has a loss of inf. The last
+column is what reruns the row: after `--config ... --vary`; `--idea` trains with a change of scripts/ideas.py.
+docs/recipes.md has such rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import statistics
+import sys
 from pathlib import Path
 
 from command import ending
@@ -23,8 +26,8 @@ from training.metrics import read_metrics
 from training.parallel import start_processes
 
 
-def finish(arguments: list[str], trainer_class: type[Trainer]) -> Path:
-    """Train the run that these arguments of train.py describe to its end; returns its directory."""
+def finish(arguments: list[str], trainer_class: type[Trainer]) -> None:
+    """Train the run that these arguments of train.py describe to its end."""
     config = parse_config(arguments)
     if not config.eval.every:
         raise ValueError("eval.every is 0: without a validation there is nothing to compare by")
@@ -39,12 +42,12 @@ def finish(arguments: list[str], trainer_class: type[Trainer]) -> Path:
             raise KeyboardInterrupt
     finally:
         trainer.close()
-    return trainer.directory
 
 
 def first_below(records: list[dict], loss: float) -> int | None:
     """Tokens at the first validation with at most this loss."""
-    return next((r["tokens"] for r in records if r["split"] == "val" and r["loss"] <= loss), None)
+    reached = (r["tokens"] for r in records if r["split"] == "val" and r["loss"] is not None and r["loss"] <= loss)
+    return next(reached, None)
 
 
 def table(args: argparse.Namespace) -> str:
@@ -61,12 +64,16 @@ def table(args: argparse.Namespace) -> str:
             parts = [Path(args.config).stem, *([args.idea] if args.idea else [])]
             name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)]).replace("/", "-")
             flags = [part for n, v in fields for part in (f"--{n}", v)]
-            directory = finish(
-                ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags],
-                IDEAS.get(args.idea, Trainer),
-            )
-            records = read_metrics(directory / "metrics.jsonl")
-            finals.append(next(r["loss"] for r in reversed(records) if r["split"] == "val"))
+            arguments = ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags]
+            diverged = False
+            try:
+                finish(arguments, IDEAS.get(args.idea, Trainer))
+            except FloatingPointError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                diverged = True
+            records = read_metrics(Path(args.dir) / name / "metrics.jsonl")
+            final = next((r["loss"] for r in reversed(records) if r["split"] == "val"), None)
+            finals.append(math.inf if diverged or final is None else final)
             seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
             reached.append([first_below(records, loss) for loss in args.losses])
         tokens = [
@@ -99,7 +106,8 @@ def main() -> None:
     for field in args.vary:
         if "=" not in field:
             parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
-    with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command goes on from here\n"):
+    then = "delete the run that was stopped, and give" if args.idea else "go on with"
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; {then} the same command\n"):
         print(table(args))
 
 

@@ -47,3 +47,10 @@ def test_what_cannot_be_swept_is_said(sweep):
     result = sweep(check=False, **{"eval.every": 0})
     assert result.returncode == 2
     assert "eval.every is 0" in result.stderr
+
+
+def test_a_value_that_diverges_is_a_row_too(sweep):
+    arguments = ("--seeds", 1, "--vary", "optim.lr=1e-4,1e38", "--losses", 1.0)
+    rows = [line for line in sweep(*arguments, **{"optim.steps": 20}).stdout.splitlines() if "optim.lr=" in line]
+    assert len(rows) == 2
+    assert rows[1].startswith("| inf | inf | never |")
