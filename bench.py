@@ -42,6 +42,7 @@ ROWS, TOKENS = 4, 512  # of a training step
 NEW_TOKENS = 256  # of a decoding run
 QUESTIONS = 32  # of a HellaSwag run
 VOCAB = 50257
+HERE = Path(__file__).resolve().parent
 Run = Callable[[], object]
 Contestants = dict[str, Callable[[], Run]]  # by name, what sets each up in a process of its own
 
@@ -290,7 +291,7 @@ def tokenize_ours(corpus: Path) -> Run:
     command = [sys.executable, "-m", "data.prepare", "text", str(corpus), "--val-fraction", "0", "--out"]
 
     def run() -> None:
-        subprocess.run([*command, tempfile.mkdtemp(dir=corpus.parent)], check=True, capture_output=True)
+        subprocess.run([*command, tempfile.mkdtemp(dir=corpus.parent)], check=True, capture_output=True, cwd=HERE)
 
     return run
 
@@ -562,7 +563,7 @@ def bench_startup(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
         seconds = []
         for _ in range(runs):
             began = time.perf_counter()
-            subprocess.run([sys.executable, command, "--help"], check=True, capture_output=True)
+            subprocess.run([sys.executable, command, "--help"], check=True, capture_output=True, cwd=HERE)
             seconds.append(time.perf_counter() - began)
         print(f"{command} --help: {statistics.median(seconds):.2f} s")
         tables.append({"title": f"{command} --help", "seconds": statistics.median(seconds)})

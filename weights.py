@@ -110,13 +110,14 @@ def read_config(directory: str | Path) -> GPTConfig:
             raise ValueError(f"{path}: {name} is {found!r}; GPT-2 has {value!r}, and nothing else is implemented")
     if missing := [name for name in ("model_type", *CONFIG_FIELDS) if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
-        raise ValueError(f"{path}: n_inner is {fields['n_inner']}, expected 4 x n_embd = {4 * fields['n_embd']}")
     dropouts = {fields[name] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if len(dropouts) > 1:
         warnings.warn(f"{path} has dropout rates {sorted(dropouts)}: all become {max(dropouts)}", stacklevel=2)
     ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
-    return GPTConfig(**ours | {"dropout": max(dropouts), "causal": fields.get("causal", True)})
+    config = GPTConfig(**ours | {"dropout": max(dropouts), "causal": fields.get("causal", True)})
+    if fields.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner is {fields['n_inner']}, expected 4 x n_embd = {4 * config.n_embd}")
+    return config
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +131,12 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     if (directory / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(
+                f"{index} has no weight_map that says which file holds which tensor: fetch the model again"
+            )
+        files = sorted(set(places.values()))
     elif pickled.is_file():
         mapped = zipfile.is_zipfile(pickled)  # else written by PyTorch before 1.6, and read as a whole
         load = partial(torch.load, pickled, map_location="cpu", weights_only=True, mmap=mapped)
