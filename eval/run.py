@@ -301,9 +301,8 @@ def run(args: argparse.Namespace) -> None:
     from weights import locate
 
     functions = find_tasks(args.tasks)
-    others = [name for name in functions if not has_questions(name)]
-    if others and (args.shots or args.convention):
-        raise ValueError(f"--shots and --convention are for questions with choices: not with {', '.join(others)}")
+    if args.shots and (others := [name for name in functions if not has_questions(name)]):
+        raise ValueError(f"--shots is for questions with choices: not with {', '.join(others)}")
     for path in (args.json, args.examples):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")

@@ -65,7 +65,7 @@ def find_tasks(names: Sequence[str]) -> dict[str, Run]:
 
 
 def has_questions(name: str) -> bool:
-    """Whether a task is of questions with choices, which --convention and --shots are for."""
+    """Whether a task is of questions with choices, which solved examples can come before."""
     return name in ("hellaswag", "classify", *TASKS)
 
 
