@@ -318,6 +318,7 @@ class Trainer:
         before, now = state["identity"]["dataset"], self.identity["dataset"]
         if None in (before.get("validation_sha256"), now["validation_sha256"]):  # one of the two had no validation
             before["validation_sha256"] = now["validation_sha256"]
+        state["identity"]["model"].setdefault("init_from", self.config.model.init_from)  # older checkpoints do not tell
         refuse_changes(state["identity"], self.identity, allow=self.config.run.allow_changes)
         self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
         self.val_loss, self.best = state["val_loss"], state.get("best")
