@@ -56,7 +56,8 @@ class Options(SimpleNamespace):
     def check(self, vocab_size: int) -> None:
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must be above 0 (for greedy decoding set do_sample=False)": 1e-30 <= self.temperature < inf,
+            "temperature must be above 0 (for greedy decoding set do_sample=False)": 0 < self.temperature < inf,
+            "temperature must be at least 1e-30, as scores divided by less overflow": self.temperature >= 1e-30,
             "top_k must not be negative": (self.top_k or 0) >= 0,
             "top_p must be in (0, 1]": self.top_p is None or 0 < self.top_p <= 1,
             "min_p must be in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
@@ -553,7 +554,7 @@ def prepare(
     if prompt_length + options.max_new_tokens > config.block_size and not options.sliding:
         raise ValueError(
             f"{prompt_length} prompt tokens + {options.max_new_tokens} new > block_size {config.block_size}: "
-            f"ask for fewer, shorten the prompt, or set sliding=True to see the last {config.block_size} tokens only"
+            f"ask for fewer or shorten the prompt (in Python, sliding=True reads the last {config.block_size} only)"
         )
     mask = attention_mask
     if mask is not None:

@@ -66,7 +66,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         parser.error("--temperature, --top-k and --top-p are for sampling: not with --greedy or --num-beams")
     if args.greedy and args.num_beams > 1:
         parser.error("--greedy and --num-beams exclude each other")
-    if args.temperature is not None and not 1e-30 <= args.temperature < math.inf:
+    if args.temperature is not None and not 0 < args.temperature < math.inf:
         parser.error(f"--temperature must be above 0, got {args.temperature}: --greedy takes the likeliest token")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be in 0..2^63 - 1, got {args.seed}")
@@ -124,13 +124,7 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
 
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
     room = max(1, model.config.block_size - len(longest))
-    new = args.max_new_tokens or min(MAX_NEW_TOKENS, room)
-    if len(longest) + new > model.config.block_size:
-        raise ValueError(
-            f"{len(longest)} prompt tokens + {new} new > block_size {model.config.block_size}: shorten the prompt, or "
-            f"lower --max-new-tokens"
-        )
-    options: dict[str, Any] = {"max_new_tokens": new}
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(MAX_NEW_TOKENS, room)}
     options["eos_token_id"] = tokenizer.eot
     if args.sampling:
         options["do_sample"] = True

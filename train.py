@@ -509,25 +509,29 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def run(config: Config, flags: Any) -> None:
+    """Train, or with --dry-run say what that would take."""
+    processes = start_processes(config.system)
+    if flags.dry_run is not None:
+        report = dry_run(config, processes, flags)
+        if processes.is_main:
+            print(report)
+        return
+    trainer = Trainer(config, processes, verify=flags.verify)
+    try:
+        trainer.run(profile=flags.profile)
+    except BaseException:
+        trainer.fail()
+        raise
+    finally:
+        trainer.close()
+
+
 def main() -> None:
     config, flags = parse_command_line()
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
-        processes = start_processes(config.system)
-        if flags.dry_run is not None:
-            report = dry_run(config, processes, flags)
-            if processes.is_main:
-                print(report)
-            stop_processes()
-            return
-        trainer = Trainer(config, processes, verify=flags.verify)
-        try:
-            trainer.run(profile=flags.profile)
-        except BaseException:
-            trainer.fail()
-            raise
-        finally:
-            trainer.close()
+        run(config, flags)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {who}{error}", file=sys.stderr)
         sys.exit(2)

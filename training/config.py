@@ -201,7 +201,7 @@ class Config:
             )
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise ValueError(f"optim.betas {list(optim.betas)} must lie in [0, 1)")
-        if not 0 <= optim.muon_momentum < 1:
+        if optim.muon_momentum >= 1:
             raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must lie in [0, 1): at 1 nothing is learned")
         if self.eval.patience and not self.eval.every:
             raise ValueError("eval.patience counts validations, and eval.every 0 makes none: set eval.every")

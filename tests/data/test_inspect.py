@@ -83,7 +83,7 @@ def test_damage_and_wrong_arguments_are_named(
     assert "train_000001.bin is damaged" in refused(dataset)
 
 
-def test_a_first_document_longer_than_what_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_first_document_longer_than_what_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect, "READ_TOKENS", 10)
     tokens = np.ones(50, np.uint16)
     tokens[45] = 0

@@ -212,7 +212,7 @@ def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
     assert len(moved) == 14
 
 
-def test_more_frozen_blocks_than_there_are_is_said_before_anything_is_loaded(untrained, pairs, tmp_path, train):
+def test_more_frozen_blocks_than_there_are_is_refused(untrained, pairs, tmp_path, train):
     with pytest.raises(ValueError, match=r"model.freeze_layers 3 is above .*'s 2: lower it"):
         train(finetune(untrained, pairs, tmp_path, "--model.freeze_layers", "3"))
 
