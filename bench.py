@@ -187,11 +187,11 @@ def hellaswag_ours(dtype: str) -> Run:
     import torch
 
     from data.tokenizer import load_tokenizer
+    from device import autocast, keep_freed_memory
     from eval.choices import answer
     from eval.hellaswag import completion
     from eval.likelihood import log_likelihoods
     from model import GPT, GPTConfig
-    from training.device import autocast, keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -515,7 +515,7 @@ def bench_hellaswag(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     """As eval.run does it by itself, and in the other dtype too."""
     import torch
 
-    from training.device import find_dtype
+    from device import find_dtype
 
     default = str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     contestants: Contestants = {"ours": partial(hellaswag_ours, default)}

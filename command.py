@@ -8,6 +8,11 @@ from contextlib import contextmanager
 
 MODEL_HELP = "run, checkpoint or Hugging Face directory, or name on the hub"
 DEVICE_HELP = "cuda, cuda:1, mps, cpu (default: the first of these there is)"
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_HELP = (
+    "precision of the matrix products. auto: bfloat16 where the processor computes in it (AVX512-BF16, AMX, Arm BF16, "
+    "CUDA from Ampere on), float16 on older CUDA cards, float32 elsewhere. Use float32 for exact comparisons"
+)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a wrong argument need not wait for it
     from data.tokenizer import Tokenizer
@@ -50,13 +50,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print an object a sample: prompt, text, tokens, logprobs, finish_reason")
     add("--show-probs", type=int, metavar="K", help="first print the K likeliest next tokens with their probabilities")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of weights and arithmetic; auto is bfloat16 on processors that compute in it (AVX512-BF16, AMX, Arm "
-        "BF16, recent GPUs), else float32. For exact comparisons take float32",
-    )
+    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=f"{DTYPE_HELP}. The weights are converted to it too")
     add("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(arguments)
 
@@ -108,9 +102,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     """The model, its weights packed for decoding, and its tokenizer."""
+    from device import find_device, find_dtype
     from generation import pack_weights
     from training.checkpoint import load_model
-    from training.device import find_device, find_dtype
 
     device = find_device(args.device, "--device")
     model, tokenizer, _ = load_model(args.model, dtype=find_dtype(args.dtype, device), device=device)
