@@ -41,7 +41,8 @@ Facts = dict[tuple[str, str], Any]  # (what, where) -> value, such as ("train lo
 STEPS, RESUME_AT = 20, 10
 CHECKPOINT_FILES = ("model.safetensors", "trainer/optimizer.safetensors")
 TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these depend on the machine and the moment
-TIMEOUT = 600.0  # seconds for one command; a command takes a few seconds
+TIMEOUT = 600.0  # seconds for one command, which usually takes less than ten
+GRACE = 60.0  # seconds in which a stopped command must end
 SHOWN = 3  # differences printed for each case
 
 CONFIG: dict[str, dict[str, Any]] = {
@@ -82,6 +83,11 @@ class Side:
     code: Path
     directory: Path
 
+    @property
+    def compiled_code(self) -> Path:
+        """The cache of torch.compile, the same for both sides: its key is the compiled graph itself."""
+        return self.directory.parent / "inductor"
+
     def launch(self, *arguments: str, processes: int = 1) -> str:
         """Run `python ...` with this side's code, under torchrun if there are several processes; return its output.
 
@@ -93,11 +99,7 @@ class Side:
         script, *rest = arguments
         command += [str(self.code / script) if script.endswith(".py") else script, *rest]
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        environment |= ENVIRONMENT | {
-            "PYTHONPATH": str(self.code),
-            # Both sides share the cache of compiled code. Its key is the compiled graph itself.
-            "TORCHINDUCTOR_CACHE_DIR": str(self.directory.parent / "inductor"),
-        }
+        environment |= ENVIRONMENT | {"PYTHONPATH": str(self.code), "TORCHINDUCTOR_CACHE_DIR": str(self.compiled_code)}
         process = subprocess.Popen(
             command,
             cwd=self.directory,
@@ -110,9 +112,10 @@ class Side:
         try:
             output, errors = process.communicate(timeout=TIMEOUT)
         except BaseException as error:
-            # Not SIGKILL: torchrun could not stop its workers, which would continue to run.
-            process.terminate()
-            process.wait()
+            process.terminate()  # not SIGKILL at once: torchrun could not stop its workers, which would continue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            process.kill()
             if isinstance(error, subprocess.TimeoutExpired):
                 raise Failure(f"`{' '.join(arguments)}` did not end within {TIMEOUT:.0f} seconds") from None
             raise
@@ -188,8 +191,8 @@ def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], 
             found = ["no value" if value is absent else excerpt(repr(value)) for value in (old, new)]
         elif old != new:
             texts = [repr(old), repr(new)]
-            equal = len(os.path.commonprefix(texts))
-            found = [excerpt(text, equal) for text in texts]
+            first = next((i for i, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
+            found = [excerpt(text, first) for text in texts]
         else:
             continue
         differences.append(f"{key[0]}, {key[1]}: BASE {found[0]}, HEAD {found[1]}")
@@ -219,7 +222,7 @@ def write_inputs(directory: Path) -> None:
     def sentence(length: int) -> str:
         return " ".join(chance.choices(words, weights, k=length)).capitalize() + "."
 
-    documents = [" ".join(sentence(chance.randint(4, 12)) for _ in range(6)) for _ in range(150)]
+    documents = [" ".join(sentence(chance.randint(4, 12)) for _ in range(6)) for _ in range(100)]
     (directory / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
     (directory / "heldout.txt").write_text("\n\n".join(sentence(10) for _ in range(20)), encoding="utf-8")
     (directory / "prompts.txt").write_text("".join(sentence(n) + "\n" for n in (2, 5, 9)), encoding="utf-8")
@@ -274,6 +277,8 @@ def train(side: Side, name: str, changes: Mapping[str, Any], processes: int) -> 
         config[section][key] = value
     (side.directory / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     side.launch("train.py", "--config", f"{name}.yaml", processes=processes)
+    if config["system"]["compile"] and not side.compiled_code.is_dir():
+        raise Failure("system.compile is true, but torch.compile left no code in its cache: nothing was compiled")
     return run_facts(side.directory / "runs" / name)
 
 
@@ -396,9 +401,8 @@ def run_case(case: Case) -> Result:
     details = differences[:SHOWN] + additions
     if len(differences) > SHOWN:
         details.insert(SHOWN, f"and {len(differences) - SHOWN} further differences")
-    return Result(
-        case.name, "different" if differences else "equal", len(facts[0]), time.monotonic() - began, details
-    )
+    status = "different" if differences else "equal"
+    return Result(case.name, status, len(facts[0]), time.monotonic() - began, details)
 
 
 def table(results: list[Result]) -> str:
@@ -446,7 +450,8 @@ def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
         git("worktree", "add", "--detach", str(directory), commit, directory=repository)
         yield directory
     finally:
-        git("worktree", "remove", "--force", str(directory), directory=repository)
+        with contextlib.suppress(ValueError):  # there is none if `worktree add` failed
+            git("worktree", "remove", "--force", str(directory), directory=repository)
 
 
 def run(commits: tuple[str, str], repository: Path, keep: Path | None, *, short: bool) -> bool:
@@ -481,16 +486,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--keep", type=Path, metavar="DIR", help="new directory that keeps the datasets and runs of both sides"
     )
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the worktrees are removed
     try:
         repository = Path(git("rev-parse", "--show-toplevel"))
         commits = find_commit(args.base, repository), find_commit(args.head, repository)
         if args.keep is not None and args.keep.exists():
             raise ValueError(f"--keep {args.keep} exists already: name a new directory")
-    except ValueError as error:
-        parser.error(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktrees are removed then, too
-    try:
         sys.exit(not run(commits, repository, args.keep, short=args.short))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
