@@ -74,12 +74,11 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two revisions: its name, its code and the directory in which its commands run.
+    """One of the two revisions: its code and the directory in which its commands run.
 
     Commands name datasets and runs relative to `directory`, so the paths are equal on both sides.
     """
 
-    name: str
     code: Path
     directory: Path
 
@@ -462,7 +461,7 @@ def run(commits: tuple[str, str], repository: Path, keep: Path | None, *, short:
         sides = []
         for name, commit in zip(("base", "head"), commits, strict=True):
             code = stack.enter_context(checkout(commit, repository, temporary / f"code-{name}"))
-            sides.append(Side(name.upper(), code, work / name))
+            sides.append(Side(code, work / name))
             sides[-1].directory.mkdir(parents=True)
             write_inputs(sides[-1].directory)
         results = []

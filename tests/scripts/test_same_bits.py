@@ -159,7 +159,7 @@ def test_a_command_runs_the_code_of_its_side_in_the_directory_of_its_side(tmp_pa
     lines += ["print(marker.value, os.getcwd(), sys.argv[1:], [os.environ.get(name) for name in names])"]
     (code / "train.py").write_text("\n".join(lines), encoding="utf-8")
     (code / "bad.py").write_text("raise SystemExit('it cannot work')", encoding="utf-8")
-    side = Side("HEAD", code, directory)
+    side = Side(code, directory)
     assert side.launch("train.py", "--x").split("\n")[0] == f"3 {directory} ['--x'] ['1', None]"
     assert side.launch("-m", "train").startswith("3 ")
     with pytest.raises(Failure, match=r"`bad\.py --x` exited with 1:\n    it cannot work"):
