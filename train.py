@@ -29,10 +29,10 @@ import yaml
 from filelock import FileLock
 
 from data.loader import Loader
-from data.shards import write_json
 from eval.hellaswag import hellaswag
 from eval.loss import split_loss
 from eval.reference import losses_to_beat
+from files import write_json
 from generation import generate
 from model import GPTConfig
 from report.curves import draw_loss

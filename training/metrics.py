@@ -21,7 +21,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from data.shards import write_json
+from files import write_json
 
 if TYPE_CHECKING:  # their imports take a second that reading metrics does without
     from training.config import Config

@@ -12,7 +12,7 @@ import torch
 
 from data.completions import CompletionWindows
 from data.loader import IGNORE_INDEX, Loader, validation_batches
-from data.sources.shakespeare import HELD_OUT, read_plays
+from data.prepare.shakespeare import HELD_OUT, read_plays
 from data.tokenizer import load_tokenizer, train_tokenizer
 from eval.choices import read_rows
 from eval.loss import split_loss
