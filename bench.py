@@ -277,7 +277,7 @@ def text_files(roots: list[str]) -> Iterator[str]:
 
 def repeated_plays(size: int) -> Iterator[str]:
     """The plays over and over, up to `size` bytes."""
-    from data.sources.shakespeare import read_plays
+    from data.prepare.shakespeare import read_plays
 
     written = 0
     for text in itertools.cycle(read_plays().values()):
@@ -353,7 +353,7 @@ def tokenize_tiktoken(corpus: Path) -> Run:
 
 def check_shards(directory: Path) -> None:
     """ValueError unless the datasets in a directory, whoever wrote them, have the same shards byte by byte."""
-    from data.shards import file_sha256
+    from files import file_sha256
 
     datasets = [path for path in directory.iterdir() if path.is_dir()]
     hashes = [[file_sha256(shard) for shard in sorted(dataset.glob("train_*.bin"))] for dataset in datasets]

@@ -29,11 +29,11 @@ import yaml
 from filelock import FileLock
 
 from data.loader import Loader
-from data.shards import write_json
 from device import fast_dtype, gradient_scaler
 from eval.hellaswag import hellaswag
 from eval.loss import split_loss
 from eval.reference import losses_to_beat
+from files import write_json
 from generation import generate
 from model import GPTConfig
 from report.curves import draw_loss
@@ -197,15 +197,15 @@ class Trainer:
         micro_batches = next(self.loader)
         clock.lap("data")
         loss_sum = torch.zeros((), device=processes.device)
-        for i, (inputs, targets, share) in enumerate(micro_batches, 1):
+        for i, (inputs, targets, weight) in enumerate(micro_batches, 1):
             synchronise_gradients(self.loss_function, model, i == len(micro_batches))
             inputs = inputs.to(processes.device, non_blocking=True)
             targets = targets.to(processes.device, non_blocking=True)
             with processes.autocast():
                 loss = self.loss_function(inputs, targets)
             # Every target weighs the same: gradients add up over micro-batches, and are averaged over processes.
-            self.scaler.scale(loss * (share * processes.world_size)).backward()
-            loss_sum += loss.detach() * share
+            self.scaler.scale(loss * (weight * processes.world_size)).backward()
+            loss_sum += loss.detach() * weight
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = clip_gradients(model, config.optim.grad_clip)

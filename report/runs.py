@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from data.shards import file_sha256, read_meta
+from data.shards import read_meta
 from data.tokenizer import load_tokenizer
 from eval.reference import losses_to_beat, published, published_losses
+from files import file_sha256
 from model import PRESETS
 from training.metrics import duration, read_metrics
 

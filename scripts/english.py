@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from command import ending
-from data.sources.shakespeare import read_plays
+from data.prepare.shakespeare import read_plays
 from eval.choices import read_rows
 
 PIECE = 4000  # characters of a play, at least; to the end of a speech

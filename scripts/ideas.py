@@ -105,7 +105,7 @@ class SmallBatchesFirst(Trainer):
         if len(share) != 1:
             raise ValueError("small-batches-first halves whole batches: raise data.micro_batch until a batch is one")
         halves = zip(inputs[0].chunk(2), targets[0].chunk(2), strict=True)
-        batches: Any = iter([[MicroBatch(*half, share=share[0])] for half in halves])
+        batches: Any = iter([[MicroBatch(*half, weight=share[0])] for half in halves])
         self.loader = batches
         super().train_step(stop_asked, save_asked)
         self.step -= 1

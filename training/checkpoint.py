@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data.shards import file_sha256, sync_directory
 from data.tokenizer import Tokenizer, load_tokenizer
+from files import file_sha256, sync_directory
 from model import GPT, GPTConfig
 from weights import locate, save_weights
 

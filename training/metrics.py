@@ -21,8 +21,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from data.shards import write_json
 from device import cpu_instruction_set
+from files import write_json
 
 if TYPE_CHECKING:  # their imports take a second that reading metrics does without
     from training.config import Config

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import IGNORE_INDEX, Loader, TokenWindows, permute, rank_share, validation_batches
+from data.loader import IGNORE_INDEX, Loader, TokenWindows, permute, split_evenly, validation_batches
 from data.shards import HEADER_BYTES, MAGIC, VERSION, open_split
 
 T = 16
@@ -37,7 +37,7 @@ def make(dataset, **changes):
 
 def global_batch(loader_step):
     """One step's micro-batches as a pair (inputs, targets) of (rows, T), rows that do not count left out."""
-    rows = [m for m in loader_step if m.share]
+    rows = [m for m in loader_step if m.weight]
     return torch.cat([m.inputs for m in rows]), torch.cat([m.targets for m in rows])
 
 
@@ -98,8 +98,8 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch
         steps = [next(rank) for rank in ranks]
         assert len({len(step) for step in steps}) == 1  # in step, as FSDP needs it
         assert max(len(m.inputs) for step in steps for m in step) <= micro_batch
-        assert sum(m.share for step in steps for m in step) == pytest.approx(1, abs=1e-12)
-        assert all(m.share == pytest.approx(len(m.inputs) / 8) for step in steps for m in step if m.share)
+        assert sum(m.weight for step in steps for m in step) == pytest.approx(1, abs=1e-12)
+        assert all(m.weight == pytest.approx(len(m.inputs) / 8) for step in steps for m in step if m.weight)
         for side in (0, 1):
             assert torch.equal(torch.cat([global_batch(step)[side] for step in steps]), expected[side])
     for loader in (whole, *ranks):
@@ -109,8 +109,8 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch
 def test_a_rank_with_fewer_windows_than_micro_batches_gets_one_that_does_not_count(dataset):
     last = make(dataset, batch_tokens=5 * T, micro_batch=1, rank=0, world_size=2)  # shares of 2 and 3
     step = next(last)
-    assert [m.share for m in step].count(0) == 1
-    assert all((m.targets == IGNORE_INDEX).all() for m in step if m.share == 0)
+    assert [m.weight for m in step].count(0) == 1
+    assert all((m.targets == IGNORE_INDEX).all() for m in step if m.weight == 0)
     last.close()
 
 
@@ -161,7 +161,7 @@ def test_validation_counts_each_target_once_on_any_number_of_ranks(dataset, worl
         batches.append(len(mine))
         for batch in mine:
             valid = batch.targets != IGNORE_INDEX
-            assert batch.share == pytest.approx(valid.sum().item() / counted, abs=1e-12)
+            assert batch.weight == pytest.approx(valid.sum().item() / counted, abs=1e-12)
             assert torch.equal(batch.inputs[valid] + 1, batch.targets[valid])
             seen += batch.targets[valid].tolist()
     assert seen == list(range(1, counted + 1))
@@ -196,7 +196,7 @@ def test_a_shard_cut_short_while_in_use_is_named(dataset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_tokens": 100}, "batch_tokens 100 is no multiple of sequence_length 16"),
+        ({"batch_tokens": 100}, "batch_tokens must be a multiple of sequence_length 16, got 100"),
         ({"batch_tokens": 2 * T, "world_size": 3}, "fewer than the 3 processes"),
         ({"sequence_length": 1024, "batch_tokens": 1024}, "1,003 tokens, not one window"),
     ],
@@ -206,9 +206,9 @@ def test_what_cannot_work_is_refused_with_the_numbers(dataset, changes, message)
         make(dataset, **changes)
 
 
-def test_rank_share_covers_everything_once():
+def test_split_evenly_covers_everything_once():
     for n in range(20):
         for world_size in range(1, 9):
-            shares = [rank_share(n, rank, world_size) for rank in range(world_size)]
+            shares = [split_evenly(n, rank, world_size) for rank in range(world_size)]
             assert [i for share in shares for i in share] == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -11,8 +11,7 @@ import pytest
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.sources.shakespeare import read_plays
-from data.sources.wheel import fetch_wheel, read_wheel
+from data.prepare.shakespeare import read_plays
 from data.tokenizer import (
     END_OF_TEXT,
     GPT2_FILES,
@@ -24,6 +23,7 @@ from data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from data.wheel import fetch_wheel, read_wheel
 
 NASTY = [
     "",
@@ -266,7 +266,7 @@ def test_bad_kinds_and_places_are_named(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
     renumbered = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "b": 1, "a": 2}, "merges": []}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(renumbered))
-    with pytest.raises(ValueError, match="not numbered in their order"):
+    with pytest.raises(ValueError, match="not numbered in code point order"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="do not fit uint16"):
         CharacterTokenizer(chr(0x10000 + i) for i in range(MAX_VOCAB_SIZE))

@@ -2,7 +2,7 @@
 
 import json
 
-from data.sources.shakespeare import read_plays
+from data.prepare.shakespeare import read_plays
 
 
 def test_every_text_stands_once_and_the_plays_are_whole(python, tmp_path):

@@ -24,7 +24,7 @@ def main() -> None:
 
         def watched(batches=batches, steps=steps):
             for batch in batches:
-                steps.append(np.concatenate([part.inputs.numpy() for part in batch if part.share]))
+                steps.append(np.concatenate([part.inputs.numpy() for part in batch if part.weight]))
                 yield batch
 
         loader, trainer.loader = trainer.loader, watched()

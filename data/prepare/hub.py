@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, read as they arrive, or from a local copy of one; and shards already tokenized."""
+"""Datasets of the Hugging Face hub, streamed or from a local copy; and shards that are already tokenized."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 
-from data.shards import PROGRESS_FILE, DatasetMeta, ShardMeta, file_sha256, read_header, read_meta, write_json
-from data.sources import File, Options, Piece, Source
-from data.sources.text import file_format, listing_sha256, open_file, open_parquet, read_pieces, text_filter
+from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
+from data.prepare.text import file_format, listing_sha256, open_file, open_parquet, read_chunks, text_filter
+from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header, read_meta
 from data.tokenizer import load_tokenizer
+from files import file_sha256, write_json
 
-# command: (dataset, configuration)
+# name of the subcommand: (dataset on the hub, configuration)
 PRESETS = {
     "fineweb-edu-10b": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb-10b": ("HuggingFaceFW/fineweb", "sample-10BT"),
@@ -24,16 +26,27 @@ PRESETS = {
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
     "tinystories": ("roneneldan/TinyStories", None),
 }
+# name of the dataset: repository on the hub with its shards
 TOKENIZED = {"fineweb-10b": "kjj0/fineweb10B-gpt2"}
+# The line with the title of an article. Titles of its sections have more equals signs: ` = = Section = = `.
 _ARTICLE = re.compile(r" = [^=].* = \n")
 
 
-def hub_source(dataset: str, name: str | None, split: str | None, options: Options, articles: bool = False) -> Source:
-    """The files of `dataset`, a hub id or a local directory laid out like one, in configuration `name`.
+def hub_source(
+    dataset: str, name: str | None, split: str | None, options: ParseOptions, articles: bool = False
+) -> Source:
+    """Return a dataset of the hub as a source.
 
-    Without `split`, "train", and "validation" where there is one as the validation split; with it, that one alone.
-    `articles`: rows are lines, to be joined into WikiText's articles. Raises OSError when the hub cannot be reached,
-    ValueError for a configuration, split or kind of file that is not there.
+    Args:
+        dataset: id on the hub, or a local directory with the same files.
+        name: configuration of the dataset.
+        split: read only this split. With None, read "train", and "validation", if there is one, as validation split.
+        options: how its files become documents.
+        articles: join the rows, which are lines, into articles, as WikiText needs.
+
+    Raises:
+        OSError: when the hub cannot be reached.
+        ValueError: for a missing configuration or split, or an unknown type of file.
     """
     local = Path(dataset).is_dir()
     commit = "" if local else _dataset_info(dataset).sha
@@ -44,14 +57,14 @@ def hub_source(dataset: str, name: str | None, split: str | None, options: Optio
         chosen = {split: None}
     missing = chosen.keys() - found.keys()
     if missing:
-        raise ValueError(f"{dataset} has no split {missing.pop()!r} but {', '.join(found)}: name one with --split")
+        raise ValueError(f"{dataset} has no split {missing.pop()!r}, only {', '.join(found)}: choose one with --split")
     files = []
     for theirs, ours in chosen.items():
         for path in found[theirs]:
             if not file_format(path):
                 raise ValueError(f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl or .txt files")
-            files.append(File(path, Path(path).stat().st_size if local else _hub_size(path), ours))
-    read = functools.partial(_read_articles if articles else read_pieces, options=options)
+            files.append(SourceFile(path, Path(path).stat().st_size if local else _hub_size(path), ours))
+    read = functools.partial(_read_articles if articles else read_chunks, options=options)
     described = ", ".join(filter(None, ["hf " + (Path(dataset).name if local else dataset), name, split]))
     revision = listing_sha256(files) if local else commit
     return Source(
@@ -65,55 +78,52 @@ def hub_source(dataset: str, name: str | None, split: str | None, options: Optio
 
 
 def _dataset_info(dataset: str) -> Any:
-    """What the hub says of a dataset: `sha`, its newest commit, and `siblings`, its files."""
-    from huggingface_hub import HfApi
-
+    """Return the hub's description of a dataset: `sha` is its newest commit, `siblings` are its files."""
     try:
-        return HfApi().dataset_info(dataset, files_metadata=True, timeout=30)
+        return huggingface_hub.HfApi().dataset_info(dataset, files_metadata=True, timeout=30)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise OSError(
-            f"cannot reach dataset {dataset} on the Hugging Face hub ({reason}); where there is no way to the hub, "
-            "bring a copy of the dataset's directory and give that (`hf DIR`, or --from DIR for a preset)"
+            f"cannot reach dataset {dataset} on the Hugging Face hub ({reason}): check the network, or copy the "
+            "dataset's directory to this machine and give that (`hf DIR`, or --from DIR for a preset)"
         ) from error
 
 
 def _hub_size(address: str) -> int:
-    from huggingface_hub import HfFileSystem
-
-    return HfFileSystem().info(address)["size"]
+    return huggingface_hub.HfFileSystem().info(address)["size"]
 
 
 def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[str, list[str]]:
-    """Paths or hf:// addresses by split."""
-    import datasets
+    """Return the local paths or hf:// addresses of the files of each split."""
+    import datasets  # here, because importing it takes 0.6 s, and text files do not need it
 
     try:
         builder = datasets.load_dataset_builder(dataset, name, revision=revision)
     except RuntimeError as error:
         if "script" not in str(error):
             raise
-        # The hub keeps a conversion of datasets that are made by a script.
+        # For a dataset that is defined by a script, which is not executed here, the hub has a conversion to parquet.
         builder = datasets.load_dataset_builder(dataset, name, revision="refs/convert/parquet")
     except (ValueError, OSError) as error:
         raise ValueError(f"{dataset} cannot be used: {str(error).strip()}") from error
     found = {split: [str(path) for path in paths] for split, paths in (builder.config.data_files or {}).items()}
     if any("/partial-" in path for paths in found.values() for path in paths):
         raise ValueError(
-            f"{dataset} is on the hub only as a script, and its conversion is not complete: use a copy of it"
+            f"{dataset} is on the hub only as a script, and its conversion to parquet is not complete: "
+            "copy its files to this machine and use `hf DIR`"
         )
     return found
 
 
-def _read_articles(file: File, limit: int, options: Options) -> Iterator[Piece]:
-    """WikiText's rows are lines; a document is an article, from one title of the first order to the next."""
+def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[Chunk]:
+    """Join the rows of WikiText, which are lines, into documents: an article reaches from its title to the next one."""
     lines: list[str] = []
     done: list[str] = []
     first, size = 1, 0
 
-    def piece(last: bool = False) -> Piece:
+    def chunk(last: bool = False) -> Chunk:
         data = "".join(json.dumps({options.text_key: text}) + "\n" for text in done).encode()
-        return Piece(file, "jsonl", first, file.size if last else 0, data)
+        return Chunk(file, "jsonl", first, file.size if last else 0, data)
 
     with open_file(file.name) as raw:
         for batch in open_parquet(raw, file.name).iter_batches(columns=[options.text_key]):
@@ -122,20 +132,19 @@ def _read_articles(file: File, limit: int, options: Options) -> Iterator[Piece]:
                     done.append("".join(lines))
                     size, lines = size + len(done[-1]), []
                     if size >= limit:
-                        yield piece()
+                        yield chunk()
                         first, size, done = first + len(done), 0, []
                 lines.append(line)
     done += ["".join(lines)] if any(lines) else []
-    yield piece(last=True)
+    yield chunk(last=True)
 
 
 def download(name: str, directory: Path) -> DatasetMeta:
-    """Fetch shards that are already tokenized, hold each against its header and the hub's sha256, and describe them.
+    """Download shards that are already tokenized, check header and sha256 of each, and write `meta.json`.
 
-    What is there is not fetched again. Raises OSError when the hub cannot be reached, ValueError for a bad shard.
+    Files that are already in `directory` are not downloaded again. Raises OSError when the hub cannot be reached,
+    ValueError for a damaged shard.
     """
-    from huggingface_hub import hf_hub_download
-
     if directory.is_dir() and (meta := read_meta(directory)) is not None:
         return meta
     repository = TOKENIZED[name]
@@ -149,16 +158,22 @@ def download(name: str, directory: Path) -> DatasetMeta:
         print(f"{number}/{len(listed)} {file.rfilename}")
         try:
             path = Path(
-                hf_hub_download(repository, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=directory)
+                huggingface_hub.hf_hub_download(
+                    repository, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=directory
+                )
             )
         except Exception as error:
-            raise OSError(f"{file.rfilename} did not arrive ({error}); the same command goes on from here") from error
+            raise OSError(
+                f"{file.rfilename} could not be downloaded ({error}): run the same command again to continue"
+            ) from error
         tokens = read_header(path)
         sha256 = file_sha256(path)
         if sha256 != file.lfs.sha256:
             path.unlink()
-            raise ValueError(f"{path} arrived damaged and was removed: run the same command again")
-        documents = int(np.count_nonzero(np.fromfile(path, "<u2", offset=1024) == tokenizer.eot))
+            raise ValueError(
+                f"{path} was damaged in the download (wrong sha256) and has been removed: run the same command again"
+            )
+        documents = int(np.count_nonzero(np.fromfile(path, TOKEN, offset=HEADER_BYTES) == tokenizer.eot))
         shards["val" if "_val_" in path.name else "train"].append(ShardMeta(path.name, tokens, documents, sha256))
     tokenizer.save(directory)
     meta = DatasetMeta(

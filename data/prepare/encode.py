@@ -1,0 +1,225 @@
+"""From chunks to tokens: worker processes parse, encode and check them; the results keep the order of the source."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.prepare.documents import Documents, parse
+from data.prepare.source import Chunk, ParseOptions, Source
+from data.prepare.text import SPLIT_KEY_BYTES, safe_cut
+from data.tokenizer import Tokenizer, load_tokenizer
+
+# How much is encoded again with the reference tokenizer to check the bulk encoder: this fraction of the bytes, and at
+# least this many documents per shard.
+CHECKED_BYTES = 0.002
+CHECKED_DOCUMENTS = 16
+# Check at least this many bytes of a document; of a longer one only as much as is still needed.
+CHECKED_PREFIX = 1 << 10
+# Bytes of text per worker that may be waiting or being encoded: this bounds the memory.
+IN_FLIGHT_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class ValidationRule:
+    """Which documents form the validation split, where the source does not define it.
+
+    description: the text in `meta.json`;
+    fraction: a document is a candidate when its hash, as a number in [0, 1), is below this;
+    tokens: candidates are taken until they have this many tokens; None takes all.
+    """
+
+    description: str
+    fraction: float
+    tokens: int | None = None
+
+    def candidate(self, chunk: Chunk, text: bytes) -> bool:
+        """Return whether a document of `chunk` is a candidate for the validation split.
+
+        This depends on the first bytes of the document only, so it is the same for any order of the documents, any
+        number of workers and any division into parts, and equal documents are in the same split.
+        """
+        if chunk.file.split is not None:
+            return chunk.file.split == "val"
+        key = chunk.split_key or text[:SPLIT_KEY_BYTES]
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < self.fraction * 2**64
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of a batch of chunks after encoding.
+
+    tokens: (tokens,) uint16, all documents one after the other, each preceded by end-of-text;
+    lengths: (documents,) int64, tokens of each document including end-of-text;
+    candidate: (documents,) bool, whether the document is a candidate for the validation split;
+    text_bytes: (documents,) int64, UTF-8 bytes of each document;
+    continues: whether the first document is the continuation of the last one of the batch before;
+    empty, invalid_utf8: numbers of empty documents and of documents in which invalid UTF-8 was replaced.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    candidate: np.ndarray
+    text_bytes: np.ndarray
+    continues: bool
+    empty: int
+    invalid_utf8: int
+
+
+class Encoder:
+    """Turns chunks into tokens. `shard_tokens` determines how many documents are checked (see CHECKED_DOCUMENTS)."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, options: ParseOptions, validation: ValidationRule, shard_tokens: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.options = options
+        self.validation = validation
+        self.shard_tokens = shard_tokens
+
+    def __call__(self, chunks: list[Chunk]) -> Encoded:
+        documents = Documents()
+        candidate: list[bool] = []
+        for chunk in chunks:
+            begun = len(documents.texts)
+            parse(chunk, self.options, documents)
+            candidate += [self.validation.candidate(chunk, text) for text in documents.texts[begun:]]
+        tokens, lengths = self.tokenizer.encode_documents(documents.texts)
+        begins = np.cumsum(lengths) - lengths
+        self._check(chunks[0], documents.texts, tokens, begins)
+        # `read_batches` puts a chunk that continues a document at the beginning of a batch. The continuation has no
+        # end-of-text of its own.
+        continues = chunks[0].continues and len(lengths) > 0
+        lengths = lengths + 1
+        lengths[:1] -= continues
+        return Encoded(
+            tokens=np.insert(tokens, begins[int(continues) :], self.tokenizer.eot),
+            lengths=lengths,
+            candidate=np.array(candidate, bool),
+            text_bytes=np.array([len(text) for text in documents.texts], np.int64),
+            continues=continues,
+            empty=documents.empty,
+            invalid_utf8=documents.invalid_utf8,
+        )
+
+    def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:
+        """Compare the bulk encoder with the reference on a sample of documents. Raises ValueError if they differ."""
+        if not self.tokenizer.bulk_encoder.startswith("gigatoken"):
+            return
+        at_least = math.ceil(CHECKED_DOCUMENTS * len(tokens) / self.shard_tokens)
+        left = CHECKED_BYTES * sum(len(text) for text in texts)
+        # The sample depends on the position alone, so that a repeated run checks the same documents.
+        order = random.Random(repr(chunk.position)).sample(range(len(texts)), len(texts))
+        for n, i in enumerate(order):
+            if n >= at_least and left <= 0:
+                return
+            sample = texts[i][: safe_cut(texts[i], max(CHECKED_PREFIX, int(left)))]
+            left -= len(sample)
+            expected = self.tokenizer.encode(sample.decode())
+            if tokens[begins[i] : begins[i] + len(expected)].tolist() != expected:
+                raise ValueError(
+                    f"{self.tokenizer.bulk_encoder} and the reference tokenizer disagree on a document near "
+                    f"{chunk.file.name}: {sample[:60]!r}...; uninstall gigatoken to use the reference, which is slower"
+                )
+
+
+# The encoder of a worker process, which `_start_worker` sets once: to send one with every batch would be slow.
+_encoder: Encoder
+
+
+def _start_worker(tokenizer: Path, *settings: Any) -> None:
+    global _encoder
+    # On Ctrl-C the terminal signals all processes. The parent handles it and stops the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker whose parent was killed would otherwise wait for work forever.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _encoder = Encoder(load_tokenizer(tokenizer), *settings)
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _encode_in_worker(chunks: list[Chunk]) -> Encoded:
+    return _encoder(chunks)
+
+
+def encode_in_order(
+    batches: Iterable[list[Chunk]], encoder: Encoder, tokenizer: Path, workers: int
+) -> Iterator[tuple[list[Chunk], Encoded]]:
+    """Encode `batches` in `workers` processes and yield each batch and its result, in order.
+
+    `tokenizer` is the directory from which the workers load their tokenizer. With one worker, this process encodes.
+    Memory is bounded: batches are read only as fast as they are encoded. Raises OSError when a worker dies.
+    """
+    if workers == 1:
+        yield from ((batch, encoder(batch)) for batch in batches)
+        return
+    settings = (tokenizer, encoder.options, encoder.validation, encoder.shard_tokens)
+    # Not "fork": a forked copy of a process that has threads (pyarrow and gigatoken start some) can deadlock.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
+    waiting: deque[tuple[list[Chunk], int, Future[Encoded]]] = deque()
+    in_flight = 0
+    try:
+        for batch in batches:
+            size = sum(chunk.size for chunk in batch)
+            while len(waiting) > 2 * workers or (waiting and in_flight + size > workers * IN_FLIGHT_BYTES):
+                done, done_size, future = waiting.popleft()
+                yield done, future.result()
+                in_flight -= done_size
+            in_flight += size
+            future = pool.submit(_encode_in_worker, batch)
+            waiting.append(([replace(chunk, data=b"") for chunk in batch], size, future))
+        while waiting:
+            done, _, future = waiting.popleft()
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a worker process died, perhaps because memory ran out: run the same command again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_batches(source: Source, files: range, start: tuple[int, int], limit: int) -> Iterator[list[Chunk]]:
+    """Iterate over the chunks of `files` (indices into `source.files`) from position `start` on, in batches.
+
+    A batch has about `limit` bytes, so that small files do not cost one exchange with a worker each.
+    """
+    batch: list[Chunk] = []
+    size = 0
+    for i in files:
+        if i < start[0]:
+            continue
+        for j, chunk in enumerate(source.read(source.files[i], limit)):
+            if (i, j) < start:
+                continue
+            if chunk.continues and batch:
+                yield batch
+                batch, size = [], 0
+            batch.append(replace(chunk, position=(i, j)))
+            size += chunk.size
+            if size >= limit:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,267 @@
+"""One run of `python -m data.prepare`: start or continue a dataset, encode the source, describe the result.
+
+One process reads and cuts the source and writes the shards; worker processes parse, encode and check. Results are
+written in the order of the source, so the bytes do not depend on the number of workers. A progress file records what
+has been written, so a run that was interrupted anywhere continues there and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from data.prepare.documents import Documents, parse
+from data.prepare.encode import Encoder, ValidationRule, encode_in_order, read_batches
+from data.prepare.source import Source
+from data.prepare.writer import SPLITS, DatasetWriter, PrepareProgress
+from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
+from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
+from files import write_json
+
+# Chunks have about CHUNK_BYTES, and fewer where the shards are small, but at least MIN_CHUNK_BYTES.
+CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 1 << 16
+SAVE_SECONDS = 5  # between two updates of the progress file
+SMALL_BYTES = 1 << 25  # a source smaller than this is encoded before worker processes would have started
+# A BPE is trained on this many bytes from the beginning of the train split; more text hardly changes its merges.
+BPE_TRAINING_BYTES = 1 << 28
+
+
+def make_tokenizer(kind: str, source: Source, validation: ValidationRule) -> Tokenizer:
+    """Return GPT-2's tokenizer, or one made from the source: "char" from all of it, "bpe:N" from its train split.
+
+    Raises ValueError when there is too little text for N tokens.
+    """
+
+    def texts() -> Iterator[str]:
+        read = 0
+        for batch in read_batches(source, range(len(source.files)), (0, 0), CHUNK_BYTES):
+            for chunk in batch:
+                for text in parse(chunk, source.options, Documents()).texts:
+                    if kind == "char" or not validation.candidate(chunk, text):
+                        yield text.decode()
+                        read += len(text)
+                if kind != "char" and read > BPE_TRAINING_BYTES:
+                    return
+
+    tokenizer = train_tokenizer(kind, texts())
+    size = parse_kind(kind)
+    if size is not None and tokenizer.vocab_size < size:
+        raise ValueError(
+            f"the train split has too little text for {kind}: it gives {tokenizer.vocab_size:,} tokens; "
+            f"use --tokenizer bpe:{tokenizer.vocab_size} or fewer"
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the bytes of a dataset depend on, and where to write it.
+
+    source: the text;
+    out: directory of the dataset, or of this part of it;
+    tokenizer: kind of the tokenizer;
+    validation: which documents form the validation split;
+    shard_tokens: tokens of a full shard;
+    part: (index from 1, count) when several processes prepare one dataset;
+    given: an existing tokenizer to use; None to use GPT-2's or to make one from the source.
+    """
+
+    source: Source
+    out: Path
+    tokenizer: str
+    validation: ValidationRule
+    shard_tokens: int
+    part: tuple[int, int] = (1, 1)
+    given: Tokenizer | None = None
+
+    @property
+    def files(self) -> range:
+        """Indices of the files of this part: the first files are part 1, the next ones part 2, and so on."""
+        index, count = self.part
+        n = len(self.source.files)
+        return range(n * (index - 1) // count, n * index // count)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as `meta.json` has them. They must be equal to continue a dataset."""
+        return {
+            "tokenizer": self.tokenizer,
+            "source": self.source.name,
+            "revision": self.source.revision,
+            "filter": self.source.filter,
+            "validation": self.validation.description,
+            "shard_tokens": self.shard_tokens,
+            "part": "" if self.part[1] == 1 else "{} of {}".format(*self.part),
+        }
+
+
+def prepare_dataset(job: Job, workers: int | None = None) -> DatasetMeta:
+    """Make the dataset, continue it, or find that it is complete. Returns the content of its `meta.json`.
+
+    `workers` is the number of processes that encode: by default one per core, or only this process for a small source.
+    Raises ValueError for text or settings that cannot be used, OSError when a file cannot be read or written.
+    """
+    lock = FileLock(job.out / ".lock")
+    try:
+        job.out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another `data.prepare` is running in {job.out}: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise OSError(f"cannot write to {job.out}: {error.strerror}; choose another --out") from error
+    try:
+        return _run(job, workers)
+    finally:
+        lock.release()
+        (job.out / ".lock").unlink(missing_ok=True)
+
+
+def _run(job: Job, workers: int | None) -> DatasetMeta:
+    progress = _begin(job)
+    if progress is None:
+        meta = read_meta(job.out)
+        assert meta is not None
+        print(f"{job.out} is complete already: nothing to do")
+        return meta
+    if "tokenizer_sha256" in progress:
+        tokenizer = load_tokenizer(job.out)
+    else:
+        if job.tokenizer != "gpt2" and not job.given:
+            print(f"making a {job.tokenizer} tokenizer from the text ...", file=sys.stderr)
+        tokenizer = job.given or make_tokenizer(job.tokenizer, job.source, job.validation)
+        tokenizer.save(job.out)
+        progress["tokenizer_sha256"] = tokenizer.fingerprint
+        write_json(job.out / PROGRESS_FILE, progress)
+    if job.tokenizer != "char" and not tokenizer.bulk_encoder.startswith("gigatoken"):
+        print(f"gigatoken is not installed: encoding with {tokenizer.bulk_encoder}, which is slower", file=sys.stderr)
+
+    dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot)
+    # Also for a new dataset: an interrupted run may have written shards before it first saved its state.
+    dataset.restore(progress.get("state", dataset.state()))
+    _encode(job, tokenizer, dataset, progress, workers)
+    if job.part[1] == 1:
+        _refuse_empty(job, dataset)
+    return _finish(job, tokenizer, dataset)
+
+
+def _begin(job: Job) -> dict[str, Any] | None:
+    """Return the content of the progress file, a new one if there is none, or None when the dataset is complete.
+
+    Keys: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once something has been written.
+    Raises ValueError when the directory holds something else, or a dataset with other settings.
+    """
+    path = job.out / PROGRESS_FILE
+    settings = job.settings()
+    meta = read_meta(job.out)
+    used = None  # the fingerprint of the dataset's tokenizer, once it has one
+    if path.exists():
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        earlier, used = progress["settings"], progress.get("tokenizer_sha256")
+        if "state" not in progress and earlier != settings:
+            # Nothing has been written yet, so other settings, or a source file that was repaired, may start again.
+            progress, earlier = {"settings": settings}, settings
+            write_json(path, progress)
+    elif meta is not None:
+        progress = None
+        earlier, used = {key: getattr(meta, key) for key in settings}, meta.tokenizer_sha256
+    elif list_shards(job.out, "train") or list_shards(job.out, "val"):
+        raise ValueError(f"{job.out} has shards that this command did not write: choose another --out")
+    else:
+        progress, earlier = {"settings": settings}, settings
+        write_json(path, progress)
+    if earlier != settings:
+        changed = "; ".join(
+            f"{key} {earlier[key]!r}, now {settings[key]!r}" for key in settings if earlier[key] != settings[key]
+        )
+        raise ValueError(
+            f"{job.out} was prepared with other options ({changed}): choose another --out, or delete it to start again"
+        )
+    if job.given and used not in (None, job.given.fingerprint):
+        raise ValueError(
+            f"{job.out} was prepared with another {job.tokenizer} tokenizer: choose another --out, or delete it to "
+            "start again"
+        )
+    return progress
+
+
+def _encode(
+    job: Job, tokenizer: Tokenizer, dataset: DatasetWriter, progress: dict[str, Any], workers: int | None
+) -> None:
+    """Encode the source from the recorded position on, and save the state now and then."""
+    limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
+    total = sum(job.source.files[i].size for i in job.files)
+    # The number of checked documents is per shard. Only few texts have more than 8 bytes per token, so total // 8 makes
+    # sure that a dataset smaller than one shard is checked as much as a full shard.
+    encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
+    if workers is None:
+        workers = 1 if total < SMALL_BYTES else available_cores()
+    file, chunk = dataset.counted["position"]
+    batches = read_batches(job.source, job.files, (file, chunk), limit)
+    saved, shards = time.monotonic(), -1
+    bar = PrepareProgress(total, dataset)
+    for chunks, encoded in encode_in_order(batches, encoder, job.out, workers):
+        dataset.add(chunks, encoded)
+        bar.update()
+        finished = sum(len(writer.finished) for writer in dataset.writers.values())
+        if finished != shards or time.monotonic() - saved > SAVE_SECONDS:
+            progress["state"] = dataset.state()
+            write_json(job.out / PROGRESS_FILE, progress)
+            saved, shards = time.monotonic(), finished
+    bar.close()
+
+
+def _refuse_empty(job: Job, dataset: DatasetWriter) -> None:
+    """Raise ValueError when a split has no documents, and remove everything that was written."""
+    documents = {split: writer.n_documents for split, writer in dataset.writers.items()}
+    empty = [split for split in SPLITS if not documents[split]]
+    if not empty or (empty == ["val"] and job.validation.fraction == 0):
+        return
+    dataset.discard()
+    for name in (PROGRESS_FILE, "tokenizer.json", "tokenizer_config.json"):
+        (job.out / name).unlink(missing_ok=True)
+    names = [file.name for file in job.source.files]
+    if len(empty) == len(SPLITS):
+        raise ValueError(
+            f"no text in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: every document is empty"
+        )
+    raise ValueError(
+        f"none of {sum(documents.values())} documents is in the {empty[0]} split ({job.validation.description}), and "
+        "documents are never divided: give more documents, divide the text into documents with --separator, choose "
+        "another --val-fraction, or use --val-fraction 0 to have no validation split"
+    )
+
+
+def _finish(job: Job, tokenizer: Tokenizer, dataset: DatasetWriter) -> DatasetMeta:
+    shards = {split: writer.finish() for split, writer in dataset.writers.items()}
+    meta = DatasetMeta(
+        **job.settings(),
+        tokenizer_sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        tokens={split: writer.n_tokens for split, writer in dataset.writers.items()},
+        documents={split: writer.n_documents for split, writer in dataset.writers.items()},
+        text_bytes=dataset.counted["text_bytes"],
+        shards=shards,
+        skipped=dataset.counted["skipped"],
+        versions=_versions(tokenizer),
+    )
+    meta.save(job.out)
+    (job.out / PROGRESS_FILE).unlink()
+    return meta
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _versions(tokenizer: Tokenizer) -> dict[str, str]:
+    names = ("tiktoken", "tokenizers", "pyarrow", "zstandard")
+    return {"encoder": tokenizer.bulk_encoder, **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,102 @@
+"""What every corpus provides: a list of files in a fixed order, each read as a sequence of chunks in a fixed order.
+
+The main process cuts files into chunks, which is cheap; worker processes turn a chunk into documents and those into
+tokens. To add a corpus, write a module with a function that returns a `Source`, and a subcommand in `__main__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    name: path, hf:// address, or any name that the source's `read` understands;
+    size: bytes, for the progress display;
+    split: "train" or "val" where the source defines the split, None where a hash of each document decides.
+    """
+
+    name: str
+    size: int
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a file that a worker processes at once: whole documents, or a part of a document that is too long.
+
+    file: the file it was cut from;
+    format: "text" (one document), "separated", "jsonl", "parquet" (a row group) or "arrow" (rows already read);
+    first: number of its first document or row, from 1, for messages; counted from `offset` where that is set;
+    source_bytes: how many bytes of the file it accounts for, for the progress display;
+    data: its content, where `offset` is None and the format is not "parquet";
+    continues: whether it begins inside a document that an earlier chunk began;
+    split_key: the first bytes of the document, for a chunk that is only a part of it;
+    offset: its position in the file, from which the worker reads `text_bytes` bytes; None where `data` holds them;
+    row_group: for "parquet", the index of the row group;
+    text_bytes: how much text there is to read; for a row group, an estimate;
+    position: index of the file in the source, index of the chunk in the file.
+    """
+
+    file: SourceFile
+    format: str
+    first: int
+    source_bytes: int
+    data: bytes = b""
+    continues: bool = False
+    split_key: bytes | None = None
+    offset: int | None = None
+    row_group: int = 0
+    text_bytes: int = 0
+    position: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of text; for a row group, an estimate."""
+        return len(self.data) + self.text_bytes
+
+    def read(self) -> bytes:
+        """Return the content. Raises ValueError when the file has become shorter."""
+        if self.offset is None:
+            return self.data
+        with open(self.file.name, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.text_bytes)
+        if len(data) < self.text_bytes:
+            raise ValueError(f"{self.file.name} has become shorter while it was read: start again with another --out")
+        return data
+
+
+@dataclass(frozen=True)
+class ParseOptions:
+    """How chunks become documents.
+
+    text_key: JSON key or parquet column that holds the text;
+    separator: the text between the documents of a text file, None if each file is one document;
+    strict: raise an error for an empty document or invalid UTF-8, instead of skipping or replacing it.
+    """
+
+    text_key: str = "text"
+    separator: str | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus.
+
+    name, revision, filter: the fields of the same names in `meta.json`;
+    files: its files, in the order of the dataset;
+    read: `read(file, limit)` iterates over the chunks of a file, each of about `limit` bytes;
+    options: how the chunks become documents.
+    """
+
+    name: str
+    revision: str
+    files: tuple[SourceFile, ...]
+    read: Callable[[SourceFile, int], Iterator[Chunk]]
+    filter: str = ""
+    options: ParseOptions = ParseOptions()

@@ -1,0 +1,147 @@
+"""The dataset as it is written: two splits, counts, the position in the source, and the display of all this."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.prepare.encode import Encoded, ValidationRule
+from data.prepare.source import Chunk
+from data.shards import ShardWriter
+
+SPLITS = ("train", "val")
+
+
+class PrepareProgress:
+    """Shows megabytes per second, tokens and remaining time: one changing line on a terminal, else a line every 10 s.
+
+    Args:
+        total: bytes of the source.
+        dataset: what is written.
+    """
+
+    def __init__(self, total: int, dataset: DatasetWriter) -> None:
+        self.total = max(total, 1)
+        self.dataset = dataset
+        self.began = time.monotonic()
+        self.first_source = dataset.counted["source_bytes"]
+        self.first_text = sum(dataset.counted["text_bytes"].values())
+        self.terminal = sys.stderr.isatty()
+        self.shown = self.began
+
+    def update(self, last: bool = False) -> None:
+        """Show the progress, if enough time has passed since the last time; with `last`, always."""
+        now = time.monotonic()
+        if not last and now - self.shown < (0.2 if self.terminal else 10):
+            return
+        self.shown, seconds = now, max(now - self.began, 1e-3)
+        source = self.total if last else self.dataset.counted["source_bytes"]
+        text = sum(self.dataset.counted["text_bytes"].values()) - self.first_text
+        tokens = sum(writer.n_tokens for writer in self.dataset.writers.values())
+        left = seconds * (self.total - source) / max(source - self.first_source, 1)
+        when = f"in {timedelta(seconds=round(seconds))}" if last else f"{timedelta(seconds=round(left))} left"
+        line = f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:7.1f} MB/s {tokens:15,} tokens {when}"
+        print(f"\r{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Show the final numbers and end the line."""
+        self.update(last=True)
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+class DatasetWriter:
+    """Writes the two splits of a dataset and records the counts and the position in the source.
+
+    `counted` is a part of the progress file, from which an interrupted run continues:
+        position: index of the next file, index of the next chunk in it;
+        source_bytes: bytes of the source that have been read;
+        text_bytes: UTF-8 bytes written to each split;
+        skipped: counts of unusual documents, as in `meta.json`;
+        open_split: the split of the last document, for a chunk that continues it;
+        open_tokens: the tokens of the last document so far;
+        val_is_full: whether `validation.tokens` has been reached.
+    """
+
+    def __init__(self, directory: Path, validation: ValidationRule, shard_tokens: int, end_of_text: int) -> None:
+        self.writers = {split: ShardWriter(directory, split, shard_tokens, end_of_text) for split in SPLITS}
+        self.validation = validation
+        self.shard_tokens = shard_tokens
+        self.counted: dict[str, Any] = {
+            "position": [0, 0],
+            "source_bytes": 0,
+            "text_bytes": dict.fromkeys(SPLITS, 0),
+            "skipped": {"empty": 0, "invalid_utf8": 0, "longer_than_shard": 0},
+            "open_split": "train",
+            "open_tokens": 0,
+            "val_is_full": False,
+        }
+
+    def add(self, chunks: list[Chunk], encoded: Encoded) -> None:
+        """Write the result of the next batch of the source."""
+        counted = self.counted
+        if len(encoded.lengths):
+            self._count_long(encoded)
+            val = self._assign(encoded)
+            counted["open_split"] = "val" if val[-1] else "train"
+            ends = np.cumsum(encoded.lengths)
+            # Consecutive documents of the same split are copied as one slice: most splits have few changes.
+            begins = np.flatnonzero(np.diff(val, prepend=not val[0]))
+            parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+            for begin, end in itertools.pairwise([*begins.tolist(), len(val)]):
+                first = ends[begin - 1] if begin else 0
+                parts["val" if val[begin] else "train"].append(encoded.tokens[first : ends[end - 1]])
+            for split, chosen in (("train", ~val), ("val", val)):
+                self.writers[split].write(np.concatenate([encoded.tokens[:0], *parts[split]]))
+                counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
+        counted["skipped"]["empty"] += encoded.empty
+        counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8
+        counted["source_bytes"] += sum(chunk.source_bytes for chunk in chunks)
+        file, index = chunks[-1].position
+        counted["position"] = [file, index + 1]
+
+    def _assign(self, encoded: Encoded) -> np.ndarray:
+        """Return which documents go to the validation split: (documents,) bool."""
+        val = encoded.candidate.copy()
+        if encoded.continues:
+            val[0] = self.counted["open_split"] == "val"
+        limit, written = self.validation.tokens, self.writers["val"].n_tokens
+        for i in np.flatnonzero(val) if limit is not None else ():
+            # Take whole documents while they fit, but at least one. The first that does not fit ends the selection.
+            if not (encoded.continues and i == 0):
+                self.counted["val_is_full"] |= bool(written and written + encoded.lengths[i] > limit)
+                val[i] = not self.counted["val_is_full"]
+            written += int(encoded.lengths[i]) * bool(val[i])
+        return val
+
+    def _count_long(self, encoded: Encoded) -> None:
+        """Count the documents longer than a shard, each once, although a document may arrive in several batches."""
+        lengths = encoded.lengths.copy()
+        before = self.counted["open_tokens"] if encoded.continues else 0
+        lengths[0] += before
+        long = np.count_nonzero(lengths > self.shard_tokens) - (before > self.shard_tokens)
+        self.counted["skipped"]["longer_than_shard"] += int(long)
+        self.counted["open_tokens"] = int(lengths[-1])
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, as a JSON value, after writing everything that it describes to the disk."""
+        for writer in self.writers.values():
+            writer.flush()
+        return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to `state` and delete what was written after it."""
+        self.counted = state["counted"]
+        for split, writer in self.writers.items():
+            writer.restore(state[split])
+
+    def discard(self) -> None:
+        """Delete everything that was written."""
+        for writer in self.writers.values():
+            writer.restore({"finished": [], "tokens": 0, "documents": 0})

@@ -1,0 +1,45 @@
+"""Safe reading and writing of files: atomic JSON, durable renames, hashes. Imports only the standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Files are written under their final name plus this suffix and renamed when they are complete.
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON. After a crash the file holds either the old content or the new one.
+
+    Raises OSError, naming the path, when it cannot be written.
+    """
+    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            # The content must be on the disk before the rename, or a power failure can leave an empty file.
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush `directory` to the disk, so that the renames inside it survive a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of the file at `path`, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""Parts of a dataset: merged, they have the same bytes as a single run; parts that do not fit are refused."""
+
+import json
+
+
+def test_three_parts_merged_equal_one_run(run, contents, documents, tmp_path, monkeypatch):
+    directory = tmp_path / "files"
+    directory.mkdir()
+    for i in range(10):
+        rows = documents[i::10]
+        (directory / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    options = ("--val-fraction", 0.1, "--shard-tokens", 7_000, "--tokenizer", "bpe:400")
+    run("text", directory, "--out", tmp_path / "one", *options)
+    out = tmp_path / "parts"
+    run("text", directory, "--out", out, *options, "--part", "1/3")
+    for rank in (1, 2):
+        names = ("SLURM_PROCID", "SLURM_NTASKS") if rank == 1 else ("RANK", "WORLD_SIZE")
+        with monkeypatch.context() as patched:
+            patched.setenv(names[0], str(rank))
+            patched.setenv(names[1], "3")
+            run("text", directory, "--out", out, *options, "--part", "env")
+    run("merge", out)
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_merge_refuses_missing_different_and_damaged_parts(run, refused, contents, documents, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents[i:200:4]))
+    out = tmp_path / "out"
+    files = [tmp_path / f"{i}.jsonl" for i in range(4)]
+    run("text", *files, "--out", out, "--val-fraction", 0.1, "--part", "1/2")
+    assert "part-002-of-002" in refused("merge", out)
+    run("text", *files, "--out", out, "--val-fraction", 0.1, "--part", "2/2", "--tokenizer", "char")
+    assert "differs from" in refused("merge", out)
+    for name in contents(out / "part-002-of-002"):
+        (out / "part-002-of-002" / name).unlink()
+    run("text", *files, "--out", out, "--val-fraction", 0.1, "--part", "2/2")
+    shard = out / "part-002-of-002" / "train_000000.bin"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert f"shard {shard} is damaged" in refused("merge", out)
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    run("merge", out)
+    run("text", *files, "--out", tmp_path / "one", "--val-fraction", 0.1)
+    assert contents(out) == contents(tmp_path / "one")
