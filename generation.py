@@ -20,7 +20,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, GPTOutput, centred_head
+from kernels.loss import centered_head
+from model import GPT, GPTOutput
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids (N, T), scores (N, V)) -> scores (N, V), as in transformers
 BANNED = -inf
@@ -267,13 +268,13 @@ class PackedLinear(nn.Module):
 
 
 class DecodingHead(nn.Module):
-    """Hidden states (N, C) -> logits (N, V) in float32, from a product in the weights' dtype: see `centred_head`."""
+    """Hidden states (N, C) -> logits (N, V) in float32, from a product in the weights' dtype: see `centered_head`."""
 
     def __init__(self, weight: Tensor, *, pack: bool) -> None:
         super().__init__()
-        head = centred_head(weight.detach(), weight.dtype)
+        head = centered_head(weight.detach(), weight.dtype)
         self.product = PackedLinear(head, None) if pack else partial(F.linear, weight=head)
-        # what centred_head has taken away
+        # what centered_head has taken away
         self.mean = None if weight.dtype == torch.float32 else weight.detach().mean(dim=0, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:

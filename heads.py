@@ -15,7 +15,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, IGNORE_INDEX, GPTOutput, check_shape
+from kernels.loss import IGNORE_INDEX
+from model import GPT, GPTOutput, check_shape
 from weights import INERT_CONFIG, load_weights, locate, read_config, read_json, save_weights
 
 Strategy = Literal["last", "all", "token"]

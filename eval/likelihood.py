@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from data.loader import ceil_div
 from data.tokenizer import Tokenizer
-from model import centred_head
+from kernels.loss import centered_head
 
 SOFTMAX_ROWS = 128  # rows of logits in fp32 at a time: 26 MB for GPT-2's vocabulary
 PADDING_LIMIT = 128  # a vocabulary is padded to a multiple of 64 or 128 for speed, never by more
@@ -220,7 +220,7 @@ def _output_head(model: Any) -> Tensor | None:
         weight = weight.full_tensor()
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return centred_head(weight, dtype)
+    return centered_head(weight, dtype)
 
 
 def _pad(sequences: list[tuple[int, ...]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2Dou
 from transformers import GPT2ForSequenceClassification as TheirClassifier
 
 from heads import DoubleHeads, SequenceClassifier, encode
-from model import GPT, IGNORE_INDEX, GPTConfig
+from kernels.loss import IGNORE_INDEX
+from model import GPT, GPTConfig
 
 V, C, T = 70, 24, 10
 PAD = V - 1

@@ -5,12 +5,11 @@ import random
 
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import model as code
-from model import GPT, IGNORE_INDEX, MATMUL_ROWS, PRESETS, GPTConfig, linear_cross_entropy, loss_and_gradients
+from kernels.attention import CausalAttention
+from kernels.loss import IGNORE_INDEX
+from model import GPT, PRESETS, GPTConfig
 
 
 def small_shape(seed):
@@ -406,35 +405,13 @@ def test_dropout_only_in_training():
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-# ---- attention's backward pass on a CPU
-
-
-@pytest.mark.parametrize("T", [1, 2, 128, 300])
-@pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_attention_gradients_are_no_worse_than_pytorchs(T, scale, monkeypatch):
-    torch.manual_seed(T)
-    q, k, v, dy = (torch.randn(2, T, 3, 40).transpose(1, 2).bfloat16() for _ in range(4))
-    q, k = q * scale, k * scale
-
-    def gradients(attention, dtype=torch.bfloat16):
-        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        return torch.cat([g.double() for g in torch.autograd.grad(attention(*inputs), inputs, dy.to(dtype))])
-
-    def pytorchs(*inputs):
-        return F.scaled_dot_product_attention(*inputs, is_causal=True)
-
-    exact = gradients(pytorchs, torch.float64)
-    ours = gradients(code.CausalAttention.apply)
-    assert (ours - exact).norm() <= 1.1 * (gradients(pytorchs) - exact).norm()
-    monkeypatch.setattr(code, "WEIGHTS", 1)  # one sequence at a time, and of it
-    monkeypatch.setattr(code, "QUERIES", 17)  # blocks that do not divide the sequence
-    assert (gradients(code.CausalAttention.apply) - ours).norm() <= 5e-3 * exact.norm()
+# ---- the choice of attention's kernel
 
 
 def test_only_training_in_bfloat16_on_a_cpu_takes_our_backward_pass(monkeypatch):
     taken = []
-    theirs = code.CausalAttention.apply
-    monkeypatch.setattr(code.CausalAttention, "apply", lambda *inputs: taken.append(len(inputs)) or theirs(*inputs))
+    theirs = CausalAttention.apply
+    monkeypatch.setattr(CausalAttention, "apply", lambda *inputs: taken.append(len(inputs)) or theirs(*inputs))
     ids = torch.randint(50, (2, 8))
 
     def calls(autocast=True, keep=None, **fields):
@@ -449,119 +426,6 @@ def test_only_training_in_bfloat16_on_a_cpu_takes_our_backward_pass(monkeypatch)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16))(ids)
     assert not taken
-
-
-# ---- the loss
-
-
-@pytest.mark.parametrize("N", [1, 7, 130, MATMUL_ROWS * 2 + 77])
-@pytest.mark.parametrize("frozen", ["", "x", "weight"])
-def test_loss_and_gradients_are_cross_entropy(N, frozen):
-    torch.manual_seed(N)
-    x, weight = torch.randn(N, 24), torch.randn(9001, 24) / 4
-    targets = torch.randint(9001, (N,))
-    targets[torch.rand(N) < 0.2] = IGNORE_INDEX
-    targets[0] = 9000
-    x.requires_grad_(frozen != "x")
-    weight.requires_grad_(frozen != "weight")
-    loss = linear_cross_entropy(x, weight, targets)
-    (3 * loss).backward()
-    gradients = x.grad, weight.grad
-    x.grad = weight.grad = None
-    expected = F.cross_entropy(F.linear(x, weight), targets)
-    (3 * expected).backward()
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    for gradient, other in zip(gradients, (x.grad, weight.grad), strict=True):
-        assert (gradient is None) == (other is None)
-        if gradient is not None:
-            assert_close(gradient, other, 1e-5)
-
-
-def test_loss_of_what_the_model_is_all_but_sure_not_to_see():
-    """The probability of such a target is 0 in float32, its loss is not infinite."""
-    x, weight = torch.eye(3), torch.tensor([[300.0, 0, 0], [0, 100, 0], [-300, 0, 50]])
-    targets = torch.tensor([2, 0, 1])
-    loss = linear_cross_entropy(x, weight, targets)
-    torch.testing.assert_close(loss, torch.tensor((600 + 100 + 50) / 3), atol=0, rtol=1e-6)
-
-
-def test_loss_where_no_target_counts():
-    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    loss = linear_cross_entropy(x, weight, torch.full((5,), IGNORE_INDEX))
-    loss.backward()
-    assert loss.item() == 0
-    assert not x.grad.any()
-    assert not weight.grad.any()
-
-
-def test_loss_under_autocast_is_no_worse_than_the_plain_path():
-    """Root mean squares over eight draws: a single loss, one number, may be right by chance."""
-
-    def loss_and_grads(loss_function, inputs, autocast):
-        inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = loss_function(*inputs)
-        loss.backward()
-        return loss.detach(), inputs[0].grad, inputs[1].grad
-
-    squares = torch.zeros(2, 3)
-    for seed in range(8):
-        torch.manual_seed(seed)
-        inputs, targets = (torch.randn(700, 64), torch.randn(500, 64) / 4), torch.randint(500, (700,))
-
-        def plain(x, weight, targets=targets):
-            return F.cross_entropy(F.linear(x, weight), targets)
-
-        def chunked(x, weight, targets=targets):
-            return linear_cross_entropy(x, weight, targets)
-
-        exact = loss_and_grads(plain, inputs, False)
-        for row, path in enumerate((plain, chunked)):
-            found = loss_and_grads(path, inputs, True)
-            squares[row] += torch.stack([((a - e).norm() / e.norm()) ** 2 for a, e in zip(found, exact, strict=True)])
-    plain_error, error = squares.sqrt()
-    assert (error <= torch.tensor([1.5, 1.1, 1.1]) * plain_error).all()
-
-
-def test_loss_of_logits_with_a_number_in_common_is_exact_under_autocast():
-    """As GPT-2's have, near -80, where bfloat16 has steps of 0.5."""
-    torch.manual_seed(0)
-    x, weight = (torch.randn(300, 64) + 4).bfloat16().float(), (torch.randn(500, 64) / 4 - 80 / (4 * 64))
-    targets = torch.randint(500, (300,))
-    exact = F.cross_entropy(F.linear(x.double(), weight.double()), targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain, ours = F.cross_entropy(F.linear(x, weight).float(), targets), linear_cross_entropy(x, weight, targets)
-    assert (ours - exact).abs() < 0.2 * (plain - exact).abs()
-
-
-class LargestFloat32(TorchDispatchMode):
-    """Notes the largest fp32 tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("B", [1, 4, 24])
-def test_no_fp32_logits_of_the_whole_batch(B, autocast):
-    V, T = 5000, 64
-    model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=1, n_embd=8)).train()
-    ids = torch.randint(V, (B, T))
-    with LargestFloat32() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model(ids, targets=ids).loss.backward()
-    assert largest.numel < B * T * V
-    # the operator is one call to the mode above: look inside it too
-    dtype = torch.bfloat16 if autocast else torch.float32
-    x = torch.randn(B * T, 8)
-    with torch.no_grad(), LargestFloat32() as largest:
-        loss_and_gradients(x, model.transformer.wte.weight, ids.flatten(), dtype, True, True)
-    assert 0 < largest.numel <= (min(B * T, 128) if autocast else min(B * T / 2, MATMUL_ROWS)) * V
 
 
 # ---- misuse

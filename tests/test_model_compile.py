@@ -8,7 +8,8 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from model import GPT, IGNORE_INDEX, GPTConfig, gelu
+from kernels.loss import IGNORE_INDEX
+from model import GPT, GPTConfig, gelu
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
 

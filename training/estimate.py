@@ -9,7 +9,8 @@ import psutil
 import torch
 
 from data.loader import ceil_div
-from model import GPT, MATMUL_ROWS, GPTConfig
+from kernels.loss import MATMUL_ROWS
+from model import GPT, GPTConfig
 from training.config import Config, Flags
 from training.inputs import find_weights, model_shape, open_inputs, warnings
 from training.parallel import Processes

@@ -1,0 +1,88 @@
+"""Causal attention with a faster backward pass, for training on a CPU in less than float32.
+
+The forward pass is PyTorch's. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with avx512_bf16, one
+thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as this one and is slightly less accurate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The backward pass handles a block of 128 queries and at most about a million attention weights at a time. More would
+# leave the CPU's cache, fewer would make the matrix products too small to be fast.
+BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
+
+
+def plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q kᵀ / √D) v over the keys up to each query's own position; all (B, H, T, D).
+
+    This is the plain form that `CausalAttention` must equal. It keeps all (T, T) weights of each head in memory.
+    """
+    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(dim=-1) @ v
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal `F.scaled_dot_product_attention` of q, k and v (B, H, T, D) with a faster backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return causal_attention_gradients(dy, *ctx.saved_tensors)
+
+
+# A custom operator, because torch.compile treats it as a single operation instead of unrolling its loops.
+@torch.library.custom_op("gpt2::causal_attention_gradients", mutates_args=())
+def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients with respect to q, k and v, given the gradient `dy` of the output; all (B, H, T, D).
+
+    The attention weights are not saved by the forward pass. They are computed again here, one block of queries at a
+    time, as in FlashAttention (Dao et al. 2022, algorithm 4). Scores and softmax are computed in float32, the other
+    four products in the dtype of q.
+    """
+    _, H, T, _ = q.shape
+    sequences = max(1, BLOCK_WEIGHTS // (H * BLOCK_QUERIES * T))
+    dq, dk, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    for parts in zip(*(t.split(sequences) for t in (dy, q, k, v, dq, dk, dv)), strict=True):
+        inputs, gradients = parts[:4], parts[4:]
+        # The contiguous copies cost less time than they save: q, k and v are slices of one tensor (B, T, 3 C), and
+        # matrix products are slower when consecutive rows are far apart in memory.
+        _write_gradients(*(t.flatten(0, 1).contiguous() for t in inputs), *(t.flatten(0, 1) for t in gradients))
+    return dq, dk, dv
+
+
+def _write_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Compute the gradients of some heads and write them to dq, dk and dv; all (heads, T, D)."""
+    T, scale = q.size(1), 1 / math.sqrt(q.size(2))
+    queries, keys = q.float() * scale, k.float().mT
+    # Every block of queries adds to the gradients of all keys and values before it: sum these in float32.
+    dk_sum, dv_sum = torch.zeros_like(queries), torch.zeros_like(queries)
+    future = torch.full((BLOCK_QUERIES, BLOCK_QUERIES), float("-inf")).triu(1)
+    for first in range(0, T, BLOCK_QUERIES):
+        last = min(first + BLOCK_QUERIES, T)
+        block, seen = slice(first, last), slice(last)  # keys after the block have weight 0: they are left out
+        scores = queries[:, block] @ keys[:, :, seen]  # (heads, block, seen)
+        scores[:, :, first:] += future[: last - first, : last - first]
+        weights = torch.softmax(scores, dim=-1, out=scores).to(q.dtype)
+        dweights = dy[:, block] @ v[:, seen].mT
+        dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
+        dq[:, block] = (dscores @ k[:, seen]).mul_(scale)
+        dk_sum[:, seen] += dscores.mT @ q[:, block]
+        dv_sum[:, seen] += weights.mT @ dy[:, block]
+    dk.copy_(dk_sum.mul_(scale))
+    dv.copy_(dv_sum)
+
+
+@causal_attention_gradients.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)

@@ -1,0 +1,133 @@
+"""Mean cross-entropy of the output head without ever holding all logits.
+
+With GPT-2's vocabulary the logits are the largest tensor of a training step: for 64 sequences of 1,024 tokens they take
+13 GB in float32, and their gradient takes the same again. `linear_cross_entropy` computes them a few hundred rows at a
+time and turns each part into its own gradient at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entropy and transformers
+
+# Rows of logits that exist at a time, in the dtype of the product: enough for a matrix product at full speed.
+MATMUL_ROWS = 512
+
+
+def plain_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The plain form that `linear_cross_entropy` must equal. It keeps all logits (N, V) for the backward pass."""
+    total = F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the logits x weightᵀ, in nats, over the targets that are not IGNORE_INDEX.
+
+    x (N, C), weight (V, C), targets (N,). Without any target to count, the result is 0 instead of NaN, so for every
+    batch the mean times the count is the sum. Under autocast the products run in autocast's dtype.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with_grad = torch.is_grad_enabled()
+    total, _, _ = linear_cross_entropy_sum(
+        x, weight, targets, dtype, with_grad and x.requires_grad, with_grad and weight.requires_grad
+    )
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def centered_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the head (V, C) in `dtype`; below float32, the mean row is subtracted from each row first.
+
+    Subtracting the mean row shifts all logits of a position equally, so softmax is unchanged. It makes the logits
+    smaller and their rounding finer: those of the released GPT-2 lie near -80, where neighboring bfloat16 numbers are
+    0.5 apart.
+    """
+    if dtype.itemsize >= 4:
+        return weight.to(dtype)
+    head, mean = torch.empty_like(weight, dtype=dtype), weight.mean(dim=0, dtype=torch.float32)
+    # In parts: the difference is in float32 and would otherwise be a second head of four bytes per number.
+    for part, rows in zip(head.split(2048), weight.split(2048), strict=True):
+        part.copy_(rows - mean)
+    return head
+
+
+def loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss () in float32 and its gradients with respect to x (N, C) and weight (V, C).
+
+    Products run in `dtype`. A gradient that is not requested is an empty tensor.
+    """
+    total = x.new_zeros((), dtype=torch.float32)
+    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
+    head = centered_head(weight, dtype)
+    # Softmax needs float32, but only for a few rows at a time: 64 rows nearly fit into a CPU's cache; a GPU takes all
+    # rows in one launch.
+    softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
+    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half: a small batch's logits do not exist at once either
+    buffer = head.new_empty(rows, len(weight))
+    for first in range(0, len(x), rows or 1):
+        chunk = slice(first, first + rows)
+        x_rows = x[chunk].to(dtype)
+        logits = torch.mm(x_rows, head.T, out=buffer[: len(x_rows)])
+        counts = (targets[chunk] != IGNORE_INDEX).unsqueeze(1)
+        target = targets[chunk].unsqueeze(1).clamp(min=0)
+        for part, right, count in zip(*(t.split(softmax_rows) for t in (logits, target, counts)), strict=True):
+            scores = part.float()
+            highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
+            p = torch.softmax(scores, dim=-1, out=scores)
+            # log Σ exp(score), because the highest score has p = exp(score) / Σ exp(score). The loss of a target is
+            # computed from scores, not as -log p, which would be infinite where p rounds to 0.
+            log_sum = highest - p.amax(dim=-1, keepdim=True).log()
+            total += ((log_sum - right_score) * count).sum()
+            if x_grad or weight_grad:
+                # d loss / d logits = softmax - one-hot, written over the logits
+                part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
+        # Ignored targets are removed here, where a row has C numbers, not above, where it has V.
+        if x_grad:
+            dx[chunk] = (logits @ head) * counts
+        if weight_grad:
+            x_rows = x_rows * counts
+            # In blocks of columns, so that no second tensor is as large as the weight.
+            for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
+                block += gradient.T @ x_rows
+    return total, dx, dweight.to(weight.dtype)
+
+
+# A custom operator, because torch.compile treats it as a single operation instead of unrolling its loop. It computes
+# the gradients together with the loss, while the logits exist, instead of storing or recomputing the logits.
+linear_cross_entropy_sum = torch.library.custom_op(
+    "gpt2::linear_cross_entropy_sum", loss_and_gradients, mutates_args=()
+)
+
+
+@linear_cross_entropy_sum.register_fake
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
+    dweight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
+    return x.new_empty((), dtype=torch.float32), dx, dweight
+
+
+def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *_, ctx.x_grad, ctx.weight_grad = inputs
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the saved gradients times the gradient of the summed loss (the chain rule)."""
+    dx, dweight = ctx.saved_tensors
+    # In place, because dweight is as large as the head. A second backward pass through the same graph is an error.
+    dx, dweight = dx.mul_(total_grad), dweight.mul_(total_grad)
+    return (dx if ctx.x_grad else None, dweight if ctx.weight_grad else None, None, None, None, None)
+
+
+linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_save_gradients)
