@@ -148,7 +148,7 @@ def train(args: argparse.Namespace) -> None:
     from data.tokenizer import load_tokenizer
     from heads import SequenceClassifier
     from model import GPT
-    from training.checkpoint import resolve_model
+    from pretrained import resolve_model
     from training.config import Optim
     from training.device import autocast, find_device, find_dtype, keep_freed_memory
     from training.optim import learning_rate_factor, make_optimizers, set_learning_rate

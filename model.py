@@ -11,7 +11,7 @@ cache and the T new ones), V = vocab_size, L = n_layer; M tokens of an encoder's
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from weights import load_weights, locate, read_config, save_weights
 
 IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy and transformers
 
@@ -396,22 +398,21 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> GPT:
-        """A GPT-2 from a directory (transformers' layout, which is also ours) or from the hub, in eval mode.
+        """Load a GPT-2 from a directory in transformers' layout, or from the hub, in eval mode.
 
         Args:
-            name_or_dir: a directory; `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`; or another hub id.
-            dtype: of the parameters; None keeps the file's.
-            device: where they go, one at a time, so that the host never holds the model twice.
+            name_or_dir: a directory; `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`; or another model on the hub.
+            dtype: dtype of the parameters. None keeps the dtype of the file.
+            device: device of the parameters. They are moved one at a time, so the host never holds the model twice.
 
         Raises:
-            FileNotFoundError: no such directory, nor a hub id that could be fetched.
-            ValueError: not a GPT-2 of this architecture, or tensors missing, unknown or misshapen (listed).
+            FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
+            ValueError: the architecture is not GPT-2's, or tensors are missing, unknown or have the wrong shape (all
+                are listed).
         """
-        from weights import load_weights, locate, read_config  # here: it knows this file's classes
-
         directory = locate(name_or_dir)
         with torch.device("meta"):  # shapes only: the values come from the file
-            model = cls(read_config(directory))
+            model = cls(GPTConfig(**read_config(directory)))
         load_weights(model, directory, dtype=dtype, device=device)
         return model.eval()
 
@@ -420,13 +421,11 @@ class GPT(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and model.safetensors, as transformers does.
 
-        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the tokenizer's end-of-text;
-        None stands for 50256 where the vocabulary is GPT-2's.
+        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the tokenizer's end-of-text.
+        None means 50256 if the vocabulary is GPT-2's.
         """
-        from weights import save_weights
-
         save_weights(
-            self.state_dict(), self.config, directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
+            self.state_dict(), asdict(self.config), directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
         )
 
 
