@@ -149,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
     from device import autocast, find_device, find_dtype, gradient_scaler, keep_freed_memory
     from heads import SequenceClassifier
     from model import GPT
-    from training.checkpoint import resolve_model
+    from pretrained import resolve_model
     from training.config import Optim
     from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
     from weights import locate

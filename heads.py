@@ -7,6 +7,7 @@ directories are those of transformers' class of the same purpose. Shapes as in m
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.loss import IGNORE_INDEX
-from model import GPT, GPTOutput, check_shape
+from model import GPT, GPTConfig, GPTOutput, check_shape
 from weights import INERT_CONFIG, load_weights, locate, read_config, read_json, save_weights
 
 Strategy = Literal["last", "all", "token"]
@@ -55,7 +56,7 @@ def encode(
 def read_trunk(directory: Path) -> GPT:
     """The trunk that a directory's config.json describes, on the meta device: shapes without values."""
     with torch.device("meta"):
-        return GPT(read_config(directory))
+        return GPT(GPTConfig(**read_config(directory)))
 
 
 def save_with_head(
@@ -67,7 +68,7 @@ def save_with_head(
 ) -> None:
     """Write trunk and head in one state dict, as the transformers class `architecture` with its own config fields."""
     state = {name.removeprefix("gpt."): tensor for name, tensor in model.state_dict().items()}
-    config = model.gpt.config
+    config = asdict(model.gpt.config)
     save_weights(state, config, directory, eos_token_id=eos_token_id, architecture=architecture, extra_config=fields)
 
 

@@ -16,7 +16,7 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import CausalAttention
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
+from weights import load_weights, locate, read_config, save_weights
 
 # The four released sizes: layers, heads, channels. Depth and width grow; each head has 64 channels in all of them.
 # A model has VC + 1024 C + L (12 C² + 13 C) + 2C parameters: embeddings, positions, blocks, last LayerNorm.
@@ -472,14 +473,13 @@ class GPT(nn.Module):
             device: device of the parameters. They are moved one by one, so the host never holds the model twice.
 
         Raises:
-            FileNotFoundError: no such directory, nor a hub id that could be fetched.
-            ValueError: not a GPT-2 of this architecture, or tensors missing, unknown or misshapen (listed).
+            FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
+            ValueError: the architecture is not GPT-2's, or tensors are missing, unknown or have the wrong shape (all
+                are listed).
         """
-        from weights import load_weights, locate, read_config  # here: it knows this file's classes
-
         directory = locate(name_or_dir)
         with torch.device("meta"):  # shapes only: the values come from the file
-            model = cls(read_config(directory))
+            model = cls(GPTConfig(**read_config(directory)))
         load_weights(model, directory, dtype=dtype, device=device)
         return model.eval()
 
@@ -488,13 +488,11 @@ class GPT(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and model.safetensors, as transformers does.
 
-        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the tokenizer's end-of-text;
+        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the tokenizer's end-of-text.
         None means 50256 if the vocabulary is GPT-2's.
         """
-        from weights import save_weights
-
         save_weights(
-            self.state_dict(), self.config, directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
+            self.state_dict(), asdict(self.config), directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
         )
 
 

@@ -1,6 +1,7 @@
-"""A GPT-2's files as Hugging Face transformers has them: config.json and safetensors, in and out.
+"""Read and write GPT-2's files in the layout of Hugging Face transformers: config.json and tensors.
 
-Parameters have the same names here and there; what differs is that transformers holds some matrices transposed.
+Parameters have the same names here as in transformers, but transformers stores some matrices transposed. This module
+knows no model class: it handles `GPTConfig`'s fields as a dictionary, and any `nn.Module` with GPT-2's parameter names.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import GPTConfig
-
-# transformers holds these as Conv1D, (in, out), where nn.Linear has (out, in). Chosen by name: attn.c_proj is square,
-# so shapes do not tell.
+# transformers stores these matrices as Conv1D weights, (in, out), and nn.Linear stores (out, in). They are selected by
+# name, because attn.c_proj is square and its shape does not show whether it is transposed.
 CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
-# Buffers with the causal mask in it, which old checkpoints carry; not parameters.
+# Buffers that hold the causal mask in old checkpoints. They are not parameters.
 STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
-# What a GPT-2's config.json may say and is implemented in just one way: with another value it is another model.
+# Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
 FIXED_CONFIG = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -37,7 +37,7 @@ FIXED_CONFIG = {
     "scale_attn_weights": True,
     "tie_word_embeddings": True,
 }
-# What transformers writes besides, with its defaults; nothing here depends on it.
+# Other fields that transformers writes, with its default values. Nothing in this repository depends on them.
 INERT_CONFIG = {
     "initializer_range": 0.02,
     "n_inner": None,
@@ -49,7 +49,7 @@ INERT_CONFIG = {
     "summary_use_proj": True,
     "use_cache": True,
 }
-# transformers' names for the fields of GPTConfig; of three dropout rates we have one.
+# transformers' name -> GPTConfig's name. GPTConfig has one dropout rate for transformers' three.
 CONFIG_FIELDS = {
     "vocab_size": "vocab_size",
     "n_positions": "block_size",
@@ -64,20 +64,27 @@ CONFIG_FIELDS = {
 
 
 def locate(name_or_dir: str | Path) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of it in the local cache, fetched when missing."""
+    """Return the directory that holds a model's files.
+
+    A directory is returned as it is. Any other name is a model on the Hugging Face hub: the result is its snapshot in
+    the local cache, which is downloaded if it is missing.
+
+    Raises:
+        FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
+    """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
         return path
     name = str(name_or_dir)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no such model directory: {name}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # imported here: a local directory does not need the hub's client
 
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-        if not any(snapshot.glob("*.safetensors")):  # the older half of the hub
+        if not any(snapshot.glob("*.safetensors")):  # true of older models on the hub
             snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "pytorch_model.bin"]))
-    except OSError as error:  # all of the hub's own errors are among them
+    except OSError as error:  # the base class of all errors of the hub's client
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "
@@ -87,7 +94,7 @@ def locate(name_or_dir: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a ValueError that names the file."""
+    """Return the object in a JSON file. Raises ValueError, naming the file, if it holds something else."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -97,33 +104,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_config(directory: str | Path) -> GPTConfig:
-    """The GPTConfig that a directory's config.json describes, or a ValueError naming what it has that GPT-2 has not."""
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """Return the keyword arguments of `GPTConfig` for the model that a directory's config.json describes.
+
+    Raises:
+        FileNotFoundError: the directory has no config.json.
+        ValueError: the file describes another architecture than GPT-2's, or lacks a field. The message names the field.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no model directory: it has no config.json")
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
     fields = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "add_cross_attention": False} | read_json(path)
-    if fields.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same function
+    if fields.get("activation_function") == "gelu_pytorch_tanh":  # transformers' other name for gelu_new
         fields["activation_function"] = "gelu_new"
     for name, value in FIXED_CONFIG.items():
         if (found := fields.get(name, value)) != value:
-            raise ValueError(f"{path}: {name} is {found!r}; GPT-2 has {value!r}, and nothing else is implemented")
+            raise ValueError(f"{path}: {name} is {found!r}, but only GPT-2's {value!r} is implemented")
     if missing := [name for name in ("model_type", *CONFIG_FIELDS) if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     dropouts = {fields[name] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if len(dropouts) > 1:
-        warnings.warn(f"{path} has dropout rates {sorted(dropouts)}: all become {max(dropouts)}", stacklevel=2)
+        warnings.warn(f"{path} has dropout rates {sorted(dropouts)}: {max(dropouts)} is used for all", stacklevel=2)
+    n_inner, n_embd = fields.get("n_inner"), fields["n_embd"]
+    if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:  # GPTConfig refuses another type
+        raise ValueError(f"{path}: n_inner is {n_inner}, expected 4 x n_embd = {4 * n_embd}")
     ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
-    config = GPTConfig(**ours | {"dropout": max(dropouts), "causal": fields.get("causal", True)})
-    if fields.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner is {fields['n_inner']}, expected 4 x n_embd = {4 * config.n_embd}")
-    return config
+    return ours | {"dropout": max(dropouts), "causal": fields.get("causal", True)}
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin, one at a time.
+    """Yield the names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin.
 
-    Each is to be copied before the next is asked for. Of one file the largest comes first, while memory is emptiest.
+    Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
+    first, when the fewest other tensors have been loaded.
     """
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
@@ -134,23 +147,24 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict):
             raise ValueError(
-                f"{index} has no weight_map that says which file holds which tensor: fetch the model again"
+                f"{index} has no weight_map, which says which file holds which tensor: download the model again"
             )
         files = sorted(set(places.values()))
     elif pickled.is_file():
-        mapped = zipfile.is_zipfile(pickled)  # else written by PyTorch before 1.6, and read as a whole
+        mapped = zipfile.is_zipfile(pickled)  # otherwise PyTorch before 1.6 wrote it: no mmap
         load = partial(torch.load, pickled, map_location="cpu", weights_only=True, mmap=mapped)
         try:
             state = load()
             names = sorted(state, key=lambda name: -state[name].numel())
-        except Exception as error:  # unpickling garbage can raise anything
+        except Exception as error:  # unpickling a damaged file can raise any exception
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{pickled} cannot be read as plain tensors, and is not read otherwise ({reason}): use safetensors"
+                f"{pickled} cannot be read as plain tensors ({reason}), and no other pickle is loaded, because it "
+                f"could execute code: use safetensors"
             ) from error
         for name in names:
             yield name, state.pop(name)
-            if mapped:  # anew each time, as below
+            if mapped:  # reopened for each tensor, for the reason given below
                 state = load()
         return
     else:
@@ -158,24 +172,28 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
             f"{directory} holds no weights: expected model.safetensors, its shards, or pytorch_model.bin"
         )
 
-    from safetensors import SafetensorError, safe_open
-
     for file in files:
         try:
             with safe_open(directory / file, framework="pt") as tensors:
                 names = sorted(tensors.keys(), key=lambda name: -math.prod(tensors.get_slice(name).get_shape()))
             for name in names:
-                # opened anew each time, so that the pages of the file behind one tensor are let go before the next
+                # The file is reopened for each tensor, which releases the memory that maps the previous tensor.
                 with safe_open(directory / file, framework="pt") as tensors:
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{directory / file} cannot be read ({error}): fetch or copy it again") from error
+            raise ValueError(f"{directory / file} cannot be read ({error}): download or copy it again") from error
 
 
 def load_weights(
     model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
-    """Fill a model, which may be on the meta device, with a directory's tensors: each converted, moved and assigned."""
+    """Replace a model's parameters by the tensors in a directory, each converted to `dtype` and moved to `device`.
+
+    The model may be on the meta device. dtype=None keeps the dtype of the file.
+
+    Raises:
+        ValueError: tensors are missing, unknown or have the wrong shape (all are listed), or a file is damaged.
+    """
     wanted = {name.removeprefix("gpt."): parameter for name, parameter in model.named_parameters()}
     seen: set[str] = set()
     unknown: list[str] = []
@@ -183,7 +201,7 @@ def load_weights(
     for source, tensor in read_tensors(directory):
         if STALE_BUFFER.search(source):
             continue
-        # the tied head is the embedding under another name; GPT2Model's own files lack the prefix
+        # The head is tied to the token embedding. Files that GPT2Model saved lack the prefix "transformer.".
         name = "transformer.wte.weight" if source == "lm_head.weight" else source
         name = name if name in wanted else f"transformer.{name}"
         if name not in wanted:
@@ -197,18 +215,18 @@ def load_weights(
         else:
             value = torch.empty_like(parameter, device=device, dtype=dtype or tensor.dtype).copy_(tensor)
             if name in seen and not torch.equal(value, parameter):
-                raise ValueError(f"{directory}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties the two")
+                raise ValueError(f"{directory}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties them")
             torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
         seen.add(name)
     missing = [name for name in wanted if name not in seen]
     found = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     if problems := "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names):
-        raise ValueError(f"the tensors in {directory} are not those of its config.json: {problems}")
+        raise ValueError(f"the tensors in {directory} do not match its config.json: {problems}")
 
 
 def save_weights(
     state: dict[str, Tensor],
-    config: GPTConfig,
+    config: dict[str, Any],
     directory: str | Path,
     *,
     eos_token_id: int | None = None,
@@ -216,23 +234,30 @@ def save_weights(
     architecture: str = "GPT2LMHeadModel",
     extra_config: dict[str, Any] | None = None,
 ) -> None:
-    """Write a state dict, with our names and shapes, and its configuration as transformers writes a GPT-2.
+    """Write a state dict and its configuration as transformers writes a GPT-2.
 
-    `architecture` is the transformers class that it is, `extra_config` what else that class has in its config.json.
+    Args:
+        state: tensors with the names and shapes of our modules.
+        config: the fields of GPTConfig, by name.
+        directory: created if it does not exist.
+        eos_token_id: the tokenizer's end-of-text. None means 50256 if the vocabulary is GPT-2's.
+        max_shard_size: weights above this size are divided into several files.
+        architecture: the class of transformers that loads the files.
+        extra_config: fields that this class has in config.json in addition.
     """
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import save_torch_state_dict  # imported here: loading a model does not need it
 
-    if eos_token_id is None and config.vocab_size == 50257:
+    if eos_token_id is None and config["vocab_size"] == 50257:
         eos_token_id = 50256
     special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
-    fields: dict[str, Any] = {theirs: getattr(config, ours) for theirs, ours in CONFIG_FIELDS.items()}
+    fields: dict[str, Any] = {theirs: config[ours] for theirs, ours in CONFIG_FIELDS.items()}
     fields["architectures"] = [architecture]
     fields["dtype"] = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
-    if not config.causal:
-        fields["causal"] = False  # ours alone: transformers has no bidirectional GPT-2
+    if not config["causal"]:
+        fields["causal"] = False  # a field of this repository: transformers has no bidirectional GPT-2
     fields |= FIXED_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if architecture == "GPT2ForSequenceClassification":
-        fields["pad_token_id"] = eos_token_id  # without one transformers takes a single row at a time
+        fields["pad_token_id"] = eos_token_id  # without it, transformers refuses batches of more than one row
     generation = special | {"_from_model_config": True, "use_cache": True}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -292,7 +292,7 @@ def _short(value: float) -> str:
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print and write."""
     from eval.tasks import find_tasks, has_questions
-    from training.checkpoint import resolve_model
+    from pretrained import resolve_model
     from weights import locate
 
     functions = find_tasks(args.tasks)

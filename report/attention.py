@@ -30,7 +30,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, let it read the text, write the page."""
-    from training.checkpoint import load_model
+    from pretrained import load_model
 
     model, tokenizer, name = load_model(args.model)
     ids = tokenizer.encode(args.text)

@@ -34,7 +34,7 @@ def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, write the page."""
-    from training.checkpoint import load_model
+    from pretrained import load_model
 
     model, _, name = load_model(args.model)
     embeddings = model.transformer.wpe.weight.detach().numpy()

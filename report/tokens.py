@@ -73,7 +73,7 @@ def read(model: GPT, ids: Sequence[int], eot: int) -> Reading:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, let it read the text, write the page."""
-    from training.checkpoint import load_model
+    from pretrained import load_model
 
     model, tokenizer, name = load_model(args.model)
     ids = tokenizer.encode(args.text)

@@ -245,7 +245,7 @@ def test_where_what_it_went_by_is_another_the_micro_batch_is_found_anew(tiny_run
     if stored is None:  # of a version before this
         del state["device"], state["dtype"]
     (checkpoint / "trainer" / "state.json").write_text(json.dumps(state | (stored or {})))
-    monkeypatch.setattr("training.checkpoint.verify", lambda path: None)
+    monkeypatch.setattr("pretrained.verify", lambda path: None)
     monkeypatch.setattr("train.fit_micro_batch", lambda *arguments, **options: 1)
     trainer = Trainer(config, start_processes(config.system))
     trainer.close()

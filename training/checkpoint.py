@@ -11,28 +11,25 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from files import file_sha256, sync_directory
 from model import GPT, GPTConfig
-from weights import locate, save_weights
+from pretrained import MANIFEST, OPTIMIZER, STATE, find_newest, list_checkpoints
+from weights import save_weights
 
-MANIFEST = "manifest.json"
-STATE = "trainer/state.json"
-OPTIMIZER = "trainer/optimizer.safetensors"
 PARTIAL = ".partial"
 
 
@@ -51,7 +48,7 @@ def host_copy(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor
 
     Every process must call it; only the main one gets the tensors.
     """
-    from torch.distributed.checkpoint import state_dict as dcp  # here: it takes a second, which sampling need not wait
+    from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=whole).get("state", {})  # none on other ranks
@@ -109,20 +106,9 @@ class Checkpoints:
 
         Raises ValueError where there are checkpoints and every one is damaged.
         """
-        candidates = self.list()
-        for path in reversed(candidates):
-            try:
-                verify(path)
-            except (OSError, ValueError) as error:
-                print(f"passing over a damaged checkpoint: {error}", file=sys.stderr)
-                self._damaged.add(path)
-            else:
-                return path
-        if candidates:
-            raise ValueError(
-                f"every checkpoint in {self.directory} is damaged: move them away to start from the beginning"
-            )
-        return None
+        newest, damaged = find_newest(self.directory)
+        self._damaged.update(damaged)
+        return newest
 
     def best(self) -> tuple[float, Path] | None:
         """The lowest validation loss known of them, and whose it is; what cannot be read is passed over.
@@ -189,7 +175,7 @@ class Checkpoints:
         partial = final.with_name(final.name + PARTIAL)
         try:
             (partial / "trainer").mkdir(parents=True)
-            save_weights(snapshot.weights, snapshot.shape, partial, eos_token_id=snapshot.tokenizer.eot)
+            save_weights(snapshot.weights, asdict(snapshot.shape), partial, eos_token_id=snapshot.tokenizer.eot)
             snapshot.tokenizer.save(partial)
             save_file(snapshot.optimizer_state, partial / OPTIMIZER)
             (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
@@ -225,31 +211,6 @@ class Checkpoints:
                 shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` directory by step, unverified."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def verify(checkpoint: Path) -> None:
-    """Hold every file of a checkpoint against its manifest; ValueError or OSError naming the first that differs."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{checkpoint / MANIFEST} is not a manifest ({error})") from None
-    for name, (size, sha256) in listed.items():
-        path = checkpoint / name
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its manifest says {size:,}")
-        if file_sha256(path) != sha256:
-            raise ValueError(f"{path} has another sha256 than its manifest says")
-    if missing := {"config.json", STATE, OPTIMIZER} - listed.keys():
-        raise ValueError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(missing))}")
-
-
 def lock_run(directory: Path) -> FileLock:
     """Hold a run's directory for this process; the system lets go of it however the process ends."""
     lock = FileLock(directory / ".lock")
@@ -265,43 +226,3 @@ def lock_run(directory: Path) -> FileLock:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What trainer/state.json holds."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
-def resolve_model(name_or_dir: str | None, runs: str = "runs") -> str:
-    """What `--model` stands for: None, the newest run; a run directory, its newest whole checkpoint; else itself.
-
-    Raises FileNotFoundError where there is no run, or no checkpoint in it.
-    """
-    if name_or_dir is None:
-        found = [path for run in Path(runs).glob("*/checkpoints") for path in list_checkpoints(run)]
-        if not found:
-            raise FileNotFoundError(f"no run with a checkpoint under {runs}/: train one, or name a model with --model")
-        name_or_dir = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
-    checkpoints = Path(name_or_dir).expanduser() / "checkpoints"
-    if not checkpoints.is_dir():
-        return name_or_dir
-    newest = Checkpoints(checkpoints, keep=1, on_error="stop").newest()
-    if newest is None:
-        raise FileNotFoundError(f"{name_or_dir} has no checkpoint yet")
-    return str(newest)
-
-
-def load_model(
-    name_or_dir: str | None, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[GPT, Tokenizer, str]:
-    """The model that `--model` stands for, its tokenizer, and what it is called.
-
-    Raises ValueError where the two do not belong together, OSError where there is none.
-    """
-    name = resolve_model(name_or_dir)
-    directory = locate(name)
-    tokenizer = load_tokenizer(directory)
-    model = GPT.from_pretrained(directory, dtype=dtype, device=device)
-    # Exactly, as its ids are decoded: one that only pads the vocabulary has no text. What is scored is encoded only, so
-    # eval.likelihood.check_pair lets padding pass.
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
-            f"they do not belong together"
-        )
-    return model, tokenizer, name

@@ -14,7 +14,7 @@ from data.shards import list_shards, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from model import GPT, GPTConfig
-from training.checkpoint import resolve_model
+from pretrained import resolve_model
 from training.config import Config
 from weights import load_weights, locate, read_config
 
@@ -119,7 +119,7 @@ def model_shape(config: Config, tokenizer: Tokenizer, source: Path | None) -> GP
         )
     if source is None or asked.init_from == "scratch":
         return config.model_config(tokenizer.vocab_size)
-    shape = dataclasses.replace(read_config(source), dropout=asked.dropout)
+    shape = dataclasses.replace(GPTConfig(**read_config(source)), dropout=asked.dropout)
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         if getattr(asked, name) not in (None, getattr(shape, name)):
             raise ValueError(

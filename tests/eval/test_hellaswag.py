@@ -15,7 +15,7 @@ from eval.choices import answer, read_rows
 from eval.hellaswag import RENDER, completion, harness, hellaswag, read_questions
 from eval.likelihood import log_likelihoods
 from model import GPT, GPTConfig
-from training.checkpoint import resolve_model
+from pretrained import resolve_model
 
 SPREAD = range(0, 10042, 20)  # 503 rows from the whole of the data: ActivityNet and WikiHow
 

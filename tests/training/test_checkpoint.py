@@ -13,7 +13,8 @@ from data.tokenizer import load_tokenizer
 from files import file_sha256
 from generation import generate
 from model import GPT
-from training.checkpoint import Checkpoints, list_checkpoints, lock_run, resolve_model, verify
+from pretrained import list_checkpoints, resolve_model, verify
+from training.checkpoint import Checkpoints, lock_run
 from training.metrics import MetricsLog, read_metrics
 
 
@@ -89,7 +90,7 @@ def test_one_flipped_byte_in_any_file_is_found_and_the_one_before_is_used(run, t
     flip_a_byte(damaged / name)
     train(tiny_run("run", **{"optim.steps": 10, "checkpoint.every": 4}))
     output = capsys.readouterr()
-    assert f"passing over a damaged checkpoint: {damaged / name} has another sha256" in output.err
+    assert f"skipping a damaged checkpoint: {damaged / name} has another sha256" in output.err
     assert "going on from" in output.out
     assert "step-000008" in output.out
     assert (run / "checkpoints" / "step-000010.damaged").is_dir()  # left alone, out of the new one's way
@@ -237,14 +238,6 @@ def test_no_room_and_going_on_as_configured(tiny_run, train, monkeypatch, capsys
     run = train(tiny_run("run", **{"optim.steps": 4, "checkpoint.every": 2, "checkpoint.on_error": "continue"}))
     assert capsys.readouterr().err.count("No space left on device") == 2
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
-
-
-def test_resolve_model(run, tmp_path):
-    assert resolve_model(str(run)) == str(run / "checkpoints" / "step-000010")
-    assert resolve_model(None, str(run.parent)) == str(run / "checkpoints" / "step-000010")
-    assert resolve_model("gpt2") == "gpt2"
-    with pytest.raises(FileNotFoundError, match=r"no run with a checkpoint under .*: train one, or name a model"):
-        resolve_model(None, str(tmp_path / "nowhere"))
 
 
 # train.py under a limit on the size of any file it writes, as a full disk would stop it

@@ -1,0 +1,40 @@
+"""Generate text with a GPT: greedy decoding, sampling, beam search, streaming.
+
+`generate` has the argument names and the semantics of transformers' method of the same name, so that tests can compare
+the two token by token.
+
+    options.py      GenerationOptions and GenerateOutput: what `generate` takes and returns
+    prompts.py      prompts -> a checked batch of token ids and its mask
+    decode.py       generate
+    sampling.py     greedy decoding and sampling, Gumbel-softmax samples
+    beam_search.py  beam search and beam sampling
+    forward.py      what both loops share: the forward pass with a cache, the end of a row, recorded outputs
+    processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
+    packed.py       pack_weights: a layout of the weights that is faster to decode with
+    text.py         stream and generate_text: strings instead of token ids
+
+Shapes in this package: N rows (the prompts times the sequences returned for each, or times the beams), T tokens in each
+row so far, including prompt and padding, V = vocab_size, B prompts, K beams per prompt.
+"""
+
+from generation.decode import generate
+from generation.options import GenerateOutput, GenerationOptions
+from generation.packed import pack_weights
+from generation.prompts import encode_prompt, left_pad, prepare_prompts
+from generation.sampling import gumbel_softmax
+from generation.text import Completion, StreamedToken, generate_text, stream
+
+__all__ = [
+    "Completion",
+    "GenerateOutput",
+    "GenerationOptions",
+    "StreamedToken",
+    "encode_prompt",
+    "generate",
+    "generate_text",
+    "gumbel_softmax",
+    "left_pad",
+    "pack_weights",
+    "prepare_prompts",
+    "stream",
+]

@@ -1,0 +1,161 @@
+"""Beam search: keep the most probable continuations of each prompt at every step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from generation.forward import CachedForward, empty_records, find_ended, record
+from generation.options import GenerateOutput, GenerationOptions
+from generation.processors import make_processor
+from generation.sampling import draw
+from model import GPT
+
+IMPOSSIBLE = -1.0e9  # the score of a beam that must not be selected; finite, because scores are added and compared
+
+
+class Beams(NamedTuple):
+    """The same number of hypotheses for each of B prompts, sorted by score."""
+
+    scores: Tensor  # (B, K), sum of log-probabilities; if finished, divided by new tokens ** length_penalty
+    ids: Tensor  # (B, K, prompt + max_new_tokens)
+    logprobs: Tensor  # (B, K, max_new_tokens), of each token under the unprocessed logits
+    origins: Tensor  # (B, K, max_new_tokens), the row that each token was chosen in; -1 where there is no token yet
+
+    @property
+    def prompt_length(self) -> int:
+        return self.ids.size(2) - self.logprobs.size(2)
+
+    def take(self, which: Tensor) -> Beams:
+        """Select hypotheses: which (B, k) holds their indices for each prompt."""
+        prompts = torch.arange(len(which), device=which.device)[:, None]
+        return Beams(*(tensor[prompts, which] for tensor in self))
+
+    def join(self, other: Beams) -> Beams:
+        """Append another set of hypotheses for the same prompts."""
+        return Beams(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
+
+
+@torch.no_grad()
+def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> GenerateOutput:
+    """Keep the num_beams most probable continuations of each prompt at every step; return the best finished ones.
+
+    ids is (B, T), mask (B, T + max_new_tokens) or None. The rules are those of `_beam_search` in transformers. The
+    candidates of a step are all pairs of a beam and a next token. Candidates that end and are among the best num_beams
+    join the finished hypotheses. The best num_beams of the other candidates become the running beams.
+    """
+    (n_prompts, prompt_length), K = ids.shape, options.num_beams
+    length = prompt_length + options.max_new_tokens
+    mask = None if mask is None else mask.repeat_interleave(K, dim=0)
+    forward = CachedForward(model, ids.repeat_interleave(K, dim=0), mask, options)
+    process = make_processor(options, prompt_length, mask)
+    running, finished = start(ids, options)
+    improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)  # (B, 1), whether the search continues
+    records = empty_records(options)
+
+    for t in range(prompt_length, length):
+        rows = running.ids[:, :, :t].flatten(0, 1)  # (B * K, t)
+        logits, output = forward(rows)
+        logprobs = logits.log_softmax(dim=-1)
+        scores = process(rows, logprobs)
+        record(records, logits, scores, output)
+
+        new = t - prompt_length
+        candidates = extend(running, scores, logprobs, new, options)
+        ended = torch.ones_like(candidates.scores, dtype=torch.bool)  # (B, n_candidates)
+        if t + 1 < length:
+            ended = find_ended(candidates.ids[:, :, : t + 1].flatten(0, 1), options).view_as(ended)
+        alive = candidates.scores + IMPOSSIBLE * ended
+        running = candidates._replace(scores=alive).take(alive.topk(K).indices)
+        finished = add_finished(finished, candidates, ended & improvable, new + 1, options)
+        improvable &= can_improve(running, finished, new + 1, options)
+        all_full = options.early_stopping is True and is_full(finished).all()
+        if not improvable.any() or ended.all() or all_full:
+            break
+        forward.cache.reorder(running.origins[:, :, new].flatten())
+    return best_results(finished, records, options)
+
+
+def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
+    """Return the running beams before the first step, of which only the first counts, and no finished ones."""
+    n_prompts, K = len(ids), options.num_beams
+    fill = options.eos[0] if options.eos else 0
+    blank = torch.zeros(n_prompts, K, options.max_new_tokens, device=ids.device)
+    padded = F.pad(ids, (0, options.max_new_tokens), value=fill)[:, None].expand(-1, K, -1)
+    finished = Beams(torch.full((n_prompts, K), IMPOSSIBLE, device=ids.device), padded, blank, blank.long() - 1)
+    # All beams of a prompt are equal, so the first step must select all its candidates from one of them.
+    running = finished._replace(scores=finished.scores.index_fill(1, ids.new_tensor([0]), 0.0))
+    return running, finished
+
+
+def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: GenerationOptions) -> Beams:
+    """Return the candidates of a step: the best (or sampled) pairs of a running beam and a next token.
+
+    scores and logprobs are (B * K, V), processed and unprocessed; new is the number of tokens that beams have already.
+    """
+    (n_prompts, K), V = running.scores.shape, scores.size(1)
+    # So many that K of them can continue even if all others end.
+    n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
+    totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
+    if options.do_sample:
+        # The Gumbel form can also draw n_candidates where fewer tokens are allowed.
+        chosen = draw(totals, n_candidates, options.generator, gumbel=True)
+    else:
+        chosen = totals.topk(n_candidates).indices
+    parents, tokens = chosen // V, chosen % V  # (B, n_candidates)
+    candidates = running.take(parents)._replace(scores=totals.gather(1, chosen))
+    candidates.ids[:, :, running.prompt_length + new] = tokens
+    candidates.logprobs[:, :, new] = logprobs.view(n_prompts, -1).gather(1, chosen)
+    first_row = torch.arange(n_prompts, device=scores.device)[:, None] * K
+    candidates.origins[:, :, new] = first_row + parents
+    return candidates
+
+
+def is_full(finished: Beams) -> Tensor:
+    """Return (B, 1) booleans: whether a prompt has num_beams finished hypotheses."""
+    return (finished.scores > IMPOSSIBLE / 2).all(dim=1, keepdim=True)
+
+
+def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int, options: GenerationOptions) -> Beams:
+    """Return the best num_beams of the finished hypotheses and of the candidates that end now.
+
+    ended is (B, n_candidates), length the number of new tokens of the candidates.
+    """
+    K = options.num_beams
+    may_finish = ended & ~(is_full(finished) & (options.early_stopping is True))
+    may_finish[:, K:] = False
+    final = candidates.scores / length**options.length_penalty + IMPOSSIBLE * ~may_finish
+    both = finished.join(candidates._replace(scores=final))
+    return both.take(both.scores.topk(K).indices)
+
+
+def can_improve(running: Beams, finished: Beams, length: int, options: GenerationOptions) -> Tensor:
+    """Return (B, 1) booleans: whether the best running beam could still become better than the worst finished one."""
+    at_full_length = options.early_stopping == "never" and options.length_penalty > 0
+    final_length = options.max_new_tokens if at_full_length else length
+    best_possible = running.scores[:, :1] / final_length**options.length_penalty
+    return ~is_full(finished) | (best_possible > finished.scores[:, -1:])
+
+
+def best_results(finished: Beams, records: dict[str, Any], options: GenerationOptions) -> GenerateOutput:
+    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the longest of them."""
+    best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
+    lengths = (best.origins >= 0).sum(dim=1)
+    undivided = best.scores * lengths.clamp(min=1) ** options.length_penalty  # the sum of log-probabilities
+    if (torch.minimum(best.scores, undivided) < IMPOSSIBLE / 2).any():
+        raise ValueError(
+            f"a prompt has fewer than {options.num_return_sequences} continuations, because too many tokens are "
+            f"banned: ban fewer tokens, or reduce num_return_sequences"
+        )
+    steps = int(lengths.max())
+    return GenerateOutput(
+        best.ids[:, : finished.prompt_length + steps],
+        best.logprobs[:, :steps],
+        best.scores,
+        lengths,
+        beam_indices=best.origins[:, :steps],
+        **records,
+    )

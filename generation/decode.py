@@ -1,0 +1,122 @@
+"""`generate`: continue prompts by greedy decoding, sampling or beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Generator, Tensor
+
+from generation.beam_search import beam_search
+from generation.options import GenerateOutput, GenerationOptions, Processor, Tokenizer
+from generation.prompts import prepare_prompts
+from generation.sampling import sample
+from model import GPT
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@torch.no_grad()
+def generate_with_options(
+    model: GPT, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, options: GenerationOptions
+) -> Tensor | GenerateOutput:
+    """`generate` with its options in one object."""
+    ids, mask = prepare_prompts(model, input_ids, attention_mask, options)
+    if options.num_beams == 1:
+        return sample(model, ids, mask, options)
+    output = beam_search(model, ids, mask, options)
+    return output if options.return_dict else output.sequences
+
+
+def collects_options(implementation: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function that declares the options as keyword arguments, and so documents them, but has no body.
+
+    A call collects them in a GenerationOptions, which checks them, and passes it to `implementation`.
+    """
+
+    def decorate(declaration: Callable[P, R]) -> Callable[P, R]:
+        @wraps(declaration)
+        def call(model: GPT, input_ids: Any, *, attention_mask: Tensor | None = None, **options: Any) -> R:
+            return implementation(model, input_ids, attention_mask, GenerationOptions(**options))
+
+        return cast(Callable[P, R], call)
+
+    return decorate
+
+
+@collects_options(generate_with_options)
+def generate(  # type: ignore[empty-body]
+    model: GPT,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    bad_words_ids: Sequence[Sequence[int]] | None = None,
+    min_new_tokens: int = 0,
+    stop_strings: str | Sequence[str] | None = None,
+    num_return_sequences: int = 1,
+    gumbel: bool = False,
+    sliding: bool = False,
+    eos_token_id: int | Sequence[int] | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
+    logits_processor: Processor | Sequence[Processor] | None = None,
+    tokenizer: Tokenizer | None = None,
+    return_dict: bool = False,
+    output_logits: bool = False,
+    output_scores: bool = False,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
+) -> Tensor | GenerateOutput:
+    """Continue each prompt by up to `max_new_tokens` tokens, greedily unless do_sample is set or num_beams > 1.
+
+    Args:
+        model: a model in eval mode.
+        input_ids: (B, T), padded on the left if prompts differ in length, or a list of token lists, which is padded
+            automatically.
+        attention_mask: (B, T), 0 for padding.
+        do_sample: sample from softmax(scores / temperature), restricted by top_k, top_p and min_p in this order.
+        top_k: keep the k most probable tokens. None or 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least p.
+        min_p: keep the tokens that are at least p times as probable as the most probable one.
+        num_beams: number of beams of each prompt. Hypotheses are compared by
+            log-probability / (new tokens ** length_penalty).
+        early_stopping: when the search for a prompt ends. True: when num_beams hypotheses are finished. False: when, in
+            addition, no running beam scores higher at its present length than the worst finished hypothesis. "never":
+            when no running beam can score higher even at full length.
+        repetition_penalty: divide positive scores of earlier tokens by it, multiply negative ones. The prompt counts.
+        no_repeat_ngram_size: n > 0 bans tokens that would repeat an n-gram. The prompt counts.
+        bad_words_ids: token sequences that must not be generated.
+        min_new_tokens: ban eos before this number of new tokens.
+        stop_strings: strings that end a row when they appear in its text. They need `tokenizer`.
+        num_return_sequences: number of results for each prompt. They are adjacent rows.
+        gumbel: sample with the Gumbel-max trick. The draws are different, the distribution is the same.
+        sliding: allow more tokens than block_size. The model then sees the last block_size tokens.
+        eos_token_id: the token or tokens that end a row. The first one fills the rest of the row. None means that only
+            max_new_tokens ends a row or, with stop_strings, that the tokenizer's end-of-text does too.
+        generator: one generator for all rows, or one for each of the B * num_return_sequences rows (in beam search: of
+            the B prompts), so that a row does not depend on the other rows. On the model's device.
+        logits_processor: a function or functions (ids, scores) -> scores, called after the other processors and before
+            temperature.
+        return_dict: return a GenerateOutput, which holds the tensors requested by output_logits, output_scores,
+            output_hidden_states and output_attentions.
+
+    Returns:
+        (B * num_return_sequences, T + new tokens) ids, including prompt and padding, or a GenerateOutput. There are
+        fewer than max_new_tokens new tokens if all rows end earlier.
+
+    Raises:
+        ValueError: an option is impossible, an id is outside the vocabulary, or the tokens do not fit in block_size.
+    """

@@ -1,0 +1,87 @@
+"""What the sampling loop and beam search share: the forward pass with a cache, the end of a row, recorded outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generation.options import GenerationOptions, Tokenizer
+from model import GPT, GPTOutput
+
+
+class CachedForward:
+    """The model's forward pass over growing rows: it reads only the new tokens, and the cache holds the earlier ones.
+
+    Beyond block_size the model sees the last block_size tokens. Because GPT-2's positions are learned and absolute,
+    each token that moves to another position gets other keys and values. The cache is then useless, and each step reads
+    all block_size tokens again.
+    """
+
+    def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> None:
+        self.model, self.mask, self.options = model, mask, options
+        length = ids.size(1) + options.max_new_tokens - 1  # the last token is never read
+        self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
+        self.head = model._modules.get("decoding_head")  # exists after pack_weights
+        self.checked = False
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
+        """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
+
+        Raises:
+            ValueError: the logits of the first call are NaN.
+        """
+        first = max(0, ids.size(1) - self.model.config.block_size)
+        if first:
+            self.cache.crop(0)
+        output = self.model(
+            ids[:, first + self.cache.length :],
+            attention_mask=None if self.mask is None else self.mask[:, first : ids.size(1)],
+            cache=self.cache,
+            return_logits=self.head is None,
+            logits_to_keep=1,
+            output_hidden_states=self.options.output_hidden_states,
+            output_attentions=self.options.output_attentions,
+        )
+        logits = output.logits[:, -1].float() if self.head is None else self.head(output.last_hidden_state[:, -1])
+        if not self.checked and logits.isnan().any():  # checked once, because the check waits for the device
+            raise ValueError(
+                "the model's logits are NaN: its weights are damaged or overflow in this dtype. Use another "
+                "checkpoint or float32"
+            )
+        self.checked = True
+        return logits, output
+
+
+def empty_records(options: GenerationOptions) -> dict[str, Any]:
+    """Return an empty list for each output that the options request. `record` appends to it at every step."""
+    names = ("logits", "scores", "hidden_states", "attentions")
+    return {name: [] for name in names if getattr(options, f"output_{name}")}
+
+
+def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTOutput) -> None:
+    """Append one step's tensors to the lists of `empty_records`."""
+    values = output._asdict() | {"logits": logits, "scores": scores}
+    for name, steps in records.items():
+        steps.append(values[name])
+
+
+def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
+    """Return whether the last token completes a stop string. The token's text may continue after the stop string."""
+    tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]  # each token has at least one byte
+    text, before = tokenizer.decode(tail), tokenizer.decode(tail[:-1]).rstrip("\ufffd")
+    ends = [text.rfind(stop) + len(stop) for stop in stop_strings if stop in text]
+    return any(end > len(before) for end in ends)
+
+
+def find_ended(ids: Tensor, options: GenerationOptions) -> Tensor:
+    """Return (N,) booleans: whether the last token of each row of ids (N, T) ends the row."""
+    ended = torch.isin(ids[:, -1], ids.new_tensor(options.eos))
+    if options.stop_strings:
+        assert options.tokenizer is not None
+        stops = [options.stop_strings] if isinstance(options.stop_strings, str) else options.stop_strings
+        by_text = [ends_with_stop_string(row, stops, options.tokenizer) for row in ids.tolist()]
+        ended |= torch.tensor(by_text, device=ids.device)
+    return ended

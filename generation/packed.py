@@ -1,0 +1,61 @@
+"""A faster form of a model's weights for decoding, in which matrices are multiplied by a few rows at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.loss import centered_head
+from model import GPT
+
+
+class PackedLinear(nn.Module):
+    """Compute x Wᵀ + b on a CPU, with W stored in the memory layout that oneDNN's kernels read.
+
+    F.linear converts W to this layout again for every token.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class DecodingHead(nn.Module):
+    """Compute float32 logits (N, V) from hidden states (N, C), with a matrix product in the dtype of the weights.
+
+    Below float32 the product uses the head minus its mean row (`centered_head` explains why), and the logits that
+    belong to the mean row are added in float32.
+    """
+
+    def __init__(self, weight: Tensor, *, pack: bool) -> None:
+        super().__init__()
+        head = centered_head(weight.detach(), weight.dtype)
+        self.product = PackedLinear(head, None) if pack else partial(F.linear, weight=head)
+        self.mean = None if weight.dtype == torch.float32 else weight.detach().mean(dim=0, dtype=torch.float32)  # (C,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.product(x).float()
+        return logits if self.mean is None else logits + (x.float() @ self.mean).unsqueeze(1)
+
+
+def pack_weights(model: GPT) -> None:
+    """Prepare a model for decoding, in place: add a `DecodingHead`, and pack all linear layers if oneDNN supports it.
+
+    Afterwards the model can only decode: it cannot be trained, saved or moved to another device.
+    """
+    weight = model.transformer.wte.weight
+    pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if weight.dtype != torch.float32:
+        pack = pack and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
+    for module, name, child in linears if pack else ():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child.weight, child.bias))
+    model.add_module("decoding_head", DecodingHead(weight, pack=pack))

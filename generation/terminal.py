@@ -1,0 +1,153 @@
+"""The work of sample.py after its arguments are checked: read prompts, load the model, generate and print."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.tokenizer import Tokenizer
+from device import find_device, find_dtype
+from generation.decode import generate
+from generation.options import GenerateOutput, GenerationOptions
+from generation.packed import pack_weights
+from generation.prompts import encode_prompt, prepare_prompts
+from generation.text import Completion, generate_text, stream
+from model import GPT
+from pretrained import load_model
+
+SEPARATOR = "-" * 15  # printed after each sample
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate and print what the arguments of sample.py request."""
+    prompts = read_prompts(args.file) if args.file else [args.prompt]
+    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    device = find_device(args.device, "--device")
+    model, tokenizer, _ = load_model(args.model, dtype=find_dtype(args.dtype, device), device=device)
+    pack_weights(model)
+    if args.interactive:
+        interact(args, model, tokenizer, seed)
+        return
+    options = decoding_options(args, model, tokenizer, prompts)
+    if args.show_probs:
+        for prompt in prompts:
+            print_probabilities(model, tokenizer, prompt, args.show_probs)
+    if args.stream:
+        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_samples)):
+            print(prompt, end="")
+            print_stream(model, tokenizer, prompt, seed + number, options)
+            print(SEPARATOR)
+        return
+    for completion in complete(args, model, tokenizer, prompts, seed, options):
+        if args.json:
+            print(json.dumps(completion._asdict()))
+        else:
+            print(completion.prompt + completion.text, SEPARATOR, sep="\n")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts in a file: its lines that are not blank or, in a .jsonl file, the "prompt" of each object."""
+    try:
+        # str.splitlines() would also split at characters that a prompt may contain, such as U+2028 and form feeds.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+                line.encode()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: expected an object with a text "prompt" ({error!r})'
+                ) from None
+        prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{path} contains no prompt")
+    return prompts
+
+
+def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> dict[str, Any]:
+    """Return the keyword arguments of `generate` that the command line selects, checked against the longest prompt."""
+    longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
+    room = max(1, model.config.block_size - len(longest))
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(args.default_new_tokens, room)}
+    options["eos_token_id"] = tokenizer.eot
+    if args.sampling:
+        options["do_sample"] = True
+        options["temperature"] = 0.8 if args.temperature is None else args.temperature
+        options["top_k"] = args.top_k
+        options["top_p"] = 0.95 if args.top_p is None else args.top_p
+    elif args.num_beams > 1:
+        options |= {"num_beams": args.num_beams, "num_return_sequences": args.num_samples}
+    prepare_prompts(model, [longest], None, GenerationOptions(**options))  # fails before anything is printed
+    return options
+
+
+def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> None:
+    """Print a table of the `count` most probable next tokens."""
+    if count > model.config.vocab_size:
+        raise ValueError(f"--show-probs {count} is more than the vocabulary of {model.config.vocab_size}")
+    ids = [encode_prompt(tokenizer, prompt)]
+    output = generate(model, ids, max_new_tokens=1, return_dict=True, output_logits=True)
+    assert isinstance(output, GenerateOutput)
+    assert output.logits is not None
+    probabilities, tokens = output.logits[0][0].softmax(dim=-1).topk(count)
+    print(f"{'probability':>11}  {'id':>5}  token")
+    for probability, token in zip(probabilities.tolist(), tokens.tolist(), strict=True):
+        print(f"{probability:11.4f}  {token:5}  {tokenizer.decode([token])!r}")
+
+
+def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, options: dict[str, Any]) -> None:
+    """Print one continuation of a prompt as it is generated."""
+    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+    for streamed in stream(model, tokenizer, prompt, generator=generator, **options):
+        print(streamed.text, end="", flush=True)
+    print()
+
+
+def interact(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, seed: int) -> None:
+    """Continue prompts from the terminal until end of file. An impossible prompt prints its error and asks again."""
+    with contextlib.suppress(ImportError):  # Windows lacks it; importing it gives input() line editing and a history
+        import readline  # noqa: F401
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        if not prompt.strip():
+            continue
+        try:
+            options = decoding_options(args, model, tokenizer, [prompt])
+            if args.show_probs:
+                print_probabilities(model, tokenizer, prompt, args.show_probs)
+            for _ in range(args.num_samples):
+                print_stream(model, tokenizer, prompt, seed, options)
+                seed += 1
+        except ValueError as error:
+            print(f"{error}", file=sys.stderr)
+
+
+def complete(
+    args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str], seed: int, options: dict[str, Any]
+) -> list[Completion]:
+    """Return all samples of all prompts. On a terminal, several batches have a progress bar."""
+    if args.num_beams == 1:  # each sample is a prompt of its own, so that the batch size limits the number of samples
+        prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    hide = True if len(prompts) <= args.batch_size else None  # None hides the bar if stderr is not a terminal
+    with tqdm(total=len(prompts), disable=hide, unit="prompt", leave=False) as bar:
+        return generate_text(
+            model, tokenizer, prompts, batch_size=args.batch_size, seed=seed, progress=bar.update, **options
+        )

@@ -1,0 +1,106 @@
+"""Test that a run, a directory or a name selects the right model, and that a damaged checkpoint is never selected."""
+
+import json
+
+import pytest
+import torch
+
+from data.tokenizer import CharacterTokenizer
+from files import file_sha256
+from model import GPT, GPTConfig
+from pretrained import MANIFEST, OPTIMIZER, STATE, find_newest, list_checkpoints, load_model, resolve_model, verify
+
+
+def write_checkpoint(run, step):
+    """Write a checkpoint of a model that nothing has trained, with a manifest."""
+    directory = run / "checkpoints" / f"step-{step:06d}"
+    tokenizer = CharacterTokenizer("abc")
+    torch.manual_seed(step)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+    tokenizer.save(directory)
+    for name in (STATE, OPTIMIZER):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("{}")
+    write_manifest(directory)
+    return directory
+
+
+def write_manifest(directory, leave_out=MANIFEST):
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    names = {path.relative_to(directory).as_posix(): path for path in files}
+    listed = {
+        name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for name, path in names.items()
+        if name != leave_out
+    }
+    (directory / MANIFEST).write_text(json.dumps(listed))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return the directory of a run with three checkpoints."""
+    for step in (900, 4, 1_000_000):
+        write_checkpoint(tmp_path / "runs" / "one", step)
+    (tmp_path / "runs" / "one" / "checkpoints" / "step-2000000.partial").mkdir()
+    return tmp_path / "runs" / "one"
+
+
+def test_checkpoints_are_listed_in_the_order_of_their_steps(run, tmp_path):
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["step-000004", "step-000900", "step-1000000"]
+    assert list_checkpoints(tmp_path / "missing") == []
+
+
+def test_a_run_stands_for_its_newest_checkpoint(run, tmp_path):
+    newest = run / "checkpoints" / "step-1000000"
+    assert resolve_model(str(run)) == str(newest)
+    assert resolve_model(None, str(run.parent)) == str(newest)
+    assert resolve_model(str(newest)) == str(newest)
+    assert resolve_model("gpt2") == "gpt2"
+    with pytest.raises(FileNotFoundError, match=r"no run with a checkpoint in .*: train a model, or name one"):
+        resolve_model(None, str(tmp_path / "nowhere"))
+    (tmp_path / "runs" / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="empty has no checkpoint yet"):
+        resolve_model(str(tmp_path / "runs" / "empty"))
+
+
+def test_damaged_checkpoints_are_skipped_and_named(run, capsys):
+    first, second, third = list_checkpoints(run / "checkpoints")
+    (third / "model.safetensors").write_bytes(b"short")
+    (second / STATE).write_text("[]")  # another hash, the same size
+    assert find_newest(run / "checkpoints") == (first, [third, second])
+    assert resolve_model(str(run)) == str(first)
+    error = capsys.readouterr().err
+    assert f"skipping a damaged checkpoint: {third / 'model.safetensors'} has 5 bytes" in error
+    assert f"skipping a damaged checkpoint: {second / STATE} has another sha256" in error
+    (first / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        resolve_model(str(run))
+
+
+@pytest.mark.parametrize("name", ["config.json", STATE, OPTIMIZER])
+def test_a_manifest_must_list_the_files_that_a_checkpoint_needs(run, name):
+    checkpoint = run / "checkpoints" / "step-000004"
+    verify(checkpoint)
+    write_manifest(checkpoint, leave_out=name)
+    with pytest.raises(ValueError, match=f"does not list {name}"):
+        verify(checkpoint)
+    (checkpoint / MANIFEST).write_text("[]")
+    with pytest.raises(ValueError, match="is not a manifest"):
+        verify(checkpoint)
+
+
+def test_a_model_is_loaded_with_its_tokenizer_and_its_name(run):
+    model, tokenizer, name = load_model(str(run), dtype=torch.bfloat16)
+    assert name == str(run / "checkpoints" / "step-1000000")
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
+
+
+def test_a_tokenizer_of_another_size_is_refused(run):
+    checkpoint = run / "checkpoints" / "step-000004"
+    CharacterTokenizer("abcdef").save(checkpoint)
+    with pytest.raises(ValueError, match="has 7 tokens, but the model has 4: they do not belong together"):
+        load_model(str(checkpoint))
