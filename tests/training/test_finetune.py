@@ -14,8 +14,8 @@ from data.completions import CompletionWindows
 from data.loader import IGNORE_INDEX, Loader, validation_batches
 from data.sources.shakespeare import HELD_OUT, read_plays
 from data.tokenizer import load_tokenizer, train_tokenizer
-from eval.choices import read_rows
 from eval.loss import split_loss
+from eval.rows import read_rows
 from model import GPT, GPTConfig
 from report.runs import read_run
 from training.config import parse_config
