@@ -200,7 +200,7 @@ def loader_ours(directory: Path) -> Run:
 
 
 def hellaswag_rows() -> list[dict[str, Any]]:
-    from eval.choices import read_rows
+    from eval.rows import read_rows
 
     rows = read_rows("hellaswag/none/validation")
     return rows[:: len(rows) // QUESTIONS][:QUESTIONS]

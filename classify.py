@@ -78,7 +78,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
 
 def read_column(path: Path, key: str) -> list[str]:
     """A column of a .csv or .jsonl file, as text."""
-    from eval.choices import read_table
+    from eval.rows import read_table
 
     values = []
     for number, row in enumerate(read_table(path), 1):

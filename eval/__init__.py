@@ -1,1 +1,1 @@
-"""Model to numbers."""
+"""Evaluation: from a model to metrics."""

@@ -1,12 +1,15 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings follows?
+"""HellaSwag (Zellers et al. 2019): choose the correct one of four endings of a short text.
 
-Two conventions are in use and their figures differ, so every result names its own:
+Two conventions are in use. They give different accuracies, so every result names its convention:
 
-- "completion", as in build-nanogpt: the context as given, an ending after a space, normalised by tokens;
-- "harness", as in lm-evaluation-harness: the activity label before the context, its second part capitalised, WikiHow's
-  brackets cleaned up, normalised by characters.
+- "completion", as in build-nanogpt: the context is unchanged, each ending follows after a space, and log-probabilities
+  are normalized by the number of tokens.
+- "harness", as in lm-evaluation-harness: the activity label precedes the context, the second part of the context is
+  capitalized, the bracketed marks of WikiHow are removed, and log-probabilities are normalized by the number of
+  characters.
 
-The released 124M has acc 0.2859, acc_norm 0.2955 in the first and 0.2892, 0.3114 in the second (eval/reference.py).
+The released 124M model has acc 0.2859 and acc_norm 0.2955 in the first, 0.2892 and 0.3114 in the second convention
+(see eval/reference.py).
 """
 
 from __future__ import annotations
@@ -19,39 +22,40 @@ from typing import Any
 from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
-from eval.choices import Answers, Convention, Question, answer, build, mean_and_stderr, read_rows, same_context
+from eval.choices import Answers, Convention, Question, answer, make_questions, mean_and_stderr, same_context
 from eval.likelihood import check_pair, log_likelihoods
+from eval.rows import read_rows
 
 
 def completion(row: dict[str, Any]) -> Question:
-    """A row of the data set in the completion convention."""
+    """Return the question of a row in the completion convention."""
     return same_context(row["ctx"], row["endings"], int(row["label"]))
 
 
 def harness(row: dict[str, Any]) -> Question:
-    """A row of the data set as lm-evaluation-harness' tasks/hellaswag has it."""
+    """Return the question of a row in the harness convention (lm-evaluation-harness, tasks/hellaswag)."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return same_context(_clean(context), [_clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
 def _clean(text: str) -> str:
-    # WikiHow's articles left [title], [step] and the like behind.
+    # Texts from WikiHow still contain marks such as [title] and [step].
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-RENDER = {"completion": completion, "harness": harness}
+RENDERERS = {"completion": completion, "harness": harness}
 
 
 @functools.lru_cache(maxsize=4)
 def read_questions(convention: Convention) -> list[Question]:
-    """The 10,042 questions of the validation set, in the order of the data."""
+    """Read the 10,042 questions of the validation set, in the order of the dataset."""
     rows = read_rows("hellaswag/none/validation")
-    return build("hellaswag", rows, RENDER[convention])
+    return make_questions("hellaswag", rows, RENDERERS[convention])
 
 
-def summarize(answers: Answers, convention: Convention) -> dict[str, Any]:
-    """Accuracies with their standard errors."""
+def hellaswag_metrics(answers: Answers, convention: Convention) -> dict[str, Any]:
+    """Return both accuracies with their standard errors."""
     acc, acc_stderr = mean_and_stderr(answers.choice == answers.gold)
     acc_norm, acc_norm_stderr = mean_and_stderr(answers.choice_norm == answers.gold)
     return {
@@ -75,20 +79,21 @@ def hellaswag(
     world_size: int = 1,
     reduce: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model that is being trained: every rank takes a share, and all get the same figures.
+    """Evaluate a model during training. All ranks divide the work, and each returns the same metrics.
+
+    The caller sets device and autocast. The model is switched to eval mode and back to its previous mode.
 
     Args:
-        model: on the device to compute on, under the autocast to compute in. It is in eval mode meanwhile.
-        limit: the first so many questions only.
-        batch_size: sequences a forward pass; None chooses. See `eval.likelihood.log_likelihoods` for this and for
-            `rank`, `world_size` and `reduce`, which sums a tensor over the ranks in place.
+        limit: evaluate only the first `limit` questions.
+        batch_size: sequences per forward pass; None chooses a default.
+        rank, world_size, reduce: see `eval.likelihood.log_likelihoods`.
 
     Returns {"convention", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "count"}.
-    Raises ValueError when model and tokenizer do not belong together or logits are not finite, OSError when the
-    questions cannot be fetched.
+    Raises ValueError if model and tokenizer do not match or the logits are not finite, OSError if the questions cannot
+    be downloaded.
     """
     check_pair(model, tokenizer)
     score = functools.partial(
         log_likelihoods, model, batch_size=batch_size, rank=rank, world_size=world_size, reduce=reduce
     )
-    return summarize(answer(read_questions(convention)[:limit], tokenizer, score, convention), convention)
+    return hellaswag_metrics(answer(read_questions(convention)[:limit], tokenizer, score, convention), convention)

@@ -1,9 +1,9 @@
-"""Log-probabilities of texts after their contexts: what every evaluation here comes down to.
+"""Log-probabilities of continuations given their contexts. Every evaluation task reduces to them.
 
-Requests that share a context compute it once: their contexts go through the model as one batch, padded on the left,
-and the endings follow on copies of its keys and values. Log-probabilities are taken in fp32, at the endings' positions
-only. How requests fall into batches depends on the requests and the batch size alone, so any number of processes
-computes the same numbers.
+The model computes a context once, also if several requests share it: a batch of contexts, padded on the left, fills a
+KV cache, and the continuations are then scored with copies of its rows. Log-probabilities are computed in float32, and
+only at the positions of the continuations. The division of requests into batches depends only on the requests and the
+batch size, so the scores do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -21,60 +21,60 @@ from data.loader import ceil_div
 from data.tokenizer import Tokenizer
 from kernels.loss import centered_head
 
-SOFTMAX_ROWS = 128  # rows of logits in fp32 at a time: 26 MB for GPT-2's vocabulary
-PADDING_LIMIT = 128  # a vocabulary is padded to a multiple of 64 or 128 for speed, never by more
+SOFTMAX_ROWS = 128  # rows of float32 logits computed at a time: 26 MB with GPT-2's vocabulary
+PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed: by fewer entries than this
 
 
 class Request(NamedTuple):
-    """The ids of an ending to be scored and of what stands before it, which is end-of-text where nothing does."""
+    """Token ids of a continuation to score, and of the context before it: end-of-text at the start of a text."""
 
     context: tuple[int, ...]
-    ending: tuple[int, ...]
+    continuation: tuple[int, ...]
 
 
 class Scores(NamedTuple):
-    """What a model makes of N requests."""
+    """The scores of N requests."""
 
-    log_probs: np.ndarray  # (N,) float64: the sum over each ending's tokens, in nats
-    greedy: np.ndarray  # (N,) bool: each token of the ending is the model's most likely one
+    log_probs: np.ndarray  # (N,) float64: log-probability summed over the tokens of the continuation, in nats
+    greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# A model, a batch size and a share of the work bound to `log_likelihoods`: all that a task needs to know of a model.
+# `log_likelihoods` with all arguments but the requests bound: the only view that a task has of a model.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
 class _Part(NamedTuple):
-    """An ending, or a piece of one longer than half the model's context, and which request it belongs to."""
+    """The tokens of a continuation, or of one window of a continuation that is too long for the model."""
 
-    ending: tuple[int, ...]
-    request: int
+    tokens: tuple[int, ...]
+    request: int  # index of the request that the tokens belong to
 
 
 class _Batch(NamedTuple):
-    """Contexts that go through the model together, and the endings that follow each."""
+    """Contexts that go through the model together, and the continuations of each context."""
 
     contexts: list[tuple[int, ...]]
     parts: list[list[_Part]]
 
     def rows(self, batch_size: int) -> Iterator[list[tuple[int, _Part]]]:
-        """(index of the context, ending) in groups of at most `batch_size`, of like length to save padding."""
-        rows = [(owner, part) for owner, parts in enumerate(self.parts) for part in parts]
-        rows.sort(key=lambda row: len(row[1].ending))
+        """Yield groups of at most `batch_size` (index of the context, part), sorted by length to reduce padding."""
+        rows = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
+        rows.sort(key=lambda row: len(row[1].tokens))
         for start in range(0, len(rows), batch_size):
             yield rows[start : start + batch_size]
 
     def passes(self, batch_size: int) -> int:
-        """How often it calls the model."""
+        """Return the number of forward passes that this batch needs."""
         return int(len(self.contexts[0]) > 1) + ceil_div(sum(map(len, self.parts)), batch_size)
 
 
 def check_pair(model: Any, tokenizer: Tokenizer) -> None:
-    """Raise ValueError when the tokenizer cannot be the one the model was trained with."""
+    """Raise ValueError if the size of the vocabularies shows that the tokenizer does not belong to the model."""
     found, expected = tokenizer.vocab_size, model.config.vocab_size
     if not 0 <= expected - found < getattr(model, "vocab_padding_limit", PADDING_LIMIT):
         raise ValueError(
             f"the tokenizer has {found:,} tokens and the model a vocabulary of {expected:,}: they do not belong "
-            "together; give the model's own directory, tokenizer.json included"
+            "together; name a directory that holds the model and its own tokenizer.json"
         )
 
 
@@ -89,51 +89,56 @@ def log_likelihoods(
     reduce: Callable[[Tensor], Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Scores:
-    """Score every ending after its context.
+    """Score every continuation given its context.
 
-    A request longer than the model's context loses tokens on the left, as in lm-evaluation-harness; an ending that does
-    not fit at all is scored in windows of half the context, each after the tokens before it.
+    If context and continuation together are longer than the model's block size, the context is cut on the left, as in
+    lm-evaluation-harness. A continuation that is itself longer is scored in windows of half the block size, each
+    given the tokens before it.
 
     Args:
-        model: a GPT, or anything with its `config.block_size` and `vocab_size` and a forward that takes `input_ids` and
-            `logits_to_keep`; without `new_cache` a context is computed again for each ending.
-        batch_size: sequences a forward pass; None is 8 on CPU and 64 elsewhere. The scores do not depend on it beyond
-            rounding.
-        rank, world_size: this process computes every world_size-th batch. All call the model equally often, as FSDP
-            needs.
-        reduce: sums a tensor over all ranks in place; needed with world_size > 1.
-        progress: told how many requests were finished, here, since it was last told.
+        model: a GPT, or a module with `config.block_size`, `config.vocab_size` and a forward method that takes
+            `input_ids` and `logits_to_keep`. If it has no `new_cache` method, the context is computed again for each
+            continuation.
+        batch_size: sequences per forward pass; None means 8 on CPU and 64 elsewhere. It changes the scores only by
+            rounding errors.
+        rank, world_size: this process computes every world_size-th batch. All processes run the same number of
+            forward passes, because FSDP requires it.
+        reduce: sums a tensor over all ranks in place; required if world_size > 1.
+        progress: called with the number of requests that this process has finished since the previous call.
 
     Returns the scores of all requests on every rank.
-    Raises ValueError for an id outside the vocabulary and for logits that are not finite, with the requests' numbers.
+    Raises ValueError with the index of the request if it is empty, has a token id outside the vocabulary, or gets
+    logits that are not finite.
     """
     if world_size > 1 and reduce is None:
-        raise ValueError(f"{world_size} processes need a `reduce` that sums over them")
+        raise ValueError(f"{world_size} processes need the argument `reduce`, a function that sums a tensor over them")
     device = next(model.parameters()).device
     batch_size = batch_size or (8 if device.type == "cpu" else 64)
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     for i, request in enumerate(requests):
-        if not request.context or not request.ending:
-            raise ValueError(f"request {i} has an empty {'ending' if request.context else 'context'}")
-        if max(max(request.context), max(request.ending)) >= vocab_size:
+        if not request.context or not request.continuation:
+            raise ValueError(f"request {i} has an empty {'continuation' if request.context else 'context'}")
+        if max(max(request.context), max(request.continuation)) >= vocab_size:
             raise ValueError(
                 f"request {i} has a token id outside the model's vocabulary of {vocab_size:,}: the tokenizer and the "
                 "model do not belong together"
             )
     batches = _make_batches(requests, block_size, batch_size)
-    # On every rank, so that each can tell how often the others call the model.
+    # Every rank counts the forward passes of all ranks, so that it knows how many it has to add at the end.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    scores = torch.zeros(2, len(requests), dtype=dtype, device=device)  # log-probability; tokens that are not greedy
+    scores = torch.zeros(
+        2, len(requests), dtype=dtype, device=device
+    )  # log-probability; number of tokens that are not the most likely ones
     with _eval_mode(model):
         head = _output_head(model)
         for batch in batches[rank::world_size]:
-            for ending_of, log_probs, misses in _score(model, head, batch, batch_size):
-                index = torch.tensor(ending_of, device=device)
+            for request_ids, log_probs, misses in _score(model, head, batch, batch_size):
+                index = torch.tensor(request_ids, device=device)
                 scores[0].index_add_(0, index, log_probs.to(dtype).sum(1))
                 scores[1].index_add_(0, index, misses.to(dtype).sum(1))
                 if progress is not None:
-                    progress(len(ending_of))
+                    progress(len(request_ids))
         for _ in range(max(passes) - passes[rank]):
             model(torch.zeros(1, 1, dtype=torch.long, device=device))
     if reduce is not None:
@@ -142,30 +147,30 @@ def log_likelihoods(
     wrong = np.flatnonzero(~np.isfinite(sums))
     if len(wrong):
         raise ValueError(
-            f"the model's logits are not finite (NaN or infinite) for {len(wrong)} of {len(requests)} requests, the "
-            f"first being number {wrong[0]}: nothing was scored; the weights are damaged or overflow in this dtype"
+            f"the model's logits are not finite (NaN or infinite) for {len(wrong)} of {len(requests)} requests, "
+            f"first for request {wrong[0]}: the weights are damaged, or values overflow in this dtype (try float32)"
         )
     return Scores(sums, misses_per_request == 0)
 
 
 def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int) -> list[_Batch]:
     groups: dict[tuple[int, ...], list[_Part]] = {}
-    for i, (context, ending) in enumerate(requests):
-        step = len(ending) if len(ending) <= block_size else max(1, block_size // 2)
-        for start in range(0, len(ending), step):
-            piece = ending[start : start + step]
-            # The last token of the ending is only predicted, so context and ending may be one longer than the block.
-            before = (context + ending[:start])[-(block_size + 1 - len(piece)) :]
-            groups.setdefault(before, []).append(_Part(piece, i))
+    for i, (context, continuation) in enumerate(requests):
+        step = len(continuation) if len(continuation) <= block_size else max(1, block_size // 2)
+        for start in range(0, len(continuation), step):
+            tokens = continuation[start : start + step]
+            # The last token is predicted but not an input, so block_size + 1 tokens fit.
+            before = (context + continuation[:start])[-(block_size + 1 - len(tokens)) :]
+            groups.setdefault(before, []).append(_Part(tokens, i))
     batches: list[_Batch] = []
     longest = 0
-    # Longest first: a shortage of memory shows at once, and the time left is not underestimated.
+    # Longest first: if memory does not suffice, the first batch fails, and the time left is not underestimated.
     for context in sorted(groups, key=len, reverse=True):
-        longest = max(longest, *(len(part.ending) for part in groups[context]))
+        longest = max(longest, *(len(part.tokens) for part in groups[context]))
         full = not batches or len(batches[-1].contexts) == batch_size
         if full or len(batches[-1].contexts[0]) - 1 + longest > block_size:
             batches.append(_Batch([], []))
-            longest = max(len(part.ending) for part in groups[context])
+            longest = max(len(part.tokens) for part in groups[context])
         batches[-1].contexts.append(context)
         batches[-1].parts.append(groups[context])
     return batches
@@ -174,28 +179,32 @@ def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int)
 def _score(
     model: Any, head: Tensor | None, batch: _Batch, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """For each group of R endings: the requests they are of, and by token (R, T) the log-probabilities, 0 where there
-    is none, and True where another token was the most likely. `head` is that of `_output_head`."""
+    """Score the continuations of a batch in groups of R rows. `head` is the result of `_output_head`.
+
+    Yields for each group the indices of the R requests, the log-probabilities of the tokens (R, T), 0 at padding, and
+    a mask (R, T) that is True if another token is more likely.
+    """
     device = next(model.parameters()).device
-    # The last token of a context goes with the endings: its logits are those of their first token.
+    # The last token of a context is an input of the second pass: its logits predict the first token that is scored.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (G, P)
     cache = None
     if head is not None and contexts.size(1):
         cache = model.new_cache(*contexts.shape)
         model(contexts, attention_mask=mask, cache=cache, return_logits=False)
     for rows in batch.rows(batch_size):
-        owner = torch.tensor([i for i, _ in rows], device=device)
-        targets, kept = _pad([part.ending for _, part in rows], device)  # (R, T)
+        context_of = torch.tensor([i for i, _ in rows], device=device)
+        targets, kept = _pad([part.tokens for _, part in rows], device)  # (R, T)
         if head is not None:
-            inputs, _ = _pad([(batch.contexts[i][-1], *part.ending[:-1]) for i, part in rows], device)
-            row_mask = torch.cat([mask[owner], torch.ones_like(kept)], dim=1)  # padding on the right is never looked at
-            row_cache = None if cache is None else _copy_rows(model, cache, owner, inputs.size(1))
+            inputs, _ = _pad([(batch.contexts[i][-1], *part.tokens[:-1]) for i, part in rows], device)
+            # Causal attention never looks at the padding on the right, so it needs no mask.
+            row_mask = torch.cat([mask[context_of], torch.ones_like(kept)], dim=1)  # (R, P + T)
+            row_cache = None if cache is None else _copy_rows(model, cache, context_of, inputs.size(1))
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
-            found = output.last_hidden_state[kept].to(head.dtype)  # (tokens, C), the head to come
+            found = output.last_hidden_state[kept].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Padded on the right alone, so that neither a mask nor positions are needed: peers differ in those.
+            # Padding on the right only needs neither a mask nor position ids, which differ between architectures.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
-            inputs, _ = _pad([batch.contexts[i] + part.ending[:-1] for i, part in rows], device)
+            inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1
             offset = torch.arange(first, inputs.size(1), device=device) - (lengths - 1)
             scored = (offset >= 0) & (offset < kept.sum(dim=1, keepdim=True))
@@ -212,7 +221,7 @@ def _score(
 
 
 def _output_head(model: Any) -> Tensor | None:
-    """The (V, C) matrix from a GPT's last hidden state to logits, in the dtype of the computation; None for a peer."""
+    """Return the output head of a GPT (V, C) in the dtype of the computation, or None for other architectures."""
     if not hasattr(model, "new_cache"):
         return None
     weight = model.transformer.wte.weight.detach()
@@ -224,7 +233,7 @@ def _output_head(model: Any) -> Tensor | None:
 
 
 def _pad(sequences: list[tuple[int, ...]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Ids (B, longest) padded with 0, and True (B, longest) where they are not padding."""
+    """Return the ids padded with 0 (B, longest) and a mask (B, longest) that is False at padding."""
     length = max(map(len, sequences))
     ids = torch.zeros(len(sequences), length, dtype=torch.long)
     kept = torch.zeros(len(sequences), length, dtype=torch.bool)
@@ -236,7 +245,7 @@ def _pad(sequences: list[tuple[int, ...]], device: torch.device, left: bool = Fa
 
 
 def _copy_rows(model: Any, cache: Any, rows: Tensor, extra: int) -> Any:
-    """A cache that begins with the given rows (R,) of `cache` and has room for `extra` tokens more."""
+    """Return a new cache that holds the given rows (R,) of `cache` and has room for `extra` more tokens."""
     copy = model.new_cache(len(rows), cache.length + extra)
     for new, old in zip(copy.keys + copy.values, cache.keys + cache.values, strict=True):
         new[:, :, : cache.length] = old.index_select(0, rows)

@@ -1,7 +1,8 @@
-"""Loss and bits per byte of a dataset's split: what training validates by, and what two models are compared in."""
+"""Loss and bits per byte on the validation split of a dataset, as training measures them."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,16 +12,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.loader import IGNORE_INDEX, Windows, validation_batches
+from data.loader import IGNORE_INDEX, Windows, ceil_div, validation_batches
 from model import GPT
 
 
 class SplitLoss(NamedTuple):
-    """The mean over `tokens` targets."""
+    """The mean loss over `tokens` targets."""
 
-    loss: float  # nats a token
-    bits_per_byte: float  # bits a byte of UTF-8 text: comparable between tokenizers
+    loss: float  # nats per token
+    bits_per_byte: float  # bits per byte of UTF-8 text; comparable between tokenizers
     tokens: int
+
+
+class ArrayWindows:
+    """Tokens in memory, cut into windows of T inputs like those of `data.loader.TokenWindows`.
+
+    Window w is tokens [w*T, w*T + T + 1). Every token but the first is a target once; the last window may be short.
+
+    Raises ValueError if there are fewer than two tokens.
+    """
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, source: str) -> None:
+        if len(tokens) < 2:
+            raise ValueError(f"{source} has {len(tokens)} tokens, expected at least 2: an input and its target")
+        self.tokens, self.sequence_length, self.source = tokens, sequence_length, source
+        self.n_targets = len(tokens) - 1
+        self.fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return ceil_div(self.n_targets, self.sequence_length)
+
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Copy a window to `inputs` and `targets`, (T,) int64 each, and pad it."""
+        start = window * self.sequence_length
+        tokens = self.tokens[start : start + self.sequence_length + 1]
+        n = len(tokens) - 1
+        inputs[:n], inputs[n:] = tokens[:-1], 0
+        targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
+
+    def count(self, windows: np.ndarray) -> int:
+        """Return the number of targets in these windows, without padding."""
+        return int(np.minimum(self.sequence_length, self.n_targets - windows * self.sequence_length).sum())
 
 
 @torch.no_grad()
@@ -35,23 +67,27 @@ def split_loss(
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> SplitLoss:
-    """Score every target of the windows of a split that counts, `micro_batch` windows at a time.
+    """Compute the mean loss over every target of the windows that is not IGNORE_INDEX.
 
-    `token_bytes` (vocab_size,) is the UTF-8 bytes of each id, 0 for end-of-text, whose loss counts all the same. Each
-    of `world_size` ranks takes a share, and `reduce` sums a tensor over them: the result is the same on all and for any
-    number of them. The model's mode is left as it is: put it in eval mode first.
+    The result is the same on every rank and for every number of ranks. The caller sets the model's mode.
+
+    Args:
+        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token; 0 for end-of-text, whose loss counts too.
+        micro_batch: windows per forward pass.
+        rank, world_size: each of `world_size` ranks computes a contiguous part of the windows.
+        reduce: sums a tensor over all ranks.
     """
     device = model.transformer.wte.weight.device
     bytes_of = torch.from_numpy(token_bytes)
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps lacks
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
     loss = torch.zeros((), dtype=dtype, device=device)
     counted = torch.zeros(2, dtype=torch.float64)  # tokens, bytes
-    for inputs, targets, share in validation_batches(
+    for inputs, targets, weight in validation_batches(
         windows, micro_batch=micro_batch, rank=rank, world_size=world_size
     ):
         with autocast():
             mean = model(inputs.to(device), targets=targets.to(device)).loss
-        loss += mean.to(dtype) * share
+        loss += mean.to(dtype) * weight
         scored = targets[targets != IGNORE_INDEX]
         counted += torch.tensor([len(scored), int(bytes_of[scored].sum())])
     nats, n_tokens, n_bytes = reduce(torch.cat([loss[None], counted.to(device, dtype)])).tolist()

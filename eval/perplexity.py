@@ -1,31 +1,33 @@
-"""Perplexity of long texts: a window slides over the tokens, and each is scored once.
+"""Perplexity of long texts with a sliding window that scores every token once.
 
-The text is taken as one document, after end-of-text. With stride s each forward pass scores s new tokens after the
-block_size - s before them, so each is predicted from at least that many, or from all there are. A small stride costs
-more passes and gives a lower, better figure; stride 1 is the exact one. Figures of different strides do not compare.
+The text is treated as one document that starts with end-of-text. With stride s, each forward pass scores s new tokens.
+Each of them is predicted from at least block_size - s tokens, or from all previous tokens at the start of the text. A
+smaller stride needs more forward passes and gives a lower perplexity. Stride 1 gives every token the longest possible
+context. Perplexities with different strides cannot be compared.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.choices import detokenize_ptb_style, load_hub_rows
+from data.loader import ceil_div
+from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_wikitext
 from eval.likelihood import Request, Scorer
+from eval.rows import load_hub_rows
 
-REQUESTS_AT_ONCE = 1024  # so that a large corpus is not held as a million Python lists
-MAX_NATS = 700.0  # e^709 is the largest that a float holds, and infinity is not JSON; the standard error needs room too
+# exp(709) is the largest integer power of e that fits in a float, and JSON has no infinity. The margin is for the
+# standard error, which may be larger than the value.
+MAX_NATS = 700.0
 
 
 class Perplexity(NamedTuple):
-    """Summed negative log-likelihood in nats of `tokens` tokens, and the sums over each window, for standard errors."""
+    """The negative log-likelihood of a text, in total and for each of its K windows."""
 
     nats: float
     tokens: int
@@ -33,82 +35,86 @@ class Perplexity(NamedTuple):
     window_tokens: np.ndarray  # (K,)
 
     def normalized(self, units: float) -> tuple[float, float]:
-        """Nats for each of `units` (tokens, words or bytes) and the standard error, windows being the sample."""
+        """Return nats per unit (token, word or byte) and its standard error, with the windows as the sample."""
         n = len(self.window_nats)
         spread = self.window_nats - self.window_tokens * (self.nats / self.tokens)
         stderr = math.sqrt(float(spread @ spread) * n / (n - 1)) / units if n > 1 else 0.0
         return self.nats / units, stderr
 
 
-def windows(tokens: Sequence[int], eot: int, block_size: int, stride: int) -> Iterator[Request]:
-    """Each `stride` tokens with what stands before them in the window."""
-    for start in range(0, len(tokens), stride):
-        ending = tuple(tokens[start : start + stride])
-        room = block_size + 1 - len(ending)  # the last token is only predicted
-        context = tuple(tokens[max(0, start - room) : start])
-        yield Request((eot, *context)[-room:], ending)
+class SlidingWindows(Sequence[Request]):
+    """The windows of a text: request i scores tokens i * stride .. (i + 1) * stride - 1, given the tokens before them.
+
+    Requests are built on access, so that a long text never exists as a list of overlapping tuples.
+    """
+
+    def __init__(self, tokens: Sequence[int], eot: int, block_size: int, stride: int) -> None:
+        self.tokens, self.eot, self.block_size, self.stride = tokens, eot, block_size, stride
+
+    def __len__(self) -> int:
+        return ceil_div(len(self.tokens), self.stride)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the request at an index, or the list of requests in a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index * self.stride
+        continuation = tuple(self.tokens[start : start + self.stride])
+        room = self.block_size + 1 - len(continuation)  # the last token is predicted but not an input
+        context = tuple(self.tokens[max(0, start - room) : start])
+        return Request((self.eot, *context)[-room:], continuation)
 
 
 def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, score: Scorer) -> Perplexity:
     """Score every token of a text.
 
-    Raises ValueError for a text without tokens and for a stride that is not in 1..block_size.
+    Raises ValueError if the text has no tokens, or if the stride is not in 1..block_size.
     """
     if not len(tokens):
         raise ValueError("the text is empty")
     if not 1 <= stride <= block_size:
-        raise ValueError(f"stride {stride}: expected 1..{block_size}, the length of the model's context")
-    requests = windows(tokens, eot, block_size, stride)
-    sums: list[np.ndarray] = []
-    counts: list[int] = []
-    while group := list(islice(requests, REQUESTS_AT_ONCE)):
-        sums.append(score(group).log_probs)
-        counts += [len(request.ending) for request in group]
-    window_nats = -np.concatenate(sums)
-    return Perplexity(float(window_nats.sum()), len(tokens), window_nats, np.array(counts))
+        raise ValueError(f"stride {stride}: expected 1..{block_size}; {block_size} is the model's block size")
+    window_nats = -score(SlidingWindows(tokens, eot, block_size, stride)).log_probs
+    window_tokens = np.minimum(stride, len(tokens) - np.arange(0, len(tokens), stride))
+    return Perplexity(float(window_nats.sum()), len(tokens), window_nats, window_tokens)
 
 
-def summarize(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple[float, float]]:
-    """(value, standard error) of perplexity by token, bits per byte, and perplexity by word where there are words.
+def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple[float, float]]:
+    """Return (value, standard error) of perplexity per token, bits per byte and perplexity per word.
 
-    The last is left out where a float cannot hold it: of long texts in few words, as in scripts without spaces.
+    Metrics per byte or word are absent if that count is 0. Perplexity per word is also absent if it is too large for a
+    float. This happens in scripts without spaces, where a long text has few words.
     """
     nats, stderr = result.normalized(result.tokens)
-    figures = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}
+    metrics = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}
     if n_bytes:
         nats, stderr = result.normalized(n_bytes)
-        figures["bits_per_byte"] = (nats / math.log(2), stderr / math.log(2))
+        metrics["bits_per_byte"] = (nats / math.log(2), stderr / math.log(2))
     if n_words:
         nats, stderr = result.normalized(n_words)
         if nats < MAX_NATS:
-            figures["word_perplexity"] = (math.exp(nats), math.exp(nats) * stderr)
-    return figures
+            metrics["word_perplexity"] = (math.exp(nats), math.exp(nats) * stderr)
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The corpora of the GPT-2 paper. Their tokens are not text as GPT-2 knows it, so they are first turned back into text;
-# perplexity is then still counted by the corpus' own words, as in the paper.
-
-
-def detokenize_wikitext(text: str) -> str:
-    """Undo WikiText's tokenisation (Merity et al. 2016): ` @-@ `, ` = headings = ` and spaces around punctuation."""
-    text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" ([.,;:!?)\]}])", r"\1", re.sub(r"([(\[{]) ", r"\1", text))
-    text = re.sub(r' "([^"\n]*) "', lambda match: f' "{match[1].lstrip()}"', text)
-    text = re.sub(r" ('s|'t|'d|'m|'re|'ve|'ll|n't)\b", r"\1", text)
-    text = re.sub(r"^ (=+) (.*?) \1 ?$", r"\1 \2 \1", text, flags=re.MULTILINE)
-    return re.sub(r"^ | $", "", text, flags=re.MULTILINE)
-
-
-def detokenize_ptb(text: str) -> str:
-    """Undo the Penn Treebank's tokenisation as Mikolov prepared it: N for numbers, <unk>, `n't` apart."""
-    return detokenize_ptb_style(re.sub(r"^ | $", "", text, flags=re.MULTILINE)).replace("$ N", "$N")
+# The corpora of the GPT-2 paper. They are split into word tokens, which is not the text that GPT-2 was trained on, so a
+# detokenizer restores the text first. As in the paper, perplexity per word still counts the words of the corpus.
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus for word or byte perplexity: data set, configuration and split on the hub, the column with the text,
-    what stands between its rows, how to turn it back into text (`str`: it is text), and the convention so followed."""
+    """A corpus whose perplexity is published.
+
+    Attributes:
+        hub: dataset, configuration and split on the hub.
+        detokenize: restores plain text from the corpus; `str` if the corpus is plain text.
+        field: the column that holds the text.
+        separator: is put between two rows.
+        convention: is put before the name of the convention.
+    """
 
     hub: tuple[str, str | None, str]
     detokenize: Callable[[str], str]
@@ -117,13 +123,13 @@ class Corpus:
     convention: str = "paper, "
 
     def load(self) -> str:
-        """The raw corpus, from the hub. Raises OSError when it cannot be had."""
+        """Load the raw corpus from the hub. Raises OSError if it cannot be downloaded."""
         return self.separator.join(row[self.field] for row in load_hub_rows(*self.hub))
 
 
 CORPORA: dict[str, Corpus] = {
     "wikitext-2": Corpus(("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), detokenize_wikitext),
-    # as in Hugging Face's "Perplexity of fixed-length models"
+    # As in Hugging Face's guide "Perplexity of fixed-length models".
     "wikitext-2-raw": Corpus(
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), str, separator="\n\n", convention=""
     ),
@@ -138,7 +144,7 @@ CORPORA: dict[str, Corpus] = {
 
 
 def read_text(path: str | Path) -> str:
-    """A text file. Raises OSError when it cannot be read, ValueError when it is not UTF-8 or has no text."""
+    """Read a text file. Raises OSError if it cannot be read, ValueError if it is not UTF-8 or has no text."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,46 +1,40 @@
-"""The tasks that `eval.run` knows by name: each takes the command line's options and a subject, and gives figures."""
+"""The tasks of `eval.run` by name. Each takes the command-line arguments and an evaluator, and returns metrics."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from data.loader import TokenWindows
-from data.shards import ShardWriter, open_split
-from data.tokenizer import load_tokenizer
+from data.loader import TokenWindows, Windows
+from data.shards import Split, open_split
+from data.tokenizer import Tokenizer, load_tokenizer
 from eval import hellaswag, lambada
-from eval.choices import (
-    TASKS,
-    Convention,
-    Question,
-    answer,
-    build,
-    classification,
-    load_hub_rows,
-    mean_and_stderr,
-    read_table,
-    with_shots,
-)
-from eval.loss import split_loss
-from eval.perplexity import CORPORA, perplexity, read_text, summarize
+from eval.choice_tasks import CHOICE_TASKS, classification
+from eval.choices import Convention, Question, answer, make_questions, mean_and_stderr, with_shots
+from eval.evaluator import Evaluator
+from eval.loss import ArrayWindows, split_loss
+from eval.perplexity import CORPORA, perplexity, perplexity_metrics, read_text
 from eval.reference import save_reference
+from eval.rows import load_hub_rows, read_table
 from model import GPT
-
-if TYPE_CHECKING:
-    from eval.run import Subject
 
 
 @dataclass
-class Outcome:
-    """What a task found: (value, its standard error or None where it has none) by metric, over `count` examples, and a
-    line for each of those."""
+class TaskResult:
+    """The result of one task.
+
+    Attributes:
+        convention: name of the convention, as written to the JSON file.
+        metrics: (value, standard error) by metric; the standard error is None if it is not computed.
+        count: number of examples or tokens.
+        examples: one JSON object per example.
+    """
 
     convention: str
     metrics: Mapping[str, tuple[float, float | None]]
@@ -48,81 +42,95 @@ class Outcome:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
-Run = Callable[[argparse.Namespace, "Subject"], Outcome]
+TaskFunction = Callable[[argparse.Namespace, Evaluator], TaskResult]
 
 
-def find_tasks(names: Sequence[str]) -> dict[str, Run]:
-    """The functions behind `names`. Raises ValueError for one that is unknown, with those that are known."""
-    known: dict[str, Run] = {"hellaswag": run_hellaswag}
-    known |= {name: functools.partial(run_choices, name) for name in TASKS}
+def find_tasks(names: Sequence[str]) -> dict[str, TaskFunction]:
+    """Return the functions of the named tasks. Raises ValueError for an unknown name."""
+    known: dict[str, TaskFunction] = {"hellaswag": run_hellaswag}
+    known |= {name: functools.partial(run_choices, name) for name in CHOICE_TASKS}
     known |= {name: functools.partial(run_lambada, name) for name in ("lambada", "lambada_openai")}
     known |= {name: functools.partial(run_corpus, name) for name in CORPORA}
     known |= {"perplexity": run_perplexity, "classify": run_classify, "loss": run_loss}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise ValueError(f"unknown task {', '.join(unknown) or '(none given)'}: known are {', '.join(known)}")
+        raise ValueError(f"unknown task {', '.join(unknown) or '(none given)'}: expected some of {', '.join(known)}")
     return {name: known[name] for name in names}
 
 
-def has_questions(name: str) -> bool:
-    """Whether a task is of questions with choices, which solved examples can come before."""
-    return name in ("hellaswag", "classify", *TASKS)
+def is_multiple_choice(name: str) -> bool:
+    """Return whether a task consists of multiple-choice questions, which `--shots` applies to."""
+    return name in ("hellaswag", "classify", *CHOICE_TASKS)
 
 
-def run_hellaswag(args: argparse.Namespace, subject: Subject) -> Outcome:
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiple choice and last words
+
+
+def run_hellaswag(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Evaluate HellaSwag."""
     convention: Convention = args.convention or "completion"
     questions = hellaswag.read_questions(convention)
 
-    def train() -> list[Question]:
-        return build("hellaswag", load_hub_rows("Rowan/hellaswag", None, "train"), hellaswag.RENDER[convention])
+    def train_questions() -> list[Question]:
+        rows = load_hub_rows("Rowan/hellaswag", None, "train")
+        return make_questions("hellaswag", rows, hellaswag.RENDERERS[convention])
 
-    return _choose(args, subject, questions, train, convention)
+    return _answer_questions(args, evaluator, questions, train_questions, convention)
 
 
-def run_choices(name: str, args: argparse.Namespace, subject: Subject) -> Outcome:
-    task = TASKS[name]
-    questions = build(name, task.rows(), task.question)
+def run_choices(name: str, args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Evaluate a task of `CHOICE_TASKS`."""
+    task = CHOICE_TASKS[name]
     convention: Convention = args.convention or "harness"
-    outcome = _choose(args, subject, questions, lambda: build(name, task.train_rows(), task.question), convention)
-    if not args.shots:  # the paper gave no solved examples
-        outcome.convention = f"{task.convention_prefix}{outcome.convention}"
-    return outcome
+    questions = make_questions(name, task.rows(), task.render)
+
+    def train_questions() -> list[Question]:
+        return make_questions(name, task.train_rows(), task.render)
+
+    result = _answer_questions(args, evaluator, questions, train_questions, convention)
+    if not args.shots:  # the GPT-2 paper used no solved examples
+        result.convention = f"{task.convention_prefix}{result.convention}"
+    return result
 
 
-def run_classify(args: argparse.Namespace, subject: Subject) -> Outcome:
+def run_classify(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Classify the rows of a table with a template."""
     words = dict(pair.partition("=")[::2] for pair in args.labels.split(","))
     if len(words) < 2 or not all(words.values()):
-        raise ValueError(f"--labels {args.labels}: expected at least two of the form VALUE=WORD, with commas between")
-    question = classification(args.template.replace("\\n", "\n"), args.label_field, words)
-    questions = build(str(args.file), read_table(args.file), question)
+        raise ValueError(f"--labels {args.labels}: expected at least two pairs VALUE=WORD, separated by commas")
+    render = classification(args.template.replace("\\n", "\n"), args.label_field, words)
+    questions = make_questions(str(args.file), read_table(args.file), render)
 
-    def train() -> list[Question]:
+    def train_questions() -> list[Question]:
         if args.train_file is None:
-            raise ValueError("--shots needs --train-file to draw from, or --shots-from evaluated")
-        return build(str(args.train_file), read_table(args.train_file), question)
+            raise ValueError("--shots needs examples: give --train-file, or --shots-from evaluated")
+        return make_questions(str(args.train_file), read_table(args.train_file), render)
 
     convention: Convention = args.convention or "harness"
-    return _choose(args, subject, questions, train, convention)
+    return _answer_questions(args, evaluator, questions, train_questions, convention)
 
 
-def _choose(
+def _answer_questions(
     args: argparse.Namespace,
-    subject: Subject,
+    evaluator: Evaluator,
     questions: list[Question],
-    train: Callable[[], list[Question]],
+    train_questions: Callable[[], list[Question]],
     convention: Convention,
-) -> Outcome:
+) -> TaskResult:
     label: str = convention
     asked = questions[: args.limit]
     if args.shots:
-        same = args.shots_from == "evaluated"
+        from_evaluated = args.shots_from == "evaluated"
         try:
-            pool = questions if same else train()
+            pool = questions if from_evaluated else train_questions()
         except OSError as error:
-            raise OSError(f"{error}; without it, draw the shots with --shots-from evaluated") from error
-        asked = with_shots(asked, pool, args.shots, args.seed, same=same)
+            raise OSError(
+                f"{error}; to take the examples from the evaluated rows, use --shots-from evaluated"
+            ) from error
+        asked = with_shots(asked, pool, args.shots, args.seed, leave_one_out=from_evaluated)
         label += f", {args.shots} shots from {args.shots_from}, seed {args.seed}"
-    answers = answer(asked, subject.tokenizer, subject.score, convention)
+    answers = answer(asked, evaluator.tokenizer, evaluator.score, convention)
     metrics = {
         "acc": mean_and_stderr(answers.choice == answers.gold),
         "acc_norm": mean_and_stderr(answers.choice_norm == answers.gold),
@@ -131,56 +139,67 @@ def _choose(
     columns = (answers.gold.tolist(), answers.choice.tolist(), answers.choice_norm.tolist(), answers.scores)
     names = ("gold", "choice", "choice_norm", "scores")
     examples = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-    return Outcome(label, metrics, len(asked), examples)
+    return TaskResult(label, metrics, len(asked), examples)
 
 
-def run_lambada(name: str, args: argparse.Namespace, subject: Subject) -> Outcome:
+def run_lambada(name: str, args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Evaluate `lambada` or `lambada_openai`."""
     texts = lambada.load_openai_passages() if name == "lambada_openai" else lambada.read_passages()
-    words = lambada.guess_last_words(texts[: args.limit], subject.tokenizer, subject.score)
-    # There is one ending and no choice among several: 0 is its index, -1 another word.
+    words = lambada.score_last_words(texts[: args.limit], evaluator.tokenizer, evaluator.score)
+    # Only the correct word is scored. In the format of --examples it is choice 0; -1 means any other word.
     choices = [0 if correct else -1 for correct in words.correct]
     examples = [
         {"gold": 0, "choice": choice, "choice_norm": choice, "scores": [log_prob]}
         for choice, log_prob in zip(choices, words.log_probs.tolist(), strict=True)
     ]
-    return Outcome("harness", lambada.summarize(words), len(choices), examples)
+    return TaskResult("harness", lambada.lambada_metrics(words), len(choices), examples)
 
 
-def run_perplexity(args: argparse.Namespace, subject: Subject) -> Outcome:
+# ---------------------------------------------------------------------------------------------------------------------
+# Perplexity and loss
+
+
+def run_perplexity(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Compute the perplexity of a text file, or of the validation split of a dataset."""
     if args.text is not None:
         text = read_text(args.text)
-        return _slide(args, subject, subject.tokenizer.encode(text), text, len(text.split()))
-    tokens = _validation_tokens(args.data, subject.tokenizer, args.tokens)
-    return _slide(args, subject, tokens[tokens[0] == subject.tokenizer.eot :], None, 0)
+        return _slide(args, evaluator, evaluator.tokenizer.encode(text), text, len(text.split()))
+    split, dataset_tokenizer = _open_validation(args.data)
+    tokens = _encode_split(split, dataset_tokenizer, evaluator.tokenizer, args.tokens)
+    starts_with_eot = tokens[0] == evaluator.tokenizer.eot  # which the sliding window adds itself
+    return _slide(args, evaluator, tokens[int(starts_with_eot) :], None, 0)
 
 
-def run_corpus(name: str, args: argparse.Namespace, subject: Subject) -> Outcome:
+def run_corpus(name: str, args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Compute the perplexity of a corpus of the GPT-2 paper."""
     corpus = CORPORA[name]
     raw = read_text(args.text) if args.text is not None else corpus.load()
     text = corpus.detokenize(raw)
-    outcome = _slide(args, subject, subject.tokenizer.encode(text), text, len(raw.split()))
-    outcome.convention = f"{corpus.convention}{outcome.convention}"
-    return outcome
+    result = _slide(args, evaluator, evaluator.tokenizer.encode(text), text, len(raw.split()))
+    result.convention = f"{corpus.convention}{result.convention}"
+    return result
 
 
-def _slide(args: argparse.Namespace, subject: Subject, tokens: list[int], text: str | None, n_words: int) -> Outcome:
-    """Perplexity of `tokens`, which are those of `text` where that is given, and then of `n_words` words."""
-    block_size = subject.model.config.block_size
+def _slide(
+    args: argparse.Namespace, evaluator: Evaluator, tokens: list[int], text: str | None, n_words: int
+) -> TaskResult:
+    """Compute the perplexity of `tokens`. If `text` is given, it is their text, and `n_words` its number of words."""
+    block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
     covered = tokens if args.limit is None else tokens[: args.limit * stride]
     if text is None or len(covered) < len(tokens):
-        documents = [subject.tokenizer.decode(part) for part in _documents(covered, subject.tokenizer.eot)]
+        documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
-        # The words of a part of a corpus in its own tokenisation cannot be told from the text.
+        # Part of a text: the words of a tokenized corpus cannot be counted in the detokenized part.
         n_words = 0 if text is not None else sum(len(document.split()) for document in documents)
     else:
         n_bytes = len(text.encode())
-    result = perplexity(covered, subject.tokenizer.eot, block_size, stride, subject.score)
-    return Outcome(f"stride {stride}", summarize(result, n_bytes, n_words), result.tokens)
+    result = perplexity(covered, evaluator.tokenizer.eot, block_size, stride, evaluator.score)
+    return TaskResult(f"stride {stride}", perplexity_metrics(result, n_bytes, n_words), result.tokens)
 
 
 def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
-    """The runs of tokens between one end-of-text and the next."""
+    """Split tokens at each end-of-text token."""
     part: list[int] = []
     for token in tokens:
         if token == eot:
@@ -191,54 +210,51 @@ def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
     yield part
 
 
-def _validation_tokens(directory: Path, tokenizer: Any, limit: int) -> list[int]:
-    """The first `limit` tokens of a data set's validation split after its first; in `tokenizer`'s tokens, if the data
-    set has others, of the same text."""
+def _open_validation(directory: Path) -> tuple[Split, Tokenizer]:
+    """Open the validation split of a dataset, and load the tokenizer it was made with."""
     split = open_split(directory, "val")
+    return split, load_tokenizer(directory if (directory / "tokenizer.json").is_file() else "gpt2")
+
+
+def _encode_split(split: Split, dataset_tokenizer: Tokenizer, tokenizer: Any, limit: int) -> list[int]:
+    """Read the first `limit` + 1 tokens of a split, and encode their text again if `tokenizer` is a different one."""
     read = np.empty(min(limit + 1, split.n_tokens), np.uint16)
     split.read(0, read)
     tokens: list[int] = read.tolist()
-    own = _dataset_tokenizer(directory)
-    if own == tokenizer:
+    if dataset_tokenizer == tokenizer:
         return tokens
-    again: list[int] = []
-    for document in _documents(tokens, own.eot):
+    encoded: list[int] = []
+    for document in _documents(tokens, dataset_tokenizer.eot):
         if document:
-            again += [tokenizer.eot, *tokenizer.encode(own.decode(document))]
-    return again
+            encoded += [tokenizer.eot, *tokenizer.encode(dataset_tokenizer.decode(document))]
+    return encoded
 
 
-def _dataset_tokenizer(directory: Path) -> Any:
-    return load_tokenizer(directory if (directory / "tokenizer.json").is_file() else "gpt2")
-
-
-def run_loss(args: argparse.Namespace, subject: Subject) -> Outcome:
-    if not isinstance(subject.model, GPT):
-        raise ValueError("--tasks loss is for GPT-2s; for another model take --tasks perplexity --data")
-    tokenizer, processes = subject.tokenizer, subject.processes
-    own = _dataset_tokenizer(args.data)
-    sequence_length = min(1024, subject.model.config.block_size)
-    with tempfile.TemporaryDirectory() as temporary:
-        directory, n_tokens = args.data, args.tokens
-        if own != tokenizer:
-            tokens = np.array(_validation_tokens(args.data, tokenizer, args.tokens), np.uint16)
-            writer = ShardWriter(Path(temporary), "val", len(tokens), tokenizer.eot)
-            writer.write(tokens)
-            writer.finish()
-            directory, n_tokens = Path(temporary), len(tokens)
-        windows = TokenWindows(open_split(directory, "val"), sequence_length, tokenizer.vocab_size, tokens=n_tokens)
-        with processes.autocast():
-            result = split_loss(
-                subject.model,
-                windows,
-                tokenizer.token_bytes(),
-                micro_batch=subject.batch_size,
-                rank=processes.rank,
-                world_size=processes.world_size,
-                reduce=processes.sum,
-            )
+def run_loss(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
+    """Compute the loss on the validation split of a dataset as training does."""
+    if not isinstance(evaluator.model, GPT):
+        raise ValueError("--tasks loss supports GPT-2 models only: for other models use --tasks perplexity --data")
+    tokenizer, processes = evaluator.tokenizer, evaluator.processes
+    sequence_length = min(1024, evaluator.model.config.block_size)
+    split, dataset_tokenizer = _open_validation(args.data)
+    windows: Windows
+    if dataset_tokenizer == tokenizer:
+        windows = TokenWindows(split, sequence_length, tokenizer.vocab_size, tokens=args.tokens)
+    else:
+        tokens = np.array(_encode_split(split, dataset_tokenizer, tokenizer, args.tokens))
+        windows = ArrayWindows(tokens, sequence_length, f"the validation split of {args.data}")
+    with processes.autocast():
+        result = split_loss(
+            evaluator.model,
+            windows,
+            tokenizer.token_bytes(),
+            micro_batch=evaluator.batch_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            reduce=processes.sum,
+        )
     if args.save_reference and processes.is_main:
-        figures = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
-        save_reference(args.data, subject.name, figures | {"tokenizer": tokenizer.kind})
+        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+        save_reference(args.data, evaluator.name, values | {"tokenizer": tokenizer.kind})
     metrics = {"loss": (result.loss, None), "bits_per_byte": (result.bits_per_byte, None)}
-    return Outcome(f"windows of {sequence_length}, {tokenizer.kind} tokens", metrics, result.tokens)
+    return TaskResult(f"windows of {sequence_length}, {tokenizer.kind} tokens", metrics, result.tokens)

@@ -1,1 +1,1 @@
-"""Numbers to pictures."""
+"""Reports: from metrics to charts and pages."""

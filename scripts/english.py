@@ -16,7 +16,7 @@ from pathlib import Path
 
 from command import ending
 from data.prepare.shakespeare import read_plays
-from eval.choices import read_rows
+from eval.rows import read_rows
 
 PIECE = 4000  # characters of a play, at least; to the end of a speech
 

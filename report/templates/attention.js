@@ -2,7 +2,7 @@ const T = data.tokens.length, triangle = (T * (T + 1)) / 2;
 const packed = Uint8Array.from(atob(data.weights), (character) => character.charCodeAt(0));
 let layer = 0, heads = new Set([...Array(data.heads).keys()]);
 
-// 255 times the root of how much token t looks at token s
+// 255 times the square root of the attention weight from token t to token s
 function root(layer, head, t, s) {
   return packed[(layer * data.heads + head) * triangle + (t * (t + 1)) / 2 + s];
 }
@@ -22,10 +22,10 @@ function showToken(t) {
   panel.replaceChildren();
   heading(panel, `Token ${t}`, data.tokens[t]);
   const most = weights.map((weight, s) => [weight, s]).sort((a, b) => b[0] - a[0]).slice(0, 10);
-  table(panel, ["looks at", "token", "weight"], most.map(([weight, s]) => [quoted(data.tokens[s]), String(s), percent(weight)]));
+  table(panel, ["attends to", "position", "weight"], most.map(([weight, s]) => [quoted(data.tokens[s]), String(s), percent(weight)]));
 }
 
-// ---- which layer and heads
+// ---- selection of layer and heads
 
 const headButtons = [...document.querySelectorAll("[data-head]")];
 const pictures = [];
@@ -41,7 +41,7 @@ function showChoice() {
 layerChoice.addEventListener("change", () => { layer = Number(layerChoice.value); showChoice(); });
 document.getElementById("all").addEventListener("click", () => { heads = new Set(headButtons.keys()); showChoice(); });
 headButtons.forEach((button, head) => button.addEventListener("click", () => {
-  if (heads.size === data.heads) heads = new Set([head]);  // of all, one is picked out
+  if (heads.size === data.heads) heads = new Set([head]);  // the first click after "all" selects a single head
   else if (!heads.delete(head) || heads.size === 0) heads.add(head);
   showChoice();
 }));
@@ -53,7 +53,7 @@ function draw(canvas, at, head) {
   const context = canvas.getContext("2d"), image = context.createImageData(T, T);
   for (let t = 0; t < T; t++)
     for (let s = 0; s <= t; s++)
-      // on a dark page the style sheet makes it brighter; the more opaque the more it is looked at
+      // The weight is the opacity. On a dark page, the style sheet increases the brightness.
       image.data.set([40, 130, 210, root(at, head, t, s)], 4 * (t * T + s));
   context.putImageData(image, 0, 0);
 }

@@ -1,5 +1,5 @@
 const bytes = Uint8Array.from(atob(data.embeddings.bdata), (character) => character.charCodeAt(0));
-const embeddings = new Float32Array(bytes.buffer);  // position after position, little-endian as all browsers are
+const embeddings = new Float32Array(bytes.buffer);  // (positions, width) row by row; little-endian, as in all browsers
 const positions = embeddings.length / data.width;
 const chosen = document.getElementById("chosen");
 
@@ -21,7 +21,7 @@ function axes(x, y, reversed) {
 function drawCurves() {
   const asked = chosen.value.split(/[\s,;]+/).filter(Boolean);
   const valid = asked.filter((word) => /^\d+$/.test(word) && Number(word) < data.width).map(Number);
-  document.getElementById("told").textContent = valid.length < asked.length ? `from 0 to ${data.width - 1}, with commas` : "";
+  document.getElementById("message").textContent = valid.length < asked.length ? `expected numbers from 0 to ${data.width - 1}, separated by commas` : "";
   const traces = valid.map((dimension, i) => ({
     type: "scatter", mode: "lines", name: `dimension ${dimension}`,
     y: Array.from({ length: positions }, (_, position) => embeddings[position * data.width + dimension]),
@@ -44,4 +44,4 @@ function draw() {
 }
 
 chosen.addEventListener("change", drawCurves);
-drawAgainWhenTheThemeChanges(draw);
+drawAndFollowTheme(draw);

@@ -1,9 +1,9 @@
-// A text in tokens. A token is chosen by hovering, a tap, or the arrow keys; `choose` is told its number.
+// A text as a sequence of tokens. Hovering, a tap or an arrow key chooses a token; `choose` is called with its index.
 function tokenFlow(element, tokens, choose) {
   const spans = tokens.map((token) => {
     const span = document.createElement("span");
     span.textContent = visible(token);
-    if (token.startsWith("⟨")) span.dir = "ltr";  // bytes keep their order in a text from right to left
+    if (token.startsWith("⟨")) span.dir = "ltr";  // bytes keep their order in right-to-left text
     element.append(span);
     return span;
   });
@@ -36,7 +36,7 @@ function visible(token) {
     .replaceAll("\r", "␍").replaceAll("\t", "⇥").replaceAll("\n", "⏎\n");
 }
 
-// A token between other words: whatever its direction, they keep theirs.
+// A token inside a sentence. dir="auto" keeps a right-to-left token from changing the direction of the sentence.
 function quoted(token) {
   const code = document.createElement("code");
   code.dir = "auto";
@@ -50,7 +50,7 @@ function heading(element, text, token) {
   element.append(title);
 }
 
-// rows of cells, each a text or an element; a share in 0..1 colours its row's first cell
+// Adds a table with a heading row. Each cell is a text or an element.
 function table(element, headings, rows) {
   const made = document.createElement("table");
   const top = made.createTHead().insertRow();
@@ -68,9 +68,9 @@ function table(element, headings, rows) {
   element.append(made);
 }
 
-// 0..1 as a background that text stays readable on; the square root keeps small shares visible
-function shade(name, share) {
-  return `rgba(var(--${name}), ${(0.6 * Math.sqrt(Math.min(1, share))).toFixed(4)})`;
+// A background color for a fraction in 0..1 that keeps the text readable. The square root keeps small fractions visible.
+function shade(name, fraction) {
+  return `rgba(var(--${name}), ${(0.6 * Math.sqrt(Math.min(1, fraction))).toFixed(4)})`;
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
+const percent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.1 ? 2 : 1)} %`;

@@ -7,7 +7,7 @@ function tracesOf(chart) {
     opacity: series.kind === "step" ? 0.35 : 1,
     marker: { size: 5 },
     line: {
-      // of one run alone, validation stands out from training by its colour too
+      // With one run, the validation loss has its own color.
       color: color(`--run-${(data.runs.length === 1 && series.kind === "validation" ? 1 : series.run) % 5}`),
       dash: dashes[series.run % 3],
       width: series.kind === "step" ? 1 : 2,
@@ -22,12 +22,12 @@ function draw() {
     const layout = layoutOf({ l: 10, r: 10, t: 30, b: 10 });
     Object.assign(layout.xaxis, { title: { text: chart.xlabel } });
     Object.assign(layout.yaxis, { title: { text: chart.ylabel }, range: chart.range });
-    if (chart.digits.endsWith("e")) layout.yaxis.exponentformat = "e";  // a learning rate is not so many µ
+    if (chart.digits.endsWith("e")) layout.yaxis.exponentformat = "e";  // learning rates are written as 3e-4, not as 300µ
     layout.shapes = chart.levels.map((level) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: level.value, y1: level.value,
       line: { color: color("--quiet"), width: 1.5, dash: "dash" },
     }));
-    // side by side, so that lines near one another keep labels that can be read
+    // The labels are side by side, so that those of close lines do not overlap.
     layout.annotations = chart.levels.map((level, i) => ({
       xref: "paper", x: 0.01 + 0.25 * (i % 4), xanchor: "left", y: level.value, yanchor: "bottom", text: level.label,
       showarrow: false, bgcolor: color("--page"), borderpad: 0, font: { size: 10, color: color("--text") },
@@ -47,4 +47,4 @@ function showChosen() {
 }
 
 document.querySelectorAll(".controls input").forEach((input) => input.addEventListener("change", showChosen));
-drawAgainWhenTheThemeChanges(draw);
+drawAndFollowTheme(draw);

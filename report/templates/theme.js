@@ -5,7 +5,7 @@ function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// What every plotly chart has in common, in the colours of the moment.
+// The layout that all plotly charts have in common, in the colors of the current theme.
 function layoutOf(margin) {
   const axis = {
     color: color("--quiet"), gridcolor: color("--line"), zeroline: false, automargin: true, exponentformat: "B",
@@ -14,7 +14,7 @@ function layoutOf(margin) {
   return {
     paper_bgcolor: color("--page"), plot_bgcolor: color("--page"), font: { color: color("--text"), size: 12 },
     hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--text") }, namelength: -1 },
-    // a finger that drags scrolls the page
+    // On a touch screen, dragging scrolls the page.
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     modebar: { color: color("--quiet"), activecolor: color("--text"), bgcolor: "transparent" },
     margin, hovermode: "closest", showlegend: false, xaxis: { ...axis }, yaxis: { ...axis },
@@ -23,16 +23,17 @@ function layoutOf(margin) {
 
 const plotConfig = {
   displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "pan2d"],
-  showSendToCloud: false, plotlyServerURL: "",  // its button would upload the figures
+  showSendToCloud: false, plotlyServerURL: "",  // the buttons would upload the data
 };
 
-// A browser sends mouse events after a tap: where a finger does not drag, plotly takes them for a second tap, hides the
-// tooltip of the first, and undoes the zoom.
+// After a tap, browsers also send mouse events. With dragmode false, plotly treats them as a second tap: it hides the
+// tooltip and resets the zoom. Preventing the default of touchend suppresses these events.
 document.addEventListener("touchend", (event) => {
   if (event.cancelable && event.target.closest(".draglayer")) event.preventDefault();
 }, { passive: false });
 
-function drawAgainWhenTheThemeChanges(draw) {
+// Draws the page, and draws it again when the user switches between light and dark theme.
+function drawAndFollowTheme(draw) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   draw();
 }

@@ -1,13 +1,13 @@
-// shade() takes the root of a share, a loss is coloured in proportion
-const lossShade = (loss) => shade("loss", Math.min(1, loss / data.unsure) ** 2);
+// shade() takes the square root of a fraction. The square makes the color proportional to the loss.
+const lossShade = (loss) => shade("loss", Math.min(1, loss / data.uniformLoss) ** 2);
 document.querySelector(".bar").style.background =
-  `linear-gradient(to right, ${[0, 1].map((share) => lossShade(share * data.unsure)).join(", ")})`;
+  `linear-gradient(to right, ${[0, 1].map((fraction) => lossShade(fraction * data.uniformLoss)).join(", ")})`;
 
 const layerNames = data.lensTokens.map((_, layer) => (layer === 0 ? "embeddings" : `block ${layer - 1}`));
 const flow = tokenFlow(document.getElementById("flow"), data.tokens, showToken);
 flow.spans.forEach((span, t) => { span.style.background = lossShade(data.losses[t]); });
 
-// ---- logit lens: a row a layer, the last one on top
+// ---- logit lens: one row per layer, the last layer on top
 
 const lens = document.getElementById("lens");
 const top_ = lens.createTHead().insertRow();
@@ -35,20 +35,20 @@ for (let layer = layerNames.length - 1; layer >= 0; layer--) {
   });
 }
 
-// ---- what was expected in a token's place
+// ---- predictions at the position of a token
 
 const panel = document.getElementById("panel");
 let marked = [];
 function showToken(t) {
   panel.replaceChildren();
   heading(panel, `Token ${t}`, data.tokens[t]);
-  const told = document.createElement("p");
-  const likelier = data.ranks[t] === 0 ? "no token was likelier" : `${data.ranks[t].toLocaleString("en")} tokens were likelier`;
-  told.textContent = `loss ${data.losses[t].toFixed(4)} nats, probability ${percent(Math.exp(-data.losses[t]))}; ${likelier}`;
-  panel.append(told);
-  table(panel, ["expected", "probability"],
+  const description = document.createElement("p");
+  const rank = data.ranks[t] === 0 ? "the most probable token" : `${data.ranks[t].toLocaleString("en")} tokens were more probable`;
+  description.textContent = `loss ${data.losses[t].toFixed(4)} nats, probability ${percent(Math.exp(-data.losses[t]))}; ${rank}`;
+  panel.append(description);
+  table(panel, ["prediction", "probability"],
     data.alternatives[t].map((token, i) => [quoted(data.labels[token]), percent(data.probabilities[t][i])]));
-  table(panel, ["after", "would say", "probability", "of this token"], layerNames.map((name, layer) => [
+  table(panel, ["after", "prediction", "probability", "of this token"], layerNames.map((name, layer) => [
     name, quoted(data.labels[data.lensTokens[layer][t]]), percent(data.lensProbabilities[layer][t]),
     percent(data.lensActual[layer][t]),
   ]));

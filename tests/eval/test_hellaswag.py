@@ -1,4 +1,4 @@
-"""HellaSwag against a slow reading of its two published conventions, and against lm-evaluation-harness itself."""
+"""HellaSwag against a slow implementation of its two conventions, and against lm-evaluation-harness itself."""
 
 import json
 import math
@@ -11,13 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from data.tokenizer import load_tokenizer
-from eval.choices import answer, read_rows
-from eval.hellaswag import RENDER, completion, harness, hellaswag, read_questions
+from eval.choices import answer
+from eval.hellaswag import RENDERERS, completion, harness, hellaswag, read_questions
 from eval.likelihood import log_likelihoods
+from eval.rows import read_rows
 from model import GPT, GPTConfig
 from pretrained import resolve_model
 
-SPREAD = range(0, 10042, 20)  # 503 rows from the whole of the data: ActivityNet and WikiHow
+SPREAD = range(0, 10042, 20)  # 503 rows of both sources, ActivityNet and WikiHow
 
 
 def make_model(n_embd=32, n_layer=2):
@@ -34,7 +35,7 @@ def model():
     return make_model()
 
 
-def test_the_data_is_the_whole_validation_set():
+def test_the_data_is_the_complete_validation_set():
     rows = read_rows("hellaswag/none/validation")
     assert len(rows) == 10042
     assert rows[0]["ctx"] == "A man is sitting on a roof. he"
@@ -42,7 +43,7 @@ def test_the_data_is_the_whole_validation_set():
     assert golds.tolist() == [2515, 2485, 2584, 2458]
 
 
-def test_the_conventions_differ_as_described():
+def test_the_conventions_render_a_row_differently():
     row = {
         "activity_label": "Clean and jerk",
         "ctx_a": "[header] How to lift [title] Stand up.",
@@ -58,16 +59,16 @@ def test_the_conventions_differ_as_described():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# (a) An independent slow reading, one ending at a time, no padding, straight from the descriptions
+# (a) An independent slow implementation: one ending at a time, without padding
 
 
 def slow_completion(row):
-    """build-nanogpt: context tokens, then the tokens of a space and the ending; the mean loss over the latter."""
+    """build-nanogpt: encode the context and a space with the ending separately; take the mean loss of the ending."""
     return [(row["ctx"], " " + ending, None) for ending in row["endings"]]
 
 
 def slow_harness(row):
-    """lm-evaluation-harness: preprocess(activity_label + ": " + ctx_a + " " + ctx_b.capitalize()), one text."""
+    """lm-evaluation-harness: encode preprocess(activity_label + ": " + ctx_a + " " + ctx_b.capitalize()) and ending."""
 
     def preprocess(text):
         text = text.strip()
@@ -98,7 +99,7 @@ def slow_choices(model, tokenizer, row, convention):
 
 @pytest.mark.parametrize("rows_chosen", [SPREAD[::12], pytest.param(SPREAD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("convention", ["completion", "harness"])
-def test_choices_are_those_of_the_slow_reading(model, tokenizer, convention, rows_chosen):
+def test_choices_match_the_slow_implementation(model, tokenizer, convention, rows_chosen):
     rows = read_rows("hellaswag/none/validation")
     questions = read_questions(convention)
     answers = answer(
@@ -115,47 +116,47 @@ def test_choices_are_those_of_the_slow_reading(model, tokenizer, convention, row
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("runs/shakespeare/checkpoints").is_dir(), reason="`make demo` has not been run here")
 @pytest.mark.parametrize("convention", ["completion", "harness"])
-def test_the_demos_model_chooses_as_in_the_slow_reading(convention):
+def test_choices_of_the_demo_model_match_the_slow_implementation(convention):
     directory = resolve_model("runs/shakespeare")
-    demo, its_tokenizer = GPT.from_pretrained(directory), load_tokenizer(directory)
+    demo, demo_tokenizer = GPT.from_pretrained(directory), load_tokenizer(directory)
     questions = read_questions(convention)
 
-    def fits(i):  # the slow reading has no windows
+    def fits(i):  # the slow implementation does not cut long texts
         texts = (questions[i].contexts[0] + " " + choice for choice in questions[i].choices)
-        return max(len(its_tokenizer.encode(text)) for text in texts) <= demo.config.block_size
+        return max(len(demo_tokenizer.encode(text)) for text in texts) <= demo.config.block_size
 
     rows = [i for i in range(0, 10042, 16) if fits(i)][:500]
     assert len(rows) == 500
-    test_choices_are_those_of_the_slow_reading(demo, its_tokenizer, convention, rows)
+    test_choices_match_the_slow_implementation(demo, demo_tokenizer, convention, rows)
 
 
-def test_batch_size_and_processes_change_no_figure(model, tokenizer):
+def test_batch_size_and_number_of_processes_do_not_change_the_result(model, tokenizer):
     alone = hellaswag(model, tokenizer, limit=24)
     assert set(alone) == {"convention", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "count"}
     assert alone["count"] == 24
     assert alone["acc_norm_stderr"] == pytest.approx(math.sqrt(alone["acc_norm"] * (1 - alone["acc_norm"]) / 23))
     assert hellaswag(model, tokenizer, limit=24, batch_size=3) == alone
-    # three processes one after the other: the sum of their shares is what the reduction gives to each
-    shares = []
+    # Simulate three processes one after another: first collect what each contributes, then return the sum to one.
+    parts = []
     for rank in range(3):
-        hellaswag(model, tokenizer, limit=24, rank=rank, world_size=3, reduce=lambda t: shares.append(t.clone()))
-    total = sum(shares)
+        hellaswag(model, tokenizer, limit=24, rank=rank, world_size=3, reduce=lambda t: parts.append(t.clone()))
+    total = sum(parts)
     together = hellaswag(model, tokenizer, limit=24, rank=1, world_size=3, reduce=lambda t: t.copy_(total))
     assert together == alone
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+def test_the_tokenizer_of_another_model_is_refused(tokenizer):
     small = GPT(GPTConfig(vocab_size=300, block_size=8, n_layer=1, n_head=1, n_embd=4))
     with pytest.raises(ValueError, match="they do not belong together"):
         hellaswag(small, tokenizer, limit=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# (b) lm-evaluation-harness itself, where it is installed
+# (b) lm-evaluation-harness itself, if it is installed
 
 
 def harness_choices(directory, rows):
-    """Scores of the choices of each row by lm_eval's own code: its preprocessing, tokenisation, batching and model."""
+    """Score the choices of each row with the preprocessing, tokenization, batching and model class of lm_eval."""
     import datasets
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -174,7 +175,7 @@ def harness_choices(directory, rows):
 
 
 @pytest.mark.slow
-def test_choices_are_those_of_lm_evaluation_harness(model, tokenizer, tmp_path):
+def test_choices_match_lm_evaluation_harness(model, tokenizer, tmp_path):
     pytest.importorskip(
         "lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed: pip install lm_eval[hf]"
     )
@@ -182,7 +183,7 @@ def test_choices_are_those_of_lm_evaluation_harness(model, tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     rows = read_rows("hellaswag/none/validation")
     scores, choice, choice_norm = harness_choices(tmp_path, [rows[i] for i in SPREAD])
-    questions = [RENDER["harness"](rows[i]) for i in SPREAD]
+    questions = [RENDERERS["harness"](rows[i]) for i in SPREAD]
     answers = answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "harness")
     np.testing.assert_allclose(np.array(answers.scores), scores, rtol=1e-5)
     assert answers.choice.tolist() == choice.tolist()
@@ -203,7 +204,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_runs_under_lm_evaluation_harness_as_it_is(model, tokenizer, tmp_path):
+def test_lm_evaluation_harness_loads_a_checkpoint(model, tokenizer, tmp_path):
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval[hf]")
     from lm_eval.tasks import TaskManager
 

@@ -1,4 +1,4 @@
-"""The engine under every evaluation, against one request at a time without padding, cache or shared contexts."""
+"""`log_likelihoods` against scoring one request at a time, without padding, cache or shared contexts."""
 
 import random
 import threading
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eval.hf_model import HFModel
 from eval.likelihood import Request, check_pair, log_likelihoods
-from eval.peers import Peer
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=97, block_size=48, n_layer=2, n_head=2, n_embd=32)
@@ -19,7 +19,7 @@ CONFIG = GPTConfig(vocab_size=97, block_size=48, n_layer=2, n_head=2, n_embd=32)
 def model():
     torch.manual_seed(0)
     model = GPT(CONFIG).eval()
-    with torch.no_grad():  # far from uniform, and with a large number common to all logits
+    with torch.no_grad():  # probabilities far from uniform, and a large offset that all logits have in common
         for parameter in model.parameters():
             parameter.mul_(4)
         model.transformer.wte.weight.add_(0.5)
@@ -42,18 +42,18 @@ def make_requests(n=60, seed=0, longest=60):
 
 @torch.no_grad()
 def one_at_a_time(model, request):
-    """Summed log-probability and whether each token is the likeliest, by a full pass over this request alone."""
-    tokens = torch.tensor([*request.context, *request.ending])[-(CONFIG.block_size + 1) :]
+    """Return the log-probability and whether the continuation is greedy, from one forward pass over this request."""
+    tokens = torch.tensor([*request.context, *request.continuation])[-(CONFIG.block_size + 1) :]
     log_probs = F.log_softmax(model(tokens[None, :-1]).logits[0].double(), dim=-1)
-    n = len(request.ending)
+    n = len(request.continuation)
     targets = tokens[-n:]
     picked = log_probs[-n:].gather(1, targets[:, None])
     return float(picked.sum()), bool((log_probs[-n:].argmax(-1) == targets).all())
 
 
-def test_scores_are_those_of_each_request_alone(model):
+def test_scores_match_those_of_each_request_alone(model):
     requests = make_requests()
-    # some that the model itself would continue so, to see `greedy` both ways
+    # Add requests that continue as the model does, so that `greedy` is true for some.
     for request in requests[:10]:
         context = request.context[-20:]
         for _ in range(3):
@@ -67,28 +67,28 @@ def test_scores_are_those_of_each_request_alone(model):
         assert scores.greedy.tolist() == [greedy for _, greedy in expected]
 
 
-def test_an_ending_longer_than_the_context_is_scored_in_windows(model):
+def test_a_continuation_longer_than_the_block_size_is_scored_in_windows(model):
     tokens = make_requests(1, seed=3)[0].context[:1] + tuple(np.random.default_rng(0).integers(0, 97, 130).tolist())
     got = log_likelihoods(model, [Request(tokens[:1], tokens[1:])]).log_probs[0]
     step = CONFIG.block_size // 2
-    pieces = [Request(tokens[: 1 + i], tokens[1 + i : 1 + i + step]) for i in range(0, 130, step)]
-    assert got == pytest.approx(sum(one_at_a_time(model, piece)[0] for piece in pieces), rel=1e-5)
+    windows = [Request(tokens[: 1 + i], tokens[1 + i : 1 + i + step]) for i in range(0, 130, step)]
+    assert got == pytest.approx(sum(one_at_a_time(model, window)[0] for window in windows), rel=1e-5)
 
 
-def test_a_peer_of_transformers_gets_the_same_scores(model, tmp_path):
+def test_a_model_of_transformers_gets_the_same_scores(model, tmp_path):
     from transformers import GPT2LMHeadModel
 
     model.save_pretrained(tmp_path)
-    peer = Peer(GPT2LMHeadModel.from_pretrained(tmp_path).eval())
-    assert (peer.config.block_size, peer.config.vocab_size) == (48, 97)
+    hf_model = HFModel(GPT2LMHeadModel.from_pretrained(tmp_path).eval())
+    assert (hf_model.config.block_size, hf_model.config.vocab_size) == (48, 97)
     requests = make_requests()
-    ours, theirs = log_likelihoods(model, requests), log_likelihoods(peer, requests)
+    ours, theirs = log_likelihoods(model, requests), log_likelihoods(hf_model, requests)
     np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=2e-5, atol=2e-4)
     assert (ours.greedy == theirs.greedy).all()
 
 
 class Ranks:
-    """Sums tensors over threads that stand for processes, and counts the model's calls in each."""
+    """All-reduce over threads that take the place of processes."""
 
     def __init__(self, n):
         self.barrier = threading.Barrier(n)
@@ -104,11 +104,11 @@ class Ranks:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_the_work_and_call_the_model_equally_often(model, world_size, monkeypatch):
+def test_ranks_divide_the_work_and_run_the_same_number_of_forward_passes(model, world_size, monkeypatch):
     requests = make_requests(50)
     alone = log_likelihoods(model, requests, batch_size=4)
     ranks, calls, results = Ranks(world_size), [0] * world_size, [None] * world_size
-    # each thread has a model of its own with the same weights, as each process has
+    # Each thread has its own copy of the model, as each process does.
     models = [GPT(CONFIG).eval() for _ in range(world_size)]
 
     def work(rank):
@@ -126,7 +126,7 @@ def test_ranks_share_the_work_and_call_the_model_equally_often(model, world_size
     assert len(set(calls)) == 1
     assert calls[0] > 0
     for result in results:
-        assert result.log_probs.tolist() == alone.log_probs.tolist()  # to the last bit
+        assert result.log_probs.tolist() == alone.log_probs.tolist()  # bit for bit
         assert result.greedy.tolist() == alone.greedy.tolist()
 
 
@@ -139,17 +139,18 @@ def test_shared_contexts_are_computed_once(model):
     assert sum(tokens) == 29 + 8 * 2
 
 
-def test_bfloat16_keeps_its_bits_for_what_differs_between_tokens(model):
-    # the number common to all logits is far larger than their spread here: rounded with it, they would be off by 0.3
+def test_bfloat16_does_not_round_the_offset_common_to_all_logits(model):
+    # The common offset is much larger than the differences between logits. Rounded together with it, the logits would
+    # have an error of 0.3.
     requests = make_requests(40)
     exact = log_likelihoods(model, requests).log_probs
     with torch.autocast("cpu", torch.bfloat16):
         rounded = log_likelihoods(model, requests).log_probs
-    n_tokens = np.array([len(request.ending) for request in requests])
+    n_tokens = np.array([len(request.continuation) for request in requests])
     assert np.abs((rounded - exact) / n_tokens).max() < 0.1
 
 
-def test_the_models_mode_is_left_as_it_was(model):
+def test_the_mode_of_the_model_is_restored(model):
     dropped = GPT(GPTConfig(vocab_size=97, block_size=48, n_layer=2, n_head=2, n_embd=32, dropout=0.5))
     dropped.load_state_dict(model.state_dict())
     dropped.train()
@@ -160,26 +161,26 @@ def test_the_models_mode_is_left_as_it_was(model):
     assert dropped.training
 
 
-def test_nan_logits_are_named_and_not_scored(model):
+def test_nan_logits_are_refused(model):
     broken = GPT(CONFIG)
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():
         broken.transformer.wpe.weight[20] = float("nan")
     requests = [Request((1,), (2, 3)), Request(tuple(range(25)), (4,))]
-    with pytest.raises(ValueError, match=r"not finite .* for 1 of 2 requests, the first being number 1"):
+    with pytest.raises(ValueError, match=r"not finite .* for 1 of 2 requests, first for request 1"):
         log_likelihoods(broken, requests)
 
 
-def test_what_cannot_be_scored_is_refused(model):
+def test_invalid_requests_are_refused(model):
     with pytest.raises(ValueError, match="request 1 has a token id outside the model's vocabulary of 97"):
         log_likelihoods(model, [Request((1,), (2,)), Request((1,), (97,))])
-    with pytest.raises(ValueError, match="request 0 has an empty ending"):
+    with pytest.raises(ValueError, match="request 0 has an empty continuation"):
         log_likelihoods(model, [Request((1,), ())])
-    with pytest.raises(ValueError, match="2 processes need a `reduce`"):
+    with pytest.raises(ValueError, match="2 processes need the argument `reduce`"):
         log_likelihoods(model, [Request((1,), (2,))], world_size=2)
 
 
-class Sized:
+class TokenizerOfSize:
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
 
@@ -187,11 +188,11 @@ class Sized:
 @pytest.mark.parametrize("n", [98, 300])
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model, n):
     with pytest.raises(ValueError, match=f"the tokenizer has {n} tokens and the model a vocabulary of 97"):
-        check_pair(model, Sized(n))
+        check_pair(model, TokenizerOfSize(n))
 
 
-def test_a_padded_vocabulary_is_accepted_and_a_much_smaller_tokenizer_is_not():
+def test_a_padded_vocabulary_is_accepted_but_a_much_smaller_tokenizer_is_refused():
     padded = GPT(GPTConfig(vocab_size=50304, block_size=8, n_layer=1, n_head=1, n_embd=4))
-    check_pair(padded, Sized(50257))
+    check_pair(padded, TokenizerOfSize(50257))
     with pytest.raises(ValueError, match="do not belong together"):
-        check_pair(padded, Sized(257))
+        check_pair(padded, TokenizerOfSize(257))

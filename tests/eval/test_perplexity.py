@@ -1,4 +1,4 @@
-"""Sliding windows against one token at a time, and the detokenisers."""
+"""Perplexity with sliding windows against scoring one token at a time, and the detokenizers."""
 
 import functools
 import math
@@ -8,17 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eval.detokenizers import detokenize_ptb, detokenize_wikitext
 from eval.likelihood import log_likelihoods
-from eval.perplexity import (
-    CORPORA,
-    Perplexity,
-    detokenize_ptb,
-    detokenize_wikitext,
-    perplexity,
-    read_text,
-    summarize,
-    windows,
-)
+from eval.perplexity import CORPORA, Perplexity, SlidingWindows, perplexity, perplexity_metrics, read_text
 from model import GPT, GPTConfig
 
 BLOCK, EOT = 16, 50
@@ -41,7 +33,7 @@ def tokens():
 
 @torch.no_grad()
 def naive(model, tokens):
-    """Each token after as many before it as fit, end-of-text being before the first."""
+    """Score each token given as many tokens before it as fit; end-of-text precedes the first."""
     sequence = [EOT, *tokens]
     nats = 0.0
     for i in range(1, len(sequence)):
@@ -50,49 +42,52 @@ def naive(model, tokens):
     return nats
 
 
-def test_stride_one_is_the_naive_figure(model, tokens):
+def test_stride_one_matches_the_naive_perplexity(model, tokens):
     result = perplexity(tokens, EOT, BLOCK, 1, functools.partial(log_likelihoods, model))
     assert result.tokens == 75
     assert math.exp(result.nats / 75) == pytest.approx(math.exp(naive(model, tokens) / 75), rel=1e-5)
-    # shorter than the context
+    # A text that is shorter than the block size.
     result = perplexity(tokens[:7], EOT, BLOCK, 1, functools.partial(log_likelihoods, model))
     assert result.nats == pytest.approx(naive(model, tokens[:7]), rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 8, 16])
-def test_every_token_is_scored_once_with_as_much_before_it_as_fits(tokens, stride):
-    requests = list(windows(tokens, EOT, BLOCK, stride))
-    assert [token for request in requests for token in request.ending] == tokens
+def test_every_token_is_scored_once_with_the_longest_context_that_fits(tokens, stride):
+    windows = SlidingWindows(tokens, EOT, BLOCK, stride)
+    requests = list(windows)
+    assert len(windows) == len(requests)
+    assert windows[2:4] == requests[2:4]
+    assert [token for request in requests for token in request.continuation] == tokens
     end = 0
     for request in requests:
         before = [EOT, *tokens][: end + 1]
-        assert list(request.context) == before[-(BLOCK + 1 - len(request.ending)) :]
-        end += len(request.ending)
+        assert list(request.context) == before[-(BLOCK + 1 - len(request.continuation)) :]
+        end += len(request.continuation)
 
 
-def test_figures_are_weighted_by_tokens(model, tokens):
+def test_metrics_are_weighted_by_tokens(model, tokens):
     score = functools.partial(log_likelihoods, model)
     result = perplexity(tokens, EOT, BLOCK, 8, score)
-    assert result.window_tokens.tolist() == [8] * 9 + [3]  # the last window is short
-    figures = summarize(result, n_bytes=300, n_words=60)
-    assert figures["perplexity"][0] == pytest.approx(math.exp(result.nats / 75))
-    assert figures["bits_per_byte"][0] == pytest.approx(result.nats / math.log(2) / 300)
-    assert figures["word_perplexity"][0] == pytest.approx(math.exp(result.nats / 60))
-    # windows of one length: the standard error is that of their mean
+    assert result.window_tokens.tolist() == [8] * 9 + [3]  # the last window is shorter
+    metrics = perplexity_metrics(result, n_bytes=300, n_words=60)
+    assert metrics["perplexity"][0] == pytest.approx(math.exp(result.nats / 75))
+    assert metrics["bits_per_byte"][0] == pytest.approx(result.nats / math.log(2) / 300)
+    assert metrics["word_perplexity"][0] == pytest.approx(math.exp(result.nats / 60))
+    # If all windows have the same length, the standard error is that of their mean.
     even = perplexity(tokens[:72], EOT, BLOCK, 8, score)
     expected = even.window_nats.std(ddof=1) / 3 / 8
     assert even.normalized(72)[1] == pytest.approx(expected)
-    assert set(summarize(result, 300, 0)) == {"perplexity", "bits_per_byte"}
+    assert set(perplexity_metrics(result, 300, 0)) == {"perplexity", "bits_per_byte"}
 
 
-def test_a_perplexity_by_word_that_no_float_holds_is_left_out():
+def test_a_perplexity_per_word_that_is_too_large_for_a_float_is_left_out():
     windows = np.array([800.0, 1200.0])
     result = Perplexity(2000.0, 400, windows, np.array([200, 200]))
-    assert set(summarize(result, 900, 2)) == {"perplexity", "bits_per_byte"}
-    assert all(math.isfinite(number) for pair in summarize(result, 900, 3).values() for number in pair)
+    assert set(perplexity_metrics(result, 900, 2)) == {"perplexity", "bits_per_byte"}
+    assert all(math.isfinite(number) for pair in perplexity_metrics(result, 900, 3).values() for number in pair)
 
 
-def test_what_cannot_be_measured_is_refused(model, tmp_path):
+def test_invalid_texts_and_strides_are_refused(model, tmp_path):
     score = functools.partial(log_likelihoods, model)
     with pytest.raises(ValueError, match="the text is empty"):
         perplexity([], EOT, BLOCK, 4, score)
@@ -108,7 +103,7 @@ def test_what_cannot_be_measured_is_refused(model, tmp_path):
         read_text(tmp_path / "none.txt")
 
 
-def test_wikitext_becomes_text():
+def test_wikitext_is_detokenized():
     raw = (
         " = Robert Boulter = \n \n Robert Boulter is a film , television and theatre actor . He had a guest @-@"
         ' starring role in 2000 , for 1 @,@ 000 pounds ( about $ 1 @.@ 5 million ) . It \'s called " Herons " .\n'
@@ -119,12 +114,12 @@ def test_wikitext_becomes_text():
     )
 
 
-def test_the_penn_treebank_becomes_text():
+def test_the_penn_treebank_is_detokenized():
     raw = " the company 's shares did n't rise to $ N a share \n -LRB- it said -RRB- `` so what '' \n"
     assert detokenize_ptb(raw) == "the company's shares didn't rise to $N a share\n(it said) \"so what\"\n"
 
 
-def test_corpora_name_their_source():
+def test_corpora_have_a_source_and_a_detokenizer():
     for corpus in CORPORA.values():
         assert "/" in corpus.hub[0]
         assert isinstance(corpus.detokenize("a b"), str)

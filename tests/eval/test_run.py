@@ -1,4 +1,4 @@
-"""The command line of the evaluations."""
+"""The command line of `eval.run`."""
 
 import json
 import os
@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import ShardWriter
+from data.loader import TokenWindows
+from data.shards import ShardWriter, open_split
 from data.tokenizer import load_tokenizer, train_tokenizer
-from eval import likelihood
+from eval.evaluator import ScoreCache
+from eval.likelihood import Request, Scores, log_likelihoods
+from eval.loss import ArrayWindows
 from eval.reference import losses_to_beat, published, read_references, save_reference
 from eval.run import main
 from model import GPT, GPTConfig
@@ -22,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random GPT-2 of GPT-2's vocabulary, with its tokenizer."""
+    """A small random model with GPT-2's vocabulary, and its tokenizer."""
     directory = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=16)).save_pretrained(directory)
@@ -37,19 +40,20 @@ def text(tmp_path_factory):
     return path
 
 
-def figures(path):
+def results(path):
+    """Read a JSON file of results, by task, convention and metric."""
     return {(row["task"], row["convention"], row["metric"]): row for row in json.loads(path.read_text("utf-8"))}
 
 
-def fails(capsys, *arguments):
-    """What a command that must fail says."""
+def error_of(capsys, *arguments):
+    """Run a command that must fail, and return its error message."""
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     code = "import sys; sys.argv = ['eval.run', '--help']\ntry:\n    from eval.run import main; main()\n"
     code += "except SystemExit:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -66,7 +70,7 @@ def test_table_json_and_examples(tiny, tmp_path, capsys):
         *["task", "convention", "metric", "value", "±", "stderr", "count"],
         *["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
     ]
-    row = figures(tmp_path / "f.json")[("hellaswag", "completion", "acc_norm")]
+    row = results(tmp_path / "f.json")[("hellaswag", "completion", "acc_norm")]
     assert set(row) == {"task", "convention", "metric", "value", "stderr", "count", "published"}
     assert row["count"] == 4
     assert row["published"] == {"gpt2": 0.2955, "gpt2-medium": 0.3752, "gpt2-large": 0.432, "gpt2-xl": 0.4893}
@@ -79,19 +83,19 @@ def test_table_json_and_examples(tiny, tmp_path, capsys):
     assert not (tmp_path / "f.json.partial").exists()
 
 
-def test_a_killed_evaluation_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_continues_where_it_stopped(tiny, tmp_path, monkeypatch):
     arguments = ["--model", tiny, "--tasks", "piqa,copa", "--limit", "6", "--json"]
     main([*arguments, str(tmp_path / "whole.json")])
-    monkeypatch.setattr("eval.run.REQUESTS_AT_ONCE", 4)
-    real, groups = likelihood.log_likelihoods, []
+    monkeypatch.setattr("eval.evaluator.GROUP_SIZE", 4)
+    groups = []
 
     def counted(model, requests, **options):
         if len(groups) == 4 and not resumed:
             raise KeyboardInterrupt
         groups.append(len(requests))
-        return real(model, requests, **options)
+        return log_likelihoods(model, requests, **options)
 
-    monkeypatch.setattr(likelihood, "log_likelihoods", counted)
+    monkeypatch.setattr("eval.evaluator.log_likelihoods", counted)
     resumed = False
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, str(tmp_path / "f.json")])
@@ -102,32 +106,30 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tiny, tmp_path, monkeypatc
         file.write('{"key": "cut sh')
     resumed = True
     main([*arguments, str(tmp_path / "f.json")])
-    assert groups == [4] * 6  # 3 groups a task: four before, two after
+    assert groups == [4] * 6  # 3 groups per task: 4 before the interruption, 2 after it
     assert not partial.exists()
-    whole, pieces = figures(tmp_path / "whole.json"), figures(tmp_path / "f.json")
-    assert whole.keys() == pieces.keys()
-    for name in whole:
-        assert pieces[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-5)
+    uninterrupted, resumed_results = results(tmp_path / "whole.json"), results(tmp_path / "f.json")
+    assert uninterrupted.keys() == resumed_results.keys()
+    for name in uninterrupted:
+        assert resumed_results[name]["value"] == pytest.approx(uninterrupted[name]["value"], rel=1e-5)
 
 
-def test_scores_of_another_model_are_not_taken_over(tiny, tmp_path):
-    from eval.run import SavedScores
-
+def test_scores_of_another_model_are_not_reused(tmp_path):
     path = tmp_path / "x.partial"
-    requests = [likelihood.Request((1,), (2,))]
-    saved = SavedScores(path, "one")
-    saved.keep(saved.key(requests), likelihood.Scores(np.array([-1.5]), np.array([True])))
-    again = SavedScores(path, "one")
+    requests = [Request((1,), (2,))]
+    cache = ScoreCache(path, "one")
+    cache.add(cache.key(requests), Scores(np.array([-1.5]), np.array([True])))
+    again = ScoreCache(path, "one")
     assert again.entries[again.key(requests)]["log_probs"] == [-1.5]
-    other = SavedScores(path, "two")
+    other = ScoreCache(path, "two")
     assert other.key(requests) not in other.entries
 
 
-def test_perplexity_of_a_text_and_through_transformers(tiny, text, tmp_path):
-    for name, more in (("ours", []), ("peer", ["--transformers"])):
+def test_perplexity_of_a_text_matches_that_of_transformers(tiny, text, tmp_path):
+    for name, more in (("ours", []), ("transformers", ["--transformers"])):
         written = ["--json", str(tmp_path / name)]
         main(["--model", tiny, "--tasks", "perplexity", "--text", str(text), "--stride", "50", *more, *written])
-    ours, peer = figures(tmp_path / "ours"), figures(tmp_path / "peer")
+    ours, theirs = results(tmp_path / "ours"), results(tmp_path / "transformers")
     assert {metric for _, _, metric in ours} == {"perplexity", "bits_per_byte", "word_perplexity"}
     content = text.read_text("utf-8")
     count = len(load_tokenizer("gpt2").encode(content))
@@ -137,35 +139,35 @@ def test_perplexity_of_a_text_and_through_transformers(tiny, text, tmp_path):
         nats / np.log(2) / len(content.encode())
     )
     for name in ours:
-        assert peer[name]["value"] == pytest.approx(ours[name]["value"], rel=1e-4)
+        assert theirs[name]["value"] == pytest.approx(ours[name]["value"], rel=1e-4)
 
 
-def test_a_corpus_of_the_paper_from_a_local_file(tiny, tmp_path):
+def test_a_corpus_of_the_paper_is_read_from_a_local_file(tiny, tmp_path):
     raw = " = A Title = \n \n It was , he said , a well @-@ known day .\n" * 5
     (tmp_path / "wiki.txt").write_text(raw, encoding="utf-8")
     files = ["--text", str(tmp_path / "wiki.txt"), "--json", str(tmp_path / "f.json")]
     main(["--model", tiny, "--tasks", "wikitext-2", *files])
-    row = figures(tmp_path / "f.json")["wikitext-2", "paper, stride 64", "word_perplexity"]
+    row = results(tmp_path / "f.json")["wikitext-2", "paper, stride 64", "word_perplexity"]
     clean = "= A Title =\n\nIt was, he said, a well-known day.\n" * 5
     assert row["count"] == len(load_tokenizer("gpt2").encode(clean))
     assert row["published"]["gpt2"] == 29.41
-    by_token = figures(tmp_path / "f.json")["wikitext-2", "paper, stride 64", "perplexity"]["value"]
+    by_token = results(tmp_path / "f.json")["wikitext-2", "paper, stride 64", "perplexity"]["value"]
     assert np.log(row["value"]) * len(raw.split()) == pytest.approx(np.log(by_token) * row["count"])
 
 
-def test_shots_for_a_table_of_ones_own(tiny, tmp_path):
+def test_solved_examples_for_the_table_of_a_user(tiny, tmp_path):
     rows = "text,label\n" + "".join(f"example {i},{i % 2}\n" for i in range(6))
     (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
     common = ["--model", tiny, "--tasks", "classify", "--file", str(tmp_path / "t.csv"), "--labels", "0=bad,1=good"]
     common += ["--template", r"{text}\nIt was", "--json", str(tmp_path / "f.json")]
     main([*common, "--shots", "2", "--train-file", str(tmp_path / "t.csv")])
-    assert ("classify", "harness, 2 shots from train, seed 0", "acc") in figures(tmp_path / "f.json")
+    assert ("classify", "harness, 2 shots from train, seed 0", "acc") in results(tmp_path / "f.json")
     main([*common, "--shots", "2", "--shots-from", "evaluated", "--seed", "3"])
-    assert ("classify", "harness, 2 shots from evaluated, seed 3", "acc") in figures(tmp_path / "f.json")
+    assert ("classify", "harness, 2 shots from evaluated, seed 3", "acc") in results(tmp_path / "f.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A reference beside one's own data
+# References stored in a dataset
 
 
 def make_dataset(directory, tokenizer, documents):
@@ -178,38 +180,56 @@ def make_dataset(directory, tokenizer, documents):
     return directory
 
 
-def test_the_loss_of_a_model_is_kept_beside_the_data(tiny, text, tmp_path):
+def test_the_loss_of_a_model_is_stored_in_the_dataset(tiny, text, tmp_path):
     documents = [text.read_text("utf-8"), "Call me Ishmael. Some years ago."]
     tokenizer = load_tokenizer("gpt2")
     same = make_dataset(tmp_path / "same", tokenizer, documents)
-    json_file = tmp_path / "figures.json"
+    json_file = tmp_path / "results.json"
     main(["--model", tiny, "--tasks", "loss", "--data", str(same), "--save-reference", "--json", str(json_file)])
-    assert {row["stderr"] for row in figures(json_file).values()} == {None}  # none is computed: not 0
-    kept = read_references(same)[tiny]
+    assert {row["stderr"] for row in results(json_file).values()} == {None}  # not computed, which is not the same as 0
+    stored = read_references(same)[tiny]
     ids = [i for document in documents for i in (tokenizer.eot, *tokenizer.encode(document))]
-    assert kept["tokens"] == len(ids) - 1
-    assert kept["tokenizer"] == "gpt2"
+    assert stored["tokens"] == len(ids) - 1
+    assert stored["tokenizer"] == "gpt2"
     model = GPT.from_pretrained(tiny)
     nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, 128):
             window = torch.tensor([ids[start : start + 129]])
             nats += float(model(window[:, :-1], targets=window[:, 1:]).loss) * (window.size(1) - 1)
-    assert kept["loss"] == pytest.approx(nats / kept["tokens"], rel=1e-5)
+    assert stored["loss"] == pytest.approx(nats / stored["tokens"], rel=1e-5)
     n_bytes = sum(len(document.encode()) for document in documents)
-    assert kept["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
-    # a data set in other tokens holds the same text, so bits per byte are the same
+    assert stored["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
+    # The other dataset has the same text with another tokenizer, so bits per byte are equal.
     other = make_dataset(tmp_path / "other", train_tokenizer("bpe:300", documents), documents)
     main(["--model", tiny, "--tasks", "loss", "--data", str(other), "--save-reference"])
-    assert read_references(other)[tiny]["bits_per_byte"] == pytest.approx(kept["bits_per_byte"], rel=1e-5)
-    assert losses_to_beat(same, "mine", "gpt2") == [(tiny, kept["loss"])]
+    assert read_references(other)[tiny]["bits_per_byte"] == pytest.approx(stored["bits_per_byte"], rel=1e-5)
+    assert losses_to_beat(same, "mine", "gpt2") == [(tiny, stored["loss"])]
     assert losses_to_beat(other, "mine", "bpe:300") == []
 
 
-def test_references_are_kept_by_model_and_published_ones_fill_in(tmp_path):
+def test_windows_of_an_array_are_those_of_the_shards(tmp_path):
+    tokenizer = load_tokenizer("gpt2")
+    dataset = make_dataset(tmp_path / "data", tokenizer, ["It was the best of times.", "It was the worst of times."])
+    split = open_split(dataset, "val")
+    tokens = np.empty(split.n_tokens, np.uint16)
+    split.read(0, tokens)
+    shards, array = TokenWindows(split, 4, 50257, tokens=10485760), ArrayWindows(tokens, 4, "a text")
+    assert len(array) == len(shards) > 2
+    for window in range(len(array)):
+        expected, found = np.empty((2, 4), np.int64), np.empty((2, 4), np.int64)
+        shards.read(window, *expected)
+        array.read(window, *found)
+        assert found.tolist() == expected.tolist()
+    assert array.count(np.arange(len(array))) == shards.count(np.arange(len(array))) == split.n_tokens - 1
+    with pytest.raises(ValueError, match="a text has 1 tokens, expected at least 2"):
+        ArrayWindows(tokens[:1], 4, "a text")
+
+
+def test_references_are_stored_by_model_and_completed_by_published_losses(tmp_path):
     assert losses_to_beat(tmp_path, "fineweb-10b", "gpt2") == [("gpt2, published", 3.424958)]
     assert losses_to_beat(tmp_path, "fineweb-edu-10b", "gpt2") == [("gpt2, published", 3.2924)]
-    # as data.prepare names them in meta.json
+    # The sources that data.prepare writes to meta.json.
     assert losses_to_beat(tmp_path, "hf HuggingFaceFW/fineweb-edu, sample-10BT", "gpt2")[0][1] == 3.2924
     assert losses_to_beat(tmp_path, "hf kjj0/fineweb10B-gpt2, already tokenized", "gpt2")[0][1] == 3.424958
     assert losses_to_beat(tmp_path, "fineweb-10b", "char") == []
@@ -221,54 +241,58 @@ def test_references_are_kept_by_model_and_published_ones_fill_in(tmp_path):
         read_references(tmp_path)
 
 
-def test_the_papers_figures_stand_beside_the_childrens_book_test(tiny, tmp_path, monkeypatch):
+def test_the_results_of_the_paper_are_shown_for_the_childrens_book_test(tiny, tmp_path, monkeypatch):
     row = {"sentences": ["The King sat ."], "question": "The XXXXX ate .", "options": ["dog", "King"], "answer": "King"}
-    monkeypatch.setattr("eval.choices.load_hub_rows", lambda dataset, config, split: [row] * 3)
+    monkeypatch.setattr("eval.choice_tasks.load_hub_rows", lambda dataset, config, split: [row] * 3)
     arguments = ["--model", tiny, "--tasks", "cbt-ne", "--shots-from", "evaluated", "--json", str(tmp_path / "f.json")]
     main(arguments)
-    assert figures(tmp_path / "f.json")["cbt-ne", "paper, harness", "acc"]["published"]["gpt2-xl"] == 0.8905
-    assert figures(tmp_path / "f.json")["cbt-ne", "paper, harness", "acc_norm"]["published"] == {}
-    main([*arguments, "--shots", "1"])  # which the paper did not give
-    row = figures(tmp_path / "f.json")["cbt-ne", "harness, 1 shots from evaluated, seed 0", "acc"]
+    assert results(tmp_path / "f.json")["cbt-ne", "paper, harness", "acc"]["published"]["gpt2-xl"] == 0.8905
+    assert results(tmp_path / "f.json")["cbt-ne", "paper, harness", "acc_norm"]["published"] == {}
+    main([*arguments, "--shots", "1"])  # the paper used none
+    row = results(tmp_path / "f.json")["cbt-ne", "harness, 1 shots from evaluated, seed 0", "acc"]
     assert row["published"] == {}
 
 
 def test_conventions_are_never_mixed():
     assert published("hellaswag", "harness", "acc_norm") == {"gpt2": 0.3114, "gpt2-xl": 0.5089}
     assert published("hellaswag", "harness, 5 shots from train, seed 0", "acc_norm") == {}
-    assert published("lambada", "harness", "acc") == {}  # not OpenAI's file
+    assert published("lambada", "harness", "acc") == {}  # the published result is for OpenAI's file
     assert published("lambada_openai", "harness", "acc") == {"gpt2": 0.3256}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# Errors
 
 
-def test_mistakes_are_explained(tiny, text, tmp_path, capsys):
-    assert "unknown task nope: known are hellaswag, arc_easy" in fails(capsys, "--model", tiny, "--tasks", "nope,piqa")
-    assert "no such model directory: /nonexistent" in fails(capsys, "--model", "/nonexistent", "--tasks", "copa")
-    assert "--tasks perplexity needs --text or --data" in fails(capsys, "--tasks", "perplexity")
-    assert "--tasks classify needs --template" in fails(capsys, "--tasks", "classify", "--file", "x.csv")
-    assert "add loss to --tasks" in fails(capsys, "--tasks", "copa", "--save-reference")
-    assert "not with lambada" in fails(capsys, "--tasks", "copa,lambada", "--shots", "2")
+def test_errors_explain_what_is_wrong(tiny, text, tmp_path, capsys):
+    assert "unknown task nope: expected some of hellaswag, arc_easy" in error_of(
+        capsys, "--model", tiny, "--tasks", "nope,piqa"
+    )
+    assert "no such model directory: /nonexistent" in error_of(capsys, "--model", "/nonexistent", "--tasks", "copa")
+    assert "--tasks perplexity needs --text or --data" in error_of(capsys, "--tasks", "perplexity")
+    assert "--tasks classify needs --template" in error_of(capsys, "--tasks", "classify", "--file", "x.csv")
+    assert "add loss to --tasks" in error_of(capsys, "--tasks", "copa", "--save-reference")
+    assert "--shots applies to multiple-choice tasks only, not to lambada" in error_of(
+        capsys, "--tasks", "copa,lambada", "--shots", "2"
+    )
     both = ["--tasks", "perplexity", "--text", str(text), "--data", str(tmp_path)]
-    assert "of --text or of --data: give one" in fails(capsys, *both)
-    assert "--limit must be at least 1, got 0" in fails(capsys, "--tasks", "copa", "--limit", "0")
-    assert "cannot be used" in fails(capsys, "--model", tiny, "--tasks", "copa", "--device", "nonsense")
+    assert "--tasks perplexity takes --text or --data, not both" in error_of(capsys, *both)
+    assert "--limit must be at least 1, got 0" in error_of(capsys, "--tasks", "copa", "--limit", "0")
+    assert "cannot be used" in error_of(capsys, "--model", tiny, "--tasks", "copa", "--device", "nonsense")
     nowhere = str(tmp_path / "none" / "f.json")
-    assert "there is no directory" in fails(capsys, "--model", tiny, "--tasks", "copa", "--json", nowhere)
+    assert "there is no directory" in error_of(capsys, "--model", tiny, "--tasks", "copa", "--json", nowhere)
     options = ["--model", tiny, "--tasks", "perplexity", "--text", str(text), "--stride", "129"]
-    assert "stride 129: expected 1..128" in fails(capsys, *options)
+    assert "stride 129: expected 1..128" in error_of(capsys, *options)
 
 
-def test_a_model_with_another_models_tokenizer_is_refused(tmp_path, capsys):
+def test_a_model_with_the_tokenizer_of_another_is_refused(tmp_path, capsys):
     GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     load_tokenizer("gpt2").save(tmp_path)
-    message = fails(capsys, "--model", str(tmp_path), "--tasks", "copa")
+    message = error_of(capsys, "--model", str(tmp_path), "--tasks", "copa")
     assert "the tokenizer has 50,257 tokens and the model a vocabulary of 300" in message
 
 
-def test_another_architecture_is_measured_through_transformers(tmp_path):
+def test_another_architecture_is_evaluated_with_transformers(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     tokenizer = train_tokenizer("bpe:300", ["the cat sat on the mat and said so"])
@@ -278,12 +302,12 @@ def test_another_architecture_is_measured_through_transformers(tmp_path):
     )
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
     main(["--model", str(tmp_path), "--tasks", "copa", "--limit", "3", "--json", str(tmp_path / "f.json")])
-    assert figures(tmp_path / "f.json")["copa", "harness", "acc"]["count"] == 3
+    assert results(tmp_path / "f.json")["copa", "harness", "acc"]["count"] == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_give_the_figures_of_one(tiny, text, tmp_path, n):
+def test_several_processes_have_the_same_results_as_one(tiny, text, tmp_path, n):
     arguments = ["-m", "eval.run", "--model", tiny, "--tasks", "hellaswag,lambada,perplexity", "--text", str(text)]
     arguments += ["--limit", "12", "--batch-size", "4", "--device", "cpu", "--json"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
@@ -293,7 +317,7 @@ def test_processes_give_the_figures_of_one(tiny, text, tmp_path, n):
             [*command, *arguments, str(tmp_path / name)], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    assert figures(tmp_path / "one") == figures(tmp_path / "many")
+    assert results(tmp_path / "one") == results(tmp_path / "many")
 
 
 @pytest.mark.network
@@ -301,8 +325,8 @@ def test_processes_give_the_figures_of_one(tiny, text, tmp_path, n):
 @pytest.mark.parametrize(
     ("convention", "acc", "acc_norm"), [("completion", 0.2859, 0.2955), ("harness", 0.2892, 0.3114)]
 )
-def test_the_released_model_has_the_published_figures(tmp_path, convention, acc, acc_norm):
-    """python -m eval.run --model gpt2 --tasks hellaswag --convention C: an hour or two on CPU, a minute on a GPU."""
+def test_the_released_model_has_the_published_results(tmp_path, convention, acc, acc_norm):
+    """Needs one to two hours on a CPU, one minute on a GPU."""
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "eval.run", "--model", "gpt2", "--tasks", "hellaswag", "--dtype", "float32"]
     command += ["--convention", convention, "--json", str(tmp_path / "f.json")]
@@ -310,7 +334,7 @@ def test_the_released_model_has_the_published_figures(tmp_path, convention, acc,
     if "could not be fetched" in done.stderr:
         pytest.skip("the hub cannot be reached")
     assert done.returncode == 0, done.stderr
-    found = figures(tmp_path / "f.json")
-    # published with four digits, and rounding moves a few of the 10,042 choices
+    found = results(tmp_path / "f.json")
+    # The published values have four digits, and rounding errors change a few of the 10,042 choices.
     assert found["hellaswag", convention, "acc"]["value"] == pytest.approx(acc, abs=5e-4)
     assert found["hellaswag", convention, "acc_norm"]["value"] == pytest.approx(acc_norm, abs=5e-4)

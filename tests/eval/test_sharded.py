@@ -1,4 +1,4 @@
-"""HellaSwag over a model that FSDP has divided among processes, as the training loop calls it."""
+"""HellaSwag with a model that FSDP has sharded, as the training loop calls it."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def evaluate(rank, rendezvous, results):
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model)
-    # a step of training before and after, as in the loop
+    # As in the training loop, evaluation runs between two training steps.
     ids = torch.arange(8)[None]
     model(ids, labels=ids).loss.backward()
     results[rank] = hellaswag(
@@ -36,7 +36,7 @@ def evaluate(rank, rendezvous, results):
 
 
 @pytest.mark.slow
-def test_a_sharded_model_gives_the_figures_of_a_whole_one(tmp_path):
+def test_a_sharded_model_has_the_same_result_as_an_unsharded_one(tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(evaluate, args=(tmp_path / "rendezvous", results), nprocs=N)

@@ -1,4 +1,4 @@
-"""The pages in Chromium, without a network: they draw, answer to a pointer and the keyboard, and ask for nothing."""
+"""The pages in Chromium, offline: they draw, react to pointer and keyboard, and load nothing from the network."""
 
 import json
 import re
@@ -16,13 +16,13 @@ from model import GPT
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TEXT = "ROSALIND:\nThe forest of Arden is 7 leagues away"
-TIMEOUT = 120_000  # milliseconds: the machine may be busy
+TIMEOUT = 120_000  # milliseconds, enough for a busy machine
 
 
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT)
@@ -32,30 +32,30 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """`open_page(path)`: the page, opened offline; it must neither log, nor fail, nor ask for anything but itself."""
-    contexts, said, asked = [], [], []
+    """`open_page(path)` opens a page offline. It must not log messages, raise errors or request other URLs."""
+    contexts, messages, requests = [], [], []
 
     def open_(path, **options):
         context = browser.new_context(**{"offline": True, "viewport": {"width": 1280, "height": 900}} | options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(TIMEOUT)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri(), timeout=TIMEOUT)
         return page
 
     yield open_
     for context in contexts:
         context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert messages == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 @pytest.fixture(scope="module")
 def run(verses, tmp_path_factory, python):
-    """A run of a few steps, with a checkpoint."""
+    """The directory of a short run with a checkpoint."""
     directory = tmp_path_factory.mktemp("browser")
     config = {
         "run": {"name": "tiny", "dir": str(directory)},
@@ -73,7 +73,7 @@ def run(verses, tmp_path_factory, python):
 
 
 def write(command, *arguments):
-    """`python -m command ...`, in this process."""
+    """Run `python -m command ...` in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *map(str, arguments)])
         runpy.run_module(command, run_name="__main__", alter_sys=True)
@@ -81,7 +81,7 @@ def write(command, *arguments):
 
 @pytest.fixture(scope="module")
 def pages(run, tmp_path_factory):
-    """The page of each command."""
+    """A directory with the page of each command."""
     directory = tmp_path_factory.mktemp("pages")
     write("report", run, "--out", directory / "report.html")
     for name in ("attention", "tokens"):
@@ -96,12 +96,12 @@ def model(run):
     return GPT.from_pretrained(checkpoint), load_tokenizer(checkpoint)
 
 
-def curves(page, chart):
+def visible_lines(page, chart):
     return page.evaluate(f"document.getElementById('{chart}').data.map(trace => trace.visible !== false)")
 
 
 def place(page, x, y):
-    """Where a point of the first chart is on the screen."""
+    """Return the screen position of a point of the first chart."""
     page.locator("#chart-0").scroll_into_view_if_needed()
     return page.evaluate(
         """([x, y]) => {
@@ -113,7 +113,7 @@ def place(page, x, y):
     )
 
 
-def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, open_page):
+def test_a_tooltip_shows_the_values_of_metrics_jsonl(run, tmp_path, open_page):
     other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
     out = tmp_path / "two.html"
     write("report", run, other, "--out", out)
@@ -121,28 +121,28 @@ def test_a_tooltip_reads_what_metrics_jsonl_has(run, tmp_path, open_page):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     val = next(record for record in records if record["split"] == "val" and record["step"] == 20)
 
-    # both runs lie on one another: hide the second, everywhere
-    assert curves(page, "chart-0") == [False, True, True, False, True, True]
+    # The two runs are identical. Hide the second in all charts.
+    assert visible_lines(page, "chart-0") == [False, True, True, False, True, True]
     page.get_by_label("other").uncheck()
-    assert curves(page, "chart-0") == [False, True, True, False, False, False]
+    assert visible_lines(page, "chart-0") == [False, True, True, False, False, False]
     page.get_by_label("running mean").uncheck()
-    assert curves(page, "chart-0") == [False, False, True, False, False, False]
-    assert curves(page, "chart-2") == [True, False]  # the learning rate has neither
+    assert visible_lines(page, "chart-0") == [False, False, True, False, False, False]
+    assert visible_lines(page, "chart-2") == [True, False]  # the learning rate has no running mean and no validation
 
     x, y = place(page, val["tokens"], val["loss"])
     page.mouse.move(x - 40, y - 30)
     page.mouse.move(x, y)
     tooltip = page.locator("#chart-0 .hoverlayer .hovertext")
     tooltip.wait_for()
-    told = tooltip.text_content()
-    assert "tiny, validation" in told
-    assert "step 20" in told
-    assert f"{val['loss']:.4f}" in told
+    shown = tooltip.text_content()
+    assert "tiny, validation" in shown
+    assert "step 20" in shown
+    assert f"{val['loss']:.4f}" in shown
     assert page.get_by_text("Share chart").count() == 0
-    assert page.locator("[data-title^='Share']").count() == 0  # plotly's button uploads the figures
+    assert page.locator("[data-title^='Share']").count() == 0  # the Share button of plotly uploads the data
 
 
-def test_a_tap_shows_a_tooltip_and_leaves_the_zoom(run, pages, open_page):
+def test_a_tap_shows_a_tooltip_and_keeps_the_zoom(run, pages, open_page):
     page = open_page(
         pages / "report.html",
         viewport={"width": 390, "height": 800},
@@ -152,7 +152,7 @@ def test_a_tap_shows_a_tooltip_and_leaves_the_zoom(run, pages, open_page):
     )
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     val = [record for record in records if record["split"] == "val"]
-    zoom = [val[1]["tokens"], 2 * val[2]["tokens"] - val[1]["tokens"]]  # the second's is in the middle
+    zoom = [val[1]["tokens"], 2 * val[2]["tokens"] - val[1]["tokens"]]  # the third validation is in the middle
     page.evaluate("zoom => Plotly.relayout('chart-0', {'xaxis.range': zoom})", zoom)
     page.touchscreen.tap(*place(page, val[2]["tokens"], val[2]["loss"]))
     page.wait_for_timeout(500)  # plotly waits 300 ms for a second tap
@@ -160,7 +160,7 @@ def test_a_tap_shows_a_tooltip_and_leaves_the_zoom(run, pages, open_page):
     assert page.evaluate("document.getElementById('chart-0')._fullLayout.xaxis.range") == zoom
 
 
-def test_hovering_a_token_shows_where_it_looks(pages, model, open_page):
+def test_hovering_over_a_token_shows_its_attention(pages, model, open_page):
     gpt, tokenizer = model
     page = open_page(pages / "attention.html")
     ids = tokenizer.encode(TEXT)
@@ -172,13 +172,13 @@ def test_hovering_a_token_shows_where_it_looks(pages, model, open_page):
     weights = attentions[1][0, 0, 20, :21].tolist()
     shown = page.locator("#flow span").evaluate_all("spans => spans.map(span => span.style.background)")
     alphas = [float(re.search(r"([\d.]+)\)$", background)[1]) if background else 0.0 for background in shown]
-    assert alphas[21:] == [0.0] * (len(ids) - 21)  # nothing looks ahead
+    assert alphas[21:] == [0.0] * (len(ids) - 21)  # attention is causal
     for alpha, weight in zip(alphas, weights, strict=False):
         assert (alpha / 0.6) ** 2 * max(weights) == pytest.approx(weight, abs=1 / 255)
     rows = page.locator("#panel tbody tr").all_inner_texts()
     for row in rows:
-        _, token, told = row.split("\t")
-        assert float(told.removesuffix(" %")) / 100 == pytest.approx(weights[int(token)], abs=1 / 255)
+        _, token, shown_weight = row.split("\t")
+        assert float(shown_weight.removesuffix(" %")) / 100 == pytest.approx(weights[int(token)], abs=1 / 255)
     assert int(rows[0].split("\t")[1]) == max(range(21), key=weights.__getitem__)
 
     page.locator("#heads button", has_text="all").click()
@@ -187,40 +187,43 @@ def test_hovering_a_token_shows_where_it_looks(pages, model, open_page):
     assert page.locator("#flow [aria-current]").evaluate("span => [...span.parentNode.children].indexOf(span)") == 19
     mean = attentions[1][0, :, 19].mean(dim=0).tolist()
     for row in page.locator("#panel tbody tr").all_inner_texts():
-        _, token, told = row.split("\t")
-        assert float(told.removesuffix(" %")) / 100 == pytest.approx(mean[int(token)], abs=1 / 255)
+        _, token, shown_weight = row.split("\t")
+        assert float(shown_weight.removesuffix(" %")) / 100 == pytest.approx(mean[int(token)], abs=1 / 255)
 
 
-def test_the_tokens_page_tells_the_loss_and_what_was_expected(pages, model, open_page):
+def test_the_tokens_page_shows_losses_and_predictions(pages, model, open_page):
     gpt, tokenizer = model
     page = open_page(pages / "tokens.html")
     ids = tokenizer.encode(TEXT)
     log_p = gpt(torch.tensor([[tokenizer.eot, *ids[:-1]]])).logits[0].log_softmax(dim=-1)
     page.locator("#flow span").nth(12).hover()
-    told = page.locator("#panel").inner_text()
-    assert f"loss {-log_p[12, ids[12]].item():.4f} nats" in told
+    panel = page.locator("#panel").inner_text()
+    assert f"loss {-log_p[12, ids[12]].item():.4f} nats" in panel
     first = page.locator("#panel table").first.locator("tbody tr").first.inner_text().split("\t")
     assert float(first[1].removesuffix(" %")) / 100 == pytest.approx(log_p[12].max().exp().item(), abs=6e-4)
     assert page.locator("#lens tbody tr").count() == gpt.config.n_layer + 1
     quoted = page.evaluate(r"['⟨20 F0⟩', '\0 a\n\u202e'].map(token => quoted(token).textContent)")
-    assert quoted == ["⟨20 F0⟩", "⟨U+0000⟩␣a⏎⟨U+202E⟩"]  # bytes as they are; what cannot be seen is told
+    assert quoted == [
+        "⟨20 F0⟩",
+        "⟨U+0000⟩␣a⏎⟨U+202E⟩",
+    ]  # bytes are shown as they are, invisible characters by their code
 
 
-def test_position_embeddings_by_dimension(pages, model, open_page):
+def test_position_embeddings_of_a_dimension(pages, model, open_page):
     page = open_page(pages / "embeddings.html")
     page.get_by_label("dimensions", exact=True).fill("3, 99")
     page.keyboard.press("Enter")
-    assert "from 0 to 31" in page.locator("#told").inner_text()
+    assert "from 0 to 31" in page.locator("#message").inner_text()
     drawn = page.evaluate("document.getElementById('curves').data.map(trace => [...trace.y])")
     assert drawn == [pytest.approx(model[0].transformer.wpe.weight[:, 3].tolist())]
-    shape = page.evaluate(
+    image_size = page.evaluate(
         "[document.getElementById('image')].map(e => [e.calcdata[0][0].z.length, e.calcdata[0][0].z[0].length])"
     )
-    assert shape == [[64, 32]]
+    assert image_size == [[64, 32]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_a_telephone(pages, open_page, scheme):
+def test_pages_fit_on_a_phone_screen(pages, open_page, scheme):
     for path in sorted(pages.glob("*.html")):
         page = open_page(path, color_scheme=scheme, viewport={"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == 390

@@ -1,4 +1,4 @@
-"""The loss plot: drawn from what is there, and readable as an image."""
+"""The loss plot: it is drawn from any records, and is a readable image."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def records(n):
 
 
 @pytest.mark.parametrize("metrics", [[], records(1)[1:], records(1), records(500)], ids=["none", "val", "one", "many"])
-def test_any_number_of_points_gives_a_picture(tmp_path, metrics):
+def test_any_number_of_points_gives_an_image(tmp_path, metrics):
     draw_loss(metrics, tmp_path / "loss.png", "a run")
     pixels = image.imread(tmp_path / "loss.png")
     assert pixels.shape[0] > 400
@@ -22,14 +22,14 @@ def test_any_number_of_points_gives_a_picture(tmp_path, metrics):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_a_skipped_step_and_gpt2s_line(tmp_path):
+def test_a_skipped_step_is_accepted_and_a_reference_is_drawn(tmp_path):
     metrics = [*records(20), {"split": "train", "step": 21, "tokens": 2100, "loss": None}]
     draw_loss(metrics, tmp_path / "without.png", "a run")
     draw_loss(metrics, tmp_path / "with.png", "a run", [("gpt2, released", 3.2924)])
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
-def test_validation_losses_that_are_null_are_left_out(tmp_path):
+def test_validation_losses_that_are_null_are_ignored(tmp_path):
     broken = {"split": "val", "step": 21, "tokens": 2100, "loss": None, "bits_per_byte": None}
     draw_loss(records(20), tmp_path / "without.png", "a run")
     draw_loss([*records(20), broken], tmp_path / "with.png", "a run")
@@ -37,7 +37,7 @@ def test_validation_losses_that_are_null_are_left_out(tmp_path):
     draw_loss([broken], tmp_path / "alone.png", "a run")
 
 
-def test_smoothing_is_the_mean_of_the_last_values():
+def test_smoothing_is_the_mean_of_the_previous_values():
     values = np.random.default_rng(0).normal(size=300)
     width = round(SMOOTHING * 300)
     expected = [values[max(0, i + 1 - width) : i + 1].mean() for i in range(300)]

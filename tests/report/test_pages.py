@@ -1,4 +1,4 @@
-"""The pages as files: what they hold, how large they get, and what they refuse."""
+"""The pages as files: their contents, their size, and invalid input."""
 
 import base64
 import itertools
@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,31 +14,20 @@ import torch
 import yaml
 
 from data.tokenizer import load_tokenizer
+from eval.reference import published_losses
 from model import GPT, GPTConfig
-from report.attention import packed_attentions
-from report.curves import COLORS
-from report.embeddings import similarity
+from report import page
+from report.charts import COLORS, POINTS, by_validation_set, make_charts, thin
+from report.model_pages import packed_attentions, predict_tokens, similarity
 from report.page import token_labels
-from report.runs import (
-    POINTS,
-    by_validation_set,
-    differences,
-    evaluation_table,
-    loss_levels,
-    make_charts,
-    published_losses,
-    reached,
-    read_run,
-    short,
-    thin,
-)
-from report.tokens import read
+from report.run_log import read_run_log
+from report.tables import differences, evaluation_table, format_count, loss_thresholds, reached
 
 HOSTILE = "<script>alert(1)</script> & שלום 😀"
 
 
 def write_run(directory, n=40, *, spike=None, config=None, samples=HOSTILE):
-    """A run's directory with `n` steps of 1,000 tokens and half a second, validated every tenth."""
+    """Write the directory of a run with `n` steps of 1,000 tokens and half a second, validated every tenth step."""
     directory.mkdir(parents=True)
     rng = np.random.default_rng(n)
     lines = []
@@ -52,7 +42,9 @@ def write_run(directory, n=40, *, spike=None, config=None, samples=HOSTILE):
             accuracy = {"acc": 0.26, "acc_norm": 0.25 + step / n / 20, "convention": "completion"}
             lines.append({"split": "hellaswag", "step": step, "tokens": step * 1000, **accuracy})
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (directory / "metrics.jsonl").write_text(text + '{"split": "train", "step": 9', encoding="utf-8")  # torn
+    (directory / "metrics.jsonl").write_text(
+        text + '{"split": "train", "step": 9', encoding="utf-8"
+    )  # an incomplete line
     config = config or {"data": {"dir": "data/gone", "sequence_length": 64}, "eval": {"tokens": 10}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (directory / "samples.txt").write_text(f"==== step 0, sample 1\n{samples}\n\n==== step 0, sample 2\nb\n\n")
@@ -60,7 +52,7 @@ def write_run(directory, n=40, *, spike=None, config=None, samples=HOSTILE):
 
 
 def report(*arguments, command="report"):
-    """`python -m report ...` in this process: the status it ends with, None where it simply ends."""
+    """Run `python -m report ...` in this process; return its exit status, or None if it returns normally."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *map(str, arguments)])
         try:
@@ -75,20 +67,20 @@ def page_data(path):
     return json.loads(text.split('id="data">')[1].split("</script>")[0])
 
 
-def test_thinning_keeps_every_extreme_and_the_ends():
+def test_thinning_keeps_extremes_and_ends():
     values = np.random.default_rng(0).normal(size=20_000)
     values[12_345], values[4_321] = 50, -50
     kept = thin(values)
     assert len(kept) <= POINTS
     assert {0, 12_345, 4_321, 19_999} <= set(kept.tolist())
     assert (np.diff(kept) > 0).all()
-    for i in range(0, 20_000, 7):  # near every value one at least as high is shown, and one at least as low
+    for i in range(0, 20_000, 7):  # close to each value, one at least as high and one at least as low remain
         shown = values[kept[abs(kept - i) <= 2 * 20_000 / POINTS + 1]]
         assert shown.min() <= values[i] <= shown.max()
     np.testing.assert_array_equal(thin(values[:POINTS]), np.arange(POINTS))
 
 
-def test_a_page_holds_the_runs_figures_and_escapes_what_runs_wrote(tmp_path, capsys):
+def test_a_page_shows_the_results_of_a_run_and_escapes_its_texts(tmp_path, capsys):
     run = write_run(tmp_path / "a <b>x", spike=30)
     row = {"task": "lambada", "convention": "harness", "metric": "acc", "value": 0.31, "stderr": 0.006, "count": 9}
     (run / "eval.json").write_text(json.dumps([row | {"published": {"gpt2": 0.3256, "gpt2-xl": 0.5}}]))
@@ -100,8 +92,8 @@ def test_a_page_holds_the_runs_figures_and_escapes_what_runs_wrote(tmp_path, cap
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; שלום 😀" in text
     assert "a &lt;b&gt;x" in text
     assert "<b>x" not in text.replace("\\u003cb\\u003ex", "")
-    for figure in ("0.3100 ± 0.0060", "0.3256", "0.5000", "0.2955"):
-        assert figure in text
+    for value in ("0.3100 ± 0.0060", "0.3256", "0.5000", "0.2955"):
+        assert value in text
     for key in ("loss-tokens", "loss-time", "hellaswag-completion", "lr", "grad-norm", "tokens-per-second"):
         assert (run / f"report-{key}.png").stat().st_size > 5000
     drawn = page_data(page)["charts"][0]["series"][0]
@@ -110,18 +102,18 @@ def test_a_page_holds_the_runs_figures_and_escapes_what_runs_wrote(tmp_path, cap
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(drawn["y"]["bdata"])), expected)
 
 
-def test_runs_with_different_validation_sets_are_kept_apart(tmp_path):
+def test_runs_with_different_validation_sets_have_separate_charts(tmp_path):
     other = {"data": {"dir": "data/other", "sequence_length": 64}, "eval": {"tokens": 10}}
     directories = [
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b", 50, config=other),
         write_run(tmp_path / "c", 60),
     ]
-    runs = [read_run(directory, directory.name) for directory in directories]
-    assert by_validation_set(runs) == [[0, 2], [1]]
-    losses = [chart for chart in make_charts(runs) if chart.key.startswith("loss")]
+    logs = [read_run_log(directory, directory.name) for directory in directories]
+    assert by_validation_set(logs) == [[0, 2], [1]]
+    losses = [chart for chart in make_charts(logs) if chart.key.startswith("loss")]
     assert [{series.run for series in chart.series} for chart in losses] == [{0, 2}, {0, 2}, {1}, {1}]
-    assert differences(runs) == [("data.dir", ["data/gone", "data/other", "data/gone"])]
+    assert differences(logs) == [("data.dir", ["data/gone", "data/other", "data/gone"])]
     out = tmp_path / "page.html"
     report(*directories, "--out", out)
     assert "validated on 2 different sets" in out.read_text(encoding="utf-8")
@@ -130,18 +122,18 @@ def test_runs_with_different_validation_sets_are_kept_apart(tmp_path):
 
 
 def test_tokens_and_time_to_a_loss(tmp_path):
-    run = read_run(write_run(tmp_path / "a"), "a")
-    val = run.splits["val"]  # steps 0, 10, 20, 30, 40
-    assert reached(run, val["loss"][2]) == "20K · 10 s"
-    assert reached(run, val["loss"][2] - 1e-9) == "30K · 15 s"
-    assert reached(run, 1.0) == "not reached"
-    levels = loss_levels([run])
-    assert ("best of a", val["loss"].min()) in levels
-    assert [loss for _, loss in levels] == sorted((loss for _, loss in levels), reverse=True)
-    assert [short(n) for n in (999, 1_064_960, 10_267_000_000)] == ["999", "1.06M", "10.3B"]
+    log = read_run_log(write_run(tmp_path / "a"), "a")
+    val = log.splits["val"]  # steps 0, 10, 20, 30, 40
+    assert reached(log, val["loss"][2]) == "20K · 10 s"
+    assert reached(log, val["loss"][2] - 1e-9) == "30K · 15 s"
+    assert reached(log, 1.0) == "not reached"
+    thresholds = loss_thresholds([log])
+    assert ("best of a", val["loss"].min()) in thresholds
+    assert [loss for _, loss in thresholds] == sorted((loss for _, loss in thresholds), reverse=True)
+    assert [format_count(n) for n in (999, 1_064_960, 10_267_000_000)] == ["999", "1.06M", "10.3B"]
 
 
-def test_published_lines_are_those_of_the_data_set():
+def test_published_losses_are_found_by_the_source_of_the_dataset():
     assert published_losses("fineweb-edu-10b: sample-10BT") == {"gpt2": 3.2924}
     assert published_losses("fineweb-10b")["gpt2-xl"] == 2.831273
     assert published_losses("hf HuggingFaceFW/fineweb, sample-10BT")["gpt2"] == 3.424958
@@ -156,29 +148,30 @@ def test_published_lines_are_those_of_the_data_set():
         assert published_losses(source) == {}
 
 
-def test_a_later_evaluation_replaces_the_runs_own(tmp_path):
+def test_an_evaluation_file_replaces_the_result_of_training(tmp_path):
     directory = write_run(tmp_path / "a")
     row = {"task": "hellaswag", "convention": "completion", "metric": "acc_norm", "value": 0.3333, "published": {}}
     (directory / "status.json").write_text('{"status": "finished", "step": 40}')
     (directory / "eval.json").write_text(json.dumps([row]))
-    table = {row["key"]: row for row in evaluation_table([read_run(directory, "a")])}
+    table = {row["key"]: row for row in evaluation_table([read_run_log(directory, "a")])}
     assert table["hellaswag", "completion", "acc_norm"]["cells"] == ["0.3333"]
     assert table["hellaswag", "completion", "acc"]["published"][0] == "0.2859"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(None, "no metrics.jsonl"), ("", "no whole record"), ('{"split": "tr', "no whole record")]
+    ("content", "message"),
+    [(None, "no metrics.jsonl"), ("", "no complete record"), ('{"split": "tr', "no complete record")],
 )
-def test_a_run_without_metrics_is_refused(tmp_path, capsys, content, told):
+def test_a_run_without_metrics_is_refused(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     assert report(tmp_path) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("command", ["report", "report.attention", "report.embeddings", "report.tokens"])
-def test_help_waits_for_no_torch(python, command):
+def test_help_does_not_import_torch(python, command):
     result = python("-X", "importtime", "-m", command, "--help")
     assert "usage" in result.stdout
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
@@ -194,33 +187,35 @@ def test_ten_runs_of_20000_steps(tmp_path, python):
     python("-m", "report", *runs, "--out", page)
     seconds = time.perf_counter() - began
     assert page.stat().st_size < 10e6
-    assert seconds < 30  # a third of that alone on this machine; tests share it
+    assert seconds < 30  # about 10 on an idle machine with two cores
     series = page_data(page)["charts"][0]["series"]
     for i, drawn in enumerate(series[0::3]):
         steps = np.frombuffer(base64.b64decode(drawn["steps"]["bdata"]), np.int32)
         assert 15_000 + i in steps  # the spike of a single step
 
 
-def tiny_gpt(**shape):
+def tiny_gpt(**changes):
     torch.manual_seed(0)
-    config = {"vocab_size": 300, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 32} | shape
+    config = {"vocab_size": 300, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 32} | changes
     model = GPT(GPTConfig(**config)).eval()
     for parameter in model.parameters():
-        parameter.data.mul_(4)  # far from the flat attention of a fresh model
+        parameter.data.mul_(4)  # a new model would have nearly uniform attention
     return model
 
 
-def test_packed_attention_is_the_models():
+def test_packed_attention_is_that_of_the_model():
     model, ids = tiny_gpt(), list(range(7, 47))
     packed = np.frombuffer(packed_attentions(model, ids), np.uint8).reshape(3, 2, 40 * 41 // 2)
     attentions = model(torch.tensor([ids]), output_attentions=True).attentions
     for layer in range(3):
         expected = attentions[layer][0].detach().numpy()[:, *np.tril_indices(40)]
-        np.testing.assert_allclose((packed[layer] / 255.0) ** 2, expected, atol=1 / 255)  # (r + 1/510)² - r²
+        np.testing.assert_allclose(
+            (packed[layer] / 255.0) ** 2, expected, atol=1 / 255
+        )  # rounding error: (r + 1/510)² - r²
         assert expected.max() > 0.2
 
 
-def test_attention_of_24_layers_by_16_heads_fits_a_page():
+def test_attention_of_24_layers_with_16_heads_fits_on_a_page():
     model, ids = tiny_gpt(n_layer=24, n_head=16, n_embd=64, block_size=512), [5] * 128
     assert len(base64.b64encode(packed_attentions(model, ids))) < 5e6
     with pytest.raises(ValueError, match="expected 1 to 265 for 24 layers of 16 heads"):
@@ -229,26 +224,26 @@ def test_attention_of_24_layers_by_16_heads_fits_a_page():
         packed_attentions(model, [])
 
 
-def test_a_reading_is_the_models_loss_and_the_lens_ends_in_its_prediction():
+def test_predictions_match_the_loss_and_the_last_row_of_the_lens_matches_the_logits():
     model, ids, eot = tiny_gpt(), [9, 8, 7, 250, 3], 299
-    reading = read(model, ids, eot)
+    predictions = predict_tokens(model, ids, eot)
     logits = model(torch.tensor([[eot, *ids[:-1]]])).logits[0]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
-    torch.testing.assert_close(reading.losses, expected)
+    torch.testing.assert_close(predictions.losses, expected)
     order = logits.argsort(dim=-1, descending=True)
-    torch.testing.assert_close(reading.alternatives, order[:, : reading.alternatives.size(1)])
-    assert reading.ranks.tolist() == [row.tolist().index(i) for row, i in zip(order, ids, strict=True)]
-    torch.testing.assert_close(reading.lens_tokens[-1], order[:, 0])
-    torch.testing.assert_close(reading.lens_actual[-1], (-expected).exp())
+    torch.testing.assert_close(predictions.alternatives, order[:, : predictions.alternatives.size(1)])
+    assert predictions.ranks.tolist() == [row.tolist().index(i) for row, i in zip(order, ids, strict=True)]
+    torch.testing.assert_close(predictions.lens_tokens[-1], order[:, 0])
+    torch.testing.assert_close(predictions.lens_actual[-1], (-expected).exp())
     embedded = model.transformer.wte.weight[[eot, *ids[:-1]]] + model.transformer.wpe.weight[:5]
     first = (model.transformer.ln_f(embedded) @ model.transformer.wte.weight.T).softmax(dim=-1)
-    torch.testing.assert_close(reading.lens_probabilities[0], first.max(dim=-1).values)
-    assert reading.lens_tokens.shape == (4, 5)
+    torch.testing.assert_close(predictions.lens_probabilities[0], first.max(dim=-1).values)
+    assert predictions.lens_tokens.shape == (4, 5)
     with pytest.raises(ValueError, match="65 tokens: expected 1 to 64"):
-        read(model, [1] * 65, eot)
+        predict_tokens(model, [1] * 65, eot)
 
 
-def test_similarity_is_the_cosine():
+def test_similarity_is_the_cosine_similarity():
     embeddings = np.random.default_rng(0).normal(size=(1030, 8)).astype(np.float32)
     every, cosines = similarity(embeddings)
     assert every == 3
@@ -256,7 +251,7 @@ def test_similarity_is_the_cosine():
     assert cosines[10, 100] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
 
 
-def test_part_of_a_character_is_told_by_its_bytes():
+def test_part_of_a_character_is_shown_as_bytes():
     tokenizer = load_tokenizer("gpt2")
     assert token_labels(tokenizer, tokenizer.encode("hi 😀")) == ["hi", "⟨20 F0 9F 98⟩", "⟨80⟩"]
 
@@ -274,7 +269,7 @@ DEFICIENCIES = {
 @pytest.mark.parametrize(
     "colors", [COLORS, ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442")], ids=["light", "dark"]
 )
-def test_run_colours_can_be_told_apart(colors, deficiency):
+def test_run_colors_are_distinguishable(colors, deficiency):
     def lab(color):
         rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -284,11 +279,9 @@ def test_run_colours_can_be_told_apart(colors, deficiency):
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
     distances = [np.linalg.norm(lab(a) - lab(b)) for a, b in itertools.combinations(colors, 2)]
-    assert min(distances) > 15  # CIE 1976; about 2 can just be seen side by side
+    assert min(distances) > 15  # CIE 1976 color difference; about 2 is the smallest visible one
 
 
-def test_the_pages_have_those_colours():
-    from report import page
-
-    style = (page.Path(page.__file__).parent / "templates" / "style.css").read_text()
+def test_pages_and_pngs_have_the_same_colors():
+    style = (Path(page.__file__).parent / "templates" / "style.css").read_text()
     assert all(f"--run-{i}: {color}" in style for i, color in enumerate(COLORS))

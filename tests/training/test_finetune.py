@@ -14,10 +14,10 @@ from data.completions import CompletionWindows
 from data.loader import IGNORE_INDEX, Loader, validation_batches
 from data.prepare.shakespeare import HELD_OUT, read_plays
 from data.tokenizer import load_tokenizer, train_tokenizer
-from eval.choices import read_rows
 from eval.loss import split_loss
+from eval.rows import read_rows
 from model import GPT, GPTConfig
-from report.runs import read_run
+from report.run_log import read_run_log
 from training.config import parse_config
 from training.inputs import open_inputs
 from training.metrics import read_metrics
@@ -219,7 +219,7 @@ def test_more_frozen_blocks_than_there_are_is_refused(untrained, pairs, tmp_path
 
 def test_the_report_says_what_it_was_validated_on(untrained, pairs, tmp_path, train):
     run = train(finetune(untrained, pairs, tmp_path, "--optim.steps", "6", "--eval.every", "3"))
-    found = read_run(run, "run").validation
+    found = read_run_log(run, "run").validation
     assert (found.tokens, found.tokenizer) == (0, load_tokenizer(untrained).kind)
     assert str(found) == "completions in at most 64 tokens"
 

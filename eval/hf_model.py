@@ -1,5 +1,4 @@
-"""Causal models of transformers behind the little of GPT's interface that evaluations use, so that they are measured
-in the same way."""
+"""Causal language models of the transformers library, with the part of GPT's interface that evaluation uses."""
 
 from __future__ import annotations
 
@@ -14,17 +13,18 @@ from model import GPTOutput
 
 
 @dataclass(frozen=True)
-class PeerConfig:
-    """block_size is what the model states as its longest sequence."""
+class HFModelConfig:
+    """The two fields of GPTConfig that evaluation uses."""
 
     vocab_size: int
-    block_size: int
+    block_size: int  # the longest sequence, as the model's configuration states it
 
 
-class Peer(nn.Module):
+class HFModel(nn.Module):
     """A causal language model of transformers."""
 
-    vocab_padding_limit = 1 << 16  # how far the vocabulary may exceed the tokenizer's: some leave thousands unused
+    # The model's vocabulary may have fewer than this many entries more than its tokenizer: some leave thousands unused.
+    vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -32,45 +32,44 @@ class Peer(nn.Module):
         config = model.config.get_text_config()
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
         block_size = next((getattr(config, name) for name in names if getattr(config, name, None)), 2048)
-        self.config = PeerConfig(config.vocab_size, block_size)
+        self.config = HFModelConfig(config.vocab_size, block_size)
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0) -> GPTOutput:
-        """Logits (B, k, V) of the last k positions, or of all."""
+        """Return the logits of the last `logits_to_keep` positions (B, k, V), or of all positions if it is 0."""
         logits = self.model(input_ids, use_cache=False, logits_to_keep=logits_to_keep).logits
         return GPTOutput(logits=logits)
 
 
-class PeerTokenizer:
-    """A tokenizer of transformers. It adds no special token to a text by itself."""
+class HFTokenizer:
+    """A tokenizer of transformers that adds no special tokens to a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         eot = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if eot is None:
-            raise ValueError("the tokenizer has neither a bos nor an eos token to begin a text with")
+            raise ValueError("the tokenizer has neither a bos nor an eos token; scoring needs one to start a text with")
         self.eot: int = eot
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
+        """Return the token ids of `text`."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         return self.tokenizer.decode(ids)
 
 
-def load_peer(directory: str | Path, device: torch.device) -> tuple[Peer, PeerTokenizer]:
-    """A causal model and its tokenizer from a directory in transformers' layout, in fp32 and eval mode.
+def load_hf_model(directory: str | Path, device: torch.device) -> tuple[HFModel, HFTokenizer]:
+    """Load a causal model and its tokenizer from a directory in transformers' layout, in float32 and eval mode.
 
-    Raises ValueError when transformers cannot load it.
+    Raises ValueError if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # here: GPT-2s are evaluated without transformers
 
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
-    peer = Peer(model).to(device)
-    return peer.eval(), PeerTokenizer(tokenizer)
+    return HFModel(model).to(device).eval(), HFTokenizer(tokenizer)

@@ -1,0 +1,97 @@
+"""Run the tasks of `eval.run` on a model, print a table of the results, and write them as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from eval.evaluator import Evaluator, ScoreCache, join_processes, load_model_and_tokenizer, model_fingerprint
+from eval.reference import published
+from eval.tasks import TaskResult, find_tasks, is_multiple_choice
+from model import PRESETS
+from pretrained import resolve_model
+from weights import locate
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate a model on the tasks in `args`, the arguments that `eval.run` parsed.
+
+    Raises ValueError or OSError for invalid arguments, before the model is loaded where that is possible.
+    """
+    tasks = find_tasks(args.tasks)
+    if args.shots and (others := [name for name in tasks if not is_multiple_choice(name)]):
+        raise ValueError(f"--shots applies to multiple-choice tasks only, not to {', '.join(others)}")
+    for path in (args.json, args.examples):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    with join_processes(args.device, args.dtype) as processes:
+        name = resolve_model(args.model)
+        directory = locate(name)
+        model, tokenizer = load_model_and_tokenizer(
+            name, directory, processes.device, through_transformers=args.transformers
+        )
+        batch_size = args.batch_size or (8 if processes.device.type == "cpu" else 64)
+        partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
+        identity = f"{model_fingerprint(directory)} {processes.dtype} {batch_size} {args.transformers}"
+        show_progress = processes.is_main and sys.stderr.isatty()
+        evaluator = Evaluator(
+            name, model, tokenizer, processes, batch_size, ScoreCache(partial, identity), show_progress
+        )
+        rows: list[dict[str, Any]] = []
+        examples: list[dict[str, Any]] = []
+        for task, function in tasks.items():
+            result = function(args, evaluator)
+            rows += result_rows(task, result)
+            heading = {"task": task, "convention": result.convention}
+            examples += [heading | {"index": i} | example for i, example in enumerate(result.examples)]
+        if not processes.is_main:
+            return
+        print(format_table(rows))
+        if args.examples is not None:
+            args.examples.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
+        if args.json is not None:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            if partial is not None:
+                partial.unlink(missing_ok=True)
+
+
+def result_rows(task: str, result: TaskResult) -> list[dict[str, Any]]:
+    """Return the entries of the JSON file for a task: one per metric, with the published values of its convention."""
+    return [
+        {
+            "task": task,
+            "convention": result.convention,
+            "metric": metric,
+            "value": value,
+            "stderr": stderr,
+            "count": result.count,
+            "published": published(task, result.convention, metric),
+        }
+        for metric, (value, stderr) in result.metrics.items()
+    ]
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Format results as aligned text, with one column of published values for each released model on the right."""
+    cells = [["task", "convention", "metric", "value", "± stderr", "count", *PRESETS]]
+    for row in rows:
+        known = [f"{row['published'][name]:.4g}" if name in row["published"] else "" for name in PRESETS]
+        stderr = _format_number(row["stderr"]) if row["stderr"] else ""
+        value = _format_number(row["value"])
+        cells.append([row["task"], row["convention"], row["metric"], value, stderr, f"{row['count']:,}", *known])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _format_number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"

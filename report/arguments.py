@@ -1,0 +1,28 @@
+"""The command line of the report commands. Nothing here imports torch, so that arguments are checked at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from command import ending
+
+
+def command_line(
+    name: str,
+    description: str | None,
+    add_arguments: Callable[[Callable[..., Any]], None],
+    run: Callable[[argparse.Namespace], None],
+) -> None:
+    """Parse the arguments of `python -m name` and run the command.
+
+    Errors end the process with a message and status 2, Ctrl-C with status 130.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser.add_argument)
+    args = parser.parse_args()
+    with ending(parser):
+        run(args)

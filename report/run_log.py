@@ -1,0 +1,184 @@
+"""Reading the files of a run, and the results that eval.run wrote beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from data.shards import read_meta
+from data.tokenizer import load_tokenizer
+from eval.reference import losses_to_beat, published, published_losses
+from files import file_sha256
+from training.metrics import read_metrics
+
+TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second")
+
+
+class ValidationSet(NamedTuple):
+    """The data that a validation loss was measured on. Losses on different validation sets cannot be compared."""
+
+    data: str  # sha256 of the shards if the dataset still exists, else the name of its directory
+    tokens: int  # number of tokens; 0 for prompts and completions, which are always used completely
+    sequence_length: int
+    tokenizer: str
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return f"completions in at most {self.sequence_length} tokens"
+        return f"{self.tokens:,} tokens in windows of {self.sequence_length}"
+
+
+@dataclass
+class RunLog:
+    """The contents of a run's directory.
+
+    Attributes:
+        splits: the columns of metrics.jsonl by split and name, (n,) each, with NaN for missing values.
+        convention: convention of the HellaSwag results, or "".
+        source: source of the dataset.
+        reference_losses: (model, nats per token) of other models on the same validation set.
+        evaluations: results in the format of eval.run.
+        samples: ("step 500", texts) in the order of writing.
+    """
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    provenance: list[dict[str, Any]]
+    status: str
+    splits: dict[str, dict[str, np.ndarray]]
+    convention: str
+    source: str
+    validation: ValidationSet
+    reference_losses: list[tuple[str, float]]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def seconds(self, steps: np.ndarray) -> np.ndarray:
+        """Return the training time up to each step, (n,) -> (n,), without validation and checkpoints."""
+        train = self.splits["train"]
+        if not len(train["step"]):
+            return np.full(len(steps), np.nan)
+        return np.interp(steps, np.append(0, train["step"]), np.append(0.0, train["seconds"]))
+
+
+def read_run_log(directory: Path, name: str) -> RunLog:
+    """Read the files that train.py, and eval.run with --json, wrote to a run's directory.
+
+    Raises FileNotFoundError if it is not the directory of a run, ValueError if it has no metrics or a damaged file.
+    """
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is not a run: it has no metrics.jsonl. Give a directory made by train.py")
+    records = read_metrics(path)
+    if not records:
+        raise ValueError(f"{path} has no complete record yet: wait until the run has finished a step")
+    splits = {
+        "train": _columns(records, "train", ("step", "tokens", "seconds", *TRAIN_FIELDS)),
+        "val": _columns(records, "val", ("step", "tokens", "loss", "bits_per_byte")),
+        "hellaswag": _columns(records, "hellaswag", ("step", "tokens", "acc", "acc_norm")),
+    }
+    conventions = [record["convention"] for record in records if record["split"] == "hellaswag"]
+    config = _read(directory / "config.yaml", yaml.safe_load, {})
+    source, validation, reference_losses = _read_validation_set(config, directory)
+    log = RunLog(
+        name=name,
+        directory=directory,
+        config=config,
+        provenance=_read(directory / "provenance.json", json.loads, []),
+        status=_read(directory / "status.json", json.loads, {}).get("status", "unknown"),
+        splits=splits,
+        convention=conventions[-1] if conventions else "",
+        source=source,
+        validation=validation,
+        reference_losses=reference_losses,
+        samples=list(_read_samples(directory / "samples.txt")),
+    )
+    log.evaluations = list(_evaluations(log))
+    return log
+
+
+def _columns(records: Sequence[dict[str, Any]], split: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    rows = [record for record in records if record["split"] == split]
+    return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
+
+
+def _read(path: Path, parse: Any, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, ValidationSet, list[tuple[str, float]]]:
+    """Return the source of the dataset, the validation set, and the losses of other models on it.
+
+    The files of a run do not describe its validation set, so this function reads the dataset itself.
+    """
+    data, limit = config.get("data", {}), config.get("eval", {}).get("tokens", 0)
+    directory = Path(data.get("dir", ""))
+    if data.get("format") == "completions":
+        file, checkpoints = directory / "val.jsonl", sorted((run / "checkpoints").glob("step-*[0-9]"))
+        texts = file_sha256(file) if file.is_file() else str(directory)
+        kind = load_tokenizer(checkpoints[-1]).kind if checkpoints else ""
+        return directory.name, ValidationSet(texts, 0, data.get("sequence_length", 0), kind), []
+    meta = read_meta(directory) if data.get("dir") and directory.is_dir() else None
+    if meta is None:
+        # Shards without meta.json have GPT-2 tokens. If the dataset is gone, its tokenizer is unknown.
+        kind = "gpt2" if directory.is_dir() else ""
+        validation = ValidationSet(str(directory), limit, data.get("sequence_length", 0), kind)
+        source = directory.name
+    else:
+        shards = " ".join(shard.sha256 for shard in meta.shards["val"])
+        tokens = min(limit, meta.tokens["val"])
+        validation = ValidationSet(shards, tokens, data.get("sequence_length", 0), meta.tokenizer)
+        source = meta.source
+    losses = losses_to_beat(directory, source, validation.tokenizer) if data else []
+    released = published_losses(source) if validation.tokenizer == "gpt2" else {}
+    known = {name.removesuffix(", published") for name, _ in losses}
+    losses += [(f"{name}, published", loss) for name, loss in released.items() if name not in known]
+    return source, validation, losses
+
+
+def _read_samples(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the step and its texts in the order of writing."""
+    if not path.exists():
+        return
+    heading, texts = "", list[str]()
+    for part in f"\n{path.read_text(encoding='utf-8', errors='replace')}".split("\n==== ")[1:]:
+        title, _, text = part.partition("\n")
+        step = title.partition(",")[0]
+        if step != heading and texts:
+            yield heading, texts
+            texts = []
+        heading = step
+        texts.append(text.rstrip("\n"))
+    if texts:
+        yield heading, texts
+
+
+def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
+    """Yield the last results in metrics.jsonl, then those of the JSON files of eval.run, oldest file first."""
+    val, hellaswag = log.splits["val"], log.splits["hellaswag"]
+    if len(val["step"]):
+        released = {name.removesuffix(", published"): loss for name, loss in log.reference_losses}
+        convention = f"{log.source}, {log.validation}"
+        yield {"task": "validation", "convention": convention, "metric": "loss", "value": val["loss"][-1]} | {
+            "published": released
+        }
+    for metric in ("acc", "acc_norm") if len(hellaswag["step"]) else ():
+        yield {"task": "hellaswag", "convention": log.convention, "metric": metric, "value": hellaswag[metric][-1]} | {
+            "published": published("hellaswag", log.convention, metric)
+        }
+    for path in sorted(log.directory.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        rows = _read(path, json.loads, None)
+        if isinstance(rows, list):
+            yield from (row for row in rows if isinstance(row, dict) and {"task", "metric", "value"} <= row.keys())

@@ -1,0 +1,92 @@
+"""The page about training runs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from report.charts import SIZES, Chart, Series, by_validation_set, draw_chart, make_charts
+from report.page import pack, plotly_script, write_page
+from report.run_log import RunLog, read_run_log
+from report.tables import differences, evaluation_table, loss_thresholds, reached, summary
+
+# What a tooltip shows after the name of a run, by kind of series.
+TOOLTIP_SUFFIXES = {"step": ", each step", "mean": ", running mean", "validation": ", validation", "value": ""}
+
+
+def write_runs_page(directories: Sequence[Path], out: Path) -> None:
+    """Read the runs, write the page to `out` and the PNG of each chart next to it."""
+    names = [directory.resolve().name for directory in directories]
+    logs = [
+        read_run_log(directory, str(directory) if names.count(name) > 1 else name)
+        for directory, name in zip(directories, names, strict=True)
+    ]
+    charts = make_charts(logs)
+    groups = by_validation_set(logs)
+    write_page(
+        out,
+        "runs.html",
+        title=f"Training run: {logs[0].name}" if len(logs) == 1 else f"{len(logs)} training runs",
+        data={"runs": [html.escape(log.name) for log in logs], "charts": [chart_data(chart) for chart in charts]},
+        runs=logs,
+        summaries=[summary(log) for log in logs],
+        groups=groups,
+        charts=charts,
+        measured_hellaswag=any(log.convention for log in logs),
+        progress=progress_tables(logs, groups),
+        evaluations=evaluation_table(logs),
+        sizes=list(SIZES.values()),
+        differences=differences(logs),
+        yaml=lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
+        plotly=plotly_script(),
+    )
+    for chart in charts:
+        draw_chart(chart, [log.name for log in logs], out.with_name(f"{out.stem}-{chart.key}.png"))
+    print(f"{out.with_name(out.stem)}-*.png  ({len(charts)} charts)")
+
+
+def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return a table of tokens and time to each loss for each validation set; empty tables are left out."""
+    tables = []
+    for number, members in enumerate(groups, 1):
+        group = [logs[i] for i in members]
+        rows = [(name, loss, [reached(log, loss) for log in group]) for name, loss in loss_thresholds(group)]
+        if rows:
+            tables.append({"number": number, "members": members, "rows": rows})
+    return tables
+
+
+def chart_data(chart: Chart) -> dict[str, Any]:
+    """Return a chart as the page's script reads it."""
+    unit, _ = chart.x_unit
+    levels = [
+        {"value": value, "label": f"{html.escape(name.removeprefix('GPT-2 ').removesuffix(', published'))} {value:.4f}"}
+        for name, value in chart.references
+    ]
+    return {
+        "series": [series_data(chart, series) for series in chart.series],
+        "levels": levels,
+        "xlabel": "tokens" if chart.x == "tokens" else f"training time, {unit}",
+        "xunit": unit,
+        "xdigits": "" if chart.x == "tokens" else ":.2f",  # without a format, plotly uses that of the axis: 2.5B
+        "ylabel": chart.y,
+        "digits": chart.digits,
+        "range": chart.y_range,
+    }
+
+
+def series_data(chart: Chart, series: Series) -> dict[str, Any]:
+    """Return a series as the page's script reads it. The y values are exact, the x values are float32."""
+    return {
+        "run": series.run,
+        "kind": series.kind,
+        "label": TOOLTIP_SUFFIXES[series.kind],
+        "steps": pack(series.steps.astype(np.int32)),
+        "x": pack(chart.x_values(series).astype(np.float32)),
+        "y": pack(series.values),
+    }

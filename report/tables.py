@@ -1,0 +1,90 @@
+"""The tables of the report on runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from report.charts import SIZES, named_references
+from report.run_log import RunLog
+from training.metrics import duration
+
+
+def summary(log: RunLog) -> dict[str, str]:
+    """Return the cells of a run's row in the summary table, by column."""
+    train, val = log.splits["train"], log.splits["val"]
+    last = {name: f"{column[-1]:.4f}" if len(column) else "" for name, column in val.items()}
+    steps = int(max([*train["step"], *val["step"]], default=0))
+    return {
+        "status": log.status,
+        "steps": f"{steps:,}",
+        "tokens": format_count(float(max([*train["tokens"], *val["tokens"]], default=0.0))),
+        "training time": duration(train["seconds"][-1]) if len(train["seconds"]) else "",
+        "best validation loss": f"{np.nanmin(val['loss']):.4f}" if np.isfinite(val["loss"]).any() else "",
+        "last validation loss": last["loss"],
+        "last bits per byte": last["bits_per_byte"],
+    }
+
+
+def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, float]]:
+    """Return (name, loss) in descending order for the table of tokens and time to a loss.
+
+    These are the reference losses, the best loss of each run, and about `count` round values without a name.
+    """
+    measured = [log for log in logs if np.isfinite(log.splits["val"]["loss"]).any()]
+    if not measured:
+        return []
+    best = {f"best of {log.name}": float(np.nanmin(log.splits["val"]["loss"])) for log in measured}
+    # Start below the losses of the first minutes, which are close to those of random predictions.
+    highest = float(np.nanquantile(np.concatenate([log.splits["val"]["loss"] for log in measured]), 0.8))
+    round_values = MaxNLocator(count).tick_values(min(best.values()), highest)
+    thresholds = [("", float(loss)) for loss in round_values if min(best.values()) < loss < highest]
+    thresholds += named_references(logs)
+    return sorted([*thresholds, *best.items()], key=lambda threshold: -threshold[1])
+
+
+def reached(log: RunLog, loss: float) -> str:
+    """Return the tokens and training time at the run's first validation with a loss of at most `loss`."""
+    val = log.splits["val"]
+    under = np.flatnonzero(val["loss"] <= loss)
+    if not len(under):
+        return "not reached"
+    first = under[:1]
+    return f"{format_count(val['tokens'][first][0])} · {duration(log.seconds(val['step'][first])[0])}"
+
+
+def evaluation_table(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
+    """Return a row per task, convention and metric, with one cell per run and one per released model."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for i, log in enumerate(logs):
+        for result in log.evaluations:
+            key = (result["task"], result.get("convention", ""), result["metric"])
+            row = rows.setdefault(key, {"key": key, "cells": [""] * len(logs), "published": [""] * len(SIZES)})
+            stderr = f" ± {result['stderr']:.4f}" if result.get("stderr") else ""
+            row["cells"][i] = f"{result['value']:.4f}{stderr}"
+            known = result.get("published") or {}
+            row["published"] = [f"{known[name]:.4f}" if name in known else "" for name in SIZES]
+    return list(rows.values())
+
+
+def differences(logs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
+    """Return the configuration fields that differ between runs, with the value of each run."""
+
+    def flatten(config: dict[str, Any]) -> dict[str, str]:
+        return {f"{section}.{name}": str(value) for section, fields in config.items() for name, value in fields.items()}
+
+    configs = [flatten(log.config) for log in logs]
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = [(name, [config.get(name, "") for config in configs]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def format_count(count: float) -> str:
+    """Format a number with three digits, for example 1.06M or 10.3B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"
