@@ -51,32 +51,42 @@ Contestants = dict[str, Callable[[], Run]]  # by name, what sets each up in a pr
 
 
 def train_ours() -> Run:
+    """train.py's own step, with the default configuration, on one batch of random tokens."""
     import torch
 
+    from data.loader import MicroBatch
     from model import GPT, GPTConfig
-    from training.config import Config
-    from training.optim import make_optimizers
-    from training.parallel import clip_gradients, distribute, should_compile, start_processes
+    from processes import start_processes
+    from train import train_step
+    from training.config import Config, Data
+    from training.metrics import Progress
+    from training.plan import make_plan
+    from training.run_directory import RunDirectory
+    from training.setup import TrainingRun, prepare_model
 
-    config = Config()
-    processes = start_processes(config.system)
+    config = Config(data=Data(batch_tokens=ROWS * TOKENS, sequence_length=TOKENS, micro_batch=ROWS))
+    processes = start_processes(config.system.device, config.system.dtype)
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset("gpt2")).to(processes.device).train()
-    compiled, _ = should_compile(config, model, processes.device)
-    loss_function = distribute(model, config, processes, compiled=compiled, sharded=False)
-    optimizers = make_optimizers(model, config.optim)
-    ids = torch.randint(VOCAB, (ROWS, TOKENS + 1), device=processes.device)
-
-    def step() -> None:
-        with processes.autocast():
-            loss = loss_function(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        clip_gradients(model, 1.0).item()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return step
+    model = GPT(GPTConfig.preset("gpt2"))
+    plan = make_plan(config, model.config, processes, {})
+    loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
+    ids = torch.randint(VOCAB, (ROWS, TOKENS + 1))
+    nowhere: Any = None  # a step reads no dataset and writes no checkpoint
+    run = TrainingRun(
+        config=config,
+        processes=processes,
+        plan=plan,
+        inputs=nowhere,
+        model=model,
+        loss_function=loss_function,
+        optimizers=optimizers,
+        scaler=scaler,
+        loader=itertools.repeat([MicroBatch(ids[:, :-1], ids[:, 1:], weight=1.0)]),
+        checkpoints=nowhere,
+        directory=RunDirectory(Path("unused")),  # not opened, so nothing is logged
+        progress=Progress(0, config.optim.steps, config.log.every, enabled=False),
+    )
+    return lambda: train_step(run, False, False)
 
 
 def train_transformers() -> Run:

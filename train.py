@@ -3,565 +3,273 @@
     python train.py --config configs/shakespeare.yaml
     torchrun --standalone --nproc_per_node=8 train.py --config configs/gpt2-124m.yaml
 
-The same command again goes on from the newest checkpoint. README.md says what a run leaves behind.
+The same command again resumes from the newest checkpoint. README.md describes what a run leaves behind.
+
+`train` is the loop, `train_step` one optimizer step. `training.setup.setup` prepares what both of them need.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import gc
 import math
 import os
-import re
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from itertools import cycle, islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import yaml
-from filelock import FileLock
 
-from data.loader import Loader
-from device import fast_dtype, gradient_scaler
-from eval.hellaswag import hellaswag
-from eval.loss import split_loss
-from eval.reference import losses_to_beat
-from files import write_json
-from generation import generate
-from model import GPTConfig
+from processes import StopSignal, lost_process, start_processes, stop_processes
 from report.curves import draw_loss
-from training.checkpoint import Checkpoints, Snapshot, host_copy, load_optimizers, lock_run, read_state
-from training.config import Config, parse_command_line, refuse_changes
-from training.estimate import dry_run, fit_micro_batch, flops_per_token, peak_flops, should_shard
-from training.inputs import find_weights, make_model, model_shape, open_inputs, warnings
-from training.metrics import (
-    MetricsLog,
-    Progress,
-    Stopwatch,
-    duration,
-    iterate_metrics,
-    peak_memory,
-    record_provenance,
-    start_profiler,
-)
-from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
-from training.parallel import (
-    Processes,
-    clip_gradients,
-    distribute,
-    free_gathered_weights,
-    lost_process,
-    should_compile,
-    start_processes,
-    stop_processes,
-    synchronise_gradients,
-)
+from training.config import parse_command_line
+from training.distributed import clip_gradients, synchronize_gradients
+from training.metrics import Stopwatch, duration, peak_memory, start_profiler
+from training.optim import learning_rate_factor, set_learning_rate
+from training.setup import TrainingRun, dry_run, is_due, setup
+from training.validation import measure
 
-MAX_BAD_STEPS = 10  # in a row without a finite loss and gradient: the run has diverged
-SAMPLE_TOKENS = 200
-POINTS_DRAWN = 1000  # of loss.png's curve
+MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite: after these the run has diverged
 
 
 class StepResult(NamedTuple):
-    """What the loop needs to know of an optimizer step. All processes have the same."""
+    """What the loop needs to know about an optimizer step. It is the same on all processes."""
 
-    finite: bool  # the loss and the gradient are: otherwise the step was skipped
-    diverged: bool  # it was skipped, and not because the scaler of a float16 run is still searching for its scale
+    finite: bool  # loss and gradient are finite; otherwise the step was skipped
+    diverged: bool  # the step was skipped, and not only because a float16 run is still searching for its loss scale
     stop: bool  # some process was asked to stop
-    save: bool  # some process was asked to save
+    save: bool  # some process was asked to save a checkpoint
 
 
-class Trainer:
-    """One life of a run: set up, from scratch or from a checkpoint, then `run` to the end or to a signal."""
+def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+    """Take one optimizer step over a global batch. A step whose loss or gradient is not finite is skipped."""
+    config, processes, model, state = run.config, run.processes, run.model, run.state
+    clock, state.val_loss = Stopwatch(), None
+    # Dropout masks depend on the seed, the step and the rank alone. So a resumed run draws the same masks, and a
+    # checkpoint need not store the state of a random generator.
+    if model.config.dropout:
+        seeds = np.random.SeedSequence([config.run.seed, state.step, processes.rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+    factor = learning_rate_factor(state.step, config.optim)
+    set_learning_rate(run.optimizers, factor)
 
-    def __init__(self, config: Config, processes: Processes, *, verify: bool = False) -> None:
-        self.config, self.processes = config, processes
-        self.directory = Path(config.run.dir) / config.run.name
-        self.lock: FileLock | None = None
-        self.metrics: MetricsLog | None = None
-        self.step, self.seconds, self.save_seconds = 0, 0.0, 0.0
-        self.skipped_steps, self.overflow_steps = 0, 0  # steps that diverged; steps whose gradient overflowed float16
-        self.val_loss: float | None = None  # of this step; None where it was not measured
-        self.best: tuple[float, int] | None = None  # lowest validation loss, and the step it was measured after
+    # A global batch has too many activations for one forward pass. Its micro-batches add their gradients up in .grad,
+    # which gives the gradient of the whole batch.
+    micro_batches = next(run.loader)
+    clock.lap("data")
+    loss_sum = torch.zeros((), device=processes.device)
+    for i, (inputs, targets, weight) in enumerate(micro_batches, 1):
+        # Only the last backward pass averages the gradients over the processes: averaging a sum once costs less
+        # communication than averaging every term.
+        synchronize_gradients(run.loss_function, model, i == len(micro_batches))
+        inputs = inputs.to(processes.device, non_blocking=True)  # (b, T)
+        targets = targets.to(processes.device, non_blocking=True)  # (b, T)
+        with processes.autocast():
+            loss = run.loss_function(inputs, targets)  # (), mean over this micro-batch's targets
+        # weight is this micro-batch's fraction of the global batch's targets. With it every target counts the same,
+        # however targets are divided. DDP and FSDP average over the processes, so world_size turns that into a sum.
+        run.scaler.scale(loss * (weight * processes.world_size)).backward()
+        loss_sum += loss.detach() * weight
 
-        # What can be refused is refused before anything is created.
-        if processes.is_main and self.directory.is_dir():
-            self.lock = lock_run(self.directory)
-        self.checkpoints = Checkpoints(
-            self.directory / "checkpoints", keep=config.checkpoint.keep, on_error=config.checkpoint.on_error
+    # Only float16 has a loss scale: without it, small gradients would become zero. Undo it before clipping.
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    # Clip to norm 1 as in GPT-3: one unusual batch must not throw the weights far away.
+    norm = clip_gradients(model, config.optim.grad_clip)
+    one = torch.ones((), device=processes.device)
+    scale = run.scaler.scale(one)
+    run.scaler.update()  # halves the scale if a gradient was not finite
+    next_scale = run.scaler.scale(one)
+
+    # The only host-device synchronization of a step: until here the host queues work ahead of a GPU. The sums over all
+    # processes make every process see the same numbers and take the same decisions.
+    requests = torch.tensor([float(stop_requested), float(save_requested)]).to(processes.device)
+    reduced = processes.all_reduce_sum(torch.cat([loss_sum[None], requests]))
+    on_device = torch.cat([reduced, torch.stack([norm, scale, next_scale])])
+    loss_value, stops, saves, grad_norm, loss_scale, next_loss_scale = on_device.tolist()
+    clock.lap("forward_backward")
+
+    # Skipping a bad step keeps NaN out of weights and optimizer state, from where it would never disappear again.
+    finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
+    for optimizer in run.optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # None frees the memory that zeros would occupy
+    clock.lap("optimizer")
+
+    # A finite loss with a gradient that overflowed float16 is expected while the scaler searches for its scale.
+    overflowed = math.isfinite(loss_value) and loss_scale > 1 and next_loss_scale < loss_scale
+    diverged = not finite and not overflowed
+    state.step += 1
+    state.skipped_steps += diverged
+    state.overflow_steps += overflowed
+    if diverged:
+        run.progress.say(f"step {state.step}: loss {loss_value}, gradient norm {grad_norm}: this step was skipped")
+    elif overflowed:
+        run.progress.say(
+            f"step {state.step}: the gradient overflowed float16 at loss scale {loss_scale:g}: this step was skipped, "
+            f"and the scale was halved"
         )
-        checkpoint = self._checkpoint_to_resume()
-        # Every process verifies: one that only waited for another's hashing would run into its backend's timeout. They
-        # read side by side, and on one machine the page cache serves all but the first.
-        self.inputs = inputs = open_inputs(config, verify=verify, checkpoint=checkpoint)
-        source = find_weights(config, checkpoint)
-        shape = model_shape(config, inputs.tokenizer, source)
-        self.identity = config.identity() | {
-            "model": dataclasses.asdict(shape)
-            | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
-            "dataset": {
-                "sha256": inputs.train.fingerprint,
-                "validation_sha256": inputs.val.fingerprint if inputs.val else None,
-            },
-        }
-        state = self._resume(checkpoint) if checkpoint is not None else {}
-        self.model = make_model(shape, source, config.run.seed)
+    log_step(run, loss_value, grad_norm, config.optim.lr * factor, loss_scale, clock)
+    return StepResult(finite, diverged, stops > 0, saves > 0)
 
-        device = processes.device
-        self.sharded, self.micro_batch, self.fitted_to = self._fit(shape, state)
-        compiled, reason = should_compile(config, self.model, device)
-        n_parameters = self.model.num_parameters()
-        self.model.to(device).train()
-        if config.model.freeze_layers:
-            self.model.freeze(config.model.freeze_layers)
-        self.loss_function = distribute(self.model, config, processes, compiled=compiled, sharded=self.sharded)
-        self.optimizers = make_optimizers(self.model, config.optim, fast_dtype(processes.dtype, device))
-        self.scaler = gradient_scaler(device, processes.dtype)
-        if self.scaler.is_enabled() and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        if checkpoint is not None:
-            load_optimizers(self.model, self.optimizers, checkpoint)
-        self.loader = Loader(
-            inputs.train,
-            batch_tokens=config.data.batch_tokens,
-            micro_batch=self.micro_batch,
-            seed=config.run.seed,
-            shuffle=config.data.shuffle,
-            start_step=self.step,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            pin_memory=device.type == "cuda",
+
+def validate(run: TrainingRun) -> None:
+    """Score the validation split, sample texts, and draw the losses so far."""
+    result = measure(run)
+    state, loss = run.state, result.loss.loss
+    state.val_loss = loss
+    if state.best is None or loss < state.best[0]:
+        state.best = loss, state.step
+    tokens = state.step * run.config.data.batch_tokens
+    bits = result.loss.bits_per_byte
+    run.directory.log("val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits)
+    run.progress.say(f"step {state.step:>6}  validation loss {loss:.4f}, {bits:.4f} bits per byte")
+    if (answers := result.hellaswag) is not None:
+        run.directory.log("hellaswag", state.step, tokens=tokens, **answers)
+        run.progress.say(
+            f"step {state.step:>6}  HellaSwag ({answers['convention']}) acc {answers['acc']:.4f}, "
+            f"acc_norm {answers['acc_norm']:.4f} on {answers['count']:,}"
         )
-        step_flops = config.data.batch_tokens * flops_per_token(shape, n_parameters, config.data.sequence_length)
-        peak = peak_flops(device)
-        self.seconds_at_peak = step_flops / (peak * processes.world_size) if peak else None  # of a step at 100% MFU
-        if processes.is_main:
-            self._open_directory(resumed=checkpoint is not None)
-        self.progress = Progress(self.step, config.optim.steps, config.log.every, processes.is_main)
-        self._greet(n_parameters, f"{'compiled' if compiled else 'not compiled'} ({reason})", checkpoint)
+    run.directory.append_samples(state.step, result.texts)
+    run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
 
-    def run(self, profile: bool = False) -> str:
-        """Train to the last step or to a signal. Returns "finished" or "preempted", which status.json says too."""
-        config = self.config
-        stop = StopSignal()
-        stopping, bad_steps, last_save = False, 0, time.monotonic()
-        if config.eval.every and (config.eval.at_start if self.step == 0 else self._left_unvalidated()):
-            self.validate()
-        profiler = start_profiler(self.directory / "trace.json") if profile and self.processes.is_main else None
-        while not self.done and not stopping:
-            minutes = (time.monotonic() - last_save) / 60
-            save_asked = 0 < config.checkpoint.every_minutes <= minutes
-            finite, diverged, stopping, save_asked = self.train_step(stop.asked, save_asked)
-            self.checkpoints.raise_failure()
-            bad_steps = bad_steps + 1 if diverged else 0 if finite else bad_steps
-            if bad_steps == MAX_BAD_STEPS:
-                self._give_up()
-            # who asks for a stop may not wait: the next life validates first
-            if config.eval.every and (self.done or (due(self.step, config.eval.every) and not stopping)):
-                self.validate()
-            if self.done or stopping or (finite and (save_asked or due(self.step, config.checkpoint.every))):
-                self.save()
-                last_save = time.monotonic()
-            if profiler is not None:
-                profiler.step()
+
+def save(run: TrainingRun) -> None:
+    """Copy weights and optimizer state to host memory; a thread writes them while training continues."""
+    start = time.perf_counter()
+    state, is_main = run.checkpoint_state(), run.processes.is_main
+    run.checkpoints.save(run.model, run.optimizers, run.inputs.tokenizer, state, write=is_main)
+    run.state.save_seconds = time.perf_counter() - start
+
+
+def is_done(run: TrainingRun) -> bool:
+    """Return whether the last step is done, or eval.patience validations in a row found no lower loss."""
+    state, config = run.state, run.config
+    patience = config.eval.patience * config.eval.every
+    out_of_patience = patience > 0 and state.best is not None and state.step - state.best[1] >= patience
+    return out_of_patience or state.step == config.optim.steps
+
+
+def train(
+    run: TrainingRun,
+    *,
+    train_step: Callable[[TrainingRun, bool, bool], StepResult] = train_step,
+    validate: Callable[[TrainingRun], None] = validate,
+    profile: bool = False,
+) -> Literal["finished", "preempted"]:
+    """Train to the last step, or until a signal asks to stop. Return the status, which status.json also has.
+
+    `train_step` and `validate` can be replaced, which scripts/ideas.py uses. With `profile`, three steps are traced.
+    """
+    config, state = run.config, run.state
+    signal = StopSignal()
+    stopping, bad_steps, last_save = False, 0, time.monotonic()
+    # Step 0 shows the loss of an untrained model, about ln(vocabulary): another number means an error in the code.
+    if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
+        validate(run)
+    profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
+
+    while not is_done(run) and not stopping:
+        # Only one process may have received the signal, and the clocks differ. So the requests go into the step, whose
+        # sum over the processes brings them to all: all must leave the loop, or save, after the same step.
+        save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
+        finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
+        # A thread writes the checkpoints. If the disk is full, stop now and not hours later at the next save.
+        run.checkpoints.raise_failure()
+
+        # One bad step can come from the data. Many in a row mean that the weights are beyond repair. Overflows of
+        # float16 are not counted, and they do not end a row either.
+        bad_steps = bad_steps + 1 if diverged else 0 if finite else bad_steps
+        if bad_steps == MAX_BAD_STEPS:
+            give_up(run)
+
+        # A process that receives SIGTERM has little time left, often 30 seconds. So a stop request skips the
+        # validation, which may take minutes; the resumed run does it first.
+        if config.eval.every and (is_done(run) or (is_due(state.step, config.eval.every) and not stopping)):
+            validate(run)
+        # Validation comes first, because the checkpoint stores its loss: with it the best checkpoint is found. After a
+        # bad step there is no save, so that the newest checkpoint stays one from which a run can recover.
+        if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
+            save(run)
+            last_save = time.monotonic()
         if profiler is not None:
-            profiler.stop()
-        status = "finished" if self.done else "preempted"
-        self._conclude(status)
-        return status
+            profiler.step()
 
-    @property
-    def done(self) -> bool:
-        """Whether the last step is taken, or eval.patience validations in a row found no lower loss."""
-        patience = self.config.eval.patience * self.config.eval.every
-        impatient = patience > 0 and self.best is not None and self.step - self.best[1] >= patience
-        return impatient or self.step == self.config.optim.steps
-
-    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
-        """One optimizer step over a global batch. A step with a loss or gradient that is not finite is skipped."""
-        config, processes, model = self.config, self.processes, self.model
-        clock, self.val_loss = Stopwatch(), None
-        if model.config.dropout:  # drawn from the step alone, so that going on needs no generator's state
-            seeds = np.random.SeedSequence([config.run.seed, self.step, processes.rank])
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
-        factor = learning_rate_factor(self.step, config.optim)
-        set_learning_rate(self.optimizers, factor)
-
-        micro_batches = next(self.loader)
-        clock.lap("data")
-        loss_sum = torch.zeros((), device=processes.device)
-        for i, (inputs, targets, weight) in enumerate(micro_batches, 1):
-            synchronise_gradients(self.loss_function, model, i == len(micro_batches))
-            inputs = inputs.to(processes.device, non_blocking=True)
-            targets = targets.to(processes.device, non_blocking=True)
-            with processes.autocast():
-                loss = self.loss_function(inputs, targets)
-            # Every target weighs the same: gradients add up over micro-batches, and are averaged over processes.
-            self.scaler.scale(loss * (weight * processes.world_size)).backward()
-            loss_sum += loss.detach() * weight
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = clip_gradients(model, config.optim.grad_clip)
-        one = torch.ones((), device=processes.device)
-        scale = self.scaler.scale(one)
-        self.scaler.update()  # halves the scale if a gradient was not finite
-        next_scale = self.scaler.scale(one)
-
-        # The one time in a step that the host waits for the device. All processes learn the same and decide the same.
-        asked = torch.tensor([float(stop_asked), float(save_asked)]).to(processes.device)
-        told = processes.sum(torch.cat([loss_sum[None], asked]))
-        on_device = torch.cat([told, torch.stack([norm, scale, next_scale])])
-        loss_value, stops, saves, grad_norm, loss_scale, next_loss_scale = on_device.tolist()
-        clock.lap("forward_backward")
-        finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
-        # The loss is finite, but the scaled gradient exceeded float16: the scaler is still searching for its scale.
-        overflowed = math.isfinite(loss_value) and loss_scale > 1 and next_loss_scale < loss_scale
-        for optimizer in self.optimizers:
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        clock.lap("optimizer")
-        self.step += 1
-        diverged = not finite and not overflowed
-        self.skipped_steps += diverged
-        self.overflow_steps += overflowed
-        if diverged:
-            self.progress.say(f"step {self.step}: loss {loss_value}, gradient norm {grad_norm}: this step was skipped")
-        elif overflowed:
-            self.progress.say(
-                f"step {self.step}: the gradient overflowed float16 at loss scale {loss_scale:g}: this step was "
-                f"skipped, and the scale was halved"
-            )
-        self._log_step(loss_value, grad_norm, config.optim.lr * factor, loss_scale, clock)
-        return StepResult(finite, diverged, stops > 0, saves > 0)
-
-    def validate(self) -> None:
-        """Score the validation split, sample, and draw the curves so far."""
-        config, processes, model = self.config, self.processes, self.model
-        assert self.inputs.val is not None  # else open_inputs refuses eval.every
-        model.eval()
-        result = split_loss(
-            model,
-            self.inputs.val,
-            self.inputs.tokenizer.token_bytes(),
-            micro_batch=self.micro_batch,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            reduce=processes.sum,
-            autocast=processes.autocast,
-        )
-        answers = None
-        if config.eval.hellaswag:
-            with processes.autocast():
-                answers = hellaswag(
-                    model,
-                    self.inputs.tokenizer,
-                    rank=processes.rank,
-                    world_size=processes.world_size,
-                    reduce=processes.sum,
-                )
-        # under FSDP a forward pass takes all processes, also where only one writes down what comes of it
-        sane = math.isfinite(result.loss)  # else there is nothing to draw from, and train_step tells
-        texts = self._sample() if sane and (processes.is_main or self.sharded) else []
-        free_gathered_weights(model)
-        model.train()
-        self.val_loss = result.loss
-        if self.best is None or result.loss < self.best[0]:
-            self.best = result.loss, self.step
-        if self.metrics is None:
-            return
-        tokens = self.step * config.data.batch_tokens
-        self.metrics.write("val", self.step, tokens=tokens, loss=result.loss, bits_per_byte=result.bits_per_byte)
-        self.progress.say(
-            f"step {self.step:>6}  validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
-        )
-        if answers is not None:
-            self.metrics.write("hellaswag", self.step, tokens=tokens, **answers)
-            self.progress.say(
-                f"step {self.step:>6}  HellaSwag ({answers['convention']}) acc {answers['acc']:.4f}, "
-                f"acc_norm {answers['acc_norm']:.4f} on {answers['count']:,}"
-            )
-        with self._room_for("samples.txt"), open(self.directory / "samples.txt", "a", encoding="utf-8") as file:
-            file.writelines(f"==== step {self.step}, sample {i}\n{text}\n\n" for i, text in enumerate(texts, 1))
-        self._draw()
-
-    def save(self) -> None:
-        """Copy weights and optimizer state to the host and hand them to the writing thread."""
-        began = time.perf_counter()
-        weights, optimizer_state = host_copy(self.model, self.optimizers)
-        if self.processes.is_main:
-            state = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "skipped_steps": self.skipped_steps,
-                "overflow_steps": self.overflow_steps,
-                "scaler": self.scaler.state_dict(),
-                "val_loss": self.val_loss,
-                "best": self.best,
-                "micro_batch": self.micro_batch,
-                **self.fitted_to,
-                "identity": self.identity,
-            }
-            self.checkpoints.save(Snapshot(weights, optimizer_state, self.model.config, self.inputs.tokenizer, state))
-        self.save_seconds = time.perf_counter() - began
-
-    def fail(self) -> None:
-        """Leave word of a failure in status.json."""
-        if self.metrics is not None:
-            with contextlib.suppress(OSError):  # the failure itself is told, not what came of it
-                write_json(self.directory / "status.json", {"status": "failed", "step": self.step})
-
-    def close(self) -> None:
-        """End the loader's thread and let go of the run's directory."""
-        self.loader.close()
-        if self.lock is not None:
-            self.lock.release()
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        """The checkpoint that run.resume asks for: chosen by the main process, the same for all."""
-        resume, step = self.config.run.resume, -1
-        if self.processes.is_main:
-            newest = None if resume == "never" else self.checkpoints.newest()
-            if resume == "must" and newest is None:
-                raise FileNotFoundError(
-                    f"run.resume is must, but there is no checkpoint in {self.checkpoints.directory}"
-                )
-            if resume == "never" and self.checkpoints.list():
-                raise ValueError(
-                    f"run.resume is never, but {self.directory} has checkpoints: choose another run.name, or auto"
-                )
-            step = -1 if newest is None else read_state(newest)["step"]
-        chosen = torch.tensor(step, device=self.processes.device)
-        if self.processes.world_size > 1:
-            dist.broadcast(chosen, src=0)
-        return None if chosen < 0 else self.checkpoints.path(int(chosen))
-
-    def _resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Take up the counts of a checkpoint, if it is of this run; returns all that its state.json says."""
-        state, steps = read_state(checkpoint), self.config.optim.steps
-        before, now = state["identity"]["dataset"], self.identity["dataset"]
-        if None in (before.get("validation_sha256"), now["validation_sha256"]):  # one of the two had no validation
-            before["validation_sha256"] = now["validation_sha256"]
-        state["identity"]["model"].setdefault("init_from", self.config.model.init_from)  # older checkpoints do not tell
-        refuse_changes(state["identity"], self.identity, allow=self.config.run.allow_changes)
-        self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
-        self.overflow_steps = state.get("overflow_steps", 0)
-        self.val_loss, self.best = state["val_loss"], state.get("best")
-        if self.step > steps:
-            raise ValueError(
-                f"{checkpoint} is after step {self.step:,}, past optim.steps {steps:,}: raise optim.steps, or move the "
-                f"later checkpoints away to go on from an earlier one"
-            )
-        return state
-
-    def _fit(self, shape: GPTConfig, state: dict[str, Any]) -> tuple[bool, int, dict[str, Any]]:
-        """Whether the model is sharded, the micro-batch, and what that was fitted to.
-
-        `state` is that of the checkpoint gone on from, or empty. Free memory differs between processes and moments:
-        all, and a run gone on with in the same way, must decide the same.
-        """
-        config, processes = self.config, self.processes
-        sharded = bool(processes.least(should_shard(config, shape, processes)))
-        micro_batch = processes.least(fit_micro_batch(config, shape, processes, sharded=sharded))
-        device = processes.device
-        fitted_to = {
-            "processes": processes.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "dtype": str(processes.dtype),
-            "sharded": sharded,
-            "activation_checkpointing": config.system.activation_checkpointing,
-            "micro_batch_asked": config.data.micro_batch,
-        }
-        if config.data.micro_batch == "auto" and state:
-            same = all(state.get(name, value) == value for name, value in fitted_to.items())
-            if processes.least(same or not processes.is_main):  # state.json tells of the main process' device
-                micro_batch = state["micro_batch"]
-        return sharded, micro_batch, fitted_to
-
-    def _greet(self, n_parameters: int, compiling: str, checkpoint: Path | None) -> None:
-        """Say what is trained, for how long, on what, and what of it is seldom meant."""
-        config, processes = self.config, self.processes
-        tokens = config.optim.steps * config.data.batch_tokens
-        self.progress.say(
-            f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
-            f"{tokens / self.inputs.epoch_tokens:.2f} epochs of {config.data.dir}\n"
-            f"{processes.world_size} x {processes.device.type}, {str(processes.dtype).removeprefix('torch.')}, "
-            f"micro-batches of {self.micro_batch} x {config.data.sequence_length}, {compiling}"
-            + "".join(f"\nwarning: {warning}" for warning in warnings(config, self.inputs))
-            + (f"\ngoing on from {checkpoint}" if checkpoint is not None else "")
-        )
-
-    def _open_directory(self, resumed: bool) -> None:
-        """Create the run's directory, or clear up what a killed process left in it; open its metrics."""
-        config, directory = self.config, self.directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self.lock = self.lock or lock_run(directory)
-            self.checkpoints.remove_partial()
-            (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-            record_provenance(
-                directory / "provenance.json", config, self.processes, resumed_at=self.step if resumed else None
-            )
-            last_step = self.step if resumed else -1
-            validated = last_step - 1 if resumed and self._left_unvalidated() else last_step
-            self.metrics = MetricsLog(directory / "metrics.jsonl", last_step, config, last_validation=validated)
-            keep_samples(directory / "samples.txt", validated)
-            write_json(directory / "status.json", {"status": "running", "step": self.step})
-        except OSError as error:
-            raise OSError(f"cannot write to {directory} ({error.strerror or error}): choose another run.dir") from error
-
-    def _log_step(self, loss: float, grad_norm: float, lr: float, loss_scale: float, clock: Stopwatch) -> None:
-        seconds = clock.total
-        self.seconds += seconds
-        if self.metrics is None:
-            return
-        batch_tokens = self.config.data.batch_tokens
-        mfu = self.seconds_at_peak / seconds if self.seconds_at_peak else None
-        self.metrics.write(
-            "train",
-            self.step,
-            tokens=self.step * batch_tokens,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens_per_second=batch_tokens / seconds,
-            mfu=mfu,
-            seconds=self.seconds,
-            **({"loss_scale": loss_scale} if self.scaler.is_enabled() else {}),
-            **clock.seconds,
-            checkpoint_seconds=self.save_seconds,  # of the checkpoint before this step, if there was one
-            peak_memory=peak_memory(self.processes.device),
-        )
-        self.save_seconds = 0.0
-        rate = f"{batch_tokens / seconds:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
-        self.progress.update(self.step, loss, rate)
-
-    def _sample(self) -> list[str]:
-        """Texts from end-of-text or from given prompts on, with the same seed each time: one sees the model change."""
-        n, block_size = self.config.eval.samples, self.model.config.block_size
-        if n == 0:
-            return []
-        eot = self.inputs.tokenizer.eot
-        prompts = [prompt[-(block_size // 2) :] for prompt in islice(cycle(self.inputs.prompts), n)]
-        new = min(SAMPLE_TOKENS, block_size - max(map(len, prompts)))
-        generator = torch.Generator(self.processes.device).manual_seed(self.config.run.seed)
-        with self.processes.autocast():
-            ids = generate(
-                self.model,
-                prompts,
-                max_new_tokens=new,
-                do_sample=True,
-                top_k=min(50, self.model.config.vocab_size),
-                eos_token_id=eot,
-                generator=generator,
-            )
-        assert isinstance(ids, torch.Tensor)
-        return [self.inputs.tokenizer.decode([i for i in row if i != eot]) for row in ids.tolist()]
-
-    def _left_unvalidated(self) -> bool:
-        """Whether a stop came before the validation that was due after this step."""
-        return self.val_loss is None and due(self.step, self.config.eval.every)
-
-    @contextlib.contextmanager
-    def _room_for(self, name: str) -> Iterator[None]:
-        """Where a full disk shall not stop the run (checkpoint.on_error), do without what is written in here."""
-        try:
-            yield
-        except OSError as error:
-            if self.config.checkpoint.on_error == "stop":
-                raise
-            self.progress.say(f"{self.directory / name} could not be written ({error}); the run goes on")
-
-    def _draw(self) -> None:
-        every = max(1, self.step // POINTS_DRAWN)  # of a long run a part, so that memory does not grow with it
-        metrics = iterate_metrics(self.directory / "metrics.jsonl")
-        records = [record for record in metrics if record["split"] != "train" or record["step"] % every == 0]
-        lines = losses_to_beat(self.config.data.dir, self.inputs.train.source, self.inputs.tokenizer.kind)
-        with self._room_for("loss.png"):
-            draw_loss(records, self.directory / "loss.png", self.config.run.name, lines)
-        gc.collect()  # figures refer to themselves: left to Python, dozens of megabytes of them pile up
-
-    def _give_up(self) -> None:
-        self.checkpoints.wait()
-        good = self.checkpoints.list()
-        raise FloatingPointError(
-            f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite, at step {self.step}. "
-            f"Last good checkpoint: {good[-1] if good else 'none'}. Go on from it with a lower optim.lr"
-        )
-
-    def _conclude(self, status: str) -> None:
-        """End in order: the last checkpoint on disk, the curves drawn, the status written."""
-        self.progress.close()
-        self.checkpoints.wait()
-        if self.metrics is None:
-            return
-        self.metrics.close()
-        self._draw()
-        write_json(self.directory / "status.json", {"status": status, "step": self.step})
-        print(f"{status} after step {self.step}, {duration(self.seconds)} of training: {self.directory}")
-        if best := self.checkpoints.best():
-            print(f"of its checkpoints the lowest validation loss, {best[0]:.4f}: {best[1]}")
+    if profiler is not None:
+        profiler.stop()
+    status: Literal["finished", "preempted"] = "finished" if is_done(run) else "preempted"
+    conclude(run, status)
+    return status
 
 
-class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a wish to stop after the step; a second Ctrl-C interrupts."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loop reports
 
 
-def keep_samples(path: Path, last_step: int) -> None:
-    """Of a run's samples.txt keep those of steps up to `last_step`: what comes after is sampled anew."""
-    if path.exists():
-        # in bytes: a full disk or a kill may have cut a character in two
-        blocks = re.split(rb"^(?===== step (\d+), sample )", path.read_bytes(), flags=re.MULTILINE)[1:]
-        kept = [block for step, block in zip(blocks[::2], blocks[1::2], strict=True) if int(step) <= last_step]
-        partial = path.with_suffix(".partial")  # a kill now must not cost the samples of earlier lives
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, path)
+def log_step(run: TrainingRun, loss: float, grad_norm: float, lr: float, loss_scale: float, clock: Stopwatch) -> None:
+    """Add a step to metrics.jsonl, and show it."""
+    state, seconds, batch_tokens = run.state, clock.total, run.config.data.batch_tokens
+    state.seconds += seconds
+    # Model FLOPs utilization: the fraction of the hardware's peak that the model's own arithmetic reaches.
+    mfu = run.seconds_at_peak / seconds if run.seconds_at_peak else None
+    run.directory.log(
+        "train",
+        state.step,
+        tokens=state.step * batch_tokens,
+        loss=loss,
+        lr=lr,
+        grad_norm=grad_norm,
+        tokens_per_second=batch_tokens / seconds,
+        mfu=mfu,
+        seconds=state.seconds,
+        **({"loss_scale": loss_scale} if run.scaler.is_enabled() else {}),
+        **clock.seconds,
+        checkpoint_seconds=state.save_seconds,  # of the checkpoint before this step, if there was one
+        peak_memory=peak_memory(run.processes.device),
+    )
+    state.save_seconds = 0.0
+    run.progress.update(
+        state.step, loss, f"{batch_tokens / seconds:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
+    )
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
+def give_up(run: TrainingRun) -> None:
+    """Raise FloatingPointError after too many bad steps; the message names the last checkpoint."""
+    run.checkpoints.wait()
+    good = run.checkpoints.existing()
+    raise FloatingPointError(
+        f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite, at step {run.state.step}. "
+        f"Last good checkpoint: {good[-1] if good else 'none'}. Resume from it with a lower optim.lr"
+    )
 
 
-def run(config: Config, flags: Any) -> None:
-    """Train, or with --dry-run say what that would take."""
-    processes = start_processes(config.system)
-    if flags.dry_run is not None:
-        report = dry_run(config, processes, flags)
-        if processes.is_main:
-            print(report)
-        return
-    trainer = Trainer(config, processes, verify=flags.verify)
-    try:
-        trainer.run(profile=flags.profile)
-    except BaseException:
-        trainer.fail()
-        raise
-    finally:
-        trainer.close()
+def conclude(run: TrainingRun, status: str) -> None:
+    """Wait for the last checkpoint, draw the losses, and write the status."""
+    run.progress.close()
+    run.checkpoints.wait()
+    run.directory.finish()
+    run.directory.draw_losses(draw_loss, run.state.step, run.inputs.reference_losses)
+    run.directory.write_status(status, run.state.step)
+    if run.processes.is_main:
+        print(f"{status} after step {run.state.step}, {duration(run.state.seconds)} of training: {run.directory.path}")
+        if best := run.checkpoints.best():
+            print(f"checkpoint with the lowest validation loss, {best[0]:.4f}: {best[1]}")
 
 
 def main() -> None:
+    """Read the command line and train. The exit status is 2 for an error that the user can correct."""
     config, flags = parse_command_line()
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
-        run(config, flags)
+        processes = start_processes(config.system.device, config.system.dtype)
+        if flags.dry_run is None:
+            with setup(config, processes, verify=flags.verify) as run:
+                train(run, profile=flags.profile)
+        else:
+            report = dry_run(config, processes, flags)
+            if processes.is_main:
+                print(report)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {who}{error}", file=sys.stderr)
         sys.exit(2)
@@ -569,7 +277,7 @@ def main() -> None:
         if not lost_process(error):
             raise
         reason = str(error).splitlines()[0]
-        print(f"train.py: {who}lost another process, whose own message says why ({reason})", file=sys.stderr)
+        print(f"train.py: {who}lost another process, whose own message states the cause ({reason})", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

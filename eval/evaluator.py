@@ -21,7 +21,7 @@ from device import find_device, find_dtype, keep_freed_memory
 from eval.hf_model import load_hf_model
 from eval.likelihood import Request, Scores, check_pair, log_likelihoods
 from model import GPT, PRESETS
-from training.parallel import Processes, stop_processes
+from processes import Processes, stop_processes
 
 # Requests are scored in groups of this size. The scores of a group are stored before the next group starts, and only
 # one group of a long text is in memory at a time.
@@ -49,7 +49,7 @@ class Evaluator:
                 group = requests[start : start + GROUP_SIZE]
                 key = self.cache.key(group)
                 # All processes must take the same branch, also if the file is visible on some nodes only.
-                if processes.least(int(key in self.cache.entries)):
+                if processes.all_reduce_min(int(key in self.cache.entries)):
                     entry = self.cache.entries[key]
                     parts.append(Scores(np.array(entry["log_probs"]), np.array(entry["greedy"])))
                     bar.update(len(group))
@@ -61,7 +61,7 @@ class Evaluator:
                         batch_size=self.batch_size,
                         rank=processes.rank,
                         world_size=processes.world_size,
-                        reduce=processes.sum,
+                        reduce=processes.all_reduce_sum,
                         progress=lambda n: bar.update(n * processes.world_size),
                     )
                 parts.append(scores)
@@ -109,7 +109,7 @@ def model_fingerprint(directory: Path) -> str:
 @contextlib.contextmanager
 def join_processes(device_name: str, dtype_name: str) -> Iterator[Processes]:
     """Join the processes that torchrun started. Raises ValueError if the device is not available."""
-    # Not training.parallel.start_processes: it enables TF32, which would change the results of --dtype float32 on CUDA.
+    # Not processes.start_processes: it enables TF32, which would change the results of --dtype float32 on CUDA.
     device = find_device(device_name, "--device")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cpu":

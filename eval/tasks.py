@@ -251,7 +251,7 @@ def run_loss(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
             micro_batch=evaluator.batch_size,
             rank=processes.rank,
             world_size=processes.world_size,
-            reduce=processes.sum,
+            reduce=processes.all_reduce_sum,
         )
     if args.save_reference and processes.is_main:
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}

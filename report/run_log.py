@@ -15,7 +15,7 @@ from data.shards import read_meta
 from data.tokenizer import load_tokenizer
 from eval.reference import losses_to_beat, published, published_losses
 from files import file_sha256
-from training.metrics import read_metrics
+from training.run_directory import read_metrics
 
 TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second")
 

@@ -1,48 +1,63 @@
-"""Ideas that were tried and are not in train.py, each as a small change of a Trainer: `scripts.sweep --idea NAME`.
+"""Ideas that were tried and are not in train.py, each as a small change to the training loop.
 
-docs/recipes.md has what came of them. A run with an idea is for one process, and starts from step 0.
+    python -m scripts.sweep --config configs/shakespeare-char.yaml --idea averaged
+
+docs/recipes.md has the results. A run with an idea uses one process and starts at step 0, because checkpoints do not
+store what an idea keeps.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+import train
 from data.loader import MicroBatch
 from model import GPT
-from train import StepResult, Trainer
+from train import StepResult
 from training.optim import learning_rate_factor
+from training.setup import TrainingRun
 
 
-class UndecayedEmbeddings(Trainer):
-    """No weight decay on token and position embeddings (with Muon, all that AdamW decays)."""
+class Idea:
+    """Changes a run before its first step, in `__init__`, or replaces functions of train.py."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        for group in self.optimizers[-1].param_groups:
+    def __init__(self, run: TrainingRun) -> None:
+        """Change the run. Raises ValueError if the idea cannot be combined with its configuration."""
+
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        """Take one optimizer step."""
+        return train.train_step(run, stop_requested, save_requested)
+
+    def validate(self, run: TrainingRun) -> None:
+        """Validate the run."""
+        train.validate(run)
+
+
+class UndecayedEmbeddings(Idea):
+    """No weight decay for token and position embeddings. With Muon, AdamW then decays nothing."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        for group in run.optimizers[-1].param_groups:
             group["weight_decay"] = 0.0
 
 
-class SmallPositions(Trainer):
-    """Position embeddings start at N(0, 0.01), as in OpenAI's code, not at N(0, 0.02)."""
+class SmallPositions(Idea):
+    """Position embeddings are initialized with N(0, 0.01) as in OpenAI's code, not with N(0, 0.02)."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, run: TrainingRun) -> None:
         with torch.no_grad():
-            self.model.transformer.wpe.weight.mul_(0.5)
+            run.model.transformer.wpe.weight.mul_(0.5)
 
 
-class ZLoss(Trainer):
-    """1e-4 times the mean squared logarithm of softmax's denominator beside the loss (Chowdhery et al. 2022, PaLM)."""
+class ZLoss(Idea):
+    """Adds 1e-4 times the mean squared logarithm of softmax's denominator (Chowdhery et al. 2022, PaLM)."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.loss_function = _WithZ(self.model)
+    def __init__(self, run: TrainingRun) -> None:
+        run.loss_function = _LossWithZ(run.model)
 
 
-class _WithZ(nn.Module):
+class _LossWithZ(nn.Module):
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
@@ -52,69 +67,65 @@ class _WithZ(nn.Module):
         return output.loss + 1e-4 * output.logits.float().logsumexp(-1).square().mean()
 
 
-class Averaged(Trainer):
-    """Validates, after the last step, the mean of the weights after each step in which the learning rate went down."""
+class Averaged(Idea):
+    """The last validation uses the mean of the weights after each step in which the learning rate decreased."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.sums, self.count = [torch.zeros_like(p) for p in self.model.parameters()], 0
+    def __init__(self, run: TrainingRun) -> None:
+        self.sums, self.count = [torch.zeros_like(p) for p in run.model.parameters()], 0
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
-        went_down = self.step and learning_rate_factor(self.step, self.config.optim) < learning_rate_factor(
-            self.step - 1, self.config.optim
-        )
-        result = super().train_step(stop_asked, save_asked)
-        if went_down:
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        step, optim = run.state.step, run.config.optim
+        decreased = step > 0 and learning_rate_factor(step, optim) < learning_rate_factor(step - 1, optim)
+        result = super().train_step(run, stop_requested, save_requested)
+        if decreased:
             self.count += 1
-            for total, parameter in zip(self.sums, self.model.parameters(), strict=True):
+            for total, parameter in zip(self.sums, run.model.parameters(), strict=True):
                 total += parameter.detach()
         return result
 
-    def validate(self) -> None:
-        if self.done and self.count:
+    def validate(self, run: TrainingRun) -> None:
+        if train.is_done(run) and self.count:
             with torch.no_grad():
-                for total, parameter in zip(self.sums, self.model.parameters(), strict=True):
+                for total, parameter in zip(self.sums, run.model.parameters(), strict=True):
                     parameter.copy_(total / self.count)
-        super().validate()
+        super().validate(run)
 
 
-class MomentumWarmUp(Trainer):
-    """Muon's momentum grows from 0.85 in the first 300 steps (as in modded-nanogpt), in all where they are fewer."""
+class MomentumWarmUp(Idea):
+    """Muon's momentum grows from 0.85 during the first 300 steps (as in modded-nanogpt), or all steps if fewer."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        if self.config.optim.name != "muon":
-            self.close()
-            raise ValueError(f"momentum-warm-up is for optim.name muon, got {self.config.optim.name}")
+    def __init__(self, run: TrainingRun) -> None:
+        if run.config.optim.name != "muon":
+            raise ValueError(f"momentum-warm-up needs optim.name muon, got {run.config.optim.name}")
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
-        part = min(1.0, self.step / min(300, self.config.optim.steps))
-        for group in self.optimizers[0].param_groups:
-            group["momentum"] = (1 - part) * 0.85 + part * self.config.optim.muon_momentum
-        return super().train_step(stop_asked, save_asked)
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        optim = run.config.optim
+        fraction = min(1.0, run.state.step / min(300, optim.steps))
+        for group in run.optimizers[0].param_groups:
+            group["momentum"] = (1 - fraction) * 0.85 + fraction * optim.muon_momentum
+        return super().train_step(run, stop_requested, save_requested)
 
 
-class SmallBatchesFirst(Trainer):
-    """In the first third, each half of a batch is an optimizer step of its own, at the same learning rate."""
+class SmallBatchesFirst(Idea):
+    """In the first third of the run, each half of a batch is an optimizer step, with the same learning rate."""
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
-        if self.step >= self.config.optim.steps // 3:
-            return super().train_step(stop_asked, save_asked)
-        whole = self.loader
-        inputs, targets, share = zip(*next(whole), strict=True)
-        if len(share) != 1:
-            raise ValueError("small-batches-first halves whole batches: raise data.micro_batch until a batch is one")
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        if run.state.step >= run.config.optim.steps // 3:
+            return super().train_step(run, stop_requested, save_requested)
+        loader = run.loader
+        inputs, targets, weight = zip(*next(loader), strict=True)
+        if len(weight) != 1:
+            raise ValueError("small-batches-first needs whole batches: raise data.micro_batch to the whole batch")
         halves = zip(inputs[0].chunk(2), targets[0].chunk(2), strict=True)
-        batches: Any = iter([[MicroBatch(*half, weight=share[0])] for half in halves])
-        self.loader = batches
-        super().train_step(stop_asked, save_asked)
-        self.step -= 1
-        result = super().train_step(stop_asked, save_asked)
-        self.loader = whole
+        run.loader = iter([[MicroBatch(*half, weight=weight[0])] for half in halves])
+        super().train_step(run, stop_requested, save_requested)
+        run.state.step -= 1
+        result = super().train_step(run, stop_requested, save_requested)
+        run.loader = loader
         return result
 
 
-IDEAS: dict[str, type[Trainer]] = {
+IDEAS: dict[str, type[Idea]] = {
     "undecayed-embeddings": UndecayedEmbeddings,
     "small-positions": SmallPositions,
     "z-loss": ZLoss,

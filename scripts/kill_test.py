@@ -1,11 +1,12 @@
-"""Kill a run again and again, and hold what it leaves to what the same run leaves when it is let alone:
+"""Kill a run again and again, and compare what it leaves with what the same run leaves without being killed:
 
     python -m scripts.kill_test --config FILE.yaml --dir DIR --kills 80 --processes 1
 
-Each life is forked from this process, which has imported everything, so that it begins within a fraction of a second;
-with several processes this script stands in for torchrun. SIGKILL comes at a random moment: of the start, some steps
-into the life, or while a checkpoint is being written. Prints one JSON object with what was counted; exit status 1 where
-weights, optimizer state or metrics differ from those of the run let alone, or a temporary file is left.
+Each attempt at the run is forked from this process, which has imported everything, so that it starts within a fraction
+of a second. With several processes this script takes the place of torchrun. SIGKILL comes at a random moment: during
+the start, after some steps, or while a checkpoint is being written. The script prints one JSON object with counts. The
+exit status is 1 if weights, optimizer state or metrics differ from those of the undisturbed run, or if a temporary file
+is left.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported once here, not in every life)
+import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported once here, not in every attempt)
 
 import train
 from command import ending
-from training.checkpoint import MANIFEST, PARTIAL, list_checkpoints, read_state
+from files import PARTIAL_SUFFIX
+from pretrained import MANIFEST, list_checkpoints
+from training.checkpoint import read_state
 from training.config import Config, parse_config
-from training.metrics import read_metrics
+from training.run_directory import RunDirectory
 
-MOMENTS = {"start": 0.15, "step": 0.55, "checkpoint": 0.3}  # what a kill is aimed at, and how often
-GRACE = 60.0  # seconds in which the others must end when one process is dead
+MOMENTS = {"start": 0.15, "step": 0.55, "checkpoint": 0.3}  # when to kill, and the fraction of kills
+GRACE = 60.0  # seconds in which the other processes must end after one was killed
 
 
-class Life:
+class Attempt:
     """The processes of one start of train.py."""
 
     def __init__(self, arguments: list[str], processes: int, log: Path) -> None:
@@ -53,7 +56,7 @@ class Life:
             self.running.append(pid)
 
     def over(self) -> bool:
-        """Whether every process has ended."""
+        """Return whether every process has ended."""
         for pid in list(self.running):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -62,7 +65,7 @@ class Life:
         return not self.running
 
     def kill(self, pids: list[int]) -> bool:
-        """SIGKILL to some; the rest is told by SIGTERM, as torchrun does. Returns whether all ended in time."""
+        """Send SIGKILL to some processes and SIGTERM to the others, as torchrun does. Return whether all end."""
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for pid in set(self.running) - set(pids):
@@ -78,7 +81,7 @@ class Life:
 
 
 def become_train(arguments: list[str], log: Path) -> None:
-    """Run train.py's main in this forked process, its output appended to `log`, and end with its exit status."""
+    """Run train.py's main in this forked process, append its output to `log`, and exit with its status."""
     status = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -97,108 +100,103 @@ def become_train(arguments: list[str], log: Path) -> None:
         os._exit(status)
 
 
-class Run:
-    """What can be seen of a run in its directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.metrics = directory, directory / "metrics.jsonl"
-
-    def metrics_file(self) -> int:
-        """Which file metrics.jsonl is: each life writes one of its own."""
-        return self.metrics.stat().st_ino if self.metrics.exists() else 0
-
-    def first_step(self) -> int:
-        """The step that the newest life went on from."""
-        return json.loads((self.directory / "provenance.json").read_text())[-1]["resumed_at_step"] or 0
-
-    def last_step(self) -> int:
-        """The last step in metrics.jsonl."""
-        with open(self.metrics, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            whole = file.read().split(b"\n")[:-1]
-        return json.loads(whole[-1])["step"] if whole and whole[-1].endswith(b"}") else 0
-
-    def half_written(self) -> Path | None:
-        """A checkpoint that is being written; not one that is being deleted, which is older than a whole one."""
-        whole = list_checkpoints(self.directory / "checkpoints")
-        for path in (self.directory / "checkpoints").glob(f"step-*{PARTIAL}"):
-            if not whole or path.name.removesuffix(PARTIAL) > whole[-1].name:
-                return path
-        return None
+def metrics_inode(run: RunDirectory) -> int:
+    """Return the inode of metrics.jsonl, 0 if there is no file. Each attempt replaces the file by a new one."""
+    return run.metrics_path.stat().st_ino if run.metrics_path.exists() else 0
 
 
-def kill_once(run: Run, life: Life, moment: str, chance: random.Random, steps: int) -> dict[str, bool] | None:
-    """Wait for the moment and kill; what was hit, or None where the life ended by itself."""
-    began, metrics_before, half_before = time.monotonic(), run.metrics_file(), run.half_written()
-    stale = half_before.stat().st_ino if half_before is not None else 0
+def last_step(run: RunDirectory) -> int:
+    """Return the last step in metrics.jsonl, from the end of the file."""
+    with open(run.metrics_path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        complete = file.read().split(b"\n")[:-1]
+    return json.loads(complete[-1])["step"] if complete and complete[-1].endswith(b"}") else 0
+
+
+def unfinished_checkpoint(run: RunDirectory) -> Path | None:
+    """Return the checkpoint that is being written. One that is being deleted is older than a complete one."""
+    complete = list_checkpoints(run.checkpoints)
+    for path in run.checkpoints.glob(f"step-*{PARTIAL_SUFFIX}"):
+        if not complete or path.name.removesuffix(PARTIAL_SUFFIX) > complete[-1].name:
+            return path
+    return None
+
+
+def kill_once(
+    run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
+) -> dict[str, bool] | None:
+    """Wait for the moment and kill. Return what was interrupted, or None if the attempt ended by itself."""
+    started, inode_before, unfinished_before = time.monotonic(), metrics_inode(run), unfinished_checkpoint(run)
+    stale = unfinished_before.stat().st_ino if unfinished_before is not None else 0
     delay, new_steps = chance.uniform(0, 0.6), chance.randint(1, steps)
 
-    def new_half() -> bool:
+    def writes_checkpoint() -> bool:
         try:
-            found = run.half_written()
+            found = unfinished_checkpoint(run)
             return found is not None and found.stat().st_ino != stale
-        except OSError:  # renamed in between: whole now
+        except OSError:  # it was renamed meanwhile, so it is complete
             return False
 
-    def stepped(n: int) -> bool:
-        return run.metrics_file() not in (0, metrics_before) and run.last_step() >= run.first_step() + n
+    def has_stepped(n: int) -> bool:
+        if metrics_inode(run) in (0, inode_before):
+            return False
+        return last_step(run) >= (run.read_provenance()[-1]["resumed_at_step"] or 0) + n
 
-    while moment != "start" or time.monotonic() < began + delay:
-        if life.over():
+    while moment != "start" or time.monotonic() < started + delay:
+        if attempt.over():
             return None
-        if (moment == "checkpoint" and new_half()) or (moment == "step" and stepped(new_steps)):
+        if (moment == "checkpoint" and writes_checkpoint()) or (moment == "step" and has_stepped(new_steps)):
             time.sleep(chance.uniform(0, 0.01))
             break
         time.sleep(0.0005)
-    some = chance.sample(life.running, chance.randint(1, len(life.running))) if life.running else []
-    in_time = life.kill(some)
-    return {"after_first_step": stepped(1), "half_written": new_half(), "hung": not in_time}
+    some = chance.sample(attempt.running, chance.randint(1, len(attempt.running))) if attempt.running else []
+    in_time = attempt.kill(some)
+    return {"after_first_step": has_stepped(1), "half_written": writes_checkpoint(), "hung": not in_time}
 
 
-def differences(alone: Run, killed: Run, config: Config) -> list[str]:
-    """What distinguishes the two finished runs, in words."""
+def differences(alone: RunDirectory, killed: RunDirectory, config: Config) -> list[str]:
+    """Describe how two finished runs differ."""
     found = []
-    last = [list_checkpoints(run.directory / "checkpoints")[-1] for run in (alone, killed)]
+    last = [list_checkpoints(run.checkpoints)[-1] for run in (alone, killed)]
     hashes = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in last]
     for name in ("model.safetensors", "trainer/optimizer.safetensors"):
         if read_state(last[0])["step"] != read_state(last[1])["step"] or hashes[0][name] != hashes[1][name]:
-            found.append(f"{last[1] / name} is not that of {last[0]}")
+            found.append(f"{last[1] / name} differs from {last[0] / name}")
     seen = [
-        [(record["split"], record["step"], record["loss"]) for record in read_metrics(run.metrics)]
-        for run in (alone, killed)
+        [(record["split"], record["step"], record["loss"]) for record in run.read_metrics()] for run in (alone, killed)
     ]
     if [step for split, step, _ in seen[1] if split == "train"] != list(range(1, config.optim.steps + 1)):
-        found.append(f"{killed.metrics} has not each step once")
+        found.append(f"{killed.metrics_path} does not have each step once")
     if seen[0] != seen[1]:
-        found.append(f"{killed.metrics} has other losses than {alone.metrics}")
-    found += [f"{path} was left" for path in killed.directory.rglob(f"*{PARTIAL}")]
+        found.append(f"{killed.metrics_path} has other losses than {alone.metrics_path}")
+    found += [f"{path} was left" for path in killed.path.rglob(f"*{PARTIAL_SUFFIX}")]
     return found
 
 
 def kill_and_compare(args: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Train alone and under kills: what was counted, and the differences. Ends with status 1 where it cannot go on."""
+    """Train without and with kills; return the counts and the differences. Ends with status 1 if it cannot continue."""
     args.dir.mkdir(parents=True, exist_ok=True)
-    alone, killed = Run(args.dir / "alone"), Run(args.dir / "killed")
+    alone, killed = RunDirectory(args.dir / "alone"), RunDirectory(args.dir / "killed")
 
-    def live(run: Run) -> Life:
-        where = ["--run.dir", str(args.dir), "--run.name", run.directory.name]
-        return Life(["--config", args.config, *where], args.processes, args.dir / f"{run.directory.name}.log")
+    def start(run: RunDirectory) -> Attempt:
+        where = ["--run.dir", str(args.dir), "--run.name", run.path.name]
+        return Attempt(["--config", args.config, *where], args.processes, args.dir / f"{run.path.name}.log")
 
-    def finish(run: Run) -> None:
-        life = live(run)
-        while not life.over():
+    def finish(run: RunDirectory) -> None:
+        attempt = start(run)
+        while not attempt.over():
             time.sleep(0.01)
-        if life.failed:
-            sys.exit(f"a life failed, see {args.dir / run.directory.name}.log")
+        if attempt.failed:
+            sys.exit(f"an attempt failed, see {args.dir / run.path.name}.log")
 
     finish(alone)
     chance = random.Random(args.seed)
-    moments = [name for name, share in MOMENTS.items() for _ in range(round(share * args.kills))]
+    moments = [name for name, fraction in MOMENTS.items() for _ in range(round(fraction * args.kills))]
     moments += ["step"] * (args.kills - len(moments))
     chance.shuffle(moments)
     counts = {"kills": 0, "after_first_step": 0, "half_written": 0, "hung": 0}
     for moment in moments[: args.kills]:
-        hit = kill_once(killed, live(killed), moment, chance, config.optim.steps // args.kills)
+        hit = kill_once(killed, start(killed), moment, chance, config.optim.steps // args.kills)
         if hit is None:
             sys.exit(f"the run ended by itself after {counts['kills']} kills: raise optim.steps")
         counts["kills"] += 1
@@ -209,18 +207,23 @@ def kill_and_compare(args: argparse.Namespace, config: Config) -> dict[str, Any]
 
 
 def main() -> None:
+    """Read the command line, run the test, and print the counts."""
     parser = argparse.ArgumentParser(prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--config", required=True, metavar="FILE.yaml", help="a short run of many steps and checkpoints"
     )
-    parser.add_argument("--dir", required=True, type=Path, help="where the two runs go, `alone` and `killed`")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=1, help="of the run; all on this machine")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--dir", required=True, type=Path, help="directory of the two runs, `alone` and `killed`")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes of the run, all on this machine (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     args = parser.parse_args()
     config = parse_config(["--config", args.config])
     if args.kills > config.optim.steps:
-        parser.error(f"--kills {args.kills} in a run of optim.steps {config.optim.steps}: raise it, or kill less often")
+        parser.error(
+            f"--kills {args.kills} in a run of optim.steps {config.optim.steps}: raise optim.steps, or kill less often"
+        )
     with ending(parser):
         counted = kill_and_compare(args, config)
         print(json.dumps(counted))

@@ -1,11 +1,11 @@
-"""Train one configuration in several ways, and set what comes of them in a table:
+"""Train one configuration in several ways, and print a table of the results:
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
-Every combination of the values given with --vary is trained with every seed, one after another, each a run of its own
-under --dir; a run that is finished already is read and not repeated, and one that diverges has a loss of inf. The last
-column is what reruns the row: after `--config ... --vary`; `--idea` trains with a change of scripts/ideas.py.
-docs/recipes.md has such rows.
+Every combination of the values given with --vary is trained with every seed, one after another. Each is a run of its
+own under --dir. A run that has finished already is read and not repeated; a run that diverges gets a loss of inf. The
+last column of the table is what reproduces the row after `--config ... --vary`. `--idea` trains with one of the changes
+in scripts/ideas.py. docs/recipes.md has such tables.
 """
 
 from __future__ import annotations
@@ -19,40 +19,39 @@ import sys
 from pathlib import Path
 
 from command import ending
-from scripts.ideas import IDEAS
-from train import Trainer
+from processes import start_processes
+from scripts.ideas import IDEAS, Idea
+from train import train
 from training.config import parse_config
-from training.metrics import read_metrics
-from training.parallel import start_processes
+from training.run_directory import read_metrics
+from training.setup import setup
 
 
-def finish(arguments: list[str], trainer_class: type[Trainer]) -> None:
-    """Train the run that these arguments of train.py describe to its end."""
+def finish(arguments: list[str], idea: type[Idea] | None) -> None:
+    """Train the run that these arguments of train.py describe to its end, with an idea if one is given."""
     config = parse_config(arguments)
     if not config.eval.every:
-        raise ValueError("eval.every is 0: without a validation there is nothing to compare by")
-    trainer = trainer_class(config, start_processes(config.system))
-    try:
-        if trainer_class is not Trainer and 0 < trainer.step < config.optim.steps:
+        raise ValueError("eval.every is 0: without a validation, runs cannot be compared")
+    with setup(config, start_processes(config.system.device, config.system.dtype)) as run:
+        if idea is not None and 0 < run.state.step < config.optim.steps:
             raise ValueError(
-                f"{trainer.directory} was interrupted at step {trainer.step}, and checkpoints do not hold what an idea "
-                "keeps: delete it, to train it anew"
+                f"{run.directory.path} was interrupted at step {run.state.step}, and checkpoints do not store what an "
+                "idea keeps: delete it, to train it again"
             )
-        if trainer.run() != "finished":
+        changed = (idea or Idea)(run)
+        if train(run, train_step=changed.train_step, validate=changed.validate) != "finished":
             raise KeyboardInterrupt
-    finally:
-        trainer.close()
 
 
 def first_below(records: list[dict], loss: float) -> int | None:
-    """Tokens at the first validation with at most this loss."""
+    """Return the tokens at the first validation with at most this loss, None if there is none."""
     reached = (r["tokens"] for r in records if r["split"] == "val" and r["loss"] is not None and r["loss"] <= loss)
     return next(reached, None)
 
 
 def table(args: argparse.Namespace) -> str:
-    """Train what is not trained yet; the rows, in Markdown."""
-    choices = [  # split at commas that are not inside brackets: betas=[0.9,0.95],[0.9,0.99] are two
+    """Train what has not been trained yet, and return the table in Markdown."""
+    choices = [  # split at commas outside brackets: betas=[0.9,0.95],[0.9,0.99] are two values
         [(name, value) for value in re.split(r",(?![^\[]*\])", values)]
         for name, _, values in (field.partition("=") for field in args.vary)
     ]
@@ -67,7 +66,7 @@ def table(args: argparse.Namespace) -> str:
             arguments = ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags]
             diverged = False
             try:
-                finish(arguments, IDEAS.get(args.idea, Trainer))
+                finish(arguments, IDEAS.get(args.idea))
             except FloatingPointError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 diverged = True
@@ -97,16 +96,20 @@ def main() -> None:
         prog="python -m scripts.sweep", description="Train one configuration in several ways."
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
-    parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try for a field")
     parser.add_argument("--idea", choices=IDEAS, help="train with one of the changes in scripts/ideas.py")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
-    parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
-    parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1337], help="seeds of each combination (default: 1337)"
+    )
+    parser.add_argument(
+        "--losses", nargs="*", type=float, default=[], help="validation losses for which to count the tokens needed"
+    )
+    parser.add_argument("--dir", default="runs/sweep", help="directory of the runs (default: %(default)s)")
     args = parser.parse_args()
     for field in args.vary:
         if "=" not in field:
             parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
-    then = "delete the run that was stopped, and give" if args.idea else "go on with"
+    then = "delete the run that was stopped, and repeat" if args.idea else "continue with"
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; {then} the same command\n"):
         print(table(args))
 

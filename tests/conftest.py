@@ -1,4 +1,4 @@
-"""What many tests need: small datasets, made once, by the commands a user would type."""
+"""Fixtures for many tests: small datasets, which the commands of a user make once, and small runs."""
 
 import dataclasses
 import json
@@ -15,17 +15,18 @@ import torch
 import yaml
 
 from data.tokenizer import load_tokenizer
-from train import Trainer
+from processes import start_processes
+from train import train as train_run
 from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, System
-from training.parallel import start_processes
+from training.setup import setup
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # as in the processes that `python` starts: the order of sums is part of the bits
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub says so by its mark, and unsets this
+torch.set_num_threads(1)  # as in the processes that `python` starts: the number of threads changes the order of sums
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub has the mark `network` and unsets this
 
 
 def run_python(*arguments, check=True, timeout=300, **environment):
-    """`python ...` in the repository, its output captured; fails with it where `check` and the exit is not 0."""
+    """Run `python ...` in the repository and capture its output. With `check`, fail if the exit status is not 0."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -41,13 +42,13 @@ def run_python(*arguments, check=True, timeout=300, **environment):
 
 @pytest.fixture(scope="session")
 def python():
-    """`python("train.py", "--config", ...)`: a completed process."""
+    """`python("train.py", "--config", ...)`: the completed process."""
     return run_python
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """GPT-2's."""
+    """GPT-2's tokenizer."""
     return load_tokenizer("gpt2")
 
 
@@ -64,7 +65,7 @@ VERSES = [
 
 @pytest.fixture(scope="session")
 def verses(tmp_path_factory):
-    """A dataset of some 10 KB in characters: 120 documents, about a tenth of them for validation."""
+    """A dataset of about 10 KB with characters as tokens: 120 documents, a tenth of them for validation."""
     directory = tmp_path_factory.mktemp("verses")
     source = directory / "verses.jsonl"
     source.write_text("".join(json.dumps({"text": verse}) + "\n" for verse in VERSES), encoding="utf-8")
@@ -75,7 +76,7 @@ def verses(tmp_path_factory):
 
 @pytest.fixture
 def tiny_run(verses, tmp_path):
-    """`tiny_run("name", **{"optim.steps": 5})`: the configuration of a run that takes milliseconds a step."""
+    """`tiny_run("name", **{"optim.steps": 5})`: the configuration of a run whose steps take milliseconds."""
 
     def configure(name="tiny", **changes):
         config = Config(
@@ -90,23 +91,30 @@ def tiny_run(verses, tmp_path):
         for path, value in changes.items():
             section, field = path.split(".")
             setattr(getattr(config, section), field, value)
-        return dataclasses.replace(config)  # checks it again
+        return dataclasses.replace(config)  # checks the combination again
 
     return configure
 
 
 @pytest.fixture
-def train():
-    """Run a configuration in this process; returns the run's directory."""
+def prepare():
+    """`prepare(config)`: a TrainingRun that is set up in this process, to use in a `with` statement."""
+
+    def run(config, **options):
+        return setup(config, start_processes(config.system.device, config.system.dtype), **options)
+
+    return run
+
+
+@pytest.fixture
+def train(prepare):
+    """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
-    def run(config):
-        trainer = Trainer(config, start_processes(config.system))
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
-        return trainer.directory
+    def run(config, **functions):
+        with prepare(config) as prepared:
+            train_run(prepared, **functions)
+        return prepared.directory.path
 
     yield run
     for number, handler in handlers.items():
@@ -115,7 +123,7 @@ def train():
 
 @pytest.fixture
 def write_config(tmp_path):
-    """Write a configuration to a YAML file for a process of its own; returns its path."""
+    """`write_config(config)`: the path of a YAML file for a process of its own."""
 
     def write(config):
         path = tmp_path / f"{config.run.name}.yaml"
@@ -127,7 +135,7 @@ def write_config(tmp_path):
 
 @pytest.fixture
 def launch():
-    """`launch(*command, **environment)`: a process, its output in a pipe; it and its children end with the test."""
+    """`launch(*command, **environment)`: a process with its output in a pipe. The test ends it and its children."""
     started = []
 
     def begin(*command, **environment):
@@ -146,7 +154,7 @@ def launch():
     for process in started:
         if process.poll() is None:
             parent = psutil.Process(process.pid)
-            for one in (*parent.children(recursive=True), parent):  # torchrun's workers have sessions of their own
+            for one in (*parent.children(recursive=True), parent):  # torchrun's workers are in sessions of their own
                 one.kill()
         process.wait()
         process.stdout.close()
@@ -154,7 +162,7 @@ def launch():
 
 @pytest.fixture
 def wait_for_step():
-    """`wait_for_step(run, step, process)`: until the run has logged the step; a process that ends before has failed."""
+    """`wait_for_step(run, step, process)`: wait until the run has logged the step. The process may not end before."""
 
     def wait(run, step, process):
         path = run / "metrics.jsonl"

@@ -9,9 +9,8 @@ import device
 from device import find_dtype, gradient_scaler, native_dtypes
 from eval.hellaswag import hellaswag
 from generation import generate
-from model import loss_and_gradients
-from train import Trainer
-from training.parallel import start_processes
+from kernels.loss import loss_and_gradients
+from train import train_step, validate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KERNELS = {"linear_cross_entropy_sum": loss_and_gradients}
@@ -107,20 +106,21 @@ class ComputedDtypes(TorchDispatchMode):
         return result
 
 
-def use_everything(config, record):
-    """One training step, a validation, decoding and a batch of HellaSwag, under `record`."""
-    trainer = Trainer(config, start_processes(config.system))
-    try:
-        with record:
-            trainer.train_step(False, False)
-            trainer.validate()
-            with trainer.processes.autocast():
-                trainer.model.eval()
-                generate(trainer.model, [[1, 2], [3]], max_new_tokens=3, do_sample=True)
-                hellaswag(trainer.model, trainer.inputs.tokenizer, limit=2)
-        return trainer
-    finally:
-        trainer.close()
+@pytest.fixture
+def use_everything(prepare):
+    """`use_everything(config, record)`: one training step, a validation, decoding and HellaSwag under `record`."""
+
+    def use(config, record):
+        with prepare(config) as run, record:
+            train_step(run, False, False)
+            validate(run)
+            with run.processes.autocast():
+                run.model.eval()
+                generate(run.model, [[1, 2], [3]], max_new_tokens=3, do_sample=True)
+                hellaswag(run.model, run.inputs.tokenizer, limit=2)
+        return run
+
+    return use
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +145,7 @@ def small_run(tiny_run, gpt2_verses):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_float32_run_computes_nothing_in_a_reduced_precision(small_run, optimizer):
+def test_a_float32_run_computes_nothing_in_a_reduced_precision(small_run, use_everything, optimizer):
     record = ComputedDtypes()
     use_everything(small_run("float32", optimizer), record)
     assert not record.reduced
@@ -153,16 +153,16 @@ def test_a_float32_run_computes_nothing_in_a_reduced_precision(small_run, optimi
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_reduced_precision_keeps_in_float32_what_needs_it(small_run, dtype):
+def test_a_reduced_precision_keeps_in_float32_what_needs_it(small_run, use_everything, dtype):
     record = ComputedDtypes()
-    trainer = use_everything(small_run(dtype, "muon"), record)
+    run = use_everything(small_run(dtype, "muon"), record)
     reduced = getattr(torch, dtype)
     assert reduced in record.dtypes["addmm"]  # it computes in it
     assert record.reduced & {"native_layer_norm", "native_layer_norm_backward", "_fused_adamw_"} == set()
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    for optimizer in trainer.optimizers:
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    for optimizer in run.optimizers:
         states = [value for state in optimizer.state.values() for value in state.values()]
         assert {value.dtype for value in states} == {torch.float32}
     tokens = torch.randint(100, (2, 8))
-    with trainer.processes.autocast():
-        assert trainer.model(tokens, targets=tokens).loss.dtype == torch.float32
+    with run.processes.autocast():
+        assert run.model(tokens, targets=tokens).loss.dtype == torch.float32

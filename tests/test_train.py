@@ -1,4 +1,4 @@
-"""Training: the same curve on any number of processes, and a killed run that goes on as if nothing had happened."""
+"""The training loop: its curves, its steps, and runs that are stopped or killed and resume."""
 
 import json
 import math
@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from train import MAX_BAD_STEPS, Trainer
-from training.metrics import read_metrics
-from training.parallel import Processes, start_processes
+import data.tokenizer
+import pretrained
+from processes import Processes
+from train import MAX_BAD_STEPS, train_step
+from training.run_directory import read_metrics
+from training.setup import setup
 
 
 def losses(run, split="train"):
@@ -31,18 +34,18 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_micro_batch_that_is_no_divisor_gives_the_same_losses(tiny_run, train):
+def test_a_micro_batch_that_does_not_divide_the_batch_gives_the_same_losses(tiny_run, train):
     one = losses(train(tiny_run("one", **{"eval.every": 20})))
     for rows in (3, 1):
         assert losses(train(tiny_run(f"by-{rows}", **{"data.micro_batch": rows}))) == pytest.approx(one, abs=1e-4)
     assert len(one) == 20
-    assert one[-1] < one[0] - 0.5  # and they are the losses of a model that learns
+    assert one[-1] < one[0] - 0.5  # the model learns
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"model.dropout": 0.2}, {"optim.name": "muon"}], ids=["plain", "dropout", "muon"]
 )
-def test_going_on_from_a_checkpoint_is_bit_exact(tiny_run, train, changes):
+def test_resuming_from_a_checkpoint_is_bit_exact(tiny_run, train, changes):
     config = tiny_run("whole", **{"checkpoint.every": 7, "checkpoint.keep": 9}, **changes)
     run = train(config)
     whole, records = weights(run, 20), losses(run)
@@ -51,15 +54,17 @@ def test_going_on_from_a_checkpoint_is_bit_exact(tiny_run, train, changes):
     train(config)
     assert same_bits(weights(run, 20), whole)
     assert losses(run) == records
-    assert "7" in json.dumps(json.loads((run / "provenance.json").read_text())[1]["resumed_at_step"])
+    assert json.loads((run / "provenance.json").read_text())[1]["resumed_at_step"] == 7
 
 
 def slow_run(tiny_run, name):
-    """40 steps of some 20 ms, so that a signal lands where it is meant to."""
+    """Return a run of 40 steps of about 20 ms each, slow enough for a signal to arrive at a chosen step."""
     return tiny_run(name, **{"optim.steps": 40, "checkpoint.every": 5, "data.batch_tokens": 4096})
 
 
-def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_config, launch, wait_for_step, python):
+def test_a_run_that_is_killed_at_step_23_ends_with_the_same_bits(
+    tiny_run, train, write_config, launch, wait_for_step, python
+):
     whole = train(slow_run(tiny_run, "whole"))
     config = slow_run(tiny_run, "killed")
     killed = whole.parent / "killed"
@@ -69,7 +74,7 @@ def test_killed_at_step_23_it_ends_with_the_same_bits(tiny_run, train, write_con
     process.communicate()
     assert json.loads((killed / "status.json").read_text())["status"] == "running"
     done = python("train.py", "--config", write_config(config))
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert same_bits(weights(killed, 40), weights(whole, 40))
     assert [r["step"] for r in read_metrics(killed / "metrics.jsonl")] == list(range(1, 41))
     assert losses(killed) == losses(whole)
@@ -91,12 +96,12 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last:06d}"]
 
 
-def test_it_begins_at_ln_vocabulary_and_can_learn_a_small_text_by_heart(tiny_run, train, verses):
+def test_the_loss_starts_at_ln_vocabulary_and_a_small_text_can_be_memorized(tiny_run, train, verses):
     changes = {"optim.steps": 300, "data.batch_tokens": 1024, "model.n_embd": 64, "optim.weight_decay": 0.0}
     curve = losses(train(tiny_run("overfit", **changes)))
     vocab = json.loads((verses / "meta.json").read_text())["vocab_size"]
     assert curve[0] == pytest.approx(math.log(vocab), rel=0.05)
-    assert sum(curve[-10:]) / 10 < 0.12  # what is left is the names and numbers that no context tells
+    assert sum(curve[-10:]) / 10 < 0.12  # the rest is names and numbers, which no context determines
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tiny_run, train, write_config, python):
@@ -108,58 +113,53 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_run, train, write_confi
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_run, train, monkeypatch):
-    config = tiny_run("bad", **{"checkpoint.every": 20})
-    poison(monkeypatch, {4, 5})
-    run = train(config)
+def poisoned(steps):
+    """Return a `train_step` whose loss is NaN in these steps (counted from 0)."""
+
+    def step(run, *requests):
+        good = run.loss_function
+        if run.state.step in steps:
+            run.loss_function = lambda *batch: good(*batch) * float("nan")
+        result = train_step(run, *requests)
+        run.loss_function = good
+        return result
+
+    return step
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_run, train):
+    run = train(tiny_run("bad", **{"checkpoint.every": 20}), train_step=poisoned({4, 5}))
     state = json.loads((run / "checkpoints/step-000020/trainer/state.json").read_text())
     assert state["skipped_steps"] == 2
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["loss"] is None] == [5, 6]
     assert losses(run)[-1] < losses(run)[0]
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tiny_run, train, monkeypatch):
-    config = tiny_run("bad", **{"checkpoint.every": 3})
-    poison(monkeypatch, set(range(7, 100)))
+def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tiny_run, train):
     with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS} steps in a row.*step 17.*step-000006"):
-        train(config)
+        train(tiny_run("bad", **{"checkpoint.every": 3}), train_step=poisoned(set(range(7, 100))))
 
 
-def test_a_validation_amid_bad_steps_leaves_it_to_them_to_tell(tiny_run, train):
+def test_a_validation_between_bad_steps_does_not_fail_by_itself(tiny_run, train):
     with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS} steps in a row"):
         train(tiny_run("far", **{"optim.lr": 1e38, "optim.steps": 40, "eval.every": 5, "eval.samples": 1}))
 
 
-def poison(monkeypatch, steps):
-    """Make the loss NaN in these steps (counted from 0)."""
-    real = Trainer.train_step
-
-    def train_step(self, *asked):
-        good = self.loss_function
-        if self.step in steps:
-            self.loss_function = lambda *batch: good(*batch) * float("nan")
-        result = real(self, *asked)
-        self.loss_function = good
-        return result
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
-def test_one_read_of_the_device_a_step(tiny_run, monkeypatch):
-    """What turns a tensor into Python numbers waits for the device: once a step, never in a micro-step."""
-    config = tiny_run("reads", **{"data.micro_batch": 2})
-    trainer = Trainer(config, start_processes(config.system))
-    monkeypatch.setattr(trainer.model, "check_ids", lambda *arguments: None)  # on the CPU it looks at every id
-    reads = []
-    for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
-        real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda t, _real=real, _name=name: (reads.append(_name), _real(t))[1])
-    trainer.train_step(False, False)
-    assert reads == ["tolist"]
-    trainer.close()
+def test_a_step_reads_from_the_device_once(tiny_run, prepare, monkeypatch):
+    """Whatever turns a tensor into Python numbers waits for the device: once per step, never per micro-batch."""
+    with prepare(tiny_run("reads", **{"data.micro_batch": 2})) as run:
+        monkeypatch.setattr(run.model, "check_ids", lambda *arguments: None)  # on a CPU it reads every id
+        reads = []
+        for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+            real = getattr(torch.Tensor, name)
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda t, _real=real, _name=name: (reads.append(_name), _real(t))[1]
+            )
+        train_step(run, False, False)
+        assert reads == ["tolist"]
 
 
-def test_a_record_says_where_the_time_went_and_what_memory_was_held(tiny_run, train):
+def test_a_record_has_the_time_of_each_part_and_the_peak_memory(tiny_run, train):
     run = train(tiny_run("timed", **{"checkpoint.every": 5}))
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["split"] == "train"]
     before = 0.0
@@ -168,14 +168,14 @@ def test_a_record_says_where_the_time_went_and_what_memory_was_held(tiny_run, tr
         assert sum(parts) == pytest.approx(record["seconds"] - before, abs=1e-6)
         assert parts[1] == max(parts) or parts[1] > 0.2 * sum(parts)
         before = record["seconds"]
-    # a checkpoint is counted in the step after it
+    # a checkpoint counts for the step after it
     assert [r["step"] for r in records if r["checkpoint_seconds"] > 0] == [6, 11, 16]
     memory = [record["peak_memory"] for record in records]
     assert memory == sorted(memory)
     assert 50e6 < memory[-1] < psutil.virtual_memory().total
 
 
-def test_profile_leaves_a_trace_of_the_operators(tiny_run, write_config, python):
+def test_profile_writes_a_trace_of_the_operators(tiny_run, write_config, python):
     config = write_config(tiny_run("traced", **{"optim.steps": 8}))
     python("train.py", "--config", config, "--profile")
     trace = json.loads((config.parent / "runs" / "traced" / "trace.json").read_text())
@@ -206,19 +206,18 @@ def test_every_process_verifies_so_that_none_waits_for_another(tiny_run, monkeyp
         raise ValueError("verified")
 
     monkeypatch.setattr("data.shards.Split.verify", refuse)
+    processes = Processes(rank=1, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(ValueError, match="verified"):
-        Trainer(
-            tiny_run(), Processes(rank=1, world_size=1, device=torch.device("cpu"), dtype=torch.float32), verify=True
-        )
+        setup(tiny_run(), processes, verify=True)
 
 
-def test_a_run_gone_on_with_keeps_the_micro_batch_that_was_found_for_it(tiny_run, train, monkeypatch):
-    """`auto` goes by free memory, and another micro-batch is another order of sums: other bits."""
+def test_a_resumed_run_keeps_its_automatic_micro_batch(tiny_run, train, monkeypatch):
+    """`auto` depends on free memory, and another micro-batch sums in another order, which gives other bits."""
     config = tiny_run("auto", **{"data.micro_batch": "auto", "checkpoint.every": 10})
     run = train(config)
     whole = weights(run, 20)
     shutil.rmtree(run / "checkpoints" / "step-000020")
-    monkeypatch.setattr("train.fit_micro_batch", lambda *arguments, **options: 1)
+    monkeypatch.setattr("training.plan.fit_micro_batch", lambda *arguments, **options: (1, "as patched"))
     train(config)
     assert same_bits(weights(run, 20), whole)
 
@@ -235,74 +234,88 @@ def test_a_run_gone_on_with_keeps_the_micro_batch_that_was_found_for_it(tiny_run
         ({"activation_checkpointing": True}, 1),
         ({"micro_batch_asked": 8}, 1),
     ],
-    ids=["same", "told-of-none", "device", "dtype", "processes", "sharded", "recomputing", "given"],
+    ids=["same", "not-stored", "device", "dtype", "processes", "sharded", "recomputing", "given"],
 )
-def test_where_what_it_went_by_is_another_the_micro_batch_is_found_anew(tiny_run, train, monkeypatch, stored, found):
+def test_under_other_circumstances_the_micro_batch_is_chosen_again(
+    tiny_run, train, prepare, monkeypatch, stored, found
+):
     config = tiny_run("auto", **{"data.micro_batch": "auto", "optim.steps": 3})
     checkpoint = train(config) / "checkpoints" / "step-000003"
     state = json.loads((checkpoint / "trainer" / "state.json").read_text())
     assert (state["micro_batch"], state["device"], state["dtype"]) == (8, "cpu", "torch.float32")
-    if stored is None:  # of a version before this
+    if stored is None:  # as earlier versions saved it
         del state["device"], state["dtype"]
     (checkpoint / "trainer" / "state.json").write_text(json.dumps(state | (stored or {})))
     monkeypatch.setattr("pretrained.verify", lambda path: None)
-    monkeypatch.setattr("train.fit_micro_batch", lambda *arguments, **options: 1)
-    trainer = Trainer(config, start_processes(config.system))
-    trainer.close()
-    assert trainer.micro_batch == found
+    monkeypatch.setattr("training.plan.fit_micro_batch", lambda *arguments, **options: (1, "as patched"))
+    with prepare(config) as run:
+        assert run.plan.micro_batch == found
 
 
-def test_a_validation_before_the_first_checkpoint_does_not_stand_twice(tiny_run, train):
+def test_resuming_hashes_each_checkpoint_and_parses_each_tokenizer_once(tiny_run, train, monkeypatch):
+    config = tiny_run("once", **{"optim.steps": 3})
+    checkpoint = train(config) / "checkpoints" / "step-000003"
+    verified, parsed = [], []
+    verify, parse = pretrained.verify, data.tokenizer.load_tokenizer
+    monkeypatch.setattr("pretrained.verify", lambda path: (verified.append(path), verify(path))[1])
+    monkeypatch.setattr("training.inputs.load_tokenizer", lambda name: (parsed.append(str(name)), parse(name))[1])
+    train(config)
+    assert verified == [checkpoint]
+    assert parsed == [str(checkpoint), config.data.dir]
+    verified.clear(), parsed.clear()
+    train(tiny_run("tuned", **{"optim.steps": 3, "model.init_from": str(checkpoint.parent.parent)}))
+    assert verified == [checkpoint]
+    assert parsed == [str(checkpoint), config.data.dir]
+
+
+def test_a_validation_before_the_first_checkpoint_appears_once(tiny_run, train):
     config = tiny_run("twice", **{"optim.steps": 4, "eval.every": 2})
     run = train(config)
-    shutil.rmtree(run / "checkpoints")  # killed before there was one
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed before the first one
     train(config)
     assert [(r["split"], r["step"]) for r in read_metrics(run / "metrics.jsonl")] == [
         ("val", 0), ("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4)
     ]  # fmt: skip
 
 
-def test_a_stop_does_not_wait_for_a_validation_and_the_next_life_has_it(tiny_run, train, monkeypatch):
+def test_a_stop_request_skips_the_validation_and_the_resumed_run_does_it(tiny_run, train):
     options = {"optim.steps": 8, "eval.every": 2, "eval.samples": 1, "checkpoint.every": 8}
 
-    def told(run):
+    def logged(run):
         return [(r["split"], r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl")]
 
+    def stop_after_step_4(run, *requests):
+        return train_step(run, *requests)._replace(stop=run.state.step == 4)
+
+    def interrupt(run, *requests):
+        raise KeyboardInterrupt
+
     whole = train(tiny_run("whole", **options))
-    real = Trainer.train_step
-
-    def train_step(self, *asked):
-        finite, _, save = real(self, *asked)
-        return finite, self.step == 4, save
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", train_step)
-        run = train(tiny_run("stopped", **options))
-    assert told(run) == [record for record in told(whole) if record[1] < 4 or record[:2] == ("train", 4)]
+    run = train(tiny_run("stopped", **options), train_step=stop_after_step_4)
+    assert logged(run) == [record for record in logged(whole) if record[1] < 4 or record[:2] == ("train", 4)]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
-    # killed after it has validated, but before another checkpoint: nothing stands twice in the life after that
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train_step", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        train(tiny_run("stopped", **options))
-    assert told(run)[-1][:2] == ("val", 4)
+    # Killed after that validation, but before another checkpoint: the next attempt does not log it twice.
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run("stopped", **options), train_step=interrupt)
+    assert logged(run)[-1][:2] == ("val", 4)
     train(tiny_run("stopped", **options))
-    assert sorted(told(run)) == sorted(told(whole))
+    assert sorted(logged(run)) == sorted(logged(whole))
     assert (run / "samples.txt").read_text() == (whole / "samples.txt").read_text()
 
 
-def test_samples_of_steps_that_are_taken_again_do_not_stand_twice(tiny_run, train):
+def test_samples_of_repeated_steps_appear_once(tiny_run, train):
     config = tiny_run("again", **{"optim.steps": 6, "eval.every": 2, "eval.samples": 2, "checkpoint.every": 4})
     run = train(config)
     samples = (run / "samples.txt").read_text()
     assert samples.count("==== step ") == 8
     shutil.rmtree(run / "checkpoints" / "step-000006")
-    with open(run / "samples.txt", "ab") as file:  # as a full disk leaves it, in the middle of a character
+    with open(run / "samples.txt", "ab") as file:  # as a full disk leaves it: cut in the middle of a character
         file.write("==== step 6, sample 3\nabc п".encode()[:-1])
     train(config)
     assert (run / "samples.txt").read_text() == samples
 
 
-def test_samples_and_curves_without_room_stop_the_run_or_not_as_configured(tiny_run, train, monkeypatch, capsys):
+def test_samples_and_curves_on_a_full_disk_stop_the_run_or_not_as_configured(tiny_run, train, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -312,22 +325,21 @@ def test_samples_and_curves_without_room_stop_the_run_or_not_as_configured(tiny_
         train(tiny_run("stop", **options))
     run = tiny_run("continue", **options, **{"checkpoint.on_error": "continue"})
     (directory := Path(run.run.dir) / "continue").mkdir()
-    (directory / "samples.txt").mkdir()  # which no file can be written over
-    monkeypatch.setattr("train.keep_samples", lambda *arguments: None)
+    (directory / "samples.txt").mkdir()  # a directory, which cannot be opened as a file
+    monkeypatch.setattr("training.run_directory.keep_samples", lambda *arguments: None)
     train(run)
     assert len(losses(directory)) == 4
     output = capsys.readouterr().out
     assert output.count("samples.txt could not be written") == output.count("loss.png could not be written") - 1 == 3
 
 
-def test_a_failure_that_cannot_be_noted_does_not_hide_behind_that(tiny_run, monkeypatch):
+def test_a_status_that_cannot_be_written_does_not_hide_the_failure(tiny_run, prepare, monkeypatch):
     def refuse(path, value):
         raise OSError(f"cannot write {path}: No space left on device")
 
-    trainer = Trainer(tiny_run(), start_processes(tiny_run().system))
-    monkeypatch.setattr("train.write_json", refuse)
-    trainer.fail()
-    trainer.close()
+    with pytest.raises(FloatingPointError, match="diverged"), prepare(tiny_run()):
+        monkeypatch.setattr("training.run_directory.write_json", refuse)
+        raise FloatingPointError("diverged")
 
 
 def test_without_a_validation_at_the_start(tiny_run, train):
@@ -336,50 +348,48 @@ def test_without_a_validation_at_the_start(tiny_run, train):
     assert found == [2, 3]
 
 
-def test_what_keeps_a_directory_from_being_written_is_said(tiny_run, train, monkeypatch):
-    def refuse(path, value):  # as write_json tells it, without an errno
+def test_the_reason_why_a_directory_cannot_be_written_is_named(tiny_run, train, monkeypatch):
+    def refuse(path, value):  # as write_json raises it, without an errno
         raise OSError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr("train.write_json", refuse)
+    monkeypatch.setattr("training.run_directory.write_json", refuse)
     with pytest.raises(OSError, match=r"cannot write to .*\(cannot write .*: No space left on device\): choose"):
         train(tiny_run())
 
 
-def test_a_dataset_without_validation_is_trained_on_where_none_is_asked_for(tiny_run, train, verses, tmp_path):
+def test_a_dataset_without_a_validation_split_needs_eval_every_0(tiny_run, train, prepare, verses, tmp_path):
     dataset = shutil.copytree(verses, tmp_path / "dataset")
     (dataset / "val_000000.bin").unlink()
     meta = json.loads((dataset / "meta.json").read_text())
-    meta["shards"]["val"] = []  # as --val-fraction 0 leaves it
+    meta["shards"]["val"] = []  # as --val-fraction 0 writes it
     (dataset / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(FileNotFoundError, match=r"has no val shards .*, or train without validation, --eval.every 0"):
         train(tiny_run(**{"data.dir": str(dataset), "eval.every": 2}))
     config = tiny_run(**{"data.dir": str(dataset), "optim.steps": 3})
-    trainer = Trainer(config, start_processes(config.system), verify=True)
-    trainer.close()
+    with prepare(config, verify=True):
+        pass
     assert losses(train(config))[-1] > 0
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_5000_steps(tiny_run, train):
-    """With validations, samples and checkpoints; resident memory at steps 1,000 and 5,000."""
+    """With validations, samples and checkpoints: resident memory up to step 1,000 and up to step 5,000."""
     changes = {"optim.steps": 5000, "optim.lr": 1e-3, "eval.every": 500, "eval.samples": 1, "checkpoint.every": 250}
-    resident, real, process = {}, Trainer.train_step, psutil.Process()
+    resident, process = {}, psutil.Process()
 
-    def train_step(self, *asked):
-        result = real(self, *asked)
-        resident[self.step] = process.memory_info().rss
+    def measured_step(run, *requests):
+        result = train_step(run, *requests)
+        resident[run.state.step] = process.memory_info().rss
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", train_step)
-        train(tiny_run("long", **changes))
+    train(tiny_run("long", **changes), train_step=measured_step)
     settled = max(resident[step] for step in range(501, 1001))
     assert max(resident[step] for step in range(4501, 5001)) - settled < 4 * 2**20
 
 
 @pytest.mark.slow
 def test_the_loader_takes_less_than_one_percent_of_a_step(tiny_run, train):
-    """Steps of some 100 ms; the first, which waits for the first batch, left out."""
+    """In steps of about 100 ms, without the first step, which waits for the first batch."""
     changes = {"data.batch_tokens": 8192, "model.n_embd": 128, "model.n_layer": 4, "optim.steps": 20, "optim.lr": 1e-3}
     records = read_metrics(train(tiny_run("busy", **changes)) / "metrics.jsonl")
     loading = sum(record["data_seconds"] for record in records[1:])
@@ -388,21 +398,20 @@ def test_the_loader_takes_less_than_one_percent_of_a_step(tiny_run, train):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_nothing_is_compiled_again_after_the_first_step(tiny_run, train, monkeypatch):
-    """Not by other micro-batches, nor by evaluation, nor by sampling."""
+def test_nothing_is_compiled_again_after_the_first_step(tiny_run, train):
+    """Micro-batches of other sizes, evaluation and sampling do not compile anything again."""
     torch._dynamo.reset()
     counters.clear()
-    graphs, real = [], Trainer.train_step
+    graphs = []
 
-    def train_step(self, *asked):
-        result = real(self, *asked)
+    def counting_step(run, *requests):
+        result = train_step(run, *requests)
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
     changes = {"system.compile": True, "data.micro_batch": 3, "optim.steps": 8, "eval.every": 2, "eval.samples": 1}
-    compiled = losses(train(tiny_run("compiled", **changes)))
-    assert graphs[0] == 2  # 8 windows by at most 3 are two of 3 and one of 2
+    compiled = losses(train(tiny_run("compiled", **changes), train_step=counting_step))
+    assert graphs[0] == 2  # 8 windows in micro-batches of at most 3: two of 3 and one of 2
     assert set(graphs) == {2}
     changes["system.compile"] = False
     assert compiled == pytest.approx(losses(train(tiny_run("plain", **changes))), abs=1e-4)

@@ -1,9 +1,10 @@
-"""Checkpoints: directories that are a GPT-2 to every other tool, with what training needs to go on beside it.
+"""Checkpoints: directories that other tools load as a GPT-2, with the state of training beside the model.
 
     checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
                                trainer/optimizer.safetensors trainer/state.json   manifest.json
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed: it is there whole or not at all.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so that it exists completely or not at
+all. `pretrained.py` finds and verifies checkpoints.
 """
 
 from __future__ import annotations
@@ -14,60 +15,48 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from data.tokenizer import Tokenizer
-from files import file_sha256, sync_directory
-from model import GPT, GPTConfig
+from files import PARTIAL_SUFFIX, file_sha256, sync_directory
+from model import GPT
 from pretrained import MANIFEST, OPTIMIZER, STATE, find_newest, list_checkpoints
 from weights import save_weights
 
-PARTIAL = ".partial"
 
+def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return copies in host memory of the weights by name and the optimizer state by `parameter name/key`.
 
-class Snapshot(NamedTuple):
-    """What a checkpoint is written from: nothing of it changes while training goes on."""
-
-    weights: dict[str, Tensor]
-    optimizer_state: dict[str, Tensor]
-    shape: GPTConfig
-    tokenizer: Tokenizer
-    state: dict[str, Any]  # trainer/state.json; its "step" names the directory
-
-
-def host_copy(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by name, and optimizer state by `parameter name/key`, whole, in host memory of their own.
-
-    Every process must call it; only the main one gets the tensors.
+    Sharded tensors are gathered, so every process must call this function. Only the main process gets the tensors.
     """
     from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
-    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=whole).get("state", {})  # none on other ranks
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=options).get("state", {})  # {} on other ranks
     optimizer_state = {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
-    weights: dict[str, Any] = dcp.get_model_state_dict(model, options=whole)
-    # what was on the CPU already is still the model's own, which trains on
+    weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
+    # A tensor that was on the CPU already is the model's own and changes in the next step: clone it.
     return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in optimizer_state.items()}
 
 
 def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) -> None:
-    """Give the optimizers the state in a checkpoint. Learning rates and the like stay as the configuration has them."""
-    from torch.distributed.checkpoint import state_dict as dcp
+    """Load the optimizer state of a checkpoint. Learning rates and other hyperparameters stay as configured."""
+    from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
     state: dict[str, Any] = {}
     try:
         tensors = load_file(directory / OPTIMIZER)
     except SafetensorError as error:
         raise ValueError(
-            f"{directory / OPTIMIZER} is not a safetensors file ({error}): delete {directory}, and go on without it"
+            f"{directory / OPTIMIZER} is not a safetensors file ({error}): delete {directory}, and resume without it"
         ) from None
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
@@ -77,152 +66,153 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's trainer/state.json."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
 class Checkpoints:
-    """The checkpoints of one run. Only the main process writes; `save` waits for the one before and writes on a thread.
+    """The checkpoints of one run. A thread writes them, so that training continues meanwhile.
 
     Args:
         directory: runs/<name>/checkpoints.
-        keep: the newest that stay, beside the best by validation loss.
-        on_error: "stop" raises a failed save at the next call of any method that can; "continue" says so on stderr and
-            goes on.
+        keep: number of newest checkpoints to keep, in addition to the one with the best validation loss.
+        on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
+            the error. "continue": the call prints the error on stderr.
     """
 
     def __init__(self, directory: Path, *, keep: int, on_error: str) -> None:
         self.directory, self.keep, self.on_error = directory, keep, on_error
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._damaged: set[Path] = set()
+        self._unreadable: set[Path] = set()  # damaged checkpoints, and those without a readable trainer/state.json
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps is, or would be."""
+        """Return the path of the checkpoint after `step` steps, whether it exists or not."""
         return self.directory / f"step-{step:06d}"
 
-    def list(self) -> list[Path]:
-        """Those there are, by step, unverified."""
+    def existing(self) -> list[Path]:
+        """Return the existing checkpoints in the order of their steps, without verifying them."""
         return list_checkpoints(self.directory)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose manifest holds; damaged ones are named on stderr, passed over and left alone.
+        """Return the newest checkpoint that matches its manifest. Damaged ones are named on stderr and left unchanged.
 
-        Raises ValueError where there are checkpoints and every one is damaged.
+        Raises ValueError if there are checkpoints, but all of them are damaged.
         """
         newest, damaged = find_newest(self.directory)
-        self._damaged.update(damaged)
+        self._unreadable.update(damaged)
         return newest
 
     def best(self) -> tuple[float, Path] | None:
-        """The lowest validation loss known of them, and whose it is; what cannot be read is passed over.
+        """Return the lowest validation loss of the existing checkpoints, and the checkpoint it belongs to.
 
-        A checkpoint has its own loss, and the best before it: one saved at a stop was validated only afterwards.
+        A checkpoint stores its own validation loss and the best loss so far with its step. The second is needed for a
+        checkpoint that was saved on a stop request: its validation ran only after the run had resumed.
         """
         own: dict[Path, float] = {}
-        told: dict[Path, float] = {}
-        for path in self.list():
-            if path in self._damaged:
+        reported: dict[Path, float] = {}
+        for path in self.existing():
+            if path in self._unreadable:
                 continue
             try:
                 state = read_state(path)
                 loss, best = state["val_loss"], state.get("best")
-            except (OSError, ValueError, KeyError, TypeError) as error:  # one without its trainer/ is still a GPT-2
-                print(f"leaving alone {path}, whose {STATE} cannot be read: {error!r}", file=sys.stderr)
-                self._damaged.add(path)
+            except (OSError, ValueError, KeyError, TypeError) as error:  # without trainer/ it is still a GPT-2
+                print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
+                self._unreadable.add(path)
                 continue
             if loss is not None:
                 own[path] = loss
             if best is not None:
-                told[self.path(best[1])] = best[0]
-        there = set(self.list()) - self._damaged
-        return min(((loss, path) for path, loss in (told | own).items() if path in there), default=None)
+                reported[self.path(best[1])] = best[0]
+        readable = set(self.existing()) - self._unreadable
+        return min(((loss, path) for path, loss in (reported | own).items() if path in readable), default=None)
 
-    def remove_partial(self) -> None:
-        """Delete what a killed process left half written or half deleted."""
-        for path in self.directory.glob(f"*{PARTIAL}"):
-            shutil.rmtree(path)
+    def save(
+        self, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, state: dict[str, Any], *, write: bool
+    ) -> None:
+        """Copy model and optimizer state to host memory, and start the thread that writes them.
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint on a thread, after the one before is done."""
+        Every process must call this method; only one writes. It waits for the previous checkpoint.
+
+        Args:
+            state: the content of trainer/state.json; its "step" names the directory.
+            write: True on the process that writes.
+        """
+        weights, optimizer_state = copy_to_host(model, optimizers)
+        if not write:
+            return
         self.wait()
+        config = asdict(model.config)
 
-        def write() -> None:
+        def write_files(partial: Path) -> None:
+            save_weights(weights, config, partial, eos_token_id=tokenizer.eot)
+            tokenizer.save(partial)
+            save_file(optimizer_state, partial / OPTIMIZER)
+            (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+        def run() -> None:
             try:
-                self._write(snapshot)
+                self._write(self.path(state["step"]), write_files)
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """As `wait`, but without waiting: tells of the last `save` as soon as it has failed."""
+        """Raise or print the error of the last `save`, if it has failed already. Unlike `wait`, this does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last `save` is on disk. Raises OSError if it failed, unless `on_error` is "continue"."""
+        """Wait until the last `save` is on the disk. Raises OSError if it failed, unless `on_error` is "continue"."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is None:
             return
-        message = f"a checkpoint could not be written to {self.directory} ({error}); earlier ones are whole"
+        message = f"a checkpoint could not be written to {self.directory} ({error}); earlier ones are complete"
         if self.on_error == "stop":
-            raise OSError(f"{message}. Make room, and run the same command to go on from the newest") from error
+            raise OSError(f"{message}. Free some space, and run the same command to resume from the newest") from error
         print(message, file=sys.stderr)
 
-    def _write(self, snapshot: Snapshot) -> None:
-        final = self.path(snapshot.state["step"])
-        partial = final.with_name(final.name + PARTIAL)
+    def _write(self, final: Path, write_files: Callable[[Path], None]) -> None:
+        """Write one checkpoint to a temporary directory, then rename the directory to `final`."""
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
         try:
             (partial / "trainer").mkdir(parents=True)
-            save_weights(snapshot.weights, asdict(snapshot.shape), partial, eos_token_id=snapshot.tokenizer.eot)
-            snapshot.tokenizer.save(partial)
-            save_file(snapshot.optimizer_state, partial / OPTIMIZER)
-            (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
+            write_files(partial)
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             manifest = {
                 path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
                 for path in files
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            # Everything must be on the disk before the rename: a power failure may not leave an incomplete checkpoint.
             for path in (*files, partial / MANIFEST):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             sync_directory(partial / "trainer")
             sync_directory(partial)
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)  # room for the next attempt
+            shutil.rmtree(partial, ignore_errors=True)  # frees the space for the next attempt
             raise
-        if final.exists():  # a damaged one that was passed over
+        if final.exists():  # a damaged checkpoint, from which the run could not resume
             names = (final.with_name(f"{final.name}.damaged{n or ''}") for n in itertools.count())
             final.rename(next(name for name in names if not name.exists()))
-            self._damaged.discard(final)
+            self._unreadable.discard(final)
         partial.rename(final)
         sync_directory(self.directory)
         self._prune()
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep`, the best by validation loss, and what is damaged."""
-        best = self.best()  # which finds what cannot be read
-        paths = [path for path in self.list() if path not in self._damaged]
+        """Delete all checkpoints except the newest `keep`, the best by validation loss, and unreadable ones."""
+        best = self.best()  # also finds the checkpoints whose state cannot be read
+        paths = [path for path in self.existing() if path not in self._unreadable]
         for path in paths[: -self.keep]:
             if best is None or path != best[1]:
-                # renamed first, so that a kill in the middle leaves no checkpoint that looks whole or damaged
-                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
-
-
-def lock_run(directory: Path) -> FileLock:
-    """Hold a run's directory for this process; the system lets go of it however the process ends."""
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(
-            f"{directory} is in use by a run that is still going: wait, or choose another run.name"
-        ) from None
-    return lock
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What trainer/state.json holds."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+                # Renamed first: a process that is killed while it deletes leaves nothing that looks like a checkpoint.
+                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL_SUFFIX)))

@@ -1,10 +1,11 @@
-"""What a run begins with: its dataset, its tokenizer and its first weights, refused before anything is created."""
+"""The dataset, the tokenizer and the initial weights of a run, checked before anything is created."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,69 +14,90 @@ from data.loader import TokenWindows, Windows
 from data.shards import list_shards, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
+from eval.reference import losses_to_beat
 from model import GPT, GPTConfig
 from pretrained import resolve_model
 from training.config import Config
 from weights import load_weights, locate, read_config
 
-# What each released shape is trained with, tokens of a step and peak learning rate of AdamW (configs/gpt2-*.yaml).
+# The batch in tokens and the peak learning rate of AdamW that go together for each preset, as in configs/gpt2-*.yaml (a
+# test compares them). They are repeated here because an installation may lack those files.
 RECIPES = {
     "gpt2": (524_288, 6e-4),
     "gpt2-medium": (524_288, 3e-4),
     "gpt2-large": (524_288, 2.5e-4),
     "gpt2-xl": (1_048_576, 6e-4),
 }
-MAX_EPOCHS = 4  # repeated more often, text is worth ever less (Muennighoff et al. 2023, "Data-Constrained LMs")
+MAX_EPOCHS = 4  # each repetition after that teaches much less (Muennighoff et al. 2023, "Data-Constrained LMs")
+
+
+class InitialModel(NamedTuple):
+    """The model that a run starts or resumes from."""
+
+    directory: Path
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A dataset, open, with the tokenizer it was made with or, for text, is read with."""
+    """An open dataset and its tokenizer."""
 
     train: Windows
-    val: Windows | None  # a dataset may have none, where eval.every is 0
+    val: Windows | None  # None only if eval.every is 0
     tokenizer: Tokenizer
-    prompts: list[list[int]]  # token ids to sample from at validation
-    n_cut: int = 0  # training prompts that were too long, and lost their beginning
+    prompts: list[list[int]]  # token ids to continue when sampling at validation
+    n_cut: int = 0  # training prompts that were too long and lost their beginning
+    reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of all training windows, padding included, as data.batch_tokens counts them."""
+        """Tokens of all training windows, including padding, as data.batch_tokens counts them."""
         return len(self.train) * self.train.sequence_length
 
 
-def open_inputs(config: Config, *, verify: bool, checkpoint: Path | None = None) -> Inputs:
-    """Open and check what the configuration names; with `verify`, every shard's hash too.
+def find_initial_model(config: Config, checkpoint: Path | None) -> InitialModel | None:
+    """Return the checkpoint to resume from, otherwise the model that model.init_from names, or None for scratch."""
+    if checkpoint is None and config.model.init_from != "scratch":
+        checkpoint = locate(resolve_model(config.model.init_from))
+    return None if checkpoint is None else InitialModel(checkpoint, load_tokenizer(checkpoint))
 
-    Text is read with the tokenizer of the `checkpoint` to go on from, where there is one.
 
-    Raises ValueError or OSError that names what is missing or damaged, and the mend.
+def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -> Inputs:
+    """Open and check the dataset. With `verify`, compare every shard with its hash.
+
+    Raises ValueError or OSError if something is missing or damaged; the message says what to do.
     """
     if config.data.format == "completions":
         if verify:
             raise ValueError(
-                "--verify holds shards against their hashes, and data.format completions has none: leave it out"
+                "--verify compares shards with their hashes, and data.format completions has none: omit the option"
             )
-        inputs = open_completions(config, checkpoint)
+        inputs = open_completions(config, initial)
     else:
         inputs = open_tokens(config, verify=verify)
+    if initial is not None and initial.tokenizer != inputs.tokenizer:
+        raise ValueError(
+            f"{initial.directory} and {config.data.dir} have different tokenizers: prepare the text again with the "
+            f"tokenizer that the model was trained with"
+        )
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
             raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
-        read_questions("completion")  # fetched now: a missing network should not show at the first validation
-    return inputs
+        read_questions("completion")  # downloads them now: a missing network should not stop the first validation
+    references = losses_to_beat(config.data.dir, inputs.train.source, inputs.tokenizer.kind)
+    return dataclasses.replace(inputs, reference_losses=references)
 
 
 def open_tokens(config: Config, *, verify: bool) -> Inputs:
-    """Token shards, and the tokenizer beside them; GPT-2's where there is no meta.json."""
+    """Open token shards with the tokenizer in their directory. Without a meta.json, the tokenizer is GPT-2's."""
     directory = Path(config.data.dir)
     train, val = open_split(directory, "train"), None
     if list_shards(directory, "val") or (train.meta and train.meta.shards.get("val")):
         val = open_split(directory, "val")
     elif config.eval.every:
         raise FileNotFoundError(
-            f"{directory} has no val shards (*val_NNNNNN.bin): prepare it again with a part held out, or train without "
-            f"validation, --eval.every 0"
+            f"{directory} has no val shards (*val_NNNNNN.bin): prepare it again with a validation split, or train "
+            f"without validation, --eval.every 0"
         )
     if verify:
         for split in (train, val) if val else (train,):
@@ -90,83 +112,79 @@ def open_tokens(config: Config, *, verify: bool) -> Inputs:
     )
 
 
-def open_completions(config: Config, checkpoint: Path | None) -> Inputs:
-    """Prompts and completions, encoded with the tokenizer beside the first weights; GPT-2's from scratch."""
+def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
+    """Open prompts and completions, encoded with the tokenizer of the initial model, or GPT-2's if there is none."""
     directory, length = Path(config.data.dir), config.data.sequence_length
-    tokenizer = load_tokenizer(find_weights(config, checkpoint) or "gpt2")
+    tokenizer = load_tokenizer("gpt2") if initial is None else initial.tokenizer
     train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
-    val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)  # each by itself, as it is used
+    # In validation each example has a window of its own, because the model is used on one prompt at a time.
+    val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)
     return Inputs(train, val, tokenizer, val.prompts, train.n_cut)
 
 
-def find_weights(config: Config, checkpoint: Path | None) -> Path | None:
-    """The directory of the first weights: a checkpoint to go on from, else model.init_from, else None (scratch)."""
-    if checkpoint is None and config.model.init_from != "scratch":
-        return locate(resolve_model(config.model.init_from))
-    return checkpoint
+def model_config(config: Config, vocab_size: int, initial: InitialModel | None) -> GPTConfig:
+    """Return the model's configuration: that of model.init_from, or for a model from scratch the configured one.
 
-
-def model_shape(config: Config, tokenizer: Tokenizer, source: Path | None) -> GPTConfig:
-    """The model's shape: as configured or, with model.init_from, that of `source`, the directory its weights are in.
-
-    Raises ValueError where the two, or their tokenizers, do not go together.
+    Raises ValueError if the run's configuration contradicts the model of model.init_from.
     """
     asked = config.model
-    if source is not None and load_tokenizer(source) != tokenizer:
-        raise ValueError(
-            f"{source} and {config.data.dir} have different tokenizers: prepare the text again with the tokenizer that "
-            f"the model was trained with"
-        )
-    if source is None or asked.init_from == "scratch":
-        return config.model_config(tokenizer.vocab_size)
-    shape = dataclasses.replace(GPTConfig(**read_config(source)), dropout=asked.dropout)
+    if initial is None or asked.init_from == "scratch":
+        return config.model_config(vocab_size)
+    directory = initial.directory
+    found = dataclasses.replace(GPTConfig(**read_config(directory)), dropout=asked.dropout)
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        if getattr(asked, name) not in (None, getattr(shape, name)):
+        if getattr(asked, name) not in (None, getattr(found, name)):
             raise ValueError(
-                f"model.{name} is {getattr(asked, name)}, {source} has {getattr(shape, name)}: leave it out"
+                f"model.{name} is {getattr(asked, name)}, but {directory} has {getattr(found, name)}: omit the field"
             )
-    if asked.freeze_layers > shape.n_layer:
-        raise ValueError(f"model.freeze_layers {asked.freeze_layers} is above {source}'s {shape.n_layer}: lower it")
-    if config.data.sequence_length > shape.block_size:
-        raise ValueError(f"data.sequence_length {config.data.sequence_length} is above {source}'s {shape.block_size}")
-    return shape
+    if asked.freeze_layers > found.n_layer:
+        raise ValueError(
+            f"model.freeze_layers {asked.freeze_layers} is above the {found.n_layer} layers of {directory}: lower it"
+        )
+    if config.data.sequence_length > found.block_size:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} is above the block size {found.block_size} of "
+            f"{directory}: lower it"
+        )
+    return found
 
 
-def make_model(shape: GPTConfig, source: Path | None, seed: int) -> GPT:
-    """A GPT on the CPU, in float32, with the weights in `source`, or from scratch: the same for every rank."""
-    if source is None:
+def make_model(config: GPTConfig, initial: InitialModel | None, seed: int) -> GPT:
+    """Return a GPT on the CPU in float32, initialized from `seed` or loaded: the same on every process."""
+    if initial is None:
         torch.manual_seed(seed)
-        return GPT(shape)
+        return GPT(config)
     with torch.device("meta"):
-        model = GPT(shape)
-    load_weights(model, source, dtype=torch.float32, device="cpu")
+        model = GPT(config)
+    load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
     return model
 
 
 def warnings(config: Config, inputs: Inputs) -> list[str]:
-    """What can be trained, but is seldom meant: a small batch with a large batch's learning rate, too little text."""
+    """Return warnings about unusual settings: a small batch with a large batch's learning rate, or too little text."""
     data, optim, model = config.data, config.optim, config.model
     found = []
     as_released = model.init_from == "scratch" and not (model.n_layer or model.n_head or model.n_embd)
     if model.preset and as_released:
         batch_tokens, lr = RECIPES[model.preset]
-        share = data.batch_tokens / batch_tokens
-        if share <= 0.5 and optim.lr >= lr:
+        fraction = data.batch_tokens / batch_tokens
+        if fraction <= 0.5 and optim.lr >= lr:
             found.append(
-                f"data.batch_tokens {data.batch_tokens:,} is {1 / share:.0f} times below the {batch_tokens:,} that "
-                f"optim.lr {optim.lr:g} goes with: the loss will be noisy; more processes do not change it. Raise it "
-                f"(micro-batches accumulate), or lower optim.lr to about {lr * share**0.5:.1e}"
+                f"data.batch_tokens {data.batch_tokens:,} is {1 / fraction:.0f} times below the {batch_tokens:,} for "
+                f"which optim.lr {optim.lr:g} was chosen: the loss will be noisy, and more processes do not change "
+                f"that. Raise data.batch_tokens (micro-batches accumulate), or lower optim.lr to about "
+                f"{lr * fraction**0.5:.1e}"
             )
     epochs = optim.steps * data.batch_tokens / inputs.epoch_tokens
     if epochs > MAX_EPOCHS:
         steps = MAX_EPOCHS * inputs.epoch_tokens // data.batch_tokens
         found.append(
-            f"{optim.steps:,} steps repeat {data.dir} {epochs:.1f} times; after about {MAX_EPOCHS} it teaches little "
-            f"that is new: prepare more text, or lower optim.steps to {steps:,}"
+            f"{optim.steps:,} steps repeat {data.dir} {epochs:.1f} times, and after about {MAX_EPOCHS} repetitions a "
+            f"text teaches little more: prepare more text, or lower optim.steps to {steps:,}"
         )
     if inputs.n_cut:
         found.append(
-            f"{inputs.n_cut:,} prompts are longer than data.sequence_length {data.sequence_length} leaves room for: "
-            f"their beginnings were cut off; raise it to keep them"
+            f"{inputs.n_cut:,} prompts are too long for data.sequence_length {data.sequence_length}, and their "
+            f"beginnings were cut off: raise it to keep them"
         )
     return found

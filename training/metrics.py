@@ -1,173 +1,83 @@
-"""What a run reports: metrics.jsonl, the progress line, Weights & Biases, provenance, and how busy the hardware is."""
+"""What a run measures and shows while it trains: progress, time, memory, provenance and the hardware."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import math
-import os
 import platform
 import resource
-import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from device import cpu_instruction_set
-from files import write_json
-
-if TYPE_CHECKING:  # their imports take a second that reading metrics does without
-    from training.config import Config
-    from training.parallel import Processes
-
-
-class MetricsLog:
-    """metrics.jsonl: one object a line, appended and flushed; the same to Weights & Biases when on.
-
-    Opening it drops what was written after step `last_step`, the one training goes on from, and of validations what was
-    written after `last_validation` (by default the same); and a line torn by a crash. So no step stands twice. Where
-    the disk is full and checkpoint.on_error is "continue", lines wait until there is room.
-
-    Raises ValueError where Weights & Biases does not start.
-    """
-
-    def __init__(self, path: Path, last_step: int, config: Config, *, last_validation: int | None = None) -> None:
-        last_validation = last_step if last_validation is None else last_validation
-        self._patient, self._waiting = config.checkpoint.on_error == "continue", b""
-        partial = path.with_suffix(".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            for line in iterate_metrics(path):
-                if line["step"] <= (last_step if line["split"] == "train" else last_validation):
-                    file.write(json.dumps(line) + "\n")
-        os.replace(partial, path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self._wandb = None
-        if config.log.wandb != "disabled":
-            import wandb
-
-            # one id a run directory: a resumed run goes on in the same curves, another of its name does not
-            id_file = path.with_name("wandb_id.txt")
-            if not id_file.exists():
-                id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-            try:
-                self._wandb = wandb.init(
-                    project="gpt2",
-                    name=config.run.name,
-                    id=id_file.read_text(encoding="utf-8").strip(),
-                    resume="allow",
-                    mode=config.log.wandb,
-                    dir=path.parent,
-                    config=config.to_dict(),
-                )
-            except wandb.Error as error:
-                raise ValueError(
-                    f"log.wandb is {config.log.wandb}, but Weights & Biases did not start ({error}): run "
-                    f"`wandb login`, see to the network, or set log.wandb to offline or disabled"
-                ) from error
-
-    def write(self, split: str, step: int, **values: Any) -> None:
-        """Append one record. Numbers that are not finite become null, as JSON has none."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._waiting += json.dumps({"split": split, "step": step, **clean}).encode() + b"\n"
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError as error:
-            if not self._patient:
-                raise OSError(
-                    f"cannot write {self._file.name} ({error.strerror}): make room, and the same command goes on from "
-                    f"the last checkpoint"
-                ) from error
-        if self._wandb is not None:
-            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
-
-    def close(self) -> None:
-        """Close the file, and finish with Weights & Biases."""
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, one at a time; none where there is no file. A line torn by a crash is not one."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                if line.endswith("\n"):  # the torn one is the last and has no end
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl."""
-    return list(iterate_metrics(path))
+from processes import Processes
+from training.config import Config
 
 
 class Progress:
-    """A progress bar on a terminal, elsewhere a line every `every` steps: loss, rate, MFU where known, time left."""
+    """Shows progress on a terminal as a bar, otherwise as a line every `every` steps.
+
+    Both show the loss, the rate, the MFU if it is known, and the remaining time.
+    """
 
     def __init__(self, first_step: int, steps: int, every: int, enabled: bool) -> None:
         self.steps, self.every, self.enabled = steps, every, enabled
-        self._began, self._first = time.perf_counter(), first_step
-        self._bar = None
-        if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._started, self._first = time.perf_counter(), first_step
+        self._bar: tqdm | None = None
 
     def update(self, step: int, loss: float, rate: str) -> None:
-        """Step `step` (from 1) is done."""
+        """Show that step `step` (from 1) is done."""
         if not self.enabled:
             return
-        if self._bar is not None:
+        if sys.stderr.isatty():
+            if self._bar is None:  # not earlier, so that the messages of the start stand above it
+                self._bar = tqdm(total=self.steps, initial=self._first, unit="step", dynamic_ncols=True)
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
         elif step % self.every == 0 or step == self.steps:
-            left = (time.perf_counter() - self._began) / (step - self._first) * (self.steps - step)
+            left = (time.perf_counter() - self._started) / (step - self._first) * (self.steps - step)
             print(f"step {step:>6}/{self.steps}  loss {loss:.4f}  {rate}  {duration(left)} left", flush=True)
 
     def say(self, message: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a message, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(message)
         elif self.enabled:
             print(message, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 class Stopwatch:
-    """Seconds of a step by part, `<part>_seconds`, on the host's clock: the device is not waited for."""
+    """Measures the seconds of each part of a step on the host's clock, without waiting for the device."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}  # by "<part>_seconds"
+        self._started = self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Count the time since the last lap as `part`."""
+        """Record the time since the last lap as the time of `part`."""
         now = time.perf_counter()
         self.seconds[f"{part}_seconds"], self._last = now - self._last, now
 
     @property
     def total(self) -> float:
-        """All laps."""
-        return self._last - self._began
+        """The sum of all laps."""
+        return self._last - self._started
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held at a time: of tensors on a GPU, of everything on a CPU."""
+    """Return the peak memory of this process in bytes: of tensors on a GPU, of everything on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -175,7 +85,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def start_profiler(path: Path) -> torch.profiler.profile:
-    """Trace steps 3 to 5 from here (after compiling) into `path`, for chrome://tracing; `step()` after each step."""
+    """Trace the third, fourth and fifth step from now, after compilation, and write the trace to `path`.
+
+    The caller calls `step()` after each step. chrome://tracing shows the trace.
+    """
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
@@ -185,7 +98,7 @@ def start_profiler(path: Path) -> torch.profiler.profile:
 
 
 def duration(seconds: float) -> str:
-    """3.2 s, 4 min 10 s, 2 h 05 min, 3 d 04 h: two units at most."""
+    """Format a duration with at most two units: 3.2 s, 4 min 10 s, 2 h 05 min, 3 d 04 h."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, hours, days = int(seconds / 60), int(seconds / 3600), int(seconds / 86400)
@@ -194,11 +107,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{days} d {hours % 24:02} h"
 
 
-def record_provenance(path: Path, config: Config, processes: Processes, resumed_at: int | None) -> None:
-    """Add this start of the run to provenance.json: what was called, of which code, with which versions, on what."""
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def provenance(config: Config, processes: Processes, resumed_at: int | None) -> dict[str, Any]:
+    """Describe a start of a run: the command, the version of the code and of its libraries, and the hardware.
+
+    resumed_at is the step of the checkpoint from which the run resumes, None for a new run.
+    """
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers")
-    start = {
+    return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_at_step": resumed_at,
         "command": [sys.executable, *sys.argv],
@@ -212,11 +127,10 @@ def record_provenance(path: Path, config: Config, processes: Processes, resumed_
         "device": str(processes.device),
         "dtype": str(processes.dtype),
     }
-    write_json(path, [*starts, start])
 
 
 def hardware() -> dict[str, Any]:
-    """What this machine is."""
+    """Describe this machine."""
     return {
         "platform": platform.platform(),
         "cpu": str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()),
@@ -228,10 +142,11 @@ def hardware() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    """Return the output of git in this repository, None if there is no git or no repository."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # no git here, or the code was copied without its history
+    except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

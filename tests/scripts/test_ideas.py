@@ -8,8 +8,8 @@ import torch
 
 from scripts.ideas import IDEAS
 from train import Trainer
-from training.metrics import read_metrics
 from training.parallel import start_processes
+from training.run_directory import read_metrics
 
 MUON = {
     "optim.name": "muon",

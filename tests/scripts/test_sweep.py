@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from training.metrics import read_metrics
+from training.run_directory import read_metrics
 
 
 @pytest.fixture

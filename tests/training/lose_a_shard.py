@@ -1,4 +1,4 @@
-"""For test_parallel.py: train.py, in which the process of one rank finds a shard gone from some step on.
+"""For test_distributed.py: run train.py so that a shard is missing for one rank from some step on.
 
 torchrun --nproc_per_node=2 tests/training/lose_a_shard.py RANK STEP --config FILE.yaml
 """

@@ -1,37 +1,37 @@
-"""For test_parallel.py: train several configurations in one start, to spare the others the seconds that a start takes.
+"""For test_distributed.py: train several configurations in one start of the processes, which takes seconds.
 
     torchrun --nproc_per_node=2 tests/training/run_in_turn.py a.yaml b.yaml
 
-Each process leaves the token ids of its part of every global batch in the run's directory, ids-<rank>.npy.
+Each process writes the token ids of its part of every global batch to the run's directory, ids-<rank>.npy.
 """
 
 import sys
 
 import numpy as np
 
-from train import Trainer
+from processes import start_processes, stop_processes
+from train import train
 from training.config import parse_config
-from training.parallel import start_processes, stop_processes
+from training.setup import setup
 
 
 def main() -> None:
     processes = None
     for path in sys.argv[1:]:
         config = parse_config(["--config", path])
-        processes = processes or start_processes(config.system)
-        trainer = Trainer(config, processes)
-        steps, batches = [], iter(trainer.loader)
+        processes = processes or start_processes(config.system.device, config.system.dtype)
+        with setup(config, processes) as run:
+            steps, loader = [], run.loader
 
-        def watched(batches=batches, steps=steps):
-            for batch in batches:
-                steps.append(np.concatenate([part.inputs.numpy() for part in batch if part.weight]))
-                yield batch
+            def recorded(loader=loader, steps=steps):
+                for batch in loader:
+                    steps.append(np.concatenate([part.inputs.numpy() for part in batch if part.weight]))
+                    yield batch
 
-        loader, trainer.loader = trainer.loader, watched()
-        trainer.run()
-        trainer.loader = loader
-        trainer.close()
-        np.save(trainer.directory / f"ids-{processes.rank}.npy", np.stack(steps))
+            run.loader = recorded()
+            train(run)
+            run.loader = loader
+        np.save(run.directory.path / f"ids-{processes.rank}.npy", np.stack(steps))
     stop_processes()
 
 

@@ -15,7 +15,7 @@ from generation import generate
 from model import GPT
 from pretrained import list_checkpoints, resolve_model, verify
 from training.checkpoint import Checkpoints, lock_run
-from training.metrics import MetricsLog, read_metrics
+from training.run_directory import MetricsLog, read_metrics
 
 
 @pytest.fixture

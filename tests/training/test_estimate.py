@@ -19,7 +19,8 @@ import torch
 from model import GPT, GPTConfig
 from training.config import Config
 from training.optim import make_optimizers
-from training.parallel import Processes, clip_gradients, distribute
+from processes import Processes
+from training.distributed import clip_gradients, distribute
 
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -27,7 +28,9 @@ def resident(name):
 
 def train(shape, rows, length):
     model = GPT(shape).train()
-    loss_function = distribute(model, config, processes, compiled=False, sharded=False)
+    loss_function = distribute(
+        model, processes, compiled=False, sharded=False, sequence_length=length, activation_checkpointing=recompute
+    )
     optimizers = make_optimizers(model, config.optim)
     for micro_step in range(4):
         ids = torch.randint(shape.vocab_size, (rows, length + 1))
@@ -42,7 +45,6 @@ def train(shape, rows, length):
 
 shape, rows, length, dtype, recompute = json.loads(sys.argv[1])
 config = Config()
-config.system.activation_checkpointing = recompute
 processes = Processes(0, 1, torch.device("cpu"), getattr(torch, dtype))  # start_processes would keep what is freed
 train(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=8), 2, 8)  # loads what is loaded when used
 before = resident("VmRSS")

@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 from report.run_log import read_run_log
 from training.config import parse_config
 from training.inputs import open_inputs
-from training.metrics import read_metrics
+from training.run_directory import read_metrics
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 PAIRS = [(f"The capital of {country} is", f" {city}.") for country, city in CAPITALS.items()]

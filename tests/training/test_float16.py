@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from train import MAX_BAD_STEPS, Trainer
+from train import MAX_BAD_STEPS
+from train import train as train_run
 from training.checkpoint import read_state
-from training.metrics import read_metrics
-from training.parallel import start_processes
+from training.run_directory import read_metrics
 
 FLOAT16 = {"system.dtype": "float16"}
 
@@ -26,48 +26,52 @@ def test_a_float16_run_reaches_the_loss_of_a_float32_run(tiny_run, train, optimi
     changes = {"optim.name": optimizer, "optim.steps": 60, "eval.every": 60, "data.micro_batch": 4}
     exact, half = (train(tiny_run(dtype, **changes, **{"system.dtype": dtype})) for dtype in ("float32", "float16"))
     losses = [[r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["split"] == "val"] for run in (exact, half)]
-    assert losses[0][-1] < losses[0][0] - 1  # they learn
+    assert losses[0][-1] < losses[0][0] - 1  # both learn
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.01)
     assert trained(exact) != trained(half)
     assert "loss_scale" not in json.dumps(read_metrics(exact / "metrics.jsonl"))
     assert set(trained(half, "loss_scale")) == {65536.0}
 
 
-def with_scale(config, init_scale, growth_interval=2000):
-    """A trainer whose scaler begins at another scale."""
-    trainer = Trainer(config, start_processes(config.system))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
-    return trainer
+@pytest.fixture
+def with_scale(prepare, train):
+    """`with_scale(config, scale)`: a run whose scaler starts at another scale; `train` restores signal handlers."""
+
+    def run(config, init_scale):
+        prepared = prepare(config)
+        prepared.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2000)
+        return prepared
+
+    return run
 
 
-def test_searching_for_the_scale_skips_steps_without_stopping_the_run(tiny_run, train, capsys):
-    """A gradient times 2**60 overflows float16 in more steps in a row than a diverged run would be given."""
-    trainer = with_scale(tiny_run(**FLOAT16, **{"optim.steps": 60}), 2.0**60)
-    trainer.run()
-    trainer.close()
-    scales = trained(trainer.directory, "loss_scale")
+def test_searching_for_the_scale_skips_steps_without_stopping_the_run(tiny_run, with_scale, capsys):
+    """A gradient times 2**60 overflows float16 in more steps in a row than end a diverged run."""
+    with with_scale(tiny_run(**FLOAT16, **{"optim.steps": 60}), 2.0**60) as run:
+        train_run(run)
+    directory = run.directory.path
+    scales = trained(directory, "loss_scale")
     skipped = scales.index(scales[-1])
     assert MAX_BAD_STEPS < skipped < 55
     assert scales[: skipped + 1] == [2.0 ** (60 - n) for n in range(skipped + 1)]  # halved each time
-    assert len(set(trained(trainer.directory)[:skipped])) > 1
-    state = last_state(trainer.directory)
+    assert len(set(trained(directory)[:skipped])) > 1
+    state = last_state(directory)
     assert (state["overflow_steps"], state["skipped_steps"]) == (skipped, 0)
     assert state["scaler"]["scale"] == scales[-1]
     assert capsys.readouterr().out.count("overflowed float16") == skipped
 
 
-def test_a_loss_that_is_not_finite_is_divergence_at_any_scale(tiny_run, train):
-    trainer = with_scale(tiny_run(**FLOAT16), 2.0**16)
-    with torch.no_grad():
-        trainer.model.transformer.wte.weight[:] = float("nan")
-    with pytest.raises(FloatingPointError, match=f"{MAX_BAD_STEPS} steps in a row"):
-        trainer.run()
-    trainer.close()
-    assert trainer.overflow_steps == 0
+def test_a_loss_that_is_not_finite_is_divergence_at_any_scale(tiny_run, with_scale):
+    with with_scale(tiny_run(**FLOAT16), 2.0**16) as run:
+        with torch.no_grad():
+            run.model.transformer.wte.weight[:] = float("nan")
+        with pytest.raises(FloatingPointError, match=f"{MAX_BAD_STEPS} steps in a row"):
+            train_run(run)
+    assert run.state.overflow_steps == 0
 
 
 def test_an_overflow_on_one_rank_skips_that_step_on_all(tiny_run, write_config, python):
-    """Under DDP and FSDP. Afterwards every rank has the same scale, and the run is the one of a single process."""
+    """Under DDP and FSDP. Afterwards every rank has the same scale, and the losses are those of a single process."""
     changes = FLOAT16 | {"optim.steps": 8, "optim.name": "muon"}
     alone = tiny_run("alone", **changes)
     configs = [tiny_run(parallel, **changes, **{"system.parallel": parallel}) for parallel in ("ddp", "fsdp")]
@@ -86,12 +90,12 @@ def test_an_overflow_on_one_rank_skips_that_step_on_all(tiny_run, write_config, 
 
 
 def test_the_scale_and_its_growth_resume_from_a_checkpoint(tiny_run, train, monkeypatch):
-    """With a growth every 3 steps, a run that forgot the count would grow at other steps."""
+    """The scale grows every 3 steps: a run that did not restore the count would grow it at other steps."""
 
     def scaler(device, dtype):
         return torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3, enabled=dtype == torch.float16)
 
-    monkeypatch.setattr("train.gradient_scaler", scaler)
+    monkeypatch.setattr("training.setup.gradient_scaler", scaler)
     changes = FLOAT16 | {"optim.steps": 10, "model.dropout": 0.1, "checkpoint.keep": 9}
     whole = train(tiny_run("whole", **changes))
     config = tiny_run("stopped", **changes, **{"checkpoint.every": 4})

@@ -11,7 +11,8 @@ from wandb.proto import wandb_internal_pb2
 from model import GPT, GPTConfig
 from training.config import Config
 from training.estimate import flops_per_token, peak_flops
-from training.metrics import MetricsLog, duration, read_metrics
+from training.metrics import duration
+from training.run_directory import MetricsLog, read_metrics
 
 
 def test_no_step_stands_twice_and_a_torn_line_goes(tmp_path):

@@ -14,8 +14,8 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from model import GPT, GPTConfig
-from training.metrics import read_metrics
 from training.parallel import CompiledLoss, Loss
+from training.run_directory import read_metrics
 
 TORCHRUN = ("-m", "torch.distributed.run")
 

@@ -1,0 +1,139 @@
+"""The plan of a run: precision, sharding, micro-batch and compilation, each decided once and with its reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from data.loader import ceil_div
+from model import GPTConfig
+from processes import Processes
+from training.config import Config
+from training.estimate import count_parameters, most_windows, needed_memory
+
+SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes longer than a run gains from it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run computes. Every process has the same plan."""
+
+    dtype: torch.dtype  # of matrix products
+    sharded: bool  # FSDP instead of DDP
+    micro_batch: int  # windows per forward pass, at most
+    compiled: bool
+    planned_for: dict[str, Any]  # the circumstances that the micro-batch depends on, stored in every checkpoint
+    reasons: dict[str, str]  # by field, in words
+
+    def describe(self, processes: Processes, sequence_length: int) -> str:
+        """Return the line of the greeting that says how the run computes, and why."""
+        parts = [
+            f"{processes.world_size} x {processes.device.type}",
+            f"{str(self.dtype).removeprefix('torch.')} ({self.reasons['dtype']})",
+            f"micro-batches of {self.micro_batch} x {sequence_length} ({self.reasons['micro_batch']})",
+            f"{'compiled' if self.compiled else 'not compiled'} ({self.reasons['compiled']})",
+        ]
+        if processes.world_size > 1:
+            parts.insert(1, f"{'FSDP' if self.sharded else 'DDP'} ({self.reasons['sharded']})")
+        return ", ".join(parts)
+
+
+def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
+    """Decide how a run computes.
+
+    Free memory differs between processes and changes with time. All processes must decide the same, and so must a
+    resumed run under the same circumstances: another micro-batch sums in another order and gives other bits.
+
+    Args:
+        resumed_state: trainer/state.json of the checkpoint from which the run resumes, or empty.
+
+    Raises ValueError if not even one window fits into the memory.
+    """
+    device = processes.device
+    sharded, why_sharded = should_shard(config, model, processes)
+    sharded = bool(processes.all_reduce_min(sharded))
+    found, why_micro_batch = fit_micro_batch(config, model, processes, sharded=sharded)
+    micro_batch = processes.all_reduce_min(found)
+    planned_for = {
+        "processes": processes.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(processes.dtype),
+        "sharded": sharded,
+        "activation_checkpointing": config.system.activation_checkpointing,
+        "micro_batch_asked": config.data.micro_batch,
+    }
+    if config.data.micro_batch == "auto" and resumed_state:
+        same = all(resumed_state.get(name, value) == value for name, value in planned_for.items())
+        # The state describes the device of the main process only, so the other processes agree with it.
+        if processes.all_reduce_min(same or not processes.is_main):
+            micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
+    compiled, why_compiled = should_compile(config, model, device)
+    reasons = {
+        "dtype": "as configured" if config.system.dtype != "auto" else f"native on this {device.type}",
+        "sharded": why_sharded,
+        "micro_batch": why_micro_batch,
+        "compiled": why_compiled,
+    }
+    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
+
+
+def should_shard(config: Config, model: GPTConfig, processes: Processes) -> tuple[bool, str]:
+    """Decide whether to use FSDP, with the reason.
+
+    FSDP is used if it is configured, or if one process alone would fill more than half of a GPU's free memory with the
+    smallest micro-batch.
+    """
+    if processes.world_size == 1:
+        return False, "one process"
+    if config.system.parallel != "auto":
+        return config.system.parallel == "fsdp", "as configured"
+    if processes.device.type != "cuda":
+        return False, f"not needed on {processes.device.type}"
+    needed = needed_memory(config, model, 1, processes.dtype, 1)
+    if sum(needed.values()) > 0.5 * torch.cuda.mem_get_info(processes.device)[0]:
+        return True, "the model and its optimizer would fill more than half of a GPU"
+    return False, "the model and its optimizer fit on each GPU"
+
+
+def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, sharded: bool) -> tuple[int, str]:
+    """Return the largest micro-batch that the memory estimate allows in a part of the free memory, with the reason.
+
+    Raises ValueError if not even one window fits.
+    """
+    if config.data.micro_batch != "auto":
+        return config.data.micro_batch, "as configured"
+    if processes.device.type == "cuda":
+        free, part = torch.cuda.mem_get_info(processes.device)[0], 0.8
+    else:  # freed memory stays with the C library and fragments: up to 1.45 times the estimate was measured
+        free, part = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
+    windows = most_windows(config, processes.world_size)
+    # Only sizes that divide the windows of a process into nearly equal parts.
+    for rows in sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True):
+        needed = needed_memory(config, model, rows, processes.dtype, processes.world_size if sharded else 1)
+        if sum(needed.values()) <= part * free:
+            return rows, f"estimated to fit in {part:.0%} of the {free / 2**30:.1f} GiB that are free"
+    raise ValueError(
+        f"one window of {config.data.sequence_length} tokens needs about {sum(needed.values()) / 2**30:.1f} GiB, and "
+        f"{free / 2**30:.1f} GiB are free on {processes.device}: use a shorter data.sequence_length, a smaller model, "
+        f"system.activation_checkpointing true, or system.parallel fsdp on more processes"
+    )
+
+
+def should_compile(config: Config, model: GPTConfig, device: torch.device) -> tuple[bool, str]:
+    """Decide whether to compile the loss, with the reason."""
+    if config.system.compile != "auto":
+        return config.system.compile, "as configured"
+    if device.type == "cuda":
+        return True, "on CUDA"
+    if device.type != "cpu":
+        return False, f"not tested on {device.type}"
+    if count_parameters(model) < SMALL_MODEL:
+        return False, "a small model on a CPU gains less than compiling takes"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return False, "no C++ compiler found"
+    return True, "a large model on a CPU"

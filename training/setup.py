@@ -1,0 +1,311 @@
+"""Everything between a configuration and the first step: `setup` returns what the training loop needs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from data.loader import Loader, MicroBatch
+from device import fast_dtype, gradient_scaler
+from model import GPT, GPTConfig
+from processes import Processes
+from training.checkpoint import Checkpoints, load_optimizers, read_state
+from training.config import Config, Flags, refuse_changes
+from training.distributed import distribute
+from training.estimate import PEAK_FLOPS, count_parameters, flops_per_token, most_windows, needed_memory, peak_flops
+from training.inputs import Inputs, find_initial_model, make_model, model_config, open_inputs, warnings
+from training.metrics import Progress, provenance
+from training.optim import make_optimizers
+from training.plan import Plan, make_plan
+from training.run_directory import RunDirectory
+
+
+@dataclass
+class TrainingState:
+    """How far a run has come. Each checkpoint stores all of it except `save_seconds`."""
+
+    step: int = 0  # optimizer steps so far, including skipped ones
+    seconds: float = 0.0  # duration of these steps
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    overflow_steps: int = 0  # steps whose gradient overflowed float16
+    val_loss: float | None = None  # after this step; None if it was not measured
+    best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
+    save_seconds: float = 0.0  # for which the last checkpoint interrupted training; logged with the next step
+
+
+@dataclass
+class TrainingRun:
+    """What the training loop needs, on every process. Used in a `with` statement, which ends it properly."""
+
+    config: Config
+    processes: Processes
+    plan: Plan
+    inputs: Inputs
+    model: GPT
+    loss_function: nn.Module  # (inputs, targets) -> mean loss; compiled and distributed
+    optimizers: list[Optimizer]
+    scaler: torch.amp.GradScaler  # disabled unless the precision is float16
+    loader: Iterator[list[MicroBatch]]  # this process's part of each global batch
+    checkpoints: Checkpoints
+    directory: RunDirectory
+    progress: Progress
+    state: TrainingState = field(default_factory=TrainingState)
+    identity: dict[str, Any] = field(default_factory=dict)  # what may not change when a run resumes
+    seconds_at_peak: float | None = None  # of a step at the peak FLOP/s of all devices; None if the peak is not known
+
+    @property
+    def lacks_validation(self) -> bool:
+        """True if the run was stopped after this step, before the validation that was due."""
+        return self.state.val_loss is None and is_due(self.state.step, self.config.eval.every)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Return the content of a checkpoint's trainer/state.json."""
+        progress = dataclasses.asdict(self.state)
+        del progress["save_seconds"]
+        return {
+            **progress,
+            "scaler": self.scaler.state_dict(),
+            "micro_batch": self.plan.micro_batch,
+            **self.plan.planned_for,
+            "identity": self.identity,
+        }
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        """Write a failure to status.json, stop the loader's thread, and release the lock of the run's directory."""
+        if kind is not None:
+            with contextlib.suppress(OSError):  # must not hide the error that ended the run
+                self.directory.write_status("failed", self.state.step)
+        if isinstance(self.loader, Loader):
+            self.loader.close()
+        self.directory.release()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether something that happens every `every` steps (0: never) happens after this step."""
+    return every > 0 and step % every == 0
+
+
+def setup(config: Config, processes: Processes, *, verify: bool = False) -> TrainingRun:
+    """Prepare a new run, or resume one from its newest undamaged checkpoint.
+
+    With `verify`, every shard of the dataset is compared with its hash first.
+
+    Raises ValueError or OSError if the run cannot work. What can be checked is checked before anything is created.
+    """
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if processes.is_main and directory.path.is_dir():
+        directory.lock()
+    checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
+    checkpoint = find_checkpoint(config, processes, checkpoints)
+    initial = find_initial_model(config, checkpoint)
+    # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
+    # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
+    inputs = open_inputs(config, initial, verify=verify)
+    shape = model_config(config, inputs.tokenizer.vocab_size, initial)
+    identity = run_identity(config, shape, inputs)
+    saved = {} if checkpoint is None else read_resumable_state(checkpoint, config, identity)
+    state = TrainingState(**{f.name: saved[f.name] for f in dataclasses.fields(TrainingState) if f.name in saved})
+
+    model = make_model(shape, initial, config.run.seed)
+    plan = make_plan(config, shape, processes, saved)
+    n_parameters = model.num_parameters()
+    loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
+    if checkpoint is not None:
+        load_optimizers(model, optimizers, checkpoint)
+    if scaler.is_enabled() and saved.get("scaler"):
+        scaler.load_state_dict(saved["scaler"])
+    loader = Loader(
+        inputs.train,
+        batch_tokens=config.data.batch_tokens,
+        micro_batch=plan.micro_batch,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        start_step=state.step,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        pin_memory=processes.device.type == "cuda",
+    )
+    run = TrainingRun(
+        config=config,
+        processes=processes,
+        plan=plan,
+        inputs=inputs,
+        model=model,
+        loss_function=loss_function,
+        optimizers=optimizers,
+        scaler=scaler,
+        loader=loader,
+        checkpoints=checkpoints,
+        directory=directory,
+        progress=Progress(state.step, config.optim.steps, config.log.every, processes.is_main),
+        state=state,
+        identity=identity,
+        seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
+    )
+    if processes.is_main:
+        resumed_at = None if checkpoint is None else state.step
+        last_step = -1 if resumed_at is None else resumed_at
+        # A run that was stopped before a due validation does it first: remove what a later attempt may have logged.
+        last_validation = last_step - 1 if resumed_at is not None and run.lacks_validation else last_step
+        start = provenance(config, processes, resumed_at)
+        directory.open(config, start, last_step, last_validation, run.progress.say)
+    run.progress.say(greeting(run, n_parameters, checkpoint))
+    return run
+
+
+def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoints) -> Path | None:
+    """Return the checkpoint to resume from as run.resume demands, or None to start.
+
+    The main process chooses it, because it alone may see the checkpoints, and all processes return the same.
+
+    Raises ValueError or FileNotFoundError if run.resume contradicts what exists.
+    """
+    resume, step = config.run.resume, -1
+    if processes.is_main:
+        newest = None if resume == "never" else checkpoints.newest()
+        if resume == "must" and newest is None:
+            raise FileNotFoundError(f"run.resume is must, but there is no checkpoint in {checkpoints.directory}")
+        if resume == "never" and checkpoints.existing():
+            raise ValueError(
+                f"run.resume is never, but {checkpoints.directory.parent} has checkpoints: choose another run.name, or "
+                f"set run.resume to auto"
+            )
+        step = -1 if newest is None else read_state(newest)["step"]
+    step = processes.broadcast(step)
+    return None if step < 0 else checkpoints.path(step)
+
+
+def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
+    """Return what may not change when a run resumes, by section: the training recipe, the model and the dataset."""
+    return config.identity() | {
+        "model": dataclasses.asdict(model)
+        | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
+        "dataset": {
+            "sha256": inputs.train.fingerprint,
+            "validation_sha256": inputs.val.fingerprint if inputs.val else None,
+        },
+    }
+
+
+def read_resumable_state(checkpoint: Path, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's trainer/state.json. Raises ValueError if the checkpoint is not one of this run."""
+    state, steps = read_state(checkpoint), config.optim.steps
+    before, now = state["identity"]["dataset"], identity["dataset"]
+    if None in (before.get("validation_sha256"), now["validation_sha256"]):  # trained without validation, now or before
+        before["validation_sha256"] = now["validation_sha256"]
+    state["identity"]["model"].setdefault("init_from", config.model.init_from)  # older checkpoints do not store it
+    refuse_changes(state["identity"], identity, allow=config.run.allow_changes)
+    if state["step"] > steps:
+        raise ValueError(
+            f"{checkpoint} is after step {state['step']:,}, past optim.steps {steps:,}: raise optim.steps, or move the "
+            f"later checkpoints away to resume from an earlier one"
+        )
+    return state
+
+
+def prepare_model(
+    model: GPT, config: Config, plan: Plan, processes: Processes
+) -> tuple[nn.Module, list[Optimizer], torch.amp.GradScaler]:
+    """Move a model to its device and make it trainable as planned; return loss function, optimizers and scaler."""
+    device = processes.device
+    model.to(device).train()
+    if config.model.freeze_layers:
+        model.freeze(config.model.freeze_layers)
+    loss_function = distribute(
+        model,
+        processes,
+        compiled=plan.compiled,
+        sharded=plan.sharded,
+        sequence_length=config.data.sequence_length,
+        activation_checkpointing=config.system.activation_checkpointing,
+    )
+    # The optimizers come after FSDP has replaced the parameters by their shards.
+    optimizers = make_optimizers(model, config.optim, fast_dtype(plan.dtype, device))
+    return loss_function, optimizers, gradient_scaler(device, plan.dtype)
+
+
+def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, processes: Processes) -> float | None:
+    """Return the seconds of a step if all devices computed at their peak (100% MFU); None if it is not known."""
+    peak = peak_flops(processes.device)
+    flops = config.data.batch_tokens * flops_per_token(model, n_parameters, config.data.sequence_length)
+    return flops / (peak * processes.world_size) if peak else None
+
+
+def greeting(run: TrainingRun, n_parameters: int, checkpoint: Path | None) -> str:
+    """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
+    config = run.config
+    tokens = config.optim.steps * config.data.batch_tokens
+    lines = [
+        f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
+        f"{tokens / run.inputs.epoch_tokens:.2f} epochs of {config.data.dir}",
+        run.plan.describe(run.processes, config.data.sequence_length),
+    ]
+    lines += [f"warning: {warning}" for warning in warnings(config, run.inputs)]
+    if checkpoint is not None:
+        lines.append(f"resuming from {checkpoint}")
+    return "\n".join(lines)
+
+
+def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
+    """Return what `train.py --dry-run` prints: size, tokens, FLOPs, memory of a process by micro-batch, and days.
+
+    `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Raises
+    ValueError or OSError if the dataset, the model or that name is wrong.
+    """
+    initial = find_initial_model(config, None)
+    inputs = open_inputs(config, initial, verify=flags.verify)
+    model = model_config(config, inputs.tokenizer.vocab_size, initial)
+    count, device, dtype = processes.world_size, processes.device.type, processes.dtype
+    peak = peak_flops(processes.device)
+    if flags.dry_run:
+        number, _, device = flags.dry_run.partition("x")
+        count, dtype, peak = int(number) if number.isdecimal() else 0, torch.bfloat16, peak_flops(device)
+        if count < 1 or peak is None:
+            raise ValueError(
+                f"--dry-run {flags.dry_run}: expected a number and a device such as 8xH100, with one of "
+                f"{', '.join(PEAK_FLOPS)}"
+            )
+    n_parameters = count_parameters(model)
+    tokens = config.optim.steps * config.data.batch_tokens
+    flops = flops_per_token(model, n_parameters, config.data.sequence_length)
+    strategies = {"ddp": 1, "fsdp": count} if count > 1 else {"one process": 1}
+    if config.system.parallel != "auto" and count > 1:
+        strategies = {config.system.parallel: strategies[config.system.parallel]}
+    windows = most_windows(config, count)
+    wanted = config.data.micro_batch
+    sizes = [min(wanted, windows)] if wanted != "auto" else [2**i for i in range(windows.bit_length()) if 2**i <= 64]
+
+    lines = [
+        f"model       {n_parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
+        f"channels, vocabulary {model.vocab_size:,}",
+        f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
+        f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}, which is complete",
+        f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
+        f"memory      estimated MiB on each of {count} x {device}, {str(dtype).removeprefix('torch.')}",
+    ]
+    header = ("strategy", "micro-batch", "weights", "gradients", "optimizer", "activations", "logits", "total")
+    lines.append("".join(f"{name:>12}" for name in header))
+    for name, shards in strategies.items():
+        for rows in sizes:
+            needed = list(needed_memory(config, model, rows, dtype, shards).values())
+            lines.append(f"{name:>12}{rows:>12}" + "".join(f"{n / 2**20:>12,.0f}" for n in (*needed, sum(needed))))
+    if peak is None:
+        lines.append(f"time        not estimated: the peak of {device} is not known; name a device: --dry-run 8xH100")
+    else:
+        days = flops * tokens / (flags.mfu * peak * count) / 86400
+        lines.append(
+            f"time        {days:,.2f} days, assuming {flags.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s on each (--mfu)"
+        )
+    lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
+    return "\n".join(lines)
