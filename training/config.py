@@ -1,6 +1,6 @@
-"""A run's configuration: typed dataclasses, filled from a YAML file and the command line.
+"""The configuration of a run: typed dataclasses, filled from a YAML file and the command line.
 
-The text under each field is its `--help`. The defaults are the 124M reproduction (`configs/gpt2-124m.yaml`).
+The text below each field is its help text. The defaults reproduce GPT-2 124M, as `configs/gpt2-124m.yaml` does.
 """
 
 from __future__ import annotations
@@ -24,157 +24,162 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass
 class Run:
-    """The run itself."""
+    """Settings of the run itself."""
 
     name: str = "gpt2-124m"
-    """Name of the run: its directory under `dir`."""
+    """Name of the run, and of its directory inside `dir`."""
     dir: str = "runs"
     """Directory that holds all runs."""
     seed: NonNegativeInt = 1337
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialization, data order and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Go on from the newest whole checkpoint: auto, if there is one; must, or stop; never: refuse a used directory."""
+    """Resume from the newest undamaged checkpoint. auto: if there is one; must: stop if there is none; never: stop if
+    there is one."""
     allow_changes: bool = False
-    """Let a resumed run have other optim.steps, optim.lr and optim.schedule than it began with."""
+    """Allow a resumed run to change optim.steps, learning rates and the schedule."""
 
 
 @dataclass
 class Model:
-    """The network."""
+    """Settings of the network."""
 
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = "gpt2"
-    """Shape of a released GPT-2, each part of which can be overridden; null: the fields below stand alone."""
+    """Size of a released GPT-2; the fields below override parts of it. null: use only the fields below."""
     init_from: str = "scratch"
-    """scratch, or a run, directory or hub id of a GPT-2 to fine-tune (its shape wins over preset)."""
+    """scratch, or a run, directory or hub id of a GPT-2 to fine-tune. Its size replaces preset."""
     freeze_layers: NonNegativeInt = 0
-    """Blocks, from the first on, that do not train; with any, the embeddings do not either."""
+    """Number of blocks, from the first, that are not trained. If any are frozen, the embeddings are too."""
     n_layer: PositiveInt | None = None
-    """Transformer blocks."""
+    """Number of Transformer blocks."""
     n_head: PositiveInt | None = None
-    """Attention heads of a block."""
+    """Number of attention heads in each block."""
     n_embd: PositiveInt | None = None
-    """Width of the residual stream, in channels; divisible by n_head."""
+    """Width of the residual stream in channels, divisible by n_head."""
     block_size: PositiveInt | None = None
-    """Longest sequence the model can take, in tokens (default: 1024)."""
+    """Maximum sequence length of the model, in tokens (default: 1024)."""
     dropout: float = 0.0
-    """Probability of dropping an activation in training, in [0, 1)."""
+    """Probability of setting an activation to zero during training, in [0, 1)."""
 
 
 @dataclass
 class Data:
-    """What it reads."""
+    """Settings of the training data."""
 
     dir: str = "data/fineweb-edu-10b"
-    """Dataset directory: token shards and meta.json, as `python -m data.prepare` makes it; or see format."""
+    """Directory of the dataset: token shards and meta.json, as `python -m data.prepare` writes them; or see format."""
     format: Literal["tokens", "completions"] = "tokens"
-    """tokens: one long text, cut into windows; completions: train.jsonl and val.jsonl with a "prompt" and a
-    "completion" a line, of which the completion is learned."""
+    """tokens: one long text, cut into windows. completions: train.jsonl and val.jsonl with a "prompt" and a
+    "completion" per line; only the completion is learned."""
     pack: bool = False
-    """Of completions: several training examples in a window, instead of each in one of its own, with padding."""
+    """With completions, put several examples into each window. Otherwise each window has one example and padding."""
     batch_tokens: PositiveInt = 524288
-    """Tokens of an optimizer step over all processes; a multiple of sequence_length."""
+    """Tokens per optimizer step over all processes, a multiple of sequence_length."""
     sequence_length: PositiveInt = 1024
-    """Tokens of a training window."""
+    """Tokens per training window."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
-    """Windows a process computes at a time, at most; auto: as many as the memory estimate allows."""
+    """Maximum number of windows per forward pass on a process. auto: as many as the memory estimate allows."""
     shuffle: bool = True
-    """Visit the windows of an epoch in a pseudo-random order instead of as they stand."""
+    """Visit the windows of each epoch in a pseudorandom order instead of the order of the text."""
 
 
 @dataclass
 class Optim:
-    """How it learns."""
+    """Settings of the optimizer and the learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon: Muon for the matrices inside the blocks, AdamW for the rest."""
+    """adamw: AdamW for all parameters. muon: Muon for the matrices inside the blocks, AdamW for the rest."""
     lr: PositiveFloat = 6e-4
-    """Peak learning rate (of AdamW)."""
+    """Peak learning rate of AdamW."""
     min_lr_ratio: ClosedUnitInterval = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: a cosine to the end; wsd: constant, then linear over the last decay_fraction; constant."""
+    """After the warm-up. cosine: down to the end; wsd: constant, then linear in the last decay_fraction; constant."""
     warmup_steps: NonNegativeInt = 715
-    """Steps of linear warm-up from zero."""
+    """Steps in which the learning rate rises linearly from zero."""
     steps: PositiveInt = 19073
     """Optimizer steps of the whole run."""
     decay_fraction: ClosedUnitInterval = 0.2
-    """Share of the steps in which wsd decays."""
+    """Fraction of the steps in which the schedule wsd decays."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of tensors of two dimensions and more."""
+    """Decoupled weight decay of tensors with two or more dimensions."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging of the gradient and of its square."""
+    """AdamW's decay rates of the averages of the gradient and its square, each in [0, 1)."""
     eps: PositiveFloat = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, added to the denominator."""
     grad_clip: NonNegativeFloat = 1.0
-    """Largest norm of the whole gradient, 0 for no clipping."""
+    """Maximum norm of the gradient of all parameters; 0: no clipping."""
     muon_lr: PositiveFloat = 0.02
     """Peak learning rate of Muon."""
     muon_momentum: ClosedUnitInterval = 0.95
-    """Muon's (Nesterov) momentum."""
+    """Nesterov momentum of Muon, in [0, 1)."""
 
 
 @dataclass
 class Eval:
-    """How it is validated."""
+    """Settings of validation during training."""
 
     every: NonNegativeInt = 250
-    """Steps between validations (also after the last step), 0 for never."""
+    """Steps between validations; there is also one after the last step. 0: no validation."""
     at_start: bool = True
-    """Validate before the first step, too: what a model that has learned nothing scores."""
+    """Also validate before the first step, which shows the loss of an untrained model."""
     tokens: PositiveInt = 10485760
-    """Tokens of the validation split to score, from its beginning, or all it has; of completions, all."""
+    """Tokens to score, from the beginning of the validation split (completions: all of them are scored)."""
     hellaswag: bool = True
     """Score HellaSwag (completion convention) at each validation."""
     samples: NonNegativeInt = 4
-    """Texts to sample at each validation, into samples.txt."""
+    """Number of texts to sample at each validation, written to samples.txt."""
     patience: NonNegativeInt = 0
-    """Validations in a row without a lower loss after which the run ends early, 0 for never."""
+    """End the run after this number of validations in a row without a lower loss; 0: never."""
 
 
 @dataclass
 class Checkpoint:
-    """When it is saved."""
+    """Settings of checkpoints."""
 
     every: NonNegativeInt = 1000
-    """Steps between checkpoints (also after the last step), 0 for only at the end."""
+    """Steps between checkpoints; there is also one after the last step. 0: only that one."""
     every_minutes: NonNegativeFloat = 0.0
-    """Minutes between checkpoints, beside `every`; 0 for none by the clock."""
+    """Minutes between additional checkpoints; 0: none."""
     keep: PositiveInt = 3
-    """Newest checkpoints to keep; the one with the best validation loss stays too."""
+    """Number of newest checkpoints to keep, in addition to the one with the best validation loss."""
     on_error: Literal["stop", "continue"] = "stop"
-    """When one cannot be written, a full disk say: stop the run, or say so and continue to the next."""
+    """If a checkpoint cannot be written, for example on a full disk: stop, or print the error and continue."""
 
 
 @dataclass
 class Log:
-    """What is reported."""
+    """Settings of progress reports."""
 
     every: PositiveInt = 10
-    """Steps between progress lines; metrics.jsonl has every step."""
+    """Steps between progress lines. metrics.jsonl has every step."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Send the metrics to Weights & Biases too."""
+    """Also send the metrics to Weights & Biases."""
 
 
 @dataclass
 class System:
-    """What it runs on."""
+    """Settings of the hardware."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: cuda, then mps (not tested), then cpu."""
+    """Device to train on. auto: the first of cuda, mps (not tested) and cpu that exists."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the matrix products; weights stay float32. auto: bfloat16 where the processor computes in it,
-    float16 (with a gradient scaler) on CUDA cards older than Ampere, float32 elsewhere."""
+    """Precision of matrix products; weights stay float32. auto: bfloat16 if the processor computes in it, float16 (with
+    a gradient scaler) on CUDA cards older than Ampere, otherwise float32."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile of the loss; auto: on CUDA, and on CPU for models and compilers that repay it."""
+    """Compile the loss with torch.compile. auto: on CUDA, and for large models on a CPU with a C++ compiler."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """On several processes: ddp, a copy of the model on each; fsdp, a part; auto: fsdp where a copy does not fit."""
+    """Strategy on several processes. ddp: each has the whole model; fsdp: each has a part; auto: fsdp only on GPUs
+    where ddp would not fit."""
     activation_checkpointing: bool = False
-    """Compute each block's activations again in the backward pass instead of keeping them."""
+    """Compute the activations of each block again in the backward pass instead of storing them; it saves memory."""
 
 
 @dataclass
 class Config:
-    """All of it; a combination that cannot work is a ValueError that names the fields and the mend."""
+    """The configuration of a run.
+
+    Raises ValueError if fields cannot be combined; the message names the fields and what to change.
+    """
 
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
@@ -190,36 +195,38 @@ class Config:
         if data.batch_tokens % data.sequence_length:
             nearest = max(1, round(data.batch_tokens / data.sequence_length)) * data.sequence_length
             raise ValueError(
-                f"data.batch_tokens {data.batch_tokens} is no multiple of data.sequence_length {data.sequence_length}: "
-                f"take {nearest}"
+                f"data.batch_tokens {data.batch_tokens} is not a multiple of data.sequence_length "
+                f"{data.sequence_length}: use {nearest}"
             )
         if data.pack and data.format != "completions":
-            raise ValueError("data.pack is for data.format completions: tokens are one text that fills every window")
+            raise ValueError("data.pack needs data.format completions: with tokens, one text fills every window")
         if optim.schedule != "constant" and optim.warmup_steps >= optim.steps:
             raise ValueError(
-                f"optim.warmup_steps {optim.warmup_steps} leaves nothing of optim.steps {optim.steps}: "
-                f"lower the one or raise the other"
+                f"optim.warmup_steps {optim.warmup_steps} must be below optim.steps {optim.steps}: "
+                f"lower optim.warmup_steps or raise optim.steps"
             )
         if not all(0 <= beta < 1 for beta in optim.betas):
-            raise ValueError(f"optim.betas {list(optim.betas)} must lie in [0, 1)")
+            raise ValueError(f"optim.betas {list(optim.betas)} must be in [0, 1)")
         if optim.muon_momentum >= 1:
-            raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must lie in [0, 1): at 1 nothing is learned")
+            raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must be in [0, 1): with 1, nothing is learned")
         if self.eval.patience and not self.eval.every:
-            raise ValueError("eval.patience counts validations, and eval.every 0 makes none: set eval.every")
+            raise ValueError("eval.patience counts validations, but with eval.every 0 there are none: set eval.every")
         if self.run.name in ("", ".", "..") or Path(self.run.name).name != self.run.name:
             raise ValueError(f"run.name {self.run.name!r} must be the name of one directory under run.dir")
         if model.init_from == "scratch":
             if model.freeze_layers:
-                raise ValueError("model.freeze_layers freezes untrained weights: set model.init_from, or leave it at 0")
-            shape = self.model_config(vocab_size=1)  # raises what GPTConfig finds
+                raise ValueError(
+                    "model.freeze_layers would freeze untrained weights: set model.init_from, or set it to 0"
+                )
+            shape = self.model_config(vocab_size=1)  # raises the errors of GPTConfig
             if data.sequence_length > shape.block_size:
                 raise ValueError(
                     f"data.sequence_length {data.sequence_length} is above model.block_size {shape.block_size}: "
-                    f"shorten the one or raise the other"
+                    f"lower data.sequence_length or raise model.block_size"
                 )
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        """The GPTConfig of a model from scratch, its vocabulary that of the dataset's tokenizer."""
+        """Return the GPTConfig of a model from scratch, with the vocabulary size of the dataset's tokenizer."""
         model = self.model
         fields: dict[str, Any] = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 1024}
         if model.preset is not None:
@@ -227,59 +234,59 @@ class Config:
         for name in fields:
             fields[name] = getattr(model, name) or fields[name]
             if fields[name] is None:
-                raise ValueError(f"model.{name} is needed where model.preset is null")
+                raise ValueError(f"model.{name} is required if model.preset is null")
         try:
             return GPTConfig(vocab_size=vocab_size, dropout=model.dropout, **fields)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have begun with, but for the model and the dataset themselves."""
+        """Return the settings that a resumed run may not change, except the model and the dataset, by section."""
         fields = self.to_dict()
         data = {name: fields["data"][name] for name in ("format", "batch_tokens", "sequence_length", "shuffle")}
         return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML file."""
+        """Return the configuration as nested plain values, as in the YAML file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool) -> None:
-    """Raise a ValueError that lists what differs between two identities of a run, old and new.
+    """Raise a ValueError that lists the differences between two identities of a run, with old and new values.
 
-    With `allow` (run.allow_changes) the length of the run, its learning rates and its schedule may differ.
+    With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ.
     """
-    course = {"steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction"}
+    schedule = {"steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction"}
     changed = [
         f"{section}.{name} was {before.get(section, {}).get(name)!r}, is {value!r}"
         for section, fields in now.items()
         for name, value in fields.items()
-        if before.get(section, {}).get(name) != value and not (allow and section == "optim" and name in course)
+        if before.get(section, {}).get(name) != value and not (allow and section == "optim" and name in schedule)
     ]
     if changed:
         raise ValueError(
-            f"this run was started with another configuration: {'; '.join(changed)}. Set these back, or give the new "
-            f"run a run.name of its own; run.allow_changes true lets optim.steps, learning rates and schedule change"
+            f"this run was started with another configuration: {'; '.join(changed)}. Restore these values, or choose "
+            f"another run.name; run.allow_changes true allows other optim.steps, learning rates and schedules"
         )
 
 
 @dataclass
 class Flags:
-    """What one start of a run is asked for, beside its configuration."""
+    """Options of one start of train.py that are not part of the configuration."""
 
-    dry_run: str | None = None
-    mfu: float = 0.4
+    dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
+    mfu: float = 0.4  # for the estimate
     verify: bool = False
     profile: bool = False
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """The configuration alone of what `parse_command_line` reads."""
+    """Return the configuration that `parse_command_line` reads, without the flags."""
     return parse_command_line(arguments)[0]
 
 
 def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flags]:
-    """What a command line asks for; exits with status 2 and a sentence when it cannot work."""
+    """Parse train.py's command line. An error ends the process with a message and status 2."""
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run] [--verify] [--profile]",
@@ -287,18 +294,20 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flag
         exit_on_error=False,
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, metavar="FILE", help="YAML file; flags after it override it"
+        "--config", action=ActionConfigFile, metavar="FILE", help="YAML file; options after it override its values"
     )
     parser.add_argument(
         "--dry-run", nargs="?", const="", metavar="8xH100",
-        help="say what the run would take, here or on the hardware named, check the dataset, and train nothing",
+        help="check the dataset and print what the run needs, here or on the given hardware, without training",
     )  # fmt: skip
     parser.add_argument(
-        "--mfu", type=PositiveFloat, default=0.4, help="share of the peak FLOP/s --dry-run reckons with"
+        "--mfu", type=PositiveFloat, default=0.4, help="fraction of the peak FLOP/s that --dry-run assumes"
     )
-    parser.add_argument("--verify", action="store_true", help="hold the dataset's shards against their hashes first")
     parser.add_argument(
-        "--profile", action="store_true", help="trace three steps into trace.json in the run's directory"
+        "--verify", action="store_true", help="compare the shards of the dataset with their hashes first"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write a trace of three steps to trace.json in the run's directory"
     )
     for section in dataclasses.fields(Config):
         parser.add_class_arguments(section.default_factory, section.name)
@@ -311,11 +320,11 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flag
 
 
 def refuse(message: str) -> NoReturn:
-    """Say what is wrong with the configuration, with the nearest name where one is unknown, and exit with status 2."""
+    """Print an error in the configuration, with the nearest name for an unknown one, and exit with status 2."""
     names = [(section, name) for section, fields in Config().to_dict().items() for name in fields]
     known = {f"{section}.{name}" for section, name in names} | {name for _, name in names}
     for unknown in re.findall(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)", message):
         near = difflib.get_close_matches(unknown, known, 1)
-        message += f"; did you mean {near[0]}?" if near else "; `train.py --help` lists all there are"
+        message += f"; did you mean {near[0]}?" if near else "; `train.py --help` lists all names"
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate's course."""
+"""Optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.config import Optim
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalized: a matrix moves as far in every direction that its gradients agree on (Jordan et al.
-    2024, https://kellerjordan.github.io/posts/muon/).
+    """Momentum whose update is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    It is torch.optim.Muon but for two things. Queries, keys and values, which c_attn computes in one product, are three
-    matrices here. And processes with the same gradients (DDP) share the work: each orthogonalizes some of the matrices
-    for all, where torch's would do every matrix on every process.
+    All singular values of an update are about 1, so a matrix moves equally far in every direction in which its
+    gradients agree, including rare ones. It differs from torch.optim.Muon in two points. Queries, keys and values,
+    which c_attn computes in one product, are three matrices here. And processes that have the same gradients (DDP)
+    divide the work: each orthogonalizes some of the matrices for all.
     """
 
     def __init__(
@@ -32,9 +32,12 @@ class Muon(Optimizer):
         momentum: float,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`stacked` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape.
+        """Create momentum buffers.
 
-        `dtype` is the precision of the Newton-Schulz iteration; momentum and weights stay in that of the parameters.
+        Args:
+            stacked: parameters that are square matrices on top of each other, (2C or 3C, C).
+            others: single matrices of any shape.
+            dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
         self.dtype = dtype
@@ -46,16 +49,17 @@ class Muon(Optimizer):
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Update each matrix (rows, columns) that has a gradient."""
         for group in self.param_groups:
-            # the large ones first, in turn over the processes, so that all have about as much to do
+            # Sorted by size, because the processes take turns: so all get about the same amount of work.
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
             updates = [self._nesterov(p, group["momentum"]) for p in parameters]
             updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u for u in updates]
-            share_out(updates, self.dtype)
+            distributed_newton_schulz(updates, self.dtype)
             for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = update.shape[-2:]
                 update = update.reshape(parameter.shape)
-                if hasattr(parameter, "full_tensor"):  # FSDP: all have computed the whole, each keeps its part
-                    from torch.distributed.tensor import DTensor, Replicate  # here: it takes a second to import
+                if hasattr(parameter, "full_tensor"):  # FSDP: every process has the whole update and keeps its part
+                    # imported here: it takes a second, and few runs shard
+                    from torch.distributed.tensor import DTensor, Replicate
 
                     update = DTensor.from_local(update, parameter.device_mesh, [Replicate()]).redistribute(
                         placements=parameter.placements
@@ -64,7 +68,7 @@ class Muon(Optimizer):
                 parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
-        """The parameter's averaged gradient with one step of look-ahead, whole also where it is sharded."""
+        """Return the Nesterov momentum of a parameter's gradient, gathered from all processes if it is sharded."""
         gradient = parameter.grad
         assert gradient is not None
         average = self.state[parameter]["momentum_buffer"].lerp_(gradient, 1 - momentum)
@@ -72,14 +76,13 @@ class Muon(Optimizer):
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
 
-def share_out(updates: list[Tensor], dtype: torch.dtype) -> None:
-    """Orthogonalize each of the updates, in place in the list: process r of n those at r, r + n, r + 2n ..."""
+def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None:
+    """Replace each tensor of the list by its `newton_schulz`; process r of n computes elements r, r + n, r + 2n, ..."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     messages = []
     for i, update in enumerate(updates):
         owner = i % world_size
-        mine = owner == rank
-        updates[i] = newton_schulz(update, dtype) if mine else torch.empty_like(update, dtype=dtype)
+        updates[i] = newton_schulz(update, dtype) if owner == rank else torch.empty_like(update, dtype=dtype)
         if world_size > 1:
             messages.append(dist.broadcast(updates[i], src=owner, async_op=True))
     for message in messages:
@@ -87,12 +90,12 @@ def share_out(updates: list[Tensor], dtype: torch.dtype) -> None:
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return matrices ([N,] rows, columns) with all singular values moved to about 1 (0.7 to 1.2), in `dtype`.
+    """Return matrices ([N,] rows, columns) in `dtype` whose singular values are all about 1 (0.7 to 1.2).
 
-    Five steps of a Newton-Schulz iteration, which needs matrix products only; the coefficients of the quintic are those
-    of Jordan et al., chosen to raise small singular values fast rather than to reach 1 exactly.
+    This takes five steps of a Newton-Schulz iteration, which consists of matrix products only. The coefficients of its
+    quintic polynomial are those of Jordan et al. They raise small singular values quickly, and do not reach 1 exactly.
     """
-    # The elements of a gradient may be smaller than float16's smallest number: normalize before that conversion.
+    # The elements of a gradient may be smaller than the smallest float16: normalize before converting to it.
     wide_range = torch.finfo(dtype).tiny < 1e-30
     x = matrices.to(dtype) if wide_range else matrices.float()
     tall = x.size(-2) > x.size(-1)
@@ -106,10 +109,10 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-    """The optimizers of a model's trainable parameters, each group with its `peak_lr`.
+    """Return the optimizers of a model's trainable parameters; each parameter group has its peak rate in `peak_lr`.
 
-    `dtype` is the precision of Muon's matrix products, which the device should compute natively (`fast_dtype`).
-    Weight decay goes to tensors of two dimensions and more: embeddings and matrices, not biases and LayerNorms.
+    `dtype` is the precision of Muon's matrix products, which the device should compute natively (`fast_dtype`). Weight
+    decay applies to tensors with two or more dimensions: embeddings and matrices, not biases and LayerNorms.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []
@@ -118,13 +121,13 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
         parameters = {name: p for name, p in parameters.items() if name not in matrices}
         stacked = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
         single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
-        if matrices:  # not all blocks are frozen
+        if matrices:  # false if all blocks are frozen
             optimizers.append(Muon(stacked, single, config.muon_lr, config.weight_decay, config.muon_momentum, dtype))
     decayed = [p for p in parameters.values() if p.dim() >= 2]
     undecayed = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in parameters.values():  # now, not in the first step, in whose memory a CPU's heap would scatter it
+    for p in parameters.values():  # allocated now: allocated during the first step, it would fragment the heap of a CPU
         step = torch.zeros((), device=p.device)
         adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizers.append(adamw)
@@ -135,7 +138,7 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
 
 
 def learning_rate_factor(step: int, config: Optim) -> float:
-    """What the peak learning rate is multiplied by in optimizer step `step` (from 0), in (0, 1]."""
+    """Return the factor of the peak learning rate in optimizer step `step` (from 0), in (0, 1]."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -148,7 +151,7 @@ def learning_rate_factor(step: int, config: Optim) -> float:
 
 
 def set_learning_rate(optimizers: list[Optimizer], factor: float) -> None:
-    """Every group's learning rate becomes `factor` of its peak."""
+    """Set the learning rate of every group to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]

@@ -1,4 +1,4 @@
-"""What each idea changes in a run, and that the rest stays."""
+"""Ideas change what a run learns, and nothing else."""
 
 import shutil
 from types import SimpleNamespace
@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts.ideas import IDEAS
-from train import Trainer
-from training.parallel import start_processes
-from training.run_directory import read_metrics
+import train as train_module
+from scripts.ideas import IDEAS, Idea
 
 MUON = {
     "optim.name": "muon",
@@ -22,29 +20,25 @@ MUON = {
 
 
 @pytest.fixture
-def trained(tiny_run, monkeypatch):
-    """`trained("z-loss")`: a Trainer at the end of its run, with the plain one for "plain"."""
-    monkeypatch.setattr("train.StopSignal", lambda: SimpleNamespace(asked=False))  # signals stay pytest's
-    trainers = []
+def trained(tiny_run, prepare, monkeypatch):
+    """`trained("z-loss")`: a TrainingRun after its last step, without an idea for "plain"."""
+    monkeypatch.setattr("train.StopSignal", lambda: SimpleNamespace(received=False))  # keeps pytest's signal handlers
 
-    def run(idea, **changes):
-        config = tiny_run(idea, **MUON | changes)
-        trainer = IDEAS.get(idea, Trainer)(config, start_processes(config.system))
-        trainers.append(trainer)
-        trainer.run()
-        return trainer
+    def run(name, **changes):
+        with prepare(tiny_run(name, **MUON | changes)) as prepared:
+            idea = IDEAS.get(name, Idea)(prepared)
+            train_module.train(prepared, train_step=idea.train_step, validate=idea.validate)
+        return prepared
 
-    yield run
-    for trainer in trainers:
-        trainer.close()
+    return run
 
 
-def logged(trainer, split, field="loss"):
-    return [r[field] for r in read_metrics(trainer.directory / "metrics.jsonl") if r["split"] == split]
+def logged(run, split, field="loss"):
+    return [record[field] for record in run.directory.read_metrics() if record["split"] == split]
 
 
 @pytest.mark.parametrize("idea", IDEAS)
-def test_an_idea_changes_what_is_learnt_and_not_how_much_is_read(idea, trained):
+def test_an_idea_changes_what_is_learned_and_not_how_much_is_read(idea, trained):
     plain, other = trained("plain"), trained(idea)
     assert logged(plain, "val")[-1] != logged(other, "val")[-1]
     assert logged(other, "val")[-1] < logged(other, "val")[0]
@@ -52,31 +46,31 @@ def test_an_idea_changes_what_is_learnt_and_not_how_much_is_read(idea, trained):
     assert other.loader.step == plain.loader.step
 
 
-def test_the_average_is_of_the_steps_whose_rate_went_down(trained, monkeypatch):
+def test_averaged_takes_the_mean_of_the_steps_whose_rate_decreased(trained, monkeypatch):
     weights = []
-    step = Trainer.train_step
+    step = train_module.train_step
 
-    def keep(self, *asked):
-        result = step(self, *asked)
-        weights.append([p.detach().clone() for p in self.model.parameters()])
+    def keep(run, *requests):
+        result = step(run, *requests)
+        weights.append([p.detach().clone() for p in run.model.parameters()])
         return result
 
-    monkeypatch.setattr(Trainer, "train_step", keep)
-    trainer = trained("averaged")
-    rates = logged(trainer, "train", "lr")
+    monkeypatch.setattr(train_module, "train_step", keep)
+    run = trained("averaged")
+    rates = logged(run, "train", "lr")
     last = [i for i in range(1, 6) if rates[i] < rates[i - 1]]
     assert len(last) == 3
-    for parameter, *steps in zip(trainer.model.parameters(), *(weights[i] for i in last), strict=True):
+    for parameter, *steps in zip(run.model.parameters(), *(weights[i] for i in last), strict=True):
         torch.testing.assert_close(parameter.detach(), torch.stack(steps).mean(dim=0))
 
 
-def test_small_batches_are_steps_of_their_own(trained):
+def test_each_small_batch_is_a_step(trained):
     halves = trained("small-batches-first", **{"optim.schedule": "constant"})
-    steps = [r["step"] for r in read_metrics(halves.directory / "metrics.jsonl") if r["split"] == "train"]
+    steps = logged(halves, "train", "step")
     assert steps == [1, 1, 2, 2, 3, 4, 5, 6]
 
 
-def test_what_an_idea_cannot_do_is_said(trained, tiny_run, write_config, python, tmp_path):
+def test_impossible_combinations_are_refused(trained, tiny_run, write_config, python, tmp_path):
     with pytest.raises(ValueError, match=r"raise data\.micro_batch"):
         trained("small-batches-first", **{"data.micro_batch": 4})
     with pytest.raises(ValueError, match=r"optim\.name muon, got adamw"):
@@ -90,7 +84,7 @@ def test_what_an_idea_cannot_do_is_said(trained, tiny_run, write_config, python,
     assert "interrupted at step 3" in result.stderr
 
 
-def test_start_and_decay(trained):
+def test_ideas_change_initialization_decay_and_momentum(trained):
     plain = trained("plain", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9})
     small = trained("small-positions", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9})
     wpe = [t.model.transformer.wpe.weight.detach() for t in (plain, small)]

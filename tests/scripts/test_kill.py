@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and the run ends as if nothing had happened."""
+"""A run that is killed at random moments ends with the same bits."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def kill(tiny_run, write_config, python, tmp_path):
-    """`kill(kills, processes)`: what scripts/kill_test.py counted on a run of enough small steps."""
+    """`kill(kills, processes)`: the counts of scripts/kill_test.py for a run of enough small steps."""
 
     def run(kills, processes, **changes):
         changes = {
@@ -42,7 +42,7 @@ def test_more_kills_than_steps_are_refused_before_anything_runs(tiny_run, write_
     config, out = write_config(tiny_run(**{"optim.steps": 3})), tmp_path / "out"
     result = python("-m", "scripts.kill_test", "--config", config, "--dir", out, "--kills", 4, check=False)
     assert result.returncode == 2
-    assert "--kills 4 in a run of optim.steps 3: raise it, or kill less often" in result.stderr
+    assert "--kills 4 in a run of optim.steps 3: raise optim.steps, or kill less often" in result.stderr
     assert not out.exists()
 
 

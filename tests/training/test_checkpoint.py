@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, a GPT-2 to every other tool, and never a pickle."""
+"""Checkpoints: complete or absent, loadable as a GPT-2 by other tools, and never a pickle."""
 
 import contextlib
 import json
@@ -14,8 +14,8 @@ from files import file_sha256
 from generation import generate
 from model import GPT
 from pretrained import list_checkpoints, resolve_model, verify
-from training.checkpoint import Checkpoints, lock_run
-from training.run_directory import MetricsLog, read_metrics
+from training.checkpoint import Checkpoints
+from training.run_directory import RunDirectory, read_metrics
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def steps(run):
 
 @pytest.mark.parametrize("kind", ["char", "bpe:300", "gpt2"])
 def test_a_checkpoint_is_a_gpt2_for_transformers(tiny_run, train, python, verses, tmp_path, kind):
-    """Ids, logits and generated text are those of ours."""
+    """Its ids, logits and generated text equal ours."""
     data = verses
     if kind != "char":
         data = tmp_path / "data"
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_a_gpt2_for_transformers(tiny_run, train, python, verses
     assert generated[0]["generated_text"] == tokenizer.decode([i for i in expected if i != tokenizer.eot])
 
 
-def test_what_a_checkpoint_holds(run):
+def test_a_checkpoint_has_these_files(run):
     checkpoint = run / "checkpoints" / "step-000010"
     files = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
     assert files == [
@@ -85,19 +85,19 @@ def test_what_a_checkpoint_holds(run):
     "name",
     ["config.json", "model.safetensors", "tokenizer.json", "trainer/optimizer.safetensors", "trainer/state.json"],
 )
-def test_one_flipped_byte_in_any_file_is_found_and_the_one_before_is_used(run, tiny_run, train, capsys, name):
+def test_a_flipped_byte_in_any_file_is_found_and_the_previous_checkpoint_is_used(run, tiny_run, train, capsys, name):
     damaged = run / "checkpoints" / "step-000010"
     flip_a_byte(damaged / name)
     train(tiny_run("run", **{"optim.steps": 10, "checkpoint.every": 4}))
     output = capsys.readouterr()
     assert f"skipping a damaged checkpoint: {damaged / name} has another sha256" in output.err
-    assert "going on from" in output.out
+    assert "resuming from" in output.out
     assert "step-000008" in output.out
-    assert (run / "checkpoints" / "step-000010.damaged").is_dir()  # left alone, out of the new one's way
+    assert (run / "checkpoints" / "step-000010.damaged").is_dir()  # kept under another name
     verify(damaged)
 
 
-def test_a_second_damaged_one_of_the_same_step_is_kept_too(run, tiny_run, train):
+def test_a_second_damaged_checkpoint_of_the_same_step_is_kept_too(run, tiny_run, train):
     for _ in range(2):
         flip_a_byte(run / "checkpoints" / "step-000010" / "config.json")
         train(tiny_run("run", **{"optim.steps": 10, "checkpoint.every": 4}))
@@ -108,15 +108,15 @@ def test_a_second_damaged_one_of_the_same_step_is_kept_too(run, tiny_run, train)
     verify(run / "checkpoints" / "step-000010")
 
 
-def test_what_is_written_anew_in_a_damaged_ones_place_counts_again(run, tiny_run, train):
+def test_a_checkpoint_that_replaces_a_damaged_one_counts_again(run, tiny_run, train):
     flip_a_byte(run / "checkpoints" / "step-000010" / "config.json")
     changes = {"optim.steps": 14, "run.allow_changes": True, "checkpoint.every": 2, "checkpoint.keep": 2}
     train(tiny_run("run", **changes))
     assert steps(run) == [12, 14]
 
 
-def test_a_loss_measured_only_after_its_checkpoint_counts(tmp_path):
-    """As of one saved at a stop: later checkpoints know it as the best."""
+def test_a_loss_that_was_measured_after_its_checkpoint_counts(tmp_path):
+    """A checkpoint that was saved on a stop request has no loss; later checkpoints store it as the best."""
     states = {4: (None, None), 6: (3.0, [2.5, 4]), 8: (2.8, [2.5, 4])}
     for step, (loss, best) in states.items():
         (trainer := tmp_path / f"step-{step:06d}" / "trainer").mkdir(parents=True)
@@ -127,19 +127,19 @@ def test_a_loss_measured_only_after_its_checkpoint_counts(tmp_path):
     assert checkpoints.best() == (2.8, tmp_path / "step-000008")
 
 
-def test_where_all_are_damaged_nothing_begins_anew_in_silence(run, tiny_run, train):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(run, tiny_run, train):
     for path in list_checkpoints(run / "checkpoints"):
         flip_a_byte(path / "model.safetensors")
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         train(tiny_run("run", **{"optim.steps": 10}))
 
 
-def test_the_newest_and_the_best_stay(tiny_run, train):
+def test_the_newest_and_the_best_are_kept(tiny_run, train):
     config = tiny_run("kept", **{"optim.steps": 12, "checkpoint.every": 2, "checkpoint.keep": 2, "eval.every": 2})
     run = train(config)
     assert steps(run) == [10, 12]
     state = run / "checkpoints" / "step-000010" / "trainer" / "state.json"
-    best = json.loads(state.read_text()) | {"val_loss": 0.0}  # as if it had been the best of all
+    best = json.loads(state.read_text()) | {"val_loss": 0.0}  # as if it were the best
     state.write_text(json.dumps(best))
     shutil.rmtree(run / "checkpoints" / "step-000012")
     checkpoints = Checkpoints(run / "checkpoints", keep=1, on_error="stop")
@@ -151,12 +151,12 @@ def test_the_newest_and_the_best_stay(tiny_run, train):
     assert steps(run) == [10, 16]
 
 
-def test_older_checkpoints_that_cannot_be_read_are_left_alone(run, tiny_run, train, capsys):
+def test_older_checkpoints_that_cannot_be_read_are_kept(run, tiny_run, train, capsys):
     shutil.rmtree(run / "checkpoints" / "step-000004" / "trainer")  # to save space
     (run / "checkpoints" / "step-000008" / "trainer" / "state.json").write_text("[]")
     train(tiny_run("run", **{"optim.steps": 12, "checkpoint.keep": 1, "run.allow_changes": True}))
     assert steps(run) == [4, 8, 12]
-    assert capsys.readouterr().err.count("cannot be read") == 2  # each once
+    assert capsys.readouterr().err.count("cannot be read") == 2  # each is named once
 
 
 def test_resume_never_and_must(run, tiny_run, train):
@@ -167,7 +167,7 @@ def test_resume_never_and_must(run, tiny_run, train):
     assert not (run.parent / "fresh").exists()
 
 
-def test_a_changed_run_is_refused_with_old_and_new_values(run, tiny_run, train):
+def test_a_changed_configuration_is_refused_with_old_and_new_values(run, tiny_run, train):
     changed = tiny_run("run", **{"optim.steps": 20, "optim.weight_decay": 0.5, "run.seed": 4})
     with pytest.raises(ValueError, match="this run was started with another configuration") as refused:
         train(changed)
@@ -180,7 +180,7 @@ def test_a_changed_model_is_refused(run, tiny_run, train):
         train(tiny_run("run", **{"model.n_layer": 3, "optim.steps": 10}))
 
 
-def test_another_beginning_is_refused(run, tiny_run, train):
+def test_another_initial_model_is_refused(run, tiny_run, train):
     other = train(tiny_run("other"))
     with pytest.raises(ValueError, match=r"model.init_from was 'scratch', is '.*other'"):
         train(tiny_run("run", **{"model.init_from": str(other)}))
@@ -197,32 +197,33 @@ def test_a_failed_save_stops_the_run_at_once(run, tiny_run, train, monkeypatch):
     assert 200 <= len(read_metrics(run / "metrics.jsonl")) < 400
 
 
-def test_a_longer_run_when_that_is_said(run, tiny_run, train):
+def test_a_run_can_become_longer_with_allow_changes(run, tiny_run, train):
     train(tiny_run("run", **{"optim.steps": 15, "run.allow_changes": True}))
     assert steps(run)[-1] == 15
     assert json.loads((run / "provenance.json").read_text())[-1]["allow_changes"] is True
 
 
-def test_a_run_cannot_become_shorter_than_it_is_already(run, tiny_run, train):
+def test_a_run_cannot_become_shorter_than_it_already_is(run, tiny_run, train):
     with pytest.raises(ValueError, match=r"step-000010 is after step 10, past optim.steps 9: raise optim.steps"):
         train(tiny_run("run", **{"optim.steps": 9, "run.allow_changes": True}))
 
 
-def test_a_second_run_in_the_directory_is_refused_while_the_first_lives(tiny_run, train, write_config, python):
-    lock = lock_run(train(tiny_run("run", **{"optim.steps": 3})))
+def test_a_second_process_in_the_directory_is_refused_while_the_first_runs(tiny_run, train, write_config, python):
+    directory = RunDirectory(train(tiny_run("run", **{"optim.steps": 3})))
+    directory.lock()
     result = python("train.py", "--config", write_config(tiny_run("run")), check=False)
-    lock.release()
+    directory.release()
     assert result.returncode == 2
-    assert "is in use by a run that is still going" in result.stderr
+    assert "is in use by a run that has not ended" in result.stderr
 
 
-def test_no_room_for_a_checkpoint_stops_the_run_and_keeps_the_earlier_ones(run, tiny_run, train, monkeypatch, capsys):
+def test_a_full_disk_stops_the_run_and_keeps_the_earlier_checkpoints(run, tiny_run, train, monkeypatch, capsys):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("training.checkpoint.save_file", full)
     longer = {"optim.steps": 14, "checkpoint.every": 2, "run.allow_changes": True}
-    with pytest.raises(OSError, match=r"could not be written .*No space left on device.*earlier ones are whole"):
+    with pytest.raises(OSError, match=r"could not be written .*No space left on device.*earlier ones are complete"):
         train(tiny_run("run", **longer))
     assert steps(run) == [4, 8, 10]
     assert not list(run.rglob("*.partial"))
@@ -230,7 +231,7 @@ def test_no_room_for_a_checkpoint_stops_the_run_and_keeps_the_earlier_ones(run, 
         verify(path)
 
 
-def test_no_room_and_going_on_as_configured(tiny_run, train, monkeypatch, capsys):
+def test_a_full_disk_does_not_stop_the_run_if_so_configured(tiny_run, train, monkeypatch, capsys):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
@@ -240,19 +241,19 @@ def test_no_room_and_going_on_as_configured(tiny_run, train, monkeypatch, capsys
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
 
 
-# train.py under a limit on the size of any file it writes, as a full disk would stop it
+# train.py under a limit on the size of the files it writes, which has the effect of a full disk
 LIMITED = "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); train.main()"
 
 
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
-def test_a_disk_that_is_full_stops_the_run_or_not_as_configured(tiny_run, train, write_config, python, on_error):
-    """After step 4 no file may be larger than 60 KB, and a checkpoint's are."""
+def test_a_limit_on_file_sizes_stops_the_command_or_not_as_configured(tiny_run, train, write_config, python, on_error):
+    """After step 4 no file may be larger than 60 KB, but a checkpoint's files are."""
     run = train(tiny_run("full", **{"optim.steps": 4}))
     longer = {"optim.steps": 12, "checkpoint.every": 4, "checkpoint.on_error": on_error, "run.allow_changes": True}
     config = write_config(tiny_run("full", **longer))
     result = python("-c", LIMITED, "--config", config, check=False)
     assert "a checkpoint could not be written" in result.stderr
-    assert "earlier ones are whole" in result.stderr
+    assert "earlier ones are complete" in result.stderr
     assert "Traceback" not in result.stderr
     assert (result.returncode, json.loads((run / "status.json").read_text())["status"]) == (
         (2, "failed") if on_error == "stop" else (0, "finished")
@@ -262,20 +263,8 @@ def test_a_disk_that_is_full_stops_the_run_or_not_as_configured(tiny_run, train,
     assert not list(run.rglob("*.partial"))
 
 
-def test_lines_of_metrics_wait_for_room_where_the_run_goes_on(tiny_run, tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", -1, tiny_run(**{"checkpoint.on_error": "continue"}))
-    log.write("train", 1, loss=1.0)
-    with open("/dev/full", "wb", buffering=0) as full:
-        log._file, real = full, log._file
-        log.write("train", 2, loss=2.0)
-    log._file = real
-    log.write("train", 3, loss=3.0)
-    log.close()
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
 class Trap:
-    """Unpickled, it leaves a file behind."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -291,7 +280,7 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 @pytest.mark.parametrize("name", [*FILES, "pytorch_model.bin"])
 @pytest.mark.parametrize("protocol", ["pickle", "torch"])
 def test_a_pickle_in_any_file_of_a_checkpoint_is_never_executed(run, tiny_run, train, tmp_path, name, protocol):
-    """Where a run goes on, where it is fine-tuned from, and where it is loaded to sample: refused, or not looked at."""
+    """When a run resumes, when it is fine-tuned, and when a model is loaded: the file is refused or not read."""
     checkpoint, sprung = run / "checkpoints" / "step-000010", tmp_path / "sprung"
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
@@ -299,7 +288,7 @@ def test_a_pickle_in_any_file_of_a_checkpoint_is_never_executed(run, tiny_run, t
     with open(checkpoint / name, "wb") as file:
         write({"transformer.wte.weight": Trap(sprung)}, file)
     manifest = checkpoint / "manifest.json"
-    if name != "manifest.json":  # with a manifest that vouches for it
+    if name != "manifest.json":  # with a manifest that matches the changed file
         listed = json.loads(manifest.read_text())
         listed = {
             other: {"bytes": (checkpoint / other).stat().st_size, "sha256": file_sha256(checkpoint / other)}
@@ -317,5 +306,5 @@ def test_a_pickle_in_any_file_of_a_checkpoint_is_never_executed(run, tiny_run, t
         with contextlib.suppress(ValueError, OSError):
             attempt()
     assert not sprung.exists()
-    pickle.loads(pickle.dumps(Trap(sprung)))  # and the trap is one
+    pickle.loads(pickle.dumps(Trap(sprung)))  # the trap itself works
     assert sprung.exists()

@@ -1,4 +1,4 @@
-"""The configuration: every field can be wrong, and the error names it."""
+"""The configuration: its defaults, and errors that name the field."""
 
 import dataclasses
 import re
@@ -18,14 +18,14 @@ FIELDS = [(s, f) for s, fields in Config().to_dict().items() for f in fields]
 
 
 def refused(capsys, *arguments):
-    """The message with which a command line is refused."""
+    """Return the message with which a command line is refused."""
     with pytest.raises(SystemExit) as stopped:
         parse_config(list(arguments))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
 
-def test_without_arguments_it_is_the_124m_reproduction():
+def test_the_defaults_are_the_124m_reproduction():
     config = parse_config([])
     assert config.model_config(50257).n_layer == 12
     assert (config.data.batch_tokens, config.optim.steps, config.optim.lr) == (524288, 19073, 6e-4)
@@ -49,10 +49,10 @@ def test_shipped_configurations_are_valid_and_named_after_themselves(path):
 
 
 @shipped
-def test_a_missing_dataset_is_made_by_the_command_above_its_configuration(path, tmp_path):
+def test_the_command_in_a_configuration_file_makes_its_dataset(path, tmp_path):
     missing = tmp_path / Path(parse_config(["--config", str(path)]).data.dir).name
     commands = re.findall(r"data\.prepare (.+) --out \S+(.*)", path.read_text())
-    assert commands or path.stem == "finetune-jsonl"  # whose pairs are the user's own
+    assert commands or path.stem == "finetune-jsonl"  # its pairs are the user's own
     for source, options in commands:
         with pytest.raises(FileNotFoundError, match=f"`python -m data.prepare {source}{options} --out {missing}`"):
             open_split(missing, "train")
@@ -80,20 +80,20 @@ def test_the_four_sizes(name, n_parameters, batch_tokens, lr, min_lr_ratio, warm
 
 
 def inputs_of(tokens):
-    """A dataset of so many tokens, as far as `warnings` looks at it."""
+    """Return a stand-in for a dataset with this number of tokens, with the attributes that `warnings` reads."""
     return SimpleNamespace(epoch_tokens=tokens, n_cut=0)
 
 
-def test_a_small_batch_with_a_large_batchs_learning_rate_is_warned_of():
+def test_a_small_batch_with_the_learning_rate_of_a_large_one_gives_a_warning():
     config = parse_config(["--data.batch_tokens", "65536"])
     (warning,) = warnings(config, inputs_of(10**10))
-    assert "65,536 is 8 times below the 524,288 that optim.lr 0.0006 goes with" in warning
+    assert "65,536 is 8 times below the 524,288 for which optim.lr 0.0006 was chosen" in warning
     assert "lower optim.lr to about 2.1e-04" in warning
     assert not warnings(parse_config(["--data.batch_tokens", "65536", "--optim.lr", "2e-4"]), inputs_of(10**10))
     assert not warnings(parse_config(["--data.batch_tokens", "491520"]), inputs_of(10**10))
 
 
-def test_a_dataset_repeated_more_than_four_times_is_warned_of():
+def test_more_than_four_epochs_give_a_warning():
     config = Config()
     tokens = config.optim.steps * config.data.batch_tokens
     (warning,) = warnings(config, inputs_of(tokens // 5))
@@ -102,7 +102,7 @@ def test_a_dataset_repeated_more_than_four_times_is_warned_of():
     assert not warnings(config, inputs_of(tokens // 4 + 1))
 
 
-def test_the_124m_file_says_what_the_defaults_say():
+def test_the_124m_file_equals_the_defaults():
     assert parse_config(["--config", "configs/gpt2-124m.yaml"]).to_dict() == Config().to_dict()
 
 
@@ -114,7 +114,7 @@ def test_a_wrong_type_names_the_field(capsys, tmp_path, section, field):
 
 
 def out_of_range():
-    """(section.field, value) below each number's range, and none of each choice: from the types of the fields."""
+    """Yield (section.field, value) with a value below the range of each number and one outside of each choice."""
     for section, parts in typing.get_type_hints(Config).items():
         for field, kind in typing.get_type_hints(parts, include_extras=True).items():
             words = str(kind)
@@ -124,7 +124,7 @@ def out_of_range():
                 yield f"{section}.{field}", "[-1.0, 0.5]" if "tuple" in words else "-1"
 
 
-def test_the_generated_cases_are_most_fields():
+def test_the_generated_cases_cover_most_fields():
     assert len({name for name, _ in out_of_range()}) > 35
 
 
@@ -152,24 +152,24 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--model.n_head", "5"], "model.n_embd (768) must be divisible by n_head (5)"),
         (
             ["--data.batch_tokens", "1000"],
-            "data.batch_tokens 1000 is no multiple of data.sequence_length 1024: take 1024",
+            "data.batch_tokens 1000 is not a multiple of data.sequence_length 1024: use 1024",
         ),
         (["--data.sequence_length", "2048"], "data.sequence_length 2048 is above model.block_size 1024"),
-        (["--optim.warmup_steps", "9", "--optim.steps", "9"], "optim.warmup_steps 9 leaves nothing of optim.steps 9"),
-        (["--optim.betas", "[0.9, 1.0]"], "optim.betas [0.9, 1.0] must lie in [0, 1)"),
-        (["--optim.muon_momentum", "1.0"], "optim.muon_momentum 1.0 must lie in [0, 1)"),
+        (["--optim.warmup_steps", "9", "--optim.steps", "9"], "optim.warmup_steps 9 must be below optim.steps 9"),
+        (["--optim.betas", "[0.9, 1.0]"], "optim.betas [0.9, 1.0] must be in [0, 1)"),
+        (["--optim.muon_momentum", "1.0"], "optim.muon_momentum 1.0 must be in [0, 1)"),
         (["--model.dropout", "1.5"], "model.dropout must be in [0, 1), got 1.5"),
-        (["--model.preset", "null"], "model.n_layer is needed where model.preset is null"),
-        (["--model.freeze_layers", "2"], "model.freeze_layers freezes untrained weights"),
+        (["--model.preset", "null"], "model.n_layer is required if model.preset is null"),
+        (["--model.freeze_layers", "2"], "model.freeze_layers would freeze untrained weights"),
         (["--run.name", "../x"], "run.name '../x' must be the name of one directory"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_combinations_that_cannot_work(capsys, arguments, message):
+def test_impossible_combinations_are_refused(capsys, arguments, message):
     assert message in refused(capsys, *arguments)
 
 
-def test_what_changes_in_a_resumed_run_is_listed_old_and_new():
+def test_changes_in_a_resumed_run_are_listed_with_old_and_new_values():
     before = Config().identity()
     now = Config()
     now.run.seed, now.optim.weight_decay, now.optim.steps = 1, 0.2, 5000
@@ -182,7 +182,7 @@ def test_what_changes_in_a_resumed_run_is_listed_old_and_new():
 
 
 @pytest.mark.parametrize("name", ["steps", "lr", "schedule"])
-def test_length_rate_and_schedule_may_change_when_that_is_said(name):
+def test_length_rate_and_schedule_may_change_with_allow_changes(name):
     now = Config()
     setattr(now.optim, name, {"steps": 5, "lr": 1.0, "schedule": "wsd"}[name])
     refuse_changes(Config().identity(), now.identity(), allow=True)
@@ -192,30 +192,30 @@ def test_length_rate_and_schedule_may_change_when_that_is_said(name):
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
 def test_each_field_in_a_resumed_run(section, field):
-    """What makes a run itself may not change; its course when that is said; machines and reports as one likes."""
+    """The recipe may not change, its schedule only with allow_changes, and hardware and reports may always change."""
     before, now = Config(), Config()
     value = getattr(getattr(now, section), field)
     changed = (value + 1) if isinstance(value, int | float) and not isinstance(value, bool) else f"not {value}"
     setattr(getattr(now, section), field, changed)
-    course = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
-    itself = section == "optim" or (section, field) in (
+    schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
+    recipe = section == "optim" or (section, field) in (
         ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle")
     )  # fmt: skip
     for allow in (False, True):
-        if itself and not (allow and section == "optim" and field in course):
+        if recipe and not (allow and section == "optim" and field in schedule):
             with pytest.raises(ValueError, match=rf"{section}\.{field} was"):
                 refuse_changes(before.identity(), now.identity(), allow=allow)
         else:
             refuse_changes(before.identity(), now.identity(), allow=allow)
 
 
-def test_other_machines_and_other_reports_are_the_same_run():
+def test_other_hardware_and_other_reports_are_the_same_run():
     now = Config()
     now.data.micro_batch, now.system.device, now.eval.every, now.checkpoint.keep, now.log.every = 3, "cpu", 7, 9, 1
     refuse_changes(Config().identity(), now.identity(), allow=False)
 
 
-def test_every_field_has_its_help(python):
+def test_every_field_has_a_help_text(python):
     text = " ".join(python("train.py", "--help").stdout.split())
     for section, field in FIELDS:
         described = re.search(rf" --{section}.{field} \S+ (.*?) \(type:", text)

@@ -1,4 +1,4 @@
-"""The same run on 1, 2 and 4 processes, under DDP and FSDP, whatever the micro-batch: losses, validation, batches."""
+"""The same run on 1, 2 and 4 processes, with DDP and FSDP and any micro-batch: losses, validation and batches."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from model import GPT, GPTConfig
-from training.parallel import CompiledLoss, Loss
+from training.distributed import CompiledLoss, Loss
 from training.run_directory import read_metrics
 
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -25,14 +25,14 @@ def losses(run, split="train"):
 
 
 def batches(run):
-    """(steps, windows, T): the global batches, put together from what each process read of them."""
+    """Return the global batches, (steps, windows, T), joined from the parts that the processes read."""
     parts = [np.load(run / f"ids-{rank}.npy") for rank in range(len(list(run.glob("ids-*.npy"))))]
     return np.concatenate(parts, axis=1)
 
 
 @pytest.fixture
 def same_run(tiny_run):
-    """30 steps of 30 windows, which 4 processes cannot share evenly; validated before, halfway and after."""
+    """A run of 30 steps of 30 windows, which 4 processes cannot divide evenly, with three validations."""
 
     def configure(name, parallel, rows, **changes):
         changes = {"optim.steps": 30, "optim.lr": 1e-3, "data.batch_tokens": 30 * 32, "eval.every": 15} | changes
@@ -43,7 +43,7 @@ def same_run(tiny_run):
 
 @pytest.fixture
 def in_turn(python, write_config):
-    """`in_turn(processes, configs)`: train them all in one start; returns their directories."""
+    """`in_turn(processes, configs)`: train all of them in one start of the processes; returns their directories."""
 
     def run(processes, configs):
         launch = (*TORCHRUN, "--standalone", f"--nproc_per_node={processes}") if processes > 1 else ()
@@ -54,7 +54,7 @@ def in_turn(python, write_config):
     return run
 
 
-def hold_to(one, run, train_error=1e-4, val_error=1e-6):
+def assert_same_run(one, run, train_error=1e-4, val_error=1e-6):
     assert losses(run) == pytest.approx(losses(one), abs=train_error), run.name
     assert losses(run, "val") == pytest.approx(losses(one, "val"), abs=val_error), run.name
     assert np.array_equal(batches(run), batches(one)), run.name
@@ -65,10 +65,10 @@ def hold_to(one, run, train_error=1e-4, val_error=1e-6):
 MUON = {"optim.name": "muon", "optim.muon_lr": 0.02}
 
 
-def hold_muon_to(one, run):
-    """To 1e-3: its iteration computes in bfloat16, where gradients that differ in their last bit may round apart."""
+def assert_same_muon_run(one, run):
+    """Compare losses to 1e-3: Muon's iteration can turn a difference in the last bit into a larger one."""
     assert losses(one)[-1] < losses(one)[0] - 0.5
-    hold_to(one, run, train_error=1e-3, val_error=1e-3)
+    assert_same_run(one, run, train_error=1e-3, val_error=1e-3)
 
 
 def matrix(same_run, processes, micro_batches, **changes):
@@ -78,17 +78,17 @@ def matrix(same_run, processes, micro_batches, **changes):
     ]
 
 
-def test_two_processes_under_both_strategies_are_the_run_of_one(same_run, in_turn):
-    """And what they saved after step 12 is gone on with alone. With Muon too."""
+def test_two_processes_with_both_strategies_give_the_run_of_one(same_run, in_turn):
+    """One process then resumes from what two saved after step 12. Muon and bfloat16 are compared, too."""
     one, with_muon = in_turn(1, [same_run("one", "auto", 30), same_run("muon", "auto", 30, **MUON)])
     configs = matrix(same_run, 2, (4,), **{"checkpoint.every": 12})
     others = matrix(same_run, 2, (8,), **MUON) + matrix(same_run, 2, (3,), **{"system.dtype": "bfloat16"})
     *runs, muon_ddp, muon_fsdp, rough_ddp, rough_fsdp = in_turn(2, configs + others)
-    hold_muon_to(with_muon, muon_ddp)
-    hold_muon_to(with_muon, muon_fsdp)
-    hold_to(rough_ddp, rough_fsdp)  # the same is rounded to bfloat16 under both
+    assert_same_muon_run(with_muon, muon_ddp)
+    assert_same_muon_run(with_muon, muon_fsdp)
+    assert_same_run(rough_ddp, rough_fsdp)  # both round the same tensors to bfloat16
     for run in runs:
-        hold_to(one, run)
+        assert_same_run(one, run)
         for step in (24, 30):
             shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
     in_turn(1, configs)
@@ -99,29 +99,29 @@ def test_two_processes_under_both_strategies_are_the_run_of_one(same_run, in_tur
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_any_strategy_any_micro_batch_is_the_same_run(same_run, in_turn):
+def test_any_number_of_processes_strategy_and_micro_batch_give_the_same_run(same_run, in_turn):
     one, *others = in_turn(1, [same_run(f"one-by-{rows}", "auto", rows) for rows in (30, 1, 4, 8)])
     for processes in (2, 4):
         others += in_turn(processes, matrix(same_run, processes, (1, 4, 8)))
     for run in others:
-        hold_to(one, run)
+        assert_same_run(one, run)
     assert len(others) == 3 + 6 + 6
 
 
 @pytest.mark.slow
-def test_muon_on_four_processes_is_the_run_of_one(same_run, in_turn):
+def test_muon_on_four_processes_gives_the_run_of_one(same_run, in_turn):
     (one,) = in_turn(1, [same_run("one", "auto", 30, **MUON)])
     for run in in_turn(4, matrix(same_run, 4, (8,), **MUON)):
-        hold_muon_to(one, run)
+        assert_same_muon_run(one, run)
 
 
 @pytest.mark.slow
-def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same_run, in_turn):
-    """What four processes saved under FSDP after step 12 is continued to the end in three ways."""
+def test_a_checkpoint_of_four_processes_resumes_on_one_and_two_with_both_strategies(same_run, in_turn):
+    """What four processes saved with FSDP after step 12 is trained to the end in three ways."""
     (one,) = in_turn(1, [same_run("one", "auto", 8)])
     saved = same_run("four", "fsdp", 3, **{"checkpoint.every": 12})
     (four,) = in_turn(4, [saved])
-    hold_to(one, four)
+    assert_same_run(one, four)
     for step in (24, 30):
         shutil.rmtree(four / "checkpoints" / f"step-{step:06d}")
     for processes, parallel in ((1, "auto"), (2, "ddp"), (2, "fsdp")):
@@ -136,8 +136,8 @@ def test_saved_on_four_it_goes_on_alone_on_two_and_under_the_other_strategy(same
 
 
 @pytest.mark.slow
-def test_three_processes_go_on_bit_for_bit(same_run, in_turn):
-    """Of three gradients the sum depends on the order, which DDP changes in a run; of two it does not."""
+def test_three_processes_resume_bit_for_bit(same_run, in_turn):
+    """The sum of three gradients depends on their order, which DDP changes after its first backward pass."""
     config = same_run("whole", "ddp", 4, **{"checkpoint.every": 12})
     (whole,) = in_turn(3, [config])
     part = shutil.copytree(whole, whole.parent / "part")
@@ -151,7 +151,7 @@ def test_three_processes_go_on_bit_for_bit(same_run, in_turn):
 
 
 def workers(agent):
-    """torchrun's workers, by rank."""
+    """Return torchrun's workers in the order of their ranks."""
     children = [(child, child.environ()) for child in psutil.Process(agent.pid).children()]
     return {int(environment["RANK"]): child for child, environment in children if "RANK" in environment}
 
@@ -161,8 +161,8 @@ def long_run(tiny_run, name, steps=120):
     return tiny_run(name, **changes)
 
 
-def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_config, launch, wait_for_step):
-    """Twice: the second process, then in the next life the first, which writes."""
+def test_torchrun_restarts_the_processes_after_a_kill(tiny_run, write_config, launch, wait_for_step):
+    """Twice: first the second process is killed, then, after the restart, the main process."""
     config = long_run(tiny_run, "elastic")
     run = write_config(config).parent / "runs" / "elastic"
     agent = launch(sys.executable, *TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py",
@@ -180,10 +180,10 @@ def test_a_killed_process_is_started_again_without_a_human(tiny_run, write_confi
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, 121))
 
 
-def test_a_process_that_fails_takes_the_others_down_with_its_own_message(
+def test_a_process_that_fails_ends_the_others_and_prints_its_own_message(
     tiny_run, write_config, launch, wait_for_step, verses
 ):
-    """A shard vanishes under the second of two processes; the first waits for gradients that never come."""
+    """A shard disappears for the second of two processes; the first waits for gradients that never come."""
     dataset = shutil.copytree(verses, write_config(tiny_run("x")).parent / "vanishing")
     config = long_run(tiny_run, "fails", steps=100_000)
     config.data.dir = str(dataset)
@@ -202,7 +202,7 @@ def test_a_process_that_fails_takes_the_others_down_with_its_own_message(
 
 
 def compiled_loss(monkeypatch, error):
-    """A small model's loss, the compiled form of which raises `error`, the plain one, and ids to call them with."""
+    """Return a compiled loss that raises `error`, the plain loss of the same small model, and ids to call them with."""
 
     def broken(*arguments, **options):
         raise error
@@ -213,14 +213,14 @@ def compiled_loss(monkeypatch, error):
     return CompiledLoss(loss), loss, torch.randint(7, (2, 4))
 
 
-def test_compiling_that_does_not_work_falls_back_and_says_so(monkeypatch, capsys):
+def test_a_failed_compilation_is_reported_and_training_continues(monkeypatch, capsys):
     loss, plain, ids = compiled_loss(monkeypatch, TorchDynamoException("no such compiler: nowhere++"))
     assert torch.equal(loss(ids, ids), plain(ids, ids))
     assert torch.equal(loss(ids, ids), plain(ids, ids))
-    assert capsys.readouterr().err.count("compiling fell back") == 1
+    assert capsys.readouterr().err.count("compiling failed") == 1
 
 
-def test_what_goes_wrong_in_a_compiled_step_is_not_taken_for_the_compilers_fault(monkeypatch):
+def test_an_error_of_the_model_is_not_treated_as_a_failed_compilation(monkeypatch):
     loss, _, ids = compiled_loss(monkeypatch, torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         loss(ids, ids)
@@ -230,19 +230,19 @@ GROUP_THREADS = """
 import os
 import torch
 import torch.distributed as dist
-from training.parallel import stop_processes
+from processes import stop_processes
 
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-import torch.distributed.nn.functional  # as evaluation and torch.compile do sooner or later
+import torch.distributed.nn.functional  # as evaluation and torch.compile do
 dist.all_reduce(torch.ones(3))
 stop_processes()
 print([open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_no_thread_of_a_process_group_outlives_it(python):
-    """One that lets go of a tensor while Python shuts down aborts the process, after its work is done."""
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_threads_of_a_process_group_end_with_it(python):
+    """A thread that releases a tensor while Python exits would abort the process after its work is done."""
     threads = python("-c", GROUP_THREADS).stdout
     assert "python" in threads
     assert "gloo" not in threads

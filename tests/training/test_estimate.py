@@ -1,4 +1,4 @@
-"""What a run would take: the memory estimate against what processes took, and what --dry-run says."""
+"""Estimates: the memory estimate against measured memory, and the output of --dry-run."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import torch
 
 from device import native_dtypes
 from model import GPTConfig
-from training.estimate import estimate_memory, flops_per_token
+from training.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
 
-# Trains a model in a process of its own and prints the peak of its resident memory above that of the libraries. glibc
-# is told to give back what is freed, so that the figure is of what is in use, and not of how the heap is fragmented.
+# Trains a model in a process of its own and prints the peak of its resident memory without that of the libraries. glibc
+# returns freed memory to the system here, so that the result does not include the fragmentation of the heap.
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -37,7 +37,7 @@ def train(shape, rows, length):
         with processes.autocast():
             loss = loss_function(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        if micro_step % 2:  # every step has two micro-batches: the second finds the gradient of the first
+        if micro_step % 2:  # every step has two micro-batches: during the second, gradients exist
             clip_gradients(model, 1.0).item()
             for optimizer in optimizers:
                 optimizer.step()
@@ -45,10 +45,10 @@ def train(shape, rows, length):
 
 shape, rows, length, dtype, recompute = json.loads(sys.argv[1])
 config = Config()
-processes = Processes(0, 1, torch.device("cpu"), getattr(torch, dtype))  # start_processes would keep what is freed
-train(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=8), 2, 8)  # loads what is loaded when used
+processes = Processes(0, 1, torch.device("cpu"), getattr(torch, dtype))  # start_processes would keep freed memory
+train(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=8), 2, 8)  # loads libraries
 before = resident("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak
 train(GPTConfig(**shape), rows, length)
 print(resident("VmHWM") - before)
 """
@@ -77,7 +77,7 @@ def assert_estimate(python, shape, rows, length, dtype, recompute=False):
     ],
 )
 def test_the_memory_estimate_is_within_15_percent_of_the_measured_peak(python, shape, rows, dtype, recompute):
-    if dtype == "default":  # what this processor computes in: an emulated precision would take minutes
+    if dtype == "default":  # native to this processor: an emulated precision would take minutes
         dtype = str(native_dtypes(torch.device("cpu"))[0]).removeprefix("torch.")
     assert_estimate(python, shape, rows, 256, dtype, recompute)
 
@@ -85,8 +85,33 @@ def test_the_memory_estimate_is_within_15_percent_of_the_measured_peak(python, s
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_estimate_holds_for_every_precision_emulated_or_not(python, dtype):
-    """On few tokens, as emulated products are slow: weights, their copies in `dtype` and the logits are most of it."""
+    """With few tokens, because emulated products are slow; weights, their copies in `dtype` and logits dominate."""
     assert_estimate(python, WIDE, 1, 32, dtype)
+
+
+def test_flops_of_a_token():
+    assert count_parameters(GPTConfig()) == 124_439_808
+    assert flops_per_token(GPTConfig(), 124_439_808, 512) == 6 * 124_439_808 + 12 * 12 * 768 * 512
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("Tesla P4", None),
+    ],
+)
+def test_peaks_by_device_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_sharding_divides_weights_and_optimizer_state():
@@ -98,13 +123,13 @@ def test_sharding_divides_weights_and_optimizer_state():
     assert eight["activations"] == one["activations"]
 
 
-def test_dry_run_says_what_it_would_take_and_creates_nothing(python, tiny_run, write_config, tmp_path):
+def test_dry_run_prints_the_estimates_and_creates_nothing(python, tiny_run, write_config, tmp_path):
     config = tiny_run("dry", **{"data.micro_batch": "auto"})
     output = python("train.py", "--config", write_config(config), "--dry-run", "8xH100", "--mfu", "0.5").stdout
     assert "28,096 parameters" in output
     shape = config.model_config(json.loads((tmp_path / config.data.dir / "meta.json").read_text())["vocab_size"])
     flops = flops_per_token(shape, 28_096, 32)
-    assert f"{flops / 1e6:,.1f} MFLOPs a token" in output
+    assert f"{flops / 1e6:,.1f} MFLOPs per token" in output
     assert "5,120 tokens, 20 steps of 256" in output
     assert re.search(r"ddp +1 .*\n", output)
     assert re.search(r"fsdp +1 .*\n", output)
@@ -120,5 +145,5 @@ def test_dry_run_checks_the_dataset_and_the_device(python, tiny_run, write_confi
     assert "no dataset at" in result.stderr
     result = python("train.py", "--config", config, "--dry-run", "8xAbacus", check=False)
     assert result.returncode == 2
-    assert "--dry-run 8xAbacus: expected as 8xH100" in result.stderr
+    assert "--dry-run 8xAbacus: expected a number and a device such as 8xH100" in result.stderr
     assert "the peak of cpu is not known" in python("train.py", "--config", config, "--dry-run").stdout

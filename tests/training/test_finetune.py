@@ -1,4 +1,4 @@
-"""Fine-tuning: the loss on completions alone, an end when it stops helping, and a start that is worth having."""
+"""Fine-tuning: the loss on completions only, early stopping, frozen blocks, and the benefit of a trained model."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def untrained(tokenizer, tmp_path_factory):
-    """A model's directory to begin from."""
+    """The directory of an untrained model."""
     directory = tmp_path_factory.mktemp("untrained")
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32))
@@ -58,7 +58,7 @@ def pairs(tmp_path):
 
 
 def windows_of(path, tokenizer, T=64, pack=False):
-    """Every window of a file as (inputs, targets)."""
+    """Return the windows of a file, and all their inputs and targets, (n, T) each."""
     windows = CompletionWindows(path, tokenizer, T, pack=pack)
     rows = np.empty((2, len(windows), T), dtype=np.int64)
     for w in range(len(windows)):
@@ -66,8 +66,8 @@ def windows_of(path, tokenizer, T=64, pack=False):
     return windows, rows[0], rows[1]
 
 
-def test_the_loss_of_two_rows_is_the_one_worked_out_by_hand(untrained, tokenizer, tmp_path):
-    """Token by token, from the probabilities of each example alone: no batch, no padding, no window."""
+def test_the_loss_of_two_rows_equals_the_loss_computed_by_hand(untrained, tokenizer, tmp_path):
+    """By hand means token by token for each example, without batch, padding or windows."""
     pairs = [("The capital of Peru is", " Lima."), ("Cuba", " is a")]
     model = GPT.from_pretrained(untrained)
     nats, count = 0.0, 0
@@ -87,29 +87,29 @@ def test_the_loss_of_two_rows_is_the_one_worked_out_by_hand(untrained, tokenizer
         assert result.bits_per_byte == pytest.approx(nats / math.log(2) / len(" Lima. is a"), abs=1e-6)
 
 
-def test_a_step_weighs_every_completion_token_the_same_whatever_the_micro_batch(untrained, tokenizer, pairs):
-    """Gradients of micro-batches add up to the gradient of the whole, though they have different numbers of targets."""
+def test_every_completion_token_has_the_same_weight_for_any_micro_batch(untrained, tokenizer, pairs):
+    """The gradients of micro-batches with different numbers of targets add up to the gradient of the batch."""
     windows, inputs, targets = windows_of(pairs / "train.jsonl", tokenizer)
     model = GPT.from_pretrained(untrained)
     model(torch.tensor(inputs), targets=torch.tensor(targets)).loss.backward()
     whole = model.transformer.wte.weight.grad.clone()
     for micro_batch, world_size in ((1, 1), (4, 1), (2, 2), (2, 3)):
         model.zero_grad()
-        shares = []
+        weights = []
         for rank in range(world_size):
             loader = Loader(
                 windows, batch_tokens=6 * 64, micro_batch=micro_batch, seed=1, rank=rank, world_size=world_size
             )
-            for rows, wanted, share in next(loader):
-                (model(rows, targets=wanted).loss * share).backward()
-                shares.append(share)
+            for rows, wanted, weight in next(loader):
+                (model(rows, targets=wanted).loss * weight).backward()
+                weights.append(weight)
             loader.close()
-        assert sum(shares) == pytest.approx(1, abs=1e-12)
-        assert len({round(share, 6) for share in shares if share}) > 1
+        assert sum(weights) == pytest.approx(1, abs=1e-12)
+        assert len({round(weight, 6) for weight in weights if weight}) > 1
         assert torch.allclose(model.transformer.wte.weight.grad, whole, atol=1e-6)
 
 
-def test_prompts_and_padding_do_not_count(pairs, tokenizer):
+def test_prompts_and_padding_have_no_loss(pairs, tokenizer):
     _, inputs, targets = windows_of(pairs / "train.jsonl", tokenizer)
     for (prompt, completion), row, wanted in zip(PAIRS, inputs, targets, strict=True):
         text, answer = tokenizer.encode(prompt + completion), tokenizer.encode(completion)
@@ -125,7 +125,7 @@ def test_packed_windows_hold_the_same_examples_in_fewer_windows(pairs, tokenizer
     assert len(packed) < 6
     assert together[together != IGNORE_INDEX].tolist() == apart[apart != IGNORE_INDEX].tolist()
     seen = [i for row in inputs for i in row.tolist()]
-    for prompt, completion in PAIRS:  # whole, whichever window it is in
+    for prompt, completion in PAIRS:  # complete, in one of the windows
         example = tokenizer.encode(prompt + completion)
         assert any(seen[i : i + len(example)] == example for i in range(len(seen)))
     assert padded.fingerprint != packed.fingerprint
@@ -143,12 +143,12 @@ def test_validation_is_the_same_on_any_number_of_processes(untrained, pairs, tok
     windows = CompletionWindows(pairs / "train.jsonl", tokenizer, 64, pack=False)
     seen = []
     for world_size in (1, 2, 4, 7):
-        shares, targets = 0.0, []
+        total, targets = 0.0, []
         for rank in range(world_size):
             for batch in validation_batches(windows, micro_batch=2, rank=rank, world_size=world_size):
-                shares += batch.weight
+                total += batch.weight
                 targets += batch.targets[batch.targets != IGNORE_INDEX].tolist()
-        assert shares == pytest.approx(1, abs=1e-12)
+        assert total == pytest.approx(1, abs=1e-12)
         seen.append(targets)
     assert all(targets == seen[0] for targets in seen)
 
@@ -163,7 +163,7 @@ def finetune(untrained, pairs, tmp_path, *flags):
     return parse_config([*given.split(), *flags])
 
 
-def test_it_learns_to_complete_and_sample_py_goes_on_in_the_same_format(untrained, pairs, tmp_path, train, python):
+def test_completions_are_learned_and_sample_py_continues_in_the_same_format(untrained, pairs, tmp_path, train, python):
     run = train(
         finetune(untrained, pairs, tmp_path, "--optim.steps", "120", "--eval.every", "60", "--eval.samples", "1")
     )
@@ -185,8 +185,8 @@ def test_packed_examples_are_learned_too(untrained, pairs, tmp_path, train):
     assert losses[-1] < 0.05 < 3 < losses[0]
 
 
-def test_it_ends_when_validation_stops_improving_and_says_which_was_best(untrained, pairs, tmp_path, train, capsys):
-    write_pairs(pairs / "val.jsonl", [("The capital of Cuba is", " Rome.")])  # the better it learns, the worse
+def test_early_stopping_names_the_best_checkpoint(untrained, pairs, tmp_path, train, capsys):
+    write_pairs(pairs / "val.jsonl", [("The capital of Cuba is", " Rome.")])  # training makes this loss worse
     config = finetune(
         untrained, pairs, tmp_path, "--eval.patience", "2", "--eval.every", "10", "--checkpoint.every", "10"
     )
@@ -199,8 +199,8 @@ def test_it_ends_when_validation_stops_improving_and_says_which_was_best(untrain
         f"lowest validation loss, {losses[best]:.4f}: {run / 'checkpoints' / f'step-{best:06d}'}"
         in capsys.readouterr().out
     )
-    assert (run / "checkpoints" / f"step-{best:06d}").is_dir()  # kept, though keep is 1
-    train(config)  # finished is finished
+    assert (run / "checkpoints" / f"step-{best:06d}").is_dir()  # kept, although keep is 1
+    train(config)  # a finished run does not continue
     assert max(r["step"] for r in read_metrics(run / "metrics.jsonl")) == best + 20
 
 
@@ -212,12 +212,12 @@ def test_frozen_blocks_do_not_move(untrained, pairs, tmp_path, train):
     assert len(moved) == 14
 
 
-def test_more_frozen_blocks_than_there_are_is_refused(untrained, pairs, tmp_path, train):
-    with pytest.raises(ValueError, match=r"model.freeze_layers 3 is above .*'s 2: lower it"):
+def test_more_frozen_blocks_than_the_model_has_are_refused(untrained, pairs, tmp_path, train):
+    with pytest.raises(ValueError, match=r"model.freeze_layers 3 is above the 2 layers of .*: lower it"):
         train(finetune(untrained, pairs, tmp_path, "--model.freeze_layers", "3"))
 
 
-def test_the_report_says_what_it_was_validated_on(untrained, pairs, tmp_path, train):
+def test_the_report_names_the_validation_set(untrained, pairs, tmp_path, train):
     run = train(finetune(untrained, pairs, tmp_path, "--optim.steps", "6", "--eval.every", "3"))
     found = read_run_log(run, "run").validation
     assert (found.tokens, found.tokenizer) == (0, load_tokenizer(untrained).kind)
@@ -225,7 +225,7 @@ def test_the_report_says_what_it_was_validated_on(untrained, pairs, tmp_path, tr
 
 
 def test_another_validation_set_is_refused(untrained, pairs, tmp_path, train):
-    """What is best, and when patience ends, goes by losses on one and the same."""
+    """The best loss and the patience compare losses, which must be on the same validation set."""
     config = finetune(untrained, pairs, tmp_path, "--optim.steps", "10")
     train(config)
     write_pairs(pairs / "val.jsonl", PAIRS[2:4])
@@ -233,8 +233,8 @@ def test_another_validation_set_is_refused(untrained, pairs, tmp_path, train):
         train(config)
 
 
-def test_muon_goes_on_with_all_blocks_frozen(untrained, pairs, tmp_path, train):
-    """It has no matrix then, and an optimizer without parameters has no state to read."""
+def test_muon_resumes_with_all_blocks_frozen(untrained, pairs, tmp_path, train):
+    """Muon then has no matrix, and an optimizer without parameters has no state to load."""
     flags = ("--model.freeze_layers", "2", "--optim.name", "muon", "--optim.steps", "4", "--checkpoint.every", "2")
     config = finetune(untrained, pairs, tmp_path, *flags, "--optim.warmup_steps", "0", "--checkpoint.keep", "2")
     run = train(config)
@@ -245,7 +245,7 @@ def test_muon_goes_on_with_all_blocks_frozen(untrained, pairs, tmp_path, train):
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
-def test_going_on_does_not_need_the_model_it_began_from(untrained, pairs, tmp_path, train):
+def test_resuming_does_not_need_the_initial_model(untrained, pairs, tmp_path, train):
     base = shutil.copytree(untrained, tmp_path / "base")
     config = finetune(base, pairs, tmp_path, "--optim.steps", "10", "--checkpoint.every", "5", "--checkpoint.keep", "2")
     run = train(config)
@@ -255,8 +255,8 @@ def test_going_on_does_not_need_the_model_it_began_from(untrained, pairs, tmp_pa
     assert (run / "checkpoints" / "step-000010").is_dir()
 
 
-def test_plain_text_from_a_trained_run_beats_plain_text_from_scratch(verses, tiny_run, train, python, tmp_path):
-    """configs/finetune-shakespeare.yaml, from a run that knows the characters, on a little of another text."""
+def test_fine_tuning_on_text_beats_training_from_scratch(verses, tiny_run, train, python, tmp_path):
+    """configs/finetune-shakespeare.yaml with a run on similar text as the initial model, on a short text."""
     start = train(tiny_run("start", **{"optim.steps": 60}))
     text = tmp_path / "text"
     text.mkdir()
@@ -309,21 +309,21 @@ def test_plain_text_from_a_trained_run_beats_plain_text_from_scratch(verses, tin
         ('{"prompt": "Q", "completion": "1"}', "line 2: .*'Q'"),
     ],
 )
-def test_a_line_that_cannot_be_learned_from_is_named(pairs, untrained, tmp_path, train, line, said):
+def test_an_invalid_example_is_named_with_its_line(pairs, untrained, tmp_path, train, line, said):
     (pairs / "train.jsonl").write_text('{"prompt": "The", "completion": " a"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=said):
         train(finetune(untrained, pairs, tmp_path))
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_missing_or_makes_no_sense_is_said(pairs, untrained, tmp_path, train, capsys):
-    with pytest.raises(ValueError, match="--verify holds shards"):
-        open_inputs(finetune(untrained, pairs, tmp_path), verify=True)
+def test_missing_files_and_impossible_settings_are_refused(pairs, untrained, tmp_path, train, capsys):
+    with pytest.raises(ValueError, match="--verify compares shards"):
+        open_inputs(finetune(untrained, pairs, tmp_path), None, verify=True)
     (pairs / "val.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.jsonl.*move a tenth"):
         train(finetune(untrained, pairs, tmp_path))
     for flags, said in [
-        (["--data.format", "tokens", "--data.pack", "true"], "data.pack is for data.format completions"),
+        (["--data.format", "tokens", "--data.pack", "true"], "data.pack needs data.format completions"),
         (["--eval.every", "0"], "eval.patience counts validations"),
     ]:
         with pytest.raises(SystemExit):
@@ -338,15 +338,15 @@ SHORT += ["--eval.every", "60", "--eval.samples", "1", "--checkpoint.every", "60
 
 
 def last_bits(run):
-    """Bits per byte of the first and the last validation."""
+    """Return the bits per byte of the first and of the last validation."""
     found = [record["bits_per_byte"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
     return found[0], found[-1]
 
 
 @pytest.mark.slow
 @needs_demo
-def test_from_the_demo_prose_is_learned_better_than_from_scratch(train, python, tmp_path):
-    """The small corpus: 300 passages of an encyclopedia, of which the demo has seen nothing."""
+def test_fine_tuning_the_demo_on_prose_beats_training_from_scratch(train, python, tmp_path):
+    """The corpus is 300 passages of an encyclopedia that the demo was not trained on."""
     passages = sorted({row["passage"] for row in read_rows("boolq/none/validation")})[:300]
     text, data = tmp_path / "passages.jsonl", tmp_path / "data"
     text.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
@@ -364,8 +364,8 @@ def test_from_the_demo_prose_is_learned_better_than_from_scratch(train, python, 
 
 @pytest.mark.slow
 @needs_demo
-def test_from_the_demo_answers_are_learned(train, tmp_path):
-    """Prompt: a speech and the name of who speaks next; completion: what they say."""
+def test_fine_tuning_the_demo_on_answers(train, tmp_path):
+    """The prompt is a speech and the name of the next speaker, the completion is the next speech."""
     speeches = [speech for name in sorted(HELD_OUT) for speech in read_plays()[name].split("\n\n") if "\n" in speech]
     pairs = []
     for said, answer in itertools.pairwise(speech for speech in speeches if len(speech) < 200):

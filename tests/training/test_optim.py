@@ -1,4 +1,4 @@
-"""The learning rate's course and what is decayed."""
+"""Learning-rate schedules, weight decay and Muon."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from training.optim import Muon, learning_rate_factor, make_optimizers, newton_s
 SMALL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
 
-def test_cosine_against_its_formula():
+def test_the_cosine_schedule_follows_its_formula():
     config = Optim(warmup_steps=10, steps=110, min_lr_ratio=0.1)
     factors = [learning_rate_factor(step, config) for step in range(110)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -22,7 +22,7 @@ def test_cosine_against_its_formula():
     assert factors[109] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.99)))
 
 
-def test_wsd_is_flat_then_falls_linearly():
+def test_wsd_is_constant_then_decreases_linearly():
     config = Optim(schedule="wsd", warmup_steps=10, steps=100, min_lr_ratio=0.0, decay_fraction=0.2)
     factors = [learning_rate_factor(step, config) for step in range(100)]
     assert factors[9:81] == [1.0] * 72
@@ -34,7 +34,7 @@ def test_constant_without_warmup():
     assert [learning_rate_factor(step, config) for step in range(5)] == [1.0] * 5
 
 
-def test_matrices_and_embeddings_decay_and_vectors_do_not():
+def test_weight_decay_applies_to_matrices_and_embeddings_only():
     model = GPT(SMALL)
     (adamw,) = make_optimizers(model, Optim(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
@@ -44,8 +44,8 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_state_is_there_before_the_first_step(name):
-    """All of it, so that a run that starts has the memory it needs: a step adds no tensor."""
+def test_the_optimizer_state_exists_before_the_first_step(name):
+    """A run that has started has all its memory: a step adds no tensor."""
     model = GPT(SMALL)
     optimizers = make_optimizers(model, Optim(name=name))
 
@@ -61,7 +61,7 @@ def test_the_state_is_there_before_the_first_step(name):
     assert shapes() == before
 
 
-def test_muon_takes_the_matrices_of_the_blocks():
+def test_muon_gets_the_matrices_of_the_blocks():
     model = GPT(SMALL)
     muon, adamw = make_optimizers(model, Optim(name="muon", muon_lr=0.05, lr=1e-3))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -81,7 +81,7 @@ def take_steps(optimizer, parameters, gradients):
         optimizer.step()
 
 
-def test_muon_is_pytorchs():
+def test_muon_equals_pytorchs_muon():
     torch.manual_seed(0)
     start = [torch.randn(64, 64), torch.randn(256, 64), torch.randn(64, 256)]
     gradients = [[torch.randn_like(p) for p in start] for _ in range(10)]
@@ -92,7 +92,7 @@ def test_muon_is_pytorchs():
         assert (a - b).norm() < 1e-3 * (b - p).norm()
 
 
-def test_muon_sees_three_matrices_in_one():
+def test_muon_treats_queries_keys_and_values_as_three_matrices():
     torch.manual_seed(0)
     start = torch.randn(192, 64)
     gradients = [torch.randn(192, 64) for _ in range(10)]
@@ -120,10 +120,10 @@ def test_newton_schulz_moves_singular_values_to_about_one(shape, dtype, scale):
     assert result.dtype == dtype
     values = torch.linalg.svdvals(result.float())
     assert values.max() < 1.3
-    assert (values > 0.5).float().mean() > 0.9  # a vanishing one stays small
+    assert (values > 0.5).float().mean() > 0.9  # a value near zero stays small
 
 
-def test_frozen_parameters_are_left_out_and_stay(tmp_path):
+def test_frozen_parameters_do_not_change(tmp_path):
     model = GPT(SMALL)
     model.freeze(1)
     optimizers = make_optimizers(model, Optim(lr=0.1))
@@ -136,7 +136,7 @@ def test_frozen_parameters_are_left_out_and_stay(tmp_path):
         assert torch.equal(parameter, before[name]) == frozen, name
 
 
-def test_muon_has_every_stack_of_square_matrices():
+def test_muon_divides_every_stack_of_square_matrices():
     model = GPT(dataclasses.replace(SMALL, cross_attention=True))
     stacked, single = make_optimizers(model, Optim(name="muon"))[0].param_groups
     C = SMALL.n_embd
