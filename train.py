@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from processes import StopSignal, lost_process, start_processes, stop_processes
 from report.curves import draw_loss
@@ -41,76 +42,77 @@ class StepResult(NamedTuple):
     save: bool  # some process was asked to save a checkpoint
 
 
+def accumulate_gradients(run: TrainingRun) -> Tensor:
+    """Compute the gradient of the next global batch in micro-batches. Return this process's part of the loss, ().
+
+    A global batch has too many activations for one forward pass. The backward passes of its micro-batches add up in
+    `.grad`, which gives the gradient of the whole batch.
+    """
+    processes, device = run.processes, run.processes.device
+    micro_batches = next(run.loader)
+    run.clock.lap("data")
+    loss_sum = torch.zeros((), device=device)
+    for i, (inputs, targets, weight) in enumerate(micro_batches, 1):
+        # Only the last backward pass averages the gradients over the processes: it costs as much communication to
+        # average the sum as to average a single term.
+        synchronize_gradients(run.loss_function, run.model, i == len(micro_batches))
+        # non_blocking: from pinned memory the copy to a GPU runs while the host queues the next operations.
+        inputs = inputs.to(device, non_blocking=True)  # (b, T)
+        targets = targets.to(device, non_blocking=True)  # (b, T)
+        with processes.autocast():
+            loss = run.loss_function(inputs, targets)  # (), the mean over this micro-batch's targets
+        # weight is this micro-batch's fraction of the global batch's targets. It makes every target count the same,
+        # however many of them a micro-batch has. DDP and FSDP average over the processes, where the batch needs a sum:
+        # hence world_size. The scaler keeps float16 gradients from becoming zero, and changes nothing otherwise.
+        run.scaler.scale(loss * (weight * processes.world_size)).backward()
+        loss_sum += loss.detach() * weight
+    return loss_sum
+
+
 def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
     """Take one optimizer step over a global batch. A step whose loss or gradient is not finite is skipped."""
-    config, processes, model, state = run.config, run.processes, run.model, run.state
-    clock, state.val_loss = Stopwatch(), None
+    config, processes, state = run.config, run.processes, run.state
+    run.clock, state.val_loss = Stopwatch(), None
     # Dropout masks depend on the seed, the step and the rank alone. So a resumed run draws the same masks, and a
     # checkpoint need not store the state of a random generator.
-    if model.config.dropout:
+    if run.model.config.dropout:
         seeds = np.random.SeedSequence([config.run.seed, state.step, processes.rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
     factor = learning_rate_factor(state.step, config.optim)
     set_learning_rate(run.optimizers, factor)
 
-    # A global batch has too many activations for one forward pass. Its micro-batches add their gradients up in .grad,
-    # which gives the gradient of the whole batch.
-    micro_batches = next(run.loader)
-    clock.lap("data")
-    loss_sum = torch.zeros((), device=processes.device)
-    for i, (inputs, targets, weight) in enumerate(micro_batches, 1):
-        # Only the last backward pass averages the gradients over the processes: averaging a sum once costs less
-        # communication than averaging every term.
-        synchronize_gradients(run.loss_function, model, i == len(micro_batches))
-        inputs = inputs.to(processes.device, non_blocking=True)  # (b, T)
-        targets = targets.to(processes.device, non_blocking=True)  # (b, T)
-        with processes.autocast():
-            loss = run.loss_function(inputs, targets)  # (), mean over this micro-batch's targets
-        # weight is this micro-batch's fraction of the global batch's targets. With it every target counts the same,
-        # however targets are divided. DDP and FSDP average over the processes, so world_size turns that into a sum.
-        run.scaler.scale(loss * (weight * processes.world_size)).backward()
-        loss_sum += loss.detach() * weight
-
-    # Only float16 has a loss scale: without it, small gradients would become zero. Undo it before clipping.
+    loss_sum = accumulate_gradients(run)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    # Clip to norm 1 as in GPT-3: one unusual batch must not throw the weights far away.
-    norm = clip_gradients(model, config.optim.grad_clip)
+    # Clipping limits the damage of an unusual batch. GPT-3 clips to norm 1 (Brown et al. 2020, appendix B).
+    norm = clip_gradients(run.model, config.optim.grad_clip)
     one = torch.ones((), device=processes.device)
     scale = run.scaler.scale(one)
     run.scaler.update()  # halves the scale if a gradient was not finite
     next_scale = run.scaler.scale(one)
 
-    # The only host-device synchronization of a step: until here the host queues work ahead of a GPU. The sums over all
-    # processes make every process see the same numbers and take the same decisions.
+    # The only host-device synchronization of a step: up to here, the host queued work for the device without waiting.
+    # The sums over all processes give every process the same numbers, so all of them take the same decisions.
     requests = torch.tensor([float(stop_requested), float(save_requested)]).to(processes.device)
     reduced = processes.all_reduce_sum(torch.cat([loss_sum[None], requests]))
-    on_device = torch.cat([reduced, torch.stack([norm, scale, next_scale])])
-    loss_value, stops, saves, grad_norm, loss_scale, next_loss_scale = on_device.tolist()
-    clock.lap("forward_backward")
+    numbers = torch.cat([reduced, torch.stack([norm, scale, next_scale])]).tolist()
+    loss, stops, saves, grad_norm, loss_scale, next_loss_scale = numbers
+    run.clock.lap("forward_backward")
 
-    # Skipping a bad step keeps NaN out of weights and optimizer state, from where it would never disappear again.
-    finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
+    # A NaN in the weights or in the optimizer state would never disappear again: skip the step.
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in run.optimizers:
         if finite:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # None frees the memory that zeros would occupy
-    clock.lap("optimizer")
-
-    # A finite loss with a gradient that overflowed float16 is expected while the scaler searches for its scale.
-    overflowed = math.isfinite(loss_value) and loss_scale > 1 and next_loss_scale < loss_scale
+        optimizer.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
+    run.clock.lap("optimizer")
+    # A finite loss whose scaled gradient overflows float16 is normal while the scaler searches for its scale.
+    overflowed = math.isfinite(loss) and loss_scale > 1 and next_loss_scale < loss_scale
     diverged = not finite and not overflowed
     state.step += 1
     state.skipped_steps += diverged
     state.overflow_steps += overflowed
-    if diverged:
-        run.progress.say(f"step {state.step}: loss {loss_value}, gradient norm {grad_norm}: this step was skipped")
-    elif overflowed:
-        run.progress.say(
-            f"step {state.step}: the gradient overflowed float16 at loss scale {loss_scale:g}: this step was skipped, "
-            f"and the scale was halved"
-        )
-    log_step(run, loss_value, grad_norm, config.optim.lr * factor, loss_scale, clock)
+    log_step(run, loss, grad_norm, config.optim.lr * factor, loss_scale, diverged=diverged, overflowed=overflowed)
     return StepResult(finite, diverged, stops > 0, saves > 0)
 
 
@@ -207,11 +209,20 @@ def train(
 # What the loop reports
 
 
-def log_step(run: TrainingRun, loss: float, grad_norm: float, lr: float, loss_scale: float, clock: Stopwatch) -> None:
+def log_step(
+    run: TrainingRun, loss: float, grad_norm: float, lr: float, loss_scale: float, *, diverged: bool, overflowed: bool
+) -> None:
     """Add a step to metrics.jsonl, and show it."""
-    state, seconds, batch_tokens = run.state, clock.total, run.config.data.batch_tokens
+    state, seconds, batch_tokens = run.state, run.clock.total, run.config.data.batch_tokens
+    if diverged:
+        run.progress.say(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: this step was skipped")
+    elif overflowed:
+        run.progress.say(
+            f"step {state.step}: the gradient overflowed float16 at loss scale {loss_scale:g}: this step was skipped, "
+            f"and the scale was halved"
+        )
     state.seconds += seconds
-    # Model FLOPs utilization: the fraction of the hardware's peak that the model's own arithmetic reaches.
+    # Model FLOPs utilization: the model's own arithmetic as a fraction of the hardware's peak.
     mfu = run.seconds_at_peak / seconds if run.seconds_at_peak else None
     run.directory.log(
         "train",
@@ -224,7 +235,7 @@ def log_step(run: TrainingRun, loss: float, grad_norm: float, lr: float, loss_sc
         mfu=mfu,
         seconds=state.seconds,
         **({"loss_scale": loss_scale} if run.scaler.is_enabled() else {}),
-        **clock.seconds,
+        **run.clock.seconds,
         checkpoint_seconds=state.save_seconds,  # of the checkpoint before this step, if there was one
         peak_memory=peak_memory(run.processes.device),
     )

@@ -22,7 +22,7 @@ from training.config import Config, Flags, refuse_changes
 from training.distributed import distribute
 from training.estimate import PEAK_FLOPS, count_parameters, flops_per_token, most_windows, needed_memory, peak_flops
 from training.inputs import Inputs, find_initial_model, make_model, model_config, open_inputs, warnings
-from training.metrics import Progress, provenance
+from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
 from training.plan import Plan, make_plan
 from training.run_directory import RunDirectory
@@ -59,6 +59,7 @@ class TrainingRun:
     progress: Progress
     state: TrainingState = field(default_factory=TrainingState)
     identity: dict[str, Any] = field(default_factory=dict)  # what may not change when a run resumes
+    clock: Stopwatch = field(default_factory=Stopwatch)  # of the current step
     seconds_at_peak: float | None = None  # of a step at the peak FLOP/s of all devices; None if the peak is not known
 
     @property
