@@ -10,6 +10,9 @@ The same command again resumes from the newest checkpoint. README.md describes w
 
 from __future__ import annotations
 
+import openmp  # noqa: F401 (first: it sets an environment variable that torch reads when it is imported)
+
+# isort: split
 import math
 import os
 import sys
