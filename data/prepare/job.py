@@ -199,8 +199,8 @@ def _encode(
     """Encode the source from the recorded position on, and save the state now and then."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The encoder is checked on a number of documents per shard. A dataset smaller than a shard must be checked as much as
-    # a full shard, so its own size is used: at least total // 8 tokens, as few texts have more than 8 bytes per token.
+    # The encoder is checked on a number of documents per shard, and on as many if the dataset is smaller than a shard.
+    # The dataset has at least total // 8 tokens, since few texts have more than 8 bytes per token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()
