@@ -153,14 +153,14 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
     # The stream reader of zstandard does not notice when a file ends inside a frame.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # what `zstd --long=31` needs; the default is 2^27
     frame = decompressor.decompressobj()
-    whole = True
+    complete = True
     while chunk := raw.read(BLOCK_BYTES // 4):
         while chunk:
             if frame.eof:
                 frame = decompressor.decompressobj()
             yield frame.decompress(chunk)
-            chunk, whole = frame.unused_data, frame.eof
-    if not whole:
+            chunk, complete = frame.unused_data, frame.eof
+    if not complete:
         raise zstandard.ZstdError("it ends inside a frame")
 
 
