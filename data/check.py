@@ -95,15 +95,15 @@ def read_epochs(config: Path, train_tokens: int) -> float:
 
 
 def describe(meta: DatasetMeta | None) -> str:
-    """Return the most important facts in `meta.json` as lines of text."""
+    """Return the most important entries of `meta.json` as lines of text."""
     if meta is None:
         return "no meta.json: the tokens are assumed to be GPT-2's, and there are no hashes to verify"
     lines = [f"source      {meta.source}", f"revision    {meta.revision}"]
     lines += [f"filter      {meta.filter}"] if meta.filter else []
     lines += [f"tokenizer   {meta.tokenizer}, vocabulary {meta.vocab_size:,}", f"validation  {meta.validation}"]
     lines += [f"versions    {', '.join(f'{name} {version}' for name, version in meta.versions.items())}"]
-    noted = {name.replace("_", " "): count for name, count in meta.skipped.items() if count}
-    return "\n".join([*lines, f"noted       {noted}"] if noted else lines)
+    unusual = {name.replace("_", " "): count for name, count in meta.skipped.items() if count}
+    return "\n".join([*lines, f"unusual     {unusual}"] if unusual else lines)
 
 
 def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | None) -> None:

@@ -31,7 +31,7 @@ STEPS_AHEAD = 2
 
 
 class MicroBatch(NamedTuple):
-    """The windows of one forward and backward pass: a part of a global batch, or of the validation windows.
+    """The windows of one forward pass: a part of a global batch, or of all validation windows.
 
     The mean loss over the global batch is the sum over its micro-batches of weight * mean loss of the micro-batch. A
     plain average of the means would be wrong when the micro-batches differ in their number of targets.
@@ -39,7 +39,7 @@ class MicroBatch(NamedTuple):
 
     inputs: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64: the token after each input, or IGNORE_INDEX
-    weight: float  # the fraction of the whole's targets (IGNORE_INDEX excluded) that this micro-batch holds
+    weight: float  # this micro-batch's fraction of the global batch's targets, not counting IGNORE_INDEX
 
 
 class Windows(Protocol):
@@ -69,7 +69,7 @@ class TokenWindows:
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: a larger token id raises an error that names the shard.
+        vocab_size: a token id of this size or larger raises an error that names the shard.
         tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
             it is not full. With None, use full windows only, as training does.
 
@@ -81,8 +81,8 @@ class TokenWindows:
         self.split, self.sequence_length, self.vocab_size = split, sequence_length, vocab_size
         # The first token of the split is an input but never a target, so there is one target fewer than tokens.
         available = split.n_tokens - 1
-        whole = available // sequence_length * sequence_length
-        self.n_targets = whole if tokens is None else min(tokens, available)
+        in_full_windows = available // sequence_length * sequence_length
+        self.n_targets = in_full_windows if tokens is None else min(tokens, available)
         if self.n_targets < 1:
             raise ValueError(
                 f"the {split.name} split has {split.n_tokens:,} tokens, not one window of sequence_length "
@@ -96,7 +96,7 @@ class TokenWindows:
         return ceil_div(self.n_targets, self.sequence_length)
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for an impossible token."""
+        """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for a bad token id."""
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
         # n + 1 tokens give n pairs of input and target. Neighboring windows overlap by one token: the last target of a

@@ -374,11 +374,11 @@ class ShardWriter:
                     f"{self.directory / shard.file} has changed since it was written: "
                     f"delete {self.directory} and prepare the dataset again"
                 )
-        partial, whole = self._path(partial=True), self._path()
+        partial, complete = self._path(partial=True), self._path()
         if state["tokens"]:
             # The shard may have been completed and renamed after the state was saved.
-            if not partial.exists() and whole.exists():
-                os.replace(whole, partial)
+            if not partial.exists() and complete.exists():
+                os.replace(complete, partial)
             size = HEADER_BYTES + state["tokens"] * TOKEN.itemsize
             if not partial.exists() or partial.stat().st_size < size:
                 raise ValueError(

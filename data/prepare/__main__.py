@@ -112,7 +112,7 @@ def _shared_options() -> argparse.ArgumentParser:
         "--val-tokens",
         type=_whole_number,
         metavar="N",
-        help="hold out one document in ten, chosen by hash, until they have N tokens",
+        help="hold out documents, one in ten by hash, until they have N tokens",
     )
     held_out.add_argument(
         "--val", choices=["first-shard"], help="hold out the first documents, as many as fill a shard"

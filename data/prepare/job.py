@@ -27,11 +27,11 @@ from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 from files import write_json
 
-# Chunks have about CHUNK_BYTES, and fewer where the shards are small, but at least MIN_CHUNK_BYTES.
+# Chunks have about CHUNK_BYTES. For small shards they have less, but at least MIN_CHUNK_BYTES.
 CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 1 << 16
 SAVE_SECONDS = 5  # between two updates of the progress file
-SMALL_BYTES = 1 << 25  # a source smaller than this is encoded before worker processes would have started
-# A BPE is trained on this many bytes from the beginning of the train split; more text hardly changes its merges.
+SMALL_BYTES = 1 << 25  # a smaller source is encoded in less time than worker processes need to start
+# A BPE is trained on the beginning of the train split, at most this many bytes: more text hardly changes its merges.
 BPE_TRAINING_BYTES = 1 << 28
 
 
@@ -125,6 +125,7 @@ def prepare_dataset(job: Job, workers: int | None = None) -> DatasetMeta:
 
 
 def _run(job: Job, workers: int | None) -> DatasetMeta:
+    """Do the work of `prepare_dataset`, which holds the lock on the directory."""
     progress = _begin(job)
     if progress is None:
         meta = read_meta(job.out)
@@ -198,8 +199,8 @@ def _encode(
     """Encode the source from the recorded position on, and save the state now and then."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The number of checked documents is per shard. Only few texts have more than 8 bytes per token, so total // 8 makes
-    # sure that a dataset smaller than one shard is checked as much as a full shard.
+    # The encoder is checked on a number of documents per shard, and on as many if the dataset is smaller than a shard.
+    # The dataset has at least total // 8 tokens, since few texts have more than 8 bytes per token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()

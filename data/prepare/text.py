@@ -27,7 +27,7 @@ from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = ("", ".gz", ".zst")
 BLOCK_BYTES = 1 << 20  # read at once
-# The split of a document is a hash of its first bytes, this many, so that a long document need not be in memory whole.
+# A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
 # The place where a chunk may end is searched backward in steps of this size.
 SEARCH_BYTES = 1 << 16
@@ -153,14 +153,14 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
     # The stream reader of zstandard does not notice when a file ends inside a frame.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # what `zstd --long=31` needs; the default is 2^27
     frame = decompressor.decompressobj()
-    whole = True
+    complete = True
     while chunk := raw.read(BLOCK_BYTES // 4):
         while chunk:
             if frame.eof:
                 frame = decompressor.decompressobj()
             yield frame.decompress(chunk)
-            chunk, whole = frame.unused_data, frame.eof
-    if not whole:
+            chunk, complete = frame.unused_data, frame.eof
+    if not complete:
         raise zstandard.ZstdError("it ends inside a frame")
 
 
@@ -172,6 +172,7 @@ def _cut_file(file: SourceFile, raw: BinaryIO, format: str, limit: int, mark: by
         return raw.read(end - begin)
 
     begin, searched, end = 0, 0, limit
+    # Without a mark the file is one document, and every chunk after the first continues it. `key` is its first bytes.
     key: bytes | None = None
     while end < file.size:
         cut = _last_cut(read, searched, end, mark)
@@ -194,7 +195,7 @@ def _cut_stream(file: SourceFile, raw: BinaryIO, format: str, limit: int, mark: 
     def read(begin: int, end: int) -> bytearray:
         return buffer[begin:end]
 
-    key: bytes | None = None
+    key: bytes | None = None  # as in `_cut_file`
     first, done, searched = 1, 0, 0
     for block in _blocks(raw, file.name):
         buffer += block

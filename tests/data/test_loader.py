@@ -1,4 +1,4 @@
-"""The loader's promises: an order that depends on the seed alone, every window once, constant memory."""
+"""The loader: its order depends on the seed alone, each epoch has every window once, memory stays constant."""
 
 import resource
 import threading
@@ -21,7 +21,7 @@ def write_shard(path, tokens):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """1,003 tokens that say where they stand, in shards whose borders cut windows."""
+    """1,003 tokens whose ids are their positions, in shards that end inside windows."""
     tokens = np.arange(1003)
     for i, part in enumerate(np.split(tokens, [201, 555])):
         write_shard(tmp_path / f"train_{i:06d}.bin", part)
@@ -36,7 +36,7 @@ def make(dataset, **changes):
 
 
 def global_batch(loader_step):
-    """One step's micro-batches as a pair (inputs, targets) of (rows, T), rows that do not count left out."""
+    """Join the micro-batches of one step to a pair (inputs, targets) of (rows, T), without those of weight 0."""
     rows = [m for m in loader_step if m.weight]
     return torch.cat([m.inputs for m in rows]), torch.cat([m.targets for m in rows])
 
@@ -49,11 +49,11 @@ def test_permute_is_a_permutation_that_changes_with_seed_and_epoch(n):
     if n >= 62:
         for a, b in [(0, 1), (0, 2), (1, 2)]:
             assert (orders[a] != orders[b]).mean() > 0.9
-        # no correlation between place and value, to 5 standard errors
+        # Place and value are not correlated, within 5 standard errors.
         assert abs(np.corrcoef(orders[0], np.arange(n))[0, 1]) < 5 / np.sqrt(n)
 
 
-def test_permute_of_a_huge_range_stays_inside_and_does_not_collide():
+def test_permute_of_a_large_range_stays_inside_and_has_no_duplicates():
     n = 97_656_249  # 100B tokens in windows of 1,024
     order = permute(np.arange(100_000), n, 1337, 3)
     assert order.min() >= 0
@@ -62,16 +62,16 @@ def test_permute_of_a_huge_range_stays_inside_and_does_not_collide():
     assert abs(order.mean() / n - 0.5) < 0.01
 
 
-def test_every_window_once_an_epoch_over_shard_borders_and_another_order_next_time(dataset):
+def test_each_epoch_has_every_window_once_in_a_new_order(dataset):
     loader = make(dataset)
     n = len(loader.windows)
     assert n == 62
-    rows = torch.cat([global_batch(next(loader))[0] for _ in range(16)])  # 128 windows: two epochs and a bit
+    rows = torch.cat([global_batch(next(loader))[0] for _ in range(16)])  # 128 windows: two epochs and four windows
     starts = rows[:, 0]
     assert sorted(starts[:n].tolist()) == [w * T for w in range(n)]
     assert sorted(starts[n : 2 * n].tolist()) == [w * T for w in range(n)]
     assert starts[:n].tolist() != starts[n : 2 * n].tolist()
-    assert torch.equal(rows, starts[:, None] + torch.arange(T))  # whole windows, also where a shard ends
+    assert torch.equal(rows, starts[:, None] + torch.arange(T))  # complete windows, also across the end of a shard
     loader.close()
 
 
@@ -96,7 +96,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch
     for _ in range(10):
         expected = global_batch(next(whole))
         steps = [next(rank) for rank in ranks]
-        assert len({len(step) for step in steps}) == 1  # in step, as FSDP needs it
+        assert len({len(step) for step in steps}) == 1  # FSDP needs the same number on every rank
         assert max(len(m.inputs) for step in steps for m in step) <= micro_batch
         assert sum(m.weight for step in steps for m in step) == pytest.approx(1, abs=1e-12)
         assert all(m.weight == pytest.approx(len(m.inputs) / 8) for step in steps for m in step if m.weight)
@@ -106,15 +106,15 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks_and_any_micro_batch
         loader.close()
 
 
-def test_a_rank_with_fewer_windows_than_micro_batches_gets_one_that_does_not_count(dataset):
-    last = make(dataset, batch_tokens=5 * T, micro_batch=1, rank=0, world_size=2)  # shares of 2 and 3
+def test_rank_with_fewer_windows_than_micro_batches_gets_one_of_weight_0(dataset):
+    last = make(dataset, batch_tokens=5 * T, micro_batch=1, rank=0, world_size=2)  # the ranks have 2 and 3 windows
     step = next(last)
     assert [m.weight for m in step].count(0) == 1
     assert all((m.targets == IGNORE_INDEX).all() for m in step if m.weight == 0)
     last.close()
 
 
-def test_resuming_is_a_matter_of_one_integer(dataset):
+def test_one_integer_is_enough_to_resume(dataset):
     whole, later = make(dataset), make(dataset, start_step=5)
     for _ in range(5):
         next(whole)
@@ -125,12 +125,12 @@ def test_resuming_is_a_matter_of_one_integer(dataset):
     later.close()
 
 
-def test_the_order_is_fixed_for_all_time():
-    """Changing it would make resumed runs see other batches: these figures may not change."""
+def test_order_never_changes():
+    """These numbers must not change: a resumed run would get other batches than before."""
     assert permute(np.arange(8), 1000, 1337, 0).tolist() == [846, 504, 693, 930, 290, 438, 328, 733]
 
 
-def test_memory_and_buffers_stay_the_same_over_10_000_batches(dataset):
+def test_memory_and_buffers_stay_constant_over_10_000_batches(dataset):
     loader = make(dataset)
     buffers = set()
     for _ in range(100):
@@ -143,7 +143,7 @@ def test_memory_and_buffers_stay_the_same_over_10_000_batches(dataset):
     loader.close()
 
 
-def test_a_closed_loader_leaves_no_thread(dataset):
+def test_closed_loader_leaves_no_thread(dataset):
     loader = make(dataset)
     next(loader)
     loader.close()
@@ -152,7 +152,7 @@ def test_a_closed_loader_leaves_no_thread(dataset):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize(("tokens", "counted"), [(48, 48), (50, 50), (10_000, 99)])
-def test_validation_counts_each_target_once_on_any_number_of_ranks(dataset, world_size, tokens, counted):
+def test_validation_has_each_target_once_on_any_number_of_ranks(dataset, world_size, tokens, counted):
     seen = []
     batches = []
     for rank in range(world_size):
@@ -168,14 +168,14 @@ def test_validation_counts_each_target_once_on_any_number_of_ranks(dataset, worl
     assert len(set(batches)) == 1
 
 
-def test_a_token_outside_the_vocabulary_names_shard_and_place(dataset):
+def test_error_for_a_token_outside_the_vocabulary_names_shard_and_position(dataset):
     loader = make(dataset, vocab_size=990)
     with pytest.raises(ValueError, match=r"token 99\d at position 99\d .*train_000002\.bin.*vocabulary of 990"):
         for _ in range(10):
             next(loader)
 
 
-def test_a_vanished_shard_is_named_where_the_batch_is_asked_for(dataset):
+def test_error_for_a_deleted_shard_is_raised_by_next(dataset):
     loader = make(dataset, shuffle=False)
     next(loader)
     (dataset / "train_000002.bin").unlink()
@@ -184,7 +184,7 @@ def test_a_vanished_shard_is_named_where_the_batch_is_asked_for(dataset):
             next(loader)
 
 
-def test_a_shard_cut_short_while_in_use_is_named(dataset):
+def test_error_for_a_shard_that_shrinks_while_open_names_it(dataset):
     loader = make(dataset, shuffle=False)
     with open(dataset / "train_000002.bin", "r+b") as file:
         file.truncate(HEADER_BYTES + 8)
@@ -201,7 +201,7 @@ def test_a_shard_cut_short_while_in_use_is_named(dataset):
         ({"sequence_length": 1024, "batch_tokens": 1024}, "1,003 tokens, not one window"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_numbers(dataset, changes, message):
+def test_impossible_arguments_are_refused_with_the_numbers(dataset, changes, message):
     with pytest.raises(ValueError, match=message):
         make(dataset, **changes)
 
@@ -209,6 +209,6 @@ def test_what_cannot_work_is_refused_with_the_numbers(dataset, changes, message)
 def test_split_evenly_covers_everything_once():
     for n in range(20):
         for world_size in range(1, 9):
-            shares = [split_evenly(n, rank, world_size) for rank in range(world_size)]
-            assert [i for share in shares for i in share] == list(range(n))
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            parts = [split_evenly(n, rank, world_size) for rank in range(world_size)]
+            assert [i for part in parts for i in part] == list(range(n))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1

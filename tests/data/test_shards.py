@@ -1,4 +1,4 @@
-"""Shards: llm.c's format in both directions, reading across borders, damage, scale, going on after an interruption."""
+"""Shards: llm.c's format in both directions, reads across shards, damage, many shards, and interruptions."""
 
 import dataclasses
 import json
@@ -17,13 +17,13 @@ EOT = 50256
 
 
 def by_hand(path: Path, tokens: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None) -> None:
-    """llm.c's published header, written without our code."""
+    """Write a shard from llm.c's description of the format, without the code under test."""
     header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
     path.write_bytes(header + tokens.astype("<u2").tobytes())
 
 
 def plain_reader(path: Path) -> np.ndarray:
-    """The data loader of llm.c and build-nanogpt's successors, from the description of the format alone."""
+    """Read a shard as the data loaders of llm.c and build-nanogpt do, without the code under test."""
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(256 * 4), dtype=np.int32)
         assert header[0] == 20240520
@@ -64,7 +64,7 @@ def write_dataset(directory: Path, tokens: np.ndarray, shard_tokens: int = 1000)
     return meta
 
 
-def test_ours_read_by_a_plain_reader_and_a_hand_written_shard_by_us(tmp_path: Path) -> None:
+def test_format_is_that_of_llm_c_in_both_directions(tmp_path: Path) -> None:
     tokens = some_tokens(2500)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
@@ -85,7 +85,7 @@ def test_ours_read_by_a_plain_reader_and_a_hand_written_shard_by_us(tmp_path: Pa
         np.testing.assert_array_equal(out, expected)
 
 
-def test_reads_equal_slices_everywhere(tmp_path: Path) -> None:
+def test_reads_equal_slices_at_all_positions(tmp_path: Path) -> None:
     tokens = some_tokens(3777)
     write_dataset(tmp_path, tokens, shard_tokens=500)
     split = open_split(tmp_path, "train")
@@ -121,7 +121,7 @@ def test_verify_names_the_damaged_shard(tmp_path: Path) -> None:
         open_split(tmp_path, "train").verify()
 
 
-def test_bad_shards_are_named(tmp_path: Path) -> None:
+def test_errors_for_bad_shards_say_what_is_wrong(tmp_path: Path) -> None:
     tokens = some_tokens(100)
     shard = tmp_path / "train_000000.bin"
     cases = [
@@ -139,7 +139,7 @@ def test_bad_shards_are_named(tmp_path: Path) -> None:
             open_split(tmp_path, "train")
 
 
-def test_missing_things_say_what_to_run(tmp_path: Path) -> None:
+def test_errors_for_missing_files_say_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"python -m data\.prepare fineweb-edu-10b --out .*fineweb-edu-10b"):
         open_split(tmp_path / "fineweb-edu-10b", "train")
     by_hand(tmp_path / "train_000000.bin", some_tokens(10))
@@ -172,7 +172,7 @@ def test_shards_and_meta_must_agree(tmp_path: Path) -> None:
         read_meta(tmp_path)
 
 
-def test_a_shard_that_vanishes_or_shrinks_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_errors_for_a_shard_that_vanishes_or_shrinks_name_it(tmp_path: Path) -> None:
     write_dataset(tmp_path, some_tokens(2500))
     split = open_split(tmp_path, "train")
     out = np.empty(10, np.uint16)
@@ -216,7 +216,7 @@ def test_restore_from_every_state_ends_with_the_same_bytes(tmp_path: Path) -> No
     expected = {f.name: f.read_bytes() for f in whole.glob("*.bin")}
 
     for stop in range(1, 23):
-        for lost in (0, 1, 4):  # writes that reached the disk after the state was saved
+        for lost in (0, 1, 4):  # number of writes after the state was saved, which `restore` must undo
             directory = tmp_path / f"{stop}-{lost}"
             directory.mkdir()
             first = ShardWriter(directory, "train", 300, EOT)

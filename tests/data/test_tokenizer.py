@@ -1,4 +1,4 @@
-"""Tokenizers against tiktoken and transformers: the same ids, the same text, for all three kinds."""
+"""Tokenizers of all kinds give the same ids and the same text as tiktoken and transformers."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ from data.tokenizer import (
 )
 from data.wheel import fetch_wheel, read_wheel
 
-NASTY = [
+DIFFICULT = [
     "",
     "\x00\x01\x7f",
     "one\r\ntwo\r\n\r\n three\r",
@@ -61,12 +61,12 @@ def bpe(plays: dict[str, str]) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def char(plays: dict[str, str]) -> Tokenizer:
-    return train_tokenizer("char", [*plays.values(), *NASTY])
+    return train_tokenizer("char", [*plays.values(), *DIFFICULT])
 
 
 @pytest.fixture(scope="module")
 def oracle() -> tiktoken.Encoding:
-    """tiktoken's own GPT-2 encoding, built from OpenAI's files by tiktoken's own function."""
+    """tiktoken's GPT-2 encoding, built from OpenAI's files by tiktoken's own function."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     directory = fetch_wheel(*GPT2_WHEEL).parent / "unpacked-for-tests"
@@ -88,8 +88,8 @@ def oracle() -> tiktoken.Encoding:
     )
 
 
-def nasty_strings(n: int, seed: int) -> Iterator[str]:
-    """Strings of runs from classes that tokenizers trip over, and of characters from all of Unicode."""
+def difficult_strings(n: int, seed: int) -> Iterator[str]:
+    """Generate strings from classes of characters that are difficult for tokenizers, and from all of Unicode."""
     rng = np.random.default_rng(seed)
     classes = [
         " \t\n\r\v\f\x00\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u180e\u200b\ufeff",
@@ -128,7 +128,7 @@ def assert_bulk_equals(tokenizer: Tokenizer, texts: list[str], encode: Callable[
         assert ids.tolist() == encode(text), repr(text[:200])
 
 
-def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
+def test_known_ids_of_gpt2(gpt2: Tokenizer) -> None:
     assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert gpt2.encode("Today we can go to") == [8888, 356, 460, 467, 284]
     flag = [464, 1605, 6056, 338, 7577, 389, 2266, 11, 4171, 290]
@@ -137,30 +137,30 @@ def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
     assert (gpt2.kind, gpt2.vocab_size, gpt2.eot) == ("gpt2", 50257, 50256)
 
 
-def test_gpt2_equals_tiktoken_on_the_plays_and_nasty_text(
+def test_gpt2_equals_tiktoken_on_the_plays_and_difficult_text(
     gpt2: Tokenizer, oracle: tiktoken.Encoding, plays: dict[str, str]
 ) -> None:
-    texts = [*plays.values(), *NASTY]
+    texts = [*plays.values(), *DIFFICULT]
     assert_bulk_equals(gpt2, texts, oracle.encode_ordinary)
-    for text in [*list(plays.values())[:3], *NASTY]:
+    for text in [*list(plays.values())[:3], *DIFFICULT]:
         assert gpt2.encode(text) == oracle.encode_ordinary(text)
         assert gpt2.decode(gpt2.encode(text)) == text
 
 
 def test_gpt2_equals_tiktoken_on_generated_strings(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
-    assert_bulk_equals(gpt2, list(nasty_strings(3000, seed=1)), oracle.encode_ordinary)
+    assert_bulk_equals(gpt2, list(difficult_strings(3000, seed=1)), oracle.encode_ordinary)
 
 
 @pytest.mark.slow
 def test_gpt2_equals_tiktoken_on_100_000_generated_strings(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
-    assert_bulk_equals(gpt2, list(nasty_strings(100_000, seed=2)), oracle.encode_ordinary)
+    assert_bulk_equals(gpt2, list(difficult_strings(100_000, seed=2)), oracle.encode_ordinary)
 
 
 def test_trained_bulk_equals_reference(bpe: Tokenizer, char: Tokenizer, plays: dict[str, str]) -> None:
-    texts = [*list(plays.values())[-3:], *NASTY, *nasty_strings(1000, seed=3)]
+    texts = [*list(plays.values())[-3:], *DIFFICULT, *difficult_strings(1000, seed=3)]
     assert_bulk_equals(bpe, texts, bpe.encode)
-    vocabulary = {c: i for i, c in enumerate(sorted(set("".join([*plays.values(), *NASTY]))))}
-    for text in [plays["hamlet"], *NASTY]:
+    vocabulary = {c: i for i, c in enumerate(sorted(set("".join([*plays.values(), *DIFFICULT]))))}
+    for text in [plays["hamlet"], *DIFFICULT]:
         assert char.encode(text) == [vocabulary[c] for c in text]
 
 
@@ -170,7 +170,7 @@ def test_round_trip_and_bytes(kind: str, plays: dict[str, str], request: pytest.
     lengths = tokenizer.token_bytes()
     assert lengths.shape == (tokenizer.vocab_size,)
     assert lengths[tokenizer.eot] == 0
-    for text in [plays["hamlet"], *NASTY]:
+    for text in [plays["hamlet"], *DIFFICULT]:
         ids = tokenizer.encode(text)
         assert tokenizer.eot not in ids
         assert tokenizer.decode(ids) == text
@@ -189,14 +189,14 @@ def test_saved_tokenizer_is_the_same_in_transformers(
 
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     tokenizer.save(tmp_path)
-    # beside a GPT-2 config.json transformers may read any tokenizer.json as GPT-2's own
+    # With a GPT-2 config.json in the same directory, transformers may read any tokenizer.json as GPT-2's own.
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == tokenizer.vocab_size
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot
-    texts = [plays["twelfth-night"][:50_000], *NASTY]
+    texts = [plays["twelfth-night"][:50_000], *DIFFICULT]
     if kind != "char":
-        texts += nasty_strings(500, seed=4)
+        texts += difficult_strings(500, seed=4)
     for text in texts:
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == ids, repr(text[:200])
@@ -222,7 +222,7 @@ def test_hugging_face_gpt2_directories_are_gpt2(gpt2: Tokenizer, tmp_path: Path)
     assert load_tokenizer(old).kind == "gpt2"
 
 
-def test_a_directory_that_is_called_gpt2_has_its_own_tokenizer(
+def test_directory_with_the_name_of_a_model_has_its_own_tokenizer(
     bpe: Tokenizer, gpt2: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -231,7 +231,7 @@ def test_a_directory_that_is_called_gpt2_has_its_own_tokenizer(
     assert load_tokenizer("gpt2-medium") == bpe
 
 
-def test_training_is_repeatable_and_kinds_differ(plays: dict[str, str], bpe: Tokenizer) -> None:
+def test_training_is_deterministic_and_different_tokenizers_differ(plays: dict[str, str], bpe: Tokenizer) -> None:
     texts = [text for name, text in plays.items() if name < "d"]
     again = train_tokenizer("bpe:512", texts)
     assert again == bpe
@@ -241,7 +241,7 @@ def test_training_is_repeatable_and_kinds_differ(plays: dict[str, str], bpe: Tok
     assert train_tokenizer("bpe:5000", ["tiny"]).vocab_size < 300
 
 
-def test_what_cannot_be_encoded_is_named(gpt2: Tokenizer, bpe: Tokenizer) -> None:
+def test_errors_for_text_that_cannot_be_encoded(gpt2: Tokenizer, bpe: Tokenizer) -> None:
     tiny = train_tokenizer("char", ["abc\n"])
     for tokenizer in (gpt2, bpe, tiny):
         with pytest.raises(ValueError, match=r"lone surrogate \(U\+D83D at character 2\)"):
@@ -252,7 +252,7 @@ def test_what_cannot_be_encoded_is_named(gpt2: Tokenizer, bpe: Tokenizer) -> Non
         tiny.encode("a☃")
 
 
-def test_bad_kinds_and_places_are_named(tmp_path: Path) -> None:
+def test_errors_for_bad_kinds_and_directories(tmp_path: Path) -> None:
     for kind, message in [("bpe:12", "at least 257"), ("bpe:65537", "65,536"), ("word", "expected gpt2, char, bpe:N")]:
         with pytest.raises(ValueError, match=message):
             train_tokenizer(kind, ["text"])
@@ -276,7 +276,7 @@ def test_without_gigatoken_the_ids_are_the_same(
     gpt2: Tokenizer, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    texts = [*NASTY[:3], *nasty_strings(200, seed=5)]
+    texts = [*DIFFICULT[:3], *difficult_strings(200, seed=5)]
     for tokenizer, name in ((gpt2, "tiktoken"), (bpe, "tokenizers")):
         assert isinstance(tokenizer, ByteLevelTokenizer)
         plain = ByteLevelTokenizer(tokenizer.vocab, tokenizer.merges)
