@@ -132,8 +132,8 @@ class Attention(nn.Module):
         if head_mask is None and not output_weights:
             # PyTorch's fused kernel computes the plain form below without writing the (T, S) weights to memory
             # (FlashAttention, Dao et al. 2022), so memory grows with T and not with T².
-            if is_causal and not dropout and x.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-                y = CausalAttention.apply(q, k, v)  # the same with a faster backward pass
+            if is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
+                y = CausalAttention.apply(q, k, v)  # the same with a backward pass that is faster below float32
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         else:

@@ -408,21 +408,21 @@ def test_dropout_only_in_training():
 # ---- the choice of attention's kernel
 
 
-def test_only_training_in_bfloat16_on_a_cpu_takes_our_backward_pass(monkeypatch):
+def test_causal_attention_is_used_only_to_train_on_a_cpu_below_float32(monkeypatch):
     taken = []
     theirs = CausalAttention.apply
     monkeypatch.setattr(CausalAttention, "apply", lambda *inputs: taken.append(len(inputs)) or theirs(*inputs))
     ids = torch.randint(50, (2, 8))
 
-    def calls(autocast=True, keep=None, **fields):
+    def calls(dtype=torch.bfloat16, keep=None, **fields):
         taken.clear()
         model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16, **fields)).train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(ids, targets=ids, attention_mask=keep).loss.backward()
         return len(taken)
 
-    assert calls() == 2
-    assert calls(autocast=False) == calls(dropout=0.1) == calls(causal=False) == calls(keep=torch.ones(2, 8)) == 0
+    assert calls() == calls(torch.float16) == 2
+    assert calls(torch.float32) == calls(dropout=0.1) == calls(causal=False) == calls(keep=torch.ones(2, 8)) == 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16))(ids)
     assert not taken
