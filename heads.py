@@ -1,8 +1,9 @@
-"""GPT-2 for other ends than the next token: classification, multiple choice, sentence vectors.
+"""GPT-2 for tasks other than predicting the next token: classification, multiple choice and sentence vectors.
 
-Each head sits on a GPT, whose trunk it shares rather than copies: `SequenceClassifier(GPT.from_pretrained("gpt2"), 3)`
-starts fine-tuning from the released weights, and `classifier.gpt.freeze(layers=6)` keeps half of them. Saved
-directories are those of transformers' class of the same purpose. Shapes as in model.py; K is the number of classes.
+Each head uses the GPT that it is given, without a copy: `SequenceClassifier(GPT.from_pretrained("gpt2"), 3)` starts
+fine-tuning from the released weights, and `classifier.gpt.freeze(layers=6)` freezes half of the blocks. Models are
+saved in the format of the corresponding transformers class. Shapes are written as in model.py; K is the number of
+classes.
 """
 
 from __future__ import annotations
@@ -24,21 +25,28 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The state of each row's last token that is not padding, wherever the padding is. (B, T, C) -> (B, C)."""
+    """Return the state of each row's last token that is not padding, on whichever side that is. (B, T, C) -> (B, C)."""
     if attention_mask is None:
         return x[:, -1]
-    places = torch.arange(x.size(1), device=x.device)
-    last = (attention_mask.bool() * places).argmax(dim=-1)
+    positions = torch.arange(x.size(1), device=x.device)
+    last = (attention_mask.bool() * positions).argmax(dim=-1)
     return x[torch.arange(len(x), device=x.device), last]
 
 
 def encode(
     model: GPT, input_ids: Tensor, attention_mask: Tensor | None = None, pooling: Literal["last", "mean"] = "last"
 ) -> Tensor:
-    """A vector for each sequence: the last hidden state of its last kept token, or the mean over its kept tokens.
+    """Return a vector for each sequence: the last hidden state of its last kept token, or the mean over all kept ones.
 
-    input_ids (B, T) and attention_mask (B, T), 1 to keep, padded on either side -> (B, C). Wrap it in torch.no_grad()
-    unless the trunk is to be trained. Raises ValueError for another pooling, or a row of which nothing is kept.
+    Args:
+        input_ids: (B, T).
+        attention_mask: (B, T), 1 for a token to keep and 0 for padding, on either side.
+
+    Returns:
+        (B, C). Call it under torch.no_grad() unless the model is to be trained through it.
+
+    Raises:
+        ValueError: `pooling` is unknown, or a row keeps no token.
     """
     if pooling not in ("last", "mean"):
         raise ValueError(f"pooling is {pooling!r}, expected 'last' or 'mean'")
@@ -54,7 +62,7 @@ def encode(
 
 
 def read_trunk(directory: Path) -> GPT:
-    """The trunk that a directory's config.json describes, on the meta device: shapes without values."""
+    """Build the GPT that a directory's config.json describes, on the meta device: shapes without values."""
     with torch.device("meta"):
         return GPT(GPTConfig(**read_config(directory)))
 
@@ -66,26 +74,27 @@ def save_with_head(
     fields: dict[str, Any],
     eos_token_id: int | None,
 ) -> None:
-    """Write trunk and head in one state dict, as the transformers class `architecture` with its own config fields."""
+    """Write GPT and head as one state dict, in the format of the transformers class `architecture`."""
     state = {name.removeprefix("gpt."): tensor for name, tensor in model.state_dict().items()}
     config = asdict(model.gpt.config)
     save_weights(state, config, directory, eos_token_id=eos_token_id, architecture=architecture, extra_config=fields)
 
 
 class SequenceClassifier(nn.Module):
-    """Classes of whole sequences or of each token: transformers' GPT2ForSequenceClassification, and Texar's strategies.
+    """A classifier of sequences or of tokens: transformers' GPT2ForSequenceClassification with Texar's strategies.
 
     Args:
-        gpt: the trunk.
+        gpt: the language model whose hidden states are classified.
         num_labels: K.
-        strategy: what the classes are read off. `last` (Texar's cls_time): the last kept token of each sequence. `all`
-            (all_time): all its tokens side by side, each with weights of its own. `token` (time_wise): each token by
-            itself, for itself.
-        max_length: the longest sequence that it is meant for, in tokens, and for `all` can take; None is block_size.
+        strategy: the input of the classifier. `last` (Texar's cls_time): the state of each sequence's last kept token.
+            `all` (all_time): the states of all its tokens, concatenated. `token` (time_wise): the state of each token,
+            which gets classes of its own.
+        max_length: the longest sequence in tokens; None means block_size. It is a limit only for `all`.
 
-    The loss follows from K and the type of the labels, as in transformers. One class: labels in floats are a regression
-    (squared error), in integers 0 and 1 a binary classification (logistic). Several: integers are the class (B,),
-    floats of 0 to 1 (B, K) say of each class whether it holds (logistic, several may).
+    The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean
+    regression (squared error), and integers 0 and 1 mean binary classification (logistic loss). With K > 1, integers
+    (B,) are the class (cross-entropy), and floating-point labels (B, K) from 0 to 1 tell for each class whether it
+    applies (logistic loss; several classes may apply).
     """
 
     def __init__(
@@ -97,7 +106,7 @@ class SequenceClassifier(nn.Module):
         if strategy not in ("last", "all", "token"):
             raise ValueError(f"strategy is {strategy!r}, expected 'last', 'all' or 'token'")
         self.gpt, self.num_labels, self.strategy = gpt, num_labels, strategy
-        self.labels = [f"LABEL_{index}" for index in range(num_labels)]  # the classes' names
+        self.labels = [f"LABEL_{index}" for index in range(num_labels)]  # names of the classes
         self.max_length = gpt.config.block_size if max_length is None else max_length
         if not 1 <= self.max_length <= gpt.config.block_size:
             raise ValueError(f"max_length is {max_length}, expected 1 to block_size {gpt.config.block_size}")
@@ -114,44 +123,44 @@ class SequenceClassifier(nn.Module):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> GPTOutput:
-        """Logits of the classes, (B, K) or with strategy `token` (B, T, K); with labels also the loss.
+        """Return the logits of the classes, (B, K) or with strategy `token` (B, T, K), and with labels also the loss.
 
         Args:
-            input_ids, attention_mask: (B, T). Padding is known by the mask alone.
-            labels: (B,) integers or floats, (B, K) floats; with `token` (B, T) or (B, T, K). Integers may be
+            input_ids, attention_mask: (B, T). Only the mask tells which tokens are padding.
+            labels: (B,) integers or floats, or (B, K) floats; with `token` (B, T) or (B, T, K). Integers may be
                 IGNORE_INDEX, for padding.
-            inputs: what else `GPT.forward` takes: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
+            inputs: other arguments of `GPT.forward`: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
         """
         output = self.gpt(input_ids, attention_mask=attention_mask, return_logits=False, **inputs)
         x = output.last_hidden_state
         if self.strategy == "last":
             x = last_kept(x, attention_mask)
         elif self.strategy == "all":
-            x = self._side_by_side(x, attention_mask)
+            x = self._concatenate(x, attention_mask)
         logits = self.score(x)
         return output._replace(logits=logits, loss=None if labels is None else self._loss(logits, labels))
 
-    def _side_by_side(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, max_length * C): kept tokens from the left, zeros after them."""
+    def _concatenate(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Concatenate the states of the kept tokens, followed by zeros. (B, T, C) -> (B, max_length * C)."""
         B, T, C = x.shape
         if self.max_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_length {self.max_length}")
         if attention_mask is not None:
             kept = attention_mask.bool()
-            order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept first, in their order
+            order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept tokens first, in their order
             x = (x * kept.unsqueeze(-1)).gather(1, order.unsqueeze(-1).expand(B, T, C))
         return F.pad(x, (0, 0, 0, self.max_length - T)).flatten(1)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.float()
-        places = tuple(logits.shape[:-1])
+        shape = tuple(logits.shape[:-1])  # (B,), or (B, T) with strategy `token`
         if labels.is_floating_point() and self.num_labels == 1:
-            check_shape("labels", labels, places, (*places, 1))
+            check_shape("labels", labels, shape, (*shape, 1))
             return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype))
         if labels.is_floating_point():
-            check_shape("labels", labels, (*places, self.num_labels))
+            check_shape("labels", labels, (*shape, self.num_labels))
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        check_shape("labels", labels, places)
+        check_shape("labels", labels, shape)
         logits, labels = logits.flatten(0, -2), labels.flatten()
         K = max(2, self.num_labels)
         self.gpt.check_ids("labels", labels.masked_fill(labels == IGNORE_INDEX, 0), K, "classes")
@@ -167,14 +176,14 @@ class SequenceClassifier(nn.Module):
     def from_pretrained(
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Self:
-        """A classifier that was saved here or by transformers, in eval mode; errors as of `GPT.from_pretrained`."""
+        """Load a classifier saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
         directory = locate(name_or_dir)
         gpt = read_trunk(directory)
         fields = read_json(directory / "config.json")
-        labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these out
+        labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers omits these
         num_labels = len(labels)
         if fields.get("problem_type") == "regression" and num_labels > 1:
-            raise ValueError(f"{directory}: a regression of {num_labels} values; here a regression has one")
+            raise ValueError(f"{directory}: a regression of {num_labels} values, expected 1 value")
         with torch.device("meta"):
             strategy = fields.get("classifier_strategy", "last")
             model = cls(gpt, num_labels, strategy, fields.get("classifier_max_length"))
@@ -183,7 +192,7 @@ class SequenceClassifier(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, eos_token_id: int | None = None) -> None:
-        """Write the classifier as transformers writes a GPT2ForSequenceClassification, which with `last` it is."""
+        """Write the classifier; with strategy `last`, transformers can load it as a GPT2ForSequenceClassification."""
         fields: dict[str, Any] = {}
         if self.labels != ["LABEL_0", "LABEL_1"]:
             numbers = {label: i for i, label in enumerate(self.labels)}
@@ -197,17 +206,17 @@ class SequenceClassifier(nn.Module):
 
 
 class DoubleHeadsOutput(NamedTuple):
-    """What `DoubleHeads` returns for N choices of each of B questions; a loss is None without its labels."""
+    """The result of `DoubleHeads` for B questions with N choices each. A loss is None without its labels."""
 
-    loss: Tensor | None  # (), of the language model, in nats a token
-    mc_loss: Tensor | None  # (), of the choice, in nats a question
-    logits: Tensor | None  # (B, N, T, V); None where only the loss was asked for
+    loss: Tensor | None  # (), language modeling, in nats per token
+    mc_loss: Tensor | None  # (), multiple choice, in nats per question
+    logits: Tensor | None  # (B, N, T, V), or None if only the loss was requested
     mc_logits: Tensor  # (B, N)
     last_hidden_state: Tensor  # (B, N, T, C)
 
 
 class DoubleHeads(nn.Module):
-    """Multiple choice beside language modelling, as Radford et al. 2018: transformers' GPT2DoubleHeadsModel."""
+    """A multiple-choice head beside the language model (Radford et al. 2018): transformers' GPT2DoubleHeadsModel."""
 
     def __init__(self, gpt: GPT) -> None:
         super().__init__()
@@ -216,7 +225,7 @@ class DoubleHeads(nn.Module):
         summary = nn.Linear(gpt.config.n_embd, 1, device=weight.device, dtype=weight.dtype)
         nn.init.normal_(summary.weight, std=0.02)
         nn.init.zeros_(summary.bias)
-        self.multiple_choice_head = nn.ModuleDict({"summary": summary})  # the name that it has in transformers
+        self.multiple_choice_head = nn.ModuleDict({"summary": summary})  # transformers' name
         self.dropout = nn.Dropout(gpt.config.dropout)
 
     def forward(
@@ -229,14 +238,14 @@ class DoubleHeads(nn.Module):
         mc_labels: Tensor | None = None,
         return_logits: bool | None = None,
     ) -> DoubleHeadsOutput:
-        """One pass over N choices of each of B questions.
+        """Process B questions with N choices each.
 
         Args:
-            input_ids, attention_mask: (B, N, T), a choice a row.
-            mc_token_ids: (B, N), the place in each row that the choice is read off; None is the last kept token.
-            labels: (B, N, T) token ids, shifted here, IGNORE_INDEX where none counts.
-            mc_labels: (B,), the right choice.
-            return_logits: of the language model; None gives them only when there are no `labels`.
+            input_ids, attention_mask: (B, N, T), one row per choice.
+            mc_token_ids: (B, N), the position in each row whose state is scored; None means the last kept token.
+            labels: (B, N, T) token ids, shifted here; IGNORE_INDEX does not count.
+            mc_labels: (B,), the correct choice.
+            return_logits: whether to return the language model's logits; None returns them if there are no `labels`.
         """
         check_shape("input_ids (questions, choices, tokens)", input_ids, ("B", "N", "T"))
         B, N, T = input_ids.shape
@@ -270,11 +279,11 @@ class DoubleHeads(nn.Module):
     def from_pretrained(
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Self:
-        """Double heads that were saved here or by transformers, in eval mode; errors as of `GPT.from_pretrained`."""
+        """Load double heads saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
         directory = locate(name_or_dir)
         gpt = read_trunk(directory)
         fields = read_json(directory / "config.json")
-        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # inert without this head
+        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # ignored by other heads
             if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
                 raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):
@@ -283,6 +292,6 @@ class DoubleHeads(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, eos_token_id: int | None = None) -> None:
-        """Write both heads as transformers writes a GPT2DoubleHeadsModel."""
+        """Write GPT and both heads in the format of transformers' GPT2DoubleHeadsModel."""
         fields = {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "summary_first_dropout": self.dropout.p}
         save_with_head(self, directory, "GPT2DoubleHeadsModel", fields, eos_token_id)

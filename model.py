@@ -77,7 +77,7 @@ class GPTConfig:
 
 
 class GPTOutput(NamedTuple):
-    """The result of a forward pass. A field that was not requested is None."""
+    """The result of a forward pass. Fields that were not requested are None."""
 
     loss: Tensor | None = None  # (), mean over the targets that are not IGNORE_INDEX, in nats
     logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
@@ -110,7 +110,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        mask: Tensor | None,  # (B or 1, 1, T or 1, S) booleans, True where a query may attend; None: `causal` decides
+        mask: Tensor | None,  # (B or 1, 1, T or 1, S) booleans, True where a query may attend; None: see is_causal
         head_mask: Tensor | None = None,  # (H,)
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,  # (B, M, C)
@@ -133,8 +133,8 @@ class Attention(nn.Module):
         if head_mask is None and not output_weights:
             # PyTorch's fused kernel computes the plain form below without writing the (T, S) weights to memory
             # (FlashAttention, Dao et al. 2022), so memory grows with T and not with T².
-            if is_causal and not dropout and x.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-                y = CausalAttention.apply(q, k, v)  # the same with a faster backward pass
+            if is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
+                y = CausalAttention.apply(q, k, v)  # the same with a backward pass that is faster below float32
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         else:
@@ -296,13 +296,14 @@ class GPT(nn.Module):
             head_mask: (H,) or (L, H), multiplies the attention weights.
             cache: keys and values of the past tokens, from `new_cache`; those of the new tokens are appended. Gradients
                 do not flow through it.
-            encoder_hidden_states: (B, M, C), for a model with cross_attention; encoder_attention_mask: (B, M).
+            encoder_hidden_states: (B, M, C), for a model with cross_attention.
+            encoder_attention_mask: (B, M), 1 for a token to keep and 0 for padding.
             return_logits: None computes logits only if there is no loss.
             logits_to_keep: k > 0 computes the logits of the last k positions only.
 
         Raises:
-            ValueError: wrong combination, shape, length or id. The range of ids is checked on a CPU and in eval mode
-                only, because reading them makes the host wait for the device, and never inside torch.compile.
+            ValueError: wrong combination, shape, length or id. The range of ids is not checked inside torch.compile or
+                in training on a GPU, where reading them makes the host wait for the device.
         """
         config = self.config
         past = cache.length if cache is not None else 0
@@ -419,7 +420,7 @@ class GPT(nn.Module):
         return mask.bool()[:, None, None, :]
 
     def check_ids(self, what: str, ids: Tensor, limit: int, limit_name: str) -> None:
-        """Raise ValueError unless all ids are in 0..limit-1. Skipped where `forward` says that no check is made."""
+        """Raise ValueError unless all ids are in 0..limit-1. `forward` says when the check is skipped, and why."""
         if torch.compiler.is_compiling() or ids.is_meta or (self.training and ids.device.type != "cpu"):
             return
         low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)

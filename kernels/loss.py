@@ -97,8 +97,23 @@ def loss_and_gradients(
             x_rows = x_rows * counts
             # In blocks of columns, so that no second tensor is as large as the weight.
             for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
-                block += gradient.T @ x_rows
+                _add_product(block, gradient, x_rows)
     return total, dx, dweight.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add aᵀ b to `total` (float32). The product is in the dtype of a and b if that has the range of float32.
+
+    float16 has not: its largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if
+    many positions have the same target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent
+    this overflow, because `_scale_gradients` multiplies by the scale later. So such a product is in float32.
+    """
+    if torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
+        total += a.T @ b
+    elif a.is_cuda:
+        total += torch.mm(a.T, b, out_dtype=torch.float32)  # needs no float32 copies, but only CUDA has it
+    else:
+        total.addmm_(a.T.float(), b.float())  # in place, because autocast would make a @ b a float16 product again
 
 
 # A custom operator, because torch.compile treats it as a single operation instead of unrolling its loop. It computes

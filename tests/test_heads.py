@@ -1,4 +1,4 @@
-"""Classification and multiple choice against transformers' classes; sentence vectors against one row at a time."""
+"""Classification and multiple choice against transformers' classes, sentence vectors against those of single rows."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def their_config(num_labels=2, shape=SHAPES[1], **options):
     return GPT2Config(vocab_size=V, n_positions=32, num_labels=num_labels, **shape, **pdrop, **special, **options)
 
 
-def randomised(model):
+def randomized(model):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,12 +37,12 @@ def randomised(model):
 
 
 def padded(lengths, side):
-    """ids (B, T) of which lengths[i] are kept in row i, the rest PAD, their mask and positions."""
+    """Return ids (B, T) with lengths[i] tokens and padding in row i, their attention mask and their positions."""
     torch.manual_seed(1)
     ids = torch.randint(PAD, (len(lengths), T))
-    places = torch.arange(T)
+    positions = torch.arange(T)
     sizes = torch.tensor(lengths)[:, None]
-    mask = (places < sizes if side == "right" else places >= T - sizes).long()
+    mask = (positions < sizes if side == "right" else positions >= T - sizes).long()
     return ids.masked_fill(mask == 0, PAD), mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -58,30 +58,30 @@ def assert_same_gradients(ours, theirs):
         gradient = expected[name].grad
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             gradient = gradient.T
-        if name.endswith("summary.bias"):  # moves all choices alike: its true gradient is zero
+        if name.endswith("summary.bias"):  # shifts the scores of all choices equally: its exact gradient is zero
             assert parameter.grad.abs() < 1e-5
         else:
             assert_close(parameter.grad, gradient, 2e-4)
 
 
-def a_gpt():
+def small_gpt():
     config = GPTConfig(vocab_size=V, block_size=32, n_layer=2, n_head=3, n_embd=C)
-    return randomised(GPT(config))
+    return randomized(GPT(config))
 
 
 LABELS = [
     pytest.param(2, torch.tensor([0, 1, 1]), id="two classes"),
     pytest.param(5, torch.tensor([4, 0, 2]), id="five classes"),
     pytest.param(1, torch.tensor([0.3, -2.0, 1.5]), id="regression"),
-    pytest.param(3, torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]]), id="several may hold"),
+    pytest.param(3, torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]]), id="several classes may apply"),
 ]
 
 
 @pytest.mark.parametrize(("num_labels", "labels"), LABELS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_classifier_is_that_of_transformers(tmp_path, num_labels, labels, side, shape):
-    theirs = randomised(TheirClassifier(their_config(num_labels, shape)))
+def test_classifier_equals_that_of_transformers(tmp_path, num_labels, labels, side, shape):
+    theirs = randomized(TheirClassifier(their_config(num_labels, shape)))
     theirs.save_pretrained(tmp_path)
     ours = SequenceClassifier.from_pretrained(tmp_path)
     assert ours.strategy == "last"
@@ -100,7 +100,7 @@ def test_classifier_is_that_of_transformers(tmp_path, num_labels, labels, side, 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 4])
 def test_transformers_loads_our_classifier(tmp_path, num_labels):
-    ours = SequenceClassifier(a_gpt(), num_labels)
+    ours = SequenceClassifier(small_gpt(), num_labels)
     ours.save_pretrained(tmp_path)
     theirs, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -112,16 +112,16 @@ def test_transformers_loads_our_classifier(tmp_path, num_labels):
 
 
 @torch.no_grad()
-def test_transformers_takes_padded_rows_of_our_classifier(tmp_path):
-    """It knows padding by its id alone, which is end-of-text here: no encoded text has it."""
-    ours = SequenceClassifier(a_gpt(), 3).eval()
+def test_transformers_accepts_padded_rows_with_our_classifier(tmp_path):
+    """transformers recognizes padding by its id, here the id of end-of-text, which no encoded text contains."""
+    ours = SequenceClassifier(small_gpt(), 3).eval()
     ours.save_pretrained(tmp_path, eos_token_id=PAD)
     ids, mask, _ = padded([10, 3, 6], "right")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert_close(ours(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits)
 
 
-def test_config_is_that_of_transformers(tmp_path):
+def test_config_equals_that_of_transformers(tmp_path):
     for num_labels in (1, 2, 3):
         theirs = TheirClassifier(their_config(num_labels))
         theirs.config.pad_token_id = None
@@ -130,15 +130,15 @@ def test_config_is_that_of_transformers(tmp_path):
         SequenceClassifier(GPT(config), num_labels).save_pretrained(tmp_path / "ours")
         expected, ours = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("theirs", "ours"))
         del expected["transformers_version"]
-        expected["summary_first_dropout"] = 0.1  # of no meaning here
+        expected["summary_first_dropout"] = 0.1  # has no effect on this class
         assert ours == expected
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_strategy_all(side):
-    """Texar's all_time: the states of all tokens, zeros after them, in one product."""
-    gpt = a_gpt()
+    """Texar's all_time: one product with the concatenated states of all tokens, followed by zeros."""
+    gpt = small_gpt()
     classifier = SequenceClassifier(gpt, 3, "all", max_length=12)
     ids, mask, _ = padded([10, 3, 6], side)
     logits = classifier(ids, attention_mask=mask).logits
@@ -146,7 +146,7 @@ def test_strategy_all(side):
         alone = ids[row : row + 1][mask[row : row + 1].bool()].view(1, length)
         states = gpt(alone).last_hidden_state[0]
         weight = classifier.score.weight.view(3, 12, C)
-        expected = sum(weight[:, place] @ states[place] for place in range(length))
+        expected = sum(weight[:, position] @ states[position] for position in range(length))
         torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(classifier(alone).logits[0], expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="13 tokens is longer than max_length 12"):
@@ -157,7 +157,7 @@ def test_strategy_all(side):
 
 
 def test_strategy_token():
-    gpt = a_gpt()
+    gpt = small_gpt()
     classifier = SequenceClassifier(gpt, 3, "token")
     ids = torch.randint(V, (2, T))
     labels = torch.randint(3, (2, T))
@@ -173,8 +173,8 @@ def test_strategy_token():
 
 
 @pytest.mark.parametrize("strategy", ["last", "all", "token"])
-def test_one_class_with_integers_is_binary(strategy):
-    classifier = SequenceClassifier(a_gpt(), 1, strategy)
+def test_integer_labels_with_one_class_are_binary(strategy):
+    classifier = SequenceClassifier(small_gpt(), 1, strategy)
     shape = (3, T) if strategy == "token" else (3,)
     ids, labels = torch.randint(V, (3, T)), torch.randint(2, shape)
     labels[0] = IGNORE_INDEX
@@ -188,7 +188,7 @@ def test_one_class_with_integers_is_binary(strategy):
 
 @pytest.mark.parametrize("strategy", ["last", "all", "token"])
 def test_saved_and_loaded(tmp_path, strategy):
-    ours = SequenceClassifier(a_gpt(), 3, strategy, max_length=20).eval()
+    ours = SequenceClassifier(small_gpt(), 3, strategy, max_length=20).eval()
     ours.save_pretrained(tmp_path, eos_token_id=5)
     again = SequenceClassifier.from_pretrained(tmp_path)
     ids = torch.randint(V, (2, T))
@@ -201,16 +201,16 @@ def test_saved_and_loaded(tmp_path, strategy):
         GPT.from_pretrained(tmp_path)
 
 
-def test_a_language_model_is_no_classifier(tmp_path):
-    a_gpt().save_pretrained(tmp_path)
+def test_a_language_model_cannot_be_loaded_as_a_classifier(tmp_path):
+    small_gpt().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"missing: score\.weight"):
         SequenceClassifier.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"missing: multiple_choice_head\.summary\.weight"):
         DoubleHeads.from_pretrained(tmp_path)
 
 
-def test_fine_tuning_learns_with_a_frozen_trunk():
-    gpt = a_gpt()
+def test_fine_tuning_learns_with_frozen_blocks():
+    gpt = small_gpt()
     gpt.freeze(layers=2)
     classifier = SequenceClassifier(gpt, 2).train()
     before = copy.deepcopy(gpt.transformer.h.state_dict())
@@ -237,7 +237,7 @@ def test_fine_tuning_learns_with_a_frozen_trunk():
 )
 def test_impossible_classifiers(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SequenceClassifier(a_gpt(), **arguments)
+        SequenceClassifier(small_gpt(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -251,22 +251,22 @@ def test_impossible_classifiers(arguments, message):
 )
 def test_wrong_labels(num_labels, labels, message):
     with pytest.raises(ValueError, match=message):
-        SequenceClassifier(a_gpt(), num_labels)(torch.zeros(2, 4, dtype=torch.long), labels=labels)
+        SequenceClassifier(small_gpt(), num_labels)(torch.zeros(2, 4, dtype=torch.long), labels=labels)
 
 
 # ---- double heads
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("places", ["last", "given"])
-def test_double_heads_are_those_of_transformers(tmp_path, shape, places):
-    theirs = randomised(GPT2DoubleHeadsModel(their_config(shape=shape)))
+@pytest.mark.parametrize("tokens", ["last", "given"])
+def test_double_heads_equal_those_of_transformers(tmp_path, shape, tokens):
+    theirs = randomized(GPT2DoubleHeadsModel(their_config(shape=shape)))
     theirs.save_pretrained(tmp_path)
     ours = DoubleHeads.from_pretrained(tmp_path)
     ids = torch.randint(V, (2, 3, T))
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, IGNORE_INDEX)
     inputs = {"labels": labels, "mc_labels": torch.tensor([2, 0])}
-    if places == "given":
+    if tokens == "given":
         inputs["mc_token_ids"] = torch.randint(T, (2, 3))
     expected = theirs(ids, **inputs)
     output = ours(ids, **inputs, return_logits=True)
@@ -281,7 +281,7 @@ def test_double_heads_are_those_of_transformers(tmp_path, shape, places):
 
 
 def test_transformers_loads_our_double_heads(tmp_path):
-    ours = DoubleHeads(a_gpt()).eval()
+    ours = DoubleHeads(small_gpt()).eval()
     ours.save_pretrained(tmp_path)
     theirs, report = GPT2DoubleHeadsModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -294,8 +294,8 @@ def test_transformers_loads_our_double_heads(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_choices_are_as_alone(side):
-    ours = DoubleHeads(a_gpt()).eval()
+def test_padded_choices_score_as_single_rows(side):
+    ours = DoubleHeads(small_gpt()).eval()
     ids, mask, _ = padded([10, 3, 6, 1], side)
     output = ours(ids.view(2, 2, T), attention_mask=mask.view(2, 2, T))
     for row in range(4):
@@ -314,7 +314,7 @@ def test_padded_choices_are_as_alone(side):
 )
 def test_misuse_of_double_heads(inputs, message):
     with pytest.raises(ValueError, match=message):
-        DoubleHeads(a_gpt())(**{"input_ids": torch.zeros(2, 3, 4, dtype=torch.long)} | inputs)
+        DoubleHeads(small_gpt())(**{"input_ids": torch.zeros(2, 3, 4, dtype=torch.long)} | inputs)
 
 
 # ---- sentence vectors
@@ -322,8 +322,8 @@ def test_misuse_of_double_heads(inputs, message):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_encode_is_as_alone(side):
-    gpt = a_gpt()
+def test_encode_gives_each_row_the_vector_it_has_alone(side):
+    gpt = small_gpt()
     ids, mask, _ = padded([10, 3, 6, 1], side)
     last, mean = (encode(gpt, ids, mask, pooling) for pooling in ("last", "mean"))
     for row in range(4):
@@ -340,7 +340,7 @@ def test_encode_is_as_alone(side):
 
 
 @pytest.mark.parametrize(("field", "value"), [("summary_activation", "tanh"), ("summary_type", "mean")])
-def test_double_heads_that_summarise_otherwise_are_refused(tmp_path, field, value):
+def test_double_heads_with_another_summary_are_refused(tmp_path, field, value):
     GPT2DoubleHeadsModel(their_config(1, **{field: value})).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{field} is '{value}', and only"):
         DoubleHeads.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The network against transformers' GPT-2 with the same weights, and against plain slow versions of its parts."""
+"""The model against transformers' GPT-2 with the same weights, and against properties that it must have."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from model import GPT, PRESETS, GPTConfig
 
 
 def small_shape(seed):
-    """A GPT-2 of random shape, and a length: (keywords of GPT2Config, T)."""
+    """Return the shape of a random small GPT-2, as keywords of GPT2Config, and a sequence length."""
     rng = random.Random(seed)
     n_head = rng.randint(1, 5)
     shape = {
@@ -34,7 +34,7 @@ SHAPES = [small_shape(seed) for seed in range(8)] + [
 
 
 def twins(tmp_path, attention="eager", seed=0, **shape):
-    """transformers' model and ours with the same weights, of a scale at which logits, biases and gains matter."""
+    """Return transformers' model and ours with the same weights, large enough that biases and gains have an effect."""
     torch.manual_seed(seed)
     pdrop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     special = {"bos_token_id": None, "eos_token_id": None}
@@ -54,14 +54,14 @@ def small(tmp_path):
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
-    """||ours - theirs|| <= tolerance ||theirs|| over the whole tensor."""
+    """Assert that ||ours - theirs|| <= tolerance ||theirs|| over the whole tensor."""
     assert ours.shape == theirs.shape
     error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30)
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance}"
 
 
 def left_padded(lengths, T, vocab_size, seed=0):
-    """ids (B, T) with row i's last lengths[i] kept, their mask, and positions that count the kept ones."""
+    """Return ids (B, T), a mask that keeps the last lengths[i] tokens of row i, and the positions of kept tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab_size, (len(lengths), T), generator=generator)
     mask = (torch.arange(T) >= T - torch.tensor(lengths)[:, None]).long()
@@ -69,7 +69,7 @@ def left_padded(lengths, T, vocab_size, seed=0):
 
 
 def with_holes(ids, seed=0):
-    """The ids as labels of which about a third do not count."""
+    """Return the ids as labels, with IGNORE_INDEX in about a third of the positions."""
     holes = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
     return ids.masked_fill(holes, IGNORE_INDEX)
 
@@ -79,7 +79,7 @@ def with_holes(ids, seed=0):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("index", range(len(SHAPES)))
-def test_forward_is_that_of_transformers(tmp_path, index, attention):
+def test_forward_equals_that_of_transformers(tmp_path, index, attention):
     shape, T = SHAPES[index]
     theirs, ours = twins(tmp_path, attention, seed=index, **shape)
     ids = torch.randint(shape["vocab_size"], (1 if T == 1024 else 2, T))
@@ -110,7 +110,7 @@ def assert_same_gradients(theirs, ours, ids, labels, **inputs):
         gradient = expected[name].grad
         if name.endswith(("c_attn.weight", "q_attn.weight", "c_proj.weight", "c_fc.weight")):
             gradient = gradient.T
-        # a key's bias shifts all scores of a query alike: its true gradient is zero, what is left is rounding
+        # A key's bias shifts all scores of a query equally. Its exact gradient is zero, so only rounding is compared.
         if name.endswith("c_attn.bias"):
             C = ours.config.n_embd
             key = slice(0, C) if "crossattention" in name else slice(C, 2 * C)
@@ -119,7 +119,7 @@ def assert_same_gradients(theirs, ours, ids, labels, **inputs):
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_gradient_of_every_parameter(tmp_path, index):
+def test_gradient_of_every_parameter_equals_that_of_transformers(tmp_path, index):
     shape, T = SHAPES[index]
     theirs, ours = twins(tmp_path, seed=index, **shape)
     ids = torch.randint(shape["vocab_size"], (3, T))
@@ -135,7 +135,7 @@ def test_gradient_of_every_parameter(tmp_path, index):
         pytest.param("gpt2-xl", 3, marks=pytest.mark.slow),
     ],
 )
-def test_preset_shapes(tmp_path, name, layers):
+def test_presets_equal_transformers(tmp_path, name, layers):
     _, n_head, n_embd = PRESETS[name]
     theirs, ours = twins(tmp_path, "sdpa", n_layer=layers, n_head=n_head, n_embd=n_embd)
     ids = torch.randint(50257, (2, 40))
@@ -153,7 +153,7 @@ def test_parameter_counts(name, count):
         assert GPT(GPTConfig.preset(name)).num_parameters() == count
 
 
-def test_bfloat16(tmp_path):
+def test_bfloat16_is_close_to_transformers(tmp_path):
     theirs, ours = twins(tmp_path, "sdpa", vocab_size=300, n_positions=64, n_layer=3, n_head=4, n_embd=64)
     theirs, ours = theirs.bfloat16(), ours.bfloat16()
     ids = torch.randint(300, (4, 64))
@@ -191,11 +191,11 @@ def test_left_padding(small, watched):
     assert_close(output.logits[kept], expected.logits[kept])
     for weights, other in zip(output.attentions or (), expected.attentions, strict=watched):
         assert_close(weights.transpose(1, 2)[kept], other.transpose(1, 2)[kept])
-    assert output.logits.isfinite().all()  # of the padding too
+    assert output.logits.isfinite().all()  # at padding, too
 
 
 @torch.no_grad()
-def test_each_row_of_a_ragged_batch_is_as_alone(small):
+def test_each_row_of_a_padded_batch_gets_the_logits_it_has_alone(small):
     _, ours = small
     lengths = [1, 2, 5, 9, 14, 23, 31, 40]
     ids, mask, _ = left_padded(lengths, 40, 101)
@@ -206,7 +206,7 @@ def test_each_row_of_a_ragged_batch_is_as_alone(small):
         )
 
 
-def test_logits_and_loss_only_where_asked_for(small):
+def test_logits_and_loss_only_on_request(small):
     _, ours = small
     ids = torch.randint(101, (2, 8))
     output = ours(ids, targets=ids)
@@ -215,10 +215,10 @@ def test_logits_and_loss_only_where_asked_for(small):
     assert ours(ids).loss is None
     assert ours(ids, return_logits=False).logits is None
     everything = ours(ids).logits
-    # close, not equal: a product of other rows may add up in another order
+    # Close, not equal: a product with another number of rows may sum in another order.
     torch.testing.assert_close(ours(ids, logits_to_keep=3).logits, everything[:, -3:])
     torch.testing.assert_close(ours(ids, targets=ids, return_logits=True).logits, everything)
-    # labels are shifted once, targets not at all
+    # Labels are shifted once, targets are not shifted.
     shifted = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORE_INDEX)], dim=1)
     torch.testing.assert_close(ours(ids, labels=ids).loss, ours(ids, targets=shifted).loss)
 
@@ -228,7 +228,7 @@ def test_logits_and_loss_only_where_asked_for(small):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-def test_cache_gives_the_logits_of_a_whole_pass(small, padded):
+def test_cached_passes_give_the_logits_of_a_single_pass(small, padded):
     theirs, ours = small
     ids, mask, positions = left_padded([12, 5, 9] if padded else [12] * 3, 12, 101)
     more = torch.randint(101, (3, 10))
@@ -251,7 +251,7 @@ def test_cache_gives_the_logits_of_a_whole_pass(small, padded):
 
 
 @torch.no_grad()
-def test_greedy_with_and_without_cache(small):
+def test_greedy_tokens_are_the_same_with_and_without_cache(small):
     _, ours = small
     ids = torch.randint(101, (2, 4))
     cache, new = ours.new_cache(2, 40), ids
@@ -298,7 +298,7 @@ def test_cross_attention(tmp_path, cached):
         else:
             assert_close(ours(ids, **inputs).logits, expected.logits)
             assert_close(ours(ids, labels=ids, **inputs).loss, expected.loss)
-    assert_close(ours(ids).logits, theirs(ids).logits)  # without a memory those layers are passed over
+    assert_close(ours(ids).logits, theirs(ids).logits)  # without encoder states, these layers are skipped
 
 
 def test_gradients_with_cross_attention(tmp_path):
@@ -315,7 +315,7 @@ def test_bidirectional(small, padded):
     free = GPT(GPTConfig(**{**vars(ours.config), "causal": False})).eval()
     free.load_state_dict(ours.state_dict())
     ids, mask, positions = left_padded([9, 4] if padded else [9, 9], 9, 101)
-    seen = mask[:, None, None, :].bool().expand(2, 1, 9, 9)  # a mask of four dimensions replaces transformers' own
+    seen = mask[:, None, None, :].bool().expand(2, 1, 9, 9)  # transformers uses a mask of four dimensions as it is
     bias = torch.zeros(2, 1, 9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)
     expected = theirs(ids, attention_mask=bias, position_ids=positions).logits
     for watched in (False, True):
@@ -327,7 +327,7 @@ def test_bidirectional(small, padded):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cached", [False, True])
-def test_masked_head_is_a_head_that_is_not_read(small, cached):
+def test_a_masked_head_equals_a_head_without_output_weights(small, cached):
     _, ours = small
     ids = torch.randint(101, (2, 10))
     D = 32 // 4
@@ -378,7 +378,7 @@ def test_freeze(small):
         ours.freeze(layers=4)
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=8, n_head=4, n_embd=128))
     for name, parameter in model.named_parameters():
@@ -408,21 +408,21 @@ def test_dropout_only_in_training():
 # ---- the choice of attention's kernel
 
 
-def test_only_training_in_bfloat16_on_a_cpu_takes_our_backward_pass(monkeypatch):
+def test_causal_attention_is_used_only_to_train_on_a_cpu_below_float32(monkeypatch):
     taken = []
     theirs = CausalAttention.apply
     monkeypatch.setattr(CausalAttention, "apply", lambda *inputs: taken.append(len(inputs)) or theirs(*inputs))
     ids = torch.randint(50, (2, 8))
 
-    def calls(autocast=True, keep=None, **fields):
+    def calls(dtype=torch.bfloat16, keep=None, **fields):
         taken.clear()
         model = GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16, **fields)).train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(ids, targets=ids, attention_mask=keep).loss.backward()
         return len(taken)
 
-    assert calls() == 2
-    assert calls(autocast=False) == calls(dropout=0.1) == calls(causal=False) == calls(keep=torch.ones(2, 8)) == 0
+    assert calls() == calls(torch.float16) == 2
+    assert calls(torch.float32) == calls(dropout=0.1) == calls(causal=False) == calls(keep=torch.ones(2, 8)) == 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         GPT(GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16))(ids)
     assert not taken
@@ -494,7 +494,7 @@ def test_misuse_of_the_cache(small):
     ]:
         with pytest.raises(ValueError, match=message):
             ours(cache=cache, **inputs)
-        assert cache.length == 6  # as it was: the call can be mended and made again
+        assert cache.length == 6  # unchanged, so a corrected call can follow
     full = ours.new_cache(2, 48)
     ours(ids_of(2, 48), cache=full)
     with pytest.raises(ValueError, match="48 cached"):

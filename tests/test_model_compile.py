@@ -1,4 +1,4 @@
-"""torch.compile takes the training forward whole, once, and changes nothing."""
+"""torch.compile captures the training loss as a single graph, without recompiling, and gives the same results."""
 
 import shutil
 
@@ -60,9 +60,10 @@ def test_same_loss_and_gradients_without_recompiling(dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.0)])
 def test_gelu_is_the_tanh_form(dtype, tolerance):
-    """Value and slope, which the compiled one computes by another formula, are about as near to float64 as PyTorch's.
+    """Value and slope are about as close to float64 as those of PyTorch, although the compiled formula is another one.
 
-    A slope's error is that of 1 - tanh² or 1 - sigmoid, near 1, times a factor that grows with x: millionths.
+    Where tanh or sigmoid is near 1, the slope contains their difference from 1, whose rounding error is multiplied by
+    a factor that grows with x. The tolerance allows for that.
     """
     x = torch.cat([torch.linspace(-12, 12, 40_001), torch.tensor([-1e4, -100.0, 100.0, 1e4])]).to(dtype)
 
@@ -83,7 +84,7 @@ def test_gelu_is_the_tanh_form(dtype, tolerance):
 
 
 def test_evaluation_and_saving_use_the_same_weights(tmp_path):
-    """What a loop does between steps: the module that was not compiled stays as it is, names included."""
+    """Compiling the loss function leaves the module itself unchanged, including the names of its parameters."""
     model = small()
     ids = torch.randint(300, (2, 32))
     with torch.autocast("cpu", torch.bfloat16):
@@ -113,7 +114,7 @@ def test_fine_tuning_compiles(frozen):
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_one_graph_decodes_at_every_length(padded):
-    """With a cache, whose buffers keep their shapes (filling the last place of it would be a graph of its own)."""
+    """The buffers of a cache keep their shapes. Only a pass that fills the last position needs a graph of its own."""
     model = small().eval()
     ids, mask = torch.randint(300, (2, 31)), torch.ones(2, 32, dtype=torch.long)
     mask[0, :3] = 0

@@ -1,4 +1,4 @@
-"""Figures of the released weights, wherever those can be had: the hub, or the hub's cache."""
+"""Results of the released weights, if the hub or its local cache provides them."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def released(name):
-    """The released model, or a skip: fetched by a process of its own, as the tests' own may be told to stay offline."""
+    """Load the released model, or skip the test. A separate process fetches it, because this one may be offline."""
     need = 4 * PARAMETERS[name] * 1.5
     if psutil.virtual_memory().available < need:
         pytest.skip(f"{name} needs {need / 1e9:.1f} GB of memory")
@@ -39,7 +39,7 @@ def gpt2():
     return released("gpt2")
 
 
-# Figures of the 124M that the tests of transformers and of other ports hold.
+# Results of the 124M model that the tests of transformers and of other implementations contain.
 FLAG = [464, 1605, 6056, 338, 7577, 389, 2266, 11, 4171, 290]  # "The American flag's colors are red, blue and"
 FLAG_LOGITS = {
     0: [-36.2872, -35.0111, -38.0791, -40.5161, -41.3758, -34.9191],
@@ -93,7 +93,7 @@ def test_greedy(gpt2):
 
 
 def continued(gpt2, texts, prompts, **options):
-    """What `generate` makes of the prompts, left-padded as one batch, as long as the longest of `texts`."""
+    """Return the prompts continued by `generate` as one left-padded batch, up to the length of the longest text."""
     tokenizer = load_tokenizer("gpt2")
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     new = max(len(tokenizer.encode(text)) - len(prompt) for text, prompt in zip(texts, ids, strict=True))
@@ -125,7 +125,7 @@ def test_two_beams(gpt2):
 @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in [*PARAMETERS][1:])])
 @torch.no_grad()
 def test_all_four_sizes(name, request):
-    """Each is what its preset says, and has learned: a text is far likelier than by chance, 10.8 nats a token."""
+    """Each model has its preset's shape, and its loss is far below that of a uniform guess, 10.8 nats per token."""
     model = request.getfixturevalue("gpt2") if name == "gpt2" else released(name)
     assert model.num_parameters() == PARAMETERS[name]
     preset = GPTConfig.preset(name)

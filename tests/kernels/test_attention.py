@@ -37,8 +37,8 @@ def test_float32_equals_the_plain_form(T):
 
 @pytest.mark.parametrize("T", [1, 2, 128, 300])
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_gradients_are_as_accurate_as_those_of_pytorch(T, scale, monkeypatch):
-    dtype = torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_as_accurate_as_those_of_pytorch(T, scale, dtype, monkeypatch):
     inputs = random_inputs(T, scale, dtype)
     exact = gradients(plain_causal_attention, inputs, torch.float64)
     found = gradients(CausalAttention.apply, inputs, dtype)

@@ -64,7 +64,7 @@ def test_loss_without_any_target_is_zero():
 def loss_and_grads(function, inputs, targets, dtype):
     """Loss and gradients of (x, weight), under autocast to `dtype` unless that is float32."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(targets.device.type, dtype, enabled=dtype != torch.float32):
         loss = function(*inputs, targets)
     loss.backward()
     return loss.detach(), inputs[0].grad, inputs[1].grad
@@ -108,18 +108,55 @@ class LargestFloat32(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("B", [1, 4, 24])
-def test_the_float32_logits_of_a_batch_never_exist_at_once(B, autocast):
+def test_the_float32_logits_of_a_batch_never_exist_at_once(B, dtype):
     V, T = 5000, 64
     model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=1, n_embd=8)).train()
     ids = torch.randint(V, (B, T))
-    with LargestFloat32() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with LargestFloat32() as largest, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model(ids, targets=ids).loss.backward()
     assert largest.numel < B * T * V
     # The dispatch mode above sees the operator as a single call. Look at the operations inside it too.
-    dtype = torch.bfloat16 if autocast else torch.float32
     x = torch.randn(B * T, 8)
     with torch.no_grad(), LargestFloat32() as largest:
         loss_and_gradients(x, model.transformer.wte.weight, ids.flatten(), dtype, True, True)
-    assert 0 < largest.numel <= (min(B * T, 128) if autocast else min(B * T / 2, MATMUL_ROWS)) * V
+    # In bfloat16 only the softmax is in float32, 64 rows at a time. In float16 a block of the gradient is, too.
+    rows = min(B * T, 128) if dtype == torch.bfloat16 else min(B * T / 2, MATMUL_ROWS)
+    assert 0 < largest.numel <= rows * V
+
+
+# ---- float16, whose largest number is 65,504
+
+
+def test_float16_is_as_accurate_as_its_precision():
+    """The unit roundoff of float16 is 4.9e-4. Gradients are products of rounded factors, so a few times that."""
+    torch.manual_seed(0)
+    inputs, targets = (torch.randn(700, 64), torch.randn(9001, 64) / 4), torch.randint(9001, (700,))
+    targets[::5] = IGNORE_INDEX
+    exact = loss_and_grads(plain_linear_cross_entropy, inputs, targets, torch.float32)
+    loss, dx, dweight = loss_and_grads(linear_cross_entropy, inputs, targets, torch.float16)
+    assert dx.dtype == dweight.dtype == torch.float32
+    assert relative_error(loss, exact[0]) <= 1e-4
+    assert relative_error(dx, exact[1]) <= 1e-3
+    assert relative_error(dweight, exact[2]) <= 1e-3
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_float16_does_not_overflow_where_all_targets_are_equal(device):
+    """One channel of the hidden states is near 300, as in the released GPT-2. Its sum over 512 rows exceeds 65,504."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2 * MATMUL_ROWS, 64), torch.randn(500, 64) / 8, torch.full((2 * MATMUL_ROWS,), 7)
+    x[:, 5] = 300 + 10 * x[:, 5]
+    weight[:, 5] = 0.01 * weight[:, 5]
+    product = torch.full((1, MATMUL_ROWS), -1.0).half() @ x[:MATMUL_ROWS].half()
+    assert product[0, 5].isinf()  # a product with a float16 result, as a kernel without this precaution computes it
+    inputs, targets = (x.to(device), weight.to(device)), targets.to(device)
+    exact = loss_and_grads(plain_linear_cross_entropy, inputs, targets, torch.float32)
+    found = loss_and_grads(linear_cross_entropy, inputs, targets, torch.float16)
+    for ours, expected in zip(found, exact, strict=True):
+        assert relative_error(ours, expected) <= 2e-3
+    assert (exact[2][7, 5] * len(targets)).abs() > 2 * torch.finfo(torch.float16).max  # the sum over all rows
