@@ -1,4 +1,4 @@
-"""Evaluate a model, and print the results beside the published results of the released GPT-2 models.
+"""Evaluate a model, and print the results next to the published results of the released GPT-2 models.
 
 python -m eval.run --model gpt2 --tasks hellaswag,lambada
 python -m eval.run --model runs/mine --tasks hellaswag --convention harness --json results.json
