@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# `log_likelihoods` with all arguments but the requests bound: the only view that a task has of a model.
+# `log_likelihoods` with every argument except the requests already given. Tasks use a model only through it.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -127,9 +127,8 @@ def log_likelihoods(
     # Every rank counts the forward passes of all ranks, so that it knows how many it has to add at the end.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    scores = torch.zeros(
-        2, len(requests), dtype=dtype, device=device
-    )  # log-probability; number of tokens that are not the most likely ones
+    # Two rows: the log-probability, and the number of tokens that are not the most likely ones.
+    scores = torch.zeros(2, len(requests), dtype=dtype, device=device)
     with _eval_mode(model):
         head = _output_head(model)
         for batch in batches[rank::world_size]:
