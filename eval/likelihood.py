@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# `log_likelihoods` with all arguments but the requests bound: the only view that a task has of a model.
+# `log_likelihoods` with every argument except the requests already given. Tasks use a model only through it.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -127,9 +127,8 @@ def log_likelihoods(
     # Every rank counts the forward passes of all ranks, so that it knows how many it has to add at the end.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    scores = torch.zeros(
-        2, len(requests), dtype=dtype, device=device
-    )  # log-probability; number of tokens that are not the most likely ones
+    # Two rows: the log-probability, and the number of tokens that are not the most likely ones.
+    scores = torch.zeros(2, len(requests), dtype=dtype, device=device)
     with _eval_mode(model):
         head = _output_head(model)
         for batch in batches[rank::world_size]:
@@ -193,30 +192,30 @@ def _score(
         model(contexts, attention_mask=mask, cache=cache, return_logits=False)
     for rows in batch.rows(batch_size):
         context_of = torch.tensor([i for i, _ in rows], device=device)
-        targets, kept = _pad([part.tokens for _, part in rows], device)  # (R, T)
+        targets, valid = _pad([part.tokens for _, part in rows], device)  # (R, T)
         if head is not None:
             inputs, _ = _pad([(batch.contexts[i][-1], *part.tokens[:-1]) for i, part in rows], device)
             # Causal attention never looks at the padding on the right, so it needs no mask.
-            row_mask = torch.cat([mask[context_of], torch.ones_like(kept)], dim=1)  # (R, P + T)
+            row_mask = torch.cat([mask[context_of], torch.ones_like(valid)], dim=1)  # (R, P + T)
             row_cache = None if cache is None else _copy_rows(model, cache, context_of, inputs.size(1))
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
-            found = output.last_hidden_state[kept].to(head.dtype)  # (tokens, C), before the output head
+            states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
             # Padding on the right only needs neither a mask nor position ids, which differ between architectures.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1
             offset = torch.arange(first, inputs.size(1), device=device) - (lengths - 1)
-            scored = (offset >= 0) & (offset < kept.sum(dim=1, keepdim=True))
-            found = model(inputs, logits_to_keep=inputs.size(1) - first).logits[scored]  # (tokens, V)
+            scored = (offset >= 0) & (offset < valid.sum(dim=1, keepdim=True))
+            states_or_logits = model(inputs, logits_to_keep=inputs.size(1) - first).logits[scored]  # (tokens, V)
         log_probs = torch.zeros(targets.shape, device=device)
-        misses = torch.zeros_like(kept)
+        misses = torch.zeros_like(valid)
         log_prob, miss = [], []
-        for x, target in zip(found.split(SOFTMAX_ROWS), targets[kept].split(SOFTMAX_ROWS), strict=True):
+        for x, target in zip(states_or_logits.split(SOFTMAX_ROWS), targets[valid].split(SOFTMAX_ROWS), strict=True):
             row_logits = (x if head is None else F.linear(x, head)).float()
             log_prob.append(-F.cross_entropy(row_logits, target, reduction="none"))
             miss.append(row_logits.argmax(dim=-1) != target)
-        log_probs[kept], misses[kept] = torch.cat(log_prob), torch.cat(miss)
+        log_probs[valid], misses[valid] = torch.cat(log_prob), torch.cat(miss)
         yield [part.request for _, part in rows], log_probs, misses
 
 
@@ -236,12 +235,12 @@ def _pad(sequences: list[tuple[int, ...]], device: torch.device, left: bool = Fa
     """Return the ids padded with 0 (B, longest) and a mask (B, longest) that is False at padding."""
     length = max(map(len, sequences))
     ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    kept = torch.zeros(len(sequences), length, dtype=torch.bool)
+    valid = torch.zeros(len(sequences), length, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
         place = slice(length - len(sequence), length) if left else slice(len(sequence))
         ids[i, place] = torch.tensor(sequence, dtype=torch.long)
-        kept[i, place] = True
-    return ids.to(device), kept.to(device)
+        valid[i, place] = True
+    return ids.to(device), valid.to(device)
 
 
 def _copy_rows(model: Any, cache: Any, rows: Tensor, extra: int) -> Any:

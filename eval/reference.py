@@ -82,7 +82,7 @@ REFERENCE_FILE = "reference.json"
 def save_reference(directory: str | Path, model: str, results: dict[str, Any]) -> Path:
     """Store a model's results on the validation split of a dataset in the dataset's `reference.json`.
 
-    The entries of other models are kept.
+    The entries of other models do not change.
 
     Args:
         results: "loss" in nats per token, "bits_per_byte", "tokens", and "tokenizer", the kind of these tokens.

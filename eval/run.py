@@ -1,4 +1,4 @@
-"""Evaluate a model, and print the results beside the published results of the released GPT-2 models.
+"""Evaluate a model, and print the results next to the published results of the released GPT-2 models.
 
 python -m eval.run --model gpt2 --tasks hellaswag,lambada
 python -m eval.run --model runs/mine --tasks hellaswag --convention harness --json results.json
@@ -31,8 +31,8 @@ TASK_HELP = """tasks:
 """
 
 
-def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Add the options to `parser` and parse the command line; invalid combinations end the process with status 2."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add("--model", help=f"{MODEL_HELP}; other architectures are also supported (default: the newest run)")
     add("--tasks", required=True, metavar="A,B,C", help="tasks to evaluate; see the list below")
@@ -82,8 +82,11 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         "--label-field", default="label", metavar="NAME", help="field that holds the correct label (default: label)"
     )
     table.add_argument("--labels", metavar="V=WORD,...", help="the word that represents each label")
-    args = parser.parse_args(arguments)
 
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Invalid combinations of options end the process with status 2."""
+    args = parser.parse_args(arguments)
     args.tasks = [name for name in args.tasks.split(",") if name]
     at_least_one(parser, args, "limit", "batch_size", "stride", "tokens")
     if args.shots < 0:
@@ -109,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=TASK_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_arguments(parser)
     args = parse_arguments(parser, arguments)
     with ending(parser):
         from eval.evaluate import evaluate  # here: the arguments are checked before torch is imported

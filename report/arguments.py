@@ -1,4 +1,4 @@
-"""The command line of the report commands. Nothing here imports torch, so that arguments are checked at once."""
+"""The command line of the report commands. It does not import torch, so that arguments are checked without delay."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.reference import published
 from model import PRESETS
-from report.curves import draw_references, load_pyplot, save_figure, smooth
+from report.curves import draw_references, new_figure, save_figure, smooth
 from report.run_log import RunLog, ValidationSet
 
 POINTS = 2000  # points per series: more than a screen has columns
@@ -176,8 +176,7 @@ def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
 
 def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
     """Draw a chart, and write it to a PNG file. `names` are the names of all runs."""
-    plt = load_pyplot()
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = new_figure()
     kinds = {"step": "each step", "mean": "running mean"}
     in_legend: set[str] = set()
     for series in chart.series:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # matplotlib is imported only when something is drawn, see `load_pyplot`
+if TYPE_CHECKING:  # matplotlib is imported only when something is drawn, see `new_figure`
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -25,10 +25,9 @@ def draw_loss(
         metrics: records of a metrics.jsonl. A loss of None was not finite and is left out.
         references: (model, nats per token) of other models on the same validation set, drawn as horizontal lines.
     """
-    plt = load_pyplot()
     train = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "train" and m["loss"] is not None]
     val = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "val" and m["loss"] is not None]
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = new_figure()
     if train:
         tokens, losses = np.array(train).T
         axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -51,17 +50,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def load_pyplot() -> Any:
-    """Import matplotlib.pyplot for drawing to files.
+def new_figure() -> tuple[Figure, Axes]:
+    """Return an empty figure. Without pyplot, matplotlib keeps no reference to it and needs no display."""
+    # Here: importing matplotlib takes a second, and only the main process of a training run draws.
+    from matplotlib.figure import Figure
 
-    It is imported here because that takes about a second, and only the main process of a training run draws.
-    """
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    return figure, figure.subplots()
 
 
 def draw_references(axes: Axes, references: Sequence[tuple[str, float]]) -> None:
@@ -71,8 +66,8 @@ def draw_references(axes: Axes, references: Sequence[tuple[str, float]]) -> None
 
 
 def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) -> None:
-    """Add grid and legend, write the figure to a PNG file, and close it."""
-    from matplotlib.ticker import EngFormatter  # here for the same reason as in `load_pyplot`
+    """Add grid and legend, and write the figure to a PNG file."""
+    from matplotlib.ticker import EngFormatter  # here for the same reason as in `new_figure`
 
     if x_is_tokens:
         formatter = EngFormatter(sep="")
@@ -88,4 +83,3 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)  # atomic, so that an image viewer never reads an incomplete file
-    load_pyplot().close(figure)

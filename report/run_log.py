@@ -1,4 +1,4 @@
-"""Reading the files of a run, and the results that eval.run wrote beside them."""
+"""Reading the files of a run, and the results that eval.run wrote to the same directory."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ function axes(x, y, reversed) {
 }
 
 function drawCurves() {
-  const asked = chosen.value.split(/[\s,;]+/).filter(Boolean);
-  const valid = asked.filter((word) => /^\d+$/.test(word) && Number(word) < data.width).map(Number);
-  document.getElementById("message").textContent = valid.length < asked.length ? `expected numbers from 0 to ${data.width - 1}, separated by commas` : "";
+  const words = chosen.value.split(/[\s,;]+/).filter(Boolean);
+  const valid = words.filter((word) => /^\d+$/.test(word) && Number(word) < data.width).map(Number);
+  document.getElementById("message").textContent = valid.length < words.length ? `expected numbers from 0 to ${data.width - 1}, separated by commas` : "";
   const traces = valid.map((dimension, i) => ({
     type: "scatter", mode: "lines", name: `dimension ${dimension}`,
     y: Array.from({ length: positions }, (_, position) => embeddings[position * data.width + dimension]),

@@ -202,11 +202,9 @@ def test_the_tokens_page_shows_losses_and_predictions(pages, model, open_page):
     first = page.locator("#panel table").first.locator("tbody tr").first.inner_text().split("\t")
     assert float(first[1].removesuffix(" %")) / 100 == pytest.approx(log_p[12].max().exp().item(), abs=6e-4)
     assert page.locator("#lens tbody tr").count() == gpt.config.n_layer + 1
+    # Bytes are shown as they are, invisible characters by their code.
     quoted = page.evaluate(r"['⟨20 F0⟩', '\0 a\n\u202e'].map(token => quoted(token).textContent)")
-    assert quoted == [
-        "⟨20 F0⟩",
-        "⟨U+0000⟩␣a⏎⟨U+202E⟩",
-    ]  # bytes are shown as they are, invisible characters by their code
+    assert quoted == ["⟨20 F0⟩", "⟨U+0000⟩␣a⏎⟨U+202E⟩"]
 
 
 def test_position_embeddings_of_a_dimension(pages, model, open_page):

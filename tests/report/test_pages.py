@@ -42,9 +42,8 @@ def write_run(directory, n=40, *, spike=None, config=None, samples=HOSTILE):
             accuracy = {"acc": 0.26, "acc_norm": 0.25 + step / n / 20, "convention": "completion"}
             lines.append({"split": "hellaswag", "step": step, "tokens": step * 1000, **accuracy})
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (directory / "metrics.jsonl").write_text(
-        text + '{"split": "train", "step": 9', encoding="utf-8"
-    )  # an incomplete line
+    incomplete = '{"split": "train", "step": 9'  # as after a crash
+    (directory / "metrics.jsonl").write_text(text + incomplete, encoding="utf-8")
     config = config or {"data": {"dir": "data/gone", "sequence_length": 64}, "eval": {"tokens": 10}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (directory / "samples.txt").write_text(f"==== step 0, sample 1\n{samples}\n\n==== step 0, sample 2\nb\n\n")
@@ -209,9 +208,8 @@ def test_packed_attention_is_that_of_the_model():
     attentions = model(torch.tensor([ids]), output_attentions=True).attentions
     for layer in range(3):
         expected = attentions[layer][0].detach().numpy()[:, *np.tril_indices(40)]
-        np.testing.assert_allclose(
-            (packed[layer] / 255.0) ** 2, expected, atol=1 / 255
-        )  # rounding error: (r + 1/510)² - r²
+        # The rounding error is (r + 1/510)² - r².
+        np.testing.assert_allclose((packed[layer] / 255.0) ** 2, expected, atol=1 / 255)
         assert expected.max() > 0.2
 
 
