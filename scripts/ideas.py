@@ -1,6 +1,6 @@
-"""Ideas that were tried and are not in train.py, each as a small change of a Trainer: `scripts.sweep --idea NAME`.
+"""Changes to training that were tried but not adopted, each as a subclass of Trainer: `scripts.sweep --idea NAME`.
 
-docs/recipes.md has what came of them. A run with an idea is for one process, and starts from step 0.
+docs/recipes.md lists their results. A run with such a change uses one process and cannot be resumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.optim import learning_rate_factor
 
 
 class UndecayedEmbeddings(Trainer):
-    """No weight decay on token and position embeddings (with Muon, all that AdamW decays)."""
+    """Use no weight decay for token and position embeddings. With Muon, AdamW decays no other parameters."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -26,7 +26,7 @@ class UndecayedEmbeddings(Trainer):
 
 
 class SmallPositions(Trainer):
-    """Position embeddings start at N(0, 0.01), as in OpenAI's code, not at N(0, 0.02)."""
+    """Initialize position embeddings with N(0, 0.01), as OpenAI's code does, instead of N(0, 0.02)."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -35,7 +35,7 @@ class SmallPositions(Trainer):
 
 
 class ZLoss(Trainer):
-    """1e-4 times the mean squared logarithm of softmax's denominator beside the loss (Chowdhery et al. 2022, PaLM)."""
+    """Add 1e-4 times the mean of log² of the softmax denominator to the loss (Chowdhery et al. 2022, PaLM)."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -53,18 +53,18 @@ class _WithZ(nn.Module):
 
 
 class Averaged(Trainer):
-    """Validates, after the last step, the mean of the weights after each step in which the learning rate went down."""
+    """After the last step, validate the mean of the weights of all steps at which the learning rate decreased."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.sums, self.count = [torch.zeros_like(p) for p in self.model.parameters()], 0
 
     def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
-        went_down = self.step and learning_rate_factor(self.step, self.config.optim) < learning_rate_factor(
+        decreased = self.step and learning_rate_factor(self.step, self.config.optim) < learning_rate_factor(
             self.step - 1, self.config.optim
         )
         result = super().train_step(stop_asked, save_asked)
-        if went_down:
+        if decreased:
             self.count += 1
             for total, parameter in zip(self.sums, self.model.parameters(), strict=True):
                 total += parameter.detach()
@@ -79,13 +79,13 @@ class Averaged(Trainer):
 
 
 class MomentumWarmUp(Trainer):
-    """Muon's momentum grows from 0.85 in the first 300 steps (as in modded-nanogpt), in all where they are fewer."""
+    """Increase Muon's momentum from 0.85 in the first 300 steps, or in all steps of a shorter run (modded-nanogpt)."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         if self.config.optim.name != "muon":
             self.close()
-            raise ValueError(f"momentum-warm-up is for optim.name muon, got {self.config.optim.name}")
+            raise ValueError(f"momentum-warm-up needs optim.name muon, got {self.config.optim.name}")
 
     def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
         part = min(1.0, self.step / min(300, self.config.optim.steps))
@@ -95,7 +95,7 @@ class MomentumWarmUp(Trainer):
 
 
 class SmallBatchesFirst(Trainer):
-    """In the first third, each half of a batch is an optimizer step of its own, at the same learning rate."""
+    """In the first third of training, make two optimizer steps per batch, one for each half, at its learning rate."""
 
     def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
         if self.step >= self.config.optim.steps // 3:
@@ -103,7 +103,9 @@ class SmallBatchesFirst(Trainer):
         whole = self.loader
         inputs, targets, share = zip(*next(whole), strict=True)
         if len(share) != 1:
-            raise ValueError("small-batches-first halves whole batches: raise data.micro_batch until a batch is one")
+            raise ValueError(
+                f"small-batches-first needs one micro-batch per step, got {len(share)}: raise data.micro_batch"
+            )
         halves = zip(inputs[0].chunk(2), targets[0].chunk(2), strict=True)
         batches: Any = iter([[MicroBatch(*half, share=share[0])] for half in halves])
         self.loader = batches

@@ -1,11 +1,11 @@
-"""Train one configuration in several ways, and set what comes of them in a table:
+"""Train one configuration with several values of some fields, and print a table of the results:
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
-Every combination of the values given with --vary is trained with every seed, one after another, each a run of its own
-under --dir; a run that is finished already is read and not repeated, and one that diverges has a loss of inf. The last
-column is what reruns the row: after `--config ... --vary`; `--idea` trains with a change of scripts/ideas.py.
-docs/recipes.md has such rows.
+Each combination of the values of --vary is trained with each seed, one after another, as a run in --dir. A run that has
+finished is not repeated, only read. A run that diverges has a loss of inf. The last column of the table contains the
+values that reproduce the row with `--vary`. `--idea` trains with a change of scripts/ideas.py. The tables of
+docs/recipes.md are made with this script.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from training.metrics import read_metrics
 from training.parallel import start_processes
 
 
-def finish(arguments: list[str], trainer_class: type[Trainer]) -> None:
-    """Train the run that these arguments of train.py describe to its end."""
+def train_to_end(arguments: list[str], trainer_class: type[Trainer]) -> None:
+    """Start or resume the run that these arguments of train.py describe, and train until it is finished."""
     config = parse_config(arguments)
     if not config.eval.every:
-        raise ValueError("eval.every is 0: without a validation there is nothing to compare by")
+        raise ValueError("eval.every is 0, but runs are compared by their validation loss: set it above 0")
     trainer = trainer_class(config, start_processes(config.system))
     try:
         if trainer_class is not Trainer and 0 < trainer.step < config.optim.steps:
             raise ValueError(
-                f"{trainer.directory} was interrupted at step {trainer.step}, and checkpoints do not hold what an idea "
-                "keeps: delete it, to train it anew"
+                f"{trainer.directory} was interrupted at step {trainer.step}, and a checkpoint does not contain the "
+                "state of an idea: delete the run to train it again"
             )
         if trainer.run() != "finished":
             raise KeyboardInterrupt
@@ -45,14 +45,14 @@ def finish(arguments: list[str], trainer_class: type[Trainer]) -> None:
 
 
 def first_below(records: list[dict], loss: float) -> int | None:
-    """Tokens at the first validation with at most this loss."""
+    """Return the number of training tokens at the first validation with at most this loss, or None."""
     reached = (r["tokens"] for r in records if r["split"] == "val" and r["loss"] is not None and r["loss"] <= loss)
     return next(reached, None)
 
 
 def table(args: argparse.Namespace) -> str:
-    """Train what is not trained yet; the rows, in Markdown."""
-    choices = [  # split at commas that are not inside brackets: betas=[0.9,0.95],[0.9,0.99] are two
+    """Train the runs that are not finished, and return the table in Markdown."""
+    choices = [  # split at commas outside brackets: betas=[0.9,0.95],[0.9,0.99] has two values
         [(name, value) for value in re.split(r",(?![^\[]*\])", values)]
         for name, _, values in (field.partition("=") for field in args.vary)
     ]
@@ -67,7 +67,7 @@ def table(args: argparse.Namespace) -> str:
             arguments = ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags]
             diverged = False
             try:
-                finish(arguments, IDEAS.get(args.idea, Trainer))
+                train_to_end(arguments, IDEAS.get(args.idea, Trainer))
             except FloatingPointError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 diverged = True
@@ -94,20 +94,28 @@ def table(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.sweep", description="Train one configuration in several ways."
+        prog="python -m scripts.sweep", description="Train one configuration with several values of some fields."
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
-    parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try of a field")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration file of train.py")
+    parser.add_argument(
+        "--vary", nargs="*", default=[], metavar="FIELD=V,V", help="a field and the values to train with"
+    )
     parser.add_argument("--idea", choices=IDEAS, help="train with one of the changes in scripts/ideas.py")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1337])
-    parser.add_argument("--losses", nargs="*", type=float, default=[], help="validation losses to count tokens to")
-    parser.add_argument("--dir", default="runs/sweep", help="where the runs go (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="train each combination with these seeds")
+    parser.add_argument(
+        "--losses",
+        nargs="*",
+        type=float,
+        default=[],
+        help="add columns with the number of tokens needed to reach these validation losses",
+    )
+    parser.add_argument("--dir", default="runs/sweep", help="directory of the runs (default: %(default)s)")
     args = parser.parse_args()
     for field in args.vary:
         if "=" not in field:
             parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
-    then = "delete the run that was stopped, and give" if args.idea else "go on with"
-    with ending(parser, interrupted=f"\n{parser.prog}: stopped; {then} the same command\n"):
+    remedy = "delete the interrupted run, then repeat" if args.idea else "to continue, repeat"
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; {remedy} the same command\n"):
         print(table(args))
 
 

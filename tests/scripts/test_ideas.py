@@ -1,4 +1,4 @@
-"""What each idea changes in a run, and that the rest stays."""
+"""Test what each idea changes in training, and that the rest stays the same."""
 
 import shutil
 from types import SimpleNamespace
@@ -23,8 +23,8 @@ MUON = {
 
 @pytest.fixture
 def trained(tiny_run, monkeypatch):
-    """`trained("z-loss")`: a Trainer at the end of its run, with the plain one for "plain"."""
-    monkeypatch.setattr("train.StopSignal", lambda: SimpleNamespace(asked=False))  # signals stay pytest's
+    """`trained("z-loss")`: a Trainer with this idea at the end of its run; "plain" is the Trainer without a change."""
+    monkeypatch.setattr("train.StopSignal", lambda: SimpleNamespace(asked=False))  # keep pytest's signal handlers
     trainers = []
 
     def run(idea, **changes):
@@ -44,7 +44,7 @@ def logged(trainer, split, field="loss"):
 
 
 @pytest.mark.parametrize("idea", IDEAS)
-def test_an_idea_changes_what_is_learnt_and_not_how_much_is_read(idea, trained):
+def test_an_idea_changes_the_loss_but_not_the_number_of_tokens(idea, trained):
     plain, other = trained("plain"), trained(idea)
     assert logged(plain, "val")[-1] != logged(other, "val")[-1]
     assert logged(other, "val")[-1] < logged(other, "val")[0]
@@ -52,7 +52,7 @@ def test_an_idea_changes_what_is_learnt_and_not_how_much_is_read(idea, trained):
     assert other.loader.step == plain.loader.step
 
 
-def test_the_average_is_of_the_steps_whose_rate_went_down(trained, monkeypatch):
+def test_averaged_validates_the_mean_over_the_steps_with_a_decreasing_learning_rate(trained, monkeypatch):
     weights = []
     step = Trainer.train_step
 
@@ -70,14 +70,14 @@ def test_the_average_is_of_the_steps_whose_rate_went_down(trained, monkeypatch):
         torch.testing.assert_close(parameter.detach(), torch.stack(steps).mean(dim=0))
 
 
-def test_small_batches_are_steps_of_their_own(trained):
+def test_small_batches_first_makes_two_steps_per_batch(trained):
     halves = trained("small-batches-first", **{"optim.schedule": "constant"})
     steps = [r["step"] for r in read_metrics(halves.directory / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [1, 1, 2, 2, 3, 4, 5, 6]
 
 
-def test_what_an_idea_cannot_do_is_said(trained, tiny_run, write_config, python, tmp_path):
-    with pytest.raises(ValueError, match=r"raise data\.micro_batch"):
+def test_impossible_runs_with_an_idea_are_refused(trained, tiny_run, write_config, python, tmp_path):
+    with pytest.raises(ValueError, match=r"one micro-batch per step, got 2: raise data\.micro_batch"):
         trained("small-batches-first", **{"data.micro_batch": 4})
     with pytest.raises(ValueError, match=r"optim\.name muon, got adamw"):
         trained("momentum-warm-up", **{"optim.name": "adamw"})
@@ -90,7 +90,7 @@ def test_what_an_idea_cannot_do_is_said(trained, tiny_run, write_config, python,
     assert "interrupted at step 3" in result.stderr
 
 
-def test_start_and_decay(trained):
+def test_ideas_change_the_initialization_the_decay_and_the_momentum(trained):
     plain = trained("plain", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9})
     small = trained("small-positions", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9})
     wpe = [t.model.transformer.wpe.weight.detach() for t in (plain, small)]

@@ -1,4 +1,4 @@
-"""A sweep trains each combination once, and its table says what the runs' own logs say."""
+"""Test that a sweep trains each combination once, and that its table agrees with the logs of the runs."""
 
 import statistics
 
@@ -9,7 +9,7 @@ from training.metrics import read_metrics
 
 @pytest.fixture
 def sweep(tiny_run, write_config, python, tmp_path):
-    """`sweep(*arguments, **changes)`: the script on a tiny run, its runs in tmp_path / "swept"."""
+    """`sweep(*arguments, **changes)`: run the script on a tiny configuration; its runs are in tmp_path / "swept"."""
 
     def run(*arguments, check=True, **changes):
         config = write_config(tiny_run("x", **{"optim.steps": 6, "eval.every": 3} | changes))
@@ -18,7 +18,7 @@ def sweep(tiny_run, write_config, python, tmp_path):
     return run
 
 
-def test_each_combination_and_seed_is_a_row_of_its_runs_figures(sweep, tmp_path):
+def test_each_combination_is_a_row_with_the_results_of_its_runs(sweep, tmp_path):
     arguments = ("--seeds", 1, 2, "--vary", "optim.lr=1e-4,1e-2", "--losses", 9.0, 0.1)
     table = [line for line in sweep(*arguments).stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 2
@@ -28,28 +28,28 @@ def test_each_combination_and_seed_is_a_row_of_its_runs_figures(sweep, tmp_path)
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[0] == f"{statistics.median(finals):.4f}"
         assert cells[1] == " ".join(f"{loss:.4f}" for loss in finals)
-        assert cells[2:4] == ["0", "never"]  # below 9 nats before the first step, and never below 0.1
+        assert cells[2:4] == ["0", "never"]  # the loss is below 9 nats before the first step, and never below 0.1
         assert cells[-1] == f"`optim.lr={lr}`"
     before = (tmp_path / "swept" / "x-lr_1e-4-seed_1" / "metrics.jsonl").read_bytes()
     assert [line for line in sweep(*arguments).stdout.splitlines() if line.startswith("|")] == table
     assert (tmp_path / "swept" / "x-lr_1e-4-seed_1" / "metrics.jsonl").read_bytes() == before
 
 
-def test_values_with_slashes_and_lists_are_varied_too(sweep, verses, tmp_path):
+def test_values_may_contain_slashes_and_lists(sweep, verses, tmp_path):
     arguments = ("--seeds", 1, "--vary", f"data.dir={verses}", "optim.betas=[0.9,0.95],[0.8,0.99]")
     rows = [line for line in sweep(*arguments, **{"optim.steps": 3}).stdout.splitlines() if "data.dir" in line]
     assert [row.rpartition("optim.betas=")[2] for row in rows] == ["[0.9,0.95]` |", "[0.8,0.99]` |"]
     assert len([path for path in (tmp_path / "swept").iterdir() if (path / "metrics.jsonl").exists()]) == 2
 
 
-def test_what_cannot_be_swept_is_said(sweep):
+def test_impossible_sweeps_are_refused(sweep):
     assert "expected FIELD=VALUE" in sweep("--vary", "optim.lr", check=False).stderr
     result = sweep(check=False, **{"eval.every": 0})
     assert result.returncode == 2
     assert "eval.every is 0" in result.stderr
 
 
-def test_a_value_that_diverges_is_a_row_too(sweep):
+def test_a_run_that_diverges_has_an_infinite_loss(sweep):
     arguments = ("--seeds", 1, "--vary", "optim.lr=1e-4,1e38", "--losses", 1.0)
     rows = [line for line in sweep(*arguments, **{"optim.steps": 20}).stdout.splitlines() if "optim.lr=" in line]
     assert len(rows) == 2
