@@ -116,32 +116,56 @@ def train_nanogpt(directory: str) -> Run:
     return step
 
 
-# ---- decoding: 256 new tokens, greedily, 124M in bfloat16
+# ---- decoding: 256 new tokens, greedily, 124M in the precision that this processor computes in
 
 
-def decode_ours(batch: int) -> Run:
+def decode_ours(batch: int, dtype: str) -> Run:
     import torch
 
+    from device import DTYPES
     from generation import generate, pack_weights
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset("gpt2")).bfloat16().eval()
+    model = GPT(GPTConfig.preset("gpt2")).to(DTYPES[dtype]).eval()
     pack_weights(model)
     ids = torch.randint(VOCAB, (batch, 8))
     return lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)
 
 
-def decode_transformers(batch: int) -> Run:
+def decode_transformers(batch: int, dtype: str) -> Run:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from device import DTYPES
+
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).bfloat16().eval()
+    model: Any = GPT2LMHeadModel(GPT2Config()).eval()
+    model.to(DTYPES[dtype])
     ids = torch.randint(VOCAB, (batch, 8))
     mask = torch.ones_like(ids)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     return lambda: model.generate(ids, attention_mask=mask, **options)
+
+
+def decode_ctranslate2(batch: int, dtype: str) -> Run:
+    """CTranslate2, on a directory of ours that its own converter has read."""
+    import ctranslate2
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        GPT(GPTConfig.preset("gpt2")).save_pretrained(temporary)
+        load_tokenizer("gpt2").save(temporary)
+        converted = str(Path(temporary) / "converted")
+        ctranslate2.converters.TransformersConverter(temporary).convert(converted, quantization=dtype)
+        generator = ctranslate2.Generator(converted, compute_type=dtype, intra_threads=torch.get_num_threads())
+    prompts = [["<|endoftext|>"] * 8] * batch
+    length = 8 + NEW_TOKENS
+    return lambda: generator.generate_batch(prompts, max_length=length, min_length=length, sampling_topk=1)
 
 
 def decode_nanogpt(directory: str) -> Run:
@@ -187,11 +211,11 @@ def hellaswag_ours(dtype: str) -> Run:
     import torch
 
     from data.tokenizer import load_tokenizer
+    from device import DTYPES, autocast, keep_freed_memory
     from eval.choices import answer
     from eval.hellaswag import completion
     from eval.likelihood import log_likelihoods
     from model import GPT, GPTConfig
-    from training.device import autocast, keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -200,7 +224,7 @@ def hellaswag_ours(dtype: str) -> Run:
     questions = [completion(row) for row in hellaswag_rows()]
 
     def run() -> None:
-        with autocast(torch.device("cpu"), getattr(torch, dtype)):
+        with autocast(torch.device("cpu"), DTYPES[dtype]):
             answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "completion")
 
     return run
@@ -439,7 +463,9 @@ def matmul_rate(dtype_name: str) -> float:
     """FLOP/s, the best over the step's own products, forward and backward: what this machine can do at most."""
     import torch
 
-    dtype, best = getattr(torch, dtype_name), 0.0
+    from device import DTYPES
+
+    dtype, best = DTYPES[dtype_name], 0.0
     for n_in, n_out in [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, VOCAB)]:
         x, weight = torch.randn(ROWS * TOKENS, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
         y = x @ weight.T
@@ -461,6 +487,30 @@ def memory_bandwidth() -> float:
         target.copy_(source)
         best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
     return best
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of reading 512 MB, by all threads."""
+    import torch
+
+    source, best = torch.ones(2**27), 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        source.sum()
+        best = max(best, source.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def native_dtypes() -> list[str]:
+    """The precisions that this CPU computes in, its default first. Rows in other ones are left out, which is said."""
+    import torch
+
+    import device
+
+    native = [str(dtype).removeprefix("torch.") for dtype in device.native_dtypes(torch.device("cpu"))]
+    if "bfloat16" not in native:
+        print(f"\n  no rows in bfloat16: this CPU ({device.cpu_instruction_set()}) emulates it")
+    return native
 
 
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -489,7 +539,7 @@ def bench_train(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     results = compare(contestants, runs)
     table = report(f"training step, 124M, {ROWS} x {TOKENS} tokens", "tokens", ROWS * TOKENS, results)
     flops = ROWS * TOKENS * (6 * 124_439_808 + 12 * 12 * 768 * TOKENS)
-    for dtype in ("bfloat16", "float32"):
+    for dtype in native_dtypes():
         rate = matmul_rate(dtype)
         table[f"matmul_{dtype}"] = rate
         share = flops / results["ours"]["seconds"] / rate
@@ -498,28 +548,34 @@ def bench_train(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
 
 
 def bench_decode(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
-    """Greedy decoding at batch 1 and 8, in bfloat16; nanoGPT in its own float32, one sample at a time."""
+    """Greedy decoding at batch 1 and 8 in each native precision; nanoGPT and CTranslate2 in float32."""
+    from device import DTYPES
+
     tables = []
-    for batch in (1, 8):
-        contestants: Contestants = {"ours": partial(decode_ours, batch)}
+    for dtype, batch in itertools.product(native_dtypes(), (1, 8)):
+        contestants: Contestants = {"ours": partial(decode_ours, batch, dtype)}
         if "transformers" in peers:
-            contestants["transformers"] = partial(decode_transformers, batch)
-        if "nanogpt" in peers and batch == 1:
+            contestants["transformers"] = partial(decode_transformers, batch, dtype)
+        if "ctranslate2" in peers and dtype == "float32":
+            contestants["ctranslate2"] = partial(decode_ctranslate2, batch, dtype)
+        if "nanogpt" in peers and batch == 1 and dtype == "float32":  # it decodes one sample at a time
             contestants["nanogpt"] = partial(decode_nanogpt, peers["nanogpt"])
-        title = f"greedy decoding, 124M, batch {batch}, {NEW_TOKENS} new tokens"
-        tables.append(report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs)))
+        title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
+        table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
+        # a step reads every weight once but the positions, of which it needs one row
+        bytes_read = (124_439_808 - 1024 * 768) * DTYPES[dtype].itemsize
+        bytes_per_second = bytes_read * table["results"]["ours"]["rate"] / batch
+        share = bytes_per_second / read_bandwidth()
+        print(f"  ours reads the weights at {bytes_per_second / 1e9:.1f} GB/s: {share:.0%} of the read bandwidth here")
+        tables.append(table | {"bytes_per_second": bytes_per_second, "share_of_read_bandwidth": share})
     return tables
 
 
 def bench_hellaswag(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
-    """As eval.run does it by itself, and in the other dtype too."""
-    import torch
-
-    from training.device import find_dtype
-
-    default = str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    """In the precision that eval.run takes by itself, and in the other native ones."""
+    default, *others = native_dtypes()
     contestants: Contestants = {"ours": partial(hellaswag_ours, default)}
-    for dtype in {"float32", "bfloat16"} - {default}:
+    for dtype in others:
         contestants[f"ours, {dtype}"] = partial(hellaswag_ours, dtype)
     if "build-nanogpt" in peers:
         contestants["build-nanogpt"] = partial(hellaswag_build_nanogpt, peers["build-nanogpt"])
@@ -578,6 +634,7 @@ BENCHES = {
     "loader": bench_loader,
     "startup": bench_startup,
 }
+PEER_PACKAGES = ("transformers", "ctranslate2")
 PEER_FILES = {"nanogpt": "model.py", "build-nanogpt": "hellaswag.py"}
 
 
@@ -607,7 +664,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME[=DIR]",
-        help="transformers, nanogpt=DIR, build-nanogpt=DIR; repeatable (tiktoken is always there)",
+        help="transformers, ctranslate2, nanogpt=DIR, build-nanogpt=DIR; repeatable (tiktoken is always there)",
     )
     parser.add_argument(
         "--corpus",
@@ -620,8 +677,10 @@ def main() -> None:
     args = parser.parse_args()
     peers = {name: directory for name, _, directory in (peer.partition("=") for peer in args.peer)}
     for name, directory in peers.items():
-        if name not in ("transformers", *PEER_FILES):
-            parser.error(f"unknown peer {name!r}: transformers, nanogpt=DIR or build-nanogpt=DIR")
+        if name not in (*PEER_PACKAGES, *PEER_FILES):
+            parser.error(f"unknown peer {name!r}: transformers, ctranslate2, nanogpt=DIR or build-nanogpt=DIR")
+        if name in PEER_PACKAGES and importlib.util.find_spec(name) is None:
+            parser.error(f"--peer {name}: the package is not installed, run: pip install {name}")
         if name in PEER_FILES and not (Path(directory) / PEER_FILES[name]).is_file():
             parser.error(f"no {PEER_FILES[name]} in {directory or 'no directory'}: give the repository's, {name}=DIR")
     for directory in args.corpus or ():

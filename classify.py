@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument should not wait for it
     import torch
@@ -50,7 +50,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch (default: 16)")
     add("--max-length", type=int, metavar="N", help="tokens to read of each text (default: as many as the model can)")
     add("--device", default="auto", help=DEVICE_HELP)
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of matrix products")
+    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
     train = commands.add_parser("train", parents=[shared], help="fine-tune on texts with labels")
     add = train.add_argument
     add("--train", type=Path, required=True, metavar="FILE", help="texts to train on")
@@ -135,7 +135,7 @@ def compute_logits(
     """Return the logits (N, K) of N examples over K classes, computed in batches of similar length."""
     import torch
 
-    from training.device import autocast
+    from device import autocast
 
     device = classifier.score.weight.device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
@@ -167,11 +167,11 @@ def train(args: argparse.Namespace) -> None:
 
     from data.loader import permute
     from data.tokenizer import load_tokenizer
+    from device import autocast, find_device, find_dtype, gradient_scaler, keep_freed_memory
     from heads import SequenceClassifier
     from model import GPT
     from pretrained import resolve_model
     from training.config import Optim
-    from training.device import autocast, find_device, find_dtype, keep_freed_memory
     from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
     from weights import locate
 
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
     steps_per_epoch = math.ceil(len(train_examples) / args.batch_size)
     steps = args.epochs * steps_per_epoch
     optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
-    optimizers = make_optimizers(classifier, optim)
+    optimizers, scaler = make_optimizers(classifier, optim), gradient_scaler(device, dtype)
     print(f"{len(train_examples):,} texts of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch:,} steps")
     best, best_epoch = evaluate(classifier, val_examples, args.batch_size, dtype), 0
     print(f"before training: validation loss {best.loss:.4f}, accuracy {best.accuracy:.4f}")
@@ -218,13 +218,17 @@ def train(args: argparse.Namespace) -> None:
             set_learning_rate(optimizers, learning_rate_factor((epoch - 1) * steps_per_epoch + step, optim))
             with autocast(device, dtype):
                 loss = classifier(ids, attention_mask=mask, labels=labels).loss
-            loss.backward()
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), optim.grad_clip)
-            if not torch.isfinite(norm):
+            # Above a loss scale of 1, the scale may cause infinite gradients: the scaler skips the step and lowers it.
+            if not torch.isfinite(norm) and (not loss.isfinite() or scaler.get_scale() <= 1):
                 raise FloatingPointError(f"epoch {epoch}, step {step + 1}: the gradient is not finite; lower --lr")
             for optimizer in optimizers:
-                optimizer.step()
+                scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
+            scaler.update()
             total += loss.item() * len(chosen)
         score = evaluate(classifier, val_examples, args.batch_size, dtype)
         better = score.loss < best.loss or best_epoch == 0
@@ -259,8 +263,8 @@ def predict(args: argparse.Namespace) -> None:
     import torch
 
     from data.tokenizer import load_tokenizer
+    from device import find_device, find_dtype
     from heads import SequenceClassifier
-    from training.device import find_device, find_dtype
     from weights import locate
 
     device = find_device(args.device, "--device")

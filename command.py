@@ -6,8 +6,15 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import openmp  # noqa: F401 (the commands import this module before torch)
+
 MODEL_HELP = "directory of a run, a checkpoint or a Hugging Face model, or a name on the hub"
 DEVICE_HELP = "cuda, cuda:1, mps or cpu (default: the first of these that is available)"
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_HELP = (
+    "precision of the matrix products. auto: bfloat16 where the processor computes in it (AVX512-BF16, AMX, Arm BF16, "
+    "CUDA from Ampere on), float16 on older CUDA cards, float32 elsewhere. Use float32 for exact comparisons"
+)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import argparse
 import math
 from pathlib import Path
 
-from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
 DEFAULT_NEW_TOKENS = 200  # or fewer if they do not fit
 
@@ -47,13 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print objects with prompt, text, tokens, logprobs and finish_reason")
     add("--show-probs", type=int, metavar="K", help="first print the K most probable next tokens")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="dtype of weights and arithmetic. auto is bfloat16 on processors that compute in it (AVX512-BF16, AMX, "
-        "Arm BF16, recent GPUs), otherwise float32. Use float32 for exact comparisons",
-    )
+    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=f"{DTYPE_HELP}. The weights are converted to it too")
     add("--device", default="auto", help=DEVICE_HELP)
 
 

@@ -8,6 +8,9 @@ The same command again goes on from the newest checkpoint. README.md says what a
 
 from __future__ import annotations
 
+import openmp  # noqa: F401 (first, before torch)
+
+# isort: split
 import contextlib
 import dataclasses
 import gc
@@ -20,7 +23,7 @@ import time
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from filelock import FileLock
 
 from data.loader import Loader
 from data.shards import write_json
+from device import fast_dtype, gradient_scaler
 from eval.hellaswag import hellaswag
 from eval.loss import split_loss
 from eval.reference import losses_to_beat
@@ -68,6 +72,15 @@ SAMPLE_TOKENS = 200
 POINTS_DRAWN = 1000  # of loss.png's curve
 
 
+class StepResult(NamedTuple):
+    """What the loop needs to know of an optimizer step. All processes have the same."""
+
+    finite: bool  # the loss and the gradient are: otherwise the step was skipped
+    diverged: bool  # it was skipped, and not because the scaler of a float16 run is still searching for its scale
+    stop: bool  # some process was asked to stop
+    save: bool  # some process was asked to save
+
+
 class Trainer:
     """One life of a run: set up, from scratch or from a checkpoint, then `run` to the end or to a signal."""
 
@@ -76,7 +89,8 @@ class Trainer:
         self.directory = Path(config.run.dir) / config.run.name
         self.lock: FileLock | None = None
         self.metrics: MetricsLog | None = None
-        self.step, self.seconds, self.skipped_steps, self.save_seconds = 0, 0.0, 0, 0.0
+        self.step, self.seconds, self.save_seconds = 0, 0.0, 0.0
+        self.skipped_steps, self.overflow_steps = 0, 0  # steps that diverged; steps whose gradient overflowed float16
         self.val_loss: float | None = None  # of this step; None where it was not measured
         self.best: tuple[float, int] | None = None  # lowest validation loss, and the step it was measured after
 
@@ -111,7 +125,10 @@ class Trainer:
         if config.model.freeze_layers:
             self.model.freeze(config.model.freeze_layers)
         self.loss_function = distribute(self.model, config, processes, compiled=compiled, sharded=self.sharded)
-        self.optimizers = make_optimizers(self.model, config.optim)
+        self.optimizers = make_optimizers(self.model, config.optim, fast_dtype(processes.dtype, device))
+        self.scaler = gradient_scaler(device, processes.dtype)
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         if checkpoint is not None:
             load_optimizers(self.model, self.optimizers, checkpoint)
         self.loader = Loader(
@@ -144,9 +161,9 @@ class Trainer:
         while not self.done and not stopping:
             minutes = (time.monotonic() - last_save) / 60
             save_asked = 0 < config.checkpoint.every_minutes <= minutes
-            finite, stopping, save_asked = self.train_step(stop.asked, save_asked)
+            finite, diverged, stopping, save_asked = self.train_step(stop.asked, save_asked)
             self.checkpoints.raise_failure()
-            bad_steps = 0 if finite else bad_steps + 1
+            bad_steps = bad_steps + 1 if diverged else 0 if finite else bad_steps
             if bad_steps == MAX_BAD_STEPS:
                 self._give_up()
             # who asks for a stop may not wait: the next life validates first
@@ -170,12 +187,8 @@ class Trainer:
         impatient = patience > 0 and self.best is not None and self.step - self.best[1] >= patience
         return impatient or self.step == self.config.optim.steps
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
-        """One optimizer step over a global batch.
-
-        Returns whether it was taken (a loss or gradient that is not finite is skipped), and whether any process was
-        asked to stop, or to save.
-        """
+    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
+        """One optimizer step over a global batch. A step with a loss or gradient that is not finite is skipped."""
         config, processes, model = self.config, self.processes, self.model
         clock, self.val_loss = Stopwatch(), None
         if model.config.dropout:  # drawn from the step alone, so that going on needs no generator's state
@@ -194,24 +207,43 @@ class Trainer:
             with processes.autocast():
                 loss = self.loss_function(inputs, targets)
             # Every target weighs the same: gradients add up over micro-batches, and are averaged over processes.
-            (loss * (share * processes.world_size)).backward()
+            self.scaler.scale(loss * (share * processes.world_size)).backward()
             loss_sum += loss.detach() * share
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = clip_gradients(model, config.optim.grad_clip)
+        one = torch.ones((), device=processes.device)
+        scale = self.scaler.scale(one)
+        self.scaler.update()  # halves the scale if a gradient was not finite
+        next_scale = self.scaler.scale(one)
 
         # The one time in a step that the host waits for the device. All processes learn the same and decide the same.
         asked = torch.tensor([float(stop_asked), float(save_asked)]).to(processes.device)
         told = processes.sum(torch.cat([loss_sum[None], asked]))
-        loss_value, stops, saves, grad_norm = torch.cat([told, norm[None]]).tolist()
+        on_device = torch.cat([told, torch.stack([norm, scale, next_scale])])
+        loss_value, stops, saves, grad_norm, loss_scale, next_loss_scale = on_device.tolist()
         clock.lap("forward_backward")
         finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        # The loss is finite, but the scaled gradient exceeded float16: the scaler is still searching for its scale.
+        overflowed = math.isfinite(loss_value) and loss_scale > 1 and next_loss_scale < loss_scale
         for optimizer in self.optimizers:
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clock.lap("optimizer")
         self.step += 1
-        self._log_step(loss_value, grad_norm, config.optim.lr * factor, clock, finite)
-        return finite, stops > 0, saves > 0
+        diverged = not finite and not overflowed
+        self.skipped_steps += diverged
+        self.overflow_steps += overflowed
+        if diverged:
+            self.progress.say(f"step {self.step}: loss {loss_value}, gradient norm {grad_norm}: this step was skipped")
+        elif overflowed:
+            self.progress.say(
+                f"step {self.step}: the gradient overflowed float16 at loss scale {loss_scale:g}: this step was "
+                f"skipped, and the scale was halved"
+            )
+        self._log_step(loss_value, grad_norm, config.optim.lr * factor, loss_scale, clock)
+        return StepResult(finite, diverged, stops > 0, saves > 0)
 
     def validate(self) -> None:
         """Score the validation split, sample, and draw the curves so far."""
@@ -272,6 +304,8 @@ class Trainer:
                 "step": self.step,
                 "seconds": self.seconds,
                 "skipped_steps": self.skipped_steps,
+                "overflow_steps": self.overflow_steps,
+                "scaler": self.scaler.state_dict(),
                 "val_loss": self.val_loss,
                 "best": self.best,
                 "micro_batch": self.micro_batch,
@@ -321,6 +355,7 @@ class Trainer:
         state["identity"]["model"].setdefault("init_from", self.config.model.init_from)  # older checkpoints do not tell
         refuse_changes(state["identity"], self.identity, allow=self.config.run.allow_changes)
         self.step, self.seconds, self.skipped_steps = state["step"], state["seconds"], state["skipped_steps"]
+        self.overflow_steps = state.get("overflow_steps", 0)
         self.val_loss, self.best = state["val_loss"], state.get("best")
         if self.step > steps:
             raise ValueError(
@@ -385,12 +420,9 @@ class Trainer:
         except OSError as error:
             raise OSError(f"cannot write to {directory} ({error.strerror or error}): choose another run.dir") from error
 
-    def _log_step(self, loss: float, grad_norm: float, lr: float, clock: Stopwatch, finite: bool) -> None:
+    def _log_step(self, loss: float, grad_norm: float, lr: float, loss_scale: float, clock: Stopwatch) -> None:
         seconds = clock.total
         self.seconds += seconds
-        if not finite:
-            self.skipped_steps += 1
-            self.progress.say(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: this step was skipped")
         if self.metrics is None:
             return
         batch_tokens = self.config.data.batch_tokens
@@ -405,6 +437,7 @@ class Trainer:
             tokens_per_second=batch_tokens / seconds,
             mfu=mfu,
             seconds=self.seconds,
+            **({"loss_scale": loss_scale} if self.scaler.is_enabled() else {}),
             **clock.seconds,
             checkpoint_seconds=self.save_seconds,  # of the checkpoint before this step, if there was one
             peak_memory=peak_memory(self.processes.device),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import DEVICE_HELP, MODEL_HELP, at_least_one, ending
+from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help need not wait for it
     import torch
@@ -108,12 +108,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     add("--seed", type=int, default=0, help="of that draw (default: 0)")
     add("--limit", type=int, metavar="N", help="evaluate the first N examples, or windows of a text, of each task")
     add("--device", default="auto", help=DEVICE_HELP)
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of products; weights stay float32. auto, as in training, is bfloat16 on processors that compute in it",
-    )
+    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=f"{DTYPE_HELP}. The weights stay float32")
     add("--batch-size", type=int, metavar="B", help="sequences a forward pass (default: 8 on CPU, 64 elsewhere)")
     add("--transformers", action="store_true", help="load a GPT-2 through transformers too, as any other model is")
     add("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -171,7 +166,7 @@ def join_processes(device_name: str, dtype_name: str) -> Iterator[Processes]:
     import torch
     import torch.distributed as dist
 
-    from training.device import find_device, find_dtype, keep_freed_memory
+    from device import find_device, find_dtype, keep_freed_memory
     from training.parallel import Processes, stop_processes
 
     # Not training.parallel.start_processes: it turns TF32 on, which would change --dtype float32's figures on CUDA.

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
+from device import find_device, find_dtype
 from generation.decode import generate
 from generation.options import GenerateOutput, GenerationOptions
 from generation.packed import pack_weights
@@ -21,7 +22,6 @@ from generation.prompts import encode_prompt, prepare_prompts
 from generation.text import Completion, generate_text, stream
 from model import GPT
 from pretrained import load_model
-from training.device import find_device, find_dtype
 
 SEPARATOR = "-" * 15  # printed after each sample
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.loader import MicroBatch
 from model import GPT
-from train import Trainer
+from train import StepResult, Trainer
 from training.optim import learning_rate_factor
 
 
@@ -59,7 +59,7 @@ class Averaged(Trainer):
         super().__init__(*arguments)
         self.sums, self.count = [torch.zeros_like(p) for p in self.model.parameters()], 0
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
+    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
         decreased = self.step and learning_rate_factor(self.step, self.config.optim) < learning_rate_factor(
             self.step - 1, self.config.optim
         )
@@ -87,7 +87,7 @@ class MomentumWarmUp(Trainer):
             self.close()
             raise ValueError(f"momentum-warm-up needs optim.name muon, got {self.config.optim.name}")
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
+    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
         part = min(1.0, self.step / min(300, self.config.optim.steps))
         for group in self.optimizers[0].param_groups:
             group["momentum"] = (1 - part) * 0.85 + part * self.config.optim.muon_momentum
@@ -97,7 +97,7 @@ class MomentumWarmUp(Trainer):
 class SmallBatchesFirst(Trainer):
     """In the first third of training, make two optimizer steps per batch, one for each half, at its learning rate."""
 
-    def train_step(self, stop_asked: bool, save_asked: bool) -> tuple[bool, bool, bool]:
+    def train_step(self, stop_asked: bool, save_asked: bool) -> StepResult:
         if self.step >= self.config.optim.steps // 3:
             return super().train_step(stop_asked, save_asked)
         whole = self.loader

@@ -68,6 +68,24 @@ def test_what_is_missing_is_said(monkeypatch, capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_rows_in_a_precision_that_the_cpu_emulates_are_left_out_and_named(monkeypatch, capsys):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert bench.native_dtypes() == ["float32"]
+    assert "no rows in bfloat16: this CPU" in capsys.readouterr().out
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    assert bench.native_dtypes() == ["bfloat16", "float32"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["bench.py", "decode", "--peer", "ctranslate2"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--peer ctranslate2: the package is not installed, run: pip install ctranslate2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("error", "status"), [(ValueError("other tokens"), 2), (KeyboardInterrupt(), 130)])
 def test_what_ends_it_is_no_traceback(monkeypatch, capsys, error, status):
     def fail(peers, runs):

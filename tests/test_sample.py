@@ -18,10 +18,10 @@ import torch
 
 import sample
 from data.tokenizer import CharacterTokenizer, load_tokenizer
+from device import find_dtype
 from generation import generate
 from generation.terminal import SEPARATOR, read_prompts
 from model import GPT, GPTConfig
-from training.device import find_dtype
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "éü世"

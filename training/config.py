@@ -161,8 +161,9 @@ class System:
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: cuda, then mps (not tested), then cpu."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the matrix products (weights stay in float32); auto: bfloat16 where the processor has it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; weights stay float32. auto: bfloat16 where the processor computes in it,
+    float16 (with a gradient scaler) on CUDA cards older than Ampere, float32 elsewhere."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the loss; auto: on CUDA, and on CPU for models and compilers that repay it."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data.shards import write_json
+from device import cpu_instruction_set
 
 if TYPE_CHECKING:  # their imports take a second that reading metrics does without
     from training.config import Config
@@ -219,6 +220,7 @@ def hardware() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "cpu": str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()),
+        "instructions": cpu_instruction_set(),
         "cores": psutil.cpu_count(logical=False),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -15,19 +15,29 @@ from training.config import Optim
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised: a matrix moves as far in every direction that its gradients agree on (Jordan et al.
+    """Momentum, orthogonalized: a matrix moves as far in every direction that its gradients agree on (Jordan et al.
     2024, https://kellerjordan.github.io/posts/muon/).
 
     It is torch.optim.Muon but for two things. Queries, keys and values, which c_attn computes in one product, are three
-    matrices here. And processes with the same gradients (DDP) share the work: each orthogonalises some of the matrices
+    matrices here. And processes with the same gradients (DDP) share the work: each orthogonalizes some of the matrices
     for all, where torch's would do every matrix on every process.
     """
 
     def __init__(
-        self, stacked: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float, momentum: float
+        self,
+        stacked: Iterable[Tensor],
+        others: Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`stacked` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape."""
+        """`stacked` are square matrices one above the other, (2C or 3C, C); `others` single ones of any shape.
+
+        `dtype` is the precision of the Newton-Schulz iteration; momentum and weights stay in that of the parameters.
+        """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
+        self.dtype = dtype
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for parameter in (p for group in self.param_groups for p in group["params"]):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -40,7 +50,7 @@ class Muon(Optimizer):
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
             updates = [self._nesterov(p, group["momentum"]) for p in parameters]
             updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u for u in updates]
-            share_out(updates)
+            share_out(updates, self.dtype)
             for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = update.shape[-2:]
                 update = update.reshape(parameter.shape)
@@ -62,30 +72,32 @@ class Muon(Optimizer):
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
 
-def share_out(updates: list[Tensor]) -> None:
-    """Orthogonalise each of the updates, in place in the list: process r of n those at r, r + n, r + 2n ..."""
+def share_out(updates: list[Tensor], dtype: torch.dtype) -> None:
+    """Orthogonalize each of the updates, in place in the list: process r of n those at r, r + n, r + 2n ..."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     messages = []
     for i, update in enumerate(updates):
         owner = i % world_size
         mine = owner == rank
-        updates[i] = orthogonalise(update) if mine else torch.empty_like(update, dtype=torch.bfloat16)
+        updates[i] = newton_schulz(update, dtype) if mine else torch.empty_like(update, dtype=dtype)
         if world_size > 1:
             messages.append(dist.broadcast(updates[i], src=owner, async_op=True))
     for message in messages:
         message.wait()
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Matrices ([N,] rows, columns) with all singular values brought to about 1 (0.7 to 1.2), in bfloat16.
+def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return matrices ([N,] rows, columns) with all singular values moved to about 1 (0.7 to 1.2), in `dtype`.
 
-    Five steps of a Newton-Schulz iteration, in matrix products only; the quintic's coefficients are those of Jordan et
-    al., chosen to lift small singular values fast instead of reaching 1 exactly.
+    Five steps of a Newton-Schulz iteration, which needs matrix products only; the coefficients of the quintic are those
+    of Jordan et al., chosen to raise small singular values fast rather than to reach 1 exactly.
     """
-    x = matrices.bfloat16()
+    # The elements of a gradient may be smaller than float16's smallest number: normalize before that conversion.
+    wide_range = torch.finfo(dtype).tiny < 1e-30
+    x = matrices.to(dtype) if wide_range else matrices.float()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
     add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(5):
         gram = x @ x.mT
@@ -93,9 +105,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).contiguous()
 
 
-def make_optimizers(model: nn.Module, config: Optim) -> list[Optimizer]:
+def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
     """The optimizers of a model's trainable parameters, each group with its `peak_lr`.
 
+    `dtype` is the precision of Muon's matrix products, which the device should compute natively (`fast_dtype`).
     Weight decay goes to tensors of two dimensions and more: embeddings and matrices, not biases and LayerNorms.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -106,7 +119,7 @@ def make_optimizers(model: nn.Module, config: Optim) -> list[Optimizer]:
         stacked = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
         single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
         if matrices:  # not all blocks are frozen
-            optimizers.append(Muon(stacked, single, config.muon_lr, config.weight_decay, config.muon_momentum))
+            optimizers.append(Muon(stacked, single, config.muon_lr, config.weight_decay, config.muon_momentum, dtype))
     decayed = [p for p in parameters.values() if p.dim() >= 2]
     undecayed = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from device import autocast, find_device, find_dtype, keep_freed_memory
 from model import GPT
 from training.config import Config, System
-from training.device import autocast, find_device, find_dtype, keep_freed_memory
 
 SMALL_MODEL = 10_000_000  # parameters: below, compiling for a CPU costs more than a run gains
 

@@ -9,14 +9,14 @@ import pytest
 def kill(tiny_run, write_config, python, tmp_path):
     """`kill(kills, processes)`: what scripts/kill_test.py counted on a run of enough small steps."""
 
-    def run(kills, processes):
+    def run(kills, processes, **changes):
         changes = {
             "model.n_embd": 96,
             "optim.steps": 20 * kills,
             "optim.lr": 1e-3,
             "checkpoint.every": 8,
             "eval.every": 50,
-        }
+        } | changes
         config = write_config(tiny_run("x", **changes))
         out = tmp_path / "made" / f"{processes}"
         arguments = ("--config", config, "--dir", out, "--kills", kills, "--processes", processes)
@@ -30,6 +30,12 @@ def test_five_kills(kill, kills, processes):
     counts = kill(kills, processes)
     assert counts["differences"] == []
     assert (counts["kills"], counts["hung"]) == (kills, 0)
+
+
+@pytest.mark.slow
+def test_five_kills_of_a_float16_run_with_dropout(kill):
+    changes = {"system.dtype": "float16", "model.dropout": 0.1, "model.n_embd": 32}
+    assert kill(5, 1, **changes)["differences"] == []
 
 
 def test_more_kills_than_steps_are_refused_before_anything_runs(tiny_run, write_config, python, tmp_path):

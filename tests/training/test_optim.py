@@ -8,7 +8,7 @@ import torch
 
 from model import GPT, GPTConfig
 from training.config import Optim
-from training.optim import Muon, learning_rate_factor, make_optimizers, orthogonalise, set_learning_rate
+from training.optim import Muon, learning_rate_factor, make_optimizers, newton_schulz, set_learning_rate
 
 SMALL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -86,7 +86,7 @@ def test_muon_is_pytorchs():
     start = [torch.randn(64, 64), torch.randn(256, 64), torch.randn(64, 256)]
     gradients = [[torch.randn_like(p) for p in start] for _ in range(10)]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
-    take_steps(Muon([], ours, lr=0.02, weight_decay=0.1, momentum=0.95), ours, gradients)
+    take_steps(Muon([], ours, lr=0.02, weight_decay=0.1, momentum=0.95, dtype=torch.bfloat16), ours, gradients)
     take_steps(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95), theirs, gradients)
     for a, b, p in zip(ours, theirs, start, strict=True):
         assert (a - b).norm() < 1e-3 * (b - p).norm()
@@ -98,19 +98,27 @@ def test_muon_sees_three_matrices_in_one():
     gradients = [torch.randn(192, 64) for _ in range(10)]
     fused = start.clone().requires_grad_()
     parts = [p.clone().requires_grad_() for p in start.split(64)]
-    take_steps(Muon([fused], [], lr=0.02, weight_decay=0.1, momentum=0.95), [fused], [[g] for g in gradients])
+    take_steps(
+        Muon([fused], [], lr=0.02, weight_decay=0.1, momentum=0.95, dtype=torch.bfloat16),
+        [fused],
+        [[g] for g in gradients],
+    )
     theirs = torch.optim.Muon(parts, lr=0.02, weight_decay=0.1, momentum=0.95)
     take_steps(theirs, parts, [g.split(64) for g in gradients])
     whole = torch.cat([p.detach() for p in parts])
     assert (fused - whole).norm() < 1e-3 * (whole - start).norm()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-8])  # the elements of a real gradient are this small
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 96), (3, 64, 64), (96, 32)])
-def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+def test_newton_schulz_moves_singular_values_to_about_one(shape, dtype, scale):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(
         torch.logspace(-1, 1, shape[-1])
     )
-    values = torch.linalg.svdvals(orthogonalise(matrices).float())
+    result = newton_schulz(scale * matrices, dtype)
+    assert result.dtype == dtype
+    values = torch.linalg.svdvals(result.float())
     assert values.max() < 1.3
     assert (values > 0.5).float().mean() > 0.9  # a vanishing one stays small
 

@@ -1,0 +1,125 @@
+"""Device and precision: the only module that decides which number format the arithmetic uses.
+
+Weights, gradients, optimizer state and the loss are float32 everywhere. What varies is the precision of the matrix
+products (autocast): a reduced precision of 16 bits is two to sixteen times faster where the processor computes in it,
+and ten times slower where it is emulated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Values of oneDNN's environment variable ONEDNN_MAX_CPU_ISA that leave it without bfloat16 products.
+ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
+ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
+
+
+def find_device(name: str, option: str) -> torch.device:
+    """Return the device that `auto`, `cuda` (under torchrun, this process's own) or another PyTorch name stands for.
+
+    Raises ValueError, which names the `option` that asked for the device, if it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"{option} is cuda, but PyTorch finds no such device: use cpu, or a CUDA build")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{option} {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def native_dtypes(device: torch.device) -> list[torch.dtype]:
+    """Return the precisions that a device computes matrix products in without emulation, the preferred one first.
+
+    bfloat16 comes before float16 because it has the range of float32: it needs no gradient scaler and cannot overflow.
+    """
+    if device.type == "cuda":
+        # Ampere (2020) and later have bfloat16. Volta and Turing (V100, T4) have tensor cores for float16 only.
+        bfloat16 = [torch.bfloat16] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+        return [*bfloat16, torch.float16, torch.float32]
+    if device.type == "mps":
+        return [torch.float32, torch.float16]  # float16 exists, but has not been measured here
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return [torch.float32]  # without oneDNN (as on macOS), PyTorch's 16-bit products on a CPU are slow
+    has = torch.cpu.get_capabilities()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "all")).lower()
+    dtypes = []
+    if limit not in ISA_WITHOUT_BFLOAT16 and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        dtypes.append(torch.bfloat16)
+    if limit not in ISA_WITHOUT_FLOAT16 and any(has.get(name) for name in ("avx512_fp16", "amx_fp16")):
+        dtypes.append(torch.float16)
+    return [*dtypes, torch.float32]
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision that `auto`, `float32`, `bfloat16` or `float16` stands for on a device.
+
+    `auto` is the first of `native_dtypes`. A precision that the processor has to emulate is used as asked for, after a
+    warning on stderr.
+    """
+    native = native_dtypes(device)
+    if name == "auto":
+        return native[0]
+    dtype = DTYPES[name]
+    if dtype not in native and os.environ.get("RANK", "0") == "0":  # once, not once per process
+        others = " or ".join(str(other).removeprefix("torch.") for other in native)
+        print(f"warning: this {device.type} emulates {name}, which is many times slower than {others}", file=sys.stderr)
+    return dtype
+
+
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return `dtype` if the device computes in it natively, otherwise float32.
+
+    For arithmetic whose result does not need the precision that was asked for, such as Muon's iteration.
+    """
+    return dtype if dtype in native_dtypes(device) else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Run matrix products in `dtype`, and operations that need float32's range or precision in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def gradient_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Return the scaler that keeps small gradients of float16 products from becoming zero.
+
+    The smallest positive float16 is 6e-8; gradients are often smaller. The loss is multiplied by a power of two before
+    the backward pass, which is halved after an overflow and doubled after 2,000 steps without one (Micikevicius et al.
+    2018, "Mixed precision training"). For other precisions the scaler is disabled and does nothing.
+    """
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def cpu_instruction_set() -> str:
+    """Return the widest instruction set that matrix products on this CPU use, such as "AVX2" or "AVX-512, bfloat16"."""
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") != "x86_64":
+        name = "SVE" if has.get("sve") else "NEON"
+    else:
+        # PyTorch's own kernels obey ATEN_CPU_CAPABILITY, oneDNN's obey ONEDNN_MAX_CPU_ISA
+        name = {"AVX512": "AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "AVX2")
+    native = [str(dtype).removeprefix("torch.") for dtype in native_dtypes(torch.device("cpu"))[:-1]]
+    return ", ".join([name, *native])
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep the memory that a step frees for the next step, as PyTorch's CUDA allocator does.
+
+    By default glibc returns every large tensor to the system, which fills its pages with zeros at the next allocation:
+    about a tenth of a training step on a CPU. Only glibc (Linux) has this setting; elsewhere nothing is changed.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
