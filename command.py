@@ -1,4 +1,4 @@
-"""What the command lines have in common: how they end, and what several of them say of an option."""
+"""Functions and help texts that several command lines share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import openmp  # noqa: F401 (the commands import this module before torch)
 
-MODEL_HELP = "run, checkpoint or Hugging Face directory, or name on the hub"
-DEVICE_HELP = "cuda, cuda:1, mps, cpu (default: the first of these there is)"
+MODEL_HELP = "directory of a run, a checkpoint or a Hugging Face model, or a name on the hub"
+DEVICE_HELP = "cuda, cuda:1, mps or cpu (default: the first of these that is available)"
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = (
     "precision of the matrix products. auto: bfloat16 where the processor computes in it (AVX512-BF16, AMX, Arm BF16, "
@@ -19,7 +19,11 @@ DTYPE_HELP = (
 
 @contextmanager
 def ending(parser: argparse.ArgumentParser, interrupted: str = "\n") -> Iterator[None]:
-    """What a user can mend ends the process with a sentence and status 2; Ctrl-C with `interrupted` and status 130."""
+    """Turn exceptions in the `with` block into the end of the process.
+
+    An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
+    status 130. Other exceptions keep their traceback.
+    """
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
@@ -29,7 +33,7 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n") -> Iterator
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End with a sentence where one of these was given and is below 1. Those of another subcommand are passed over."""
+    """End the process with a message if one of the named arguments is below 1; ignore absent ones and None."""
     for name in names:
         value = getattr(args, name, None)
         if value is not None and value < 1:

@@ -187,7 +187,7 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
 def load_weights(
     model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
-    """Replace a model's parameters by the tensors in a directory, each converted to `dtype` and moved to `device`.
+    """Replace a model's parameters with the tensors in a directory, each converted to `dtype` and moved to `device`.
 
     The model may be on the meta device. dtype=None keeps the dtype of the file.
 

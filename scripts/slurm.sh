@@ -9,26 +9,28 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# Train under Slurm, over preemptions and time limits, until the run is finished:
+# Train under Slurm until the run is finished, across preemptions and time limits:
 #
 #   sbatch scripts/slurm.sh --config configs/gpt2-124m.yaml
 #
-# Five minutes before the time is up (or on preemption, with Slurm's PreemptParameters=send_user_signal) Slurm sends
-# SIGUSR1 to this script. The training processes are told, end after their step with a checkpoint, and status.json says
-# `preempted`: torchrun's exit status does not tell. Then the job puts itself back into the queue and goes on from there.
+# Five minutes before the time limit (or on preemption, with Slurm's PreemptParameters=send_user_signal) Slurm sends
+# SIGUSR1 to this script. The script forwards the signal to the training processes, which write a checkpoint after the
+# current step, set the status in status.json to `preempted` and exit. The script reads status.json, because torchrun's
+# exit status does not show whether a run was preempted. It then requeues the job, which resumes from the checkpoint.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-.venv/bin/python}
-PROCESSES=${PROCESSES:-gpu}  # on each node
+PROCESSES=${PROCESSES:-gpu}  # processes per node
 PORT=${PORT:-29500}
 
 run=$("$PYTHON" -c 'from training.config import parse_config; run = parse_config().run; print(f"{run.dir}/{run.name}")' "$@") || exit 2
-"$PYTHON" train.py "$@" --dry-run || exit 2  # what is wrong with configuration or dataset, before all nodes try it
+"$PYTHON" train.py "$@" --dry-run || exit 2  # finds errors in the configuration or dataset before all nodes start
 
-rm -f "$run/status.json"  # of the life before: it must not speak for one that never got that far
+rm -f "$run/status.json"  # of the previous attempt: this one may fail before it writes its own
 
-# What runs on each node. SIGUSR1 would kill torchrun, which then kills its workers: so torchrun ignores it, and its
-# workers, which are its children and have a handler of their own, are told here. The same on SIGTERM (scancel).
+# The script that runs on each node. SIGUSR1 would kill torchrun, which would then kill its workers. Therefore torchrun
+# ignores the signal, and this script sends it to the workers, torchrun's child processes, which handle it. The script
+# does the same on SIGTERM (scancel).
 node='
 trap "" USR1
 "$@" &
@@ -43,11 +45,11 @@ srun bash -c "$node" node "$PYTHON" -m torch.distributed.run \
     --rdzv_endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$PORT" \
     train.py "$@" &
 step=$!
-trap 'kill -USR1 "$step"' USR1 TERM  # srun passes it on to the nodes
+trap 'kill -USR1 "$step"' USR1 TERM  # srun forwards it to the nodes
 while kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done
 
 case $("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$run/status.json" 2>/dev/null) in
     finished) exit 0 ;;
     preempted) exec scontrol requeue "$SLURM_JOB_ID" ;;
-    *) echo "slurm.sh: $run did not end in order (srun: $status); see what it printed" >&2; exit 1 ;;
+    *) echo "slurm.sh: $run ended without finishing or being preempted (srun: $status); see its output" >&2; exit 1 ;;
 esac

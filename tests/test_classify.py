@@ -1,4 +1,4 @@
-"""classify.py: it learns to tell texts apart, and what it writes is a classifier to transformers too."""
+"""Test that classify.py learns to classify texts, and that transformers loads the classifier that it writes."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Learn from a .csv, validate on a .jsonl, of which the columns have other names."""
+    """Return a directory with training texts in a .csv and validation texts in a .jsonl, with other column names."""
     directory = tmp_path_factory.mktemp("texts")
     with open(directory / "train.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -61,7 +61,7 @@ def trained(untrained, files, tmp_path_factory):
     return out
 
 
-def test_it_learns_and_predicts_every_row_in_order(trained, files, capsys):
+def test_a_trained_classifier_predicts_every_row_in_order(trained, files, capsys):
     main(["predict", "--model", str(trained), "--file", str(files / "val.jsonl"), "--batch-size", "5", *COLUMNS])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == [text for text, _ in TEXTS[64:]]
@@ -70,7 +70,7 @@ def test_it_learns_and_predicts_every_row_in_order(trained, files, capsys):
     assert all(0.5 <= row["probability"] <= 1 for row in rows)
 
 
-def test_transformers_reads_it_as_a_classifier_with_the_same_answers(trained, files, capsys):
+def test_transformers_loads_the_classifier_and_predicts_the_same(trained, files, capsys):
     theirs = pipeline("text-classification", model=str(trained), device="cpu")
     main(["predict", "--model", str(trained), "--file", str(files / "val.jsonl"), *COLUMNS])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -80,22 +80,22 @@ def test_transformers_reads_it_as_a_classifier_with_the_same_answers(trained, fi
     assert GPT2ForSequenceClassification.from_pretrained(trained).config.id2label == {0: "water", 1: "wood"}
 
 
-def test_the_epoch_kept_is_the_best_and_it_ends_without_patience(untrained, files, tmp_path, capsys):
+def test_the_best_epoch_is_kept_and_training_stops_after_patience_epochs(untrained, files, tmp_path, capsys):
     turned = tmp_path / "turned"
     turned.mkdir()
     (turned / "train.csv").write_bytes((files / "train.csv").read_bytes())
     lines = (files / "val.jsonl").read_text().replace("water", "?").replace("wood", "water").replace("?", "wood")
-    (turned / "val.jsonl").write_text(lines)  # the better it learns, the worse it does
+    (turned / "val.jsonl").write_text(lines)  # the classes are swapped: training makes the loss worse
     learn(untrained, turned, tmp_path / "out", "--epochs", "12", "--patience", "2")
-    said = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"validation loss ([\d.]+)", said)[1:]]
+    output = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"validation loss ([\d.]+)", output)[1:]]
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 12
-    assert "no lower loss in 2 epochs: the end" in said
-    assert said.count("the best so far") == sum(loss == min(losses[: i + 1]) for i, loss in enumerate(losses))
+    assert "stopping: no lower loss in 2 epochs" in output
+    assert output.count("the best so far") == sum(loss == min(losses[: i + 1]) for i, loss in enumerate(losses))
 
 
-def test_the_same_seed_gives_the_same_classifier_and_frozen_blocks_stay(untrained, files, tmp_path):
+def test_the_same_seed_gives_the_same_classifier_and_frozen_blocks_do_not_change(untrained, files, tmp_path):
     for name in ("one", "two"):
         learn(untrained, files, tmp_path / name, "--epochs", "1", "--freeze-layers", "1")
     one, two = (SequenceClassifier.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
@@ -107,20 +107,20 @@ def test_the_same_seed_gives_the_same_classifier_and_frozen_blocks_stay(untraine
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--label-key", "sort"], r"train\.csv, row 1 has no 'sort': it has words, kind"),
-        (["--text-key", "text"], r"train\.csv, row 1 has no 'text'"),
+        (["--label-key", "sort"], r"train\.csv, row 1 has no column 'sort', only words, kind"),
+        (["--text-key", "text"], r"train\.csv, row 1 has no column 'text'"),
         (["--max-length", "99"], "--max-length 99 is above the 32 tokens"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--lr", "0"], "--lr must be above 0"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--train", "missing.csv"], r"missing\.csv"),
         (["--val", "VAL_WITH_ANOTHER"], "classes that .* lacks: stone"),
-        (["--train", "ONE_CLASS"], "one class, 'wood'"),
+        (["--train", "ONE_CLASS"], "only one class, 'wood'"),
     ],
 )
-def test_a_mistake_gives_one_sentence_and_leaves_nothing(untrained, files, tmp_path, capsys, flags, said):
+def test_bad_input_gives_a_message_and_creates_nothing(untrained, files, tmp_path, capsys, flags, message):
     another, one = tmp_path / "another.jsonl", tmp_path / "one.jsonl"
     another.write_text('{"words": "A lake", "kind": "stone"}\n')
     one.write_text('{"words": "A lake", "kind": "wood"}\n')
@@ -128,30 +128,30 @@ def test_a_mistake_gives_one_sentence_and_leaves_nothing(untrained, files, tmp_p
     with pytest.raises(SystemExit) as exit:
         learn(untrained, files, tmp_path / "out", *flags)
     assert exit.value.code == 2
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_that_exists_is_not_overwritten(untrained, files, trained, capsys):
+def test_an_existing_output_directory_is_not_overwritten(untrained, files, trained, capsys):
     with pytest.raises(SystemExit):
         learn(untrained, files, trained)
-    assert "exists: choose another" in capsys.readouterr().err
+    assert "exists: choose another directory" in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_torch(python):
+def test_help_does_not_import_torch(python):
     done = python("-X", "importtime", "classify.py", "--help")
     assert "predict" in done.stdout
     assert "| torch\n" not in done.stderr
 
 
-def test_the_length_it_was_trained_with_is_that_of_predictions(untrained, files, tmp_path, capsys):
+def test_predictions_use_the_length_of_training(untrained, files, tmp_path, capsys):
     learn(untrained, files, tmp_path / "short", "--epochs", "1", "--max-length", "5")
     capsys.readouterr()
     main(["predict", "--model", str(tmp_path / "short"), "--file", str(files / "val.jsonl"), *COLUMNS])
-    assert "texts go on after 5 tokens, unread" in capsys.readouterr().err
+    assert "texts are longer than 5 tokens and were cut" in capsys.readouterr().err
 
 
-def test_a_kill_while_it_is_saved_leaves_the_one_before(trained, files, tmp_path, monkeypatch, capsys):
+def test_a_kill_during_saving_keeps_the_previous_classifier(trained, files, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "kept"
     shutil.copytree(trained, directory)
     classifier = SequenceClassifier.from_pretrained(directory)
@@ -168,8 +168,8 @@ def test_a_kill_while_it_is_saved_leaves_the_one_before(trained, files, tmp_path
     main(["predict", "--model", str(directory), "--file", str(files / "val.jsonl"), *COLUMNS])
 
 
-def test_an_empty_cell_is_said_to_be_empty(untrained, files, tmp_path, capsys):
+def test_an_empty_cell_is_refused_by_its_row_and_column(untrained, files, tmp_path, capsys):
     (tmp_path / "holes.csv").write_text("words,kind\na,wood\n,water\n")
     with pytest.raises(SystemExit):
         learn(untrained, files, tmp_path / "out", "--train", str(tmp_path / "holes.csv"))
-    assert "holes.csv, row 2: its 'words' is empty" in capsys.readouterr().err
+    assert "holes.csv, row 2: column 'words' is empty" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How every command line ends: status and sentence."""
+"""Test how every command line ends: its status and its message."""
 
 import argparse
 from argparse import Namespace
@@ -14,27 +14,27 @@ def parser():
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, FloatingPointError])
-def test_what_a_user_can_mend_is_a_sentence_and_status_2(parser, capsys, kind):
+def test_an_error_that_the_user_can_correct_gives_a_message_and_status_2(parser, capsys, kind):
     with pytest.raises(SystemExit) as stopped, ending(parser):
         raise kind("choose another")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "python -m a.command: choose another\n"
 
 
-@pytest.mark.parametrize(("said", "more"), [("\n", {}), ("go on\n", {"interrupted": "go on\n"})])
-def test_control_c_is_status_130(parser, capsys, said, more):
-    with pytest.raises(SystemExit) as stopped, ending(parser, **more):
+@pytest.mark.parametrize(("message", "options"), [("\n", {}), ("go on\n", {"interrupted": "go on\n"})])
+def test_control_c_gives_status_130(parser, capsys, message, options):
+    with pytest.raises(SystemExit) as stopped, ending(parser, **options):
         raise KeyboardInterrupt
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
-def test_what_only_a_programmer_can_mend_keeps_its_traceback(parser):
+def test_another_exception_keeps_its_traceback(parser):
     with pytest.raises(KeyError), ending(parser):
         raise KeyError("a bug")
 
 
-def test_counts_below_one_are_refused_by_name(parser, capsys):
+def test_a_number_below_one_is_refused_with_the_name_of_the_option(parser, capsys):
     at_least_one(parser, Namespace(limit=None, runs=1), "limit", "runs", "of_another_subcommand")
     with pytest.raises(SystemExit) as stopped:
         at_least_one(parser, Namespace(runs=1, batch_size=0), "runs", "batch_size")

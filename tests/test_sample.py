@@ -1,4 +1,4 @@
-"""The command line over decoding, as a user types it."""
+"""Test sample.py as a user runs it."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ import sample
 from data.tokenizer import CharacterTokenizer, load_tokenizer
 from device import find_dtype
 from generation import generate
+from generation.terminal import SEPARATOR, read_prompts
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def make_checkpoint(directory, tokenizer, vocab_size=None):
     model = GPT(GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32))
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.4)  # wide enough for its text to wander
+            torch.nn.init.normal_(parameter, std=0.4)  # large enough for varied text
     model.save_pretrained(directory, eos_token_id=tokenizer.eot)
     tokenizer.save(directory)
     return directory
@@ -45,7 +46,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def run(checkpoint, capsys):
-    """`run("--prompt", "x")` on the checkpoint: (exit code, standard output, standard error)."""
+    """`run("--prompt", "x")`: run sample.py on the checkpoint; returns (exit code, standard output, standard error)."""
 
     def call(*arguments, model=checkpoint):
         code = 0
@@ -58,12 +59,12 @@ def run(checkpoint, capsys):
     return call
 
 
-def test_greedy_text_is_what_generate_gives(run, checkpoint):
+def test_greedy_text_equals_that_of_generate(run, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     prompt = tokenizer.encode("Hello")
     ids = generate(GPT.from_pretrained(checkpoint), [prompt], max_new_tokens=12, eos_token_id=tokenizer.eot)
     expected = [token for token in ids[0].tolist() if token != tokenizer.eot]
-    assert run("--prompt", "Hello", "--greedy") == (0, f"{tokenizer.decode(expected)}\n{sample.SEPARATOR}\n", "")
+    assert run("--prompt", "Hello", "--greedy") == (0, f"{tokenizer.decode(expected)}\n{SEPARATOR}\n", "")
     assert run("--prompt", "Hello", "--greedy", "--stream")[:2] == run("--prompt", "Hello", "--greedy")[:2]
 
 
@@ -71,7 +72,7 @@ def read_json(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_json_is_one_object_a_sample(run, checkpoint):
+def test_json_prints_one_object_per_sample(run, checkpoint):
     code, out, _ = run("--prompt", "Hello", "--json", "--num-samples", 5, "--batch-size", 2, "--seed", 3)
     assert code == 0
     objects = read_json(out)
@@ -89,7 +90,7 @@ def test_json_is_one_object_a_sample(run, checkpoint):
         assert entry["logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-3)
 
 
-def test_a_seed_gives_the_same_text_whatever_the_batch_size(run):
+def test_a_seed_gives_the_same_text_for_any_batch_size(run):
     arguments = ("--prompt", "ab", "--num-samples", 4, "--json", "--temperature", 1.5)
     texts = [
         [entry["text"] for entry in read_json(run(*arguments, "--seed", seed, "--batch-size", size)[1])]
@@ -99,14 +100,14 @@ def test_a_seed_gives_the_same_text_whatever_the_batch_size(run):
     assert texts[0] != texts[2]
     assert texts[0][1:] == texts[2][:3]  # sample i of seed s is sample 0 of seed s + i
     streamed = run("--prompt", "ab", "--num-samples", 4, "--temperature", 1.5, "--seed", 1, "--stream")[1]
-    assert streamed == "".join(f"ab{text}\n{sample.SEPARATOR}\n" for text in texts[0])
+    assert streamed == "".join(f"ab{text}\n{SEPARATOR}\n" for text in texts[0])
 
 
 def test_without_a_seed_texts_differ(run):
     assert run("--prompt", "ab")[1] != run("--prompt", "ab")[1]
 
 
-def test_without_a_prompt_text_begins_from_end_of_text(run, checkpoint):
+def test_without_a_prompt_the_text_starts_after_end_of_text(run, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     (entry,) = read_json(run("--greedy", "--json")[1])
     ids = generate(GPT.from_pretrained(checkpoint), [[tokenizer.eot]], max_new_tokens=12, eos_token_id=tokenizer.eot)
@@ -114,7 +115,7 @@ def test_without_a_prompt_text_begins_from_end_of_text(run, checkpoint):
     assert entry["tokens"] == [token for token in ids[0, 1:].tolist() if token != tokenizer.eot]
 
 
-def test_a_file_of_prompts_is_answered_in_order(run, tmp_path):
+def test_a_file_of_prompts_is_continued_in_order(run, tmp_path):
     prompts = ["the longest prompt of all", "a", "some words", "世 é"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[:2]) + "\n\n" + "\n".join(prompts[2:]), encoding="utf-8")
     lines = [json.dumps({"prompt": prompt, "other": 1}) for prompt in prompts]
@@ -126,10 +127,10 @@ def test_a_file_of_prompts_is_answered_in_order(run, tmp_path):
     assert run("--file", tmp_path / "prompts.jsonl", "--json", *options)[1] == out
     texts = [entry["prompt"] + entry["text"] for entry in read_json(out)]
     plain = run("--file", tmp_path / "prompts.txt", *options)[1]
-    assert plain == "".join(f"{text}\n{sample.SEPARATOR}\n" for text in texts)
+    assert plain == "".join(f"{text}\n{SEPARATOR}\n" for text in texts)
 
 
-def test_beams(run, checkpoint):
+def test_beam_search_equals_generate(run, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     objects = read_json(run("--prompt", "Hello", "--num-beams", 4, "--num-samples", 2, "--json")[1])
     ids = generate(
@@ -140,7 +141,7 @@ def test_beams(run, checkpoint):
     assert [entry["tokens"] for entry in objects] == expected
 
 
-def test_show_probs_prints_a_table(run, checkpoint):
+def test_show_probs_prints_the_most_probable_tokens(run, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     logits = GPT.from_pretrained(checkpoint)(torch.tensor([tokenizer.encode("Hello")])).logits[0, -1]
     probabilities, tokens = logits.softmax(dim=-1).topk(3)
@@ -153,8 +154,8 @@ def test_show_probs_prints_a_table(run, checkpoint):
     assert [float(row[0]) for row in rows] == pytest.approx(probabilities.tolist(), abs=6e-5)
 
 
-def test_shown_probabilities_are_exact_in_bfloat16(run, checkpoint, tmp_path):
-    """Where logits have a number in common, as GPT-2's have, bfloat16 would take many of them for equal."""
+def test_shown_probabilities_are_accurate_in_bfloat16(run, checkpoint, tmp_path):
+    """GPT-2's logits have a large common offset, with which many of them would be equal in bfloat16."""
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     model = GPT.from_pretrained(checkpoint)
     with torch.no_grad():
@@ -168,13 +169,13 @@ def test_shown_probabilities_are_exact_in_bfloat16(run, checkpoint, tmp_path):
     assert [float(line.split()[0]) for line in out.splitlines()[1:4]] == pytest.approx(expected, rel=0.03)
 
 
-def test_tokens_are_as_many_as_fit_unless_said(checkpoint, capsys):
+def test_by_default_only_as_many_tokens_are_generated_as_fit(checkpoint, capsys):
     sample.main(["--model", str(checkpoint), "--prompt", "x" * 60, "--json", "--seed", "1"])
     (entry,) = read_json(capsys.readouterr().out)
-    assert 1 <= len(entry["tokens"]) <= 4  # of a block of 64
+    assert 1 <= len(entry["tokens"]) <= 4  # block_size is 64
 
 
-def test_the_newest_run_is_the_default(checkpoint, tmp_path, monkeypatch, capsys):
+def test_without_a_model_and_without_runs_the_error_says_so(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         sample.main([])
@@ -191,7 +192,7 @@ def test_the_newest_run_is_the_default(checkpoint, tmp_path, monkeypatch, capsys
         (["--top-p", "1.5"], "top_p must be in (0, 1]"),
         (["--top-k", "-1"], "top_k must not be negative, got -1"),
         (["--seed", str(2**64)], "--seed must be in 0..2^63 - 1"),
-        (["--num-beams", "2", "--num-samples", "3"], "fewer than --num-samples 3"),
+        (["--num-beams", "2", "--num-samples", "3"], "at least --num-samples 3"),
         (["--prompt", "x" * 60], "60 prompt tokens + 12 new > block_size 64"),
         (["--prompt", "Ω"], "'Ω'"),
         (["--temperature", "0", "--show-probs", "3"], "temperature must be above 0"),
@@ -201,14 +202,14 @@ def test_the_newest_run_is_the_default(checkpoint, tmp_path, monkeypatch, capsys
         (["--greedy", "--temperature", "1"], "not with --greedy"),
         (["--greedy", "--num-samples", "2"], "--greedy has one result"),
         (["--num-beams", "2", "--stream"], "not with --stream"),
-        (["--json", "--stream"], "--json is not for --stream"),
+        (["--json", "--stream"], "--json cannot be used with --stream"),
         (["--show-probs", "200"], "more than the vocabulary of 99"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--prompt", "a", "--interactive"], "not allowed with argument"),
     ],
     ids=str,
 )
-def test_bad_input_exits_2_with_a_sentence(run, arguments, message):
+def test_bad_input_ends_with_status_2_and_a_message(run, arguments, message):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert message in err
@@ -218,7 +219,7 @@ def test_bad_input_exits_2_with_a_sentence(run, arguments, message):
 @pytest.mark.parametrize(
     ("line", "why"), [("{broken", "Expecting"), ('{"text": "x"}', "prompt"), ('{"prompt": 3}', "prompt"), ("[1]", "")]
 )
-def test_malformed_jsonl_is_named_by_its_line_and_nothing_is_written(run, tmp_path, line, why):
+def test_malformed_jsonl_is_refused_with_its_line_number(run, tmp_path, line, why):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n\n' + line + "\n", encoding="utf-8")
     code, out, err = run("--file", path)
@@ -227,24 +228,24 @@ def test_malformed_jsonl_is_named_by_its_line_and_nothing_is_written(run, tmp_pa
     assert why in err
 
 
-def test_nothing_is_streamed_if_a_later_prompt_does_not_fit(run, tmp_path):
+def test_nothing_is_printed_if_a_later_prompt_does_not_fit(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("fits\n" + "x" * 60)
     code, out, err = run("--file", tmp_path / "prompts.txt", "--stream")
     assert (code, out) == (2, "")
     assert "block_size 64" in err
 
 
-def test_only_line_ends_separate_prompts(tmp_path):
+def test_only_line_feeds_separate_prompts(tmp_path):
     prompts = [f"one{separator}prompt" for separator in "\u2028\u2029\x85\x0b\x0c"]
     (tmp_path / "prompts.txt").write_bytes("\r\n\n".join(prompts).encode())
-    assert sample.read_prompts(tmp_path / "prompts.txt") == prompts
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert sample.read_prompts(tmp_path / "prompts.jsonl") == prompts
+    assert read_prompts(tmp_path / "prompts.jsonl") == prompts
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
-def test_unusable_prompt_files(run, tmp_path, content):
+def test_empty_and_binary_prompt_files_are_refused(run, tmp_path, content):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     code, out, err = run("--file", path)
@@ -252,21 +253,21 @@ def test_unusable_prompt_files(run, tmp_path, content):
     assert str(path) in err
 
 
-def test_unknown_models(run, tmp_path):
+def test_directories_without_a_model_are_refused(run, tmp_path):
     assert run(model=tmp_path / "nothing")[0] == 2
     code, out, err = run(model=tmp_path)
     assert (code, out) == (2, "")
     assert "config.json" in err or "tokenizer.json" in err
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(run, tmp_path):
+def test_a_tokenizer_of_another_size_is_refused(run, tmp_path):
     make_checkpoint(tmp_path, CharacterTokenizer(CHARACTERS), vocab_size=120)
     code, out, err = run(model=tmp_path)
     assert (code, out) == (2, "")
-    assert "has 99 tokens, the model 120" in err
+    assert "has 99 tokens, but the model has 120" in err
 
 
-def test_a_hub_name_without_a_network_is_one_sentence():
+def test_a_hub_name_without_a_network_prints_one_line():
     result = subprocess.run(
         [sys.executable, "sample.py", "--model", "gpt2", "--prompt", "x"],
         cwd=ROOT,
@@ -279,14 +280,14 @@ def test_a_hub_name_without_a_network_is_one_sentence():
     assert result.stderr.count("\n") == 1
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     code = "import sys, sample\ntry: sample.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "AVX512-BF16" in result.stdout
 
 
-def test_dtype_of_this_processor():
+def test_the_default_dtype_is_bfloat16_only_where_it_is_native():
     dtype = find_dtype("auto", torch.device("cpu"))
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "avx512_bf16" in flags or "amx_bf16" in flags:
@@ -297,11 +298,11 @@ def test_dtype_of_this_processor():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Interactive, through a pseudo-terminal
+# Interactive use, through a pseudo-terminal
 
 
 class Terminal:
-    """A user in front of `sample.py --interactive`."""
+    """A user who types into `sample.py --interactive`."""
 
     def __init__(self, *arguments):
         self.pid, self.descriptor = pty.fork()
@@ -315,13 +316,13 @@ class Terminal:
         os.write(self.descriptor, keys.encode())
 
     def expect(self, text, timeout=60):
-        """Read until `text` appears; returns what came before it."""
+        """Read until `text` appears, and return the output before it."""
         deadline = time.monotonic() + timeout
         while text not in self.seen:
             ready, _, _ = select.select([self.descriptor], [], [], max(0, deadline - time.monotonic()))
             try:
                 read = os.read(self.descriptor, 4096).decode() if ready else ""
-            except OSError:  # how Linux says that the other side is gone
+            except OSError:  # Linux raises it when the other side is closed
                 read = ""
             assert read, f"expected {text!r}, saw {self.seen!r}"
             self.seen += read.replace("\r", "")
@@ -334,18 +335,18 @@ class Terminal:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
-            if select.select([self.descriptor], [], [], 0.05)[0]:  # a terminal that nobody reads does not close
+            if select.select([self.descriptor], [], [], 0.05)[0]:  # the process cannot end while its output is unread
                 with contextlib.suppress(OSError):
                     self.seen += os.read(self.descriptor, 4096).decode()
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        pytest.fail("it did not end")
+        pytest.fail("the process did not end")
 
 
-def test_interactive(checkpoint, run):
+def test_interactive_prompts_have_line_editing_and_a_history(checkpoint, run):
     arguments = ("--model", checkpoint, "--dtype", "float32", "--greedy", "--max-new-tokens", 12)
     expected = {
-        prompt: run("--prompt", prompt, "--greedy")[1].split(f"\n{sample.SEPARATOR}")[0].removeprefix(prompt)
+        prompt: run("--prompt", prompt, "--greedy")[1].split(f"\n{SEPARATOR}")[0].removeprefix(prompt)
         for prompt in ("Hello", "world")
     }
     terminal = Terminal(*arguments)
@@ -353,7 +354,7 @@ def test_interactive(checkpoint, run):
     terminal.type("Hello\n")
     terminal.expect("Hello\n")  # the echo
     assert terminal.expect("\n> ") == expected["Hello"]
-    terminal.type("\n")  # empty input is asked again
+    terminal.type("\n")  # an empty line asks again
     assert terminal.expect("> ") == "\n"
     terminal.type("worlx\x7fd\n")  # line editing: backspace
     terminal.expect("\n")
@@ -361,7 +362,7 @@ def test_interactive(checkpoint, run):
     terminal.type("\x1b[A\x1b[A\n")  # history: two lines up
     terminal.expect("\n")
     assert terminal.expect("\n> ") == expected["Hello"]
-    terminal.type("x" * 80 + "\n")  # does not fit: explained, asked again
+    terminal.type("x" * 80 + "\n")  # does not fit: prints the error and asks again
     terminal.expect("block_size 64")
     terminal.expect("> ")
     terminal.type("\x04")
@@ -369,20 +370,20 @@ def test_interactive(checkpoint, run):
 
 
 @pytest.mark.parametrize("while_generating", [False, True])
-def test_interactive_ends_quietly_on_ctrl_c(checkpoint, while_generating):
+def test_interactive_ends_without_a_traceback_on_ctrl_c(checkpoint, while_generating):
     terminal = Terminal("--model", checkpoint, *(("--num-samples", 100_000) if while_generating else ()))
     terminal.expect("> ")
     if while_generating:
         terminal.type("Hello\n")
         terminal.expect("Hello\n")
-        terminal.expect("\n")  # the first sample is there, as it was generated
-    time.sleep(0.5)  # readline shows its prompt a moment before it listens for signals
+        terminal.expect("\n")  # the first sample was streamed
+    time.sleep(0.5)  # readline prints its prompt shortly before it handles signals
     terminal.type("\x03")
     assert terminal.exit_code() == 130
     assert "Traceback" not in terminal.seen
 
 
-def test_a_progress_bar_on_a_terminal_when_there_are_several_batches(checkpoint):
+def test_several_batches_have_a_progress_bar_on_a_terminal(checkpoint):
     primary, secondary = pty.openpty()
     termios.tcsetwinsize(secondary, (24, 80))
     process = subprocess.Popen(
@@ -393,7 +394,7 @@ def test_a_progress_bar_on_a_terminal_when_there_are_several_batches(checkpoint)
         stderr=secondary,
     )
     assert process.wait(timeout=60) == 0
-    assert select.select([primary], [], [], 5)[0], "nothing was shown"
+    assert select.select([primary], [], [], 5)[0], "no progress bar was printed"
     assert "/6 [" in os.read(primary, 65536).decode()
     os.close(secondary)
     os.close(primary)

@@ -33,21 +33,21 @@ def force(text):
 @pytest.mark.parametrize("text", ["Grüße, 世界 🙂!", "plain", "🙂", ""])
 def test_a_stream_yields_only_whole_characters(pair, text):
     streamed = list(stream(pair[1], Bytes(), "Hi", max_new_tokens=40, eos_token_id=256, logits_processor=force(text)))
-    assert [one.token for one in streamed] == [*text.encode(), 256]
-    assert [one.text for one in streamed if one.text] == list(text)
+    assert [item.token for item in streamed] == [*text.encode(), 256]
+    assert [item.text for item in streamed if item.text] == list(text)
 
 
 def test_a_stream_ends_with_a_replacement_for_an_incomplete_character(pair):
     streamed = list(stream(pair[1], Bytes(), "Hi", max_new_tokens=3, logits_processor=force("a🙂")))
-    assert [one.text for one in streamed] == ["a", "", "\ufffd"]
+    assert [item.text for item in streamed] == ["a", "", "\ufffd"]
 
 
 def test_a_stream_equals_the_tokens_of_generate(pair):
     options = {"max_new_tokens": 50, "do_sample": True}
     streamed = list(stream(pair[1], Bytes(), "abc", generator=Generator().manual_seed(4), **options))
     expected = generate(pair[1], [[97, 98, 99]], generator=Generator().manual_seed(4), **options)[0, 3:].tolist()
-    assert [one.token for one in streamed] == expected
-    assert "".join(one.text for one in streamed) == Bytes().decode(expected)
+    assert [item.token for item in streamed] == expected
+    assert "".join(item.text for item in streamed) == Bytes().decode(expected)
 
 
 def test_a_stream_generates_each_token_only_when_it_is_requested(pair):

@@ -1,4 +1,4 @@
-"""scripts/slurm.sh around a real torchrun, with an srun and a scontrol that do on one machine what Slurm's do."""
+"""Test scripts/slurm.sh with a real torchrun, and with an srun and a scontrol that imitate Slurm's on one machine."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
 
-# As Slurm's: runs the command once for each node, passes signals on to the tasks, fails with the worst of them.
+# Like Slurm's srun: runs the command once per node, forwards signals, and returns the highest exit status.
 SRUN = """#!/usr/bin/env bash
 tasks=()
 for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" & tasks+=($!); done
@@ -35,7 +35,7 @@ esac
 
 @pytest.fixture
 def cluster(tmp_path, launch):
-    """`cluster(nodes, *arguments)`: scripts/slurm.sh as sbatch would start it."""
+    """`cluster(nodes, *arguments)`: start scripts/slurm.sh as sbatch would."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -60,7 +60,7 @@ def cluster(tmp_path, launch):
 
 @pytest.mark.slow
 def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_config, cluster, wait_for_step, tmp_path):
-    """Two nodes of one process: SIGUSR1 before the time limit, then the job once more."""
+    """Run two nodes with one process each: send SIGUSR1, then start the requeued job."""
     changes = {"optim.steps": 300, "optim.lr": 1e-3, "data.batch_tokens": 2048, "checkpoint.keep": 9}
     config = write_config(tiny_run("preempted", **changes))
     run = tmp_path / "runs" / "preempted"
@@ -90,9 +90,7 @@ def test_a_preempted_job_saves_requeues_itself_and_finishes(tiny_run, write_conf
     [(("--optim.steps", "-3"), "optim.steps"), ((), "no dataset at")],
     ids=["field", "dataset"],
 )
-def test_a_job_that_cannot_work_is_refused_before_it_starts(
-    cluster, tiny_run, write_config, tmp_path, arguments, message
-):
+def test_an_impossible_job_is_refused_before_it_starts(cluster, tiny_run, write_config, tmp_path, arguments, message):
     config = write_config(tiny_run("x", **{"data.dir": str(tmp_path / "nowhere")}))
     job = cluster(1, "--config", config, *arguments)
     output, _ = job.communicate(timeout=120)
@@ -103,19 +101,19 @@ def test_a_job_that_cannot_work_is_refused_before_it_starts(
 
 @pytest.mark.slow
 def test_a_job_that_fails_is_not_requeued(tiny_run, write_config, cluster, tmp_path):
-    """Nor does the `preempted` of a life before speak for it."""
+    """The status `preempted` of a previous attempt must not requeue it either."""
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "status.json").write_text('{"status": "preempted", "step": 3}')
     job = cluster(1, "--config", write_config(tiny_run("x", **{"run.resume": "must"})))
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 1, output
     assert "run.resume is must, but there is no checkpoint" in output
-    assert "did not end in order (srun: 1)" in output
+    assert "ended without finishing or being preempted (srun: 1)" in output
     assert not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.slow
-def test_two_nodes_as_the_walk_through_has_it(tiny_run, write_config, launch, tmp_path):
+def test_the_two_node_commands_of_the_documentation(tiny_run, write_config, launch, tmp_path):
     config = write_config(tiny_run("nodes"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
