@@ -86,7 +86,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
     loss_sum = accumulate_gradients(run)
     for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
+        run.scaler.unscale_(optimizer)  # before clipping, which needs the true norm
     # Clipping limits the damage of an unusual batch. GPT-3 clips to norm 1 (Brown et al. 2020, appendix B).
     norm = clip_gradients(run.model, config.optim.grad_clip)
     one = torch.ones((), device=processes.device)

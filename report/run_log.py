@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from data.shards import read_meta
 from data.tokenizer import load_tokenizer
 from eval.reference import losses_to_beat, published, published_losses
 from files import file_sha256
-from training.run_directory import read_metrics
+from training.run_directory import RunDirectory, read_file
 
 TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second")
 
@@ -73,10 +72,11 @@ def read_run_log(directory: Path, name: str) -> RunLog:
 
     Raises FileNotFoundError if it is not the directory of a run, ValueError if it has no metrics or a damaged file.
     """
-    path = directory / "metrics.jsonl"
+    run = RunDirectory(directory)
+    path = run.metrics_path
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a run: it has no metrics.jsonl. Give a directory made by train.py")
-    records = read_metrics(path)
+    records = run.read_metrics()
     if not records:
         raise ValueError(f"{path} has no complete record yet: wait until the run has finished a step")
     splits = {
@@ -85,20 +85,20 @@ def read_run_log(directory: Path, name: str) -> RunLog:
         "hellaswag": _columns(records, "hellaswag", ("step", "tokens", "acc", "acc_norm")),
     }
     conventions = [record["convention"] for record in records if record["split"] == "hellaswag"]
-    config = _read(directory / "config.yaml", yaml.safe_load, {})
+    config = run.read_config()
     source, validation, reference_losses = _read_validation_set(config, directory)
     log = RunLog(
         name=name,
         directory=directory,
         config=config,
-        provenance=_read(directory / "provenance.json", json.loads, []),
-        status=_read(directory / "status.json", json.loads, {}).get("status", "unknown"),
+        provenance=run.read_provenance(),
+        status=run.read_status(),
         splits=splits,
         convention=conventions[-1] if conventions else "",
         source=source,
         validation=validation,
         reference_losses=reference_losses,
-        samples=list(_read_samples(directory / "samples.txt")),
+        samples=list(run.iterate_samples()),
     )
     log.evaluations = list(_evaluations(log))
     return log
@@ -107,15 +107,6 @@ def read_run_log(directory: Path, name: str) -> RunLog:
 def _columns(records: Sequence[dict[str, Any]], split: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     rows = [record for record in records if record["split"] == split]
     return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
-
-
-def _read(path: Path, parse: Any, default: Any) -> Any:
-    if not path.exists():
-        return default
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, ValidationSet, list[tuple[str, float]]]:
@@ -148,23 +139,6 @@ def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, Valida
     return source, validation, losses
 
 
-def _read_samples(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the step and its texts in the order of writing."""
-    if not path.exists():
-        return
-    heading, texts = "", list[str]()
-    for part in f"\n{path.read_text(encoding='utf-8', errors='replace')}".split("\n==== ")[1:]:
-        title, _, text = part.partition("\n")
-        step = title.partition(",")[0]
-        if step != heading and texts:
-            yield heading, texts
-            texts = []
-        heading = step
-        texts.append(text.rstrip("\n"))
-    if texts:
-        yield heading, texts
-
-
 def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
     """Yield the last results in metrics.jsonl, then those of the JSON files of eval.run, oldest file first."""
     val, hellaswag = log.splits["val"], log.splits["hellaswag"]
@@ -179,6 +153,6 @@ def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
             "published": published("hellaswag", log.convention, metric)
         }
     for path in sorted(log.directory.glob("*.json"), key=lambda path: path.stat().st_mtime):
-        rows = _read(path, json.loads, None)
+        rows = read_file(path, json.loads, None)
         if isinstance(rows, list):
             yield from (row for row in rows if isinstance(row, dict) and {"task", "metric", "value"} <= row.keys())

@@ -54,10 +54,34 @@ class RunDirectory:
         """Return all records of metrics.jsonl; none if there is no file."""
         return read_metrics(self.metrics_path)
 
+    def read_config(self) -> dict[str, Any]:
+        """Return the content of config.yaml; empty if there is no file."""
+        return read_file(self.path / "config.yaml", yaml.safe_load, {})
+
     def read_provenance(self) -> list[dict[str, Any]]:
         """Return the entries of provenance.json, one for each start of the run; none if there is no file."""
-        path = self.path / "provenance.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return read_file(self.path / "provenance.json", json.loads, [])
+
+    def read_status(self) -> str:
+        """Return running, preempted, finished or failed; "unknown" if there is no file."""
+        return read_file(self.path / "status.json", json.loads, {}).get("status", "unknown")
+
+    def iterate_samples(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield "step N" and the texts that were sampled after it, in the order of writing."""
+        path = self.path / "samples.txt"
+        if not path.exists():
+            return
+        heading, texts = "", list[str]()
+        for part in f"\n{path.read_text(encoding='utf-8', errors='replace')}".split("\n==== ")[1:]:
+            title, _, text = part.partition("\n")
+            step = title.partition(",")[0]
+            if step != heading and texts:
+                yield heading, texts
+                texts = []
+            heading = step
+            texts.append(text.rstrip("\n"))
+        if texts:
+            yield heading, texts
 
     def lock(self) -> None:
         """Lock the directory for this process. The system releases the lock however the process ends.
@@ -223,6 +247,16 @@ def start_wandb(config: Config, directory: Path) -> Any:
             f"log.wandb is {config.log.wandb}, but Weights & Biases did not start ({error}): run `wandb login`, check "
             f"the network, or set log.wandb to offline or disabled"
         ) from error
+
+
+def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
+    """Return what `parse` makes of a file's text, `default` if there is no file. Raises ValueError if it cannot."""
+    if not path.exists():
+        return default
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
