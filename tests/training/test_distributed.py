@@ -224,25 +224,3 @@ def test_an_error_of_the_model_is_not_treated_as_a_failed_compilation(monkeypatc
     loss, _, ids = compiled_loss(monkeypatch, torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         loss(ids, ids)
-
-
-GROUP_THREADS = """
-import os
-import torch
-import torch.distributed as dist
-from processes import stop_processes
-
-dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-import torch.distributed.nn.functional  # as evaluation and torch.compile do
-dist.all_reduce(torch.ones(3))
-stop_processes()
-print([open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")])
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_threads_of_a_process_group_end_with_it(python):
-    """A thread that releases a tensor while Python exits would abort the process after its work is done."""
-    threads = python("-c", GROUP_THREADS).stdout
-    assert "python" in threads
-    assert "gloo" not in threads
