@@ -55,10 +55,14 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
     Raises ValueError if not even one window fits into the memory.
     """
     device = processes.device
-    sharded, why_sharded = should_shard(config, model, processes)
-    sharded = bool(processes.all_reduce_min(sharded))
+    here, why_sharded = should_shard(config, model, processes)
+    sharded = bool(processes.all_reduce_min(here))
+    if sharded != here:
+        why_sharded = "another process has enough memory"
     found, why_micro_batch = fit_micro_batch(config, model, processes, sharded=sharded)
     micro_batch = processes.all_reduce_min(found)
+    if micro_batch != found:
+        why_micro_batch = "limited by the memory of another process"
     planned_for = {
         "processes": processes.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

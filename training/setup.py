@@ -155,12 +155,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
     )
     if processes.is_main:
-        resumed_at = None if checkpoint is None else state.step
-        last_step = -1 if resumed_at is None else resumed_at
-        # A run that was stopped before a due validation does it first: remove what a later attempt may have logged.
-        last_validation = last_step - 1 if resumed_at is not None and run.lacks_validation else last_step
-        start = provenance(config, processes, resumed_at)
-        directory.open(config, start, last_step, last_validation, run.progress.say)
+        open_directory(run, resumed=checkpoint is not None)
     run.progress.say(greeting(run, n_parameters, checkpoint))
     return run
 
@@ -234,6 +229,16 @@ def prepare_model(
     # The optimizers come after FSDP has replaced the parameters by their shards.
     optimizers = make_optimizers(model, config.optim, fast_dtype(plan.dtype, device))
     return loss_function, optimizers, gradient_scaler(device, plan.dtype)
+
+
+def open_directory(run: TrainingRun, *, resumed: bool) -> None:
+    """Create the run's directory, or remove what was written after the step from which the run resumes."""
+    step = run.state.step
+    last_step = step if resumed else -1
+    # A run that was stopped before a due validation does it first: remove what a later attempt may have logged of it.
+    last_validation = last_step - 1 if resumed and run.lacks_validation else last_step
+    start = provenance(run.config, run.processes, resumed_at=step if resumed else None)
+    run.directory.open(run.config, start, last_step, last_validation, run.progress.say)
 
 
 def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, processes: Processes) -> float | None:
