@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,44 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Values of oneDNN's environment variable ONEDNN_MAX_CPU_ISA that leave it without bfloat16 products.
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
+
+
+class Card(NamedTuple):
+    """A GPU as its vendor's data sheet describes it."""
+
+    dtype: torch.dtype  # the precision that `auto` stands for on it
+    peak_flops: float  # of dense matrix products in that precision, in FLOP/s
+
+    def peak_in(self, dtype: torch.dtype) -> float | None:
+        """Return the peak in another precision; None if it is not known. Cards with bfloat16 have float16 as fast."""
+        return self.peak_flops if dtype in (self.dtype, torch.float16) else None
+
+
+# By words in the device's name. The first match counts.
+CARDS = {
+    "B200": Card(torch.bfloat16, 2250e12),
+    "H200": Card(torch.bfloat16, 989e12),
+    "H100 NVL": Card(torch.bfloat16, 835e12),
+    "H100 PCIe": Card(torch.bfloat16, 756e12),
+    "H100": Card(torch.bfloat16, 989e12),
+    "A100": Card(torch.bfloat16, 312e12),
+    "A10": Card(torch.bfloat16, 125e12),
+    "L40S": Card(torch.bfloat16, 362e12),
+    "L4": Card(torch.bfloat16, 121e12),
+    "RTX 5090": Card(torch.bfloat16, 209e12),
+    "RTX 4090": Card(torch.bfloat16, 165e12),
+    "RTX 3090": Card(torch.bfloat16, 71e12),
+    "MI300X": Card(torch.bfloat16, 1307e12),
+    "V100": Card(torch.float16, 125e12),
+    "T4": Card(torch.float16, 65e12),
+}
+# After such a name these words mean another card, or a part of the card, whose peak is not known.
+OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
+
+
+def find_card(name: str) -> Card | None:
+    """Return the card that a device name such as "NVIDIA H100 80GB HBM3" contains; None if it is not in `CARDS`."""
+    return next((card for words, card in CARDS.items() if re.search(rf"\b{words}\b{OTHER_MODEL}", name)), None)
 
 
 def find_device(name: str, option: str) -> torch.device:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from data.loader import ceil_div
+from device import find_card
 from kernels.loss import MATMUL_ROWS
 from model import GPT, GPTConfig
 from training.config import Config
-
-# Dense bfloat16 peaks in FLOP/s by words in the device's name, from the vendors' data sheets. The first match counts.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-# After such a name these words mean another card, or a part of the card, whose peak is not known.
-OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
 def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -> int:
@@ -31,10 +17,14 @@ def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Return the dense bfloat16 peak in FLOP/s of a device, or of a GPU by its name; None if it is not known."""
+    """Return the peak of a device's matrix products in FLOP/s, or of a GPU by its name; None if it is not known.
+
+    The peak is that of the 16-bit precision the card is used with (`device.CARDS`).
+    """
     if isinstance(device, torch.device):
         device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b{OTHER_MODEL}", device)), None)
+    card = find_card(device)
+    return None if card is None else card.peak_flops
 
 
 def count_parameters(model: GPTConfig) -> int:

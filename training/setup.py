@@ -14,13 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data.loader import Loader, MicroBatch
-from device import fast_dtype, gradient_scaler
+from device import CARDS, DTYPES, fast_dtype, find_card, gradient_scaler
 from model import GPT, GPTConfig
 from processes import Processes
 from training.checkpoint import Checkpoints, load_optimizers, read_state
 from training.config import Config, Flags, refuse_changes
 from training.distributed import distribute
-from training.estimate import PEAK_FLOPS, count_parameters, flops_per_token, most_windows, needed_memory, peak_flops
+from training.estimate import count_parameters, flops_per_token, most_windows, needed_memory, peak_flops
 from training.inputs import Inputs, find_initial_model, make_model, model_config, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
@@ -276,12 +276,14 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
     peak = peak_flops(processes.device)
     if flags.dry_run:
         number, _, device = flags.dry_run.partition("x")
-        count, dtype, peak = int(number) if number.isdecimal() else 0, torch.bfloat16, peak_flops(device)
-        if count < 1 or peak is None:
+        count, card = int(number) if number.isdecimal() else 0, find_card(device)
+        if count < 1 or card is None:
             raise ValueError(
                 f"--dry-run {flags.dry_run}: expected a number and a device such as 8xH100, with one of "
-                f"{', '.join(PEAK_FLOPS)}"
+                f"{', '.join(CARDS)}"
             )
+        dtype = card.dtype if config.system.dtype == "auto" else DTYPES[config.system.dtype]
+        peak = card.peak_in(dtype)
     n_parameters = count_parameters(model)
     tokens = config.optim.steps * config.data.batch_tokens
     flops = flops_per_token(model, n_parameters, config.data.sequence_length)
@@ -307,7 +309,10 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
             needed = list(needed_memory(config, model, rows, dtype, shards).values())
             lines.append(f"{name:>12}{rows:>12}" + "".join(f"{n / 2**20:>12,.0f}" for n in (*needed, sum(needed))))
     if peak is None:
-        lines.append(f"time        not estimated: the peak of {device} is not known; name a device: --dry-run 8xH100")
+        lines.append(
+            f"time        not estimated: the peak of {device} in {str(dtype).removeprefix('torch.')} is not known; name "
+            f"a device: --dry-run 8xH100"
+        )
     else:
         days = flops * tokens / (flags.mfu * peak * count) / 86400
         lines.append(

@@ -8,7 +8,10 @@ import torch
 
 from device import native_dtypes
 from model import GPTConfig
+from processes import start_processes
+from training.config import Flags
 from training.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
+from training.setup import dry_run
 
 # Trains a model in a process of its own and prints the peak of its resident memory without that of the libraries. glibc
 # returns freed memory to the system here, so that the result does not include the fragmentation of the heap.
@@ -101,7 +104,12 @@ def test_flops_of_a_token():
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 NVL", 835e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA RTX A1000", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
@@ -112,6 +120,22 @@ def test_peaks_by_device_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("1xA100", "auto", ["1 x A100, bfloat16", "40% of 312 TFLOP/s"]),
+        ("2xT4", "auto", ["2 x T4, float16", "40% of 65 TFLOP/s"]),  # no bfloat16 before Ampere
+        ("1xA100", "float16", ["1 x A100, float16", "40% of 312 TFLOP/s"]),
+        ("1xV100", "float32", ["1 x V100, float32", "the peak of V100 in float32 is not known"]),
+        ("1xV100", "bfloat16", ["1 x V100, bfloat16", "the peak of V100 in bfloat16 is not known"]),
+    ],
+)
+def test_dry_run_knows_the_precision_of_each_card(tiny_run, device, dtype, expected):
+    config = tiny_run("dry", **{"system.dtype": dtype})
+    report = dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=device))
+    assert all(words in report for words in expected), report
 
 
 def test_sharding_divides_weights_and_optimizer_state():
