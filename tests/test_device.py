@@ -1,5 +1,7 @@
 """Which precision each processor gets, and that nothing computes in another one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,3 +168,13 @@ def test_a_reduced_precision_keeps_in_float32_what_needs_it(small_run, use_every
     tokens = torch.randint(100, (2, 8))
     with run.processes.autocast():
         assert run.model(tokens, targets=tokens).loss.dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
+def test_auto_agrees_with_what_the_kernel_says_of_this_cpu(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert find_dtype("auto", CPU) == torch.bfloat16
+    elif "avx2" in flags:
+        assert find_dtype("auto", CPU) == torch.float32

@@ -18,7 +18,6 @@ import torch
 
 import sample
 from data.tokenizer import CharacterTokenizer, load_tokenizer
-from device import find_dtype
 from generation import generate
 from generation.terminal import SEPARATOR, read_prompts
 from model import GPT, GPTConfig
@@ -285,16 +284,6 @@ def test_help_does_not_import_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "AVX512-BF16" in result.stdout
-
-
-def test_the_default_dtype_is_bfloat16_only_where_it_is_native():
-    dtype = find_dtype("auto", torch.device("cpu"))
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if "avx512_bf16" in flags or "amx_bf16" in flags:
-        assert dtype == torch.bfloat16
-    elif "avx2" in flags:
-        assert dtype == torch.float32
-    assert find_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -310,8 +310,8 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
             lines.append(f"{name:>12}{rows:>12}" + "".join(f"{n / 2**20:>12,.0f}" for n in (*needed, sum(needed))))
     if peak is None:
         lines.append(
-            f"time        not estimated: the peak of {device} in {str(dtype).removeprefix('torch.')} is not known; name "
-            f"a device: --dry-run 8xH100"
+            f"time        not estimated: the peak of {device} in {str(dtype).removeprefix('torch.')} is not known; "
+            f"name a device: --dry-run 8xH100"
         )
     else:
         days = flops * tokens / (flags.mfu * peak * count) / 86400

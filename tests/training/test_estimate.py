@@ -170,4 +170,4 @@ def test_dry_run_checks_the_dataset_and_the_device(python, tiny_run, write_confi
     result = python("train.py", "--config", config, "--dry-run", "8xAbacus", check=False)
     assert result.returncode == 2
     assert "--dry-run 8xAbacus: expected a number and a device such as 8xH100" in result.stderr
-    assert "the peak of cpu is not known" in python("train.py", "--config", config, "--dry-run").stdout
+    assert "the peak of cpu in float32 is not known" in python("train.py", "--config", config, "--dry-run").stdout
