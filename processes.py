@@ -6,6 +6,9 @@ processes. With one process every operation here works without a process group.
 
 from __future__ import annotations
 
+import openmp  # noqa: F401 (before torch, which reads the setting when it is imported)
+
+# isort: split
 import os
 import signal
 import time

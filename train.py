@@ -10,7 +10,8 @@ The same command again resumes from the newest checkpoint. README.md describes w
 
 from __future__ import annotations
 
-import openmp  # noqa: F401 (first: it sets an environment variable that torch reads when it is imported)
+# Imported before torch: it imports openmp, whose setting torch reads when it is imported.
+from processes import StopSignal, lost_process, start_processes, stop_processes
 
 # isort: split
 import math
@@ -24,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from processes import StopSignal, lost_process, start_processes, stop_processes
 from report.curves import draw_loss
 from training.config import parse_command_line
 from training.distributed import clip_gradients, synchronize_gradients
