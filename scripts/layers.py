@@ -107,10 +107,10 @@ def find_statements(node: ast.AST, place: Place = Place.MODULE) -> Iterator[Stat
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield Statement(node, place)
     elif isinstance(node, ast.If) and _is_type_checking(node.test):
-        for child in node.body:
-            yield from find_statements(child, Place.TYPE_CHECKING)
-        for child in node.orelse:
-            yield from find_statements(child, place)
+        for statement in node.body:
+            yield from find_statements(statement, Place.TYPE_CHECKING)
+        for statement in node.orelse:
+            yield from find_statements(statement, place)
     else:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and place is Place.MODULE:
             place = Place.FUNCTION
