@@ -30,7 +30,8 @@ LAYERS = (
     ("data",),
     ("processes",),
     ("device", "weights"),
-    ("command", "files", "openmp"),
+    ("command", "files"),
+    ("openmp",),
 )
 # Downward imports that are forbidden as well: sample.py runs a model and must not depend on how one is trained.
 FORBIDDEN = {("sample", "training")}

@@ -29,9 +29,10 @@ def test_each_link_leads_to_a_file_that_has_the_linked_name(document):
         elif anchor and anchor not in headings(file):
             broken.append(f"{target}: there is no such heading")
         elif file.suffix == ".py":
-            for name in text.strip("`").split("."):  # `Class.method`
-                if not re.search(rf"^\s*(def|class) {name}\b|^{name} = ", file.read_text(encoding="utf-8"), re.MULTILINE):
-                    broken.append(f"{path} does not define {name}")
+            source = file.read_text(encoding="utf-8")
+            names = text.strip("`").split(".")  # `Class.method`
+            undefined = [name for name in names if not re.search(rf"(?m)^\s*(def|class) {name}\b|^{name} = ", source)]
+            broken += [f"{path} does not define {name}" for name in undefined]
     assert not broken, "\n".join(broken)
 
 
