@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import openmp  # noqa: F401 (the commands import this module before torch)
+
 MODEL_HELP = "run, checkpoint or Hugging Face directory, or name on the hub"
 DEVICE_HELP = "cuda, cuda:1, mps, cpu (default: the first of these there is)"
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")

@@ -8,6 +8,9 @@ The same command again goes on from the newest checkpoint. README.md says what a
 
 from __future__ import annotations
 
+import openmp  # noqa: F401 (first, before torch)
+
+# isort: split
 import contextlib
 import dataclasses
 import gc

@@ -1,0 +1,43 @@
+"""Threads spin while the machine is quiet, and not while other processes compute."""
+
+import os
+
+import pytest
+
+import openmp
+
+IMPORT_ORDER = """
+import sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("openmp" in sys.modules)
+
+sys.meta_path.insert(0, Watch())
+import train
+"""
+
+
+@pytest.mark.parametrize(("load", "expected"), [(5.0, None), (50.0, openmp.SPINS_WHEN_BUSY)])
+def test_threads_stop_spinning_early_only_on_a_busy_machine(monkeypatch, load, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch removes what is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: load)
+    openmp.adapt_to_load()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_the_users_own_setting_is_kept(monkeypatch, name):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv(name, "7")
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: 100.0)
+    openmp.adapt_to_load()
+    assert os.environ[name] == "7"
+    assert os.environ.get("GOMP_SPINCOUNT") in (None, "7")
+
+
+def test_train_decides_before_torch_is_imported(python):
+    assert python("-c", IMPORT_ORDER).stdout.split() == ["True"]
