@@ -97,21 +97,22 @@ def loss_and_gradients(
             x_rows = x_rows * counts
             # In blocks of columns, so that no second tensor is as large as the weight.
             for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
-                _add_product(block, gradient, x_rows)
+                add_product(block, gradient, x_rows)
     return total, dx, dweight.to(weight.dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add aᵀ b to `total` (float32). The product is in the dtype of a and b if that has the range of float32.
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add aᵀ b to `total` (float32).
 
-    float16 has not: its largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if
-    many positions have the same target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent
-    this overflow, because `_scale_gradients` multiplies by the scale later. So such a product is in float32.
+    On a CPU the product is in the dtype of a and b if that has the range of float32. float16 has not: its largest
+    number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if many positions have the same
+    target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
+    `_scale_gradients` multiplies by the scale later. So such a product is in float32.
     """
-    if torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
+    if a.is_cuda:
+        total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)  # only CUDA has it
+    elif torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         total += a.T @ b
-    elif a.is_cuda:
-        total += torch.mm(a.T, b, out_dtype=torch.float32)  # needs no float32 copies, but only CUDA has it
     else:
         total.addmm_(a.T.float(), b.float())  # in place, because autocast would make a @ b a float16 product again
 
@@ -134,6 +135,7 @@ def _(
 
 def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *_, ctx.x_grad, ctx.weight_grad = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 

@@ -1,0 +1,102 @@
+"""The loss of kernels/loss.py in the form that suits a GPU: few large products, and one fused pass over the logits.
+
+What differs from the form for a CPU, and why:
+
+- The head is padded to a multiple of 128 rows. GPT-2's 50,257 is odd, so every second row of logits would begin at an
+  address that is not a multiple of 4 bytes, and the products would run on slow kernels. The padding exists only here;
+  the parameter keeps GPT-2's shape.
+- Thousands of rows of logits at a time, because a GPU needs large products to be busy.
+- Everything between the products is one function for `torch.compile`, which reads the logits twice and writes their
+  gradient once. Run operator by operator, it would move five times as much memory.
+- The head's gradient is summed in float32 by the products themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
+
+HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores want 8; 128 is the width of their tiles
+ROWS, ROWS_ON_SMALL_GPU = 8192, 2048  # of logits at a time: 824 MB and 206 MB in 16 bits
+SMALL_GPU = 32 * 2**30  # bytes of memory
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Return the summed loss () in float32, and write its gradient with respect to the logits over the logits.
+
+    logits (rows, padded vocabulary) in any dtype, targets (rows,). Columns from `vocab_size` on are padding: they have
+    no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0.
+    """
+    columns = torch.arange(logits.size(1), device=logits.device)
+    scores = logits.float().masked_fill(columns >= vocab_size, float("-inf"))
+    counts = (targets != IGNORE_INDEX).unsqueeze(1)
+    target = targets.clamp(min=0).unsqueeze(1)
+    log_sum = scores.logsumexp(dim=1, keepdim=True)
+    total = ((log_sum - scores.gather(1, target)) * counts).sum()
+    one_hot = columns == target
+    logits.copy_(((scores - log_sum).exp() - one_hot.float()) * counts)
+    return total
+
+
+@functools.cache
+def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Return `softmax_gradient` as one fused kernel, or as it stands if it cannot be compiled here."""
+    from torch._dynamo.exc import TorchDynamoException  # here: it takes a second to import
+
+    compiled = torch.compile(softmax_gradient)
+
+    def run(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        nonlocal compiled
+        try:
+            return compiled(logits, targets, vocab_size)
+        except TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"the loss is not compiled, which is slower: {reason}", file=sys.stderr)
+            compiled = softmax_gradient
+            return softmax_gradient(logits, targets, vocab_size)
+
+    return run
+
+
+@functools.cache
+def rows_at_a_time(device: torch.device) -> int:
+    """Return how many rows of logits to hold at a time on a device."""
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > SMALL_GPU:
+        return ROWS
+    return ROWS_ON_SMALL_GPU
+
+
+def cuda_loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `kernels.loss.loss_and_gradients` returns. It runs on any device; the tests run it on a CPU."""
+    vocab_size, n_channels = weight.shape
+    head = weight.new_zeros(math.ceil(vocab_size / HEAD_MULTIPLE) * HEAD_MULTIPLE, n_channels, dtype=dtype)
+    head[:vocab_size] = centered_head(weight, dtype)
+    total = x.new_zeros((), dtype=torch.float32)
+    dx = torch.empty_like(x) if x_grad else x.new_empty(0)
+    dhead = torch.zeros_like(head, dtype=torch.float32) if weight_grad else x.new_empty(0)
+    # Parts of equal size where possible, so that the compiled function meets few shapes.
+    parts = math.ceil(len(x) / rows_at_a_time(x.device))
+    for x_rows, part_targets, part_dx in zip(
+        x.tensor_split(parts), targets.tensor_split(parts), (dx if x_grad else x).tensor_split(parts), strict=True
+    ):
+        x_rows = x_rows.to(dtype)
+        logits = x_rows @ head.T  # (rows, padded vocabulary): the row stride is a multiple of 128 elements
+        total += compiled_softmax_gradient()(logits, part_targets, vocab_size)
+        # The logits are now their own gradient, with rows of zeros for ignored targets.
+        if x_grad:
+            part_dx.copy_(logits @ head)
+        if weight_grad:
+            add_product(dhead, logits, x_rows)
+    return total, dx, dhead[:vocab_size].to(weight.dtype) if weight_grad else x.new_empty(0)
+
+
+linear_cross_entropy_sum.register_kernel("cuda", cuda_loss_and_gradients)
