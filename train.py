@@ -176,15 +176,15 @@ def train(
     profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
 
     while not is_done(run) and not stopping:
-        # Only one process may have received the signal, and the clocks differ. So the requests go into the step, whose
-        # sum over the processes brings them to all: all must leave the loop, or save, after the same step.
+        # Perhaps only one process received the signal, and the clocks differ. Therefore the step sums the requests over
+        # all processes: all of them must leave the loop, or save, after the same step.
         save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
         finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
         # A thread writes the checkpoints. If the disk is full, stop now and not hours later at the next save.
         run.checkpoints.raise_failure()
 
-        # One bad step can come from the data. Many in a row mean that the weights are beyond repair. Overflows of
-        # float16 are not counted, and they do not end a row either.
+        # One bad step can come from unusual data. Many in a row mean that training has diverged. Overflows of float16
+        # are not counted, and they do not reset the count.
         bad_steps = bad_steps + 1 if diverged else 0 if finite else bad_steps
         if bad_steps == MAX_BAD_STEPS:
             give_up(run)
@@ -193,8 +193,8 @@ def train(
         # validation, which may take minutes; the resumed run does it first.
         if config.eval.every and (is_done(run) or (is_due(state.step, config.eval.every) and not stopping)):
             validate(run)
-        # Validation comes first, because the checkpoint stores its loss: with it the best checkpoint is found. After a
-        # bad step there is no save, so that the newest checkpoint stays one from which a run can recover.
+        # The checkpoint stores the validation loss, which selects the best checkpoint: validate before saving. After a
+        # bad step nothing is saved, so that the newest checkpoint is always one from which a run can recover.
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
