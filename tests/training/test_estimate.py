@@ -148,7 +148,7 @@ def test_sharding_divides_weights_and_optimizer_state():
 
 
 def test_dry_run_prints_the_estimates_and_creates_nothing(python, tiny_run, write_config, tmp_path):
-    config = tiny_run("dry", **{"data.micro_batch": "auto"})
+    config = tiny_run("dry", **{"data.micro_batch": "auto", "system.dtype": "auto"})
     output = python("train.py", "--config", write_config(config), "--dry-run", "8xH100", "--mfu", "0.5").stdout
     assert "28,096 parameters" in output
     shape = config.model_config(json.loads((tmp_path / config.data.dir / "meta.json").read_text())["vocab_size"])
