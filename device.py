@@ -18,7 +18,7 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Values of oneDNN's environment variable ONEDNN_MAX_CPU_ISA that leave it without bfloat16 products.
+# Values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN computes no products in bfloat16.
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 
@@ -26,15 +26,15 @@ ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 class Card(NamedTuple):
     """A GPU as its vendor's data sheet describes it."""
 
-    dtype: torch.dtype  # the precision that `auto` stands for on it
+    dtype: torch.dtype  # the precision that `auto` selects on this card
     peak_flops: float  # of dense matrix products in that precision, in FLOP/s
 
     def peak_in(self, dtype: torch.dtype) -> float | None:
-        """Return the peak in another precision; None if it is not known. Cards with bfloat16 have float16 as fast."""
+        """Return the peak in `dtype`; None if it is not known. Where bfloat16 exists, float16 is equally fast."""
         return self.peak_flops if dtype in (self.dtype, torch.float16) else None
 
 
-# By words in the device's name. The first match counts.
+# Cards by words in the name of the device. If several entries match, `find_card` takes the first.
 CARDS = {
     "B200": Card(torch.bfloat16, 2250e12),
     "H200": Card(torch.bfloat16, 989e12),
@@ -52,7 +52,7 @@ CARDS = {
     "V100": Card(torch.float16, 125e12),
     "T4": Card(torch.float16, 65e12),
 }
-# After such a name these words mean another card, or a part of the card, whose peak is not known.
+# These words after a name of CARDS mean another card, or a part of the card (MIG). Its peak is not known.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -62,7 +62,7 @@ def find_card(name: str) -> Card | None:
 
 
 def find_device(name: str, option: str) -> torch.device:
-    """Return the device that `auto`, `cuda` (under torchrun, this process's own) or another PyTorch name stands for.
+    """Return the device for `auto`, for `cuda` (under torchrun, the GPU of this process) or for a PyTorch device name.
 
     Raises ValueError, which names the `option` that asked for the device, if it cannot be used.
     """
@@ -102,7 +102,7 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision that `auto`, `float32`, `bfloat16` or `float16` stands for on a device.
+    """Return the precision that `auto`, `float32`, `bfloat16` or `float16` means on a device.
 
     `auto` is the first of `native_dtypes`. A precision that the processor has to emulate is used as asked for, after a
     warning on stderr.
@@ -120,7 +120,7 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return `dtype` if the device computes in it natively, otherwise float32.
 
-    For arithmetic whose result does not need the precision that was asked for, such as Muon's iteration.
+    Use it where speed matters more than the configured precision, as in Muon's iteration.
     """
     return dtype if dtype in native_dtypes(device) else torch.float32
 
@@ -133,9 +133,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def gradient_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
     """Return the scaler that keeps small gradients of float16 products from becoming zero.
 
-    The smallest positive float16 is 6e-8; gradients are often smaller. The loss is multiplied by a power of two before
-    the backward pass, which is halved after an overflow and doubled after 2,000 steps without one (Micikevicius et al.
-    2018, "Mixed precision training"). For other precisions the scaler is disabled and does nothing.
+    The smallest positive float16 is 6e-8; gradients are often smaller. So the loss is multiplied by a scale, a power of
+    two, before the backward pass. The scale is halved after an overflow and doubled after 2,000 steps without one
+    (Micikevicius et al. 2018, "Mixed precision training"). For other precisions the scaler is disabled.
     """
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -155,8 +155,9 @@ def cpu_instruction_set() -> str:
 def keep_freed_memory() -> None:
     """Make the C library keep the memory that a step frees for the next step, as PyTorch's CUDA allocator does.
 
-    By default glibc returns every large tensor to the system, which fills its pages with zeros at the next allocation:
-    about a tenth of a training step on a CPU. Only glibc (Linux) has this setting; elsewhere nothing is changed.
+    By default glibc returns every large tensor to the system, which fills its pages with zeros at the next allocation.
+    This takes about a tenth of a training step on a CPU. Only glibc (Linux) has this setting; elsewhere the function
+    does nothing.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)

@@ -51,8 +51,8 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    # After the embeddings, on attention weights and at the end of each residual branch. Pretraining hardly repeats its
-    # data and needs none; fine-tuning on a small dataset does, for example 0.1.
+    # Applied to the embeddings, to the attention weights and at the end of each residual branch. Pretraining hardly
+    # repeats its data and needs no dropout. Fine-tuning on a small dataset needs some, for example 0.1.
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
@@ -327,7 +327,7 @@ class GPT(nn.Module):
             check_shape("head_mask (layers, heads)", head_mask, (config.n_head,), (config.n_layer, config.n_head))
             head_masks = head_mask.expand(config.n_layer, config.n_head)
 
-        # Run the blocks. The cache grows only now, so a call that was refused above leaves it unchanged.
+        # Run the blocks. The cache grows only now, so a call that raised an error above leaves it unchanged.
         layer_caches = cache.extend(B, T) if cache is not None else [None] * config.n_layer
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
@@ -346,7 +346,7 @@ class GPT(nn.Module):
         if targets is not None:
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
         if return_logits or (return_logits is None and loss is None):
-            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # -0 is 0: all positions
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # with 0, x[:, 0:] is all positions
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
@@ -394,7 +394,7 @@ class GPT(nn.Module):
     def _make_mask(self, attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor | None:
         """Return booleans (B or 1, 1, T, past + T), True where a query may attend, or None if no mask is needed."""
         T = x.size(1)
-        # With cached keys, query i has position past + i. `is_causal` of PyTorch's kernel would take it for position i.
+        # With cached keys, query i has position past + i, but `is_causal` of PyTorch's kernel assumes position i.
         if attention_mask is None and not (self.config.causal and past > 0 and T > 1):
             return None
         everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=x.device)
@@ -407,7 +407,7 @@ class GPT(nn.Module):
         return mask
 
     def _make_memory_mask(self, memory: Tensor | None, mask: Tensor | None, batch_size: int) -> Tensor | None:
-        """Check the encoder's inputs, and return booleans (B, 1, 1, M), True for its tokens that are not padding."""
+        """Check the encoder's output and mask; return booleans (B, 1, 1, M), True where a token is not padding."""
         if memory is not None:
             if not self.config.cross_attention:
                 raise ValueError("encoder_hidden_states needs a model with cross_attention=True")
@@ -528,7 +528,7 @@ class LayerCache(NamedTuple):
         # Written in place, and autograd cannot differentiate through a tensor that is overwritten: hence detach.
         self.keys[:, :, self.past : self.length] = k.detach()
         self.values[:, :, self.past : self.length] = v.detach()
-        # Under autocast k and v are in less precision than the cache, and a product needs operands of the same dtype.
+        # Under autocast k and v have less precision than the cache, and a product needs operands of the same dtype.
         return self.keys[:, :, : self.length].to(k.dtype), self.values[:, :, : self.length].to(v.dtype)
 
 

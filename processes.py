@@ -98,11 +98,11 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     """Return the store through which the processes find each other, without keys from an earlier attempt.
 
     torchrun (PyTorch 2.13) keeps one store when it restarts the processes. A restarted process may find the address of
-    a dead process there, and would wait for it until a timeout of half an hour. Therefore the main process makes up a
-    name for the attempt, and all keys of the attempt begin with it. It passes the name to each other process under a
-    key that this process has just made up itself.
+    a dead process there, and would wait for it until a timeout of half an hour. Therefore the main process chooses a
+    random name for the attempt, and all keys of the attempt begin with it. Each other process chooses a random key and
+    announces it, and the main process stores the name under this key.
 
-    Raises TimeoutError if a process does not come.
+    Raises TimeoutError if a process does not connect.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     if rank > 0:
@@ -115,12 +115,12 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     deadline = time.monotonic() + store.timeout.total_seconds()
     while missing:
         for other in missing:
-            # The key may come from an earlier attempt. So it is read again until the process has answered.
+            # The announced key may come from an earlier attempt. So it is read again until the process has answered.
             if store.check([f"here-{other}"]):
                 store.set(f"attempt-for-{store.get(f'here-{other}').decode()}", attempt)
         missing = {other for other in missing if not store.check([f"{attempt}-known-to-{other}"])}
         if time.monotonic() > deadline:
-            raise TimeoutError(f"processes {sorted(missing)} did not come: check whether they were started")
+            raise TimeoutError(f"processes {sorted(missing)} did not connect: check whether they were started")
         time.sleep(0.01)
     return dist.PrefixStore(attempt, store)
 
@@ -129,11 +129,11 @@ def stop_processes() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(0.1)  # FSDP also holds the group: its threads need time to release their last tensors
+        time.sleep(0.1)  # FSDP's threads also use the group and need time to release their last tensors
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Return whether an error means that another process is gone. NCCL and gloo report it as a broken connection."""
+    """Return whether an error means that another process has ended. NCCL and gloo report a broken connection."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

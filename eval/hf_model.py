@@ -23,7 +23,7 @@ class HFModelConfig:
 class HFModel(nn.Module):
     """A causal language model of transformers."""
 
-    # The model's vocabulary may have fewer than this many entries more than its tokenizer: some leave thousands unused.
+    # Some models have thousands of vocabulary entries that their tokenizer does not use; the number must be below this.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any) -> None:

@@ -35,7 +35,7 @@ class Perplexity(NamedTuple):
     window_tokens: np.ndarray  # (K,)
 
     def normalized(self, units: float) -> tuple[float, float]:
-        """Return nats per unit (token, word or byte) and its standard error, with the windows as the sample."""
+        """Return nats per unit (token, word or byte) and the standard error, for which each window is one sample."""
         n = len(self.window_nats)
         spread = self.window_nats - self.window_tokens * (self.nats / self.tokens)
         stderr = math.sqrt(float(spread @ spread) * n / (n - 1)) / units if n > 1 else 0.0

@@ -190,7 +190,7 @@ def _slide(
     if text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
-        # Part of a text: the words of a tokenized corpus cannot be counted in the detokenized part.
+        # With --limit only a part of the detokenized text is scored, and the corpus words in it cannot be counted.
         n_words = 0 if text is not None else sum(len(document.split()) for document in documents)
     else:
         n_bytes = len(text.encode())

@@ -1,11 +1,11 @@
 """The loss of kernels/loss.py in the form that suits a GPU: few large products, and one fused pass over the logits.
 
-What differs from the form for a CPU, and why:
+It differs from the form for a CPU in four points:
 
 - The head is padded to a multiple of 128 rows. GPT-2's 50,257 is odd, so every second row of logits would begin at an
   address that is not a multiple of 4 bytes, and the products would run on slow kernels. The padding exists only here;
   the parameter keeps GPT-2's shape.
-- Thousands of rows of logits at a time, because a GPU needs large products to be busy.
+- It computes thousands of rows of logits at a time, because small matrix products cannot keep a GPU busy.
 - Everything between the products is one function for `torch.compile`, which reads the logits twice and writes their
   gradient once. Run operator by operator, it would move five times as much memory.
 - The head's gradient is summed in float32 by the products themselves.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
 
-HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores want 8; 128 is the width of their tiles
+HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores need 8; 128 is the width of their tiles
 ROWS, ROWS_ON_SMALL_GPU = 8192, 2048  # of logits at a time: 824 MB and 206 MB in 16 bits
 SMALL_GPU = 32 * 2**30  # bytes of memory
 
@@ -47,7 +47,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor
 
 @functools.cache
 def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Return `softmax_gradient` as one fused kernel, or as it stands if it cannot be compiled here."""
+    """Return `softmax_gradient` as one fused kernel, or uncompiled if torch.compile does not work here."""
     from torch._dynamo.exc import TorchDynamoException  # here: it takes a second to import
 
     compiled = torch.compile(softmax_gradient)
@@ -83,7 +83,7 @@ def cuda_loss_and_gradients(
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dhead = torch.zeros_like(head, dtype=torch.float32) if weight_grad else x.new_empty(0)
-    # Parts of equal size where possible, so that the compiled function meets few shapes.
+    # Chunks have equal sizes where possible, so that the compiled function is called with few different shapes.
     parts = math.ceil(len(x) / rows_at_a_time(x.device))
     for x_rows, part_targets, part_dx in zip(
         x.tensor_split(parts), targets.tensor_split(parts), (dx if x_grad else x).tensor_split(parts), strict=True

@@ -1,8 +1,8 @@
-"""Mean cross-entropy of the output head without ever holding all logits.
+"""Mean cross-entropy of the output head, computed in chunks, so that the logits are never all in memory.
 
 With GPT-2's vocabulary the logits are the largest tensor of a training step: for 64 sequences of 1,024 tokens they take
-13 GB in float32, and their gradient takes the same again. `linear_cross_entropy` computes them a few hundred rows at a
-time and turns each part into its own gradient at once.
+13 GB in float32, and their gradient takes another 13 GB. `linear_cross_entropy` computes a few hundred rows of logits
+at a time, and overwrites each chunk with its gradient before it computes the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entropy and transformers
 
-# Rows of logits that exist at a time, in the dtype of the product: enough for a matrix product at full speed.
+# Rows of logits in one chunk, which has the dtype of the matrix product. This many rows let the product run at full
+# speed.
 MATMUL_ROWS = 512
 
 
@@ -51,7 +52,7 @@ def centered_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize >= 4:
         return weight.to(dtype)
     head, mean = torch.empty_like(weight, dtype=dtype), weight.mean(dim=0, dtype=torch.float32)
-    # In parts: the difference is in float32 and would otherwise be a second head of four bytes per number.
+    # Computed in parts, because the difference is in float32: all of it would take as much memory as a second head.
     for part, rows in zip(head.split(2048), weight.split(2048), strict=True):
         part.copy_(rows - mean)
     return head
@@ -68,10 +69,10 @@ def loss_and_gradients(
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
     head = centered_head(weight, dtype)
-    # Softmax needs float32, but only for a few rows at a time: 64 rows nearly fit into a CPU's cache; a GPU takes all
-    # rows in one launch.
+    # Softmax needs float32, and a few rows at a time need little memory. On a CPU, 64 rows nearly fit into the cache.
+    # On a GPU, one launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
-    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half: a small batch's logits do not exist at once either
+    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # half: also for small batches, not all logits are in memory
     buffer = head.new_empty(rows, len(weight))
     for first in range(0, len(x), rows or 1):
         chunk = slice(first, first + rows)
@@ -90,7 +91,7 @@ def loss_and_gradients(
             if x_grad or weight_grad:
                 # d loss / d logits = softmax - one-hot, written over the logits
                 part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
-        # Ignored targets are removed here, where a row has C numbers, not above, where it has V.
+        # Ignored targets get a gradient of 0 here, where a row has C numbers. Above, a row has V numbers.
         if x_grad:
             dx[chunk] = (logits @ head) * counts
         if weight_grad:
@@ -104,13 +105,13 @@ def loss_and_gradients(
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add aᵀ b to `total` (float32).
 
-    On a CPU the product is in the dtype of a and b if that has the range of float32. float16 has not: its largest
+    On a CPU the product is in the dtype of a and b if that has the range of float32. float16 does not: its largest
     number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if many positions have the same
     target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
     `_scale_gradients` multiplies by the scale later. So such a product is in float32.
     """
     if a.is_cuda:
-        total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)  # only CUDA has it
+        total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)  # only on CUDA
     elif torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         total += a.T @ b
     else:

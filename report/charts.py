@@ -22,7 +22,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
 
 @dataclass
 class Series:
-    """A line of a chart, with n points that `thin` selected; the arrays have shape (n,)."""
+    """A line of a chart, with n points that `thin` selected. The arrays have shape (n,)."""
 
     run: int  # index of the run
     kind: str  # "step" (every step), "mean" (its running mean), "validation", or "value" (a line that is always shown)

@@ -1,1 +1,1 @@
-"""Around the repository: sweeps, ideas that were tried, killing a run, a corpus for experiments."""
+"""Scripts for development: sweeps, ideas that were tried, a corpus for experiments, and checks of the whole project."""

@@ -19,7 +19,7 @@ from command import ending
 from data.prepare.shakespeare import read_plays
 from eval.rows import read_rows
 
-PART_LENGTH = 4000  # minimum number of characters of a part of a play, which ends at the end of a speech
+PART_LENGTH = 4000  # characters; a part of a play ends with the speech that reaches this length
 
 
 def documents() -> Iterator[str]:

@@ -114,7 +114,10 @@ def last_step(run: RunDirectory) -> int:
 
 
 def unfinished_checkpoint(run: RunDirectory) -> Path | None:
-    """Return the checkpoint that is being written. One that is being deleted is older than a complete one."""
+    """Return the partial directory of the checkpoint that is being written, or None.
+
+    A partial directory that is older than a complete checkpoint is being deleted.
+    """
     complete = list_checkpoints(run.checkpoints)
     for path in run.checkpoints.glob(f"step-*{PARTIAL_SUFFIX}"):
         if not complete or path.name.removesuffix(PARTIAL_SUFFIX) > complete[-1].name:
@@ -166,10 +169,10 @@ def differences(alone: RunDirectory, killed: RunDirectory, config: Config) -> li
         [(record["split"], record["step"], record["loss"]) for record in run.read_metrics()] for run in (alone, killed)
     ]
     if [step for split, step, _ in seen[1] if split == "train"] != list(range(1, config.optim.steps + 1)):
-        found.append(f"{killed.metrics_path} does not have each step once")
+        found.append(f"{killed.metrics_path} does not contain each step exactly once")
     if seen[0] != seen[1]:
-        found.append(f"{killed.metrics_path} has other losses than {alone.metrics_path}")
-    found += [f"{path} was left" for path in killed.path.rglob(f"*{PARTIAL_SUFFIX}")]
+        found.append(f"{killed.metrics_path} differs in its losses from {alone.metrics_path}")
+    found += [f"{path} was not removed" for path in killed.path.rglob(f"*{PARTIAL_SUFFIX}")]
     return found
 
 

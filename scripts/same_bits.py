@@ -84,7 +84,7 @@ class Side:
 
     @property
     def compiled_code(self) -> Path:
-        """The cache of torch.compile, the same for both sides: its key is the compiled graph itself."""
+        """Directory of torch.compile's cache. Both sides can share it: its keys are hashes of the compiled graphs."""
         return self.directory.parent / "inductor"
 
     def launch(self, *arguments: str, processes: int = 1) -> str:
@@ -179,8 +179,8 @@ def metrics_facts(path: Path) -> Facts:
 def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]]:
     """Compare two sides' facts. Returns the differences and the additions, in words.
 
-    What exists only at HEAD, such as a new column of the metrics, is an addition and no difference. A value that HEAD
-    has in a further place, such as a loss of a step that BASE did not log, is a difference.
+    If only HEAD has a quantity, such as a new column of the metrics, this is an addition. If both have the quantity,
+    but only HEAD has a value at some place, such as a step that BASE did not log, this is a difference.
     """
     absent, known = object(), {what for what, _ in base}
     differences = []
@@ -212,7 +212,7 @@ def excerpt(text: str, position: int = 0, width: int = 48) -> str:
 
 
 def write_inputs(directory: Path) -> None:
-    """Write the texts, prompts and completions that all commands read: generated, and the same for each side."""
+    """Generate and write the texts, prompts and completions that all commands read, the same for BASE and HEAD."""
     chance = random.Random(1337)
     syllables = [first + vowel + last for first in "bdklmrst" for vowel in "aeiou" for last in ("", "n", "s")]
     words = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(800)]
@@ -286,7 +286,7 @@ def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))
-    # `must`: HEAD may not ignore the checkpoint and start again, which would give the same bits
+    # With `must`, HEAD fails if it finds no checkpoint. With `auto` it would start at step 0 and reach the same bits.
     arguments = ("--config", f"{name}.yaml", "--run.dir", "resumed", "--run.resume", "must")
     head.launch("train.py", *arguments, processes=processes)
     return run_facts(run)
@@ -325,8 +325,8 @@ def evaluate(side: Side, model: str) -> Facts:
 
 
 def make_cases(base: Side, head: Side, *, short: bool) -> list[Case]:
-    """Return the cases in the order in which they run: later ones read what the earlier ones left."""
-    # Both sides read BASE's checkpoint. So a change of training alone leaves decoding and evaluation equal.
+    """Return the cases in the order in which they run: later cases read files that earlier cases wrote."""
+    # Both sides decode and evaluate BASE's checkpoint. So a change that affects only training shows only in training.
     model = str(Path("..") / base.directory.name / "runs" / "adamw-float32")
     final = str(checkpoint_directory(Path(model), STEPS))
 
@@ -441,7 +441,7 @@ def find_commit(revision: str, repository: Path) -> str:
 
 @contextlib.contextmanager
 def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
-    """Provide the code of a commit in a worktree at `directory`, and remove it afterwards; of ".", the repository."""
+    """Check out a commit in a worktree at `directory`, and remove it afterwards. For ".", return the repository."""
     if commit == ".":
         yield repository
         return
@@ -485,7 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--keep", type=Path, metavar="DIR", help="new directory that keeps the datasets and runs of both sides"
     )
     args = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the worktrees are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise SystemExit, so that worktrees are removed
     try:
         repository = Path(git("rev-parse", "--show-toplevel"))
         commits = find_commit(args.base, repository), find_commit(args.head, repository)

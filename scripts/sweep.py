@@ -4,7 +4,7 @@
 
 Every combination of the values given with --vary is trained with every seed, one after another. Each is a run of its
 own under --dir. A run that has finished already is read and not repeated; a run that diverges gets a loss of inf. The
-last column of the table is what reproduces the row after `--config ... --vary`. `--idea` trains with one of the changes
+last column of the table, given after `--config ... --vary`, reproduces the row. `--idea` trains with one of the changes
 in scripts/ideas.py. docs/recipes.md has such tables.
 """
 

@@ -129,7 +129,7 @@ class Eval:
     samples: NonNegativeInt = 4
     """Number of texts to sample at each validation, written to samples.txt."""
     patience: NonNegativeInt = 0
-    """End the run after this number of validations in a row without a lower loss; 0: never."""
+    """End the run after this many validations in a row without a lower loss; 0: never."""
 
 
 @dataclass

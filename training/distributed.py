@@ -36,7 +36,7 @@ class Loss(nn.Module):
 
 
 class CompiledLoss(nn.Module):
-    """A `Loss` that is compiled at its first call. If compiling fails, it says so and continues without."""
+    """A `Loss` that is compiled at its first call. If compiling fails, it prints a warning and runs uncompiled."""
 
     def __init__(self, loss: Loss) -> None:
         from torch._dynamo.exc import TorchDynamoException  # imported here: it takes a second, and few runs compile
@@ -111,7 +111,7 @@ def synchronize_gradients(loss: nn.Module, model: Any, enabled: bool) -> None:
     """Set whether the next backward pass averages gradients over the processes."""
     if isinstance(loss, DistributedDataParallel):
         loss.require_backward_grad_sync = enabled
-    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+    elif hasattr(model, "set_requires_gradient_sync"):  # a method that FSDP2 adds
         model.set_requires_gradient_sync(enabled)
 
 
@@ -123,7 +123,7 @@ def free_gathered_weights(model: GPT) -> None:
     """
     module: Any
     for module in model.modules():
-        if hasattr(module, "reshard"):  # FSDP2
+        if hasattr(module, "reshard"):  # a method that FSDP2 adds
             module.reshard()
 
 

@@ -59,9 +59,9 @@ def estimate_memory(
     backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
     chunk = min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size
     loss = chunk * size + 64 * model.vocab_size * 4
-    head = 4 * model.vocab_size * width  # the head's gradient waits for the embedding's gradient, which comes last
-    # Matrix products in less than float32 use copies of the weights. FSDP gathers one block at a time and the next one
-    # ahead in `dtype`, and embeddings and head in float32. Gradients are complete until the last micro-batch.
+    head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
+    # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next one
+    # in `dtype`; it gathers embeddings and head in float32. It shards the gradients only after the last micro-batch.
     embeddings = (model.vocab_size + model.block_size) * width
     copied, gathered = n_parameters, 0
     if shards > 1:

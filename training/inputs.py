@@ -20,8 +20,8 @@ from pretrained import resolve_model
 from training.config import Config
 from weights import load_weights, locate, read_config
 
-# The batch in tokens and the peak learning rate of AdamW that go together for each preset, as in configs/gpt2-*.yaml (a
-# test compares them). They are repeated here because an installation may lack those files.
+# Batch size in tokens and AdamW's peak learning rate for each preset, as in configs/gpt2-*.yaml (a test compares them).
+# They are repeated here because an installation may lack those files.
 RECIPES = {
     "gpt2": (524_288, 6e-4),
     "gpt2-medium": (524_288, 3e-4),
@@ -46,7 +46,7 @@ class Inputs:
     val: Windows | None  # None only if eval.every is 0
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids to continue when sampling at validation
-    n_cut: int = 0  # training prompts that were too long and lost their beginning
+    n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
 
     @property

@@ -37,7 +37,7 @@ class Progress:
         if not self.enabled:
             return
         if sys.stderr.isatty():
-            if self._bar is None:  # not earlier, so that the messages of the start stand above it
+            if self._bar is None:  # created at the first step, so that earlier messages stay above it
                 self._bar = tqdm(total=self.steps, initial=self._first, unit="step", dynamic_ncols=True)
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
@@ -77,7 +77,7 @@ class Stopwatch:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: of tensors on a GPU, of everything on a CPU."""
+    """Return the peak memory of this process in bytes: tensors on a GPU, or on a CPU the resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -49,7 +49,7 @@ class Muon(Optimizer):
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Update each matrix (rows, columns) that has a gradient."""
         for group in self.param_groups:
-            # Sorted by size, because the processes take turns: so all get about the same amount of work.
+            # The processes take the matrices in turn. Sorting by size gives each about the same amount of work.
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
             updates = [self._nesterov(p, group["momentum"]) for p in parameters]
             updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u for u in updates]

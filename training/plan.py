@@ -27,8 +27,8 @@ class Plan:
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # windows per forward pass, at most
     compiled: bool
-    planned_for: dict[str, Any]  # the circumstances that the micro-batch depends on, stored in every checkpoint
-    reasons: dict[str, str]  # by field, in words
+    planned_for: dict[str, Any]  # settings and hardware that determine the micro-batch; in every checkpoint
+    reasons: dict[str, str]  # field of this class -> why it has its value
 
     def describe(self, processes: Processes, sequence_length: int) -> str:
         """Return the line of the greeting that says how the run computes, and why."""
@@ -46,8 +46,9 @@ class Plan:
 def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
     """Decide how a run computes.
 
-    Free memory differs between processes and changes with time. All processes must decide the same, and so must a
-    resumed run under the same circumstances: another micro-batch sums in another order and gives other bits.
+    Free memory differs between processes and changes with time, but all processes must use the same plan. A run that
+    resumes with the same settings and hardware keeps its micro-batch: another one would sum gradients in another order
+    and change the last bits of the results.
 
     Args:
         resumed_state: trainer/state.json of the checkpoint from which the run resumes, or empty.
@@ -73,7 +74,7 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
     }
     if config.data.micro_batch == "auto" and resumed_state:
         same = all(resumed_state.get(name, value) == value for name, value in planned_for.items())
-        # The state describes the device of the main process only, so the other processes agree with it.
+        # The state describes the device of the main process only, so only the main process compares.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
     compiled, why_compiled = should_compile(config, model, device)
@@ -113,7 +114,7 @@ def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, s
         return config.data.micro_batch, "as configured"
     if processes.device.type == "cuda":
         free, part = torch.cuda.mem_get_info(processes.device)[0], 0.8
-    else:  # freed memory stays with the C library and fragments: up to 1.45 times the estimate was measured
+    else:  # the C library keeps freed memory, which fragments: up to 1.45 times the estimate was measured
         free, part = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
     windows = most_windows(config, processes.world_size)
     # Only sizes that divide the windows of a process into nearly equal parts.

@@ -250,7 +250,7 @@ def start_wandb(config: Config, directory: Path) -> Any:
 
 
 def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
-    """Return what `parse` makes of a file's text, `default` if there is no file. Raises ValueError if it cannot."""
+    """Return `parse` of a file's text, or `default` if there is no file. Raises ValueError if parsing fails."""
     if not path.exists():
         return default
     try:
@@ -283,7 +283,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def keep_samples(path: Path, last_step: int) -> None:
     """Remove the samples of steps after `last_step` from a samples.txt: the resumed run samples them again."""
     if path.exists():
-        # As bytes: a full disk or a kill may have cut a character in two.
+        # Read as bytes, because a full disk or a kill may have cut the file inside a character.
         blocks = re.split(rb"^(?===== step (\d+), sample )", path.read_bytes(), flags=re.MULTILINE)[1:]
         kept = [block for step, block in zip(blocks[::2], blocks[1::2], strict=True) if int(step) <= last_step]
         partial = path.with_suffix(".partial")  # a kill at this moment must not lose the samples of earlier steps

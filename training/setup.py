@@ -38,7 +38,7 @@ class TrainingState:
     overflow_steps: int = 0  # steps whose gradient overflowed float16
     val_loss: float | None = None  # after this step; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
-    save_seconds: float = 0.0  # for which the last checkpoint interrupted training; logged with the next step
+    save_seconds: float = 0.0  # duration of the training pause for the last checkpoint; logged with the next step
 
 
 @dataclass
