@@ -64,9 +64,9 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
         targets = targets.to(device, non_blocking=True)  # (b, T)
         with processes.autocast():
             loss = run.loss_function(inputs, targets)  # (), the mean over this micro-batch's targets
-        # weight is this micro-batch's fraction of the global batch's targets. It makes every target count the same,
-        # however many of them a micro-batch has. DDP and FSDP average over the processes, where the batch needs a sum:
-        # hence world_size. The scaler keeps float16 gradients from becoming zero, and changes nothing otherwise.
+        # weight is this micro-batch's fraction of the global batch's targets, so every target has the same influence on
+        # the gradient. DDP and FSDP average gradients over the processes; multiplying by world_size turns the average
+        # into the sum. The scaler keeps float16 gradients from becoming zero, and does nothing in other precisions.
         run.scaler.scale(loss * (weight * processes.world_size)).backward()
         loss_sum += loss.detach() * weight
     return loss_sum
@@ -102,7 +102,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
     loss, stops, saves, grad_norm, loss_scale, next_loss_scale = numbers
     run.clock.lap("forward_backward")
 
-    # A NaN in the weights or in the optimizer state would never disappear again: skip the step.
+    # Skip the step: a NaN in the weights or in the optimizer state would never disappear again.
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in run.optimizers:
         if finite:
@@ -176,14 +176,14 @@ def train(
     profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
 
     while not is_done(run) and not stopping:
-        # Perhaps only one process received the signal, and the clocks differ. Therefore the step sums the requests over
-        # all processes: all of them must leave the loop, or save, after the same step.
+        # All processes must leave the loop, or save, after the same step. But the signal may have reached only one of
+        # them, and their clocks differ. So train_step adds up the requests of all processes together with the loss.
         save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
         finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
         # A thread writes the checkpoints. If the disk is full, stop now and not hours later at the next save.
         run.checkpoints.raise_failure()
 
-        # One bad step can come from unusual data. Many in a row mean that training has diverged. Overflows of float16
+        # The data can cause a single bad step. Many in a row mean that training cannot recover. Overflows of float16
         # are not counted, and they do not reset the count.
         bad_steps = bad_steps + 1 if diverged else 0 if finite else bad_steps
         if bad_steps == MAX_BAD_STEPS:
@@ -193,8 +193,8 @@ def train(
         # validation, which may take minutes; the resumed run does it first.
         if config.eval.every and (is_done(run) or (is_due(state.step, config.eval.every) and not stopping)):
             validate(run)
-        # The checkpoint stores the validation loss, which selects the best checkpoint: validate before saving. After a
-        # bad step nothing is saved, so that the newest checkpoint is always one from which a run can recover.
+        # Validation comes before saving, because the checkpoint stores the validation loss, which identifies the best
+        # checkpoint. A bad step is not saved, so that a run can recover from the newest checkpoint.
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
@@ -239,7 +239,7 @@ def log_step(
         seconds=state.seconds,
         **({"loss_scale": loss_scale} if run.scaler.is_enabled() else {}),
         **run.clock.seconds,
-        checkpoint_seconds=state.save_seconds,  # of the checkpoint before this step, if there was one
+        checkpoint_seconds=state.save_seconds,  # for the checkpoint before this step, or 0
         peak_memory=peak_memory(run.processes.device),
     )
     state.save_seconds = 0.0
@@ -249,7 +249,7 @@ def log_step(
 
 
 def give_up(run: TrainingRun) -> None:
-    """Raise FloatingPointError after too many bad steps; the message names the last checkpoint."""
+    """Raise FloatingPointError, which names the last checkpoint, after too many bad steps."""
     run.checkpoints.wait()
     good = run.checkpoints.existing()
     raise FloatingPointError(

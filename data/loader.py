@@ -23,7 +23,7 @@ from data.shards import Split
 # `F.cross_entropy` skips targets with this value by default. Padding gets it, and so do the tokens of prompts.
 IGNORE_INDEX = -100
 # Three rounds of a Feistel network suffice when the round function is pseudorandom itself (Luby & Rackoff 1988). The
-# round function of `permute` is a cheap hash, hence more rounds.
+# round function of `permute` is a cheap hash, so more rounds are used.
 FEISTEL_ROUNDS = 6
 # Batches that are kept ready in addition to the one in use. One slow read (a cold file on a network disk) then does not
 # stop the training step, as long as reading is faster than training on average. Each costs a buffer of memory.
@@ -163,7 +163,7 @@ class Loader:
     """Iterates without end over this rank's part of every global batch, from `start_step` on.
 
     An epoch visits every window once. Global step s takes windows s*B .. s*B + B - 1 of the endless sequence of epochs.
-    A background thread reads ahead into a fixed set of buffers: the tensors of a step are valid until the next step is
+    A background thread reads ahead into a fixed set of buffers. The tensors of a step are valid until the next step is
     requested, so copies of them to a device must have finished by then.
 
     Args:
@@ -203,15 +203,15 @@ class Loader:
                 f"{world_size} processes: raise batch_tokens or use fewer processes"
             )
         self.windows, self.seed, self.shuffle = windows, seed, shuffle
-        # This rank's positions within a global batch. They are contiguous, so the ranks in turn give the whole batch.
+        # This rank's positions within a global batch. They are contiguous: the parts of ranks 0, 1, ... form the batch.
         self.rows = split_evenly(self.windows_per_step, rank, world_size)
         # Every rank makes the same number of forward passes, although ranks may differ by one window: under FSDP each
         # pass gathers the weights from all ranks, and a rank that made fewer passes would leave the others waiting.
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
-        # Buffers go around between two queues: empty ones to the thread, full ones back. Nothing is allocated after
-        # this, so memory does not grow with time, and pinning, which is slow, happens once.
+        # Buffers circulate through two queues: empty ones go to the thread, full ones come back. Nothing is allocated
+        # after this, so memory does not grow with time, and the slow pinning happens only once.
         self._ready: queue.Queue[tuple[int, np.ndarray, Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
@@ -305,7 +305,7 @@ def validation_batches(
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)
     for batch in range(ceil_div(most_windows, micro_batch)):
         places = mine[batch * micro_batch : (batch + 1) * micro_batch]
-        # (2, b, T): inputs and targets, at least one row also when no window is left.
+        # (2, b, T): inputs and targets; a batch without windows has one row, because every rank runs a forward pass.
         rows = torch.zeros((2, max(1, len(places)), windows.sequence_length), dtype=torch.int64)
         inputs, targets = rows
         targets.fill_(IGNORE_INDEX)

@@ -83,7 +83,7 @@ class ScoreCache:
         self.entries: dict[str, dict[str, list[Any]]] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                # The last line may be incomplete.
+                # The last line is incomplete if the process was killed while it wrote the line: skip it.
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.entries[entry.pop("key")] = entry

@@ -65,7 +65,7 @@ def load_hf_model(directory: str | Path, device: torch.device) -> tuple[HFModel,
 
     Raises ValueError if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # here: GPT-2s are evaluated without transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: evaluating a GPT-2 does not use it
 
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

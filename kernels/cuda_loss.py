@@ -48,7 +48,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor
 @functools.cache
 def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, int], Tensor]:
     """Return `softmax_gradient` as one fused kernel, or uncompiled if torch.compile does not work here."""
-    from torch._dynamo.exc import TorchDynamoException  # here: it takes a second to import
+    from torch._dynamo.exc import TorchDynamoException  # imported here: it takes a second
 
     compiled = torch.compile(softmax_gradient)
 
@@ -91,7 +91,7 @@ def cuda_loss_and_gradients(
         x_rows = x_rows.to(dtype)
         logits = x_rows @ head.T  # (rows, padded vocabulary): the row stride is a multiple of 128 elements
         total += compiled_softmax_gradient()(logits, part_targets, vocab_size)
-        # The logits are now their own gradient, with rows of zeros for ignored targets.
+        # `logits` now holds the gradient with respect to the logits, with rows of zeros for ignored targets.
         if x_grad:
             part_dx.copy_(logits @ head)
         if weight_grad:

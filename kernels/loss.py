@@ -91,7 +91,7 @@ def loss_and_gradients(
             if x_grad or weight_grad:
                 # d loss / d logits = softmax - one-hot, written over the logits
                 part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
-        # Ignored targets get a gradient of 0 here, where a row has C numbers. Above, a row has V numbers.
+        # Set the gradients of ignored targets to 0 after the product: it has only C columns, the logits have V.
         if x_grad:
             dx[chunk] = (logits @ head) * counts
         if weight_grad:
@@ -108,7 +108,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     On a CPU the product is in the dtype of a and b if that has the range of float32. float16 does not: its largest
     number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if many positions have the same
     target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
-    `_scale_gradients` multiplies by the scale later. So such a product is in float32.
+    `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in float32.
     """
     if a.is_cuda:
         total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)  # only on CUDA

@@ -29,7 +29,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.runs_page import write_runs_page  # here: the arguments are checked before torch is imported
+    from report.runs_page import write_runs_page  # imported here: arguments are checked before torch is imported
 
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
     write_runs_page(args.runs, out)

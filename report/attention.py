@@ -21,7 +21,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.model_pages import write_attention_page  # here: the arguments are checked before torch is imported
+    from report.model_pages import write_attention_page  # imported here: arguments are checked before torch is imported
 
     write_attention_page(args.model, args.text, args.out)
 

@@ -52,7 +52,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def new_figure() -> tuple[Figure, Axes]:
     """Return an empty figure. Without pyplot, matplotlib keeps no reference to it and needs no display."""
-    # Here: importing matplotlib takes a second, and only the main process of a training run draws.
+    # Imported here: it takes a second, and only the main process of a training run draws.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -67,7 +67,7 @@ def draw_references(axes: Axes, references: Sequence[tuple[str, float]]) -> None
 
 def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) -> None:
     """Add grid and legend, and write the figure to a PNG file."""
-    from matplotlib.ticker import EngFormatter  # here for the same reason as in `new_figure`
+    from matplotlib.ticker import EngFormatter  # imported here for the same reason as in `new_figure`
 
     if x_is_tokens:
         formatter = EngFormatter(sep="")

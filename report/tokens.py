@@ -21,7 +21,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.model_pages import write_tokens_page  # here: the arguments are checked before torch is imported
+    from report.model_pages import write_tokens_page  # imported here: arguments are checked before torch is imported
 
     write_tokens_page(args.model, args.text, args.out)
 

@@ -69,7 +69,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 class Failure(Exception):
-    """A command failed, or did not leave what it should have left."""
+    """A command failed, or a file or a result that it should produce is missing."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """What one line of the report compares: a function for each side that runs its commands and returns the facts."""
+    """A comparison, one line of the report: for each side, a function that runs commands and returns the facts."""
 
     name: str
     base: Callable[[], Facts]
@@ -200,7 +200,7 @@ def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], 
 
 
 def excerpt(text: str, position: int = 0, width: int = 48) -> str:
-    """Cut a long text to the neighborhood of a position."""
+    """Return `width` characters of a text around a position, with … where text is omitted."""
     if len(text) <= width:
         return text
     start = max(0, min(position - width // 3, len(text) - width))
@@ -208,7 +208,7 @@ def excerpt(text: str, position: int = 0, width: int = 48) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the cases run
+# The commands of the cases
 
 
 def write_inputs(directory: Path) -> None:
@@ -253,7 +253,7 @@ def prepare_all(side: Side, tokenizers: tuple[str, ...]) -> Facts:
 
 
 def run_facts(run: Path) -> Facts:
-    """Return what is compared of a run's directory: metrics, samples, weights and optimizer state."""
+    """Return the facts of a run's directory that are compared: metrics, samples, weights and optimizer state."""
     facts = metrics_facts(run / "metrics.jsonl")
     facts["samples.txt", "sha256"] = sha256(run / "samples.txt")
     for step in (RESUME_AT, STEPS):
@@ -282,7 +282,7 @@ def train(side: Side, name: str, changes: Mapping[str, Any], processes: int) -> 
 
 
 def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
-    """Have HEAD continue BASE's run from its checkpoint of step RESUME_AT; return the facts of the finished run."""
+    """Resume BASE's run at HEAD from the checkpoint of step RESUME_AT; return the facts of the finished run."""
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))

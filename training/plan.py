@@ -25,13 +25,13 @@ class Plan:
 
     dtype: torch.dtype  # of matrix products
     sharded: bool  # FSDP instead of DDP
-    micro_batch: int  # windows per forward pass, at most
+    micro_batch: int  # maximum number of windows per forward pass
     compiled: bool
     planned_for: dict[str, Any]  # settings and hardware that determine the micro-batch; in every checkpoint
     reasons: dict[str, str]  # field of this class -> why it has its value
 
     def describe(self, processes: Processes, sequence_length: int) -> str:
-        """Return the line of the greeting that says how the run computes, and why."""
+        """Return the plan and its reasons as one line, which is printed at the start of a run."""
         parts = [
             f"{processes.world_size} x {processes.device.type}",
             f"{str(self.dtype).removeprefix('torch.')} ({self.reasons['dtype']})",
@@ -117,7 +117,7 @@ def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, s
     else:  # the C library keeps freed memory, which fragments: up to 1.45 times the estimate was measured
         free, part = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
     windows = most_windows(config, processes.world_size)
-    # Only sizes that divide the windows of a process into nearly equal parts.
+    # Try only sizes that divide the windows of a process into nearly equal parts: a small rest would waste a pass.
     for rows in sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True):
         needed = needed_memory(config, model, rows, processes.dtype, processes.world_size if sharded else 1)
         if sum(needed.values()) <= part * free:

@@ -286,6 +286,6 @@ def keep_samples(path: Path, last_step: int) -> None:
         # Read as bytes, because a full disk or a kill may have cut the file inside a character.
         blocks = re.split(rb"^(?===== step (\d+), sample )", path.read_bytes(), flags=re.MULTILINE)[1:]
         kept = [block for step, block in zip(blocks[::2], blocks[1::2], strict=True) if int(step) <= last_step]
-        partial = path.with_suffix(".partial")  # a kill at this moment must not lose the samples of earlier steps
+        partial = path.with_suffix(".partial")  # the file stays complete if the process is killed while it writes
         partial.write_bytes(b"".join(kept))
         os.replace(partial, path)

@@ -161,9 +161,9 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
 
 def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoints) -> Path | None:
-    """Return the checkpoint to resume from as run.resume demands, or None to start.
+    """Return the checkpoint from which run.resume requires to resume, or None to start a new run.
 
-    The main process chooses it, because it alone may see the checkpoints, and all processes return the same.
+    The main process chooses it, because the other nodes may lack access to the checkpoints. All processes return it.
 
     Raises ValueError or FileNotFoundError if run.resume contradicts what exists.
     """
