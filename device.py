@@ -104,8 +104,8 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the precision that `auto`, `float32`, `bfloat16` or `float16` means on a device.
 
-    `auto` is the first of `native_dtypes`. A precision that the processor has to emulate is used as asked for, after a
-    warning on stderr.
+    `auto` is the first of `native_dtypes`. If the processor has to emulate the requested precision, the function warns
+    on stderr and returns it nevertheless.
     """
     native = native_dtypes(device)
     if name == "auto":

@@ -1,1 +1,1 @@
-"""What the training loop calls."""
+"""Parts of training: configuration, setup, data, optimizers, checkpoints, metrics and validation."""

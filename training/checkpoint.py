@@ -214,5 +214,5 @@ class Checkpoints:
         paths = [path for path in self.existing() if path not in self._unreadable]
         for path in paths[: -self.keep]:
             if best is None or path != best[1]:
-                # Renamed first: a process that is killed while it deletes leaves nothing that looks like a checkpoint.
+                # Rename first, so that a process killed while it deletes leaves no directory that looks complete.
                 shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL_SUFFIX)))

@@ -17,9 +17,9 @@ def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Return the peak of a device's matrix products in FLOP/s, or of a GPU by its name; None if it is not known.
+    """Return the peak rate of matrix products in FLOP/s of a device or of a GPU name; None if it is not known.
 
-    The peak is that of the 16-bit precision the card is used with (`device.CARDS`).
+    The rate is that of the card's 16-bit precision in `device.CARDS`.
     """
     if isinstance(device, torch.device):
         device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

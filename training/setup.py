@@ -43,7 +43,7 @@ class TrainingState:
 
 @dataclass
 class TrainingRun:
-    """What the training loop needs, on every process. Used in a `with` statement, which ends it properly."""
+    """What the training loop needs, on every process. Use it in a `with` statement, which closes it."""
 
     config: Config
     processes: Processes
@@ -235,7 +235,7 @@ def open_directory(run: TrainingRun, *, resumed: bool) -> None:
     """Create the run's directory, or remove what was written after the step from which the run resumes."""
     step = run.state.step
     last_step = step if resumed else -1
-    # A run that was stopped before a due validation does it first: remove what a later attempt may have logged of it.
+    # If this attempt must first repeat a validation, remove the results that an earlier attempt may have logged.
     last_validation = last_step - 1 if resumed and run.lacks_validation else last_step
     start = provenance(run.config, run.processes, resumed_at=step if resumed else None)
     run.directory.open(run.config, start, last_step, last_validation, run.progress.say)

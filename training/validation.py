@@ -1,4 +1,4 @@
-"""What is measured at a validation: the loss, HellaSwag and samples. All processes share the work."""
+"""Validation during training: loss, HellaSwag and sampled texts. All processes share the work."""
 
 from __future__ import annotations
 
