@@ -20,7 +20,7 @@ BUSY = 25.0  # percent of all cores
 
 
 def adapt_to_load() -> None:
-    """Let threads wait without spinning for long if other processes use the cores now.
+    """Make waiting threads sleep after a few microseconds of spinning if other processes use the cores now.
 
     Only libgomp, with which PyTorch is built on Linux, reads this setting. It changes no result. A value in
     GOMP_SPINCOUNT or OMP_WAIT_POLICY is left as it is.

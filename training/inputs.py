@@ -123,7 +123,7 @@ def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
 
 
 def model_config(config: Config, vocab_size: int, initial: InitialModel | None) -> GPTConfig:
-    """Return the model's configuration: that of model.init_from, or for a model from scratch the configured one.
+    """Return the configuration of the model of model.init_from, or of the model to train from scratch.
 
     Raises ValueError if the run's configuration contradicts the model of model.init_from.
     """
