@@ -104,7 +104,7 @@ class Attention(nn.Module):
             self.q_attn = nn.Linear(config.n_embd, config.n_embd)
         # One matrix product computes q, k and v of all heads: a single large product is faster than 3 H small ones.
         self.c_attn = nn.Linear(config.n_embd, (2 if cross else 3) * config.n_embd)
-        # Up to here each head has worked alone; this layer mixes their results.
+        # The heads do not interact before this layer, which mixes their results.
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(

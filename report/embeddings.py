@@ -20,7 +20,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.model_pages import write_embeddings_page  # imported here: arguments are checked before torch
+    from report.model_pages import write_embeddings_page  # imported here: it imports torch, which is slow
 
     write_embeddings_page(args.model, args.out)
 
