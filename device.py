@@ -27,7 +27,7 @@ class Card(NamedTuple):
     """A GPU as its vendor's data sheet describes it."""
 
     dtype: torch.dtype  # the precision that `auto` selects on this card
-    peak_flops: float  # of dense matrix products in that precision, in FLOP/s
+    peak_flops: float  # peak rate of dense matrix products in that precision, in FLOP/s
 
     def peak_in(self, dtype: torch.dtype) -> float | None:
         """Return the peak in `dtype`; None if it is not known. Where bfloat16 exists, float16 is equally fast."""

@@ -134,7 +134,7 @@ class Attention(nn.Module):
             # PyTorch's fused kernel computes the plain form below without writing the (T, S) weights to memory
             # (FlashAttention, Dao et al. 2022), so memory grows with T and not with T².
             if is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
-                y = CausalAttention.apply(q, k, v)  # the same with a backward pass that is faster below float32
+                y = CausalAttention.apply(q, k, v)  # same result, and a backward pass that is faster below float32
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         else:

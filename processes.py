@@ -35,7 +35,7 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype  # of matrix products; weights are float32
+    dtype: torch.dtype  # precision of matrix products; weights are float32
 
     @property
     def is_main(self) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
-DEFAULT_NEW_TOKENS = 200  # or fewer if they do not fit
+DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

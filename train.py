@@ -86,7 +86,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
     loss_sum = accumulate_gradients(run)
     for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)  # before clipping, which needs the true norm
+        run.scaler.unscale_(optimizer)  # undo the loss scale, because clipping needs the true norm
     # Clipping limits the damage of an unusual batch. GPT-3 clips to norm 1 (Brown et al. 2020, appendix B).
     norm = clip_gradients(run.model, config.optim.grad_clip)
     one = torch.ones((), device=processes.device)
@@ -239,7 +239,7 @@ def log_step(
         seconds=state.seconds,
         **({"loss_scale": loss_scale} if run.scaler.is_enabled() else {}),
         **run.clock.seconds,
-        checkpoint_seconds=state.save_seconds,  # for the checkpoint before this step, or 0
+        checkpoint_seconds=state.save_seconds,  # pause for the checkpoint before this step, or 0
         peak_memory=peak_memory(run.processes.device),
     )
     state.save_seconds = 0.0

@@ -166,7 +166,7 @@ def run_perplexity(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult
         return _slide(args, evaluator, evaluator.tokenizer.encode(text), text, len(text.split()))
     split, dataset_tokenizer = _open_validation(args.data)
     tokens = _encode_split(split, dataset_tokenizer, evaluator.tokenizer, args.tokens)
-    starts_with_eot = tokens[0] == evaluator.tokenizer.eot  # which the sliding window adds itself
+    starts_with_eot = tokens[0] == evaluator.tokenizer.eot  # the sliding window adds end-of-text itself
     return _slide(args, evaluator, tokens[int(starts_with_eot) :], None, 0)
 
 

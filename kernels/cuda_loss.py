@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
 
 HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores need 8; 128 is the width of their tiles
-ROWS, ROWS_ON_SMALL_GPU = 8192, 2048  # of logits at a time: 824 MB and 206 MB in 16 bits
+ROWS, ROWS_ON_SMALL_GPU = 8192, 2048  # rows of logits in memory: 824 MB and 206 MB in 16 bits
 SMALL_GPU = 32 * 2**30  # bytes of memory
 
 

@@ -16,9 +16,9 @@ from model import GPT
 from pretrained import load_model
 from report.page import pack, plotly_script, token_labels, write_page
 
-MAX_ATTENTION_CHARACTERS = 18_000_000  # of base64, so that the page stays under 20 MB
+MAX_ATTENTION_CHARACTERS = 18_000_000  # limit of the base64 text, so that the page stays under 20 MB
 ALTERNATIVES = 8  # most probable tokens that are shown for each position
-MAX_SIMILARITY_ROWS = 512  # of the matrix of cosine similarities
+MAX_SIMILARITY_ROWS = 512  # limit for the matrix of cosine similarities
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Kill a run again and again, and compare what it leaves with what the same run leaves without being killed:
+"""Kill a run repeatedly, and compare its files with those of the same run that was never killed:
 
     python -m scripts.kill_test --config FILE.yaml --dir DIR --kills 80 --processes 1
 
@@ -6,7 +6,7 @@ Each attempt at the run is forked from this process, which has imported everythi
 of a second. With several processes this script takes the place of torchrun. SIGKILL comes at a random moment: during
 the start, after some steps, or while a checkpoint is being written. The script prints one JSON object with counts. The
 exit status is 1 if weights, optimizer state or metrics differ from those of the undisturbed run, or if a temporary file
-is left.
+remains.
 """
 
 from __future__ import annotations

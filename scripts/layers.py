@@ -71,7 +71,7 @@ class Edge(NamedTuple):
 class Tree(NamedTuple):
     """The import statements of a project."""
 
-    statements: list[tuple[str, Statement]]  # of each file ("data/loader.py"), those of other projects included
+    statements: list[tuple[str, Statement]]  # (file such as "data/loader.py", any import statement in it)
     edges: list[Edge]
     modules: set[str]
 
@@ -207,7 +207,7 @@ def _shortest_circle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> lis
 
 
 def room_of(module: str) -> str | None:
-    """Return the room of LAYERS that a module belongs to: the longest name that it is in, or None."""
+    """Return the room of LAYERS that a module belongs to, or None. Of `data` and `data.prepare`, the longer name wins."""
     rooms = [room for row in LAYERS for room in row if module == room or module.startswith(f"{room}.")]
     return max(rooms, key=len, default=None)
 

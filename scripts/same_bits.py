@@ -40,7 +40,7 @@ Facts = dict[tuple[str, str], Any]  # (what, where) -> value, such as ("train lo
 
 STEPS, RESUME_AT = 20, 10
 CHECKPOINT_FILES = ("model.safetensors", "trainer/optimizer.safetensors")
-TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these depend on the machine and the moment
+TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these words are not reproducible
 TIMEOUT = 600.0  # seconds for one command, which usually takes less than ten
 GRACE = 60.0  # seconds in which a stopped command must end
 SHOWN = 3  # differences printed for each case
@@ -111,7 +111,7 @@ class Side:
         try:
             output, errors = process.communicate(timeout=TIMEOUT)
         except BaseException as error:
-            process.terminate()  # not SIGKILL at once: torchrun could not stop its workers, which would continue
+            process.terminate()  # SIGTERM first, because torchrun can then stop its workers
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             process.kill()

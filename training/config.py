@@ -275,7 +275,7 @@ class Flags:
     """Options of one start of train.py that are not part of the configuration."""
 
     dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
-    mfu: float = 0.4  # for the estimate
+    mfu: float = 0.4  # fraction of the peak FLOP/s that the estimate assumes
     verify: bool = False
     profile: bool = False
 

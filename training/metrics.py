@@ -62,7 +62,7 @@ class Stopwatch:
     """Measures the seconds of each part of a step on the host's clock, without waiting for the device."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}  # by "<part>_seconds"
+        self.seconds: dict[str, float] = {}  # "<part>_seconds" -> duration of the part
         self._started = self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:

@@ -23,7 +23,7 @@ SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes lo
 class Plan:
     """How a run computes. Every process has the same plan."""
 
-    dtype: torch.dtype  # of matrix products
+    dtype: torch.dtype  # precision of matrix products
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # maximum number of windows per forward pass
     compiled: bool

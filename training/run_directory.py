@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from files import PARTIAL_SUFFIX, write_json
 from training.config import Config
 
-POINTS_DRAWN = 1000  # of the training loss in loss.png
+POINTS_DRAWN = 1000  # number of training losses that loss.png shows
 
 
 class RunDirectory:

@@ -36,7 +36,7 @@ class TrainingState:
     seconds: float = 0.0  # duration of these steps
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     overflow_steps: int = 0  # steps whose gradient overflowed float16
-    val_loss: float | None = None  # after this step; None if it was not measured
+    val_loss: float | None = None  # validation loss after this step; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
     save_seconds: float = 0.0  # duration of the training pause for the last checkpoint; logged with the next step
 
@@ -59,8 +59,8 @@ class TrainingRun:
     progress: Progress
     state: TrainingState = field(default_factory=TrainingState)
     identity: dict[str, Any] = field(default_factory=dict)  # what may not change when a run resumes
-    clock: Stopwatch = field(default_factory=Stopwatch)  # of the current step
-    seconds_at_peak: float | None = None  # of a step at the peak FLOP/s of all devices; None if the peak is not known
+    clock: Stopwatch = field(default_factory=Stopwatch)  # times the parts of the current step
+    seconds_at_peak: float | None = None  # duration of a step at the peak FLOP/s of all devices, or None
 
     @property
     def lacks_validation(self) -> bool:
