@@ -341,12 +341,12 @@ class GPT(nn.Module):
                 attentions.append(weights)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
-        # Apply the head, the transposed token embedding. For a loss, the kernel never holds all logits at once.
+        # Apply the head, the transposed token embedding. The loss is computed without storing all logits.
         loss = logits = None
         if targets is not None:
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
         if return_logits or (return_logits is None and loss is None):
-            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # with 0, x[:, 0:] is all positions
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0: all positions
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 

@@ -20,8 +20,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# Imported before a process group exists, because default arguments in this module would otherwise keep the group and
-# its threads alive until Python exits. A thread of gloo that releases a tensor during the exit aborts the process.
+# Import torch.distributed.nn.functional before a process group exists. Otherwise its default arguments store the group
+# and keep its threads alive until Python exits. A gloo thread that releases a tensor during the exit aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 

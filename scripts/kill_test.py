@@ -128,7 +128,7 @@ def unfinished_checkpoint(run: RunDirectory) -> Path | None:
 def kill_once(
     run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
 ) -> dict[str, bool] | None:
-    """Wait for the moment and kill. Return what was interrupted, or None if the attempt ended by itself."""
+    """Wait for `moment`, then kill the attempt. Return what was interrupted, or None if the attempt ended by itself."""
     started, inode_before, unfinished_before = time.monotonic(), metrics_inode(run), unfinished_checkpoint(run)
     stale = unfinished_before.stat().st_ino if unfinished_before is not None else 0
     delay, new_steps = chance.uniform(0, 0.6), chance.randint(1, steps)
@@ -137,7 +137,7 @@ def kill_once(
         try:
             found = unfinished_checkpoint(run)
             return found is not None and found.stat().st_ino != stale
-        except OSError:  # it was renamed meanwhile, so it is complete
+        except OSError:  # the directory was renamed meanwhile, so the checkpoint is complete
             return False
 
     def has_stepped(n: int) -> bool:

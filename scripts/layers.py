@@ -207,7 +207,7 @@ def _shortest_circle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> lis
 
 
 def room_of(module: str) -> str | None:
-    """Return the room of LAYERS that a module belongs to, or None. Of `data` and `data.prepare`, the longer name wins."""
+    """Return the room of LAYERS with the longest name that contains the module, or None if no room contains it."""
     rooms = [room for row in LAYERS for room in row if module == room or module.startswith(f"{room}.")]
     return max(rooms, key=len, default=None)
 
