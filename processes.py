@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 # Import torch.distributed.nn.functional before a process group exists. Otherwise its default arguments store the group
-# and keep its threads alive until Python exits. A gloo thread that releases a tensor during the exit aborts the process.
+# and keep its threads alive until Python exits. A gloo thread that releases a tensor during exit aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 

@@ -241,7 +241,7 @@ class Config:
             raise ValueError(f"model.{error}") from None
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that a resumed run may not change, except the model and the dataset, by section."""
+        """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""
         fields = self.to_dict()
         data = {name: fields["data"][name] for name in ("format", "batch_tokens", "sequence_length", "shuffle")}
         return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
