@@ -25,7 +25,7 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the state of each row's last token that is not padding, on whichever side that is. (B, T, C) -> (B, C)."""
+    """Return the state of each row's last token that is not padding. (B, T, C) -> (B, C). Padding may be on any side."""
     if attention_mask is None:
         return x[:, -1]
     positions = torch.arange(x.size(1), device=x.device)
@@ -123,7 +123,7 @@ class SequenceClassifier(nn.Module):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> GPTOutput:
-        """Return the logits of the classes, (B, K) or with strategy `token` (B, T, K), and with labels also the loss.
+        """Return the logits of the classes, (B, K), and the loss if labels are given. Strategy `token`: (B, T, K).
 
         Args:
             input_ids, attention_mask: (B, T). Only the mask tells which tokens are padding.

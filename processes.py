@@ -49,7 +49,7 @@ class Processes:
         return tensor
 
     def all_reduce_min(self, number: int) -> int:
-        """Return the minimum of an integer over all processes. It makes a decision the same on every process."""
+        """Return the minimum of an integer over all processes, for decisions that must be equal on every process."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor(number, device=self.device)

@@ -33,14 +33,14 @@ from training.optim import learning_rate_factor, set_learning_rate
 from training.setup import TrainingRun, dry_run, is_due, setup
 from training.validation import measure
 
-MAX_BAD_STEPS = 10  # steps in a row whose loss or gradient is not finite: after these the run has diverged
+MAX_BAD_STEPS = 10  # consecutive steps with a loss or gradient that is not finite, after which training stops
 
 
 class StepResult(NamedTuple):
     """What the loop needs to know about an optimizer step. It is the same on all processes."""
 
     finite: bool  # loss and gradient are finite; otherwise the step was skipped
-    diverged: bool  # the step was skipped, and not only because a float16 run is still searching for its loss scale
+    diverged: bool  # the step was skipped for another reason than an overflow of float16
     stop: bool  # some process was asked to stop
     save: bool  # some process was asked to save a checkpoint
 

@@ -1,4 +1,4 @@
-"""The commands that make the datasets known by name, as plain data for error messages.
+"""The commands that make the datasets with known names. Error messages show them.
 
 The names are those of the dataset directories in configs/ and of the presets of `python -m data.prepare`. The table is
 separate from both, so that reading a dataset imports neither the configurations nor the code that makes datasets.

@@ -177,7 +177,7 @@ class Loader:
         pin_memory: allocate page-locked buffers, from which copies to a GPU can be asynchronous.
 
     Raises:
-        ValueError: when the numbers do not fit each other.
+        ValueError: when batch_tokens is not a multiple of T, or a batch has fewer windows than there are ranks.
     """
 
     def __init__(

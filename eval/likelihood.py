@@ -1,6 +1,6 @@
 """Log-probabilities of continuations given their contexts. Every evaluation task reduces to them.
 
-The model computes a context once, also if several requests share it: a batch of contexts, padded on the left, fills a
+The model computes a context once, even if several requests share it: a batch of contexts, padded on the left, fills a
 KV cache, and the continuations are then scored with copies of its rows. Log-probabilities are computed in float32, and
 only at the positions of the continuations. The division of requests into batches depends only on the requests and the
 batch size, so the scores do not depend on the number of processes.
@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer
 from kernels.loss import centered_head
 
 SOFTMAX_ROWS = 128  # rows of float32 logits computed at a time: 26 MB with GPT-2's vocabulary
-PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed: by fewer entries than this
+PADDING_LIMIT = 128  # vocabularies are often padded to a multiple of 64 or 128, so by fewer entries
 
 
 class Request(NamedTuple):
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# `log_likelihoods` with every argument except the requests already given. Tasks use a model only through it.
+# A function of the requests: `log_likelihoods` with all other arguments bound. Tasks use a model only through it.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -195,13 +195,13 @@ def _score(
         targets, valid = _pad([part.tokens for _, part in rows], device)  # (R, T)
         if head is not None:
             inputs, _ = _pad([(batch.contexts[i][-1], *part.tokens[:-1]) for i, part in rows], device)
-            # Causal attention never looks at the padding on the right, so it needs no mask.
+            # In causal attention no token attends to padding on its right, so this padding needs no mask.
             row_mask = torch.cat([mask[context_of], torch.ones_like(valid)], dim=1)  # (R, P + T)
             row_cache = None if cache is None else _copy_rows(model, cache, context_of, inputs.size(1))
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Padding on the right only needs neither a mask nor position ids, which differ between architectures.
+            # If padding is only on the right, no mask and no position ids are needed. They differ between architectures.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1

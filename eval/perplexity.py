@@ -45,7 +45,7 @@ class Perplexity(NamedTuple):
 class SlidingWindows(Sequence[Request]):
     """The windows of a text: request i scores tokens i * stride .. (i + 1) * stride - 1, given the tokens before them.
 
-    Requests are built on access, so that a long text never exists as a list of overlapping tuples.
+    Requests are built on access, so that the overlapping windows of a long text are never all in memory.
     """
 
     def __init__(self, tokens: Sequence[int], eot: int, block_size: int, stride: int) -> None:
@@ -85,7 +85,7 @@ def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[s
     """Return (value, standard error) of perplexity per token, bits per byte and perplexity per word.
 
     Metrics per byte or word are absent if that count is 0. Perplexity per word is also absent if it is too large for a
-    float. This happens in scripts without spaces, where a long text has few words.
+    float. This happens in languages written without spaces, where a long text counts as a few words.
     """
     nats, stderr = result.normalized(result.tokens)
     metrics = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}

@@ -183,7 +183,7 @@ def run_corpus(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Tas
 def _slide(
     args: argparse.Namespace, evaluator: Evaluator, tokens: list[int], text: str | None, n_words: int
 ) -> TaskResult:
-    """Compute the perplexity of `tokens`. If `text` is given, it is their text, and `n_words` its number of words."""
+    """Compute the perplexity of `tokens`. If given, `text` is the text of the tokens, and has `n_words` words."""
     block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
     covered = tokens if args.limit is None else tokens[: args.limit * stride]

@@ -111,7 +111,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in float32.
     """
     if a.is_cuda:
-        total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)  # only on CUDA
+        # Only CUDA supports `out_dtype`, with which the product of 16-bit tensors is rounded to float32.
+        total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)
     elif torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         total += a.T @ b
     else:

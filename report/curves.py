@@ -1,4 +1,4 @@
-"""The loss plot of a run, loss.png, and what it has in common with the other PNGs."""
+"""The loss plot of a run, loss.png, and the functions that it shares with the other PNGs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from training.setup import setup
 
 
 def finish(arguments: list[str], idea: type[Idea] | None) -> None:
-    """Train the run that these arguments of train.py describe to its end, with an idea if one is given."""
+    """Train the run that these arguments of train.py describe until its last step, with `idea` if it is given."""
     config = parse_config(arguments)
     if not config.eval.every:
         raise ValueError("eval.every is 0: without a validation, runs cannot be compared")

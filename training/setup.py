@@ -93,7 +93,7 @@ class TrainingRun:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether something that happens every `every` steps (0: never) happens after this step."""
+    """Return whether an event with a period of `every` steps (0: never) is due after this step."""
     return every > 0 and step % every == 0
 
 
