@@ -25,7 +25,7 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the state of each row's last token that is not padding. (B, T, C) -> (B, C). Padding may be on any side."""
+    """Return the state of each row's last token that is not padding (on either side). (B, T, C) -> (B, C)."""
     if attention_mask is None:
         return x[:, -1]
     positions = torch.arange(x.size(1), device=x.device)

@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer
 from kernels.loss import centered_head
 
 SOFTMAX_ROWS = 128  # rows of float32 logits computed at a time: 26 MB with GPT-2's vocabulary
-PADDING_LIMIT = 128  # vocabularies are often padded to a multiple of 64 or 128, so by fewer entries
+PADDING_LIMIT = 128  # vocabularies are often padded to a multiple of 64 or 128: by fewer entries than this
 
 
 class Request(NamedTuple):
@@ -57,7 +57,7 @@ class _Batch(NamedTuple):
     parts: list[list[_Part]]
 
     def rows(self, batch_size: int) -> Iterator[list[tuple[int, _Part]]]:
-        """Yield groups of at most `batch_size` (index of the context, part), sorted by length to reduce padding."""
+        """Yield groups of at most `batch_size` pairs (index of the context, part), sorted by length: less padding."""
         rows = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
         rows.sort(key=lambda row: len(row[1].tokens))
         for start in range(0, len(rows), batch_size):
@@ -201,7 +201,7 @@ def _score(
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # If padding is only on the right, no mask and no position ids are needed. They differ between architectures.
+            # Pad only on the right: the model then needs no mask and no position ids, which differ between architectures.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1

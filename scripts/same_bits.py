@@ -34,7 +34,7 @@ import torch
 import yaml
 
 # This script imports none of the project's modules: they may move between BASE and HEAD. It knows the command lines,
-# the configuration's fields and the files that a run leaves.
+# the configuration's fields and the files that a run writes.
 
 Facts = dict[tuple[str, str], Any]  # (what, where) -> value, such as ("train loss", "step 3") -> 5.91
 
