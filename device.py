@@ -57,7 +57,7 @@ OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
 def find_card(name: str) -> Card | None:
-    """Return the card that a device name such as "NVIDIA H100 80GB HBM3" contains; None if it is not in `CARDS`."""
+    """Return the entry of `CARDS` for a device name such as "NVIDIA H100 80GB HBM3", or None if there is none."""
     return next((card for words, card in CARDS.items() if re.search(rf"\b{words}\b{OTHER_MODEL}", name)), None)
 
 

@@ -201,7 +201,7 @@ def _score(
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Pad only on the right: the model then needs no mask and no position ids, which differ between architectures.
+            # Pad only on the right: this needs neither a mask nor position ids, which architectures handle differently.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1
