@@ -109,7 +109,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
     run.clock.lap("optimizer")
-    # A finite loss whose scaled gradient overflows float16 is normal while the scaler searches for its scale.
+    # While the scaler searches for its scale, some steps have a finite loss and a gradient that overflows float16.
     overflowed = math.isfinite(loss) and loss_scale > 1 and next_loss_scale < loss_scale
     diverged = not finite and not overflowed
     state.step += 1

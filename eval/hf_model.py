@@ -17,7 +17,7 @@ class HFModelConfig:
     """The two fields of GPTConfig that evaluation uses."""
 
     vocab_size: int
-    block_size: int  # the longest sequence, as the model's configuration states it
+    block_size: int  # maximum sequence length in tokens
 
 
 class HFModel(nn.Module):
