@@ -51,7 +51,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """Return an empty figure. Without pyplot, matplotlib keeps no reference to it and needs no display."""
+    """Return an empty figure. It is not made with pyplot, which would keep a reference to it and need a display."""
     # Imported here: it takes a second, and only the main process of a training run draws.
     from matplotlib.figure import Figure
 

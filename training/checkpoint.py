@@ -43,7 +43,7 @@ def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Ten
     state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=options).get("state", {})  # {} on other ranks
     optimizer_state = {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
     weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
-    # A tensor that was on the CPU already is the model's own and changes in the next step: clone it.
+    # Clone tensors that were on the CPU already: they belong to the model, and the next step changes them.
     return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in optimizer_state.items()}
 
 

@@ -170,7 +170,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _tolerate_errors(self, name: str) -> Iterator[None]:
-        """With `checkpoint.on_error: continue`, print an OSError that writing a file raises, and continue."""
+        """With `checkpoint.on_error: continue`, print an OSError of the `with` block instead of raising it."""
         try:
             yield
         except OSError as error:
