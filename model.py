@@ -525,7 +525,7 @@ class LayerCache(NamedTuple):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, H, T, D) after the past ones, and return all of them, (B, H, S, D)."""
-        # Written in place, and autograd cannot differentiate through a tensor that is overwritten: hence detach.
+        # The cache is written in place. Autograd cannot differentiate through overwritten tensors, so detach k and v.
         self.keys[:, :, self.past : self.length] = k.detach()
         self.values[:, :, self.past : self.length] = v.detach()
         # Under autocast k and v have less precision than the cache, and a product needs operands of the same dtype.

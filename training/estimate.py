@@ -53,9 +53,9 @@ def estimate_memory(
     # input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
     of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
     kept = model.n_layer * (4 if recompute else of_a_block) + 2 * 4  # plus input and output of ln_f
-    # At any time either one block computes its backward pass (GELU's output and its gradient, or the gradient of
-    # GELU's input, 4 channels wide each; two gradients of the stream), or the loss is computed with a chunk of logits,
-    # and on a CPU with 64 rows of them in float32.
+    # The peak is in one of two places. In the backward pass of a block, two tensors of width 4 C exist (the output of
+    # GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of the residual
+    # stream. In the loss, a chunk of logits exists, and on a CPU also 64 rows of it in float32.
     backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
     chunk = min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size
     loss = chunk * size + 64 * model.vocab_size * 4
