@@ -125,8 +125,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Map indices in 0..n-1 to their values in the shuffled order of an epoch: a permutation of 0..n-1.
 
     A shuffled list of all windows would take memory proportional to the corpus, and every process would have to compute
-    all of it. This function computes any element by itself: a Feistel network (Luby & Rackoff 1988) permutes the
-    numbers of an even number of bits, and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
+    all of it. This function computes any element by itself: a Feistel network (Luby & Rackoff 1988) permutes
+    0..4^k - 1 for some k, and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
 
     Args:
         index: (k,) int64.

@@ -33,7 +33,7 @@ from training.checkpoint import read_state
 from training.config import Config, parse_config
 from training.run_directory import RunDirectory
 
-MOMENTS = {"start": 0.15, "step": 0.55, "checkpoint": 0.3}  # when to kill, and the fraction of kills
+MOMENTS = {"start": 0.15, "step": 0.55, "checkpoint": 0.3}  # moment of the kill -> fraction of all kills
 GRACE = 60.0  # seconds in which the other processes must end after one was killed
 
 
