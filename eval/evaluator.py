@@ -129,7 +129,7 @@ def load_model_and_tokenizer(
 ) -> tuple[Any, Any]:
     """Load the model `name` from the files in `directory`, and its tokenizer.
 
-    A model that is not a GPT-2 is loaded with transformers; with `through_transformers`, a GPT-2 is too.
+    transformers loads every model that is not a GPT-2. With `through_transformers`, it loads GPT-2 models as well.
 
     Raises ValueError or OSError if they cannot be loaded or do not belong together.
     """

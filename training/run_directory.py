@@ -180,7 +180,7 @@ class RunDirectory:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl: one object per line, appended at once, and sent to Weights & Biases if that is enabled.
+    """Writes metrics.jsonl: one object per line, written without delay, and sent to Weights & Biases if enabled.
 
     Opening the log removes the records after step `last_step`, from which the run resumes, the validations after
     `last_validation` (by default the same step), and an incomplete last line. So no step appears twice. With
