@@ -8,8 +8,8 @@ Two conventions are in use. They give different accuracies, so every result name
   capitalized, the bracketed marks of WikiHow are removed, and log-probabilities are normalized by the number of
   characters.
 
-The released 124M model has acc 0.2859 and acc_norm 0.2955 in the first, 0.2892 and 0.3114 in the second convention
-(see eval/reference.py).
+The released 124M model has acc 0.2859 and acc_norm 0.2955 with "completion", and acc 0.2892 and acc_norm 0.3114 with
+"harness" (see eval/reference.py).
 """
 
 from __future__ import annotations

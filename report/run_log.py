@@ -68,7 +68,7 @@ class RunLog:
 
 
 def read_run_log(directory: Path, name: str) -> RunLog:
-    """Read the files that train.py, and eval.run with --json, wrote to a run's directory.
+    """Read the files that train.py and `eval.run --json` wrote to a run's directory.
 
     Raises FileNotFoundError if it is not the directory of a run, ValueError if it has no metrics or a damaged file.
     """

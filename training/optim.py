@@ -127,7 +127,7 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
     undecayed = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in parameters.values():  # allocated now: allocated during the first step, it would fragment the heap of a CPU
+    for p in parameters.values():  # allocate now: in the first step, this would fragment the C library's heap
         step = torch.zeros((), device=p.device)
         adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizers.append(adamw)
