@@ -91,7 +91,7 @@ def loss_and_gradients(
             if x_grad or weight_grad:
                 # d loss / d logits = softmax - one-hot, written over the logits
                 part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
-        # Set the gradients of ignored targets to 0 after the product: it has only C columns, the logits have V.
+        # Set the gradients of ignored targets to 0 in dx and x_rows, whose rows have C numbers; logits have V.
         if x_grad:
             dx[chunk] = (logits @ head) * counts
         if weight_grad:
@@ -111,7 +111,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in float32.
     """
     if a.is_cuda:
-        # Only CUDA supports `out_dtype`, with which the product of 16-bit tensors is rounded to float32.
+        # Only CUDA supports `out_dtype`, with which the product of 16-bit tensors is a float32 tensor.
         total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)
     elif torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         total += a.T @ b

@@ -161,7 +161,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
 
 def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoints) -> Path | None:
-    """Return the checkpoint from which run.resume requires to resume, or None to start a new run.
+    """Return the checkpoint to resume from according to run.resume, or None to start a new run.
 
     The main process chooses it, because the other nodes may lack access to the checkpoints. All processes return it.
 
@@ -235,7 +235,7 @@ def open_directory(run: TrainingRun, *, resumed: bool) -> None:
     """Create the run's directory, or remove what was written after the step from which the run resumes."""
     step = run.state.step
     last_step = step if resumed else -1
-    # If this attempt must first repeat a validation, remove the results that an earlier attempt may have logged.
+    # If this attempt starts with a validation that was skipped, an earlier attempt may have logged it: remove that.
     last_validation = last_step - 1 if resumed and run.lacks_validation else last_step
     start = provenance(run.config, run.processes, resumed_at=step if resumed else None)
     run.directory.open(run.config, start, last_step, last_validation, run.progress.say)
