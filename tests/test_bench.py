@@ -1,32 +1,25 @@
-"""The bench: corpora that repeat nothing, peers that give the same tokens and choices, and what it prints."""
+"""The benchmark command: contestants that exist and agree on the tokens, what it prints, and its errors."""
 
-import json
-from functools import partial
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import bench
+import benchmarks.ours.tokenize
+import benchmarks.peers.tiktoken
+from benchmarks.corpus import repeated_plays, write_corpus
 from data.shards import open_split, read_meta
-
-
-def test_each_content_of_a_directory_is_taken_once(tmp_path):
-    for name, data in [("a.py", b"one"), ("b.md", b"one"), ("c.html", b"two"), ("d.txt", b"\xff"), ("e.so", b"three")]:
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "link.py").symlink_to(tmp_path / "c.html")
-    assert list(bench.text_files([str(tmp_path)])) == ["one", "two"]
-
-
-def test_words_of_a_corpus_are_counted(tmp_path):
-    assert bench.write_corpus(iter(["a b a", " b\n"]), tmp_path / "c.jsonl") == (8 / 1e6, 4 / (8 / 1e6))
-    assert [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").open()] == ["a b a", " b\n"]
-    assert sum(len(text.encode()) for text in bench.repeated_plays(10**7)) >= 10**7
 
 
 def test_both_tokenizers_write_the_same_shard(tmp_path):
     corpus = tmp_path / "c.jsonl"
-    bench.write_corpus(bench.repeated_plays(200_000), corpus)
-    bench.tokenize_ours(corpus)()
-    bench.tokenize_tiktoken(corpus)()
+    write_corpus(repeated_plays(200_000), corpus)
+    benchmarks.ours.tokenize.tokenize(corpus)()
+    benchmarks.peers.tiktoken.tokenize(corpus)()
     bench.check_shards(tmp_path)
     ours, theirs = sorted((path for path in tmp_path.iterdir() if path.is_dir()), key=lambda p: read_meta(p) is None)
     assert open_split(ours, "train").n_tokens > 50_000
@@ -37,24 +30,66 @@ def test_both_tokenizers_write_the_same_shard(tmp_path):
         bench.check_shards(tmp_path)
 
 
-def test_contestants_are_timed_in_turn_and_their_memory_is_their_own(capsys):
-    results = bench.compare({"ours": partial(make_sleeper, 0.01, 1), "other": partial(make_sleeper, 0.03, 300)}, runs=3)
-    table = bench.report("sleeping", "naps", 1, results)
-    assert table["results"]["other"]["ours_is"] == pytest.approx(3, rel=0.5)
-    assert results["other"]["peak_memory"] - results["ours"]["peak_memory"] > 250e6
-    assert "sleeping" in capsys.readouterr().out
+def test_a_table_has_rates_and_ratios(capsys):
+    seconds = {"ours": 2.0, "other": 3.0}
+    results = {
+        name: {"seconds": value, "lowest": value, "highest": value * 1.5, "peak_memory": 2**20 * value}
+        for name, value in seconds.items()
+    }
+    table = bench.report("sleeping", "naps", 6, results)
+    assert table["results"]["other"]["ours_is"] == 1.5
+    assert [result["rate"] for result in table["results"].values()] == [3, 2]
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "sleeping",
+        "                      naps/s   spread  peak MiB   ours is",
+        "  ours                 3.0      50%         2",
+        "  other                2.0      50%         3     1.50x",
+    ]
 
 
-def make_sleeper(seconds, megabytes):
-    import time
+def test_each_contestant_names_a_function_and_its_arguments(monkeypatch):
+    """Reads the modules and does not import them: some need packages that are not installed."""
+    calls = []
 
-    held = bytearray(megabytes * 10**6)
-    for i in range(0, len(held), 4096):
-        held[i] = 1
-    return lambda: time.sleep(seconds + 0 * len(held))
+    def compare(contestants, runs, warm_up=2):
+        calls.extend(contestants.values())
+        return {name: dict.fromkeys(("seconds", "lowest", "highest", "peak_memory"), 1.0) for name in contestants}
+
+    def call_in_process(module, function, *arguments):
+        calls.append((module, function, arguments))
+        return {"native_dtypes": (["bfloat16", "float32"], "AVX-512")}.get(
+            function, (1.0, 1.0) if "corpus" in module else 1.0
+        )
+
+    monkeypatch.setattr("bench.compare", compare)
+    monkeypatch.setattr("bench.call_in_process", call_in_process)
+    monkeypatch.setattr("bench.check_shards", lambda directory: None)
+    peers = {"transformers": "", "ctranslate2": "", "nanogpt": "n", "build-nanogpt": "b"}
+    for run in bench.BENCHES.values():
+        run(peers, 1)
+    for module, function, arguments in calls:
+        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+        assert [len(node.args.args) for node in found] == [len(arguments)], (module, function)
+    # every module of a contestant is used
+    contestants = {f"benchmarks.{room}.{file.stem}" for room in ("ours", "peers") for file in find_modules(room)}
+    assert contestants == {module for module, _, _ in calls if module.count(".") == 2}
 
 
-def test_what_is_missing_is_said(monkeypatch, capsys, tmp_path):
+def find_modules(room):
+    files = (Path(bench.__file__).parent / "benchmarks" / room).glob("*.py")
+    return [file for file in files if file.stem not in ("__init__", "repository")]
+
+
+def test_the_command_loads_no_library_of_a_contestant():
+    libraries = ("torch", "numpy", "transformers", "ctranslate2", "tiktoken", "regex")
+    code = f"import bench, sys; print([name for name in {libraries} if name in sys.modules])"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=bench.HERE).stdout.strip() == "[]"
+
+
+def test_invalid_arguments_are_reported(monkeypatch, capsys, tmp_path):
     for arguments, message in [
         (["train", "--peer", "megatron"], "unknown peer 'megatron'"),
         (["hellaswag", "--peer", f"build-nanogpt={tmp_path}"], f"no hellaswag.py in {tmp_path}"),
@@ -69,11 +104,10 @@ def test_what_is_missing_is_said(monkeypatch, capsys, tmp_path):
 
 
 def test_rows_in_a_precision_that_the_cpu_emulates_are_left_out_and_named(monkeypatch, capsys):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # the process that is asked inherits it
     assert bench.native_dtypes() == ["float32"]
     assert "no rows in bfloat16: this CPU" in capsys.readouterr().out
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("bench.call_in_process", lambda *call: (["bfloat16", "float32"], "AVX-512, bfloat16"))
     assert bench.native_dtypes() == ["bfloat16", "float32"]
     assert capsys.readouterr().out == ""
 
@@ -87,12 +121,12 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("other tokens"), 2), (KeyboardInterrupt(), 130)])
-def test_what_ends_it_is_no_traceback(monkeypatch, capsys, error, status):
+def test_an_error_ends_the_command_without_a_traceback(monkeypatch, capsys, error, status):
     def fail(peers, runs):
         raise error
 
     monkeypatch.setattr("bench.BENCHES", {"loader": fail})
-    monkeypatch.setattr("bench.memory_bandwidth", lambda: 0.0)
+    monkeypatch.setattr("bench.call_in_process", lambda *call: ({}, 0.0))
     monkeypatch.setattr("sys.argv", ["bench.py", "loader"])
     with pytest.raises(SystemExit) as stopped:
         bench.main()

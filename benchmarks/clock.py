@@ -1,0 +1,149 @@
+"""Time contestants and measure their memory, each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+Run = Callable[[], object]  # the work that is timed
+
+
+class Call(NamedTuple):
+    """A call of a function that is named, so that it can be sent to another process before its module is imported."""
+
+    module: str  # "benchmarks.ours.decode"
+    function: str
+    arguments: tuple = ()
+
+    def __call__(self) -> Any:
+        # This import is dynamic because each process must load the libraries of its own contestant only: a library
+        # takes memory, starts threads and changes global settings.
+        return getattr(importlib.import_module(self.module), self.function)(*self.arguments)
+
+
+def call_in_process(module: str, function: str, *arguments: Any) -> Any:
+    """Call a function in a new process, so that its libraries stay out of this one, and return its result.
+
+    An exception of the function is raised here.
+    """
+    return receive(start_process(answer, Call(module, function, arguments)))
+
+
+def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
+    """Time the contestants in turn, `runs` times each.
+
+    A contestant is a call that sets up the work, in a process of its own, and returns the function to time. Returns for
+    each the seconds (median, lowest, highest) and the peak memory in bytes.
+    """
+    pipes: dict[str, Connection] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for name, setup in contestants.items():
+        pipes[name] = start_process(serve, setup, warm_up)
+        receive(pipes[name])  # wait for its warm-up to end before the next contestant starts
+    for _ in range(runs):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds[name].append(receive(pipe))
+    results = {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        values = seconds[name]
+        results[name] = {
+            "seconds": statistics.median(values),
+            "lowest": min(values),
+            "highest": max(values),
+            "peak_memory": receive(pipe),
+        }
+    return results
+
+
+def start_process(target: Callable[..., None], *arguments: Any) -> Connection:
+    """Start `target(*arguments, pipe)` in a new interpreter, and return the other end of the pipe."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=target, args=(*arguments, there), daemon=True).start()
+    there.close()  # otherwise receive() would wait forever for a process that was killed
+    return here
+
+
+def receive(pipe: Connection) -> Any:
+    """Return what the process at the other end sends. Raise its exception, or ChildProcessError if it was killed."""
+    try:
+        value = pipe.recv()
+    except EOFError:
+        raise ChildProcessError("a process of the benchmark ended without a result: was its memory full?") from None
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def answer(call: Call, pipe: Connection) -> None:
+    """Run in the process of `call_in_process`: send the result of the call, or its exception."""
+    try:
+        pipe.send(call())
+    except Exception as error:
+        pipe.send(error)
+    except KeyboardInterrupt:
+        pass  # the parent process is interrupted too, and reports it
+
+
+def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
+    """Run in the process of a contestant: set up, warm up, and time one run for each True received.
+
+    False ends the process, after it has sent its peak memory in bytes.
+    """
+    peak, running = [0], threading.Event()
+    threading.Thread(target=watch_memory, args=(peak, running), daemon=True).start()
+    try:
+        run: Run = setup()
+        for _ in range(warm_up):
+            run()
+        pipe.send(None)
+        while pipe.recv():
+            running.set()
+            began = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - began
+            running.clear()
+            pipe.send(seconds)
+        pipe.send(max(own_peak(), peak[0]))
+    except Exception as error:
+        pipe.send(error)
+    except KeyboardInterrupt:
+        pass  # the parent process is interrupted too, and reports it
+
+
+def own_peak() -> int:
+    """Return the peak memory of this process in bytes."""
+    if sys.platform == "linux":  # where getrusage() includes the peak of the parent process
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def watch_memory(peak: list[int], running: threading.Event) -> None:
+    """Keep the peak memory in bytes of this process and its descendants together in peak[0] while `running` is set.
+
+    Memory that several of the processes use counts once for each.
+    """
+    this = psutil.Process()
+    while running.wait():
+        held = 0
+        for process in (this, *this.children(recursive=True)):
+            try:
+                held += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        peak[0] = max(peak[0], held)
+        time.sleep(0.5)

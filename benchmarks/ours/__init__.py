@@ -1,0 +1,1 @@
+"""This repository as a contestant, with a module for each benchmark."""

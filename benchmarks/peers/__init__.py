@@ -1,0 +1,1 @@
+"""Other implementations as contestants, with a module for each."""

@@ -1,0 +1,32 @@
+"""build-nanogpt, read from a clone of its repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.clock import Run
+from benchmarks.peers.repository import load_file
+from benchmarks.questions import hellaswag_rows
+from data.tokenizer import load_tokenizer
+
+
+def evaluate(directory: str) -> Run:
+    """Set up evaluate() of build-nanogpt's hellaswag.py, in float32.
+
+    It would download its tokenizer, weights and questions; it is given local ones.
+    """
+    tokenizer: Any = load_tokenizer("gpt2")
+    tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # the same encoding
+    hellaswag: Any = load_file(Path(directory) / "hellaswag.py")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    rows = [row | {"label": int(row["label"])} for row in hellaswag_rows()]
+    hellaswag.iterate_examples = lambda split: iter(rows)
+    hellaswag.GPT2LMHeadModel.from_pretrained = lambda name: model
+    hellaswag.print = lambda *words: None
+    return lambda: hellaswag.evaluate("gpt2", "cpu")
