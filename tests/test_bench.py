@@ -43,8 +43,8 @@ def test_a_table_has_rates_and_ratios(capsys):
         "",
         "sleeping",
         "                      naps/s   spread  peak MiB   ours is",
-        "  ours                 3.0      50%         2",
-        "  other                2.0      50%         3     1.50x",
+        "  ours                   3.0      50%         2",
+        "  other                  2.0      50%         3     1.50x",
     ]
 
 
