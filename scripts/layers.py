@@ -18,6 +18,7 @@ from typing import NamedTuple
 # The rooms from top to bottom. A module may import modules of its own room and of the rows below, and no others.
 LAYERS = (
     ("scripts", "bench"),
+    ("benchmarks",),
     ("train", "sample", "classify"),
     ("report",),
     ("training",),
