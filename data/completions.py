@@ -8,12 +8,12 @@ completion are encoded separately: in use, the model gets the encoded prompt alo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from data.loader import IGNORE_INDEX
+from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
 
@@ -107,20 +107,14 @@ def read_examples(path: Path) -> list[tuple[int, str, str]]:
             f'{{"prompt": "...", "completion": "..."}}. If there is no val.jsonl, move a tenth of the lines into one'
         )
     examples = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                prompt, completion = row["prompt"], row["completion"]
-                if not (isinstance(prompt, str) and isinstance(completion, str) and completion):
-                    raise ValueError("both must be text, the completion not empty")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{path}, line {number}: expected {{"prompt": "...", "completion": "..."}} ({error!r})'
-                ) from None
-            examples.append((number, prompt, completion))
+    for number, row in read_json_lines(path):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not (isinstance(prompt, str) and isinstance(completion, str) and completion):
+            raise ValueError(
+                f'{path}, line {number}: expected {{"prompt": "...", "completion": "..."}}: both '
+                f"must be text, the completion not empty; found {', '.join(map(repr, row)) or 'no key'}"
+            )
+        examples.append((number, prompt, completion))
     if not examples:
         raise ValueError(f"{path} holds no example: expected one object per line")
     return examples

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from command import ending
+from data.plain_text import read_escapes
 from data.prepare.encode import ValidationRule
 from data.prepare.hub import PRESETS, TOKENIZED, download, hub_source
 from data.prepare.job import Job, prepare_dataset
@@ -65,14 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of them held out for validation")
     text = commands.add_parser(
-        "text", parents=[shared], help="your own files: .txt, .jsonl, .parquet; plain, .gz, .zst"
+        "text", parents=[shared], help="your own files: .txt, .jsonl, .csv, .parquet; plain, .gz, .zst"
     )
     text.add_argument("files", nargs="+", metavar="FILE|DIR|GLOB")
-    text.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or parquet column (default: text)")
+    text.add_argument(
+        "--text-key", default="text", metavar="KEY", help="JSON key, CSV or parquet column (default: text)"
+    )
     text.add_argument(
         "--separator",
         metavar="TEXT",
-        help="text between the documents of a .txt file (default: a file is one document)",
+        type=read_escapes,
+        help=r"text between the documents of a .txt file, such as '\n\n' (default: a file is one document)",
     )
     hub = commands.add_parser("hf", parents=[shared], help="a dataset of the Hugging Face hub, or a local copy of one")
     hub.add_argument("dataset", metavar="DATASET|DIR")
@@ -190,6 +194,7 @@ def _report(out: Path, meta: DatasetMeta) -> None:
     print(f"shards: {sum(map(len, meta.shards.values()))}" + (f", from {text / 1e6:,.1f} MB of text" if text else ""))
     for name, message in (
         ("empty", "empty documents skipped"),
+        ("carriage_returns", r"line ends changed from \r\n or \r to \n"),
         ("invalid_utf8", "documents in which invalid UTF-8 was replaced with U+FFFD"),
         (
             "longer_than_shard",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import mmap
 import re
 from collections.abc import Iterable, Iterator
@@ -12,19 +11,29 @@ from typing import Any
 
 import pyarrow
 
+from data.plain_text import line_feeds, refuse_nul, separator_pattern
 from data.prepare.source import Chunk, ParseOptions
 from data.prepare.text import named_errors, open_file, open_parquet
+from data.tables import parse_json_object
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Documents:
-    """Documents as valid UTF-8, and how many were skipped as empty or had invalid UTF-8 replaced."""
+    """Documents as valid UTF-8, and what was unusual about them.
+
+    texts: the documents;
+    empty, invalid_utf8: how many were skipped as empty, and had invalid UTF-8 replaced;
+    carriage_returns: line ends of text files that were \\r\\n or \\r and became \\n;
+    separators: how often the separator was found.
+    """
 
     texts: list[bytes] = field(default_factory=list)
     empty: int = 0
     invalid_utf8: int = 0
+    carriage_returns: int = 0
+    separators: int = 0
 
 
 def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Documents:
@@ -32,7 +41,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 
     Raises ValueError with the file and the line or row of a document that cannot be used.
     """
-    for number, raw in _raw_documents(chunk, options):
+    for number, raw in _raw_documents(chunk, options, documents):
         if not raw:
             if options.strict and not chunk.continues:
                 raise ValueError(
@@ -67,9 +76,8 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
         number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
     if chunk.offset:
         # The process that cut the file did not count lines or documents, which is slow. Count those before the chunk.
-        mark = re.compile(
-            re.escape(options.separator.encode() if chunk.format == "separated" and options.separator else b"\n")
-        )
+        separated = chunk.format == "separated" and options.separator
+        mark = separator_pattern(options.separator or "") if separated else re.compile(rb"\n|\r(?!\n)")
         with open(chunk.file.name, "rb") as file:
             number += sum(
                 1 for _ in mark.finditer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, chunk.offset)
@@ -78,13 +86,20 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
     return f"{chunk.file.name}, {unit} {number}"
 
 
-def _raw_documents(chunk: Chunk, options: ParseOptions) -> Iterable[tuple[int, bytes | str]]:
+def _raw_documents(
+    chunk: Chunk, options: ParseOptions, documents: Documents
+) -> Iterable[tuple[int, bytes | str | None]]:
     """Iterate over the number of each document (line, document or row) and its text, which may be invalid UTF-8."""
-    if chunk.format == "text":
-        return [(chunk.first, chunk.read())]
-    if chunk.format == "separated":
-        separator = (options.separator or "").encode()
-        texts = [text.strip(b"\r\n") for text in chunk.read().split(separator)]
+    if chunk.format in ("text", "separated"):
+        text = chunk.read()
+        refuse_nul(text, chunk.file.name)
+        text, changed = line_feeds(text)
+        documents.carriage_returns += changed
+        if chunk.format == "text":
+            return [(chunk.first, text)]
+        separator = line_feeds((options.separator or "").encode())[0]
+        texts = [text.strip(b"\n") for text in text.split(separator)]
+        documents.separators += len(texts) - 1
         # A chunk ends after a separator, so the text after the last one is empty, except at the end of the file.
         return enumerate(texts if texts[-1] else texts[:-1], chunk.first)
     if chunk.format == "jsonl":
@@ -108,27 +123,27 @@ def _rows(chunk: Chunk, text_key: str) -> Iterator[bytes]:
             except (pyarrow.ArrowException, OSError) as error:
                 where = f"{chunk.file.name}, from row {chunk.first}"
                 raise ValueError(f"{where}: cannot be read ({error}); download the file again") from error
-    return (value.as_py() or b"" for value in table.column(0).cast(pyarrow.large_binary()))
+    column = table.column(0)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return (value.as_py() or b"" for value in column.cast(pyarrow.large_binary()))
 
 
-def _json_lines(chunk: Chunk, options: ParseOptions) -> Iterator[tuple[int, bytes | str]]:
+def _json_lines(chunk: Chunk, options: ParseOptions) -> Iterator[tuple[int, str | None]]:
     text_key = options.text_key
     for number, line in enumerate(chunk.read().split(b"\n"), chunk.first):
         if not line.strip():
             continue
         try:
             # Invalid UTF-8 becomes lone surrogates, which the caller replaces or refuses.
-            row = json.loads(line.decode(errors="surrogateescape"))
+            row = parse_json_object(line.decode(errors="surrogateescape"), "")
         except ValueError as error:
+            raise ValueError(f"{_where(chunk, options, number)}{error}") from None
+        text = row.get(text_key, "")
+        if text_key not in row:
             where = _where(chunk, options, number)
-            raise ValueError(f"{where}: not JSON ({error}); repair or remove the line") from None
-        if isinstance(row, dict) and isinstance(row.get(text_key), str):
-            yield number, row[text_key]
-            continue
-        where = _where(chunk, options, number)
-        if isinstance(row, dict) and text_key in row:
-            found = type(row[text_key]).__name__
-            raise ValueError(f"{where}: {text_key!r} is of type {found}, expected str; choose another --text-key")
-        if isinstance(row, dict):
             raise ValueError(f"{where}: no key {text_key!r}, only {', '.join(row)}; choose one with --text-key")
-        raise ValueError(f"{where}: found a {type(row).__name__}, expected an object with the key {text_key!r}")
+        if not isinstance(text, str | None):
+            where, found = _where(chunk, options, number), type(text).__name__
+            raise ValueError(f"{where}: {text_key!r} is of type {found}, expected str; choose another --text-key")
+        yield number, text

@@ -69,7 +69,7 @@ class Encoded:
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
     text_bytes: (documents,) int64, UTF-8 bytes of each document;
     continues: whether the first document is the continuation of the last one of the batch before;
-    empty, invalid_utf8: numbers of empty documents and of documents in which invalid UTF-8 was replaced.
+    empty, invalid_utf8, carriage_returns, separators: counts, as `Documents` has them.
     """
 
     tokens: np.ndarray
@@ -79,6 +79,8 @@ class Encoded:
     continues: bool
     empty: int
     invalid_utf8: int
+    carriage_returns: int
+    separators: int
 
 
 class Encoder:
@@ -115,6 +117,8 @@ class Encoder:
             continues=continues,
             empty=documents.empty,
             invalid_utf8=documents.invalid_utf8,
+            carriage_returns=documents.carriage_returns,
+            separators=documents.separators,
         )
 
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:

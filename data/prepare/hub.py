@@ -12,8 +12,9 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from data.prepare.files import file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
-from data.prepare.text import file_format, listing_sha256, open_file, open_parquet, read_chunks, text_filter
+from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
 from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header, read_meta
 from data.tokenizer import load_tokenizer
 from files import file_sha256, write_json
@@ -62,11 +63,13 @@ def hub_source(
     for theirs, ours in chosen.items():
         for path in found[theirs]:
             if not file_format(path):
-                raise ValueError(f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl or .txt files")
+                raise ValueError(
+                    f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl, .csv or .txt files"
+                )
             files.append(SourceFile(path, Path(path).stat().st_size if local else _hub_size(path), ours))
     read = functools.partial(_read_articles if articles else read_chunks, options=options)
     described = ", ".join(filter(None, ["hf " + (Path(dataset).name if local else dataset), name, split]))
-    revision = listing_sha256(files) if local else commit
+    revision = files_revision(file.name for file in files) if local else commit
     return Source(
         described,
         revision,

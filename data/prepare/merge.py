@@ -41,7 +41,8 @@ def merge_parts(directory: Path) -> DatasetMeta:
                 writer.write(tokens)
 
     def total(key: str) -> dict[str, int]:
-        return {name: sum(getattr(meta, key)[name] for meta in parts.values()) for name in getattr(first, key)}
+        names = dict.fromkeys(name for meta in parts.values() for name in getattr(meta, key))
+        return {name: sum(getattr(meta, key).get(name, 0) for meta in parts.values()) for name in names}
 
     merged = replace(
         first,

@@ -16,12 +16,15 @@ class SourceFile:
 
     name: path, hf:// address, or any name that the source's `read` understands;
     size: bytes, for the progress display;
-    split: "train" or "val" where the source defines the split, None where a hash of each document decides.
+    split: "train" or "val" where the source defines the split, None where a hash of each document decides;
+    begin, end: the part of its text to read, in bytes of decoded UTF-8 without a byte-order mark; None is the end.
     """
 
     name: str
     size: int
     split: str | None = None
+    begin: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Text files cut into chunks: .txt, .jsonl and .parquet, each plain, .gz or .zst, on this machine or on the hub.
+"""Text files cut into chunks: .txt, .jsonl, .csv and .parquet, each plain, .gz or .zst, here or on the hub.
 
 `data.prepare.documents` turns the chunks into documents, in the worker processes.
 """
@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import functools
-import glob
 import gzip
-import hashlib
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import huggingface_hub
@@ -22,10 +19,11 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from data.plain_text import HEAD_BYTES, detect_encoding, refuse_nul, separator_pattern, utf8_blocks
+from data.prepare.files import compression, display_name, file_format, files_revision, find_files
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
+from data.tables import parse_csv
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-COMPRESSIONS = ("", ".gz", ".zst")
 BLOCK_BYTES = 1 << 20  # read at once
 # A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
@@ -33,10 +31,29 @@ SPLIT_KEY_BYTES = 1 << 12
 SEARCH_BYTES = 1 << 16
 # The main process reads a row group with more text than this itself and cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
-# A document may be cut before a newline that is followed by something other than white space, because a token begins
-# there with every tokenizer: GPT-2's rule separates the last white space before a word from the white space before it.
-# In UTF-8, white space begins with a byte below "!", or with C2, E1, E2 or E3.
-_SAFE_CUT = re.compile(rb"(?<=.)\n(?=[!-~\xc3-\xdf\xe4-\xf4])", re.DOTALL)
+# A piece of a document without a safe cut is cut anyway when it is longer than this, which bounds the memory.
+LONGEST_PIECE = 1 << 22
+# A document may be cut before a newline or space that is followed by something other than white space, because a token
+# begins there with every tokenizer: GPT-2's rule separates the last white space before a word from the white space
+# before it. In UTF-8, white space is a byte below "!", DEL is none, and U+0085, U+00A0, U+1680, U+180E (in old versions
+# of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000 begin with C2, E1, E2 or E3.
+_NO_SPACE = (
+    rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
+    rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
+)
+_SAFE_CUT = re.compile(rb"(?<=.)[\n ](?=" + _NO_SPACE + rb")", re.DOTALL)
+# The same in a file, where \r\n and \r become \n later: never between \r and \n.
+_FILE_CUT = re.compile(rb"(?:(?<=[^\r])\n|(?<=.)(?:\r\n?| ))(?=" + _NO_SPACE + rb")", re.DOTALL)
+# Where the text has no white space, a token also ends between a letter and a digit, before ASCII punctuation after a
+# letter or digit, and before Chinese punctuation after an ideograph. An apostrophe may begin a token such as 's.
+_WORD_CUT = re.compile(
+    rb"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-&(-/:-@\[-`{-~])"
+    rb"|(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c])"
+)
+# The column types that hold text, or, for "null", no value at all.
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+# A cut depends on at most this many bytes around it.
+_CUT_CONTEXT = 8
 
 
 def text_source(patterns: list[str], options: ParseOptions) -> Source:
@@ -44,23 +61,11 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
 
     Raises FileNotFoundError when a pattern matches nothing, ValueError for a file of an unknown type.
     """
-    paths = dict.fromkeys(path for pattern in patterns for path in _expand(pattern))
+    paths = list(dict.fromkeys(path for pattern in patterns for path in find_files(pattern)))
     files = tuple(SourceFile(str(path), path.stat().st_size) for path in paths)
-    described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {Path(files[0].name).name}"
-    return Source(
-        f"text, {described}",
-        listing_sha256(files),
-        files,
-        functools.partial(read_chunks, options=options),
-        text_filter(options),
-        options,
-    )
-
-
-def listing_sha256(files: Iterable[SourceFile]) -> str:
-    """Return a revision for files that have none of their own: it changes when a name or a size changes."""
-    listing = "".join(f"{Path(file.name).name} {file.size}\n" for file in files)
-    return f"names and sizes of the files, sha256 {hashlib.sha256(listing.encode()).hexdigest()}"
+    described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {display_name(paths[0].name)}"
+    read = functools.partial(read_chunks, options=options)
+    return Source(f"text, {described}", files_revision(paths), files, read, text_filter(options), options)
 
 
 def text_filter(options: ParseOptions) -> str:
@@ -70,49 +75,40 @@ def text_filter(options: ParseOptions) -> str:
     return "; ".join([*chosen, "strict"] if options.strict else chosen)
 
 
-def _expand(pattern: str) -> list[Path]:
-    """Return the files that one pattern matches, sorted."""
-    path = Path(pattern)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p.name))
-        kinds = ", ".join(suffix + compression for compression in COMPRESSIONS for suffix in FORMATS)
-        if not found:
-            raise FileNotFoundError(f"no text in {pattern}: expected files named {kinds}")
-        return found
-    found = (
-        [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    )
-    if not found:
-        raise FileNotFoundError(f"no such file, directory or pattern: {pattern}")
-    for file in found:
-        if not file_format(file.name):
-            raise ValueError(f"{file} has an unknown type: expected .txt, .jsonl or .parquet, plain, .gz or .zst")
-    return found
-
-
-def file_format(name: str) -> str | None:
-    """Return "text", "jsonl" or "parquet" from the name of a file, None for any other type."""
-    for compression in COMPRESSIONS[1:]:
-        name = name.removesuffix(compression)
-    return FORMATS.get(Path(name).suffix)
-
-
 def read_chunks(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[Chunk]:
     """Cut one file into chunks of about `limit` bytes.
 
     Raises ValueError naming the file when it is damaged or lacks the text column, OSError when it cannot be read.
     """
     format = file_format(file.name) or ""
-    mark = b"\n" if format == "jsonl" else b""
+    marks = re.compile(b"\n") if format == "jsonl" else None
     if format == "text" and options.separator:
-        format, mark = "separated", options.separator.encode()
+        format, marks = "separated", separator_pattern(options.separator)
     with named_errors(file.name), open_file(file.name) as raw:
         if format == "parquet":
             yield from _parquet_chunks(file, raw, limit, options.text_key)
-        elif file.name.startswith("hf://") or file.name.endswith(COMPRESSIONS[1:]):
-            yield from _cut_stream(file, raw, format, limit, mark)
-        else:
-            yield from _cut_file(file, raw, format, limit, mark)
+            return
+        if format == "csv":
+            yield from _csv_chunks(file, raw, limit, options.text_key)
+            return
+        if not file.name.startswith("hf://") and not compression(file.name):
+            encoding, begin = detect_encoding(raw.read(HEAD_BYTES), file.name)
+            if encoding == "utf-8":
+                yield from _cut_file(file, raw, format, limit, marks, begin)
+                return
+            raw.seek(0)
+        yield from _cut_stream(file, raw, format, limit, marks)
+
+
+def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[bytes]:
+    """Iterate over the part of a text file from `file.begin` to `file.end`, decompressed and decoded to UTF-8."""
+    position = 0
+    for block in utf8_blocks(_blocks(raw, file.name), file.name):
+        begin = max(file.begin - position, 0)
+        end = len(block) if file.end is None else max(file.end - position, 0)
+        position += len(block)
+        if part := block[begin:end]:
+            yield part
 
 
 @contextmanager
@@ -141,10 +137,10 @@ def open_file(name: str) -> Any:
 
 def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
     """Iterate over the decompressed content of a file."""
-    if name.endswith(".zst"):
+    if compression(name) == ".zst":
         yield from _zstd_blocks(raw)
         return
-    stream = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+    stream = gzip.GzipFile(fileobj=raw) if compression(name) == ".gz" else raw
     while block := stream.read(BLOCK_BYTES):
         yield block
 
@@ -164,32 +160,43 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
         raise zstandard.ZstdError("it ends inside a frame")
 
 
-def _cut_file(file: SourceFile, raw: BinaryIO, format: str, limit: int, mark: bytes) -> Iterator[Chunk]:
-    """Cut a plain file. The workers read the content; this process reads only the places where a chunk may end."""
+def _cut_file(
+    file: SourceFile, raw: BinaryIO, format: str, limit: int, marks: re.Pattern[bytes] | None, start: int
+) -> Iterator[Chunk]:
+    """Cut a plain UTF-8 file, whose text begins at byte `start`.
+
+    The workers read the content; this process reads only the places where a chunk may end.
+    """
 
     def read(begin: int, end: int) -> bytes:
         raw.seek(begin)
         return raw.read(end - begin)
 
-    begin, searched, end = 0, 0, limit
-    # Without a mark the file is one document, and every chunk after the first continues it. `key` is its first bytes.
+    stop = file.size if file.end is None else start + file.end
+    begin = searched = start + file.begin
+    end = begin + limit
+    # Without marks the file is one document, and every chunk after the first continues it. `key` is its first bytes.
     key: bytes | None = None
-    while end < file.size:
-        cut = _last_cut(read, searched, end, mark)
+    while end < stop:
+        cut = _last_cut(read, searched, end, marks)
+        if not cut and not marks and end - begin >= LONGEST_PIECE:
+            cut = _forced_cut(read, begin, end)
         if cut:
-            continues, key = key is not None, key or (None if mark else read(0, SPLIT_KEY_BYTES))
+            continues, key = key is not None, key or (None if marks else read(begin, begin + SPLIT_KEY_BYTES))
             yield Chunk(file, format, 1, cut - begin, b"", continues, key, begin, text_bytes=cut - begin)
             begin = searched = cut
             end = cut + limit
         else:
             # No place to cut: make the chunk longer. Search the last bytes again, a mark may lie across the border.
-            searched, end = end - max(len(mark), 2), end + limit
-    rest = file.size - begin
+            searched, end = max(begin, end - _context(marks)), end + limit
+    rest = max(stop - begin, 0)
     yield Chunk(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
 
 
-def _cut_stream(file: SourceFile, raw: BinaryIO, format: str, limit: int, mark: bytes) -> Iterator[Chunk]:
-    """Cut a file that can only be read from beginning to end, because it is compressed or on the hub."""
+def _cut_stream(
+    file: SourceFile, raw: BinaryIO, format: str, limit: int, marks: re.Pattern[bytes] | None
+) -> Iterator[Chunk]:
+    """Cut a file that can only be read from beginning to end: it is compressed, on the hub, or in UTF-16 or UTF-32."""
     buffer = bytearray()
 
     def read(begin: int, end: int) -> bytearray:
@@ -197,36 +204,67 @@ def _cut_stream(file: SourceFile, raw: BinaryIO, format: str, limit: int, mark: 
 
     key: bytes | None = None  # as in `_cut_file`
     first, done, searched = 1, 0, 0
-    for block in _blocks(raw, file.name):
+    for block in text_blocks(file, raw):
         buffer += block
         if len(buffer) < limit:
             continue
-        cut = _last_cut(read, searched, len(buffer), mark)
-        searched = max(0, len(buffer) - max(len(mark), 2))
+        cut = _last_cut(read, searched, len(buffer), marks)
+        if not cut and not marks and len(buffer) >= LONGEST_PIECE:
+            cut = _forced_cut(read, 0, len(buffer))
         if cut:
-            data, position = bytes(memoryview(buffer)[:cut]), raw.tell()
-            continues, key = key is not None, key or (None if mark else bytes(buffer[:SPLIT_KEY_BYTES]))
+            data, position = bytes(memoryview(buffer)[:cut]), min(raw.tell(), file.size)
+            continues, key = key is not None, key or (None if marks else bytes(buffer[:SPLIT_KEY_BYTES]))
             yield Chunk(file, format, first, position - done, data, continues, key)
             del buffer[:cut]
-            first, done, searched = first + data.count(mark or b"\n"), position, 0
+            first += sum(1 for _ in marks.finditer(data)) if marks else data.count(b"\n")
+            done = position
+        searched = max(0, len(buffer) - _context(marks))
     yield Chunk(file, format, first, file.size - done, bytes(buffer), key is not None, key)
 
 
-def _last_cut(read: Callable[[int, int], bytes | bytearray], start: int, end: int, mark: bytes) -> int:
+def _context(marks: re.Pattern[bytes] | None) -> int:
+    """Return how many bytes to search again after the end of a search: what matches is not longer than this."""
+    return len(marks.pattern) if marks else _CUT_CONTEXT
+
+
+def _last_cut(
+    read: Callable[[int, int], bytes | bytearray], start: int, end: int, marks: re.Pattern[bytes] | None
+) -> int:
     """Return the last place in start..end where a chunk may end, 0 when there is none.
 
-    That is after `mark`, or, when `mark` is empty, where a document may be cut without changing its tokens.
+    That is after a match of `marks`, or, without marks, where a document may be cut without changing its tokens.
     """
-    pattern = re.compile(b"(?<=%b)" % re.escape(mark)) if mark else _SAFE_CUT
     while True:
-        begin = max(start, end - SEARCH_BYTES - len(mark))
-        cuts = [match.start() for match in pattern.finditer(read(begin, end))]
-        if cuts and cuts[-1]:
-            return begin + cuts[-1]
+        begin = max(start, end - SEARCH_BYTES - _context(marks))
+        cut = _last_match(read(begin, end), marks)
+        if cut:
+            return begin + cut
         if begin == start:
             return 0
         # Search the first bytes again, a mark may lie across the border.
-        end = begin + max(len(mark), 2)
+        end = begin + _context(marks)
+
+
+def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int:
+    """Return the last place in `text` where a chunk may end, 0 when there is none."""
+    if marks:
+        # The lookahead also finds matches that overlap: of three empty lines, a chunk may end after each.
+        overlapping = re.compile(b"(?=(%b))" % marks.pattern)
+        return max((match.end(1) for match in overlapping.finditer(text)), default=0)
+    for pattern in (_FILE_CUT, _WORD_CUT):
+        if cut := max((match.start() for match in pattern.finditer(text)), default=0):
+            return cut
+    return 0
+
+
+def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: int) -> int:
+    """Return the last border of a character in begin..end, where a document without a safe cut is cut anyway."""
+    last = read(end - 4, end)
+    for i in reversed(range(4)):
+        # A continuation byte is 10xxxxxx. Before \n there may be \r, which belongs to it.
+        if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
+            return end - 4 + i
+    return end  # invalid UTF-8
 
 
 def safe_cut(text: bytes, start: int) -> int:
@@ -235,8 +273,47 @@ def safe_cut(text: bytes, start: int) -> int:
     return found.start() if found else len(text)
 
 
+def _csv_chunks(file: SourceFile, raw: BinaryIO, limit: int, text_key: str) -> Iterator[Chunk]:
+    """Read a CSV file in this process, because only a reader of the whole file knows where its rows end."""
+
+    def lines() -> Iterator[str]:
+        rest = b""
+        for block in text_blocks(file, raw):
+            refuse_nul(block, file.name)
+            *whole, rest = (rest + block).split(b"\n")
+            yield from ((line + b"\n").decode(errors="surrogateescape") for line in whole)
+        yield rest.decode(errors="surrogateescape")
+
+    rows = parse_csv(lines(), file.name)
+    column = _find_column(next(rows, []), file.name, text_key)
+    texts: list[bytes] = []
+    first, size, done = 1, 0, 0
+
+    def chunk(position: int) -> Chunk:
+        batch = pyarrow.record_batch({text_key: pyarrow.array(texts, pyarrow.large_binary())})
+        return Chunk(file, "arrow", first, position - done, _arrow_stream(batch))
+
+    for row in rows:
+        texts.append(row[column].encode(errors="surrogateescape"))
+        size += len(texts[-1])
+        if size >= limit:
+            yield chunk(position := min(raw.tell(), file.size))
+            first, size, done, texts = first + len(texts), 0, position, []
+    yield chunk(file.size)
+
+
+def _find_column(names: list[str], file: str, text_key: str) -> int:
+    """Return the index of the text column. Raises ValueError when there is none, or more than one of that name."""
+    if text_key not in names:
+        found = ", ".join(names) or "an empty header"
+        raise ValueError(f"{file} has no column {text_key!r}, only {found}: choose one with --text-key")
+    if names.count(text_key) > 1:
+        raise ValueError(f"{file} has {names.count(text_key)} columns named {text_key!r}: rename all but one")
+    return names.index(text_key)
+
+
 def _parquet_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> Iterator[Chunk]:
-    if not file.name.endswith(".parquet"):
+    if compression(file.name):
         # The index of a parquet file is at its end, so a compressed one has to be decompressed first. Workers cannot
         # open the temporary file, so this process reads all row groups.
         with tempfile.TemporaryFile() as unpacked:
@@ -251,11 +328,9 @@ def _row_groups(file: SourceFile, raw: Any, limit: int, text_key: str, read_here
     """One chunk per row group, which a worker reads; several for a row group of more than `read_here_above` bytes."""
     parquet = open_parquet(raw, file.name)
     schema = parquet.schema_arrow
-    if text_key not in schema.names:
-        found = ", ".join(schema.names)
-        raise ValueError(f"{file.name} has no column {text_key!r}, only {found}: choose one with --text-key")
-    kind = str(schema.field(text_key).type)
-    if kind not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
+    column = schema.field(_find_column(schema.names, file.name, text_key)).type
+    kind = str(column.value_type if pyarrow.types.is_dictionary(column) else column)
+    if kind not in _TEXT_TYPES:
         raise ValueError(f"{file.name}: column {text_key!r} is {kind}, expected string: choose another with --text-key")
     first = 1
     for i in range(parquet.num_row_groups):

@@ -64,6 +64,7 @@ class DatasetWriter:
         source_bytes: bytes of the source that have been read;
         text_bytes: UTF-8 bytes written to each split;
         skipped: counts of unusual documents, as in `meta.json`;
+        separators: how often the separator of the documents was found;
         open_split: the split of the last document, for a chunk that continues it;
         open_tokens: the tokens of the last document so far;
         val_is_full: whether `validation.tokens` has been reached.
@@ -78,6 +79,7 @@ class DatasetWriter:
             "source_bytes": 0,
             "text_bytes": dict.fromkeys(SPLITS, 0),
             "skipped": {"empty": 0, "invalid_utf8": 0, "longer_than_shard": 0},
+            "separators": 0,
             "open_split": "train",
             "open_tokens": 0,
             "val_is_full": False,
@@ -102,6 +104,10 @@ class DatasetWriter:
                 counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
         counted["skipped"]["empty"] += encoded.empty
         counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8
+        if encoded.carriage_returns:
+            returns = counted["skipped"].get("carriage_returns", 0)
+            counted["skipped"]["carriage_returns"] = returns + encoded.carriage_returns
+        counted["separators"] += encoded.separators
         counted["source_bytes"] += sum(chunk.source_bytes for chunk in chunks)
         file, index = chunks[-1].position
         counted["position"] = [file, index + 1]
@@ -137,7 +143,7 @@ class DatasetWriter:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to `state` and delete what was written after it."""
-        self.counted = state["counted"]
+        self.counted = self.counted | state["counted"]
         for split, writer in self.writers.items():
             writer.restore(state[split])
 

@@ -301,7 +301,7 @@ def test_fine_tuning_on_text_beats_training_from_scratch(verses, tiny_run, train
         ('{"prompt": "The", "answer": " a"}', "line 2: expected .*completion"),
         ('{"prompt": "The", "completion": ""}', "line 2: expected .*not empty"),
         ('{"prompt": 3, "completion": " a"}', "line 2: expected .*must be text"),
-        ('{"prompt": "The"', "line 2: expected"),
+        ('{"prompt": "The"', "line 2: not JSON"),
         (
             '{"prompt": "The", "completion": "%s"}' % ("a" * 70),
             "line 2: a completion of 71 tokens .*sequence_length 64",

@@ -1,0 +1,102 @@
+"""Which files a source has: directories and patterns searched, types told by name, and a revision of all of them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst")
+# A directory that macOS adds to archives. The files in it are named like the others and hold no text.
+_NOT_TEXT = "__MACOSX"
+HASHED_BYTES = 1 << 16  # at each end of a file, for the revision
+
+
+def find_files(pattern: str) -> list[Path]:
+    """Return the files that one file name, directory or glob matches, sorted, and print how many were passed over.
+
+    Raises FileNotFoundError when there is none, ValueError for a file of an unknown type that is not in a directory.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        return _walk(path)
+    found = [path] if path.is_file() else _glob(pattern)
+    if not found:
+        raise FileNotFoundError(f"no such file, directory or pattern: {pattern}")
+    for file in found:
+        if not file_format(file.name):
+            raise ValueError(
+                f"{display_name(file)} has an unknown type: expected .txt, .jsonl, .csv or .parquet, plain, .gz or .zst"
+            )
+    return found
+
+
+def _glob(pattern: str) -> list[Path]:
+    """Return the files that a pattern matches, sorted. `glob` itself does not match hidden names with a wildcard."""
+    paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    return sorted(path for path in paths if path.is_file() and _NOT_TEXT not in path.parts)
+
+
+def _walk(directory: Path) -> list[Path]:
+    """Return the files of a known type below a directory, without hidden ones; linked directories are not entered."""
+    found: list[Path] = []
+    passed_over: list[Path] = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        parts = path.relative_to(directory).parts
+        hidden = any(part.startswith(".") or part == _NOT_TEXT for part in parts)
+        usable = path.is_file() and not hidden and file_format(path.name)
+        (found if usable else passed_over).append(path)
+    if passed_over:
+        names = ", ".join(display_name(path.relative_to(directory)) for path in passed_over[:3])
+        print(
+            f"{display_name(directory)}: {len(found):,} files to read; passed over (hidden, of another type, or a "
+            f"linked directory): {len(passed_over):,}: {names}{', ...' if len(passed_over) > 3 else ''}",
+            file=sys.stderr,
+        )
+    if not found:
+        kinds = ", ".join(suffix + compression for compression in ("", *COMPRESSIONS) for suffix in FORMATS)
+        raise FileNotFoundError(f"no text in {display_name(directory)}: expected files named {kinds}")
+    return found
+
+
+def compression(name: str) -> str:
+    """Return ".gz", ".zst" or "" from the name of a file, in any case."""
+    return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
+
+
+def file_format(name: str) -> str | None:
+    """Return "text", "jsonl", "csv" or "parquet" from the name of a file, in any case; None for any other type."""
+    return FORMATS.get(Path(name.lower().removesuffix(compression(name))).suffix)
+
+
+def display_name(path: str | Path) -> str:
+    r"""Return a file name for messages and JSON: bytes that are not UTF-8 become `\xNN`."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def files_revision(paths: Iterable[str | Path]) -> str:
+    """Return a revision for files that have none of their own.
+
+    It changes when the name, size, modification time, beginning or end of a file changes.
+    """
+    listing = hashlib.sha256()
+    count = size = newest = 0
+    for path in map(Path, paths):
+        status = path.stat()
+        listing.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        with open(path, "rb") as file:
+            listing.update(file.read(HASHED_BYTES))
+            file.seek(max(0, status.st_size - HASHED_BYTES))
+            listing.update(file.read(HASHED_BYTES))
+        count, size, newest = count + 1, size + status.st_size, max(newest, status.st_mtime_ns)
+    modified = datetime.fromtimestamp(newest // 10**9, UTC).isoformat()
+    return (
+        f"{size:,} bytes in {count:,} file{'s' if count > 1 else ''}, modified {modified}, sha256 of names, sizes, "
+        f"times, beginnings and ends {listing.hexdigest()}"
+    )

@@ -1,0 +1,103 @@
+"""Tables as people have them: JSON lines and CSV. The only readers of these two formats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.plain_text import read_utf8
+
+# The default of the csv module, 131,072 characters, is less than a long document. The largest value that a C long
+# has on every platform.
+csv.field_size_limit(2**31 - 1)
+
+
+def parse_json_object(line: str, where: str) -> dict[str, Any]:
+    """Return the JSON object in `line`. Raises ValueError that begins with `where` for anything else."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{where}: the JSON is nested too deeply; repair or remove the line") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); repair or remove the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found a {type(row).__name__}, expected a JSON object")
+    return row
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Iterate over the number, from 1, and the object of each line that is not blank.
+
+    A byte-order mark is dropped, and UTF-16 and UTF-32 with a mark are decoded. Raises OSError when the file cannot be
+    read, ValueError naming the file and the line that is not a JSON object or not UTF-8.
+    """
+    # Only \n ends a line: JSON allows other line separators of Unicode inside a string.
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if line.strip():
+            yield number, parse_json_object(line, f"{path}, line {number}")
+
+
+def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
+    """Iterate over the rows of a CSV file, first its header; blank rows are skipped.
+
+    `lines` are the lines with their ends. Raises ValueError naming the file and the row (from 1, after the header) when
+    its quotes do not match or its number of fields is not that of the header, or two columns have one name.
+    """
+    header: list[str] = []
+    number = 0
+    rows = csv.reader(lines, strict=True)  # otherwise an open quote would take the rest of the file
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{name}, row {number + bool(header)} cannot be read: {error}. Close its quotes, double those inside a "
+                "field, and give longer texts as .jsonl"
+            ) from None
+        if row is None:
+            return
+        if not row:
+            continue
+        if not header:
+            header = row
+            if twice := next((column for column in row if row.count(column) > 1), None):
+                raise ValueError(f"{name} has two columns named {twice!r}: rename one")
+        else:
+            number += 1
+            if len(row) != len(header):
+                fields = f"{len(row)} field{'s' if len(row) > 1 else ''}"
+                raise ValueError(
+                    f"{name}, row {number} has {fields}, the header has {len(header)}: quote the text "
+                    '("...") where it contains a comma'
+                )
+        yield row
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Iterate over the number, from 1, and the fields by column of each row of a CSV file with a header.
+
+    Raises OSError when the file cannot be read, ValueError naming the file and the row as `parse_csv` does.
+    """
+    rows = parse_csv(io.StringIO(read_utf8(path), newline=""), str(path))
+    header = next(rows, [])
+    for number, row in enumerate(rows, 1):
+        yield number, dict(zip(header, row, strict=True))
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a .csv file with a header, or of a .jsonl file.
+
+    Raises FileNotFoundError, or ValueError for another type of file, an empty one, or a row that cannot be read.
+    """
+    path = Path(path)
+    readers = {".csv": read_csv, ".jsonl": read_json_lines}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path} has an unknown type: expected .csv or .jsonl")
+    rows = [row for _, row in readers[path.suffix.lower()](path)]
+    if not rows:
+        raise ValueError(f"{path} is empty: expected at least one row")
+    return rows
