@@ -148,6 +148,9 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
     # Also for a new dataset: an interrupted run may have written shards before it first saved its state.
     dataset.restore(progress.get("state", dataset.state()))
     _encode(job, tokenizer, dataset, progress, workers)
+    if job.source.options.separator and not dataset.counted["separators"]:
+        separator = job.source.options.separator
+        print(f"the separator {separator!r} does not occur: each text file is one document", file=sys.stderr)
     if job.part[1] == 1:
         _refuse_empty(job, dataset)
     return _finish(job, tokenizer, dataset)
@@ -178,6 +181,11 @@ def _begin(job: Job) -> dict[str, Any] | None:
     else:
         progress, earlier = {"settings": settings}, settings
         write_json(path, progress)
+    if earlier != settings and earlier | {"revision": settings["revision"]} == settings:
+        raise ValueError(
+            f"{job.out} was prepared from another version: the source files have changed (earlier: "
+            f"{earlier['revision']}; now: {settings['revision']}); choose another --out, or delete it to start again"
+        )
     if earlier != settings:
         changed = "; ".join(
             f"{key} {earlier[key]!r}, now {settings[key]!r}" for key in settings if earlier[key] != settings[key]
