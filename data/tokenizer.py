@@ -25,9 +25,9 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from data.tokenizer_files import END_OF_TEXT, Described, read_tokenizer_json, read_vocab_and_merges
 from data.wheel import read_wheel
 
-END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FINGERPRINT = "1222e5ace148b4c27eec570fcb674f74ab52c589141eb0721d538b90d8332d47"
@@ -99,10 +99,15 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Return the number of UTF-8 bytes of each id, 0 for end-of-text, for bits per byte: (vocab_size,) int64."""
+        """Return the number of UTF-8 bytes of each id, 0 for special tokens, for bits per byte: (vocab_size,) int64."""
         lengths = np.array([len(token) for token in self._bytes_of_id], np.int64)
-        lengths[self.eot] = 0
+        lengths[self._special_ids] = 0
         return lengths
+
+    @property
+    def _special_ids(self) -> list[int]:
+        """The ids that no text contains."""
+        return [self.eot]
 
     def save(self, directory: str | Path, *, pads: bool = False) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
@@ -113,7 +118,7 @@ class Tokenizer(ABC):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / "tokenizer.json"))
+        _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         # With any other class, and a config.json of model_type gpt2 in the same directory, transformers would read the
         # file as GPT-2's own vocabulary.
         config = {
@@ -126,8 +131,7 @@ class Tokenizer(ABC):
         }
         if pads:
             config["pad_token"] = END_OF_TEXT
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        _write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
@@ -145,12 +149,19 @@ class ByteLevelTokenizer(Tokenizer):
     Args:
         vocab: id of each token; tokens are spelled with GPT-2's printable characters for bytes.
         merges: pairs of tokens in the order in which they are merged.
+        special: other tokens than end-of-text that no text contains, such as `[PAD]`; they are in `vocab`.
+
+    Raises ValueError when a byte has no token, or a token cannot be made from the bytes.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], special: Sequence[str] = (END_OF_TEXT,)
+    ) -> None:
         self.vocab = vocab
         self.merges = merges
+        self.special = [END_OF_TEXT, *(token for token in special if token != END_OF_TEXT)]
         self.vocab_size = len(vocab)
+        _check_vocabulary(vocab, merges, self.special)
         self.eot = vocab[END_OF_TEXT]
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
@@ -164,12 +175,18 @@ class ByteLevelTokenizer(Tokenizer):
     def _bytes_of_id(self) -> list[bytes]:
         to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
         ordered = sorted(self.vocab, key=self.vocab.__getitem__)
-        return [t.encode() if t == END_OF_TEXT else bytes(to_byte[c] for c in t) for t in ordered]
+        special = set(self.special)
+        return [t.encode() if t in special else bytes(to_byte[c] for c in t) for t in ordered]
+
+    @property
+    def _special_ids(self) -> list[int]:
+        return [self.vocab[token] for token in self.special]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         ordered = sorted(self.vocab, key=self.vocab.__getitem__)
-        return _hash(["byte-level", ordered, self.merges])
+        others = [sorted(self.special[1:])] if self.special[1:] else []
+        return _hash(["byte-level", ordered, self.merges, *others])
 
     @functools.cached_property
     def _backend(self) -> Any:
@@ -177,7 +194,8 @@ class ByteLevelTokenizer(Tokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        special = sorted(self.special, key=self.vocab.__getitem__)
+        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
         backend.encode_special_tokens = True
         return backend
 
@@ -294,14 +312,18 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if path.is_file():
         try:
-            return _from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be used: {error}; expected a tokenizer that this project saved") from None
+            return _build(read_tokenizer_json(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} cannot be used: {error}; a tokenizer is GPT-2's, a byte-level BPE that splits words like "
+                "GPT-2's, or a character tokenizer of this project"
+            ) from None
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        merges = (directory / "merges.txt").read_text(encoding="utf-8")
-        return ByteLevelTokenizer(
-            json.loads((directory / "vocab.json").read_text(encoding="utf-8")), _parse_merges(merges)
-        )
+        described = read_vocab_and_merges(directory)
+        try:
+            return _build(described)
+        except ValueError as error:
+            raise ValueError(f"vocab.json and merges.txt in {directory} cannot be used: {error}") from None
     if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # a directory of that name comes first
         return _gpt2()
     if re.fullmatch(r"char|bpe:\d+", str(name_or_dir)):
@@ -329,34 +351,46 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
     return [(left, right) for left, right in (line.split(" ") for line in lines)]
 
 
-def _from_json(described: dict[str, Any]) -> Tokenizer:
-    """Build a tokenizer from the content of a `tokenizer.json`, ours or that of GPT-2 on the hub.
-
-    Refuses anything else with ValueError: the file may describe steps that this module does not have, and the ids would
-    be wrong without notice.
-    """
-    model = described["model"]
-    splitter = described.get("pre_tokenizer")
-    added = {token["content"]: token["id"] for token in described.get("added_tokens", ())}
-    vocab = {**model.get("vocab", {}), **added}
+def _build(described: Described) -> Tokenizer:
+    """Build a tokenizer from what its files describe. Raises ValueError for a vocabulary that cannot be used."""
+    vocab = described.vocab
     if END_OF_TEXT not in vocab:
-        raise ValueError(f"it has no {END_OF_TEXT} token")
-    if model.get("type", "BPE") == "BPE":
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merges = [(left, right) for left, right in pairs]
-        if (
-            splitter
-            and splitter["type"] == "ByteLevel"
-            and not splitter["add_prefix_space"]
-            and set(added) <= {END_OF_TEXT}
-        ):
-            return ByteLevelTokenizer(vocab, merges)
-        characters = [text for text in vocab if text != END_OF_TEXT]
-        if not splitter and not merges and all(len(text) == 1 for text in characters):
-            if [vocab[text] for text in (*sorted(characters), END_OF_TEXT)] != list(range(len(vocab))):
-                raise ValueError(f"its characters are not numbered in code point order, with {END_OF_TEXT} at the end")
-            return CharacterTokenizer(characters)
-    raise ValueError("it is neither a byte-level BPE that splits words like GPT-2's nor a character tokenizer")
+        raise ValueError(f"there is no {END_OF_TEXT} token, which separates documents: add one to its vocabulary")
+    if described.byte_level:
+        return ByteLevelTokenizer(vocab, described.merges, described.special)
+    characters = [text for text in vocab if text != END_OF_TEXT]
+    if described.merges or described.special not in ((), (END_OF_TEXT,)) or any(len(text) != 1 for text in characters):
+        raise ValueError(
+            "pre_tokenizer is null, expected ByteLevel (without one, each token must be a character, and "
+            f"{END_OF_TEXT} the only added token)"
+        )
+    if [vocab[text] for text in (*sorted(characters), END_OF_TEXT)] != list(range(len(vocab))):
+        raise ValueError(f"its characters are not numbered in code point order, with {END_OF_TEXT} at the end")
+    _to_utf8("".join(characters))  # raises for lone surrogates
+    return CharacterTokenizer(characters)
+
+
+def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> None:
+    """Raise ValueError unless every byte has a token and every token is special or spelled with bytes."""
+    bytes_as_characters = _byte_characters()
+    if missing := [byte for byte, character in enumerate(bytes_as_characters) if character not in vocab]:
+        raise ValueError(
+            f"{len(missing)} of the 256 bytes have no token, such as 0x{missing[0]:02X}, so that not every text can be "
+            "encoded: train the tokenizer with the byte-level alphabet as its initial alphabet"
+        )
+    ordinary = vocab.keys() - set(special)
+    spelled = set(bytes_as_characters)
+    if odd := next((token for token in ordinary if not token or not spelled.issuperset(token)), None):
+        raise ValueError(f"the token {odd!r} is not spelled with GPT-2's characters for bytes")
+    if "" in ordinary:
+        raise ValueError("the vocabulary has an empty token")
+    if len(set(merges)) != len(merges):
+        raise ValueError("a merge is listed twice")
+    for left, right in merges:
+        if unknown := next((token for token in (left, right, left + right) if token not in ordinary), None):
+            raise ValueError(f"the merge of {left!r} and {right!r} needs {unknown!r}, which is not in the vocabulary")
+    if single := next((token for token in special if token in spelled), None):
+        raise ValueError(f"the added token {single!r} is also the token of a byte")
 
 
 def parse_kind(kind: str) -> int | None:
@@ -408,6 +442,16 @@ def _byte_characters() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file of the tokenizer. Raises OSError that names it."""
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; make room or choose another place, and run the same command again"
+        ) from error
 
 
 def _to_utf8(text: str) -> bytes:

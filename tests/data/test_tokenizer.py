@@ -265,6 +265,7 @@ def test_errors_for_bad_kinds_and_directories(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used"):
             load_tokenizer(tmp_path)
     renumbered = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "b": 1, "a": 2}, "merges": []}}
+    renumbered["decoder"] = {"type": "Fuse"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(renumbered))
     with pytest.raises(ValueError, match="not numbered in code point order"):
         load_tokenizer(tmp_path)

@@ -1,0 +1,221 @@
+"""The files of a tokenizer, read completely or refused: tokenizer.json, or vocab.json with merges.txt.
+
+A tokenizer.json can describe many steps that `data.tokenizer` does not have. Each field is either one that is
+understood, with a value that is understood, or the file is refused with the field named: the ids would otherwise be
+wrong without notice.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+
+from data.plain_text import read_utf8
+
+END_OF_TEXT = "<|endoftext|>"
+
+_EMPTY = (None, "")
+# The values that each field of the model may have. A dropout of 0 is none.
+_MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
+    "type": ("BPE",),
+    "dropout": (None, 0),
+    "continuing_subword_prefix": _EMPTY,
+    "end_of_word_suffix": _EMPTY,
+    "fuse_unk": (False,),
+    "byte_fallback": (False,),
+    "ignore_merges": (False,),
+}
+_ANY_BOOL = (True, False)
+# The steps of a byte-level BPE that splits words like GPT-2. `trim_offsets` changes no id, nor does any option of the
+# decoder and of the post-processor.
+_SPLITTER = {"type": ("ByteLevel",), "add_prefix_space": (False,), "trim_offsets": _ANY_BOOL, "use_regex": (True,)}
+_BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": _ANY_BOOL, "trim_offsets": _ANY_BOOL, "use_regex": _ANY_BOOL}
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the files of a tokenizer describe.
+
+    vocab: the id of each token, those of `special` included;
+    merges: pairs of tokens in the order in which they are merged;
+    special: the added tokens, which no text contains; in the order of their ids;
+    byte_level: whether tokens are spelled with GPT-2's characters for bytes; otherwise each is a character.
+    """
+
+    vocab: dict[str, int]
+    merges: list[tuple[str, str]]
+    special: tuple[str, ...]
+    byte_level: bool
+
+
+def read_tokenizer_json(path: Path) -> Described:
+    """Return what a tokenizer.json describes. Raises ValueError naming the field that is not understood."""
+    described = _object(_parse(path), "the file")
+    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"}
+    for field in described.keys() - known - {"decoder", "model"}:
+        _refuse(field, described[field], "no such field")
+    if described.get("version", "1.0") != "1.0":
+        _refuse("version", described["version"], '"1.0"')
+    for field in ("truncation", "padding", "normalizer"):
+        if described.get(field) is not None:
+            _refuse(field, described[field], "null")
+    model = _object(described.get("model"), "model")
+    for field in model.keys() - _MODEL_FIELDS.keys() - {"vocab", "merges", "unk_token"}:
+        _refuse(f"model.{field}", model[field], "no such field")
+    _allow(model, "model", _MODEL_FIELDS, required=())
+    vocab = _read_vocab(model.get("vocab"), "model.vocab")
+    merges = _read_merges(model.get("merges"))
+    special = _read_added(described.get("added_tokens") or [], vocab)
+    byte_level = described.get("pre_tokenizer") is not None
+    if model.get("unk_token") not in (None, "", *vocab):
+        _refuse("model.unk_token", model["unk_token"], "null or a token of the vocabulary")
+    decoder = _object(described.get("decoder"), "decoder")
+    if byte_level:
+        splitter = _object(described["pre_tokenizer"], "pre_tokenizer")
+        _allow(splitter, "pre_tokenizer", _SPLITTER, required=("type", "add_prefix_space"), only=True)
+        _allow(decoder, "decoder", _BYTE_LEVEL, required=("type",), only=True)
+        if described.get("post_processor") is not None:
+            _check_post_processor(_object(described["post_processor"], "post_processor"))
+    else:
+        _allow(decoder, "decoder", {"type": ("Fuse",)}, required=("type",), only=True)
+        if described.get("post_processor") is not None:
+            _refuse("post_processor", described["post_processor"], "null")
+    try:
+        # It requires fields that change nothing, and other tools read the file with it.
+        tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"the library tokenizers cannot read it ({error})") from None
+    return Described(vocab, merges, special, byte_level)
+
+
+def _check_post_processor(processor: dict[str, Any]) -> None:
+    """Raise ValueError for a post-processor that may add tokens."""
+    if processor.get("type") != "TemplateProcessing":
+        _allow(processor, "post_processor", _BYTE_LEVEL, required=("type",), only=True)
+    elif processor.get("special_tokens") != {}:
+        _refuse("post_processor.special_tokens", processor.get("special_tokens"), "no token that is added to the text")
+    elif processor.get("single") != [{"Sequence": {"id": "A", "type_id": 0}}]:
+        _refuse("post_processor.single", processor.get("single"), "the text alone")
+
+
+def read_vocab_and_merges(directory: Path) -> Described:
+    """Return what vocab.json and merges.txt describe, with the special tokens of added_tokens.json, if there are any.
+
+    Raises ValueError naming the file that is damaged or not understood.
+    """
+    path = directory / "vocab.json"
+    try:
+        vocab = _read_vocab(_parse(path), "the vocabulary")
+        special: list[str] = [END_OF_TEXT] if END_OF_TEXT in vocab else []
+        path = directory / "added_tokens.json"
+        if path.is_file():
+            added = _read_vocab(_parse(path), "the file")
+            listed = _special_tokens(directory)
+            tokens = [
+                {"content": content, "id": id, "special": content in listed or content == END_OF_TEXT}
+                for content, id in sorted(added.items(), key=lambda item: item[1])
+            ]
+            special = list(dict.fromkeys([*special, *_read_added(tokens, vocab)]))
+        path = directory / "merges.txt"
+        lines = read_utf8(path).splitlines()
+        merges = _read_merges([line for line in lines if line and not line.startswith("#version")])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+    return Described(vocab, merges, tuple(special), byte_level=True)
+
+
+def _special_tokens(directory: Path) -> set[str]:
+    """Return the tokens that special_tokens_map.json lists, an empty set without this file."""
+    path = directory / "special_tokens_map.json"
+    if not path.is_file():
+        return set()
+    tokens: set[str] = set()
+    for value in _object(_parse(path), path.name).values():
+        for token in value if isinstance(value, list) else [value]:
+            content = token.get("content") if isinstance(token, dict) else token
+            tokens |= {content} if isinstance(content, str) else set()
+    return tokens
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(read_utf8(path))
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not complete JSON ({error})") from None
+
+
+def _object(value: Any, field: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _refuse(field, value, "an object")
+    return value
+
+
+def _refuse(field: str, found: Any, expected: str) -> NoReturn:
+    text = json.dumps(found)
+    raise ValueError(f"{field} is {text if len(text) < 80 else text[:77] + '...'}, expected {expected}")
+
+
+def _allow(
+    found: dict[str, Any], name: str, fields: dict[str, tuple[Any, ...]], required: tuple[str, ...], only: bool = False
+) -> None:
+    """Raise ValueError for a field with another value than those in `fields`; with `only`, for another field too."""
+    for field in [*required, *(found if only else ())]:
+        if field not in found or field not in fields:
+            _refuse(f"{name}.{field}", found.get(field), "no such field" if field in found else "a value")
+    for field, allowed in fields.items():
+        value = found.get(field, allowed[0])
+        # 1 == True in Python, and 0 == False; a list cannot be looked up in a set, but in a tuple.
+        if value not in allowed or (isinstance(value, bool) is not any(isinstance(one, bool) for one in allowed)):
+            _refuse(f"{name}.{field}", value, " or ".join(map(json.dumps, allowed)))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_vocab(vocab: Any, field: str) -> dict[str, int]:
+    for token, id in _object(vocab, field).items():
+        if not _is_id(id):
+            _refuse(f"{field}, {json.dumps(token)}", id, "a whole number")
+    return dict(vocab)
+
+
+def _read_merges(merges: Any) -> list[tuple[str, str]]:
+    if not isinstance(merges, list):
+        _refuse("model.merges", merges, "a list")
+    pairs: list[tuple[str, str]] = []
+    for number, merge in enumerate(merges, 1):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            _refuse(f"merge {number}", merge, "two tokens")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
+    """Add the special tokens in `added` to `vocab` and return them.
+
+    A token that is not special would be found in the text before it is split into words, which is refused.
+    """
+    if not isinstance(added, list):
+        _refuse("added_tokens", added, "a list")
+    special: list[str] = []
+    for token in added:
+        content, id = _object(token, "an entry of added_tokens").get("content"), token.get("id")
+        if not isinstance(content, str) or not content or content in special:
+            _refuse("the content of an entry of added_tokens", content, "text, once")
+        if token.get("special") is not True:
+            _refuse(f"added_tokens, {content!r}, special", token.get("special"), "true")
+        # The library `tokenizers` numbers added tokens itself, after the vocabulary.
+        expected = vocab.get(content, len(vocab))
+        if not _is_id(id) or id != expected:
+            _refuse(f"added_tokens, {content!r}, id", id, str(expected))
+        vocab[content] = id
+        special.append(content)
+    return tuple(special)
