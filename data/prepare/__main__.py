@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from command import ending
 from data.plain_text import read_escapes
 from data.prepare.encode import ValidationRule
+from data.prepare.held_out import has_few_documents, hold_out_end
 from data.prepare.hub import PRESETS, TOKENIZED, download, hub_source
 from data.prepare.job import Job, prepare_dataset
 from data.prepare.merge import merge_parts, part_directory
@@ -154,6 +156,10 @@ def _job(args: argparse.Namespace) -> Job:
     validation = _validation(args, source)
     if validation.tokens and (count > 1 or (args.val and kind.startswith("bpe") and not given)):
         raise ValueError("--val-tokens and --val first-shard need the whole source in order: use --val-fraction here")
+    if validation.fraction and not args.val and count == 1 and has_few_documents(source):
+        known = given or (load_tokenizer(kind) if kind == "gpt2" else None)
+        source, validation = hold_out_end(source, validation, kind, known)
+        print(f"validation split: {validation.description}", file=sys.stderr)
     out = part_directory(args.out, args.part)
     return Job(source, out, kind, validation, args.shard_tokens, args.part, given)
 

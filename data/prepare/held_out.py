@@ -1,0 +1,139 @@
+"""The validation split of few documents: the end of the text, since whole documents would be too coarse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from data.plain_text import HEAD_BYTES, detect_encoding
+from data.prepare.encode import ValidationRule
+from data.prepare.files import compression, file_format
+from data.prepare.source import Source, SourceFile
+from data.prepare.text import named_errors, open_file, text_blocks
+from data.tokenizer import Tokenizer
+
+MANY_DOCUMENTS = 20  # from this number on, a hash of each document decides
+SEARCHED_BYTES = 1 << 20  # around the size asked for, the text is searched for a border
+# A text of fewer bytes that has no line border is not divided.
+SHORT_TEXT = 1_000
+# Bytes per token of a tokenizer that is made from the text, which does not exist yet: for the size of the split only.
+BYTES_PER_TOKEN = 3.0
+
+_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
+# The last byte before a paragraph, a line and a word that follow other text.
+_BORDERS = {
+    "paragraph": re.compile(rb"\S[ \t]*" + _LINE_END + rb"(?:[ \t]*" + _LINE_END + rb")+(?=[^\r\n])"),
+    "line": re.compile(rb"\S[ \t]*" + _LINE_END + rb"+(?=[^\r\n])"),
+    "word": re.compile(rb"[^\s](?=[ ][!-~\x80-\xff])"),
+}
+
+
+def has_few_documents(source: Source) -> bool:
+    """Return whether the source is text files, each one document, fewer than MANY_DOCUMENTS."""
+    return (
+        len(source.files) < MANY_DOCUMENTS
+        and not source.options.separator
+        and all(file.split is None and file_format(file.name) == "text" for file in source.files)
+    )
+
+
+def hold_out_end(
+    source: Source, rule: ValidationRule, kind: str, tokenizer: Tokenizer | None
+) -> tuple[Source, ValidationRule]:
+    """Return the source with the end of its text as the validation split, and the rule that says so.
+
+    The split has about the size that `rule` asks for, and begins at the border of a paragraph, else of a line, else
+    of a word. Returns both as they are when the text has no border.
+
+    Args:
+        source: for which `has_few_documents` is true.
+        rule: the fraction, or the number of tokens, that is held out.
+        kind: of the tokenizer; tokenizer: None when it is made from the text.
+    """
+    lengths = [_text_length(file) for file in source.files]
+    total = sum(lengths)
+    size = max(1, round(total * rule.fraction))
+    if rule.tokens is not None:
+        # Measured at the end of the text, which is what is held out.
+        last = next((i for i in reversed(range(len(lengths))) if lengths[i]), 0)
+        sample = b"".join(_read_part(source.files[last], max(0, lengths[last] - SEARCHED_BYTES // 4), lengths[last]))
+        size = max(1, min(total - 1, round(rule.tokens * _bytes_per_token(sample, kind, tokenizer))))
+    found = _find_border(source, lengths, total - size, size)
+    if found is None:
+        return source, rule
+    index, offset, border = found
+    files: list[SourceFile] = []
+    for i, (file, length) in enumerate(zip(source.files, lengths, strict=True)):
+        if i == index and offset:
+            # `size` is for the progress display, which counts the bytes of the file itself.
+            first = round(file.size * offset / length)
+            files.append(replace(file, split="train", end=offset, size=first))
+            files.append(replace(file, split="val", begin=offset, end=length, size=file.size - first))
+        else:
+            files.append(replace(file, split="val" if i >= index else "train"))
+    held_out = sum(lengths[index:]) - offset
+    description = f"the last {held_out:,} of {total:,} bytes of the text, from the border of a {border}"
+    return replace(source, files=tuple(files)), ValidationRule(description, rule.fraction or 0.1)
+
+
+def _bytes_per_token(sample: bytes, kind: str, tokenizer: Tokenizer | None) -> float:
+    text = sample.decode(errors="replace")
+    if kind == "char" or tokenizer is None:
+        return len(sample) / max(len(text), 1) if kind == "char" else BYTES_PER_TOKEN
+    return len(sample) / max(len(tokenizer.encode(text)), 1)
+
+
+def _text_length(file: SourceFile) -> int:
+    """Return the bytes of the file's text as UTF-8, without a byte-order mark."""
+    with named_errors(file.name), open_file(file.name) as raw:
+        if not compression(file.name):
+            encoding, mark = detect_encoding(raw.read(HEAD_BYTES), file.name)
+            if encoding == "utf-8":
+                return file.size - mark
+            raw.seek(0)
+        return sum(map(len, text_blocks(file, raw)))
+
+
+def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
+    """Iterate over the bytes begin..end of the file's text."""
+    with named_errors(file.name), open_file(file.name) as raw:
+        if not compression(file.name):
+            encoding, mark = detect_encoding(raw.read(HEAD_BYTES), file.name)
+            if encoding == "utf-8":
+                raw.seek(mark + begin)
+                yield raw.read(end - begin)
+                return
+            raw.seek(0)
+        yield from text_blocks(replace(file, begin=begin, end=end), raw)
+
+
+def _find_border(source: Source, lengths: list[int], target: int, size: int) -> tuple[int, int, str] | None:
+    """Return file, offset in it and kind of the border nearest to byte `target` of all text, None when there is none.
+
+    A border of a paragraph or a file is taken when the split has from half to twice the size, or up to a tenth of the
+    text. Otherwise the border of a line, and where there is none, that of a word.
+    """
+    total, begin = sum(lengths), 0
+    candidates: dict[str, list[tuple[int, int, int]]] = {"paragraph": [], "line": [], "word": []}
+    for i, length in enumerate(lengths):
+        if 0 < begin < total:
+            candidates["paragraph"].append((begin, i, 0))
+        low, high = max(0, target - SEARCHED_BYTES - begin), min(length, target + SEARCHED_BYTES - begin)
+        if low < high:
+            text = b"".join(_read_part(source.files[i], low, high))
+            for kind, pattern in _BORDERS.items():
+                places = (low + match.end() for match in pattern.finditer(text))
+                candidates[kind] += [(begin + at, i, at) for at in places if text[at - low :].strip()]
+        begin += length
+    near = [c for c in candidates["paragraph"] if size / 2 <= total - c[0] <= max(2 * size, total / 10)]
+    for border, found in (
+        ("paragraph", near),
+        ("line", candidates["line"]),
+        ("paragraph", candidates["paragraph"]),
+        ("word", candidates["word"] if total >= SHORT_TEXT else []),
+    ):
+        if found:
+            _, i, offset = min(found, key=lambda place: (abs(place[0] - target), place[0]))
+            return i, offset, border if offset else "file"
+    return None
