@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from data.shards import DatasetMeta, Split, list_shards, open_split, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer
 
 READ_TOKENS = 1 << 22  # tokens read at once
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
     meta = read_meta(directory)
     print(describe(meta))
     tokenizer: Tokenizer = load_tokenizer(directory if meta else "gpt2")
+    if meta is not None:
+        _check_tokenizer(directory, meta, tokenizer)
     splits: dict[str, DocumentStatistics] = {}
     for name in ("train", "val"):
         if not (meta.tokens.get(name) if meta else list_shards(directory, name)):
@@ -131,11 +135,8 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
         if meta is not None:
             split.verify()
         documents = splits[name] = measure_documents(split, tokenizer.eot)
-        if meta is not None and len(documents.lengths) != meta.documents[name]:
-            raise ValueError(
-                f"{name} has {len(documents.lengths):,} documents, meta.json says {meta.documents[name]:,}: "
-                "prepare the dataset again"
-            )
+        if meta is not None:
+            _check_counts(name, split, documents, tokenizer, meta)
         _print_split(name, split, documents, tokenizer, shown)
     if not splits:
         raise FileNotFoundError(f"{directory} has no shards: make a dataset with python -m data.prepare")
@@ -149,6 +150,47 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
     print(f"histogram of document lengths: {histogram}")
 
 
+def _check_tokenizer(directory: Path, meta: DatasetMeta, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when the tokenizer beside the shards is not the one that `meta.json` states."""
+    for key, found in (
+        ("tokenizer_sha256", tokenizer.fingerprint),
+        ("vocab_size", tokenizer.vocab_size),
+        ("tokenizer", tokenizer.kind),
+    ):
+        _compare(f"the tokenizer in {directory}: {key}", found, getattr(meta, key))
+
+
+def _check_counts(
+    name: str, split: Split, documents: DocumentStatistics, tokenizer: Tokenizer, meta: DatasetMeta
+) -> None:
+    """Raise ValueError when a count of the split differs from the one in `meta.json`.
+
+    A split from another program may begin without end-of-text, so documents are counted by `measure_documents`.
+    """
+    _compare(f"{name}: documents", len(documents.lengths), meta.documents[name])
+    _compare(f"{name}: tokens", split.n_tokens, meta.tokens[name])
+    text_bytes, token_bytes = 0, tokenizer.token_bytes()
+    position = 0
+    for shard in meta.shards[name]:
+        begun = 0
+        for start in range(position, position + shard.tokens, READ_TOKENS):
+            tokens = np.empty(min(READ_TOKENS, position + shard.tokens - start), np.uint16)
+            split.read(start, tokens)
+            begun += int(np.count_nonzero(tokens == tokenizer.eot))
+            if tokens.max() >= tokenizer.vocab_size:
+                raise ValueError(f"{shard.file} holds the token {tokens.max()}, outside the vocabulary")
+            text_bytes += int(token_bytes[tokens].sum())
+        _compare(f"{shard.file}: documents", begun, shard.documents)
+        position += shard.tokens
+    if name in meta.text_bytes:  # absent for shards that were downloaded
+        _compare(f"{name}: text_bytes", text_bytes, meta.text_bytes[name])
+
+
+def _compare(name: str, found: object, stated: object) -> None:
+    if found != stated:
+        raise ValueError(f"{name} is {found}, meta.json says {stated}: prepare the dataset again")
+
+
 def _print_split(name: str, split: Split, documents: DocumentStatistics, tokenizer: Tokenizer, shown: int) -> None:
     lengths = documents.lengths
     verified = ", sha256 verified" if split.meta is not None else ""
@@ -159,7 +201,8 @@ def _print_split(name: str, split: Split, documents: DocumentStatistics, tokeniz
     repeated = len(documents.digests) - len(np.unique(documents.digests))
     print(f"{repeated:,} documents repeat an earlier one ({repeated / len(lengths):.2%})")
     for i, tokens in zip(range(shown), read_documents(split, tokenizer.eot), strict=False):
-        text = tokenizer.decode(tokens[:200].tolist())
+        # A terminal would execute the control sequences of a text.
+        text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", tokenizer.decode(tokens[:200].tolist()))
         print(f"--- {name} document {i + 1}, {len(tokens):,} tokens\n{text[:400]}{' ...' if len(tokens) > 200 else ''}")
 
 

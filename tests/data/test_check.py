@@ -1,8 +1,11 @@
 """`data.check`: the counts are right, duplicates are found, damaged shards are named."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from data import check
 from data.prepare.__main__ import main as prepare
 from data.shards import open_split
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = [f"document number {i}, " + "word " * (i % 7) for i in range(200)]
 
@@ -94,3 +97,37 @@ def test_first_document_longer_than_one_read(monkeypatch: pytest.MonkeyPatch) ->
     tokens[45] = 0
     split = SimpleNamespace(n_tokens=50, read=lambda start, out: np.copyto(out, tokens[start : start + len(out)]))
     assert check.measure_documents(split, end_of_text=0).lengths.tolist() == [45, 4]
+
+
+def test_everything_that_meta_states_is_compared(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = dataset / "meta.json"
+    stated = json.loads(path.read_text())
+
+    def refused(change: Callable[[dict[str, Any]], object]) -> str:
+        meta = copy.deepcopy(stated)
+        change(meta)
+        path.write_text(json.dumps(meta))
+        with pytest.raises(SystemExit):
+            check.main([str(dataset)])
+        path.write_text(json.dumps(stated))
+        return capsys.readouterr().err
+
+    def move(meta: dict[str, Any]) -> None:
+        meta["shards"]["train"][0]["documents"] += 1
+
+    assert "tokenizer_sha256 is" in refused(lambda meta: meta.update(tokenizer_sha256="0" * 64))
+    assert "vocab_size is 50257, meta.json says 50304" in refused(lambda meta: meta.update(vocab_size=50304))
+    assert "tokenizer is gpt2, meta.json says char" in refused(lambda meta: meta.update(tokenizer="char"))
+    assert "val: tokens is" in refused(lambda meta: meta["tokens"].update(val=1))
+    assert "train: documents is" in refused(lambda meta: meta["documents"].update(train=1))
+    assert "train: text_bytes is" in refused(lambda meta: meta["text_bytes"].update(train=1))
+    assert "train_000000.bin: documents is" in refused(move)
+    train_tokenizer("char", ["abc"]).save(dataset)
+    assert "tokenizer_sha256 is" in refused(lambda meta: None)
+
+
+def test_control_sequences_of_a_text_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("\x1b[31mred\n\ttab\x9b")
+    prepare(["text", str(tmp_path / "a.txt"), "--out", str(tmp_path / "d"), "--val-fraction", "0"])
+    check.main([str(tmp_path / "d")])
+    assert "\n\\x1b[31mred\n\ttab\\x9b\n" in capsys.readouterr().out
