@@ -139,3 +139,21 @@ def test_full_disk_is_explained_and_nothing_is_lost(run, contents, tmp_path):
     run(*arguments, "--out", out, "--tokenizer", "char")
     run(*arguments, "--out", tmp_path / "char", "--tokenizer", "char")
     assert contents(out) == contents(tmp_path / "char")
+
+
+def test_full_disk_is_explained_when_the_tokenizer_is_written(run, contents, tmp_path):
+    corpus = write_corpus(tmp_path / "c.jsonl", 1)
+    arguments = ("text", corpus, "--tokenizer", "bpe:400", "--val-fraction", 0)
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+
+    running = start(*arguments, "--out", tmp_path / "out", preexec_fn=limit)
+    _, message = running.communicate()
+    assert running.returncode == 2
+    assert "tokenizer.json: File too large; make room" in message
+    assert "Traceback" not in message
+    run(*arguments, "--out", tmp_path / "out")
+    run(*arguments, "--out", tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")

@@ -184,3 +184,17 @@ def test_given_tokenizer_is_used_and_a_different_one_is_refused(run, refused, tm
     run("text", text, "--out", tmp_path / "own", "--val-fraction", 0.3, "--tokenizer", "char")
     message = refused("text", text, *options, "--tokenizer", tmp_path / "own")
     assert "was prepared with another char tokenizer: choose another --out" in message
+
+
+def test_lock_file_stays_and_links_are_not_written_through(run, refused, jsonl, tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    out.mkdir()
+    outside.write_text("not a shard")
+    for name in ("train_000000.bin.partial", "tokenizer.json", "prepare-progress.json.partial", ".lock"):
+        (out / name).symlink_to(outside)
+        assert f"{name} is a link, which would be written through" in refused("text", jsonl, "--out", out)
+        (out / name).unlink()
+    assert outside.read_text() == "not a shard"
+    run("text", jsonl, "--out", out, "--tokenizer", "char")
+    with FileLock(out / ".lock"):
+        assert "another `data.prepare` is running" in refused("text", jsonl, "--out", out)
