@@ -6,14 +6,14 @@ import functools
 import mmap
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow
 
 from data.plain_text import line_feeds, refuse_nul, separator_pattern
 from data.prepare.source import Chunk, ParseOptions
-from data.prepare.text import named_errors, open_file, open_parquet
+from data.prepare.text import named_errors, open_file, open_parquet, text_blocks
 from data.tables import parse_json_object
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -74,6 +74,11 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
         if not raw:
             return chunk.file.name
         number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
+    if chunk.offset is None and chunk.file.begin:
+        # The lines of the part of the text that is in the other split.
+        with open_file(chunk.file.name) as opened:
+            skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
+            number += sum(block.count(b"\n") for block in skipped)
     if chunk.offset:
         # The process that cut the file did not count lines or documents, which is slow. Count those before the chunk.
         separated = chunk.format == "separated" and options.separator

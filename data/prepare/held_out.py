@@ -122,9 +122,10 @@ def _find_border(source: Source, lengths: list[int], target: int, size: int) -> 
         low, high = max(0, target - SEARCHED_BYTES - begin), min(length, target + SEARCHED_BYTES - begin)
         if low < high:
             text = b"".join(_read_part(source.files[i], low, high))
+            last = low + len(text.rstrip())  # only white space follows
             for kind, pattern in _BORDERS.items():
                 places = (low + match.end() for match in pattern.finditer(text))
-                candidates[kind] += [(begin + at, i, at) for at in places if text[at - low :].strip()]
+                candidates[kind] += [(begin + at, i, at) for at in places if at < last]
         begin += length
     near = [c for c in candidates["paragraph"] if size / 2 <= total - c[0] <= max(2 * size, total / 10)]
     for border, found in (

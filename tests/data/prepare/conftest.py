@@ -57,10 +57,11 @@ def refused(run, capsys):
 
 @pytest.fixture(scope="session")
 def contents():
-    """`contents(directory)`: the bytes of its files by name; with `meta=False`, of its shards only."""
+    """`contents(directory)`: the bytes of its files by name, without .lock; with `meta=False`, only of shards."""
 
     def contents(directory: Path, *, meta: bool = True) -> dict[str, bytes]:
-        files = [path for path in sorted(directory.iterdir()) if path.is_file() and (meta or path.suffix == ".bin")]
+        files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.name != ".lock"]
+        files = [path for path in files if meta or path.suffix == ".bin"]
         return {path.name: path.read_bytes() for path in files}
 
     return contents
