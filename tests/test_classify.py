@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, pipeline
 
-from classify import main, save
+from classification import save
+from classify import main
 from data.tokenizer import load_tokenizer, train_tokenizer
 from heads import SequenceClassifier
 from model import GPT, GPTConfig

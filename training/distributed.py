@@ -127,7 +127,7 @@ def free_gathered_weights(model: GPT) -> None:
             module.reshard()
 
 
-def clip_gradients(model: GPT, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradient to a norm of at most `max_norm`; 0 means no limit. Return the norm () before scaling.
 
     The norm stays on the device, so that the host does not wait for it.
