@@ -53,11 +53,12 @@ def prepare_prompts(
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"input_ids contain {low if low < 0 else high}, outside 0..{config.vocab_size - 1}")
     prompt_length = input_ids.size(1)
-    if prompt_length + options.max_new_tokens > config.block_size and not options.sliding:
+    # The model never reads the last token, so block_size + 1 tokens fit.
+    if prompt_length + options.max_new_tokens - 1 > config.block_size and not options.sliding:
         raise ValueError(
-            f"{prompt_length} prompt tokens + {options.max_new_tokens} new > block_size {config.block_size}: generate "
-            f"fewer tokens or shorten the prompt (or, in Python, let the model see only the last {config.block_size} "
-            f"tokens with sliding=True)"
+            f"{prompt_length} prompt tokens + {options.max_new_tokens} new > block_size {config.block_size} + 1: "
+            f"generate fewer tokens or shorten the prompt (or let the model see only the last {config.block_size} "
+            f"tokens: --sliding, in Python sliding=True)"
         )
     mask = attention_mask
     if mask is not None:

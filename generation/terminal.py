@@ -81,7 +81,7 @@ def read_prompts(path: Path) -> list[str]:
 def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> dict[str, Any]:
     """Return the keyword arguments of `generate` that the command line selects, checked against the longest prompt."""
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
-    room = max(1, model.config.block_size - len(longest))
+    room = max(1, model.config.block_size + 1 - len(longest))  # the model never reads the last token
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(args.default_new_tokens, room)}
     options["eos_token_id"] = tokenizer.eot
     if args.sampling:

@@ -171,7 +171,7 @@ def test_shown_probabilities_are_accurate_in_bfloat16(run, checkpoint, tmp_path)
 def test_by_default_only_as_many_tokens_are_generated_as_fit(checkpoint, capsys):
     sample.main(["--model", str(checkpoint), "--prompt", "x" * 60, "--json", "--seed", "1"])
     (entry,) = read_json(capsys.readouterr().out)
-    assert 1 <= len(entry["tokens"]) <= 4  # block_size is 64
+    assert 1 <= len(entry["tokens"]) <= 5  # block_size is 64, and the last token is not read
 
 
 def test_without_a_model_and_without_runs_the_error_says_so(checkpoint, tmp_path, monkeypatch, capsys):

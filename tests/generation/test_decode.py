@@ -77,6 +77,20 @@ def test_greedy_equals_a_forward_pass_over_all_tokens_at_each_step(pair):
     assert torch.equal(generate(model, ids, max_new_tokens=40), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize(("prompt_length", "new"), [(96, 1), (90, 7)])
+def test_the_last_new_token_may_lie_beyond_block_size(pair, prompt_length, new, options):
+    """The model never reads it. transformers generates as many tokens."""
+    ids = torch.randint(257, (2, prompt_length), generator=Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    found, expected = both(pair, ids, mask, max_new_tokens=new, **options)
+    assert found.shape == (2, 97)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=rf"{prompt_length} prompt tokens \+ {new + 1} new > block_size 96 \+ 1"):
+        generate(pair[1], ids, max_new_tokens=new + 1, **options)
+
+
 def test_beyond_block_size_the_model_sees_the_last_block_size_tokens(pair):
     model = pair[1]
     expected = torch.randint(257, (2, 90), generator=Generator().manual_seed(1))
