@@ -37,6 +37,8 @@ FIXED_CONFIG = {
     "scale_attn_weights": True,
     "tie_word_embeddings": True,
 }
+# Fields that are absent from the configuration of a plain GPT-2, with the values that mean the same.
+ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
 # Other fields that transformers writes, with its default values. Nothing in this repository depends on them.
 INERT_CONFIG = {
     "initializer_range": 0.02,
@@ -61,6 +63,21 @@ CONFIG_FIELDS = {
     "resid_pdrop": "dropout",
     "add_cross_attention": "cross_attention",
 }
+# Names of the shape's fields, and other names under which transformers reads them. Old files have n_ctx, too.
+SHAPE_ALIASES = {
+    "vocab_size": (),
+    "n_positions": ("max_position_embeddings", "n_ctx"),
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+    "n_embd": ("hidden_size",),
+}
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+# Building a model of a larger shape could take hours or overflow, before its tensors are found to be missing.
+LARGEST = {"n_layer": 10_000}
+LARGEST_OTHER = 2**24
+
+# Files that hold all weights, or the index of several such files, in the order in which they are looked for.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def locate(name_or_dir: str | Path) -> Path:
@@ -83,7 +100,8 @@ def locate(name_or_dir: str | Path) -> Path:
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(snapshot.glob("*.safetensors")):  # true of older models on the hub
-            snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "pytorch_model.bin"]))
+            patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
+            snapshot = Path(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:  # the base class of all errors of the hub's client
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
@@ -97,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError, naming the file, if it holds something else."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested lists
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, expected an object")
@@ -114,74 +132,138 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
-    fields = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "add_cross_attention": False} | read_json(path)
+    fields = dict.fromkeys(DROPOUTS, 0.1) | {"add_cross_attention": False, "causal": True} | read_json(path)
+    for name, aliases in SHAPE_ALIASES.items():
+        for alias in aliases:
+            if alias in fields and fields.setdefault(name, fields[alias]) != fields[alias]:
+                raise ValueError(f"{path}: {alias} is {fields[alias]!r}, expected {name} = {fields[name]!r}")
     if fields.get("activation_function") == "gelu_pytorch_tanh":  # transformers' other name for gelu_new
         fields["activation_function"] = "gelu_new"
     for name, value in FIXED_CONFIG.items():
         if (found := fields.get(name, value)) != value:
             raise ValueError(f"{path}: {name} is {found!r}, but only GPT-2's {value!r} is implemented")
+    for name, values in ABSENT_CONFIG.items():
+        if fields.get(name) not in values:
+            raise ValueError(f"{path}: {name} is {fields[name]!r}, but it is not implemented: expected none")
     if missing := [name for name in ("model_type", *CONFIG_FIELDS) if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    dropouts = {fields[name] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+    try:
+        check_config(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    dropouts = {fields[name] for name in DROPOUTS}
     if len(dropouts) > 1:
         warnings.warn(f"{path} has dropout rates {sorted(dropouts)}: {max(dropouts)} is used for all", stacklevel=2)
-    n_inner, n_embd = fields.get("n_inner"), fields["n_embd"]
-    if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:  # GPTConfig refuses another type
-        raise ValueError(f"{path}: n_inner is {n_inner}, expected 4 x n_embd = {4 * n_embd}")
     ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
-    return ours | {"dropout": max(dropouts), "causal": fields.get("causal", True)}
+    return ours | {"dropout": max(dropouts), "causal": fields["causal"]}
 
 
-def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors in a directory's model.safetensors, its shards, or pytorch_model.bin.
+def check_config(fields: dict[str, Any]) -> None:
+    """Raise ValueError, naming the field, if a field of a complete config.json has an impossible value or type."""
+    for name in SHAPE_ALIASES:
+        value, largest = fields[name], LARGEST.get(name, LARGEST_OTHER)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if value > largest:
+            raise ValueError(f"{name} must be at most {largest:,}, got {value:,}")
+    for name in DROPOUTS:
+        value = fields[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    for name in ("add_cross_attention", "causal"):
+        if not isinstance(fields[name], bool):
+            raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
+    n_embd, n_head, n_inner = fields["n_embd"], fields["n_head"], fields.get("n_inner")
+    if n_embd % n_head:
+        raise ValueError(f"n_embd ({n_embd}) must be divisible by n_head ({n_head})")
+    if n_inner is not None and n_inner != 4 * n_embd:
+        raise ValueError(f"n_inner is {n_inner!r}, expected 4 x n_embd = {4 * n_embd}")
 
-    Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
-    first, when the fewest other tensors have been loaded.
+
+def find_weight_files(directory: Path) -> list[Path]:
+    """Return the files of a directory that hold its weights: one file, or those that an index names.
+
+    Raises:
+        FileNotFoundError: the directory has neither weights nor an index.
+        ValueError: an index is damaged, or names a file outside of the directory.
     """
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    pickled = directory / "pytorch_model.bin"
-    if (directory / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
+    for name in WEIGHT_FILES:
+        path, index = directory / name, directory / f"{name}.index.json"
+        if path.is_file():
+            return [path]
+        if not index.is_file():
+            continue
         places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
+        if not isinstance(places, dict) or not places:
             raise ValueError(
                 f"{index} has no weight_map, which says which file holds which tensor: download the model again"
             )
-        files = sorted(set(places.values()))
-    elif pickled.is_file():
-        mapped = zipfile.is_zipfile(pickled)  # otherwise PyTorch before 1.6 wrote it: no mmap
-        load = partial(torch.load, pickled, map_location="cpu", weights_only=True, mmap=mapped)
-        try:
-            state = load()
-            names = sorted(state, key=lambda name: -state[name].numel())
-        except Exception as error:  # unpickling a damaged file can raise any exception
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{pickled} cannot be read as plain tensors ({reason}), and no other pickle is loaded, because it "
-                f"could execute code: use safetensors"
-            ) from error
-        for name in names:
-            yield name, state.pop(name)
-            if mapped:  # reopened for each tensor, for the reason given below
-                state = load()
-        return
-    else:
-        raise FileNotFoundError(
-            f"{directory} holds no weights: expected model.safetensors, its shards, or pytorch_model.bin"
-        )
+        for tensor, file in places.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+", file) or file in (".", ".."):
+                raise ValueError(
+                    f"{index}: weight_map names the file {file!r} for {tensor}, expected the name of a file in the "
+                    f"same directory"
+                )
+        return [directory / file for file in sorted(set(places.values()))]
+    raise FileNotFoundError(
+        f"{directory} holds no weights: expected model.safetensors, pytorch_model.bin, or the index of several such "
+        f"files"
+    )
 
-    for file in files:
-        try:
-            with safe_open(directory / file, framework="pt") as tensors:
-                names = sorted(tensors.keys(), key=lambda name: -math.prod(tensors.get_slice(name).get_shape()))
-            for name in names:
-                # The file is reopened for each tensor, which releases the memory that maps the previous tensor.
-                with safe_open(directory / file, framework="pt") as tensors:
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{directory / file} cannot be read ({error}): download or copy it again") from error
+
+def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in their shards.
+
+    Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
+    first, when the fewest other tensors have been loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
+    """
+    for path in find_weight_files(Path(directory)):
+        yield from read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors in a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = sorted(tensors.keys(), key=lambda name: -math.prod(tensors.get_slice(name).get_shape()))
+        for name in names:
+            # The file is reopened for each tensor, which releases the memory that maps the previous tensor.
+            with safe_open(path, framework="pt") as tensors:
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): download or copy it again") from error
+
+
+def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors in a file that torch.save wrote, without executing code that it contains."""
+    mapped = zipfile.is_zipfile(path)  # otherwise PyTorch before 1.6 wrote it: no mmap
+    load = partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        state = load()
+    except Exception as error:  # unpickling a damaged file can raise any exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} cannot be read as plain tensors ({reason}), and no other pickle is loaded, because it could "
+            f"execute code: use safetensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} holds a {type(tensor).__name__} under the key {name!r}, expected only tensors by name: save "
+                f"the model's state_dict() alone"
+            )
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
+            raise ValueError(f"{path}: {name} is a {kind.removeprefix('torch.')} tensor, expected a dense tensor")
+    for name in sorted(state, key=lambda name: -state[name].numel()):
+        yield name, state.pop(name)
+        if mapped:  # reopened for each tensor, for the reason given in read_safetensors
+            state = load()
 
 
 def load_weights(
@@ -198,6 +280,7 @@ def load_weights(
     seen: set[str] = set()
     unknown: list[str] = []
     misshapen: list[str] = []
+    not_floating: list[str] = []
     for source, tensor in read_tensors(directory):
         if STALE_BUFFER.search(source):
             continue
@@ -212,14 +295,18 @@ def load_weights(
         parameter = wanted[name]
         if tensor.shape != parameter.shape:
             misshapen.append(f"{source} {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+        elif not tensor.is_floating_point():
+            not_floating.append(f"{source} {str(tensor.dtype).removeprefix('torch.')}")
         else:
             value = torch.empty_like(parameter, device=device, dtype=dtype or tensor.dtype).copy_(tensor)
             if name in seen and not torch.equal(value, parameter):
+                if name != "transformer.wte.weight":
+                    raise ValueError(f"{directory} holds two different tensors {source}: download the model again")
                 raise ValueError(f"{directory}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties them")
             torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
         seen.add(name)
     missing = [name for name in wanted if name not in seen]
-    found = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+    found = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "not floating-point": not_floating}
     if problems := "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names):
         raise ValueError(f"the tensors in {directory} do not match its config.json: {problems}")
 

@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import weights
+from heads import SequenceClassifier
 from model import GPT, GPTConfig
 from weights import CONV1D, locate, read_config, read_tensors
 
@@ -213,6 +216,149 @@ def test_a_pickle_that_executes_code_is_refused(saved, tmp_path):
         GPT.from_pretrained(directory)
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"model": {"wte.weight": torch.zeros(2)}},
+            "holds a dict under the key 'model', expected only tensors by name",
+        ),
+        ({3: torch.zeros(2)}, "holds a Tensor under the key 3, expected only tensors by name"),
+        ({"wte.weight": torch.zeros(2, 2).to_sparse()}, "wte.weight is a sparse_coo tensor, expected a dense tensor"),
+        ({"wte.weight": torch.zeros(2, device="meta")}, "wte.weight is a meta tensor"),
+        ([torch.zeros(2)], "holds a list, expected a dictionary of tensors by name"),
+        (torch.zeros(2), "holds a Tensor, expected a dictionary"),
+    ],
+    ids=str,
+)
+def test_a_pytorch_model_bin_of_another_shape_is_refused(saved, state, message):
+    directory, _ = saved
+    torch.save(state, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"pytorch_model\.bin.* {message}"):
+        GPT.from_pretrained(directory)
+
+
+def write_pickled_shards(directory, state, trap=None):
+    """Replace model.safetensors by two .bin files and their index, as transformers wrote them up to version 4."""
+    (directory / "model.safetensors").unlink()
+    names = sorted(state)
+    places = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: state[name] for name in part} | (trap or {}), directory / file)
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_shards_of_pytorch_model_bin_are_loaded(saved):
+    directory, theirs = saved
+    write_pickled_shards(directory, dict(theirs.state_dict()))
+    assert_same_weights(GPT.from_pretrained(directory), theirs)
+    (directory / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model-00002-of-00002\.bin"):
+        GPT.from_pretrained(directory)
+
+
+def test_a_shard_that_executes_code_is_refused(saved, tmp_path):
+    directory, theirs = saved
+    write_pickled_shards(directory, dict(theirs.state_dict()), {"trap": Trap(tmp_path / "executed")})
+    with pytest.raises(ValueError, match=r"00001-of-00002\.bin cannot be read as plain tensors"):
+        GPT.from_pretrained(directory)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("place", ["../other/{}", "/{}", "sub/{}", "..", "", "a\\b", 3, ["{}"], None])
+def test_only_files_of_the_directory_itself_are_read(saved, tmp_path, kind, place):
+    directory, _ = saved
+    (tmp_path / "other").mkdir()
+    (directory / "sub").mkdir()
+    source = (directory / "model.safetensors").rename(tmp_path / "other" / "model.safetensors")
+    (directory / "sub" / "model.safetensors").write_bytes(source.read_bytes())
+    if place == "/{}":
+        place = str(source)
+    place = place.format("model.safetensors") if isinstance(place, str) else place
+    (directory / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"wte.weight": place}}))
+    with pytest.raises(ValueError, match=rf"{kind}\.index\.json: weight_map names the file .* for wte\.weight"):
+        GPT.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": 3}])
+def test_an_index_without_files_is_refused(saved, content):
+    directory, _ = saved
+    (directory / "model.safetensors").rename(directory / "shard.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json has no weight_map"):
+        GPT.from_pretrained(directory)
+
+
+def test_integer_tensors_are_refused(saved):
+    directory, _ = saved
+    name = "transformer.wte.weight"
+    edit_tensors(directory, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
+    with pytest.raises(ValueError, match=r"not floating-point: transformer\.wte\.weight int8"):
+        GPT.from_pretrained(directory)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 100) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+    max_leaves=4,
+)
+
+
+def edit_json(data, path):
+    """Set or delete up to three fields of a JSON object, or entries of the objects in it, at random."""
+    fields = json.loads(path.read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        target = fields
+        name = data.draw(st.sampled_from(sorted(target)))
+        while isinstance(target[name], dict) and target[name] and data.draw(st.booleans()):
+            target = target[name]
+            name = data.draw(st.sampled_from(sorted(target)))
+        if data.draw(st.integers(0, 3)) and name in target:
+            target[name] = data.draw(JSON_VALUES)
+        else:
+            del target[name]
+        if not fields:
+            break
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.filterwarnings("ignore:.*dropout rates")
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(data=st.data())
+def test_a_random_edit_of_a_json_file_loads_rightly_or_names_the_file(data, tmp_path_factory):
+    kind, name = data.draw(
+        st.sampled_from([(GPT, "config.json"), (GPT, "index"), (SequenceClassifier, "config.json")]), label="file"
+    )
+    directory = tmp_path_factory.mktemp("edited")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=2)).eval()
+    model = SequenceClassifier(model, 3).eval() if kind is SequenceClassifier else model
+    model.save_pretrained(directory, **({"max_shard_size": 100} if name == "index" else {}))
+    path = directory / ("model.safetensors.index.json" if name == "index" else name)
+    edit_json(data, path)
+    try:
+        again = kind.from_pretrained(directory)
+    except (ValueError, OSError) as error:
+        message = str(error)
+    else:
+        gpt = again if kind is GPT else again.gpt
+        # Another number of heads, or a model that is not causal, is another model with the same tensors.
+        expected = GPT(gpt.config) if kind is GPT else SequenceClassifier(GPT(gpt.config), 3)
+        expected.load_state_dict(model.state_dict())
+        fields = json.loads((directory / "config.json").read_text())
+        assert gpt.config.n_head == fields["n_head"]
+        assert gpt.config.causal == fields.get("causal", True)
+        ids = torch.tensor([[1, 4, 2]])
+        assert torch.equal(again(ids).logits, expected.eval()(ids).logits)
+        return
+    assert str(directory) in message
+
+
 def test_weights_are_converted_to_the_dtype_asked_for(saved):
     directory, theirs = saved
     ours = GPT.from_pretrained(directory, dtype=torch.bfloat16, device="cpu")
@@ -267,12 +413,29 @@ def test_damaged_files_are_refused(tmp_path, max_shard_size):
         ({"n_inner": 100}, "n_inner is 100, expected 4 x n_embd = 64"),
         ({"n_head": 3}, r"n_embd \(16\) must be divisible by n_head \(3\)"),
         ({"vocab_size": None}, "vocab_size must be a positive integer"),
+        ({"n_layer": "2"}, "n_layer must be a positive integer, got '2'"),
+        ({"n_layer": 10**9}, "n_layer must be at most 10,000, got 1,000,000,000"),
+        ({"vocab_size": 10**30}, "vocab_size must be at most"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'"),
+        ({"n_inner": "64"}, "n_inner is '64', expected 4 x n_embd = 64"),
+        ({"n_ctx": 12}, "n_ctx is 12, expected n_positions = 24"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, expected n_head = 2"),
+        ({"max_position_embeddings": 48}, "max_position_embeddings is 48, expected n_positions = 24"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantization_config is .*, but it is not implemented"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is .*, but it is not implemented"),
+        ({"attn_pdrop": [0.1]}, r"attn_pdrop must be in \[0, 1\), got \[0.1\]"),
+        ({"resid_pdrop": "0.1"}, r"resid_pdrop must be in \[0, 1\), got '0.1'"),
+        ({"embd_pdrop": 1.0}, r"embd_pdrop must be in \[0, 1\), got 1.0"),
+        ({"add_cross_attention": "no"}, "add_cross_attention must be true or false, got 'no'"),
+        ({"causal": None}, "causal must be true or false, got None"),
     ],
 )
 def test_another_architecture_is_refused(saved, fields, message):
     directory, _ = saved
     edit_config(directory, **fields)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         GPT.from_pretrained(directory)
 
 
@@ -283,6 +446,7 @@ def test_a_missing_or_malformed_config_is_refused(tmp_path):
     for content, message in [
         ("{", "is not JSON"),
         ("[1]", "holds a list"),
+        ("[" * 100_000, "is not JSON"),
         ("{}", "lacks model_type, vocab_size, n_positions"),
     ]:
         path.write_text(content)
@@ -294,7 +458,13 @@ def test_equivalent_configurations_are_loaded(saved):
     directory, _ = saved
     edit_config(directory, n_inner=64, activation_function="gelu_pytorch_tanh")
     assert GPTConfig(**read_config(directory)) == OURS
-    edit_config(directory, attn_pdrop=0.2)
+    edit_config(directory, n_ctx=24, num_hidden_layers=2, quantization_config=None)
+    assert GPTConfig(**read_config(directory)) == OURS
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["n_head"]
+    (directory / "config.json").write_text(json.dumps(fields | {"num_attention_heads": 2}))
+    assert GPTConfig(**read_config(directory)) == OURS
+    edit_config(directory, n_head=2, attn_pdrop=0.2)
     with pytest.warns(UserWarning, match=r"\[0.1, 0.2\]: 0.2 is used for all"):
         assert read_config(directory)["dropout"] == 0.2
 
