@@ -80,6 +80,22 @@ def save_with_head(
     save_weights(state, config, directory, eos_token_id=eos_token_id, architecture=architecture, extra_config=fields)
 
 
+def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
+    """Return the names of the classes in the `fields` of the config.json at `path`, in the order of their numbers.
+
+    Raises ValueError if id2label is not an object that names the classes "0", "1", ...
+    """
+    names = fields.get("id2label")
+    if names is None or names == {}:
+        return ["LABEL_0", "LABEL_1"]  # transformers omits these
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
+        raise ValueError(f'{path}: id2label is {names!r}, expected an object with the keys "0", "1", ...')
+    labels = [names[str(i)] for i in range(len(names))]
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: id2label is {names!r}, expected a text for each class")
+    return labels
+
+
 class SequenceClassifier(nn.Module):
     """A classifier of sequences or of tokens: transformers' GPT2ForSequenceClassification with Texar's strategies.
 
@@ -179,16 +195,21 @@ class SequenceClassifier(nn.Module):
         """Load a classifier saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
         directory = locate(name_or_dir)
         gpt = read_trunk(directory)
-        fields = read_json(directory / "config.json")
-        labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers omits these
-        num_labels = len(labels)
-        if fields.get("problem_type") == "regression" and num_labels > 1:
-            raise ValueError(f"{directory}: a regression of {num_labels} values, expected 1 value")
-        with torch.device("meta"):
-            strategy = fields.get("classifier_strategy", "last")
-            model = cls(gpt, num_labels, strategy, fields.get("classifier_max_length"))
+        path = directory / "config.json"
+        fields = read_json(path)
+        labels = read_labels(path, fields)
+        if fields.get("problem_type") == "regression" and len(labels) > 1:
+            raise ValueError(f"{path}: problem_type is a regression of {len(labels)} values, expected 1 value")
+        max_length = fields.get("classifier_max_length")
+        if max_length is not None and type(max_length) is not int:
+            raise ValueError(f"{path}: classifier_max_length must be an integer, got {max_length!r}")
+        try:
+            with torch.device("meta"):
+                model = cls(gpt, len(labels), fields.get("classifier_strategy", "last"), max_length)
+        except ValueError as error:
+            raise ValueError(f"{path}: classifier_{error}") from None
         load_weights(model, directory, dtype=dtype, device=device)
-        model.labels = [label for _, label in sorted(labels.items(), key=lambda item: int(item[0]))]
+        model.labels = labels
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, eos_token_id: int | None = None) -> None:

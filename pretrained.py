@@ -43,11 +43,13 @@ def verify(checkpoint: Path) -> None:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        listed = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint / MANIFEST} is not a manifest ({error})") from None
     for name, (size, sha256) in listed.items():
         path = checkpoint / name
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{checkpoint / MANIFEST} lists {name!r}, expected only files of the checkpoint")
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes, but its manifest says {size:,}")
         if file_sha256(path) != sha256:

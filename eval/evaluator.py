@@ -22,6 +22,7 @@ from eval.hf_model import load_hf_model
 from eval.likelihood import Request, Scores, check_pair, log_likelihoods
 from model import GPT, PRESETS
 from processes import Processes, stop_processes
+from weights import read_json
 
 # Requests are scored in groups of this size. The scores of a group are stored before the next group starts, and only
 # one group of a long text is in memory at a time.
@@ -138,7 +139,7 @@ def load_model_and_tokenizer(
         raise FileNotFoundError(f"{name} is not a model directory: it has no config.json")
     model: Any
     tokenizer: Any
-    if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "gpt2" and not through_transformers:
+    if read_json(config).get("model_type") == "gpt2" and not through_transformers:
         model = GPT.from_pretrained(directory, dtype=torch.float32, device=device)
         tokenizer = load_tokenizer(name if name in PRESETS else directory)
     else:

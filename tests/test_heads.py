@@ -156,6 +156,29 @@ def test_strategy_all(side):
         SequenceClassifier(gpt, 3, "all", max_length=33)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id2label": 3}, 'id2label is 3, expected an object with the keys "0", "1", ...'),
+        ({"id2label": ["a", "b", "c"]}, "id2label is"),
+        ({"id2label": {"zero": "a", "1": "b", "2": "c"}}, "id2label is"),
+        ({"id2label": {"0": "a", "2": "b", "3": "c"}}, "id2label is"),
+        ({"id2label": {"0": "a", "1": 2, "2": "c"}}, "id2label is .*, expected a text for each class"),
+        ({"classifier_strategy": ["all"]}, r"classifier_strategy is \['all'\], expected 'last'"),
+        ({"classifier_max_length": "20"}, "classifier_max_length must be an integer, got '20'"),
+        ({"classifier_max_length": 99}, "classifier_max_length is 99, expected 1 to block_size 32"),
+        ({"problem_type": "regression"}, "problem_type is a regression of 3 values"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_classifier_with_another_shape_are_refused(tmp_path, fields, message):
+    SequenceClassifier(small_gpt(), 3).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        SequenceClassifier.from_pretrained(tmp_path)
+
+
 def test_strategy_token():
     gpt = small_gpt()
     classifier = SequenceClassifier(gpt, 3, "token")

@@ -86,8 +86,17 @@ def test_a_manifest_must_list_the_files_that_a_checkpoint_needs(run, name):
     write_manifest(checkpoint, leave_out=name)
     with pytest.raises(ValueError, match=f"does not list {name}"):
         verify(checkpoint)
-    (checkpoint / MANIFEST).write_text("[]")
-    with pytest.raises(ValueError, match="is not a manifest"):
+    for content in ("[]", "[" * 100_000, '{"config.json": {"bytes": "many", "sha256": ""}}'):
+        (checkpoint / MANIFEST).write_text(content)
+        with pytest.raises(ValueError, match="is not a manifest"):
+            verify(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../step-000900/config.json", "/dev/zero", "trainer/../../step-000900/config.json"])
+def test_a_manifest_may_list_only_files_of_its_checkpoint(run, name):
+    checkpoint = run / "checkpoints" / "step-000004"
+    (checkpoint / MANIFEST).write_text(json.dumps({name: {"bytes": 0, "sha256": ""}}))
+    with pytest.raises(ValueError, match="expected only files of the checkpoint"):
         verify(checkpoint)
 
 
