@@ -69,19 +69,28 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 
 
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
-    """Return whether the last token completes a stop string. The token's text may continue after the stop string."""
+    """Return whether the last token completes a stop string. The token's text may continue after the stop string.
+
+    The text begins after the last end-of-text before that token: an empty prompt consists of it, and it is no text.
+    """
     tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]  # each token has at least one byte
+    tail = tail[max((i + 1 for i, token in enumerate(tail[:-1]) if token == tokenizer.eot), default=0) :]
     text, before = tokenizer.decode(tail), tokenizer.decode(tail[:-1]).rstrip("\ufffd")
     ends = [text.rfind(stop) + len(stop) for stop in stop_strings if stop in text]
     return any(end > len(before) for end in ends)
 
 
-def find_ended(ids: Tensor, options: GenerationOptions) -> Tensor:
-    """Return (N,) booleans: whether the last token of each row of ids (N, T) ends the row."""
+def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> Tensor:
+    """Return (N,) booleans: whether the last token of each row of ids (N, T) ends the row.
+
+    mask is (N, T) or longer, 0 for padding, or None. Stop strings are not searched in the text of padding.
+    """
     ended = torch.isin(ids[:, -1], ids.new_tensor(options.eos))
     if options.stop_strings:
         assert options.tokenizer is not None
         stops = [options.stop_strings] if isinstance(options.stop_strings, str) else options.stop_strings
-        by_text = [ends_with_stop_string(row, stops, options.tokenizer) for row in ids.tolist()]
+        kept = torch.ones_like(ids) if mask is None else mask[:, : ids.size(1)]
+        rows = [row[keep].tolist() for row, keep in zip(ids, kept.bool(), strict=True)]
+        by_text = [ends_with_stop_string(row, stops, options.tokenizer) for row in rows]
         ended |= torch.tensor(by_text, device=ids.device)
     return ended

@@ -79,7 +79,7 @@ def sample_steps(model: GPT, ids: Tensor, mask: Tensor | None, options: Generati
             tokens = tokens.where(running, options.eos[0])
         ids[:, t] = tokens
         if options.eos:
-            running = running & ~find_ended(ids[:, : t + 1], options)
+            running = running & ~find_ended(ids[:, : t + 1], mask, options)
             is_last = is_last or not running.any()
         yield Step(tokens, logits, scores, output, was_running, is_last)
         if is_last:

@@ -84,6 +84,23 @@ def test_a_stop_string_may_begin_in_the_prompt(pair):
     assert completion.text == "op"
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_a_stop_string_does_not_match_padding(pair, options):
+    """The shorter prompt is padded with end-of-text, which decodes to <eot>, and an empty prompt is end-of-text."""
+    options |= {"max_new_tokens": 4, "stop_strings": ["t>ab", "t>b"]}
+    for prompts in (["a", "a longer prompt"], [""]):
+        completion = generate_text(pair[1], Bytes(), prompts, logits_processor=force("bcde"), **options)[0]
+        assert (completion.text, completion.finish_reason) == ("bcde", "length")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_a_stop_string_does_not_match_padding_of_any_kind(pair, options):
+    ids, mask = torch.tensor([list(b"xxa"), list(b"xya")]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    options |= {"max_new_tokens": 4, "stop_strings": ["xab", "yab"], "tokenizer": Bytes(), "return_dict": True}
+    output = generate(pair[1], ids, attention_mask=mask, logits_processor=force("bcde"), **options)
+    assert output.lengths.tolist() == [4, 1]
+
+
 def test_generate_text_does_not_depend_on_the_batch_size(pair):
     prompts = ["a long prompt of many bytes", "b", "", "some words", "b", "third", "xyz" * 8]
     options = {"max_new_tokens": 30, "do_sample": True, "seed": 7}
