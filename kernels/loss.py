@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entropy and transformers
@@ -32,7 +33,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     x (N, C), weight (V, C), targets (N,). Without any target to count, the result is 0 instead of NaN, so for every
     batch the mean times the count is the sum. Under autocast the products run in autocast's dtype.
+
+    Raises NotImplementedError in forward-mode differentiation, such as `torch.func.jvp`.
     """
+    # A custom operator has no derivative in forward mode, and PyTorch would return zeros without an error.
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in (x, weight)):
+        raise NotImplementedError(
+            "linear_cross_entropy has no forward-mode derivative: compute the loss from the logits with "
+            "torch.nn.functional.cross_entropy, or differentiate in reverse mode"
+        )
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with_grad = torch.is_grad_enabled()

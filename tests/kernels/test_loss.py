@@ -52,6 +52,19 @@ def test_loss_of_a_target_whose_probability_rounds_to_zero():
     torch.testing.assert_close(loss, torch.tensor((600 + 100 + 50) / 3), atol=0, rtol=1e-6)
 
 
+def test_forward_mode_is_an_error_instead_of_zero():
+    x, weight, targets = torch.randn(5, 8), torch.randn(20, 8), torch.arange(5)
+    for argument in (0, 1):
+        inputs = [x, weight]
+
+        def loss(value, inputs=inputs, argument=argument):
+            inputs[argument] = value
+            return linear_cross_entropy(*inputs, targets)
+
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.func.jvp(loss, (inputs[argument],), (torch.ones_like(inputs[argument]),))
+
+
 def test_loss_without_any_target_is_zero():
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     loss = linear_cross_entropy(x, weight, torch.full((5,), IGNORE_INDEX))
