@@ -24,7 +24,7 @@ from device import autocast, find_device, find_dtype, gradient_scaler, keep_free
 from eval.rows import read_table
 from heads import SequenceClassifier
 from model import GPT
-from pretrained import resolve_model
+from pretrained import fit_vocabulary, resolve_model
 from training.config import Optim
 from training.distributed import clip_gradients
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
@@ -136,6 +136,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(args.seed)
     gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # small updates vanish in half precision
+    fit_vocabulary(gpt, tokenizer, directory)
     max_length = choose_length(args, gpt.config.block_size)
     classifier = SequenceClassifier(gpt, len(classes), args.strategy, max_length).to(device)
     classifier.labels = classes

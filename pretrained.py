@@ -22,6 +22,8 @@ from files import file_sha256
 from model import GPT
 from weights import locate
 
+PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed: by fewer entries than this
+
 MANIFEST = "manifest.json"  # size and sha256 of every other file of the checkpoint
 STATE = "trainer/state.json"
 OPTIMIZER = "trainer/optimizer.safetensors"
@@ -117,17 +119,36 @@ def load_model(
 
     Raises:
         OSError: there is no such model.
-        ValueError: the files are damaged, or the tokenizer does not belong to the model.
+        ValueError: the files are damaged, or the tokenizer does not belong to the model (see `fit_vocabulary`).
     """
     name = resolve_model(name_or_dir)
     directory = locate(name)
     tokenizer = load_tokenizer(directory)
     model = GPT.from_pretrained(directory, dtype=dtype, device=device)
-    # The sizes must be equal, because every id that the model can generate must have a text. Evaluation only encodes
-    # text, so eval.likelihood.check_pair accepts a model whose vocabulary is padded.
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, but the model has "
-            f"{model.config.vocab_size}: they do not belong together"
-        )
+    fit_vocabulary(model, tokenizer, directory)
     return model, tokenizer, name
+
+
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Raise ValueError if a tokenizer does not belong to a model with `vocab_size` tokens in `directory`.
+
+    The model may have up to PADDING_LIMIT - 1 more tokens than the tokenizer.
+    """
+    if not 0 <= vocab_size - tokenizer.vocab_size < PADDING_LIMIT:
+        raise ValueError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, but the model has {vocab_size}: they do "
+            f"not belong together; name a directory that holds the model and its own tokenizer.json"
+        )
+
+
+def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Remove the tokens that a tokenizer lacks from a model in place.
+
+    Many trainers pad the vocabulary, from 50,257 to 50,304 tokens for example. An id beyond the tokenizer has no text:
+    without its row, it can neither be chosen nor take a part of the probability.
+
+    Raises ValueError if the tokenizer does not belong to the model in `directory`.
+    """
+    check_vocabulary(model.config.vocab_size, tokenizer, directory)
+    if model.config.vocab_size > tokenizer.vocab_size:
+        model.resize_token_embeddings(tokenizer.vocab_size)

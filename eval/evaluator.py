@@ -21,6 +21,7 @@ from device import find_device, find_dtype, keep_freed_memory
 from eval.hf_model import load_hf_model
 from eval.likelihood import Request, Scores, check_pair, log_likelihoods
 from model import GPT, PRESETS
+from pretrained import fit_vocabulary
 from processes import Processes, stop_processes
 from weights import read_json
 
@@ -142,6 +143,7 @@ def load_model_and_tokenizer(
     if read_json(config).get("model_type") == "gpt2" and not through_transformers:
         model = GPT.from_pretrained(directory, dtype=torch.float32, device=device)
         tokenizer = load_tokenizer(name if name in PRESETS else directory)
+        fit_vocabulary(model, tokenizer, directory)
     else:
         model, tokenizer = load_hf_model(directory, device)
     check_pair(model, tokenizer)

@@ -21,14 +21,19 @@ class HFModelConfig:
 
 
 class HFModel(nn.Module):
-    """A causal language model of transformers."""
+    """A causal language model of transformers.
+
+    Args:
+        model: an instance of a class for causal language models.
+        n_tokens: tokens of its tokenizer. The logits of ids beyond it are removed, so that they take no probability.
+    """
 
     # Some models have thousands of vocabulary entries that their tokenizer does not use; the number must be below this.
     vocab_padding_limit = 1 << 16
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, n_tokens: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.n_tokens = model, n_tokens
         config = model.config.get_text_config()
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
         block_size = next((getattr(config, name) for name in names if getattr(config, name, None)), 2048)
@@ -37,7 +42,7 @@ class HFModel(nn.Module):
     def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0) -> GPTOutput:
         """Return the logits of the last `logits_to_keep` positions (B, k, V), or of all positions if it is 0."""
         logits = self.model(input_ids, use_cache=False, logits_to_keep=logits_to_keep).logits
-        return GPTOutput(logits=logits)
+        return GPTOutput(logits=logits[..., : self.n_tokens])
 
 
 class HFTokenizer:
@@ -72,4 +77,4 @@ def load_hf_model(directory: str | Path, device: torch.device) -> tuple[HFModel,
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
-    return HFModel(model).to(device).eval(), HFTokenizer(tokenizer)
+    return HFModel(model, len(tokenizer)).to(device).eval(), HFTokenizer(tokenizer)

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from data.loader import ceil_div
 from data.tokenizer import Tokenizer
 from kernels.loss import centered_head
+from pretrained import PADDING_LIMIT
 
 SOFTMAX_ROWS = 128  # rows of float32 logits computed at a time: 26 MB with GPT-2's vocabulary
-PADDING_LIMIT = 128  # vocabularies are often padded to a multiple of 64 or 128: by fewer entries than this
 
 
 class Request(NamedTuple):

@@ -30,6 +30,8 @@ class CachedForward:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
+        If the tokenizer is known and has fewer tokens than the model, V is its size: other ids have no text.
+
         Raises:
             ValueError: the logits of the first call are NaN.
         """
@@ -52,7 +54,7 @@ class CachedForward:
                 "checkpoint or float32"
             )
         self.checked = True
-        return logits, output
+        return logits[:, : self.options.n_choices(logits.size(1))], output
 
 
 def empty_records(options: GenerationOptions) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class Tokenizer(Protocol):
     """The part of a tokenizer that decoding uses."""
 
     eot: int
+    vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -85,6 +86,10 @@ class GenerationOptions:
             raise ValueError("stop_strings need a tokenizer, which decodes the tokens to text")
         if self.stop_strings and not all(self.stop_strings):
             raise ValueError("stop_strings contain an empty string, which would end every text at once: remove it")
+
+    def n_choices(self, vocab_size: int) -> int:
+        """Return the number of tokens that may be chosen: those of a model that its tokenizer, if it is known, has."""
+        return vocab_size if self.tokenizer is None else min(vocab_size, self.tokenizer.vocab_size)
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in the options is outside the vocabulary, or a banned word is empty."""

@@ -42,7 +42,8 @@ def prepare_prompts(
         ValueError: token ids, shapes, lengths or the number of generators are impossible for this model.
     """
     config = model.config
-    options.check_token_ids(config.vocab_size)
+    vocab_size = options.n_choices(config.vocab_size)
+    options.check_token_ids(vocab_size)
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
             raise ValueError("a list of prompts is padded and masked automatically: leave out attention_mask")
@@ -50,8 +51,8 @@ def prepare_prompts(
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}, expected (batch, tokens), both at least 1")
     low, high = (int(value) for value in input_ids.aminmax())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"input_ids contain {low if low < 0 else high}, outside 0..{config.vocab_size - 1}")
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids contain {low if low < 0 else high}, outside 0..{vocab_size - 1}")
     prompt_length = input_ids.size(1)
     # The model never reads the last token, so block_size + 1 tokens fit.
     if prompt_length + options.max_new_tokens - 1 > config.block_size and not options.sliding:

@@ -133,6 +133,16 @@ def test_bad_input_gives_a_message_and_creates_nothing(untrained, files, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_padded_vocabulary_is_removed(untrained, files, tmp_path):
+    tokenizer, model = load_tokenizer(untrained), GPT.from_pretrained(untrained)
+    model.resize_token_embeddings(tokenizer.vocab_size + 20)
+    model.save_pretrained(tmp_path / "padded", eos_token_id=tokenizer.eot)
+    tokenizer.save(tmp_path / "padded")
+    learn(tmp_path / "padded", files, tmp_path / "out", "--epochs", "1")
+    classifier = SequenceClassifier.from_pretrained(tmp_path / "out")
+    assert classifier.gpt.config.vocab_size == tokenizer.vocab_size
+
+
 def test_an_existing_output_directory_is_not_overwritten(untrained, files, trained, capsys):
     with pytest.raises(SystemExit):
         learn(untrained, files, trained)

@@ -260,10 +260,24 @@ def test_directories_without_a_model_are_refused(run, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(run, tmp_path):
-    make_checkpoint(tmp_path, CharacterTokenizer(CHARACTERS), vocab_size=120)
+    make_checkpoint(tmp_path, CharacterTokenizer(CHARACTERS), vocab_size=99 + 128)
     code, out, err = run(model=tmp_path)
     assert (code, out) == (2, "")
-    assert "has 99 tokens, but the model has 120" in err
+    assert "has 99 tokens, but the model has 227" in err
+
+
+def test_a_padded_vocabulary_is_loaded_and_gives_no_other_text(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "padded")
+    model = GPT.from_pretrained(checkpoint)
+    model.resize_token_embeddings(99 + 20)
+    with torch.no_grad():
+        model.transformer.wte.weight[99:] = 5 * model.transformer.wte.weight[:20]
+    model.save_pretrained(tmp_path / "padded", eos_token_id=load_tokenizer(checkpoint).eot)
+    for options in (("--greedy",), ("--seed", 3), ("--num-beams", 3), ("--stream", "--greedy"), ("--show-probs", 99)):
+        found = run("--prompt", "Hello", *options, model=tmp_path / "padded")
+        assert found[0] == 0, found
+        if "--show-probs" not in options:
+            assert found == run("--prompt", "Hello", *options)
 
 
 def test_a_hub_name_without_a_network_prints_one_line():

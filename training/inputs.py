@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from eval.reference import losses_to_beat
 from model import GPT, GPTConfig
-from pretrained import resolve_model
+from pretrained import check_vocabulary, fit_vocabulary, resolve_model
 from training.config import Config
 from weights import load_weights, locate, read_config
 
@@ -125,6 +125,8 @@ def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
 def model_config(config: Config, vocab_size: int, initial: InitialModel | None) -> GPTConfig:
     """Return the configuration of the model of model.init_from, or of the model to train from scratch.
 
+    vocab_size is the tokenizer's. A model of model.init_from may have a padded vocabulary; the padding is removed.
+
     Raises ValueError if the run's configuration contradicts the model of model.init_from.
     """
     asked = config.model
@@ -132,6 +134,8 @@ def model_config(config: Config, vocab_size: int, initial: InitialModel | None) 
         return config.model_config(vocab_size)
     directory = initial.directory
     found = dataclasses.replace(GPTConfig(**read_config(directory)), dropout=asked.dropout)
+    check_vocabulary(found.vocab_size, initial.tokenizer, directory)
+    found = dataclasses.replace(found, vocab_size=vocab_size)
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         if getattr(asked, name) not in (None, getattr(found, name)):
             raise ValueError(
@@ -154,9 +158,12 @@ def make_model(config: GPTConfig, initial: InitialModel | None, seed: int) -> GP
     if initial is None:
         torch.manual_seed(seed)
         return GPT(config)
+    # The vocabulary of the files may be padded; that of `config` is the tokenizer's.
+    vocab_size = read_config(initial.directory)["vocab_size"]
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(dataclasses.replace(config, vocab_size=vocab_size))
     load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
+    fit_vocabulary(model, initial.tokenizer, initial.directory)
     return model
 
 

@@ -79,7 +79,7 @@ def test_a_model_of_transformers_gets_the_same_scores(model, tmp_path):
     from transformers import GPT2LMHeadModel
 
     model.save_pretrained(tmp_path)
-    hf_model = HFModel(GPT2LMHeadModel.from_pretrained(tmp_path).eval())
+    hf_model = HFModel(GPT2LMHeadModel.from_pretrained(tmp_path).eval(), 97)
     assert (hf_model.config.block_size, hf_model.config.vocab_size) == (48, 97)
     requests = make_requests()
     ours, theirs = log_likelihoods(model, requests), log_likelihoods(hf_model, requests)

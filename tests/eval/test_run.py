@@ -62,6 +62,26 @@ def test_help_does_not_import_torch():
     assert "hellaswag" in done.stdout
 
 
+@pytest.mark.parametrize("options", [[], ["--transformers"]], ids=str)
+def test_a_padded_vocabulary_does_not_change_a_score(tiny, tmp_path, options):
+    """The rows of the padding get large logits, which would take probability and be the most probable tokens."""
+    model = GPT.from_pretrained(tiny)
+    model.resize_token_embeddings(50304)
+    with torch.no_grad():
+        model.transformer.wte.weight[50257:] = 30 * model.transformer.wte.weight[:47]
+    model.save_pretrained(tmp_path / "padded")
+    load_tokenizer("gpt2").save(tmp_path / "padded")
+    examples = []
+    for name, directory in (("plain", tiny), ("other", tmp_path / "padded")):
+        arguments = ["--model", str(directory), "--tasks", "piqa,lambada", "--limit", "4", "--device", "cpu"]
+        main([*arguments, "--dtype", "float32", "--examples", str(tmp_path / f"{name}.jsonl"), *options])
+        lines = (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()
+        examples.append([json.loads(line) for line in lines])
+    assert len(examples[0]) == len(examples[1]) == 8
+    for one, other in zip(*examples, strict=True):
+        assert {name: pytest.approx(value, abs=1e-3) for name, value in one.items()} == other
+
+
 def test_table_json_and_examples(tiny, tmp_path, capsys):
     written = ["--json", str(tmp_path / "f.json"), "--examples", str(tmp_path / "e.jsonl")]
     main(["--model", tiny, "--tasks", "hellaswag,piqa,lambada", "--limit", "4", *written])

@@ -1,5 +1,7 @@
 """Test stream and generate_text: strings in, strings out."""
 
+import copy
+
 import pytest
 import torch
 from torch import Generator
@@ -11,6 +13,7 @@ class Bytes:
     """A tokenizer whose tokens are the 256 byte values and end-of-text."""
 
     eot = 256
+    vocab_size = 257
 
     def encode(self, text):
         return list(text.encode())
@@ -116,6 +119,25 @@ def test_generate_text_does_not_depend_on_the_batch_size(pair):
         assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-3)
         assert len(completion.tokens) == len(completion.logprobs)
         assert completion.finish_reason == ("length" if len(completion.tokens) == 30 else "stop")
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}, {"num_beams": 2}], ids=str)
+def test_ids_beyond_the_tokenizer_are_never_chosen(pair, options):
+    """A padded model gives the text, and the log-probabilities, of the model without padding."""
+    prompts, options = ["one", "and two"], {"max_new_tokens": 20} | options
+    expected = generate_text(pair[1], Bytes(), prompts, **options)
+    padded = copy.deepcopy(pair[1])
+    padded.resize_token_embeddings(300)
+    state = padded.transformer.ln_f.weight.new_ones(43, 32)
+    with torch.no_grad():
+        padded.transformer.wte.weight[257:] = 100 * state  # the most probable tokens at many positions
+    found = generate_text(padded, Bytes(), prompts, **options)
+    assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
+    for ours, other in zip(found, expected, strict=True):
+        assert ours.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    if not options.get("seed") and "num_beams" not in options:
+        streamed = list(stream(padded, Bytes(), "one", max_new_tokens=20, eos_token_id=256))
+        assert [item.token for item in streamed if item.token != 256] == expected[0].tokens
 
 
 def test_generate_text_returns_the_sequences_of_a_prompt_next_to_each_other(pair):

@@ -163,6 +163,54 @@ def finetune(untrained, pairs, tmp_path, *flags):
     return parse_config([*given.split(), *flags])
 
 
+def pad_vocabulary(source, directory, tokenizer, n):
+    """Write a model with `n` more tokens than its tokenizer, which are the most probable ones."""
+    model = GPT.from_pretrained(source)
+    model.resize_token_embeddings(tokenizer.vocab_size + n)
+    with torch.no_grad():
+        model.transformer.wte.weight[-n:] = 30 * model.transformer.wte.weight[:1]
+    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+    tokenizer.save(directory)
+    return directory
+
+
+def test_a_model_with_a_padded_vocabulary_is_tuned_as_without_padding(
+    untrained, pairs, tokenizer, tmp_path, train, python
+):
+    """The run samples at each validation and resumes, and sample.py loads its checkpoint."""
+    padded = pad_vocabulary(untrained, tmp_path / "padded", tokenizer, 20)
+    flags = [
+        "--optim.steps",
+        "4",
+        "--optim.warmup_steps",
+        "1",
+        "--eval.every",
+        "2",
+        "--checkpoint.every",
+        "2",
+        "--eval.samples",
+        "2",
+    ]
+    runs = {}
+    for name, source in (("plain", untrained), ("padded", padded)):
+        run = train(finetune(source, pairs, tmp_path, *flags, "--run.name", name))
+        shutil.rmtree(run / "checkpoints" / "step-000004")
+        train(finetune(source, pairs, tmp_path, *flags, "--run.name", name))
+        runs[name] = run
+        python("sample.py", "--model", run, "--max-new-tokens", "5")
+    plain, other = (GPT.from_pretrained(run / "checkpoints" / "step-000004") for run in runs.values())
+    assert other.config == plain.config
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+    assert (runs["padded"] / "samples.txt").read_bytes() == (runs["plain"] / "samples.txt").read_bytes()
+
+
+def test_a_model_with_too_many_tokens_is_refused(untrained, pairs, tokenizer, tmp_path, train):
+    padded = pad_vocabulary(untrained, tmp_path / "padded", tokenizer, 128)
+    with pytest.raises(ValueError, match=r"has \d+ tokens, but the model has \d+: they do not belong together"):
+        train(finetune(padded, pairs, tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_completions_are_learned_and_sample_py_continues_in_the_same_format(untrained, pairs, tmp_path, train, python):
     run = train(
         finetune(untrained, pairs, tmp_path, "--optim.steps", "120", "--eval.every", "60", "--eval.samples", "1")
