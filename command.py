@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +25,11 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n") -> Iterator
 
     An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
     status 130. Other exceptions keep their traceback.
+
+    Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # false if a test or another program has replaced it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

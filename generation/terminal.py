@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             print_probabilities(model, tokenizer, prompt, args.show_probs)
     if args.stream:
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_samples)):
-            print(prompt, end="")
+            print(printable(prompt), end="")
             print_stream(model, tokenizer, prompt, seed + number, options)
             print(SEPARATOR)
         return
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(completion._asdict()))
         else:
-            print(completion.prompt + completion.text, SEPARATOR, sep="\n")
+            print(printable(completion.prompt + completion.text), SEPARATOR, sep="\n")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -95,6 +96,16 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
     return options
 
 
+def printable(text: str) -> str:
+    """Return text for the standard output: on a terminal, control characters are replaced by escapes, such as \\x1b.
+
+    A model or a file of prompts could otherwise move the cursor, or change the title and the colors of the terminal.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
 def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> None:
     """Print a table of the `count` most probable next tokens."""
     if count > model.config.vocab_size:
@@ -113,7 +124,7 @@ def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, optio
     """Print one continuation of a prompt as it is generated."""
     generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
     for streamed in stream(model, tokenizer, prompt, generator=generator, **options):
-        print(streamed.text, end="", flush=True)
+        print(printable(streamed.text), end="", flush=True)
     print()
 
 

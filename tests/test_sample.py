@@ -300,6 +300,33 @@ def test_help_does_not_import_torch():
     assert "AVX512-BF16" in result.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("--stream",), ("--show-probs", "99")], ids=str)
+def test_characters_that_the_output_cannot_encode_are_escaped(run, checkpoint, python, options):
+    arguments = ("sample.py", "--model", checkpoint, "--prompt", "é世", "--greedy", "--max-new-tokens", "12", *options)
+    result = python(*arguments, "--dtype", "float32", PYTHONIOENCODING="ascii")
+    assert "\\xe9\\u4e16" in result.stdout or options == ("--show-probs", "99")
+    expected = run("--prompt", "é世", "--greedy", *options)[1].encode("ascii", errors="backslashreplace").decode()
+    assert result.stdout == expected
+
+
+def test_control_characters_are_escaped_on_a_terminal_only(run, checkpoint, tmp_path, monkeypatch):
+    """The prompt is printed as the text of the model is. JSON has escapes of its own."""
+    model = make_checkpoint(tmp_path / "model", CharacterTokenizer("ab\t\n\r\x1b\x7f\x9bé"))
+    prompt = "a\t\x1b\r\x7f\x9bé\nb"
+    for options in ((), ("--stream",)):
+        arguments = ("--prompt", prompt, "--seed", 1, *options)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+        piped = run(*arguments, model=model)[1]
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        shown = run(*arguments, model=model)[1]
+        assert prompt in piped
+        assert shown.startswith("a\t\\x1b\\r\\x7f\\x9bé\nb")
+        assert not set("\x1b\r\x7f\x9b") & set(shown)
+        for character, escape in (("\x1b", "\\x1b"), ("\r", "\\r"), ("\x7f", "\\x7f"), ("\x9b", "\\x9b")):
+            piped = piped.replace(character, escape)
+        assert shown == piped
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Interactive use, through a pseudo-terminal
 
