@@ -228,7 +228,7 @@ def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) 
 def predict(args: argparse.Namespace) -> None:
     """Print {"text", "label", "probability"} for each row of a file, in the order of the file."""
     device = find_device(args.device, "--device")
-    directory = locate(args.model)
+    directory = locate(resolve_model(args.model))
     classifier = SequenceClassifier.from_pretrained(directory, dtype=torch.float32, device=device)
     texts = read_column(args.file, args.text_key)
     max_length = choose_length(args, classifier.max_length)

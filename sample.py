@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--greedy", action="store_true", help="always choose the most probable token")
     add("--num-beams", type=int, default=1, metavar="N", help="use beam search with N beams instead of sampling")
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help=r"end a sample after this text; \n is a line break. Repeat the option for several texts",
+    )
+    add("--sliding", action="store_true", help="allow more tokens than the model can see: it sees the last ones")
     add("--seed", type=int, help="the same seed gives the same text, in float32 for any batch size (default: random)")
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print objects with prompt, text, tokens, logprobs and finish_reason")
@@ -70,6 +77,9 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         parser.error(f"--num-beams {args.num_beams} is too small: it must be at least --num-samples {args.num_samples}")
     if args.greedy and args.num_samples > 1:
         parser.error("--greedy has one result per prompt: not with --num-samples")
+    args.stop = [text.replace("\\n", "\n") for text in args.stop or []]
+    if "" in args.stop:
+        parser.error("--stop needs a text that is not empty")
     if (args.stream or args.interactive) and args.num_beams > 1:
         parser.error("beam search has no text before it ends: not with --stream or --interactive")
     if args.json and (args.stream or args.interactive or args.show_probs):

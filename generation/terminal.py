@@ -83,8 +83,9 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
     """Return the keyword arguments of `generate` that the command line selects, checked against the longest prompt."""
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
     room = max(1, model.config.block_size + 1 - len(longest))  # the model never reads the last token
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or min(args.default_new_tokens, room)}
-    options["eos_token_id"] = tokenizer.eot
+    fitting = args.default_new_tokens if args.sliding else min(args.default_new_tokens, room)
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or fitting, "sliding": args.sliding}
+    options |= {"eos_token_id": tokenizer.eot, "stop_strings": args.stop or None}
     if args.sampling:
         options["do_sample"] = True
         options["temperature"] = 0.8 if args.temperature is None else args.temperature
@@ -92,7 +93,9 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
         options["top_p"] = 0.95 if args.top_p is None else args.top_p
     elif args.num_beams > 1:
         options |= {"num_beams": args.num_beams, "num_return_sequences": args.num_samples}
-    prepare_prompts(model, [longest], None, GenerationOptions(**options))  # fails before anything is printed
+    prepare_prompts(
+        model, [longest], None, GenerationOptions(tokenizer=tokenizer, **options)
+    )  # fails before anything is printed
     return options
 
 

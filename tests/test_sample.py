@@ -194,6 +194,7 @@ def test_without_a_model_and_without_runs_the_error_says_so(checkpoint, tmp_path
         (["--num-beams", "2", "--num-samples", "3"], "at least --num-samples 3"),
         (["--prompt", "x" * 60], "60 prompt tokens + 12 new > block_size 64"),
         (["--prompt", "Ω"], "'Ω'"),
+        (["--stop", ""], "--stop needs a text that is not empty"),
         (["--temperature", "0", "--show-probs", "3"], "temperature must be above 0"),
         (["--temperature", "0", "--stream"], "temperature must be above 0"),
         (["--file", "missing.txt"], "missing.txt"),
@@ -298,6 +299,44 @@ def test_help_does_not_import_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "AVX512-BF16" in result.stdout
+
+
+@pytest.mark.parametrize("options", [("--greedy",), ("--seed", 4, "--num-samples", 3), ("--num-beams", 2)], ids=str)
+def test_a_sample_ends_after_a_stop_text(run, options):
+    whole = [entry["text"] for entry in read_json(run("--prompt", "Hello", "--json", *options)[1])]
+    stops = [whole[0][3:5], "not in the text"]
+    flags = [flag for stop in stops for flag in ("--stop", stop)]
+    code, out, _ = run("--prompt", "Hello", "--json", *options, *flags)
+    assert code == 0
+    for entry, text in zip(read_json(out), whole, strict=True):
+        place = text.find(stops[0])
+        if options[0] != "--num-beams":  # beams that have ended compete with others
+            assert entry["text"] == (text if place < 0 else text[: place + 2])
+        assert entry["finish_reason"] == "stop" or stops[0] not in entry["text"]
+    if options == ("--greedy",):
+        streamed = run("--prompt", "Hello", *options, "--stream", *flags)[1]
+        assert streamed == f"Hello{whole[0][:5]}\n{SEPARATOR}\n"
+
+
+def test_a_stop_text_may_be_a_line_break(tmp_path, run):
+    model = make_checkpoint(tmp_path / "model", CharacterTokenizer("ab\n"))
+    for seed in range(4):
+        (entry,) = read_json(run("--prompt", "a", "--json", "--stop", r"\n", "--seed", seed, model=model)[1])
+        assert "\n" not in entry["text"][:-1]
+
+
+def test_sliding_allows_more_tokens_than_block_size(run, checkpoint, capsys):
+    prompt = "x" * 60
+    assert run("--prompt", prompt)[0] == 2
+    (entry,) = read_json(run("--prompt", prompt, "--greedy", "--sliding", "--json")[1])
+    tokenizer = load_tokenizer(checkpoint)
+    ids = generate(
+        GPT.from_pretrained(checkpoint), [tokenizer.encode(prompt)], max_new_tokens=12, sliding=True,
+        eos_token_id=tokenizer.eot,
+    )  # fmt: skip
+    assert entry["tokens"] == [token for token in ids[0, 60:].tolist() if token != tokenizer.eot]
+    sample.main(["--model", str(checkpoint), "--prompt", prompt, "--sliding", "--seed", "1", "--max-new-tokens", "90"])
+    assert len(capsys.readouterr().out) > 60
 
 
 @pytest.mark.parametrize("options", [(), ("--stream",), ("--show-probs", "99")], ids=str)
