@@ -131,7 +131,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
+        # pretrained.py resolves runs. It imports the model, which imports this module, so this module only names one.
+        found = sorted((path.parent / "checkpoints").glob("step-*[0-9]"), key=lambda step: (len(step.name), step.name))
+        hint = f"; it is a run: name one of its checkpoints, such as {found[-1]}" if found else ""
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json{hint}")
     fields = dict.fromkeys(DROPOUTS, 0.1) | {"add_cross_attention": False, "causal": True} | read_json(path)
     for name, aliases in SHAPE_ALIASES.items():
         for alias in aliases:

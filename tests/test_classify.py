@@ -12,8 +12,10 @@ from transformers import GPT2ForSequenceClassification, pipeline
 from classification import save
 from classify import main
 from data.tokenizer import load_tokenizer, train_tokenizer
+from files import file_sha256
 from heads import SequenceClassifier
 from model import GPT, GPTConfig
+from pretrained import MANIFEST, OPTIMIZER, STATE
 
 TEXTS = [
     (f"{number}. {start} {thing}", kind)
@@ -131,6 +133,22 @@ def test_bad_input_gives_a_message_and_creates_nothing(untrained, files, tmp_pat
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_predict_resolves_a_run_to_its_newest_checkpoint(trained, files, tmp_path, capsys):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    shutil.copytree(trained, checkpoint)
+    for name in (STATE, OPTIMIZER):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    listed = {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in checkpoint.rglob("*")
+        if path.is_file()
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(listed))
+    main(["predict", "--model", str(tmp_path / "run"), "--file", str(files / "val.jsonl"), *COLUMNS])
+    assert len(capsys.readouterr().out.splitlines()) == len(TEXTS[64:])
 
 
 def test_a_padded_vocabulary_is_removed(untrained, files, tmp_path):

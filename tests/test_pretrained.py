@@ -108,6 +108,12 @@ def test_a_model_is_loaded_with_its_tokenizer_and_its_name(run):
     assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
 
 
+def test_the_error_for_a_run_names_its_newest_checkpoint(run):
+    newest = run / "checkpoints" / "step-1000000"
+    with pytest.raises(FileNotFoundError, match=f"it is a run: name one of its checkpoints, such as {newest}$"):
+        GPT.from_pretrained(run)
+
+
 def test_a_tokenizer_of_another_size_is_refused(run):
     checkpoint = run / "checkpoints" / "step-000004"
     CharacterTokenizer("abcdef").save(checkpoint)
