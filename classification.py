@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from data.loader import permute
+from data.tables import read_table
 from data.tokenizer import Tokenizer, load_tokenizer
 from device import autocast, find_device, find_dtype, gradient_scaler, keep_freed_memory
-from eval.rows import read_table
 from heads import SequenceClassifier
 from model import GPT
 from pretrained import fit_vocabulary, resolve_model

@@ -13,6 +13,7 @@ import numpy as np
 
 from data.loader import TokenWindows, Windows
 from data.shards import Split, open_split
+from data.tables import read_table
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval import hellaswag, lambada
 from eval.choice_tasks import CHOICE_TASKS, classification
@@ -21,7 +22,7 @@ from eval.evaluator import Evaluator
 from eval.loss import ArrayWindows, split_loss
 from eval.perplexity import CORPORA, perplexity, perplexity_metrics, read_text
 from eval.reference import save_reference
-from eval.rows import load_hub_rows, read_table
+from eval.rows import load_hub_rows
 from model import GPT
 
 

@@ -135,6 +135,19 @@ def test_bad_input_gives_a_message_and_creates_nothing(untrained, files, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_with_too_many_fields_is_refused(trained, untrained, files, tmp_path, capsys):
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text("words,kind\na calm, pleasant trip,wood\nA lake,water\n")
+    for command in (
+        lambda: learn(untrained, files, tmp_path / "out", "--train", str(ragged)),
+        lambda: main(["predict", "--model", str(trained), "--file", str(ragged), *COLUMNS]),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            command()
+        assert exit.value.code == 2
+        assert "ragged.csv, row 1 has 3 fields, the header has 2: quote the text" in capsys.readouterr().err
+
+
 def test_predict_resolves_a_run_to_its_newest_checkpoint(trained, files, tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
     shutil.copytree(trained, checkpoint)
