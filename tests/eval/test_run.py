@@ -309,7 +309,7 @@ def test_a_model_with_the_tokenizer_of_another_is_refused(tmp_path, capsys):
     GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     load_tokenizer("gpt2").save(tmp_path)
     message = error_of(capsys, "--model", str(tmp_path), "--tasks", "copa")
-    assert "the tokenizer has 50,257 tokens and the model a vocabulary of 300" in message
+    assert "has 50257 tokens, but the model has 300: they do not belong together" in message
 
 
 def test_another_architecture_is_evaluated_with_transformers(tmp_path):
