@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -91,8 +92,10 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
     if options.stop_strings:
         assert options.tokenizer is not None
         stops = [options.stop_strings] if isinstance(options.stop_strings, str) else options.stop_strings
-        kept = torch.ones_like(ids) if mask is None else mask[:, : ids.size(1)]
-        rows = [row[keep].tolist() for row, keep in zip(ids, kept.bool(), strict=True)]
+        rows = ids.tolist()
+        if mask is not None:
+            kept = mask[:, : ids.size(1)].tolist()
+            rows = [[*compress(row, keep)] for row, keep in zip(rows, kept, strict=True)]
         by_text = [ends_with_stop_string(row, stops, options.tokenizer) for row in rows]
         ended |= torch.tensor(by_text, device=ids.device)
     return ended
