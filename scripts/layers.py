@@ -20,6 +20,7 @@ LAYERS = (
     ("scripts", "bench"),
     ("benchmarks",),
     ("train", "sample", "classify"),
+    ("classification",),
     ("report",),
     ("training",),
     ("eval",),
