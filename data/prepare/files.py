@@ -17,7 +17,7 @@ HASHED_BYTES = 1 << 16  # at each end of a file, for the revision
 
 
 def find_files(pattern: str) -> list[Path]:
-    """Return the files that one file name, directory or glob matches, sorted, and print how many were passed over.
+    """Return the files that one file name, directory or glob matches, sorted, and print how many were skipped.
 
     Raises FileNotFoundError when there is none, ValueError for a file of an unknown type that is not in a directory.
     """
@@ -55,7 +55,7 @@ def _walk(directory: Path) -> list[Path]:
     if passed_over:
         names = ", ".join(display_name(path.relative_to(directory)) for path in passed_over[:3])
         print(
-            f"{display_name(directory)}: {len(found):,} files to read; passed over (hidden, of another type, or a "
+            f"{display_name(directory)}: {len(found):,} files to read; skipped (hidden, of another type, or a "
             f"linked directory): {len(passed_over):,}: {names}{', ...' if len(passed_over) > 3 else ''}",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Directory walks: which files are documents, what is passed over, and when a source has changed."""
+"""Directory walks: which files are documents, what is skipped, and when a source has changed."""
 
 import os
 
@@ -22,7 +22,7 @@ def test_hidden_files_are_passed_over_and_suffixes_match_in_any_case(run, read_d
     run("text", corpus, "--out", tmp_path / "out", "--val-fraction", 0)
     assert read_documents(tmp_path / "out", "train") == ["B.TXT", "a.txt", "deep/c.Txt"]
     printed = capsys.readouterr().err
-    assert "corpus: 3 files to read; passed over (hidden, of another type, or a linked directory): 6: " in printed
+    assert "corpus: 3 files to read; skipped (hidden, of another type, or a linked directory): 6: " in printed
     (corpus / "B.TXT").rename(corpus / "b.txt")
     names = [path.name for path in find_files(f"{corpus}/*.txt")]
     assert names == ["a.txt", "b.txt"]
