@@ -16,7 +16,12 @@ import os
 import psutil
 
 SPINS_WHEN_BUSY = "1000"  # a few microseconds
-BUSY = 25.0  # percent of all cores
+BUSY_CORES = 0.75  # cores in use by other processes: about one that computes all the time
+
+
+def cores_in_use(seconds: float = 0.1) -> float:
+    """Return the number of cores that all processes together use, measured over some seconds in which this one waits."""
+    return psutil.cpu_percent(seconds) / 100 * (psutil.cpu_count() or 1)
 
 
 def adapt_to_load() -> None:
@@ -25,7 +30,7 @@ def adapt_to_load() -> None:
     Only libgomp, with which PyTorch is built on Linux, reads this setting. It changes no result. A value in
     GOMP_SPINCOUNT or OMP_WAIT_POLICY is left as it is.
     """
-    if os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}) and psutil.cpu_percent(0.05) >= BUSY:
+    if os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}) and cores_in_use() >= BUSY_CORES:
         os.environ["GOMP_SPINCOUNT"] = SPINS_WHEN_BUSY
 
 
