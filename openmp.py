@@ -20,7 +20,7 @@ BUSY_CORES = 0.75  # cores in use by other processes: about one that computes al
 
 
 def cores_in_use(seconds: float = 0.1) -> float:
-    """Return the number of cores that all processes together use, measured over some seconds in which this one waits."""
+    """Return the number of cores that all processes use together, measured while this process waits."""
     return psutil.cpu_percent(seconds) / 100 * (psutil.cpu_count() or 1)
 
 
