@@ -254,6 +254,15 @@ def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors by name")
+    check_pickled(path, state)  # a function of its own, because a variable here would keep its tensor in memory
+    for name in sorted(state, key=lambda name: -state[name].numel()):
+        yield name, state.pop(name)
+        if mapped:  # reopened for each tensor, for the reason given in read_safetensors
+            state = load()
+
+
+def check_pickled(path: Path, state: dict[Any, Any]) -> None:
+    """Raise ValueError unless `state` maps names to dense tensors."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(
@@ -263,10 +272,6 @@ def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
             raise ValueError(f"{path}: {name} is a {kind.removeprefix('torch.')} tensor, expected a dense tensor")
-    for name in sorted(state, key=lambda name: -state[name].numel()):
-        yield name, state.pop(name)
-        if mapped:  # reopened for each tensor, for the reason given in read_safetensors
-            state = load()
 
 
 def load_weights(
