@@ -15,7 +15,7 @@ import os
 
 import psutil
 
-SPINS_WHEN_BUSY = "1000"  # a few microseconds
+SPINS_WHEN_BUSY = "1000"
 BUSY_CORES = 0.75  # cores in use by other processes: about one that computes all the time
 
 
@@ -25,7 +25,7 @@ def cores_in_use(seconds: float = 0.1) -> float:
 
 
 def adapt_to_load() -> None:
-    """Make waiting threads sleep after a few microseconds of spinning if other processes use the cores now.
+    """Make waiting threads sleep after a short spin if other processes use the cores now.
 
     Only libgomp, with which PyTorch is built on Linux, reads this setting. It changes no result. A value in
     GOMP_SPINCOUNT or OMP_WAIT_POLICY is left as it is.

@@ -7,7 +7,7 @@ It differs from the form for a CPU in four points:
   the parameter keeps GPT-2's shape.
 - It computes thousands of rows of logits at a time, because small matrix products cannot keep a GPU busy.
 - Everything between the products is one function for `torch.compile`, which reads the logits twice and writes their
-  gradient once. Separate operators would read and write five times as much memory.
+  gradient once. Separate operators would read and write the logits several more times.
 - The head's gradient is summed in float32 by the products themselves.
 """
 
