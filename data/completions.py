@@ -3,7 +3,7 @@
 The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
 {"prompt": "...", "completion": "..."}. An example is the tokens of the prompt, those of the completion and
 `<|endoftext|>`, so the trained model continues a prompt in the format of the examples and then ends. Prompt and
-completion are encoded separately: in use, the model gets the encoded prompt alone, so no token may span the border.
+completion are encoded separately, so that no token contains characters of both: later, the model gets a prompt alone.
 """
 
 from __future__ import annotations

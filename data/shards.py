@@ -306,7 +306,7 @@ class ShardWriter:
         return self.directory / f"{self.split}_{len(self.finished):06d}.bin{PARTIAL_SUFFIX if partial else ''}"
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append `tokens` (1-D uint16): any stretch of the split, in which end-of-text begins each document."""
+        """Append the next `tokens` (1-D uint16) of the split. They may begin and end inside a document."""
         tokens = np.ascontiguousarray(tokens, TOKEN)
         while len(tokens):
             head, tokens = np.split(tokens, [self.shard_tokens - self._tokens])

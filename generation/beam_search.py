@@ -30,7 +30,7 @@ class Beams(NamedTuple):
         return self.ids.size(2) - self.logprobs.size(2)
 
     def take(self, which: Tensor) -> Beams:
-        """Select hypotheses: which (B, k) holds their indices for each prompt."""
+        """Select k hypotheses of each prompt by their indices `which` (B, k)."""
         prompts = torch.arange(len(which), device=which.device)[:, None]
         return Beams(*(tensor[prompts, which] for tensor in self))
 
@@ -99,7 +99,7 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     scores and logprobs are (B * K, V), processed and unprocessed; new is the number of tokens that beams have already.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
-    # So many that K of them can continue even if all others end.
+    # For each end-of-text id, K candidates may end in this step. With K more, there are always K that continue.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
@@ -135,7 +135,7 @@ def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int,
 
 
 def can_improve(running: Beams, finished: Beams, length: int, options: GenerationOptions) -> Tensor:
-    """Return (B, 1) booleans: whether the best running beam could still become better than the worst finished one."""
+    """Return (B, 1) booleans, True where the best running beam can still exceed the worst finished hypothesis."""
     at_full_length = options.early_stopping == "never" and options.length_penalty > 0
     final_length = options.max_new_tokens if at_full_length else length
     best_possible = running.scores[:, :1] / final_length**options.length_penalty

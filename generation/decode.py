@@ -32,9 +32,9 @@ def generate_with_options(
 
 
 def collects_options(implementation: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function that declares the options as keyword arguments, and so documents them, but has no body.
+    """Decorate a function without a body, whose keyword arguments declare and document the options.
 
-    A call collects them in a GenerationOptions, which checks them, and passes it to `implementation`.
+    A call of it collects the keyword arguments in a GenerationOptions, which checks them, and calls `implementation`.
     """
 
     def decorate(declaration: Callable[P, R]) -> Callable[P, R]:

@@ -1,4 +1,4 @@
-"""What the sampling loop and beam search share: the forward pass with a cache, the end of a row, recorded outputs."""
+"""Functions of both sampling and beam search: the cached forward pass, stop conditions, and recorded outputs."""
 
 from __future__ import annotations
 

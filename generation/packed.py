@@ -1,4 +1,4 @@
-"""A faster form of a model's weights for decoding, in which matrices are multiplied by a few rows at a time."""
+"""Store a model's weights in a layout that makes decoding faster, where each matrix multiplies only a few rows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Check the direction of the imports between the project's modules: `python -m scripts.layers`.
 
-The script parses every Python file except the tests, without importing any, and prints how many circles, upward
+The script parses every Python file except the tests, without importing any, and prints how many import cycles, upward
 imports and imports inside functions there are, and how much train.py imports. Each violation is listed with its file
-and line. The exit status is 1 if there is a circle or an upward import, or if a number exceeds its limit, else 0.
+and line. The exit status is 1 if there is a cycle or an upward import, or if a number exceeds its limit, else 0.
 """
 
 from __future__ import annotations
@@ -167,21 +167,21 @@ def read_tree(root: Path) -> Tree:
     return Tree(statements, edges, set(modules))
 
 
-def find_circles(edges: Sequence[Edge]) -> list[list[Edge]]:
-    """Return one circle for each group of modules that import each other, directly or through others.
+def find_cycles(edges: Sequence[Edge]) -> list[list[Edge]]:
+    """Return one cycle for each group of modules that import each other, directly or through others.
 
-    A circle is the shortest one through the group's first module by name, as the edges along it.
+    A cycle is the shortest one through the group's first module by name, as the edges along it.
     """
     graph: dict[str, dict[str, Edge]] = {}
     for edge in edges:
         graph.setdefault(edge.importer, {}).setdefault(edge.imported, edge)
     reachable = {module: _reachable(graph, module) for module in graph}
-    circles, seen = [], set[str]()
+    cycles, seen = [], set[str]()
     for module in sorted(graph):
         if module in reachable[module] and module not in seen:
             seen |= {other for other in reachable[module] if module in reachable.get(other, ())}
-            circles.append(_shortest_circle(graph, module))
-    return circles
+            cycles.append(_shortest_cycle(graph, module))
+    return cycles
 
 
 def _reachable(graph: Mapping[str, Mapping[str, Edge]], start: str) -> set[str]:
@@ -194,8 +194,8 @@ def _reachable(graph: Mapping[str, Mapping[str, Edge]], start: str) -> set[str]:
     return found
 
 
-def _shortest_circle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> list[Edge]:
-    """Return the edges of a shortest circle through `start`, which must be on one. Breadth-first search."""
+def _shortest_cycle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> list[Edge]:
+    """Return the edges of a shortest cycle through `start`, which must be on one. Breadth-first search."""
     paths: list[list[Edge]] = [[edge] for edge in graph[start].values()]
     visited = {start}
     for path in paths:  # grows during the iteration
@@ -205,7 +205,7 @@ def _shortest_circle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> lis
         if last not in visited:
             visited.add(last)
             paths += [[*path, edge] for edge in graph.get(last, {}).values()]
-    raise AssertionError(f"{start} is on no circle")
+    raise AssertionError(f"{start} is on no cycle")
 
 
 def room_of(module: str) -> str | None:
@@ -238,9 +238,9 @@ def check_tree(tree: Tree) -> list[Row]:
     by_train = [edge for edge in tree.edges if edge.importer == "train"]
     sources = {edge.imported for edge in by_train}
     return [
-        _circle_row("circles of imports at module level", at_import, 0),
-        _circle_row("circles with imports inside functions", at_run_time, 0),
-        _circle_row("circles with imports under TYPE_CHECKING", tree.edges, None),
+        _cycle_row("import cycles at module level", at_import, 0),
+        _cycle_row("import cycles with imports inside functions", at_run_time, 0),
+        _cycle_row("import cycles with imports under TYPE_CHECKING", tree.edges, None),
         Row("imports that do not point downward", len(upward), 0, upward),
         Row("modules that belong to no room", len(homeless), 0, homeless),
         Row("imports inside functions", len(in_functions), IMPORTS_IN_FUNCTIONS, in_functions),
@@ -249,9 +249,9 @@ def check_tree(tree: Tree) -> list[Row]:
     ]
 
 
-def _circle_row(title: str, edges: Sequence[Edge], limit: int | None) -> Row:
-    circles = find_circles(edges)
-    return Row(title, len(circles), limit, ["\n    ".join(map(str, circle)) for circle in circles])
+def _cycle_row(title: str, edges: Sequence[Edge], limit: int | None) -> Row:
+    cycles = find_cycles(edges)
+    return Row(title, len(cycles), limit, ["\n    ".join(map(str, cycle)) for cycle in cycles])
 
 
 def describe(rows: Sequence[Row]) -> str:

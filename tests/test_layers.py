@@ -11,7 +11,7 @@ from scripts.layers import (
     TRAIN_NAMES,
     Place,
     check_tree,
-    find_circles,
+    find_cycles,
     find_modules,
     find_statements,
     imported_modules,
@@ -50,7 +50,7 @@ def places(source):
     return [(ast.unparse(node), place) for node, place in find_statements(ast.parse(source))]
 
 
-def test_this_project_has_no_circle_no_upward_import_and_stays_within_the_limits():
+def test_this_project_has_no_cycle_no_upward_import_and_stays_within_the_limits():
     rows = check_tree(read_tree(ROOT))
     violations = [
         f"{row.title}: {row.found}, the limit is {row.limit}\n  " + "\n  ".join(row.violations)
@@ -133,7 +133,7 @@ def test_a_statement_imports_the_longest_module_that_exists(importer, is_package
     assert list(imported_modules(node, importer, is_package, modules)) == expected
 
 
-def test_a_circle_is_reported_with_the_file_and_line_of_each_import(project):
+def test_a_cycle_is_reported_with_the_file_and_line_of_each_import(project):
     root = project(
         {
             "data/a.py": "from data.b import x",
@@ -141,24 +141,24 @@ def test_a_circle_is_reported_with_the_file_and_line_of_each_import(project):
             "data/c.py": "from data import a",
         }
     )
-    (circle,) = find_circles(read_tree(root).edges)
-    assert [str(edge) for edge in circle] == [
+    (cycle,) = find_cycles(read_tree(root).edges)
+    assert [str(edge) for edge in cycle] == [
         "data/a.py:1: data.a imports data.b at module level",
         "data/b.py:2: data.b imports data.c at module level",
         "data/c.py:1: data.c imports data.a at module level",
     ]
 
 
-def test_circles_are_counted_for_each_group_of_modules_once(project):
-    two_circles_in_one_group = {
+def test_cycles_are_counted_for_each_group_of_modules_once(project):
+    two_cycles_in_one_group = {
         "eval/a.py": "import eval.b, eval.c",
         "eval/b.py": "import eval.a",
         "eval/c.py": "import eval.a",
     }
     another_group = {"data/x.py": "import data.y", "data/y.py": "import data.x"}
-    no_circle = {"model.py": "import kernels.loss", "kernels/loss.py": "", "eval/d.py": "import eval.a, model"}
-    root = project(two_circles_in_one_group | another_group | no_circle)
-    assert row(root, "circles of imports at module level").found == 2
+    no_cycle = {"model.py": "import kernels.loss", "kernels/loss.py": "", "eval/d.py": "import eval.a, model"}
+    root = project(two_cycles_in_one_group | another_group | no_cycle)
+    assert row(root, "import cycles at module level").found == 2
 
 
 @pytest.mark.parametrize(
@@ -169,18 +169,18 @@ def test_circles_are_counted_for_each_group_of_modules_once(project):
         ("if TYPE_CHECKING:\n    import data.a", (0, 0, 1)),
     ],
 )
-def test_circles_are_counted_by_the_place_of_their_imports(project, back, counts):
+def test_cycles_are_counted_by_the_place_of_their_imports(project, back, counts):
     root = project({"data/a.py": "import data.b", "data/b.py": back})
-    assert tuple(r.found for r in check_tree(read_tree(root)) if r.title.startswith("circles")) == counts
+    assert tuple(r.found for r in check_tree(read_tree(root)) if r.title.startswith("import cycles")) == counts
     assert main([str(root)]) == (1 if counts[1] else 0)
 
 
-def test_a_package_that_imports_its_modules_is_no_circle(project):
+def test_a_package_that_imports_its_modules_is_no_cycle(project):
     root = project({"generation/options.py": "", "generation/decode.py": "from generation.options import Options"})
     (root / "generation/__init__.py").write_text("from generation.decode import generate")
     assert main([str(root)]) == 0
     (root / "generation/options.py").write_text("from generation import generate")
-    assert row(root, "circles of imports at module level").found == 1
+    assert row(root, "import cycles at module level").found == 1
 
 
 @pytest.mark.parametrize(

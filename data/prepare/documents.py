@@ -1,4 +1,4 @@
-"""From a chunk to its documents. This runs in the worker processes."""
+"""Read the documents of a chunk. This runs in the worker processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From chunks to tokens: worker processes parse, encode and check them; the results keep the order of the source."""
+"""Turn chunks into tokens: worker processes parse, encode and check chunks; results keep the order of the source."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Encoder:
                 )
 
 
-# The encoder of a worker process, which `_start_worker` sets once: to send one with every batch would be slow.
+# The encoder of a worker process. `_start_worker` sets it once, because sending it with every batch would be slow.
 _encoder: Encoder
 
 

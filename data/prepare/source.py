@@ -29,7 +29,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The part of a file that a worker processes at once: whole documents, or a part of a document that is too long.
+    """A part of a file, the unit of work of a worker process: whole documents, or a part of a very long document.
 
     file: the file it was cut from;
     format: "text" (one document), "separated", "jsonl", "parquet" (a row group) or "arrow" (rows already read);

@@ -187,7 +187,7 @@ def _cut_file(
             begin = searched = cut
             end = cut + limit
         else:
-            # No place to cut: make the chunk longer. Search the last bytes again, a mark may lie across the border.
+            # No place to cut: make the chunk longer. Search its last bytes again: a mark may begin in them.
             searched, end = max(begin, end - _context(marks)), end + limit
     rest = max(stop - begin, 0)
     yield Chunk(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
@@ -241,7 +241,7 @@ def _last_cut(
             return begin + cut
         if begin == start:
             return 0
-        # Search the first bytes again, a mark may lie across the border.
+        # Search the first bytes again: a mark may end in them.
         end = begin + _context(marks)
 
 
