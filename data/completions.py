@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.loader import IGNORE_INDEX
+from data.loader import IGNORE_INDEX, TrainingWindows
 from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
@@ -20,8 +20,8 @@ from files import file_sha256
 PROMPTS_KEPT = 64  # for the samples during training, which are far fewer
 
 
-class CompletionWindows:
-    """The examples of a file in windows of T tokens. Implements `data.loader.Windows`.
+class CompletionWindows(TrainingWindows):
+    """The examples of a file in windows of T tokens. Each epoch has all of them.
 
     Args:
         path: a .jsonl file.

@@ -63,7 +63,24 @@ class Windows(Protocol):
         """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
 
 
-class TokenWindows:
+class TrainingWindows(Windows, Protocol):
+    """Windows that training reads again and again: an endless sequence of epochs, each of which has every window."""
+
+    def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
+        """Return the windows at consecutive places (k,) of the endless sequence of epochs: (k,) int64, for `read`.
+
+        With `shuffle`, each epoch has an order of its own; otherwise the windows come in the order of the text.
+        """
+        # A batch may begin in one epoch and end in the next. Dropping the rest of an epoch instead would make the
+        # number of windows seen depend on the batch size.
+        epoch, window = places // len(self), places % len(self)
+        if shuffle:
+            for e in np.unique(epoch):
+                window[epoch == e] = permute(window[epoch == e], len(self), seed, int(e))
+        return window
+
+
+class TokenWindows(TrainingWindows):
     """A split cut into windows of T tokens: window w is tokens [w*T, w*T + T + 1) of the split.
 
     Args:
@@ -72,21 +89,26 @@ class TokenWindows:
         vocab_size: a token id of this size or larger raises an error that names the shard.
         tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
             it is not full. With None, use full windows only, as training does.
+        shift: cut the split at other places in each epoch. Window w of epoch e is then called e * len(self) + w.
 
     Raises:
         ValueError: when the split is shorter than one window.
     """
 
-    def __init__(self, split: Split, sequence_length: int, vocab_size: int, *, tokens: int | None = None) -> None:
-        self.split, self.sequence_length, self.vocab_size = split, sequence_length, vocab_size
-        # The first token of the split is an input but never a target, so there is one target fewer than tokens.
-        available = split.n_tokens - 1
+    def __init__(
+        self, split: Split, sequence_length: int, vocab_size: int, *, tokens: int | None = None, shift: bool = False
+    ) -> None:
+        self.split, self.sequence_length, self.vocab_size, self.shift = split, sequence_length, vocab_size, shift
+        # The first token of the split is an input but never a target, so there is one target fewer than tokens. Windows
+        # that are shifted by up to T - 1 tokens need room for that.
+        available = split.n_tokens - 1 - (sequence_length - 1 if shift else 0)
         in_full_windows = available // sequence_length * sequence_length
         self.n_targets = in_full_windows if tokens is None else min(tokens, available)
         if self.n_targets < 1:
             raise ValueError(
                 f"the {split.name} split has {split.n_tokens:,} tokens, not one window of sequence_length "
-                f"{sequence_length} + 1: use a shorter sequence_length or more text"
+                f"{sequence_length} + 1{' that can be shifted' if shift else ''}: use a shorter sequence_length or "
+                f"more text"
             )
         self.fingerprint, self.source = split.fingerprint, split.meta.source if split.meta else ""
         # (T + 1,): allocated once and reused, so that reading does not allocate memory for each window.
@@ -97,28 +119,48 @@ class TokenWindows:
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
         """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for a bad token id."""
+        epoch, window = divmod(window, len(self))
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
         # n + 1 tokens give n pairs of input and target. Neighboring windows overlap by one token: the last target of a
         # window is the first input of the next. With windows of T tokens that do not overlap, one target in T is lost.
         tokens = self._read[: n + 1]
-        self.split.read(start, tokens)
-        # Check ids here, where the shard is known. On a GPU, an id outside the embedding table stops the process with
-        # an assertion in a kernel that names neither the shard nor the position.
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            place = start + int(tokens.argmax())
-            raise ValueError(
-                f"token {largest} at position {place:,} of the {self.split.name} split ({self.split.shard_at(place)}) "
-                f"is outside the vocabulary of {self.vocab_size}: the shard was made with another tokenizer, or it is "
-                "damaged; prepare the dataset again"
-            )
+        read_tokens(self.split, start + shift_of(epoch, self.sequence_length), tokens, self.vocab_size)
         # Padding inputs may have any valid id: attention is causal, so no earlier position sees them.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
         """Return the number of targets in these windows (k,): T each, fewer in the last window of the split."""
-        return int(np.minimum(self.sequence_length, self.n_targets - windows * self.sequence_length).sum())
+        places = windows % len(self)
+        return int(np.minimum(self.sequence_length, self.n_targets - places * self.sequence_length).sum())
+
+    def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
+        """Return the windows at consecutive places (k,); with `shift` their names have the epoch in them."""
+        windows = super().order(places, seed, shuffle)
+        return windows + places // len(self) * len(self) if self.shift else windows
+
+
+def shift_of(epoch: int, sequence_length: int) -> int:
+    """Return by how many tokens the windows of an epoch are shifted: 0 for epoch 0, and always less than T.
+
+    The fractional parts of the multiples of the golden ratio never repeat, and any number of them is spread evenly.
+    """
+    return int(epoch * ((5**0.5 - 1) / 2) % 1 * sequence_length)
+
+
+def read_tokens(split: Split, start: int, tokens: np.ndarray, vocab_size: int) -> None:
+    """Fill `tokens`, (n,) uint16, with those from `start` on. Raises ValueError for one outside the vocabulary."""
+    split.read(start, tokens)
+    # Check ids here, where the shard is known. On a GPU, an id outside the embedding table stops the process with an
+    # assertion in a kernel that names neither the shard nor the position.
+    if (largest := int(tokens.max())) >= vocab_size:
+        place = start + int(tokens.argmax())
+        raise ValueError(
+            f"token {largest} at position {place:,} of the {split.name} split ({split.shard_at(place)}) is outside the "
+            f"vocabulary of {vocab_size}: the shard was made with another tokenizer, or it is damaged; prepare the "
+            "dataset again"
+        )
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -182,7 +224,7 @@ class Loader:
 
     def __init__(
         self,
-        windows: Windows,
+        windows: TrainingWindows,
         *,
         batch_tokens: int,
         micro_batch: int,
@@ -212,7 +254,7 @@ class Loader:
 
         # Buffers circulate through two queues: empty ones go to the thread, full ones come back. Nothing is allocated
         # after this, so memory does not grow with time, and the slow pinning happens only once.
-        self._ready: queue.Queue[tuple[int, np.ndarray, Tensor] | BaseException] = queue.Queue()
+        self._ready: queue.Queue[tuple[int, list[float], Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
             # (2, rows, T): inputs and targets.
@@ -224,13 +266,7 @@ class Loader:
     def order(self, step: int) -> np.ndarray:
         """Return the windows of global step `step` in order: (B,) int64."""
         place = step * self.windows_per_step + np.arange(self.windows_per_step)
-        # A batch may begin in one epoch and end in the next. Dropping the rest of an epoch instead would make the
-        # number of windows seen depend on the batch size.
-        epoch, window = place // len(self.windows), place % len(self.windows)
-        if self.shuffle:
-            for e in np.unique(epoch):
-                window[epoch == e] = permute(window[epoch == e], len(self.windows), self.seed, int(e))
-        return window
+        return self.windows.order(place, self.seed, self.shuffle)
 
     def _read_ahead(self) -> None:
         """Fill free buffers, step by step, until `close` sends None. Runs in the background thread."""
@@ -241,7 +277,7 @@ class Loader:
                 order = self.order(step)
                 for i, window in enumerate(order[self.rows.start : self.rows.stop]):
                     self.windows.read(int(window), inputs[i], targets[i])
-                self._ready.put((step, order, buffer))
+                self._ready.put((step, self._weights(order), buffer))
                 step += 1
         except BaseException as error:
             # An exception that ends a thread is only printed, and `next` would wait forever. Raise it there instead.
@@ -263,26 +299,32 @@ class Loader:
         if isinstance(ready, BaseException):
             self._ready.put(ready)  # the next call raises it again
             raise ready
-        step, order, self._in_use = ready
+        step, weights, self._in_use = ready
         # The thread is ahead by some steps. A checkpoint must store the step that the caller has reached.
         self.step = step + 1
-        return self._divide(self._in_use, order)
+        return self._divide(self._in_use, weights)
 
-    def _divide(self, buffer: Tensor, order: np.ndarray) -> list[MicroBatch]:
-        """Divide a buffer (2, rows, T) into micro-batches of nearly equal size, as views.
+    def _parts(self) -> list[range]:
+        """Return which rows of this rank each micro-batch of a step has: nearly equal numbers."""
+        n = self.micro_batches_per_step
+        return [split_evenly(len(self.rows), part, n) for part in range(n)]
+
+    def _weights(self, order: np.ndarray) -> list[float]:
+        """Return the weights of this rank's micro-batches. Those of all ranks add up to 1."""
+        in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
+        return [self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all) for rows in self._parts()]
+
+    def _divide(self, buffer: Tensor, weights: list[float]) -> list[MicroBatch]:
+        """Divide a buffer (2, rows, T) into micro-batches, as views.
 
         A rank with fewer windows than micro-batches gets one micro-batch of weight 0, whose targets are IGNORE_INDEX.
         """
-        # Weights refer to the global batch: added up over all ranks they give 1.
-        in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
         micro_batches = []
-        for part in range(self.micro_batches_per_step):
-            rows = split_evenly(len(mine), part, self.micro_batches_per_step)
+        for rows, weight in zip(self._parts(), weights, strict=True):
             inputs, targets = buffer[:, rows.start : rows.stop]
             if not rows:
                 # The forward pass still has to run (see micro_batches_per_step), and it needs at least one row.
                 inputs, targets = buffer[0, :1], torch.full_like(buffer[1, :1], IGNORE_INDEX)
-            weight = self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all)
             micro_batches.append(MicroBatch(inputs, targets, weight))
         return micro_batches
 

@@ -80,6 +80,10 @@ class Data:
     """Maximum number of windows per forward pass on a process. auto: as many as the memory estimate allows."""
     shuffle: bool = True
     """Visit the windows of each epoch in a pseudorandom order instead of the order of the text."""
+    windows: Literal["packed", "aligned"] = "packed"
+    """packed: cut the text every sequence_length tokens. aligned: begin windows at documents, and cut few documents."""
+    shift: bool = False
+    """Cut packed windows at other places in each epoch, so that repeated text has other contexts."""
 
 
 @dataclass
@@ -200,6 +204,12 @@ class Config:
             )
         if data.pack and data.format != "completions":
             raise ValueError("data.pack needs data.format completions: with tokens, one text fills every window")
+        if data.format == "completions" and (data.windows == "aligned" or data.shift):
+            raise ValueError("data.windows aligned and data.shift need data.format tokens: examples are never cut")
+        if data.shift and data.windows == "aligned":
+            raise ValueError(
+                "data.shift moves the cuts of packed windows, and aligned ones begin at documents: omit one"
+            )
         if optim.schedule != "constant" and optim.warmup_steps >= optim.steps:
             raise ValueError(
                 f"optim.warmup_steps {optim.warmup_steps} must be below optim.steps {optim.steps}: "
@@ -243,7 +253,8 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""
         fields = self.to_dict()
-        data = {name: fields["data"][name] for name in ("format", "batch_tokens", "sequence_length", "shuffle")}
+        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift")
+        data = {name: fields["data"][name] for name in names}
         return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,14 +265,20 @@ class Config:
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool) -> None:
     """Raise a ValueError that lists the differences between two identities of a run, with old and new values.
 
-    With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ.
+    With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ. A checkpoint
+    that lacks a setting is older than the setting, and was made with its default.
     """
+    defaults = Config().to_dict()
+
+    def earlier(section: str, name: str) -> Any:
+        return before.get(section, {}).get(name, defaults.get(section, {}).get(name))
+
     schedule = {"steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction"}
     changed = [
-        f"{section}.{name} was {before.get(section, {}).get(name)!r}, is {value!r}"
+        f"{section}.{name} was {earlier(section, name)!r}, is {value!r}"
         for section, fields in now.items()
         for name, value in fields.items()
-        if before.get(section, {}).get(name) != value and not (allow and section == "optim" and name in schedule)
+        if earlier(section, name) != value and not (allow and section == "optim" and name in schedule)
     ]
     if changed:
         raise ValueError(

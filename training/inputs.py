@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from data.aligned import AlignedWindows
 from data.completions import CompletionWindows
-from data.loader import TokenWindows, Windows
-from data.shards import list_shards, open_split
+from data.loader import TokenWindows, TrainingWindows, Windows
+from data.shards import Split, list_shards, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from eval.reference import losses_to_beat
@@ -42,10 +43,11 @@ class InitialModel(NamedTuple):
 class Inputs:
     """An open dataset and its tokenizer."""
 
-    train: Windows
+    train: TrainingWindows
     val: Windows | None  # None only if eval.every is 0
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids to continue when sampling at validation
+    notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
     n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
 
@@ -103,13 +105,22 @@ def open_tokens(config: Config, *, verify: bool) -> Inputs:
         for split in (train, val) if val else (train,):
             split.verify()
     tokenizer = load_tokenizer(config.data.dir if train.meta else "gpt2")
-    length = config.data.sequence_length
+    length, windows = config.data.sequence_length, training_windows(config, train, tokenizer)
     return Inputs(
-        TokenWindows(train, length, tokenizer.vocab_size),
+        windows,
         TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens) if val else None,
         tokenizer,
         [[tokenizer.eot]],
+        [windows.summary] if isinstance(windows, AlignedWindows) else [],
     )
+
+
+def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
+    """Return the windows of the train split that data.windows and data.shift ask for."""
+    length = config.data.sequence_length
+    if config.data.windows == "aligned":
+        return AlignedWindows(split, length, tokenizer.vocab_size, tokenizer.eot)
+    return TokenWindows(split, length, tokenizer.vocab_size, shift=config.data.shift)
 
 
 def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
@@ -119,7 +130,7 @@ def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
     train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
     # In validation each example has a window of its own, because the model is used on one prompt at a time.
     val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)
-    return Inputs(train, val, tokenizer, val.prompts, train.n_cut)
+    return Inputs(train, val, tokenizer, val.prompts, n_cut=train.n_cut)
 
 
 def model_config(config: Config, vocab_size: int, initial: InitialModel | None) -> GPTConfig:

@@ -257,6 +257,7 @@ def greeting(run: TrainingRun, n_parameters: int, checkpoint: Path | None) -> st
         f"{tokens / run.inputs.epoch_tokens:.2f} epochs of {config.data.dir}",
         run.plan.describe(run.processes, config.data.sequence_length),
     ]
+    lines += run.inputs.notes
     lines += [f"warning: {warning}" for warning in warnings(config, run.inputs)]
     if checkpoint is not None:
         lines.append(f"resuming from {checkpoint}")
@@ -299,6 +300,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
         f"channels, vocabulary {model.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
         f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}, which is complete",
+        *(f"            {note}" for note in inputs.notes),
         f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
         f"memory      estimated MiB on each of {count} x {device}, {str(dtype).removeprefix('torch.')}",
     ]

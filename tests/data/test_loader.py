@@ -31,7 +31,9 @@ def dataset(tmp_path):
 
 def make(dataset, **changes):
     options = {"batch_tokens": 8 * T, "sequence_length": T, "micro_batch": 8, "vocab_size": 1003, "seed": 5} | changes
-    windows = TokenWindows(open_split(dataset, "train"), options.pop("sequence_length"), options.pop("vocab_size"))
+    shift = options.pop("shift", False)
+    split = open_split(dataset, "train")
+    windows = TokenWindows(split, options.pop("sequence_length"), options.pop("vocab_size"), shift=shift)
     return Loader(windows, **options)
 
 
@@ -87,6 +89,27 @@ def test_without_shuffling_the_text_is_read_in_order(dataset):
     inputs = torch.cat([global_batch(next(loader))[0] for _ in range(7)])
     assert torch.equal(inputs.flatten(), torch.arange(7 * 8 * T))
     loader.close()
+
+
+def test_shifted_windows_are_cut_elsewhere_in_each_epoch_and_resume_on_other_ranks(dataset):
+    n = (1003 - T) // T  # windows that fit with any shift
+    starts = []
+    for epoch in range(5):
+        offset = int(epoch * 0.6180339887498949 % 1 * T)
+        starts += [w * T + offset for w in permute(np.arange(n), n, 5, epoch)]
+    assert len({start % T for start in starts}) == 5
+    step = 0
+    for world_size in (1, 2, 3):
+        ranks = [make(dataset, shift=True, rank=r, world_size=world_size, start_step=step) for r in range(world_size)]
+        for _ in range(6):
+            parts = [global_batch(next(rank)) for rank in ranks]
+            inputs, targets = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+            expected = torch.tensor(starts[8 * step : 8 * step + 8])[:, None] + torch.arange(T)
+            assert torch.equal(inputs, expected)
+            assert torch.equal(targets, inputs + 1)
+            step += 1
+        for rank in ranks:
+            rank.close()
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 3), (1, 1), (2, 8), (2, 3), (3, 2), (3, 1), (8, 1)])

@@ -163,6 +163,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--model.freeze_layers", "2"], "model.freeze_layers would freeze untrained weights"),
         (["--run.name", "../x"], "run.name '../x' must be the name of one directory"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--data.format", "completions", "--data.windows", "aligned"], "data.windows aligned and data.shift need"),
+        (["--data.windows", "aligned", "--data.shift", "true"], "data.shift moves the cuts of packed windows"),
     ],
 )
 def test_impossible_combinations_are_refused(capsys, arguments, message):
@@ -179,6 +181,15 @@ def test_changes_in_a_resumed_run_are_listed_with_old_and_new_values():
         refuse_changes(before, now.identity(), allow=False)
     with pytest.raises(ValueError, match=r"run.seed was 1337, is 1; optim.weight_decay was 0.1, is 0.2"):
         refuse_changes(before, now.identity(), allow=True)
+
+
+def test_a_setting_that_an_older_checkpoint_lacks_had_its_default():
+    before, now = Config().identity(), Config()
+    del before["data"]["windows"]
+    refuse_changes(before, now.identity(), allow=False)
+    now.data.windows = "aligned"
+    with pytest.raises(ValueError, match=r"data\.windows was 'packed', is 'aligned'"):
+        refuse_changes(before, now.identity(), allow=False)
 
 
 @pytest.mark.parametrize("name", ["steps", "lr", "schedule"])
@@ -199,7 +210,8 @@ def test_each_field_in_a_resumed_run(section, field):
     setattr(getattr(now, section), field, changed)
     schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
     recipe = section == "optim" or (section, field) in (
-        ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle")
+        ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle"),
+        ("data", "windows"), ("data", "shift"),
     )  # fmt: skip
     for allow in (False, True):
         if recipe and not (allow and section == "optim" and field in schedule):

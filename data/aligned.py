@@ -1,0 +1,265 @@
+"""Windows that begin at documents, filled by best-fit packing instead of cutting the text every T tokens.
+
+Windows that are cut anywhere begin in the middle of a document, and end in the middle of one. Here each document stays
+whole if it has at most T tokens, and documents are put together so that they fill windows ("Fewer Truncations Improve
+Language Modeling", Ding et al. 2024). Three exceptions keep all tokens and waste little computation:
+
+- A document of more than T tokens is cut every T tokens, and its rest is packed like a document.
+- Where no document fits the rest of a window, and the rest is more than T / 32, the shortest document is cut to fit.
+- A smaller rest is padding.
+
+Every token of the split is an input once in an epoch. The target of the last token of a document is the end-of-text
+that follows it, in this window or another. So the targets are those of `data.loader.TokenWindows`.
+
+The packing is computed once and stored beside the shards. It works on groups of about 16 million tokens, so memory is
+bounded, and the documents of a window come from one or two shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock
+
+from data.loader import IGNORE_INDEX, TrainingWindows, read_tokens
+from data.shards import Split
+from files import PARTIAL_SUFFIX
+
+# A group of documents is packed at a time: the documents that begin in so many tokens, but not more than so many.
+GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
+MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window stay empty, except in the last one of a group
+HEADER_BYTES = 1024
+VERSION = 1  # of the file and of the packing: an index of another version is made again
+WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # the window's first piece, and its number of targets
+PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # tokens of the split
+
+
+class AlignedWindows(TrainingWindows):
+    """Windows of whole documents. Window w is some pieces of the split, one after the other, and padding.
+
+    Args:
+        split: the tokens.
+        sequence_length: T.
+        vocab_size: a token id of this size or larger raises an error that names the shard.
+        eot: the id of end-of-text, with which each document begins.
+
+    Attributes:
+        summary: how many documents are cut, and how much is padding, for people.
+
+    Raises:
+        ValueError: when the split has fewer than two tokens.
+        OSError: when the index cannot be written beside the shards.
+    """
+
+    def __init__(self, split: Split, sequence_length: int, vocab_size: int, eot: int) -> None:
+        if split.n_tokens < 2:
+            raise ValueError(f"the {split.name} split has {split.n_tokens} token, expected an input and its target")
+        self.split, self.sequence_length, self.vocab_size = split, sequence_length, vocab_size
+        self.fingerprint, self.source = split.fingerprint, split.meta.source if split.meta else ""
+        self._path = split.paths[0].parent / f"aligned-{split.name}-{sequence_length}.index"
+        self._header = _find_index(self._path, split, sequence_length, eot)
+        self._file = open(self._path, "rb")  # noqa: SIM115
+        self._read = np.empty(sequence_length + 1, np.uint16)
+
+    def __len__(self) -> int:
+        return self._header["windows"]
+
+    @property
+    def summary(self) -> str:
+        """How many documents are cut, and how much is padding, for people."""
+        header, T = self._header, self.sequence_length
+        padding = 1 - (self.split.n_tokens - 1) / (len(self) * T)
+        return (
+            f"{len(self):,} aligned windows, {padding:.2%} padding: {header['long']:,} of {header['documents']:,} "
+            f"documents are longer than {T} tokens, {header['cut']:,} others are cut, and {header['inside']:,} windows "
+            f"have only parts of longer documents"
+        )
+
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for a bad token id."""
+        done = 0
+        for start, length in self._pieces(window):
+            # One token more than the piece: its last token has a target too.
+            tokens = self._read[: length + 1]
+            read_tokens(self.split, start, tokens, self.vocab_size)
+            inputs[done : done + length], targets[done : done + length] = tokens[:-1], tokens[1:]
+            done += length
+        # Padding needs no attention mask: attention is causal, so the tokens before it do not see it.
+        inputs[done:], targets[done:] = 0, IGNORE_INDEX
+
+    def count(self, windows: np.ndarray) -> int:
+        """Return the number of targets in these windows (k,)."""
+        return sum(int(self._windows(window, 1)["targets"][0]) for window in windows.tolist())
+
+    def _pieces(self, window: int) -> list[tuple[int, int]]:
+        """Return start and length of each piece of a window."""
+        first, end = self._windows(window, 2)["piece"].tolist()
+        return self._table(PIECE, HEADER_BYTES + first * PIECE.itemsize, end - first).tolist()
+
+    def _windows(self, window: int, n: int) -> np.ndarray:
+        offset = HEADER_BYTES + self._header["pieces"] * PIECE.itemsize + window * WINDOW.itemsize
+        return self._table(WINDOW, offset, n)
+
+    def _table(self, dtype: np.dtype, offset: int, n: int) -> np.ndarray:
+        """Read `n` rows of a table. Unlike a memory map, this does not let resident memory grow."""
+        data = os.pread(self._file.fileno(), n * dtype.itemsize, offset)
+        if len(data) < n * dtype.itemsize:
+            raise OSError(f"{self._path} has become shorter since it was opened: start again")
+        return np.frombuffer(data, dtype)
+
+
+def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dict[str, Any]:
+    """Return the header of the index at `path`, which is made first if there is none for this split."""
+    wanted = {"version": VERSION, "tokens": split.fingerprint, "sequence_length": sequence_length, "eot": eot}
+    if (header := _read_header(path, wanted)) is not None:
+        return header
+    try:
+        # One of several processes makes the index, and the others wait for it.
+        with FileLock(path.with_suffix(".lock")):
+            if (header := _read_header(path, wanted)) is None:
+                print(f"packing the documents of {path.parent} into windows of {sequence_length} ...", file=sys.stderr)
+                header = _write_index(path, split, wanted)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise  # of a shard, and it names it
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; data.windows aligned stores an index beside the shards: make "
+            f"room, or start once with a user who may write there"
+        ) from error
+    return header
+
+
+def _read_header(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the header of an index that is complete and has the properties `wanted`, otherwise None."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(HEADER_BYTES))
+            size = HEADER_BYTES + header["pieces"] * PIECE.itemsize + (header["windows"] + 1) * WINDOW.itemsize
+            complete = os.fstat(file.fileno()).st_size == size
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return header if complete and header.items() >= wanted.items() else None
+
+
+def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Pack the documents of a split and write the index: header, pieces, windows. Return its header."""
+    T = wanted["sequence_length"]
+    counts = dict.fromkeys(("documents", "long", "cut", "inside", "pieces", "windows"), 0)
+    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    # The table of the windows grows in a file of its own, because the number of pieces is known only at the end.
+    with open(temporary, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as windows:
+        file.write(bytes(HEADER_BYTES))
+        for bounds in document_groups(split, wanted["eot"]):
+            _write_group(bounds, T, file, windows, counts)
+        windows.write(np.array([(counts["pieces"], 0)], WINDOW).tobytes())
+        windows.seek(0)
+        shutil.copyfileobj(windows, file)
+        header = wanted | counts
+        file.seek(0)
+        file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return header
+
+
+def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, counts: dict[str, int]) -> None:
+    """Pack a group of documents, append it to both tables and add to the counts."""
+    begins = set(bounds.tolist())
+    rows: list[tuple[int, int]] = []
+    packed: list[tuple[int, int]] = []
+    found = 0  # documents of at most T tokens that are whole
+    lengths = np.diff(bounds)
+    for window in pack(bounds, T):
+        rows.append((counts["pieces"] + len(packed), sum(length for _, length in window)))
+        packed += window
+        counts["inside"] += window[0][0] not in begins
+        found += sum(start in begins and start + length in begins for start, length in window)
+    pieces.write(np.array(packed, PIECE).tobytes())
+    windows.write(np.array(rows, WINDOW).tobytes())
+    counts["pieces"] += len(packed)
+    counts["windows"] += len(rows)
+    counts["documents"] += len(lengths)
+    counts["long"] += (long := int((lengths > T).sum()))
+    counts["cut"] += len(lengths) - long - found
+
+
+def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
+    """Iterate over groups of documents: (documents + 1,) int64, where each begins and where the last one ends.
+
+    The last token of the split is only a target. What comes before the first end-of-text is a document too.
+    """
+    limit = split.n_tokens - 1
+    buffer = np.empty(min(GROUP_TOKENS, limit), np.uint16)
+    waiting = np.zeros(1, np.int64)  # the document that may continue in the next tokens
+    for first in range(0, limit, GROUP_TOKENS):
+        tokens = buffer[: limit - first]
+        split.read(first, tokens)
+        found = first + np.flatnonzero(tokens == eot)
+        bounds = np.concatenate([waiting, found[found > 0]])
+        if first + len(tokens) == limit:
+            bounds = np.append(bounds, limit)
+        waiting = bounds[-1:]
+        for i in range(0, len(bounds) - 1, GROUP_DOCUMENTS):
+            yield bounds[i : i + GROUP_DOCUMENTS + 1]
+
+
+def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
+    """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
+
+    A window takes the longest piece that is left, and then, again and again, the longest that fits. Documents that
+    begin in a window come first in it, before the rests of others.
+
+    Args:
+        bounds: (documents + 1,) where each document begins and the last ends.
+    """
+    starts: list[list[int]] = [[] for _ in range(T + 1)]  # of the pieces that are left, by length
+    available = 0  # bit n is set if there is a piece of length n
+
+    def put(start: int, length: int) -> None:
+        nonlocal available
+        starts[length].append(start)
+        available |= 1 << length
+
+    def take(length: int) -> int:
+        nonlocal available
+        start = starts[length].pop()
+        if not starts[length]:
+            available ^= 1 << length
+        return start
+
+    rests: set[int] = set()  # where pieces begin that continue a document
+    for start, end in itertools.pairwise(bounds.tolist()):
+        for begin in range(start, end - T, T):
+            yield [(begin, T)]
+        rest = start + (end - start - 1) // T * T
+        put(rest, end - rest)
+        if rest > start:
+            rests.add(rest)
+    while available:
+        window: list[tuple[int, int]] = []
+        gap = T
+        while gap and available:
+            fitting = available & ((2 << gap) - 1)
+            if fitting:
+                length = fitting.bit_length() - 1
+                window.append((take(length), length))
+            elif gap > T // MAX_PADDING:
+                shortest = (available & -available).bit_length() - 1
+                length = gap
+                window.append((take(shortest), length))
+                put(rest := window[-1][0] + length, shortest - length)
+                rests.add(rest)
+            else:
+                break
+            gap -= length
+        yield sorted(window, key=lambda piece: piece[0] in rests)
