@@ -128,8 +128,13 @@ def validate(run: TrainingRun) -> None:
         state.best = loss, state.step
     tokens = state.step * run.config.data.batch_tokens
     bits = result.loss.bits_per_byte
-    run.directory.log("val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits)
+    parts = {name: part.loss for name, part in result.parts.items()}  # of the datasets of a mixture
+    run.directory.log(
+        "val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits, **({"parts": parts} if parts else {})
+    )
     run.progress.say(f"step {state.step:>6}  validation loss {loss:.4f}, {bits:.4f} bits per byte")
+    for name, part_loss in parts.items():
+        run.progress.say(f"             {name}: {part_loss:.4f}")
     if (answers := result.hellaswag) is not None:
         run.directory.log("hellaswag", state.step, tokens=tokens, **answers)
         run.progress.say(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -22,6 +22,14 @@ class SplitLoss(NamedTuple):
     loss: float  # nats per token
     bits_per_byte: float  # bits per byte of UTF-8 text; comparable between tokenizers
     tokens: int
+
+
+def joined(losses: Collection[SplitLoss]) -> SplitLoss:
+    """Return the loss over all targets of several splits."""
+    tokens = sum(part.tokens for part in losses)
+    nats = sum(part.loss * part.tokens for part in losses)
+    n_bytes = sum(part.loss * part.tokens / math.log(2) / part.bits_per_byte for part in losses if part.bits_per_byte)
+    return SplitLoss(nats / tokens, nats / math.log(2) / max(n_bytes, 1), tokens)
 
 
 class ArrayWindows:

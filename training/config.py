@@ -62,6 +62,16 @@ class Model:
 
 
 @dataclass
+class MixturePart:
+    """One dataset of a mixture."""
+
+    dir: str
+    """Directory of the dataset."""
+    weight: PositiveFloat
+    """Share of the windows, relative to the other weights."""
+
+
+@dataclass
 class Data:
     """Settings of the training data."""
 
@@ -84,6 +94,8 @@ class Data:
     """packed: cut the text every sequence_length tokens. aligned: begin windows at documents, and cut few documents."""
     shift: bool = False
     """Cut packed windows at other places in each epoch, so that repeated text has other contexts."""
+    mixture: list[MixturePart] = field(default_factory=list)
+    """Several datasets instead of dir, each with its share of the windows: [{dir: DIR, weight: NUMBER}, ...]."""
 
 
 @dataclass
@@ -204,6 +216,7 @@ class Config:
             )
         if data.pack and data.format != "completions":
             raise ValueError("data.pack needs data.format completions: with tokens, one text fills every window")
+        self._check_mixture()
         if data.format == "completions" and (data.windows == "aligned" or data.shift):
             raise ValueError("data.windows aligned and data.shift need data.format tokens: examples are never cut")
         if data.shift and data.windows == "aligned":
@@ -235,6 +248,14 @@ class Config:
                     f"lower data.sequence_length or raise model.block_size"
                 )
 
+    def _check_mixture(self) -> None:
+        """Raise ValueError if data.mixture has a dataset twice, or is combined with completions."""
+        directories = [part.dir for part in self.data.mixture]
+        if directories and self.data.format == "completions":
+            raise ValueError("data.mixture needs data.format tokens: write the examples into one file to mix them")
+        if twice := next((name for name in directories if directories.count(name) > 1), None):
+            raise ValueError(f"data.mixture has {twice} twice: add its weights up, and give it once")
+
     def model_config(self, vocab_size: int) -> GPTConfig:
         """Return the GPTConfig of a model from scratch, with the vocabulary size of the dataset's tokenizer."""
         model = self.model
@@ -253,7 +274,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""
         fields = self.to_dict()
-        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift")
+        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "mixture")
         data = {name: fields["data"][name] for name in names}
         return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
 

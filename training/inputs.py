@@ -12,6 +12,7 @@ import torch
 from data.aligned import AlignedWindows
 from data.completions import CompletionWindows
 from data.loader import TokenWindows, TrainingWindows, Windows
+from data.mixture import MixtureWindows
 from data.shards import Split, list_shards, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
@@ -44,7 +45,7 @@ class Inputs:
     """An open dataset and its tokenizer."""
 
     train: TrainingWindows
-    val: Windows | None  # None only if eval.every is 0
+    val: dict[str, Windows]  # by dataset, several only for a mixture; empty only if eval.every is 0
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids to continue when sampling at validation
     notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
@@ -55,6 +56,12 @@ class Inputs:
     def epoch_tokens(self) -> int:
         """Tokens of all training windows, including padding, as data.batch_tokens counts them."""
         return len(self.train) * self.train.sequence_length
+
+    @property
+    def validation_fingerprint(self) -> str | None:
+        """A hash that is equal for equal validation data, or None without any."""
+        fingerprints = [windows.fingerprint for windows in self.val.values()]
+        return " ".join(fingerprints) or None
 
 
 def find_initial_model(config: Config, checkpoint: Path | None) -> InitialModel | None:
@@ -75,24 +82,28 @@ def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -
                 "--verify compares shards with their hashes, and data.format completions has none: omit the option"
             )
         inputs = open_completions(config, initial)
+    elif config.data.mixture:
+        inputs = open_mixture(config, verify=verify)
     else:
-        inputs = open_tokens(config, verify=verify)
+        inputs = open_tokens(config, config.data.dir, verify=verify)
     if initial is not None and initial.tokenizer != inputs.tokenizer:
         raise ValueError(
-            f"{initial.directory} and {config.data.dir} have different tokenizers: prepare the text again with the "
+            f"{initial.directory} and {data_names(config)} have different tokenizers: prepare the text again with the "
             f"tokenizer that the model was trained with"
         )
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
             raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
         read_questions("completion")  # downloads them now: a missing network should not stop the first validation
+    if config.data.mixture:  # no reference was measured on it
+        return inputs
     references = losses_to_beat(config.data.dir, inputs.train.source, inputs.tokenizer.kind)
     return dataclasses.replace(inputs, reference_losses=references)
 
 
-def open_tokens(config: Config, *, verify: bool) -> Inputs:
+def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
     """Open token shards with the tokenizer in their directory. Without a meta.json, the tokenizer is GPT-2's."""
-    directory = Path(config.data.dir)
+    directory = Path(dataset)
     train, val = open_split(directory, "train"), None
     if list_shards(directory, "val") or (train.meta and train.meta.shards.get("val")):
         val = open_split(directory, "val")
@@ -104,14 +115,33 @@ def open_tokens(config: Config, *, verify: bool) -> Inputs:
     if verify:
         for split in (train, val) if val else (train,):
             split.verify()
-    tokenizer = load_tokenizer(config.data.dir if train.meta else "gpt2")
+    tokenizer = load_tokenizer(dataset if train.meta else "gpt2")
     length, windows = config.data.sequence_length, training_windows(config, train, tokenizer)
     return Inputs(
         windows,
-        TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens) if val else None,
+        {dataset: TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens)} if val else {},
         tokenizer,
         [[tokenizer.eot]],
-        [windows.summary] if isinstance(windows, AlignedWindows) else [],
+        [f"{dataset}: {windows.summary}"] if isinstance(windows, AlignedWindows) else [],
+    )
+
+
+def open_mixture(config: Config, *, verify: bool) -> Inputs:
+    """Open the datasets of data.mixture, which must have the same tokenizer."""
+    mixture = config.data.mixture
+    parts = [open_tokens(config, part.dir, verify=verify) for part in mixture]
+    for part, opened in zip(mixture, parts, strict=True):
+        if opened.tokenizer != parts[0].tokenizer:
+            raise ValueError(
+                f"data.mixture: {mixture[0].dir} and {part.dir} have different tokenizers: prepare one of them again "
+                f"with --tokenizer DIR, the directory of the other"
+            )
+    return Inputs(
+        MixtureWindows([opened.train for opened in parts], [part.weight for part in mixture]),
+        {name: windows for opened in parts for name, windows in opened.val.items()},
+        parts[0].tokenizer,
+        parts[0].prompts,
+        [note for opened in parts for note in opened.notes],
     )
 
 
@@ -130,7 +160,7 @@ def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
     train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
     # In validation each example has a window of its own, because the model is used on one prompt at a time.
     val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)
-    return Inputs(train, val, tokenizer, val.prompts, n_cut=train.n_cut)
+    return Inputs(train, {config.data.dir: val}, tokenizer, val.prompts, n_cut=train.n_cut)
 
 
 def model_config(config: Config, vocab_size: int, initial: InitialModel | None) -> GPTConfig:
@@ -178,6 +208,25 @@ def make_model(config: GPTConfig, initial: InitialModel | None, seed: int) -> GP
     return model
 
 
+def data_names(config: Config) -> str:
+    """Return the directories of the training data, for messages."""
+    return ", ".join(part.dir for part in config.data.mixture) or config.data.dir
+
+
+def count_epochs(config: Config, inputs: Inputs) -> dict[str, float]:
+    """Return how many times the run reads each dataset, by its directory."""
+    tokens, train = config.optim.steps * config.data.batch_tokens, inputs.train
+    if not isinstance(train, MixtureWindows):
+        return {config.data.dir: tokens / inputs.epoch_tokens}
+    windows = [tokens * float(share) / train.sequence_length for share in train.shares]
+    return {part.dir: n / len(own) for part, own, n in zip(config.data.mixture, train.parts, windows, strict=True)}
+
+
+def describe_epochs(config: Config, inputs: Inputs) -> str:
+    """Return the number of epochs of each dataset, such as "0.95 epochs of data/fineweb-edu-10b"."""
+    return ", ".join(f"{epochs:.2f} epochs of {name}" for name, epochs in count_epochs(config, inputs).items())
+
+
 def warnings(config: Config, inputs: Inputs) -> list[str]:
     """Return warnings about unusual settings: a small batch with a large batch's learning rate, or too little text."""
     data, optim, model = config.data, config.optim, config.model
@@ -193,13 +242,13 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
                 f"that. Raise data.batch_tokens (micro-batches accumulate), or lower optim.lr to about "
                 f"{lr * fraction**0.5:.1e}"
             )
-    epochs = optim.steps * data.batch_tokens / inputs.epoch_tokens
-    if epochs > MAX_EPOCHS:
-        steps = MAX_EPOCHS * inputs.epoch_tokens // data.batch_tokens
-        found.append(
-            f"{optim.steps:,} steps repeat {data.dir} {epochs:.1f} times, and after about {MAX_EPOCHS} repetitions a "
-            f"text teaches little more: prepare more text, or lower optim.steps to {steps:,}"
-        )
+    for name, epochs in count_epochs(config, inputs).items():
+        if epochs > MAX_EPOCHS:
+            found.append(
+                f"{optim.steps:,} steps repeat {name} {epochs:.1f} times, and after about {MAX_EPOCHS} repetitions a "
+                f"text teaches little more: prepare more text, or lower optim.steps to "
+                f"{int(optim.steps * MAX_EPOCHS / epochs):,}"
+            )
     if inputs.n_cut:
         found.append(
             f"{inputs.n_cut:,} prompts are too long for data.sequence_length {data.sequence_length}, and their "

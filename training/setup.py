@@ -21,7 +21,7 @@ from training.checkpoint import Checkpoints, load_optimizers, read_state
 from training.config import Config, Flags, refuse_changes
 from training.distributed import distribute
 from training.estimate import count_parameters, flops_per_token, most_windows, needed_memory, peak_flops
-from training.inputs import Inputs, find_initial_model, make_model, model_config, open_inputs, warnings
+from training.inputs import Inputs, describe_epochs, find_initial_model, make_model, model_config, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
 from training.plan import Plan, make_plan
@@ -187,10 +187,7 @@ def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, 
     return config.identity() | {
         "model": dataclasses.asdict(model)
         | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
-        "dataset": {
-            "sha256": inputs.train.fingerprint,
-            "validation_sha256": inputs.val.fingerprint if inputs.val else None,
-        },
+        "dataset": {"sha256": inputs.train.fingerprint, "validation_sha256": inputs.validation_fingerprint},
     }
 
 
@@ -251,10 +248,9 @@ def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, process
 def greeting(run: TrainingRun, n_parameters: int, checkpoint: Path | None) -> str:
     """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
     config = run.config
-    tokens = config.optim.steps * config.data.batch_tokens
     lines = [
         f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
-        f"{tokens / run.inputs.epoch_tokens:.2f} epochs of {config.data.dir}",
+        f"{describe_epochs(config, run.inputs)}",
         run.plan.describe(run.processes, config.data.sequence_length),
     ]
     lines += run.inputs.notes
@@ -299,7 +295,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
         f"model       {n_parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
         f"channels, vocabulary {model.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
-        f"{tokens / inputs.epoch_tokens:.2f} epochs of {config.data.dir}, which is complete",
+        f"{describe_epochs(config, inputs)}, which is complete",
         *(f"            {note}" for note in inputs.notes),
         f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
         f"memory      estimated MiB on each of {count} x {device}, {str(dtype).removeprefix('torch.')}",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eval.hellaswag import hellaswag
-from eval.loss import SplitLoss, split_loss
+from eval.loss import SplitLoss, joined, split_loss
 from generation import generate
 from training.distributed import free_gathered_weights
 from training.setup import TrainingRun
@@ -21,6 +21,7 @@ class Validation(NamedTuple):
     """The results of a validation, the same on all processes except `texts`."""
 
     loss: SplitLoss
+    parts: dict[str, SplitLoss]  # of each dataset, only if there are several
     hellaswag: dict[str, Any] | None  # None unless eval.hellaswag is set
     texts: list[str]  # samples; only the main process's are used
 
@@ -28,18 +29,22 @@ class Validation(NamedTuple):
 def measure(run: TrainingRun) -> Validation:
     """Score the validation split and HellaSwag, and sample texts. The model is in training mode before and after."""
     config, processes, model, inputs = run.config, run.processes, run.model, run.inputs
-    assert inputs.val is not None  # open_inputs refuses eval.every without a validation split
+    assert inputs.val  # open_inputs refuses eval.every without a validation split
     model.eval()
-    loss = split_loss(
-        model,
-        inputs.val,
-        inputs.tokenizer.token_bytes(),
-        micro_batch=run.plan.micro_batch,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        reduce=processes.all_reduce_sum,
-        autocast=processes.autocast,
-    )
+    losses = {
+        name: split_loss(
+            model,
+            windows,
+            inputs.tokenizer.token_bytes(),
+            micro_batch=run.plan.micro_batch,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            reduce=processes.all_reduce_sum,
+            autocast=processes.autocast,
+        )
+        for name, windows in inputs.val.items()
+    }
+    loss = joined(losses.values()) if len(losses) > 1 else next(iter(losses.values()))
     answers = None
     if config.eval.hellaswag:
         with processes.autocast():
@@ -56,7 +61,7 @@ def measure(run: TrainingRun) -> Validation:
     texts = sample_texts(run) if finite and (processes.is_main or run.plan.sharded) else []
     free_gathered_weights(model)
     model.train()
-    return Validation(loss, answers, texts)
+    return Validation(loss, losses if len(losses) > 1 else {}, answers, texts)
 
 
 def sample_texts(run: TrainingRun) -> list[str]:

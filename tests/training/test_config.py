@@ -81,7 +81,7 @@ def test_the_four_sizes(name, n_parameters, batch_tokens, lr, min_lr_ratio, warm
 
 def inputs_of(tokens):
     """Return a stand-in for a dataset with this number of tokens, with the attributes that `warnings` reads."""
-    return SimpleNamespace(epoch_tokens=tokens, n_cut=0)
+    return SimpleNamespace(train=None, epoch_tokens=tokens, n_cut=0)
 
 
 def test_a_small_batch_with_the_learning_rate_of_a_large_one_gives_a_warning():
@@ -164,6 +164,15 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--run.name", "../x"], "run.name '../x' must be the name of one directory"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--data.format", "completions", "--data.windows", "aligned"], "data.windows aligned and data.shift need"),
+        (
+            ["--data.mixture", '[{"dir": "a", "weight": 1}]', "--data.format", "completions"],
+            "data.mixture needs data.format tokens",
+        ),
+        (
+            ["--data.mixture", '[{"dir": "a", "weight": 1}, {"dir": "a", "weight": 2}]'],
+            "data.mixture has a twice: add its weights up",
+        ),
+        (["--data.mixture", '[{"dir": "a", "weight": 0}]'], "data.mixture"),
         (["--data.windows", "aligned", "--data.shift", "true"], "data.shift moves the cuts of packed windows"),
     ],
 )
@@ -211,7 +220,7 @@ def test_each_field_in_a_resumed_run(section, field):
     schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
     recipe = section == "optim" or (section, field) in (
         ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle"),
-        ("data", "windows"), ("data", "shift"),
+        ("data", "windows"), ("data", "shift"), ("data", "mixture"),
     )  # fmt: skip
     for allow in (False, True):
         if recipe and not (allow and section == "optim" and field in schedule):

@@ -1,12 +1,20 @@
 """The windows that a run's configuration chooses, in runs that stop and resume."""
 
+import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.prepare.__main__ import main as prepare
+from eval.loss import SplitLoss, joined
+from processes import start_processes
+from training.config import Flags, MixturePart
+from training.inputs import open_inputs
 from training.run_directory import read_metrics
+from training.setup import dry_run
 
 
 def losses(run, split="train"):
@@ -30,3 +38,65 @@ def test_a_run_with_other_windows_learns_and_resumes_bit_for_bit(tiny_run, train
     (field, value) = next(iter(changes.items()))
     with pytest.raises(ValueError, match=f"{field} was {value!r}"):
         train(tiny_run("whole", **{"optim.steps": 40}))
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory, verses):
+    """A second dataset with the tokenizer of `verses`, and a third one with a tokenizer of its own."""
+    directory = tmp_path_factory.mktemp("letters")
+    lines = [f"The forest of France is {n} leagues away,\nand no ox shall stay in Kent.\n" for n in range(60)]
+    (directory / "letters.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    for name, tokenizer in (("same", verses), ("other", "char")):
+        options = ("--out", directory / name, "--tokenizer", tokenizer, "--val-fraction", "0.2")
+        prepare(["text", *map(str, (directory / "letters.jsonl", *options))])
+    return directory
+
+
+def test_a_mixture_trains_resumes_and_validates_each_part(tiny_run, train, verses, letters, capsys):
+    mixture = [MixturePart(str(verses), 3), MixturePart(str(letters / "same"), 1)]
+    config = tiny_run("mixed", **{"data.mixture": mixture, "checkpoint.every": 8, "eval.every": 20})
+    run = train(config)
+    shown = capsys.readouterr().out
+    last = run / "checkpoints" / "step-000020"
+    whole, records = load_file(last / "model.safetensors"), losses(run)
+    validation = [record for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"][-1]
+    assert list(validation["parts"]) == [str(verses), str(letters / "same")]
+    for name, loss in validation["parts"].items():
+        assert f"{name}: {loss:.4f}" in shown
+    inputs = open_inputs(config, None, verify=True)
+    targets = [windows.n_targets for windows in inputs.val.values()]
+    weighted = sum(loss * n for loss, n in zip(validation["parts"].values(), targets, strict=True))
+    assert validation["loss"] == pytest.approx(weighted / sum(targets), rel=1e-5)
+    shutil.rmtree(last)
+    train(config)
+    again = load_file(last / "model.safetensors")
+    assert losses(run) == records
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    mixture[1].weight = 2
+    with pytest.raises(ValueError, match=r"data\.mixture was .*'weight': 1.*, is .*'weight': 2"):
+        train(config)
+
+
+def test_a_dry_run_shows_the_epochs_of_each_part(tiny_run, verses, letters):
+    mixture = [MixturePart(str(verses), 1), MixturePart(str(letters / "same"), 9)]
+    config = tiny_run("dry", **{"data.mixture": mixture, "optim.steps": 200})
+    parts = open_inputs(config, None, verify=False).train.parts
+    report = dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=""))
+    windows = 200 * 256 // 32
+    assert f"{windows * 0.1 / len(parts[0]):.2f} epochs of {verses}, " in report
+    assert f"{(epochs := windows * 0.9 / len(parts[1])):.2f} epochs of {letters / 'same'}, which is complete" in report
+    assert f"200 steps repeat {letters / 'same'} {epochs:.1f} times" in report
+
+
+def test_datasets_with_different_tokenizers_are_not_mixed(tiny_run, verses, letters):
+    config = tiny_run("no", **{"data.mixture": [MixturePart(str(verses), 1), MixturePart(str(letters / "other"), 1)]})
+    with pytest.raises(ValueError, match=r"data\.mixture: .*verses.* and .*other have different tokenizers: prepare"):
+        open_inputs(config, None, verify=False)
+
+
+def test_the_loss_of_several_splits_is_that_of_all_their_targets():
+    first, second = SplitLoss(2.0, 2 * 100 / 400 / math.log(2), 100), SplitLoss(4.0, 4 * 50 / 90 / math.log(2), 50)
+    both = joined([first, second])
+    assert both.loss == pytest.approx((200 + 200) / 150)
+    assert both.tokens == 150
+    assert both.bits_per_byte == pytest.approx(400 / math.log(2) / (400 + 90))
