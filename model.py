@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import CausalAttention
+from kernels.document_attention import DocumentMask
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
 from weights import load_weights, locate, read_config, save_weights
 
@@ -110,7 +111,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        mask: Tensor | None,  # (B or 1, 1, T or 1, S) booleans, True where a query may attend; None: see is_causal
+        # (B or 1, 1, T or 1, S) booleans, True where a query may attend, or those of documents; None: see is_causal
+        mask: Tensor | DocumentMask | None,
         head_mask: Tensor | None = None,  # (H,)
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,  # (B, M, C)
@@ -133,7 +135,9 @@ class Attention(nn.Module):
         if head_mask is None and not output_weights:
             # PyTorch's fused kernel computes the plain form below without writing the (T, S) weights to memory
             # (FlashAttention, Dao et al. 2022), so memory grows with T and not with T².
-            if is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
+            if isinstance(mask, DocumentMask):
+                y = mask.attend(q, k, v, dropout)
+            elif is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
                 y = CausalAttention.apply(q, k, v)  # same result, and a backward pass that is faster below float32
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -143,6 +147,8 @@ class Attention(nn.Module):
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
             if is_causal:
                 mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+            if isinstance(mask, DocumentMask):
+                mask = mask.dense()
             if mask is not None:
                 scores = scores.masked_fill(~mask, float("-inf"))  # exp(-inf) is a weight of exactly 0
             # Dropout here removes some keys of a query at random, so that no token relies on a single other token.
@@ -205,7 +211,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        mask: Tensor | None = None,
+        mask: Tensor | DocumentMask | None = None,
         head_mask: Tensor | None = None,
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,
@@ -274,6 +280,7 @@ class GPT(nn.Module):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         head_mask: Tensor | None = None,
         cache: KVCache | None = None,
         encoder_hidden_states: Tensor | None = None,
@@ -293,6 +300,8 @@ class GPT(nn.Module):
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
             position_ids: (B, T) or (T,). By default, positions count from the cache's length or, with an attention
                 mask, count the kept tokens of each row, so that a left-padded row gets the positions it has alone.
+            document_ids: (B, T), equal for neighboring tokens of the same document. Tokens then attend to their own
+                document only, and positions begin at 0 in each document. Not with a cache or an attention mask.
             head_mask: (H,) or (L, H), multiplies the attention weights.
             cache: keys and values of the past tokens, from `new_cache`; those of the new tokens are appended. Gradients
                 do not flow through it.
@@ -315,12 +324,15 @@ class GPT(nn.Module):
             raise ValueError(f"{past} cached + {T} new tokens, expected 1 to block_size {config.block_size} in all")
         if attention_mask is not None:
             check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, past + T))
+        documents = self._find_documents(document_ids, attention_mask, cache, (B, T))
         targets = self._align_targets(targets, labels, (B, T))  # (B, T)
+        if documents is not None and position_ids is None:
+            position_ids = documents.positions()
         positions = self._find_positions(position_ids, attention_mask, past, embeddings)  # (B, T) or (T,)
         x = self.transformer.drop(embeddings + self.transformer.wpe(positions))  # (B, T, C), the residual stream
 
         # Decide which keys each query attends to, and which heads take part.
-        mask = self._make_mask(attention_mask, past, x)  # (B or 1, 1, T, S)
+        mask = self._make_mask(attention_mask, past, x) if documents is None else documents  # (B or 1, 1, T, S)
         memory_mask = self._make_memory_mask(encoder_hidden_states, encoder_attention_mask, B)  # (B, 1, 1, M)
         head_masks: Any = [None] * config.n_layer
         if head_mask is not None:
@@ -376,6 +388,17 @@ class GPT(nn.Module):
             real_targets = targets.masked_fill(targets == IGNORE_INDEX, 0)
             self.check_ids("targets", real_targets, self.config.vocab_size, "vocab_size")
         return targets
+
+    def _find_documents(
+        self, ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None, shape: tuple[int, int]
+    ) -> DocumentMask | None:
+        """Return the mask of the documents, or None without document_ids."""
+        if ids is None:
+            return None
+        check_shape("document_ids", ids, shape)
+        if attention_mask is not None or cache is not None or not self.config.causal:
+            raise ValueError("document_ids need a model with causal=True, no cache and no attention_mask")
+        return DocumentMask.of(ids)
 
     def _find_positions(
         self, position_ids: Tensor | None, attention_mask: Tensor | None, past: int, embeddings: Tensor
