@@ -55,15 +55,17 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
     micro_batches = next(run.loader)
     run.clock.lap("data")
     loss_sum = torch.zeros((), device=device)
-    for i, (inputs, targets, weight) in enumerate(micro_batches, 1):
+    for i, (inputs, targets, weight, documents) in enumerate(micro_batches, 1):
         # Only the last backward pass averages the gradients over the processes: it costs as much communication to
         # average the sum as to average a single term.
         synchronize_gradients(run.loss_function, run.model, i == len(micro_batches))
         # non_blocking: from pinned memory the copy to a GPU runs while the host queues the next operations.
         inputs = inputs.to(device, non_blocking=True)  # (b, T)
         targets = targets.to(device, non_blocking=True)  # (b, T)
+        if documents is not None:  # (b, T): with data.document_mask, tokens see their own document only
+            documents = documents.to(device, non_blocking=True)
         with processes.autocast():
-            loss = run.loss_function(inputs, targets)  # (), the mean over this micro-batch's targets
+            loss = run.loss_function(inputs, targets, documents)  # (), the mean over this micro-batch's targets
         # weight is this micro-batch's fraction of the global batch's targets, so every target has the same influence on
         # the gradient. DDP and FSDP average gradients over the processes; multiplying by world_size turns the average
         # into the sum. The scaler keeps float16 gradients from becoming zero, and does nothing in other precisions.

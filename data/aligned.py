@@ -51,6 +51,7 @@ class AlignedWindows(TrainingWindows):
         sequence_length: T.
         vocab_size: a token id of this size or larger raises an error that names the shard.
         eot: the id of end-of-text, with which each document begins.
+        document_mask: tokens should see their own document only.
 
     Attributes:
         summary: how many documents are cut, and how much is padding, for people.
@@ -60,10 +61,13 @@ class AlignedWindows(TrainingWindows):
         OSError: when the index cannot be written beside the shards.
     """
 
-    def __init__(self, split: Split, sequence_length: int, vocab_size: int, eot: int) -> None:
+    def __init__(
+        self, split: Split, sequence_length: int, vocab_size: int, eot: int, *, document_mask: bool = False
+    ) -> None:
         if split.n_tokens < 2:
             raise ValueError(f"the {split.name} split has {split.n_tokens} token, expected an input and its target")
         self.split, self.sequence_length, self.vocab_size = split, sequence_length, vocab_size
+        self.document_mask = document_mask
         self.fingerprint, self.source = split.fingerprint, split.meta.source if split.meta else ""
         self._path = split.paths[0].parent / f"aligned-{split.name}-{sequence_length}.index"
         self._header = _find_index(self._path, split, sequence_length, eot)
@@ -84,14 +88,18 @@ class AlignedWindows(TrainingWindows):
             f"have only parts of longer documents"
         )
 
-    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for a bad token id."""
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window. Raises ValueError for a bad token."""
         done = 0
-        for start, length in self._pieces(window):
+        if documents is not None:
+            documents.fill(-1)  # padding
+        for i, (start, length) in enumerate(self._pieces(window)):
             # One token more than the piece: its last token has a target too.
             tokens = self._read[: length + 1]
             read_tokens(self.split, start, tokens, self.vocab_size)
             inputs[done : done + length], targets[done : done + length] = tokens[:-1], tokens[1:]
+            if documents is not None:
+                documents[done : done + length] = i
             done += length
         # Padding needs no attention mask: attention is causal, so the tokens before it do not see it.
         inputs[done:], targets[done:] = 0, IGNORE_INDEX

@@ -29,6 +29,7 @@ class CompletionWindows(TrainingWindows):
         sequence_length: T. A longer example loses the beginning of its prompt, never a part of its completion.
         pack: put as many consecutive examples into a window as fit; later ones see the earlier ones, as documents do
             in pretraining. Otherwise each example has its own window. The rest of a window is padding.
+        document_mask: packed examples should not see the earlier ones.
 
     Attributes:
         prompts: the tokens of the first prompts.
@@ -39,8 +40,10 @@ class CompletionWindows(TrainingWindows):
         OSError: when the file cannot be read.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, sequence_length: int, *, pack: bool) -> None:
-        self.sequence_length, self.source = sequence_length, str(path)
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, sequence_length: int, *, pack: bool, document_mask: bool = False
+    ) -> None:
+        self.sequence_length, self.source, self.document_mask = sequence_length, str(path), document_mask
         self.n_cut = 0
         examples = [self._encode(prompt, completion, tokenizer, n) for n, prompt, completion in read_examples(path)]
         lengths = np.array([len(tokens) for tokens, _ in examples])
@@ -55,19 +58,23 @@ class CompletionWindows(TrainingWindows):
         self.prompts = [tokens[~in_completion].tolist() for tokens, in_completion in examples[:PROMPTS_KEPT]]
         self._tokens = np.concatenate([tokens for tokens, _ in examples])
         self._in_completion = np.concatenate([in_completion for _, in_completion in examples])
+        self._example = np.repeat(np.arange(len(lengths)), lengths)  # of each token
         self._n_targets = np.array([self._is_target(w).sum() for w in range(len(self))])
         self.fingerprint = f"{file_sha256(path)} {'packed' if pack else 'padded'}"
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill `inputs` and `targets`, (T,) int64 each, with one window."""
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window."""
         tokens = self._tokens[self._bounds[window] : self._bounds[window + 1]]
         n = len(tokens) - 1
         # Padding needs no attention mask: attention is causal, so the tokens before it do not see it.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = np.where(self._is_target(window), tokens[1:], IGNORE_INDEX), IGNORE_INDEX
+        if documents is not None:
+            first = self._bounds[window]
+            documents[:n], documents[n:] = self._example[first : first + n], -1
 
     def count(self, windows: np.ndarray) -> int:
         """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""

@@ -40,6 +40,7 @@ class MicroBatch(NamedTuple):
     inputs: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64: the token after each input, or IGNORE_INDEX
     weight: float  # this micro-batch's fraction of the global batch's targets, not counting IGNORE_INDEX
+    documents: Tensor | None = None  # (b, T) int64, equal for neighboring inputs of the same document; None: no mask
 
 
 class Windows(Protocol):
@@ -47,17 +48,19 @@ class Windows(Protocol):
 
     sequence_length: T;
     fingerprint: a hash that is equal for equal data;
-    source: where the text comes from, or "" when that is not known.
+    source: where the text comes from, or "" when that is not known;
+    document_mask: whether tokens should see their own document only, so that `read` needs an array for documents.
     """
 
     sequence_length: int
     fingerprint: str
     source: str
+    document_mask: bool
 
     def __len__(self) -> int: ...
 
-    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill `inputs` and `targets`, (T,) int64 each, with one window."""
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """Fill `inputs`, `targets` and, with `document_mask`, `documents`, (T,) int64 each, with one window."""
 
     def count(self, windows: np.ndarray) -> int:
         """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
@@ -90,15 +93,24 @@ class TokenWindows(TrainingWindows):
         tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
             it is not full. With None, use full windows only, as training does.
         shift: cut the split at other places in each epoch. Window w of epoch e is then called e * len(self) + w.
+        mask_eot: the id of end-of-text, with which each document begins, if tokens should see their own document only.
 
     Raises:
         ValueError: when the split is shorter than one window.
     """
 
     def __init__(
-        self, split: Split, sequence_length: int, vocab_size: int, *, tokens: int | None = None, shift: bool = False
+        self,
+        split: Split,
+        sequence_length: int,
+        vocab_size: int,
+        *,
+        tokens: int | None = None,
+        shift: bool = False,
+        mask_eot: int | None = None,
     ) -> None:
         self.split, self.sequence_length, self.vocab_size, self.shift = split, sequence_length, vocab_size, shift
+        self.mask_eot, self.document_mask = mask_eot, mask_eot is not None
         # The first token of the split is an input but never a target, so there is one target fewer than tokens. Windows
         # that are shifted by up to T - 1 tokens need room for that.
         available = split.n_tokens - 1 - (sequence_length - 1 if shift else 0)
@@ -117,8 +129,8 @@ class TokenWindows(TrainingWindows):
     def __len__(self) -> int:
         return ceil_div(self.n_targets, self.sequence_length)
 
-    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill `inputs` and `targets`, (T,) int64 each, with one window. Raises ValueError for a bad token id."""
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window. Raises ValueError for a bad token."""
         epoch, window = divmod(window, len(self))
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
@@ -129,6 +141,8 @@ class TokenWindows(TrainingWindows):
         # Padding inputs may have any valid id: attention is causal, so no earlier position sees them.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
+        if documents is not None:
+            np.cumsum(inputs == self.mask_eot, out=documents)
 
     def count(self, windows: np.ndarray) -> int:
         """Return the number of targets in these windows (k,): T each, fewer in the last window of the split."""
@@ -257,8 +271,9 @@ class Loader:
         self._ready: queue.Queue[tuple[int, list[float], Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
-            # (2, rows, T): inputs and targets.
-            self._free.put(torch.empty((2, len(self.rows), T), dtype=torch.int64, pin_memory=pin_memory))
+            # (2 or 3, rows, T): inputs, targets and, for a mask, documents.
+            shape = (2 + windows.document_mask, len(self.rows), T)
+            self._free.put(torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory))
         self._in_use: Tensor | None = None
         # The first `next` starts the thread, so that a Loader which is never used does not leave a thread behind.
         self._thread: threading.Thread | None = None
@@ -273,10 +288,9 @@ class Loader:
         try:
             step = self.step
             while (buffer := self._free.get()) is not None:
-                inputs, targets = buffer.numpy()
-                order = self.order(step)
+                arrays, order = buffer.numpy(), self.order(step)
                 for i, window in enumerate(order[self.rows.start : self.rows.stop]):
-                    self.windows.read(int(window), inputs[i], targets[i])
+                    self.windows.read(int(window), *arrays[:, i])
                 self._ready.put((step, self._weights(order), buffer))
                 step += 1
         except BaseException as error:
@@ -315,17 +329,18 @@ class Loader:
         return [self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all) for rows in self._parts()]
 
     def _divide(self, buffer: Tensor, weights: list[float]) -> list[MicroBatch]:
-        """Divide a buffer (2, rows, T) into micro-batches, as views.
+        """Divide a buffer (2 or 3, rows, T) into micro-batches, as views.
 
         A rank with fewer windows than micro-batches gets one micro-batch of weight 0, whose targets are IGNORE_INDEX.
         """
         micro_batches = []
         for rows, weight in zip(self._parts(), weights, strict=True):
-            inputs, targets = buffer[:, rows.start : rows.stop]
+            inputs, targets, *documents = buffer[:, rows.start : rows.stop]
             if not rows:
                 # The forward pass still has to run (see micro_batches_per_step), and it needs at least one row.
-                inputs, targets = buffer[0, :1], torch.full_like(buffer[1, :1], IGNORE_INDEX)
-            micro_batches.append(MicroBatch(inputs, targets, weight))
+                inputs, targets, *documents = buffer[:, :1]
+                targets = torch.full_like(targets, IGNORE_INDEX)
+            micro_batches.append(MicroBatch(inputs, targets, weight, *documents))
         return micro_batches
 
     def close(self) -> None:
@@ -347,13 +362,15 @@ def validation_batches(
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)
     for batch in range(ceil_div(most_windows, micro_batch)):
         places = mine[batch * micro_batch : (batch + 1) * micro_batch]
-        # (2, b, T): inputs and targets; a batch without windows has one row, because every rank runs a forward pass.
-        rows = torch.zeros((2, max(1, len(places)), windows.sequence_length), dtype=torch.int64)
-        inputs, targets = rows
+        # (2 or 3, b, T): inputs, targets and, for a mask, documents. A batch without windows has one row, because every
+        # rank runs a forward pass.
+        shape = (2 + windows.document_mask, max(1, len(places)), windows.sequence_length)
+        inputs, targets, *documents = rows = torch.zeros(shape, dtype=torch.int64)
         targets.fill_(IGNORE_INDEX)
         for i, window in enumerate(places):
-            windows.read(window, inputs[i].numpy(), targets[i].numpy())
-        yield MicroBatch(inputs, targets, windows.count(np.asarray(places, dtype=np.int64)) / in_all)
+            windows.read(window, *rows[:, i].numpy())
+        weight = windows.count(np.asarray(places, dtype=np.int64)) / in_all
+        yield MicroBatch(inputs, targets, weight, *documents)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -61,6 +61,7 @@ class MixtureWindows(TrainingWindows):
 
     def __init__(self, parts: Sequence[TrainingWindows], weights: Sequence[float]) -> None:
         self.parts, self.sequence_length = parts, parts[0].sequence_length
+        self.document_mask = parts[0].document_mask
         self.shares = exact_shares(weights)
         self._schedule = make_schedule(self.shares)
         # For each place of the schedule, how many windows of the same dataset come before it.
@@ -89,10 +90,10 @@ class MixtureWindows(TrainingWindows):
                 windows[own] = part.order(earlier, seeds[i], shuffle) * len(self.parts) + i
         return windows
 
-    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fill `inputs` and `targets`, (T,) int64 each, with one window."""
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
+        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window."""
         own, i = divmod(window, len(self.parts))
-        self.parts[i].read(own, inputs, targets)
+        self.parts[i].read(own, inputs, targets, documents)
 
     def count(self, windows: np.ndarray) -> int:
         """Return the number of targets in these windows (k,)."""

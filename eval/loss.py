@@ -40,6 +40,8 @@ class ArrayWindows:
     Raises ValueError if there are fewer than two tokens.
     """
 
+    document_mask = False
+
     def __init__(self, tokens: np.ndarray, sequence_length: int, source: str) -> None:
         if len(tokens) < 2:
             raise ValueError(f"{source} has {len(tokens)} tokens, expected at least 2: an input and its target")
@@ -50,7 +52,7 @@ class ArrayWindows:
     def __len__(self) -> int:
         return ceil_div(self.n_targets, self.sequence_length)
 
-    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+    def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
         """Copy a window to `inputs` and `targets`, (T,) int64 each, and pad it."""
         start = window * self.sequence_length
         tokens = self.tokens[start : start + self.sequence_length + 1]
@@ -90,11 +92,12 @@ def split_loss(
     dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
     loss = torch.zeros((), dtype=dtype, device=device)
     counted = torch.zeros(2, dtype=torch.float64)  # tokens, bytes
-    for inputs, targets, weight in validation_batches(
+    for inputs, targets, weight, documents in validation_batches(
         windows, micro_batch=micro_batch, rank=rank, world_size=world_size
     ):
+        ids = None if documents is None else documents.to(device)
         with autocast():
-            mean = model(inputs.to(device), targets=targets.to(device)).loss
+            mean = model(inputs.to(device), targets=targets.to(device), document_ids=ids).loss
         loss += mean.to(dtype) * weight
         scored = targets[targets != IGNORE_INDEX]
         counted += torch.tensor([len(scored), int(bytes_of[scored].sum())])

@@ -62,8 +62,8 @@ class _LossWithZ(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        output = self.model(inputs, targets=targets, return_logits=True)
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        output = self.model(inputs, targets=targets, document_ids=documents, return_logits=True)
         return output.loss + 1e-4 * output.logits.float().logsumexp(-1).square().mean()
 
 
@@ -113,11 +113,11 @@ class SmallBatchesFirst(Idea):
         if run.state.step >= run.config.optim.steps // 3:
             return super().train_step(run, stop_requested, save_requested)
         loader = run.loader
-        inputs, targets, weight = zip(*next(loader), strict=True)
-        if len(weight) != 1:
+        batch, *others = next(loader)
+        if others:
             raise ValueError("small-batches-first needs whole batches: raise data.micro_batch to the whole batch")
-        halves = zip(inputs[0].chunk(2), targets[0].chunk(2), strict=True)
-        run.loader = iter([[MicroBatch(*half, weight=weight[0])] for half in halves])
+        halves = zip(batch.inputs.chunk(2), batch.targets.chunk(2), strict=True)
+        run.loader = iter([[MicroBatch(*half, weight=batch.weight)] for half in halves])
         super().train_step(run, stop_requested, save_requested)
         run.state.step -= 1
         result = super().train_step(run, stop_requested, save_requested)

@@ -94,6 +94,8 @@ class Data:
     """packed: cut the text every sequence_length tokens. aligned: begin windows at documents, and cut few documents."""
     shift: bool = False
     """Cut packed windows at other places in each epoch, so that repeated text has other contexts."""
+    document_mask: bool = False
+    """Tokens see their own document (or packed example) only, and positions begin at 0 in each."""
     mixture: list[MixturePart] = field(default_factory=list)
     """Several datasets instead of dir, each with its share of the windows: [{dir: DIR, weight: NUMBER}, ...]."""
 
@@ -216,6 +218,8 @@ class Config:
             )
         if data.pack and data.format != "completions":
             raise ValueError("data.pack needs data.format completions: with tokens, one text fills every window")
+        if data.document_mask and data.format == "completions" and not data.pack:
+            raise ValueError("data.document_mask needs data.pack: otherwise each window has one example only")
         self._check_mixture()
         if data.format == "completions" and (data.windows == "aligned" or data.shift):
             raise ValueError("data.windows aligned and data.shift need data.format tokens: examples are never cut")
@@ -274,7 +278,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""
         fields = self.to_dict()
-        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "mixture")
+        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask", "mixture")
         data = {name: fields["data"][name] for name in names}
         return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
 

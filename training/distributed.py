@@ -28,9 +28,9 @@ class Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss () over the targets (B, T) that are not IGNORE_INDEX; inputs (B, T)."""
-        loss = self.model(inputs, targets=targets).loss
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Return the mean loss () over the targets (B, T) that are not IGNORE_INDEX; inputs and documents (B, T)."""
+        loss = self.model(inputs, targets=targets, document_ids=documents).loss
         assert loss is not None
         return loss
 
@@ -43,13 +43,15 @@ class CompiledLoss(nn.Module):
 
         super().__init__()
         self.loss, self._cannot_compile = loss, TorchDynamoException
-        self._compiled: Callable[[Tensor, Tensor], Tensor] | None = torch.compile(loss.forward, dynamic=False)
+        self._compiled: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = torch.compile(
+            loss.forward, dynamic=False
+        )
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return what `Loss` returns."""
         if self._compiled is not None:
             try:
-                return self._compiled(inputs, targets)
+                return self._compiled(inputs, targets, documents)
             # Errors of Dynamo, Inductor and its C++ compiler. Errors of the model itself are not caught.
             except self._cannot_compile as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -58,7 +60,7 @@ class CompiledLoss(nn.Module):
                     file=sys.stderr,
                 )
                 self._compiled = None
-        return self.loss(inputs, targets)
+        return self.loss(inputs, targets, documents)
 
 
 def distribute(

@@ -117,9 +117,12 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
             split.verify()
     tokenizer = load_tokenizer(dataset if train.meta else "gpt2")
     length, windows = config.data.sequence_length, training_windows(config, train, tokenizer)
+    eot = tokenizer.eot if config.data.document_mask else None
     return Inputs(
         windows,
-        {dataset: TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens)} if val else {},
+        {dataset: TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens, mask_eot=eot)}
+        if val
+        else {},
         tokenizer,
         [[tokenizer.eot]],
         [f"{dataset}: {windows.summary}"] if isinstance(windows, AlignedWindows) else [],
@@ -146,18 +149,21 @@ def open_mixture(config: Config, *, verify: bool) -> Inputs:
 
 
 def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
-    """Return the windows of the train split that data.windows and data.shift ask for."""
-    length = config.data.sequence_length
-    if config.data.windows == "aligned":
-        return AlignedWindows(split, length, tokenizer.vocab_size, tokenizer.eot)
-    return TokenWindows(split, length, tokenizer.vocab_size, shift=config.data.shift)
+    """Return the windows of the train split that data.windows, data.shift and data.document_mask ask for."""
+    data, n, eot = config.data, tokenizer.vocab_size, tokenizer.eot
+    if data.windows == "aligned":
+        return AlignedWindows(split, data.sequence_length, n, eot, document_mask=data.document_mask)
+    mask_eot = eot if data.document_mask else None
+    return TokenWindows(split, data.sequence_length, n, shift=data.shift, mask_eot=mask_eot)
 
 
 def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
     """Open prompts and completions, encoded with the tokenizer of the initial model, or GPT-2's if there is none."""
     directory, length = Path(config.data.dir), config.data.sequence_length
     tokenizer = load_tokenizer("gpt2") if initial is None else initial.tokenizer
-    train = CompletionWindows(directory / "train.jsonl", tokenizer, length, pack=config.data.pack)
+    train = CompletionWindows(
+        directory / "train.jsonl", tokenizer, length, pack=config.data.pack, document_mask=config.data.document_mask
+    )
     # In validation each example has a window of its own, because the model is used on one prompt at a time.
     val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)
     return Inputs(train, {config.data.dir: val}, tokenizer, val.prompts, n_cut=train.n_cut)

@@ -118,6 +118,22 @@ def test_documents_are_whole_and_begin_the_windows(dataset, lengths):
     assert f"{inside} windows have only parts of longer documents" in windows.summary
 
 
+def test_with_a_mask_each_piece_is_a_document(dataset):
+    split = open_split(dataset, "train")
+    windows = AlignedWindows(split, T, VOCAB, EOT, document_mask=True)
+    plain = read_windows(open_windows(dataset))
+    rows = np.empty((3, T), np.int64)
+    for w in range(len(windows)):
+        windows.read(w, *rows)
+        assert np.array_equal(rows[:2], plain[:, w])
+        borders = np.flatnonzero(np.diff(rows[2])) + 1
+        # Where a document ends, the target is the end-of-text or the next token of a document that was cut.
+        assert {*(np.flatnonzero(rows[0] == EOT) if rows[1, -1] != IGNORE_INDEX else [])} - {0} <= {*borders}
+        assert (rows[2][rows[1] == IGNORE_INDEX] == -1).all()
+        assert (rows[2][rows[1] != IGNORE_INDEX] >= 0).all()
+        assert (np.diff(rows[2])[np.diff(rows[2]) > 0] == 1).all()
+
+
 def test_documents_that_fit_nowhere_are_cut_instead_of_padded(tmp_path):
     write_shard(tmp_path / "train_000000.bin", make_tokens([20] * 100))
     windows = open_windows(tmp_path)

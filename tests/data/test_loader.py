@@ -137,6 +137,32 @@ def test_rank_with_fewer_windows_than_micro_batches_gets_one_of_weight_0(dataset
     last.close()
 
 
+def test_with_a_mask_batches_say_which_document_each_input_belongs_to(tmp_path):
+    documents = [[0, *[i] * (i % 23)] for i in range(1, 60)]
+    tokens = np.concatenate(documents)
+    write_shard(tmp_path / "train_000000.bin", tokens)
+    write_shard(tmp_path / "val_000000.bin", tokens)
+    of_each = np.cumsum(tokens == 0)
+
+    def make_windows(split, **options):
+        return TokenWindows(open_split(tmp_path, split), T, 60, mask_eot=0, **options)
+
+    loaders = [
+        Loader(make_windows("train"), batch_tokens=5 * T, micro_batch=1, seed=0, shuffle=False, rank=r, world_size=2)
+        for r in range(2)
+    ]
+    found = [torch.cat([m.documents for loader in loaders for m in next(loader) if m.weight]) for _ in range(6)]
+    for loader in loaders:
+        loader.close()
+    found.append(
+        torch.cat([m.documents for m in validation_batches(make_windows("val", tokens=30 * T), micro_batch=4)])
+    )
+    for rows, first in zip(found, [*range(0, 30 * T, 5 * T), 0], strict=True):
+        for i, row in enumerate(rows):
+            expected = of_each[first + i * T : first + (i + 1) * T]
+            assert torch.equal(row.diff(), torch.from_numpy(np.diff(expected)))
+
+
 def test_one_integer_is_enough_to_resume(dataset):
     whole, later = make(dataset), make(dataset, start_step=5)
     for _ in range(5):

@@ -173,6 +173,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
             "data.mixture has a twice: add its weights up",
         ),
         (["--data.mixture", '[{"dir": "a", "weight": 0}]'], "data.mixture"),
+        (["--data.format", "completions", "--data.document_mask", "true"], "data.document_mask needs data.pack"),
         (["--data.windows", "aligned", "--data.shift", "true"], "data.shift moves the cuts of packed windows"),
     ],
 )
@@ -220,7 +221,7 @@ def test_each_field_in_a_resumed_run(section, field):
     schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
     recipe = section == "optim" or (section, field) in (
         ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle"),
-        ("data", "windows"), ("data", "shift"), ("data", "mixture"),
+        ("data", "windows"), ("data", "shift"), ("data", "mixture"), ("data", "document_mask"),
     )  # fmt: skip
     for allow in (False, True):
         if recipe and not (allow and section == "optim" and field in schedule):

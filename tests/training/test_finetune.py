@@ -100,7 +100,7 @@ def test_every_completion_token_has_the_same_weight_for_any_micro_batch(untraine
             loader = Loader(
                 windows, batch_tokens=6 * 64, micro_batch=micro_batch, seed=1, rank=rank, world_size=world_size
             )
-            for rows, wanted, weight in next(loader):
+            for rows, wanted, weight, _ in next(loader):
                 (model(rows, targets=wanted).loss * weight).backward()
                 weights.append(weight)
             loader.close()
@@ -341,6 +341,27 @@ def test_fine_tuning_on_text_beats_training_from_scratch(verses, tiny_run, train
         records = [record for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
         final[name] = records[-1]["loss"]
     assert final["tuned"] < 0.7 * final["scratch"]
+
+
+def test_with_a_document_mask_packed_examples_are_learned_as_if_each_had_its_own_window(untrained, tokenizer, pairs):
+    model = GPT.from_pretrained(untrained)
+    results = []
+    for pack, mask in ((False, False), (True, True), (True, False)):
+        windows = CompletionWindows(pairs / "train.jsonl", tokenizer, 64, pack=pack, document_mask=mask)
+        loader = Loader(windows, batch_tokens=len(windows) * 64, micro_batch=2, seed=1)
+        loss = torch.zeros(())
+        for inputs, targets, weight, documents in next(loader):
+            loss = loss + model(inputs, targets=targets, document_ids=documents).loss * weight
+        loader.close()
+        model.zero_grad()
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        results.append((len(windows), loss, gradient))
+    (n_alone, alone, expected), (n_packed, packed, found), (_, unmasked, _) = results
+    assert n_packed < n_alone
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert (unmasked - alone).abs() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The windows that a run's configuration chooses, in runs that stop and resume."""
 
+import itertools
 import json
 import math
 import shutil
@@ -7,21 +8,33 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
-from data.prepare.__main__ import main as prepare
+from data.loader import validation_batches
+from data.prepare.__main__ import main as prepare_data
 from eval.loss import SplitLoss, joined
 from processes import start_processes
 from training.config import Flags, MixturePart
 from training.inputs import open_inputs
 from training.run_directory import read_metrics
 from training.setup import dry_run
+from training.validation import measure
 
 
 def losses(run, split="train"):
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == split]
 
 
-@pytest.mark.parametrize("changes", [{"data.shift": True}, {"data.windows": "aligned"}], ids=["shift", "aligned"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.shift": True},
+        {"data.windows": "aligned"},
+        {"data.document_mask": True},
+        {"data.windows": "aligned", "data.document_mask": True},
+    ],
+    ids=["shift", "aligned", "masked", "aligned and masked"],
+)
 def test_a_run_with_other_windows_learns_and_resumes_bit_for_bit(tiny_run, train, changes, capsys):
     config = tiny_run("whole", **{"checkpoint.every": 8, "optim.steps": 40, "eval.every": 40}, **changes)
     run = train(config)
@@ -40,6 +53,33 @@ def test_a_run_with_other_windows_learns_and_resumes_bit_for_bit(tiny_run, train
         train(tiny_run("whole", **{"optim.steps": 40}))
 
 
+def test_the_loss_of_a_masked_run_is_that_of_each_document_alone(tiny_run, prepare):
+    """Training's first batch and the validation of the untrained model, computed document by document."""
+    with prepare(tiny_run("masked", **{"data.document_mask": True, "eval.every": 1})) as run:
+        eot, model = run.inputs.tokenizer.eot, run.model
+
+        def nats_alone(inputs, targets):
+            total = torch.zeros(())
+            for row, wanted in zip(inputs, targets, strict=True):
+                begins = [0, *(i for i in (row == eot).nonzero().flatten().tolist() if i), len(row)]
+                for begin, end in itertools.pairwise(begins):
+                    logits = model(row[None, begin:end]).logits[0]
+                    total += F.cross_entropy(logits, wanted[begin:end], reduction="sum")
+            return total
+
+        batch = next(run.loader)
+        with torch.no_grad():
+            expected = sum(nats_alone(m.inputs, m.targets) for m in batch) / sum(m.targets.numel() for m in batch)
+            found = sum(run.loss_function(m.inputs, m.targets, m.documents) * m.weight for m in batch)
+            unmasked = sum(run.loss_function(m.inputs, m.targets) * m.weight for m in batch)
+            (windows,) = run.inputs.val.values()
+            parts = list(validation_batches(windows, micro_batch=len(windows)))
+            nats = nats_alone(parts[0].inputs, parts[0].targets)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (unmasked - expected).abs() > 1e-4
+        assert measure(run).loss.loss == pytest.approx(nats.item() / windows.n_targets, abs=1e-5)
+
+
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory, verses):
     """A second dataset with the tokenizer of `verses`, and a third one with a tokenizer of its own."""
@@ -48,7 +88,7 @@ def letters(tmp_path_factory, verses):
     (directory / "letters.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     for name, tokenizer in (("same", verses), ("other", "char")):
         options = ("--out", directory / name, "--tokenizer", tokenizer, "--val-fraction", "0.2")
-        prepare(["text", *map(str, (directory / "letters.jsonl", *options))])
+        prepare_data(["text", *map(str, (directory / "letters.jsonl", *options))])
     return directory
 
 
