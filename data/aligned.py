@@ -34,7 +34,7 @@ from data.loader import IGNORE_INDEX, TrainingWindows, read_tokens
 from data.shards import Split
 from files import PARTIAL_SUFFIX
 
-# A group of documents is packed at a time: the documents that begin in so many tokens, but not more than so many.
+# The documents that begin within GROUP_TOKENS tokens are packed together, at most GROUP_DOCUMENTS of them.
 GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
 MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window stay empty, except in the last one of a group
 HEADER_BYTES = 1024

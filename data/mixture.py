@@ -1,9 +1,9 @@
-"""Several datasets in one run: each has a fixed share of the windows, evenly spread.
+"""Several datasets in one run: each has a fixed fraction of the windows, spread evenly.
 
-A schedule of at most about 10,000 windows, in which each dataset has exactly its share, is repeated without end. After
-any number of windows, a dataset has its share of them rounded up or down. Over any range as long as the schedule, and
-so over any 100 steps where the weights are percentages, its share is exact. Which window a place in the run has follows
-from the place and the seed alone, so the state of a run is still one integer.
+A schedule of about 10,000 windows at most, in which each dataset has exactly its fraction, is repeated without end.
+After any number of windows, the number from one dataset is its fraction of them, rounded up or down. Over any range as
+long as the schedule it is exact, and so over any 100 steps if the weights are percentages. Which window comes at a
+place in the run follows from the place and the seed alone, so the state of a run is still one integer.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import numpy as np
 
 from data.loader import TrainingWindows
 
-MAX_SCHEDULE = 10_000  # shares that need a longer schedule are rounded to multiples of 1 / MAX_SCHEDULE
+MAX_SCHEDULE = 10_000  # fractions that need a longer schedule are rounded to multiples of 1 / MAX_SCHEDULE
 
 
-def exact_shares(weights: Sequence[float]) -> list[Fraction]:
+def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
     """Return weights (above 0) as fractions of their sum, with a common denominator of about MAX_SCHEDULE at most."""
     exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
-    shares = [weight / sum(exact) for weight in exact]
-    if math.lcm(*(share.denominator for share in shares)) > MAX_SCHEDULE:
-        rounded = [max(1, round(share * MAX_SCHEDULE)) for share in shares]
-        shares = [Fraction(n, sum(rounded)) for n in rounded]
-    return shares
+    fractions = [weight / sum(exact) for weight in exact]
+    if math.lcm(*(fraction.denominator for fraction in fractions)) > MAX_SCHEDULE:
+        rounded = [max(1, round(fraction * MAX_SCHEDULE)) for fraction in fractions]
+        fractions = [Fraction(n, sum(rounded)) for n in rounded]
+    return fractions
 
 
-def make_schedule(shares: Sequence[Fraction]) -> np.ndarray:
-    """Return which dataset each place has, (n,), for the shortest n in which every share is a whole number.
+def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
+    """Return the dataset of each place, (n,), for the smallest n of which every fraction is a whole number.
 
-    The k-th window of a dataset with share s may come once its share of the places so far is above k - 1, and must come
-    before k / s. Taking the one that must come first keeps both limits (the quota method of Balinski & Young 1975).
+    Window k = 1, 2, ... of a dataset with fraction f may come at place p = 1, 2, ... if f p > k - 1, and must come by
+    place k / f. The window that must come first is taken (the quota method of Balinski & Young 1975).
     """
-    n = math.lcm(*(share.denominator for share in shares))
-    counts = [int(share * n) for share in shares]
-    taken = [0] * len(shares)
+    n = math.lcm(*(fraction.denominator for fraction in fractions))
+    counts = [int(fraction * n) for fraction in fractions]
+    taken = [0] * len(fractions)
     schedule = []
     for place in range(1, n + 1):
         waiting = [i for i, count in enumerate(counts) if taken[i] * n < count * place]
@@ -56,20 +56,20 @@ class MixtureWindows(TrainingWindows):
         weights: one for each, above 0; only their ratios matter.
 
     Attributes:
-        shares: the fraction of the windows of a run that each dataset has.
+        fractions: of the windows of a run, one for each dataset.
     """
 
     def __init__(self, parts: Sequence[TrainingWindows], weights: Sequence[float]) -> None:
         self.parts, self.sequence_length = parts, parts[0].sequence_length
         self.document_mask = parts[0].document_mask
-        self.shares = exact_shares(weights)
-        self._schedule = make_schedule(self.shares)
+        self.fractions = exact_fractions(weights)
+        self._schedule = make_schedule(self.fractions)
         # For each place of the schedule, how many windows of the same dataset come before it.
         self._earlier = np.zeros_like(self._schedule)
         for i in range(len(parts)):
             own = self._schedule == i
             self._earlier[own] = np.arange(own.sum())
-        described = [f"{part.fingerprint} {share}" for part, share in zip(parts, self.shares, strict=True)]
+        described = [f"{part.fingerprint} {fraction}" for part, fraction in zip(parts, self.fractions, strict=True)]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
         self.source = "; ".join(part.source for part in parts)
 
@@ -86,7 +86,7 @@ class MixtureWindows(TrainingWindows):
         for i, part in enumerate(self.parts):
             own = dataset == i
             if own.any():
-                earlier = repetition[own] * int(self.shares[i] * len(self._schedule)) + self._earlier[place[own]]
+                earlier = repetition[own] * int(self.fractions[i] * len(self._schedule)) + self._earlier[place[own]]
                 windows[own] = part.order(earlier, seeds[i], shuffle) * len(self.parts) + i
         return windows
 

@@ -224,7 +224,7 @@ def count_epochs(config: Config, inputs: Inputs) -> dict[str, float]:
     tokens, train = config.optim.steps * config.data.batch_tokens, inputs.train
     if not isinstance(train, MixtureWindows):
         return {config.data.dir: tokens / inputs.epoch_tokens}
-    windows = [tokens * float(share) / train.sequence_length for share in train.shares]
+    windows = [tokens * float(fraction) / train.sequence_length for fraction in train.fractions]
     return {part.dir: n / len(own) for part, own, n in zip(config.data.mixture, train.parts, windows, strict=True)}
 
 

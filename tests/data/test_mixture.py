@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, each dataset in epochs of its own, and an order that depends on seed and step alone."""
+"""Mixtures: exact fractions, each dataset in epochs of its own, and an order that depends on seed and step alone."""
 
 from fractions import Fraction
 
@@ -8,7 +8,7 @@ import torch
 
 from data.aligned import AlignedWindows
 from data.loader import Loader, TokenWindows, permute
-from data.mixture import MixtureWindows, exact_shares, make_schedule
+from data.mixture import MixtureWindows, exact_fractions, make_schedule
 from data.shards import open_split
 from tests.data.test_loader import write_shard
 
@@ -35,12 +35,13 @@ def walk(windows, weights, seed, n):
     lengths = [len(part) for part in windows.parts]
     seeds = np.random.SeedSequence([seed, len(weights)]).generate_state(len(weights)).tolist()
     total = sum(Fraction(str(weight)) for weight in weights)
-    shares = [Fraction(str(weight)) / total for weight in weights]
+    fractions = [Fraction(str(weight)) / total for weight in weights]
     taken, tokens = [0] * len(weights), []
     for place in range(1, n + 1):
-        # Of the datasets that may have this place without exceeding their share, the one that is due first.
+        # Of the datasets that may have this place without exceeding their fraction, the one that is due first.
         i = min(
-            (i for i in range(len(weights)) if taken[i] < place * shares[i]), key=lambda i: (taken[i] + 1) / shares[i]
+            (i for i in range(len(weights)) if taken[i] < place * fractions[i]),
+            key=lambda i: (taken[i] + 1) / fractions[i],
         )
         epoch, window = divmod(taken[i], lengths[i])
         tokens.append(1000 * i + T * int(permute(np.array([window]), lengths[i], seeds[i], epoch)[0]))
@@ -56,25 +57,27 @@ WEIGHTS = [(0.5, 0.2, 0.3), (70, 29, 1), (1, 1, 1), (123_456_789, 7, 50_000_000)
 def test_shares_are_exact_over_any_100_steps(datasets, weights, B):
     windows = mix(datasets, weights)
     parts = np.array([windows.order(step * B + np.arange(B), 3, True) % 3 for step in range(350)])
-    shares = np.array(weights) / sum(weights)
+    fractions = np.array(weights) / sum(weights)
     for i in range(3):
         so_far = np.cumsum(parts.flatten() == i)
-        assert abs(so_far - shares[i] * np.arange(1, len(so_far) + 1)).max() < 1.2  # 0.2 for shares that are rounded
+        assert (
+            abs(so_far - fractions[i] * np.arange(1, len(so_far) + 1)).max() < 1.2
+        )  # 0.2 for fractions that are rounded
         sums = np.convolve((parts == i).sum(axis=1), np.ones(100), "valid")
         if weights in WEIGHTS[:2]:
-            assert (sums == round(100 * B * shares[i])).all()
-        assert abs(sums - 100 * B * shares[i]).max() < 2
+            assert (sums == round(100 * B * fractions[i])).all()
+        assert abs(sums - 100 * B * fractions[i]).max() < 2
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_schedule_never_differs_from_a_share_by_a_whole_window(weights):
-    shares = exact_shares(weights)
-    schedule = make_schedule(shares)
+    fractions = exact_fractions(weights)
+    schedule = make_schedule(fractions)
     assert len(schedule) <= 10_002
-    for i, share in enumerate(shares):
+    for i, fraction in enumerate(fractions):
         so_far = np.cumsum(schedule == i)
-        assert so_far[-1] == share * len(schedule)
-        assert abs(so_far - float(share) * np.arange(1, len(schedule) + 1)).max() < 1
+        assert so_far[-1] == fraction * len(schedule)
+        assert abs(so_far - float(fraction) * np.arange(1, len(schedule) + 1)).max() < 1
 
 
 def test_batches_equal_a_plain_form_on_any_number_of_processes_after_any_resume(datasets):
