@@ -17,6 +17,8 @@ PREPARE_ARGUMENTS = {
     "fineweb-10b": "fineweb-10b",
     "fineweb-100b": "hf HuggingFaceFW/fineweb --name sample-100BT --val first-shard",
     "openwebtext": "openwebtext",
+    "climbmix": "climbmix",
+    "dclm": "dclm",
     "wikitext-103": "wikitext-103",
     "tinystories": "tinystories",
 }

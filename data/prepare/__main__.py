@@ -17,6 +17,7 @@ from data.prepare.merge import merge_parts, part_directory
 from data.prepare.shakespeare import shakespeare_source
 from data.prepare.source import ParseOptions, Source
 from data.prepare.text import text_source
+from data.prepare.tokens import token_source
 from data.prepare.writer import SPLITS
 from data.shards import MAX_SHARD_TOKENS, DatasetMeta
 from data.tokenizer import load_tokenizer, parse_kind
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of them held out for validation")
     text = commands.add_parser(
-        "text", parents=[shared], help="your own files: .txt, .jsonl, .csv, .parquet; plain, .gz, .zst"
+        "text", parents=[shared], help="your own files: .txt, .jsonl, .csv, .parquet, .arrow; plain, .gz, .zst"
     )
     text.add_argument("files", nargs="+", metavar="FILE|DIR|GLOB")
     text.add_argument(
@@ -80,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         type=read_escapes,
         help=r"text between the documents of a .txt file, such as '\n\n' (default: a file is one document)",
     )
+    tokens = commands.add_parser(
+        "tokens",
+        parents=[shared],
+        help="documents that are tokenized already: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index",
+    )
+    tokens.add_argument("files", nargs="+", metavar="FILE|DIR")
     hub = commands.add_parser("hf", parents=[shared], help="a dataset of the Hugging Face hub, or a local copy of one")
     hub.add_argument("dataset", metavar="DATASET|DIR")
     hub.add_argument("--name", help="configuration of the dataset, such as sample-10BT")
@@ -149,7 +156,14 @@ def _job(args: argparse.Namespace) -> Job:
     given = load_tokenizer(args.tokenizer) if Path(args.tokenizer).is_dir() else None
     kind = given.kind if given else args.tokenizer
     parse_kind(kind)
-    source = _source(args)
+    if args.command == "tokens":
+        if not given and kind != "gpt2":
+            raise ValueError(
+                "the tokens exist already: give the directory of the tokenizer that made them, --tokenizer DIR"
+            )
+        source = token_source(args.files, given or load_tokenizer(kind))
+    else:
+        source = _source(args)
     count = args.part[1]
     if count > len(source.files):
         raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")

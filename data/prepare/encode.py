@@ -23,6 +23,7 @@ import numpy as np
 from data.prepare.documents import Documents, parse
 from data.prepare.source import Chunk, ParseOptions, Source
 from data.prepare.text import SPLIT_KEY_BYTES, safe_cut
+from data.shards import TOKEN
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # How much is encoded again with the reference tokenizer to check the bulk encoder: this fraction of the bytes, and at
@@ -95,6 +96,8 @@ class Encoder:
         self.shard_tokens = shard_tokens
 
     def __call__(self, chunks: list[Chunk]) -> Encoded:
+        if chunks[0].format == "tokens":
+            return self._take_tokens(chunks)
         documents = Documents()
         candidate: list[bool] = []
         for chunk in chunks:
@@ -119,6 +122,26 @@ class Encoder:
             invalid_utf8=documents.invalid_utf8,
             carriage_returns=documents.carriage_returns,
             separators=documents.separators,
+        )
+
+    def _take_tokens(self, chunks: list[Chunk]) -> Encoded:
+        """Return documents that are tokenized already, each with end-of-text before it."""
+        tokens = np.concatenate([np.frombuffer(chunk.data, TOKEN) for chunk in chunks])
+        begins = np.flatnonzero(tokens == self.tokenizer.eot)
+        lengths = np.diff(begins, append=len(tokens))
+        # The bytes of a document's first tokens decide its split, as those of its text do otherwise.
+        keys = [tokens[begin + 1 : begin + min(n, SPLIT_KEY_BYTES)] for begin, n in zip(begins, lengths, strict=True)]
+        sizes = self.tokenizer.token_bytes()[tokens]
+        return Encoded(
+            tokens=tokens,
+            lengths=lengths,
+            candidate=np.array([self.validation.candidate(chunks[0], key.tobytes()) for key in keys], bool),
+            text_bytes=np.add.reduceat(sizes, begins) if len(begins) else lengths,
+            continues=False,
+            empty=0,
+            invalid_utf8=0,
+            carriage_returns=0,
+            separators=0,
         )
 
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = (".gz", ".zst")
 # A directory that macOS adds to archives. The files in it are named like the others and hold no text.
 _NOT_TEXT = "__MACOSX"
@@ -30,7 +30,8 @@ def find_files(pattern: str) -> list[Path]:
     for file in found:
         if not file_format(file.name):
             raise ValueError(
-                f"{display_name(file)} has an unknown type: expected .txt, .jsonl, .csv or .parquet, plain, .gz or .zst"
+                f"{display_name(file)} has an unknown type: expected .txt, .jsonl, .csv, .parquet or .arrow, plain, "
+                f".gz or .zst"
             )
     return found
 
@@ -71,7 +72,7 @@ def compression(name: str) -> str:
 
 
 def file_format(name: str) -> str | None:
-    """Return "text", "jsonl", "csv" or "parquet" from the name of a file, in any case; None for any other type."""
+    """Return "text", "jsonl", "csv", "parquet" or "arrow" from a file's name, in any case; None for another type."""
     return FORMATS.get(Path(name.lower().removesuffix(compression(name))).suffix)
 
 

@@ -24,6 +24,8 @@ PRESETS = {
     "fineweb-edu-10b": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb-10b": ("HuggingFaceFW/fineweb", "sample-10BT"),
     "openwebtext": ("Skylion007/openwebtext", None),
+    "climbmix": ("karpathy/climbmix-400b-shuffle", None),
+    "dclm": ("mlfoundations/dclm-baseline-1.0", None),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
     "tinystories": ("roneneldan/TinyStories", None),
 }
@@ -39,7 +41,7 @@ def hub_source(
     """Return a dataset of the hub as a source.
 
     Args:
-        dataset: id on the hub, or a local directory with the same files.
+        dataset: id on the hub, or a local directory with the same files or from `datasets.save_to_disk`.
         name: configuration of the dataset.
         split: read only this split. With None, read "train", and "validation", if there is one, as validation split.
         options: how its files become documents.
@@ -51,7 +53,7 @@ def hub_source(
     """
     local = Path(dataset).is_dir()
     commit = "" if local else _dataset_info(dataset).sha
-    found = _data_files(dataset, name, commit or None)
+    found = (_saved_files(Path(dataset)) if local else {}) or _data_files(dataset, name, commit or None)
     if split is None:
         chosen = {"train": "train", "validation": "val"} if "validation" in found else {"train": None}
     else:
@@ -64,7 +66,7 @@ def hub_source(
         for path in found[theirs]:
             if not file_format(path):
                 raise ValueError(
-                    f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl, .csv or .txt files"
+                    f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl, .csv, .arrow or .txt files"
                 )
             files.append(SourceFile(path, Path(path).stat().st_size if local else _hub_size(path), ours))
     read = functools.partial(_read_articles if articles else read_chunks, options=options)
@@ -94,6 +96,29 @@ def _dataset_info(dataset: str) -> Any:
 
 def _hub_size(address: str) -> int:
     return huggingface_hub.HfFileSystem().info(address)["size"]
+
+
+def _saved_files(directory: Path) -> dict[str, list[str]]:
+    """Return the files of each split of a directory from `datasets.save_to_disk`, or {} if it is not one.
+
+    Raises ValueError for a damaged directory.
+    """
+    try:
+        if (index := directory / "dataset_dict.json").is_file():
+            splits = {name: directory / name for name in json.loads(index.read_text(encoding="utf-8"))["splits"]}
+        elif (directory / "state.json").is_file():
+            splits = {"train": directory}
+        else:
+            return {}
+        found = {}
+        for split, folder in splits.items():
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            found[split] = [str(folder / file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory} is not a complete directory of datasets.save_to_disk ({error}): save the dataset again"
+        ) from None
+    return found
 
 
 def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[str, list[str]]:

@@ -32,7 +32,8 @@ class Chunk:
     """A part of a file, the unit of work of a worker process: whole documents, or a part of a very long document.
 
     file: the file it was cut from;
-    format: "text" (one document), "separated", "jsonl", "parquet" (a row group) or "arrow" (rows already read);
+    format: "text" (one document), "separated", "jsonl", "parquet" (a row group), "arrow" (rows already read), or
+        "tokens" (uint16, end-of-text before each document);
     first: number of its first document or row, from 1, for messages; counted from `offset` where that is set;
     source_bytes: how many bytes of the file it accounts for, for the progress display;
     data: its content, where `offset` is None and the format is not "parquet";

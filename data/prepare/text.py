@@ -1,4 +1,4 @@
-"""Text files cut into chunks: .txt, .jsonl, .csv and .parquet, each plain, .gz or .zst, here or on the hub.
+"""Text files cut into chunks: .txt, .jsonl, .csv, .parquet and .arrow, each plain, .gz or .zst, here or on the hub.
 
 `data.prepare.documents` turns the chunks into documents, in the worker processes.
 """
@@ -87,6 +87,9 @@ def read_chunks(file: SourceFile, limit: int, options: ParseOptions) -> Iterator
     with named_errors(file.name), open_file(file.name) as raw:
         if format == "parquet":
             yield from _parquet_chunks(file, raw, limit, options.text_key)
+            return
+        if format == "arrow":
+            yield from _arrow_chunks(file, raw, limit, options.text_key)
             return
         if format == "csv":
             yield from _csv_chunks(file, raw, limit, options.text_key)
@@ -324,14 +327,37 @@ def _parquet_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> It
         yield from _row_groups(file, raw, limit, text_key, read_here_above=ROW_GROUP_BYTES)
 
 
+def _arrow_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> Iterator[Chunk]:
+    """Cut a file in Arrow's stream format, which `datasets.save_to_disk` writes."""
+    stream = raw if not compression(file.name) else pyarrow.BufferReader(b"".join(_blocks(raw, file.name)))
+    try:
+        reader = pyarrow.ipc.open_stream(stream)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file.name} is not a file in Arrow's stream format ({error}): save it again") from error
+    _check_text_column(reader.schema, file.name, text_key)
+    first, done = 1, 0
+    for batch in reader:
+        batch = batch.select([text_key])
+        rows = max(1, batch.num_rows * limit // max(batch.nbytes, 1))
+        for start in range(0, batch.num_rows, rows):
+            part = batch.slice(start, rows)
+            position = min(raw.tell(), file.size)
+            yield Chunk(file, "arrow", first, position - done, _arrow_stream(part))
+            first, done = first + part.num_rows, position
+
+
+def _check_text_column(schema: Any, name: str, text_key: str) -> None:
+    """Raise ValueError unless the file has one text column of that name, and it holds text."""
+    column = schema.field(_find_column(schema.names, name, text_key)).type
+    kind = str(column.value_type if pyarrow.types.is_dictionary(column) else column)
+    if kind not in _TEXT_TYPES:
+        raise ValueError(f"{name}: column {text_key!r} is {kind}, expected string: choose another with --text-key")
+
+
 def _row_groups(file: SourceFile, raw: Any, limit: int, text_key: str, read_here_above: int) -> Iterator[Chunk]:
     """One chunk per row group, which a worker reads; several for a row group of more than `read_here_above` bytes."""
     parquet = open_parquet(raw, file.name)
-    schema = parquet.schema_arrow
-    column = schema.field(_find_column(schema.names, file.name, text_key)).type
-    kind = str(column.value_type if pyarrow.types.is_dictionary(column) else column)
-    if kind not in _TEXT_TYPES:
-        raise ValueError(f"{file.name}: column {text_key!r} is {kind}, expected string: choose another with --text-key")
+    _check_text_column(parquet.schema_arrow, file.name, text_key)
     first = 1
     for i in range(parquet.num_row_groups):
         group = parquet.metadata.row_group(i)
