@@ -10,6 +10,7 @@ from pathlib import Path
 from command import ending
 from data.plain_text import read_escapes
 from data.prepare.encode import ValidationRule
+from data.prepare.executors import EXECUTORS, SlurmOptions, run_tasks
 from data.prepare.held_out import has_few_documents, hold_out_end
 from data.prepare.hub import PRESETS, TOKENIZED, download, hub_source
 from data.prepare.job import Job, prepare_dataset
@@ -143,10 +144,18 @@ def _shared_options() -> argparse.ArgumentParser:
     shared.add_argument(
         "--part",
         type=_parse_part,
-        default=(1, 1),
         metavar="I/N",
         help="prepare only one part of the files, from 1/N to N/N; env takes I and N from Slurm or torchrun",
     )
+    shared.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        help="prepare all parts in --tasks tasks and merge them, with datatrove's executor for this machine, for a "
+        "Slurm cluster or for Ray",
+    )
+    shared.add_argument("--tasks", type=_whole_number, metavar="N", help="number of tasks, and of parts")
+    shared.add_argument("--slurm-partition", metavar="NAME", help="partition for --executor slurm")
+    shared.add_argument("--slurm-time", metavar="HH:MM:SS", default="24:00:00", help="time limit of a task on Slurm")
     shared.add_argument("--strict", action="store_true", help="stop at empty documents and invalid UTF-8")
     return shared
 
@@ -164,7 +173,8 @@ def _job(args: argparse.Namespace) -> Job:
         source = token_source(args.files, given or load_tokenizer(kind))
     else:
         source = _source(args)
-    count = args.part[1]
+    part = args.part or (1, args.tasks or 1)  # with an executor, the first part stands for all
+    count = part[1]
     if count > len(source.files):
         raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")
     validation = _validation(args, source)
@@ -174,8 +184,8 @@ def _job(args: argparse.Namespace) -> Job:
         known = given or (load_tokenizer(kind) if kind == "gpt2" else None)
         source, validation = hold_out_end(source, validation, kind, known)
         print(f"validation split: {validation.description}", file=sys.stderr)
-    out = part_directory(args.out, args.part)
-    return Job(source, out, kind, validation, args.shard_tokens, args.part, given)
+    out = part_directory(args.out, part)
+    return Job(source, out, kind, validation, args.shard_tokens, part, given)
 
 
 def _source(args: argparse.Namespace) -> Source:
@@ -236,8 +246,18 @@ def main(arguments: list[str] | None = None) -> None:
             out = args.out or Path("data", args.tokenized)
             meta = download(args.tokenized, out)
         else:
+            if (args.executor is None) != (args.tasks is None):
+                raise ValueError("--executor and --tasks N need each other")
             job = _job(args)
-            out, meta = job.out, prepare_dataset(job, args.workers)
+            if args.executor and args.part is None:
+                given = sys.argv[1:] if arguments is None else arguments
+                slurm = SlurmOptions(args.slurm_partition, args.slurm_time)
+                run_tasks(args.executor, given, args.out, args.tasks, args.workers or 1, slurm)
+                if args.executor == "slurm":
+                    return
+                out, meta = args.out, merge_parts(args.out)
+            else:
+                out, meta = job.out, prepare_dataset(job, args.workers)
         _report(out, meta)
 
 

@@ -1,0 +1,125 @@
+"""The parts of a dataset as tasks on this machine, on a Slurm cluster or on Ray: datatrove's executors run them.
+
+A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. A part continues
+where it was interrupted, so a task that is killed costs little, and the bytes do not depend on how often that happens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.prepare.job import available_cores
+
+EXECUTORS = ("local", "slurm", "ray")
+ATTEMPTS = 3
+LOGS = "logs"  # below the directory of the dataset
+ROOT = Path(__file__).resolve().parents[2]  # from where `python -m data.prepare` can be run
+_REMEDIES = {"datatrove": "datatrove", "ray": "'datatrove[ray]' ray"}
+
+
+class SlurmOptions(NamedTuple):
+    """What Slurm needs to know about a task: the partition, and the time limit as HH:MM:SS."""
+
+    partition: str | None
+    time: str
+
+
+class RunCommand:
+    """A step of a datatrove pipeline: runs a command in `directory` until it succeeds, at most ATTEMPTS times.
+
+    In the command, `{part}` becomes I/N in task I of N. The output goes to `logs`/part-I.txt.
+    """
+
+    def __init__(self, command: list[str], logs: Path) -> None:
+        self.command, self.logs, self.directory = command, logs, Path.cwd()
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        """Run the command. Raises RuntimeError with the end of its output if it fails in every attempt."""
+        command = [word.replace("{part}", f"{rank + 1}/{world_size}") for word in self.command]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        log = self.logs / f"part-{rank + 1:03d}.txt"
+        for _ in range(ATTEMPTS):
+            with open(log, "ab") as file:
+                done = subprocess.run(command, cwd=self.directory, env=environment, stdout=file, stderr=file)
+            if done.returncode == 0:
+                return
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+        raise RuntimeError(f"task {rank + 1} of {world_size} failed {ATTEMPTS} times: {lines[-1]} (see {log})")
+
+
+def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, workers: int, slurm: SlurmOptions) -> None:
+    """Prepare all parts of a dataset. On Slurm, submit them and their merging, and return at once.
+
+    Args:
+        executor: one of EXECUTORS.
+        arguments: of `data.prepare`, to which --part is added.
+        out: directory of the dataset.
+        tasks: number of parts.
+        workers: processes of each task.
+
+    Raises:
+        ValueError: when a package or an option is missing.
+        OSError: when a task failed in every attempt; a repeated call runs only what is missing.
+    """
+    for package in ("datatrove", "ray") if executor == "ray" else ("datatrove",):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--executor {executor} needs the package {package}: pip install {_REMEDIES[package]}")
+    if executor == "slurm" and not slurm.partition:
+        raise ValueError("--executor slurm needs the name of a partition: --slurm-partition NAME")
+    logs = (out / LOGS).absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    step = RunCommand([sys.executable, "-m", "data.prepare", *arguments, "--part", "{part}"], logs)
+    try:
+        if executor == "local":
+            _run_here(step, tasks, workers)
+        elif executor == "ray":
+            _run_on_ray(step, tasks, workers)
+        else:
+            merge = RunCommand([sys.executable, "-m", "data.prepare", "merge", str(out)], logs / "merge")
+            _submit_to_slurm(step, merge, tasks, workers, slurm)
+    except RuntimeError as error:
+        raise OSError(f"{error}; run the same command again to continue") from error
+
+
+def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
+    # imported here: it is not installed with this project, and only executors need it
+    from datatrove.executor import LocalPipelineExecutor
+
+    at_once = min(tasks, max(1, available_cores() // workers))
+    # A part finds by itself that it is complete. What datatrove remembers of it would be wrong if it were deleted.
+    LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
+
+
+def _run_on_ray(step: RunCommand, tasks: int, workers: int) -> None:
+    # imported here: they are not installed with this project, and only executors need them
+    import ray
+    from datatrove.executor import RayPipelineExecutor
+
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, ignore_reinit_error=True)
+    options = {"logging_dir": str(step.logs), "skip_completed": False}
+    RayPipelineExecutor([step], tasks, cpus_per_task=workers, **options).run()
+
+
+def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: int, slurm: SlurmOptions) -> None:
+    # imported here: it is not installed with this project, and only executors need it
+    from datatrove.executor import SlurmPipelineExecutor
+
+    merge.logs.mkdir(exist_ok=True)
+    bin_directory = Path(sys.executable).parent
+    common = {
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "qos": None,
+        "skip_completed": False,
+        # Slurm starts a command of datatrove, which imports this module.
+        "env_command": f'export PATH="{bin_directory}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"',
+    }
+    parts = SlurmPipelineExecutor(
+        [step], tasks, cpus_per_task=workers, job_name="prepare", logging_dir=str(step.logs), **common
+    )
+    SlurmPipelineExecutor([merge], 1, job_name="merge", logging_dir=str(merge.logs), depends=parts, **common).run()
