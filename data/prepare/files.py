@@ -8,9 +8,14 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import fsspec
+import huggingface_hub
 
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = (".gz", ".zst")
+_KINDS = ".txt, .jsonl, .csv, .parquet or .arrow, plain, .gz or .zst"
 # A directory that macOS adds to archives. The files in it are named like the others and hold no text.
 _NOT_TEXT = "__MACOSX"
 HASHED_BYTES = 1 << 16  # at each end of a file, for the revision
@@ -29,11 +34,46 @@ def find_files(pattern: str) -> list[Path]:
         raise FileNotFoundError(f"no such file, directory or pattern: {pattern}")
     for file in found:
         if not file_format(file.name):
-            raise ValueError(
-                f"{display_name(file)} has an unknown type: expected .txt, .jsonl, .csv, .parquet or .arrow, plain, "
-                f".gz or .zst"
-            )
+            raise ValueError(f"{display_name(file)} has an unknown type: expected {_KINDS}")
     return found
+
+
+def is_remote(name: str) -> bool:
+    """Return whether a name is an address in an object store, such as s3://bucket/a.jsonl, instead of a local path."""
+    return "://" in name
+
+
+def file_system(address: str) -> Any:
+    """Return fsspec's file system for an address. Raises ValueError, naming the package that is missing."""
+    if address.startswith("hf://"):
+        return huggingface_hub.HfFileSystem()
+    try:
+        return fsspec.core.url_to_fs(address)[0]
+    except (ImportError, ValueError) as error:  # ValueError: unknown protocol
+        raise ValueError(f"{address} cannot be opened: {error}") from error
+
+
+def find_remote_files(address: str) -> dict[str, int]:
+    """Return address and size of the files that one address, directory or pattern matches, sorted.
+
+    Raises FileNotFoundError when there is none, ValueError for a file of an unknown type that is not in a directory.
+    """
+    system = file_system(address)
+    try:
+        is_directory = system.isdir(address)
+        found = system.find(address, detail=True) if is_directory else system.glob(address, detail=True)
+    except Exception as error:  # of the network, or access that is denied: every store has its own
+        raise OSError(f"{address} cannot be listed: {error}") from error
+    sizes = {}
+    for path, status in sorted(found.items()):
+        if status["type"] == "file" and (file_format(path) or not is_directory):
+            sizes[system.unstrip_protocol(path)] = status["size"]
+    if not sizes:
+        raise FileNotFoundError(f"no such file, directory with text, or pattern: {address}")
+    for name in sizes:
+        if not file_format(name):
+            raise ValueError(f"{name} has an unknown type: expected {_KINDS}")
+    return sizes
 
 
 def _glob(pattern: str) -> list[Path]:
@@ -84,11 +124,17 @@ def display_name(path: str | Path) -> str:
 def files_revision(paths: Iterable[str | Path]) -> str:
     """Return a revision for files that have none of their own.
 
-    It changes when the name, size, modification time, beginning or end of a file changes.
+    It changes when the name, size, modification time, beginning or end of a file changes, or what an object store tells
+    about it.
     """
+    names = [str(path) for path in paths]
+    if any(map(is_remote, names)):
+        keys = (file_system(name).ukey(name) if is_remote(name) else files_revision([name]) for name in names)
+        versions = "".join(f"{name} {key}\n" for name, key in zip(names, keys, strict=True))
+        return f"{len(names):,} files, sha256 of names and versions {hashlib.sha256(versions.encode()).hexdigest()}"
     listing = hashlib.sha256()
     count = size = newest = 0
-    for path in map(Path, paths):
+    for path in map(Path, names):
         status = path.stat()
         listing.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         with open(path, "rb") as file:

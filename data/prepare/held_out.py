@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from data.plain_text import HEAD_BYTES, detect_encoding
 from data.prepare.encode import ValidationRule
-from data.prepare.files import compression, file_format
+from data.prepare.files import compression, file_format, is_remote
 from data.prepare.source import Source, SourceFile
 from data.prepare.text import named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def _bytes_per_token(sample: bytes, kind: str, tokenizer: Tokenizer | None) -> f
 def _text_length(file: SourceFile) -> int:
     """Return the bytes of the file's text as UTF-8, without a byte-order mark."""
     with named_errors(file.name), open_file(file.name) as raw:
-        if not compression(file.name):
+        if not is_remote(file.name) and not compression(file.name):
             encoding, mark = detect_encoding(raw.read(HEAD_BYTES), file.name)
             if encoding == "utf-8":
                 return file.size - mark
@@ -98,7 +98,7 @@ def _text_length(file: SourceFile) -> int:
 def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
     """Iterate over the bytes begin..end of the file's text."""
     with named_errors(file.name), open_file(file.name) as raw:
-        if not compression(file.name):
+        if not is_remote(file.name) and not compression(file.name):
             encoding, mark = detect_encoding(raw.read(HEAD_BYTES), file.name)
             if encoding == "utf-8":
                 raw.seek(mark + begin)

@@ -12,15 +12,24 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
 from data.plain_text import HEAD_BYTES, detect_encoding, refuse_nul, separator_pattern, utf8_blocks
-from data.prepare.files import compression, display_name, file_format, files_revision, find_files
+from data.prepare.files import (
+    compression,
+    display_name,
+    file_format,
+    file_system,
+    files_revision,
+    find_files,
+    find_remote_files,
+    is_remote,
+)
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.tables import parse_csv
 
@@ -61,11 +70,14 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
 
     Raises FileNotFoundError when a pattern matches nothing, ValueError for a file of an unknown type.
     """
-    paths = list(dict.fromkeys(path for pattern in patterns for path in find_files(pattern)))
-    files = tuple(SourceFile(str(path), path.stat().st_size) for path in paths)
-    described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {display_name(paths[0].name)}"
+    sizes: dict[str, int] = {}
+    for pattern in patterns:
+        here = {} if is_remote(pattern) else {str(path): path.stat().st_size for path in find_files(pattern)}
+        sizes |= here or find_remote_files(pattern)
+    files = tuple(SourceFile(name, size) for name, size in sizes.items())
+    described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {display_name(Path(files[0].name).name)}"
     read = functools.partial(read_chunks, options=options)
-    return Source(f"text, {described}", files_revision(paths), files, read, text_filter(options), options)
+    return Source(f"text, {described}", files_revision(sizes), files, read, text_filter(options), options)
 
 
 def text_filter(options: ParseOptions) -> str:
@@ -94,7 +106,7 @@ def read_chunks(file: SourceFile, limit: int, options: ParseOptions) -> Iterator
         if format == "csv":
             yield from _csv_chunks(file, raw, limit, options.text_key)
             return
-        if not file.name.startswith("hf://") and not compression(file.name):
+        if not is_remote(file.name) and not compression(file.name):
             encoding, begin = detect_encoding(raw.read(HEAD_BYTES), file.name)
             if encoding == "utf-8":
                 yield from _cut_file(file, raw, format, limit, marks, begin)
@@ -116,7 +128,7 @@ def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[bytes]:
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Add the name of the file to the errors of decompressors and the hub, which do not mention it."""
+    """Add the name of the file to the errors of decompressors and object stores, which do not mention it."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -124,18 +136,15 @@ def named_errors(name: str) -> Iterator[None]:
     except zstandard.ZstdError as error:
         raise ValueError(f"{name} is not a complete zstd file ({error}): download or compress it again") from error
     except Exception as error:
-        if isinstance(error, ValueError | MemoryError) or not name.startswith("hf://"):
+        if isinstance(error, ValueError | MemoryError) or not is_remote(name):
             raise
-        raise OSError(
-            f"{name} could not be read from the hub ({error}): run the same command again to continue"
-        ) from error
+        place = " from the hub" if name.startswith("hf://") else ""
+        raise OSError(f"{name} could not be read{place} ({error}): run the same command again to continue") from error
 
 
 def open_file(name: str) -> Any:
-    """Open a local path or an hf:// address for reading bytes."""
-    if name.startswith("hf://"):
-        return huggingface_hub.HfFileSystem().open(name, "rb")
-    return open(name, "rb")
+    """Open a local path, or an address such as hf:// or s3://, for reading bytes."""
+    return file_system(name).open(name, "rb") if is_remote(name) else open(name, "rb")
 
 
 def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
