@@ -21,11 +21,22 @@ from files import file_sha256
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     """Return the path of the wheel of `package==version`, downloading it if the user's cache does not hold it.
 
-    Raises OSError when pip cannot download it, ValueError when its sha256 differs from the expected one.
+    Raises OSError when pip cannot download it or the cache cannot be written, ValueError when its sha256 differs from
+    the expected one.
     """
     cache = user_cache_path("gpt2") / "wheels"
-    cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{package}-{version}.whl"
+    if path.exists() and file_sha256(path) == sha256:  # also in a cache that this user may only read
+        return path
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):  # an existing directory may not be writable either
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the cache of downloaded packages, {cache}, cannot be written ({error.strerror}): set the environment "
+            f"variable XDG_CACHE_HOME to a directory that can"
+        ) from error
     # Several processes of one run may ask for the same wheel at the same time: one downloads it, the others wait.
     with FileLock(path.with_suffix(".lock")):
         if path.exists() and file_sha256(path) == sha256:

