@@ -47,7 +47,8 @@ class PrepareProgress:
         left = seconds * (self.total - source) / max(source - self.first_source, 1)
         when = f"in {timedelta(seconds=round(seconds))}" if last else f"{timedelta(seconds=round(left))} left"
         line = f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:7.1f} MB/s {tokens:15,} tokens {when}"
-        print(f"\r{line}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        # The escape sequence erases what a longer line has left behind.
+        print(f"\r{line}\x1b[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Show the final numbers and end the line."""

@@ -4,12 +4,14 @@ import json
 import os
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 from filelock import FileLock
 
 from data.prepare import encode
 from data.prepare.shakespeare import HELD_OUT, read_plays
+from data.prepare.writer import PrepareProgress
 from data.shards import PROGRESS_FILE, read_meta
 from data.tokenizer import ByteLevelTokenizer, load_tokenizer, train_tokenizer
 
@@ -198,3 +200,10 @@ def test_lock_file_stays_and_links_are_not_written_through(run, refused, jsonl, 
     run("text", jsonl, "--out", out, "--tokenizer", "char")
     with FileLock(out / ".lock"):
         assert "another `data.prepare` is running" in refused("text", jsonl, "--out", out)
+
+
+def test_a_shorter_progress_line_leaves_nothing_of_a_longer_one(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    dataset = SimpleNamespace(counted={"source_bytes": 0, "text_bytes": {}}, writers={})
+    PrepareProgress(100, dataset).close()
+    assert capsys.readouterr().err.endswith(" tokens in 0:00:00\x1b[K\n")
