@@ -14,8 +14,9 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -428,10 +429,28 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
+    _in_thread(lambda: backend.train_from_iterator(texts, trainer))
     model = json.loads(backend.to_str())["model"]
     vocab = {**model["vocab"], END_OF_TEXT: len(model["vocab"])}
     return ByteLevelTokenizer(vocab, [tuple(pair) for pair in model["merges"]])
+
+
+def _in_thread(function: Callable[[], None]) -> None:
+    """Call a function that runs for seconds outside of Python, in a thread, so that Ctrl-C ends the process at once."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # daemon: Python does not wait for it when it exits
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
 
 
 def _byte_characters() -> list[str]:

@@ -1,7 +1,12 @@
 """Tokenizers of all kinds give the same ids and the same text as tiktoken and transformers."""
 
+import hashlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +25,7 @@ from data.tokenizer import (
     ByteLevelTokenizer,
     CharacterTokenizer,
     Tokenizer,
+    _in_thread,
     load_tokenizer,
     train_tokenizer,
 )
@@ -314,3 +320,14 @@ def test_pipeline_generates_the_same_text(kind: str, request: pytest.FixtureRequ
     pipe = pipeline("text-generation", model=str(tmp_path))
     generated = pipe(prompt, max_new_tokens=10, min_new_tokens=10, do_sample=False)
     assert generated[0]["generated_text"] == tokenizer.decode(ids[0].tolist())
+
+
+def test_training_a_bpe_does_not_hold_up_an_interrupt():
+    """It runs outside of Python, where Python's signal handlers wait for it; so does this function."""
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        _in_thread(lambda: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 8_000_000))
+    assert time.monotonic() - began < 1
+    with pytest.raises(ZeroDivisionError):
+        _in_thread(lambda: 1 // 0)
