@@ -90,7 +90,7 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs") -> str:
     checkpoint. Any other value is returned unchanged.
 
     Raises:
-        FileNotFoundError: there is no run, or the run has no checkpoint.
+        FileNotFoundError: there is no run, no such run beside the others, or the run has no checkpoint.
         ValueError: every checkpoint of the run is damaged.
     """
     if name_or_dir is None:
@@ -100,8 +100,12 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs") -> str:
                 f"there is no run with a checkpoint in {runs}/: train a model, or name one with --model"
             )
         name_or_dir = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
-    checkpoints = Path(name_or_dir).expanduser() / "checkpoints"
+    path = Path(name_or_dir).expanduser()
+    checkpoints = path / "checkpoints"
     if not checkpoints.is_dir():
+        beside = sorted(run.parent.name for run in path.parent.glob("*/checkpoints"))
+        if beside and not path.exists() and path.parent != Path():  # "gpt2" may be a name on the hub
+            raise FileNotFoundError(f"{name_or_dir} does not exist; the runs in {path.parent} are {', '.join(beside)}")
         return name_or_dir
     newest, _ = find_newest(checkpoints)
     if newest is None:

@@ -119,3 +119,15 @@ def test_a_tokenizer_of_another_size_is_refused(run):
     CharacterTokenizer("abcdef").save(checkpoint)
     with pytest.raises(ValueError, match="has 7 tokens, but the model has 4: they do not belong together"):
         load_model(str(checkpoint))
+
+
+def test_a_run_that_does_not_exist_is_answered_with_those_that_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "notes").mkdir()
+    for name in ("runs/nope", "runs/nope/", str(tmp_path / "runs" / "nope")):
+        with pytest.raises(FileNotFoundError, match=r"nope/? does not exist; the runs in .*runs are a, b"):
+            resolve_model(name)
+    for name in ("runs/notes", "gpt2", "openai-community/gpt2"):
+        assert resolve_model(name) == name
