@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,9 @@ def draw_references(axes: Axes, references: Sequence[tuple[str, float]]) -> None
 
 def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) -> None:
     """Add grid and legend, and write the figure to a PNG file."""
-    from matplotlib.ticker import EngFormatter  # imported here for the same reason as in `new_figure`
+    # Imported here for the same reason as in `new_figure`.
+    from matplotlib.text import Text
+    from matplotlib.ticker import EngFormatter
 
     if x_is_tokens:
         formatter = EngFormatter(sep="")
@@ -75,11 +78,15 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
         formatter.ENG_PREFIXES = {**formatter.ENG_PREFIXES, 9: "B"}
         axes.xaxis.set_major_formatter(formatter)
     axes.grid(alpha=0.3)
-    entries = axes.get_legend_handles_labels()[1]
-    if entries:
+    # Not get_legend_handles_labels, which omits names that begin with "_": only lines without a label are "_child0".
+    lines = [line for line in axes.get_lines() if not re.fullmatch(r"_child\d+", str(line.get_label()))]
+    if lines:
+        labels = [str(line.get_label()) for line in lines]
         # The legend is below the axes: finding the best place among many points takes matplotlib seconds.
-        columns = max(1, min(3, 90 // max(map(len, entries))))
-        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+        columns = max(1, min(3, 90 // max(map(len, labels))))
+        figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # "$" in the name of a run does not begin a formula
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)  # atomic, so that an image viewer never reads an incomplete file

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.text import Text
 
 from report.curves import SMOOTHING, draw_loss, smooth
 
@@ -27,6 +28,22 @@ def test_a_skipped_step_is_accepted_and_a_reference_is_drawn(tmp_path):
     draw_loss(metrics, tmp_path / "without.png", "a run")
     draw_loss(metrics, tmp_path / "with.png", "a run", [("gpt2, released", 3.2924)])
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["$LR_$SEED", "$\\\\frac{$", "_hidden", "x\\ny", "名前"])
+def test_a_name_is_drawn_as_it_is(tmp_path, monkeypatch, name):
+    """Neither the title nor the legend takes foreign text for mathematics, or for the mark of a hidden entry."""
+    drawn = []
+    real = Text.draw
+
+    def draw(text, *arguments, **options):
+        drawn.append((text.get_text(), text.get_parse_math()))
+        return real(text, *arguments, **options)
+
+    monkeypatch.setattr(Text, "draw", draw)
+    draw_loss(records(20), tmp_path / "loss.png", name, [(name, 1.0)])
+    assert (name, False) in drawn
+    assert (f"{name} (1.0000)", False) in drawn
 
 
 def test_validation_losses_that_are_null_are_ignored(tmp_path):
