@@ -24,8 +24,11 @@ def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str
 
     Raises OSError if the dataset is neither in the cache nor can be downloaded.
     """
-    from datasets import load_dataset  # imported here: it takes seconds, and most tasks do not use the hub
+    # Imported here: it takes seconds, and most tasks do not use the hub.
+    from datasets import load_dataset
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # the client would print two lines for each of its five retries before the error
     try:
         return list(load_dataset(dataset, config, split=split))
     except Exception as error:  # the errors of the hub, the network and the library have no common base class
