@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import io
+import json
+import os
+import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn, TextIO
 
-import openmp  # noqa: F401 (the commands import this module before torch)
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print no traceback for Ctrl-C, which may come while modules are imported, before `ending` can catch it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _report_uncaught  # now: the imports that follow take a second or more
+
+import openmp  # noqa: E402, F401 (the commands import this module before torch)
 
 MODEL_HELP = "directory of a run, a checkpoint or a Hugging Face model, or a name on the hub"
 DEVICE_HELP = "cuda, cuda:1, mps or cpu (default: the first of these that is available)"
@@ -20,22 +39,107 @@ DTYPE_HELP = (
 
 
 @contextmanager
-def ending(parser: argparse.ArgumentParser, interrupted: str = "\n") -> Iterator[None]:
+def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_reader: bool = False) -> Iterator[None]:
     """Turn exceptions in the `with` block into the end of the process.
 
     An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
     status 130. Other exceptions keep their traceback.
 
+    If the reader of the output goes away, as in `... | head`, the command finishes its work without a message. With
+    `needs_reader`, for commands whose output is their only result, it ends at once, with status 0.
+
     Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # false if a test or another program has replaced it
         sys.stdout.reconfigure(errors="backslashreplace")
+    with lasting_output(needs_reader=needs_reader):
+        try:
+            yield
+        except (ValueError, OSError, FloatingPointError) as error:
+            fail(f"{parser.prog}: {error}")
+        except KeyboardInterrupt:
+            parser.exit(130, interrupted)
+        except NoReader:
+            sys.exit(0)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print an error on stderr and end the process.
+
+    torchrun surrounds the errors of its processes with a long report of its own. The message is also given to torchrun,
+    which repeats it at the end of this report, where it is seen.
+    """
+    print(message, file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The format that torch.distributed.elastic.multiprocessing.errors reads.
+        info = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": info}}, file)
+    sys.exit(status)
+
+
+class NoReader(BaseException):
+    """The reader of the standard output has gone away."""
+
+
+class _LastingFile(io.FileIO):
+    """A file descriptor that becomes /dev/null when the reader of its pipe or its terminal goes away."""
+
+    needs_reader = False  # also raise NoReader
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            gone = error.errno in (errno.EPIPE, errno.EIO) and not stat.S_ISREG(os.fstat(self.fileno()).st_mode)
+            if not gone:
+                raise
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.fileno())
+        if self.needs_reader:
+            raise NoReader
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
+    """In the `with` block, drop what is written to stdout and stderr after their reader has gone away.
+
+    Without this, `train.py ... | head -3`, or closing the terminal, would end the run with an error. With
+    `needs_reader`, the loss of stdout's reader raises NoReader.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_lasting(stream) for stream in before)
+    if needs_reader and isinstance(raw := _raw(sys.stdout), _LastingFile):
+        raw.needs_reader = True
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, interrupted)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(NoReader):
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _raw(stream: TextIO) -> object:
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    """Return a stream like `stream` that writes to a _LastingFile, or `stream` itself if it has no descriptor."""
+    raw = _raw(stream)
+    if not isinstance(stream, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
+        return stream
+    stream.flush()
+    file = _LastingFile(raw.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(file),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

@@ -1,11 +1,16 @@
 """Test how every command line ends: its status and its message."""
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
-from command import at_least_one, ending
+from command import at_least_one, ending, fail
 
 
 @pytest.fixture
@@ -32,6 +37,66 @@ def test_control_c_gives_status_130(parser, capsys, message, options):
 def test_another_exception_keeps_its_traceback(parser):
     with pytest.raises(KeyError), ending(parser):
         raise KeyError("a bug")
+
+
+PRINTING = """
+import argparse, sys, time
+from command import ending
+needs_reader = sys.argv[1] == "needs"
+with ending(argparse.ArgumentParser(prog="a"), needs_reader=needs_reader):
+    for i in range(2000):
+        print("line", i, flush=i % 100 == 0)
+        print("note", file=sys.stderr)
+    open(sys.argv[2], "w").close()
+print("after")
+"""
+
+
+@pytest.mark.parametrize("kind", ["needs", "outlives"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_goes_away_prints_nothing(tmp_path, kind, unbuffered):
+    """It finishes its work, unless its output is its only result."""
+    done = tmp_path / "done"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTING, kind, str(done)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    error = process.stderr.read()
+    assert (process.wait(), set(error.split())) == (0, {"note"})
+    assert done.exists() == (kind == "outlives")
+
+
+def test_a_command_outlives_the_reader_of_its_errors_and_its_terminal(tmp_path):
+    for name, ends in (("pipe", os.pipe()), ("terminal", os.openpty())):
+        done = tmp_path / name
+        process = subprocess.Popen(
+            [sys.executable, "-c", PRINTING, "outlives", str(done)], stdout=ends[1], stderr=ends[1]
+        )
+        os.read(ends[0], 5)
+        os.close(ends[1])
+        os.close(ends[0])
+        assert process.wait() == 0
+        assert done.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_still_an_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTING, "outlives", os.devnull], stdout=full, stderr=subprocess.PIPE
+        )
+    assert b"No space left on device" in done.stderr
+    assert done.returncode != 0
+
+
+def test_an_error_under_torchrun_is_also_given_to_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stopped:
+        fail("a.py: no such dataset", 3)
+    assert (stopped.value.code, capsys.readouterr().err) == (3, "a.py: no such dataset\n")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "a.py: no such dataset"
 
 
 def test_a_number_below_one_is_refused_with_the_name_of_the_option(parser, capsys):
