@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     args = parse_arguments(parser, arguments)
-    with ending(parser):
+    with ending(parser, needs_reader=True):
         from generation.terminal import run  # imported after the arguments are checked: importing torch takes seconds
 
         run(args)

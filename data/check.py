@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--config", type=Path, metavar="YAML", help="print how many epochs a run with this configuration makes"
     )
     args = parser.parse_args(arguments)
-    with ending(parser):
+    with ending(parser, needs_reader=True):
         histogram = args.histogram or args.directory / "tokens-per-document.png"
         check_dataset(args.directory, args.documents, histogram, args.config)
 
