@@ -63,8 +63,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     at_least_one(parser, args, "batch_size", "max_length", "epochs", "patience")
     if args.command == "train" and not 0 < args.lr < math.inf:
         parser.error(f"--lr must be above 0, got {args.lr}")
-    if args.command == "train" and args.seed < 0:
-        parser.error(f"--seed must not be negative, got {args.seed}")
+    if args.command == "train" and not 0 <= args.seed < 2**64:
+        parser.error(f"--seed must be in 0..2^64 - 1, got {args.seed}")
     if args.command == "train" and args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         parser.error(f"--out {args.out} exists: choose another directory, or delete it")
     return args
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="classify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     args = parse_arguments(parser, arguments)
-    with ending(parser):
+    with ending(parser, needs_reader=args.command == "predict"):
         from classification import run  # imported after the arguments are checked: importing torch takes seconds
 
         run(args)
