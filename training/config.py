@@ -6,18 +6,19 @@ The text below each field is its help text. The defaults reproduce GPT-2 124M, a
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import itertools
 import json
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from command import fail
 from model import PRESETS, GPTConfig
+from training.config_errors import explain, read_fields
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -238,6 +239,8 @@ class Config:
             raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must be in [0, 1): with 1, nothing is learned")
         if self.eval.patience and not self.eval.every:
             raise ValueError("eval.patience counts validations, but with eval.every 0 there are none: set eval.every")
+        if self.run.seed >= 2**64:
+            raise ValueError(f"run.seed {self.run.seed} is too large: PyTorch's generators need a seed below 2^64")
         if self.run.name in ("", ".", "..") or Path(self.run.name).name != self.run.name:
             raise ValueError(f"run.name {self.run.name!r} must be the name of one directory under run.dir")
         if model.init_from == "scratch":
@@ -353,20 +356,23 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flag
     )
     for section in dataclasses.fields(Config):
         parser.add_class_arguments(section.default_factory, section.name)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    names = {
+        f"{section}.{name}": kind
+        for section, part in get_type_hints(Config).items()
+        for name, kind in get_type_hints(part).items()
+    }
+    try:
+        given = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+        given += [path for option, path in itertools.pairwise(arguments) if option == "--config"]
+        files = {path: read_fields(Path(path), names) for path in given}
+    except ValueError as error:
+        fail(f"train.py: {error}")
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
         flags = Flags(**{field.name: parsed[field.name] for field in dataclasses.fields(Flags)})
         return Config(**{section.name: parsed[section.name] for section in dataclasses.fields(Config)}), flags
-    except (ArgumentError, ValueError) as error:
-        refuse(str(error))
-
-
-def refuse(message: str) -> NoReturn:
-    """Print an error in the configuration, with the nearest name for an unknown one, and exit with status 2."""
-    names = [(section, name) for section, fields in Config().to_dict().items() for name in fields]
-    known = {f"{section}.{name}" for section, name in names} | {name for _, name in names}
-    for unknown in re.findall(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)", message):
-        near = difflib.get_close_matches(unknown, known, 1)
-        message += f"; did you mean {near[0]}?" if near else "; `train.py --help` lists all names"
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    except ArgumentError as error:
+        fail(f"train.py: {explain(str(error), arguments, names, files)}")
+    except ValueError as error:
+        fail(f"train.py: {error}")

@@ -141,9 +141,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
     file = tmp_path / "a.yaml"
     file.write_text(f"{section}: {{{known}x: 1}}\n")
     message = refused(capsys, "--config", str(file))
-    assert f"{known}x" in message
-    assert f"did you mean {known}?" in message
-    assert f"did you mean {section}.{known}?" in refused(capsys, f"--{section}.{known}x", "1")
+    assert f"{file} has an unknown field {section}.{known}x; did you mean {section}.{known}?" in message
+    assert f"did you mean --{section}.{known}?" in refused(capsys, f"--{section}.{known}x", "1")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,6 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--model.preset", "null"], "model.n_layer is required if model.preset is null"),
         (["--model.freeze_layers", "2"], "model.freeze_layers would freeze untrained weights"),
         (["--run.name", "../x"], "run.name '../x' must be the name of one directory"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--data.format", "completions", "--data.windows", "aligned"], "data.windows aligned and data.shift need"),
         (
             ["--data.mixture", '[{"dir": "a", "weight": 1}]', "--data.format", "completions"],
@@ -175,10 +173,60 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--data.mixture", '[{"dir": "a", "weight": 0}]'], "data.mixture"),
         (["--data.format", "completions", "--data.document_mask", "true"], "data.document_mask needs data.pack"),
         (["--data.windows", "aligned", "--data.shift", "true"], "data.shift moves the cuts of packed windows"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)"),
+        (["--config", "configs"], "configs cannot be read (Is a directory)"),
+        (["configs/shakespeare.yaml"], "did you mean --config configs/shakespeare.yaml?"),
+        (["--run.seed", str(2**64)], "run.seed 18446744073709551616 is too large"),
+        (["--lr", "1"], "did you mean --optim.lr?"),
+        (["--learning_rate=1"], "did you mean --optim.lr?"),
+        (["--optim.learning_rate", "1"], "did you mean --optim.lr?"),
+        (["--optim.learning-rate", "1"], "did you mean --optim.lr?"),
+        (["--every", "1"], "did you mean --eval.every or --checkpoint.every or --log.every?"),
+        (["--step", "1"], "did you mean --optim.steps?"),
+        (["--unlike.anything", "1"], "`train.py --help` lists all names"),
+        (["--model.preset", "gpt3"], "model.preset: expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or null, got gpt3"),
+        (["--optim.lr", "fast"], "optim.lr: expected a number above 0, got 'fast'"),
+        (["--system.compile", "maybe"], "system.compile: expected auto, true or false, got maybe"),
     ],
 )
 def test_impossible_combinations_are_refused(capsys, arguments, message):
     assert message in refused(capsys, *arguments)
+
+
+SECTIONS = "expected sections (run, model, data, optim, eval, checkpoint, log, system) with fields"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", f"FILE has no content: {SECTIONS}"),
+        ("# nothing\n", f"FILE has no content: {SECTIONS}"),
+        ("- optim\n", f"FILE has no sections: {SECTIONS}"),
+        ("optim:\n", f"section optim of FILE has no fields: {SECTIONS}"),
+        ("optim: 5\n", f"section optim of FILE has no fields: {SECTIONS}"),
+        ("optim:\n\tlr: 1\n", "FILE, line 2 is not YAML"),
+        ("optim:\n\tlr: 1\n", "YAML is indented with spaces, not with tabs"),
+        ("optim: {lr: 1\n", "FILE, line 2 is not YAML (expected ',' or '}'"),
+        ("optim: {lr: \x00}\n", "FILE is not YAML"),
+        ("lr: 1\n", "FILE has an unknown field lr; did you mean optim.lr?"),
+        ("optm: {lr: 1}\n", "FILE has an unknown field optm.lr; did you mean optim.lr?"),
+        (
+            "model: {preset: gpt3}\n",
+            "model.preset in FILE: expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or null, got",
+        ),
+    ],
+)
+def test_an_error_in_a_file_names_the_file(capsys, tmp_path, content, message):
+    file = tmp_path / "a.yaml"
+    file.write_text(content)
+    for arguments in (["--config", str(file)], [f"--config={file}"]):
+        assert message.replace("FILE", str(file)) in refused(capsys, *arguments)
+
+
+def test_an_error_on_the_command_line_does_not_name_the_file(capsys, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {preset: gpt2}\n")
+    assert "a.yaml" not in refused(capsys, "--config", str(file), "--model.preset", "gpt3")
 
 
 def test_changes_in_a_resumed_run_are_listed_with_old_and_new_values():
