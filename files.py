@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,21 @@ def write_json(path: Path, value: Any) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Delete a directory that is not needed any more. If `path` is a link, only the link is deleted.
+
+    An error is printed on stderr and not raised: what remains takes space, but does no other harm.
+    """
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            # Rename first, so that a process killed while it deletes leaves no directory that looks complete.
+            shutil.rmtree(path if path.suffix == PARTIAL_SUFFIX else path.rename(f"{path}{PARTIAL_SUFFIX}"))
+    except OSError as error:
+        print(f"{path} could not be deleted ({error}): delete it to free its space", file=sys.stderr)
 
 
 def sync_directory(directory: Path) -> None:

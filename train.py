@@ -126,7 +126,8 @@ def validate(run: TrainingRun) -> None:
     result = measure(run)
     state, loss = run.state, result.loss.loss
     state.val_loss = loss
-    if state.best is None or loss < state.best[0]:
+    # NaN is never the best. Comparisons with NaN are false, so this also replaces a NaN that an older version stored.
+    if math.isfinite(loss) and not (state.best and loss >= state.best[0]):
         state.best = loss, state.step
     tokens = state.step * run.config.data.batch_tokens
     bits = result.loss.bits_per_byte
@@ -258,17 +259,16 @@ def log_step(
 def give_up(run: TrainingRun) -> None:
     """Raise FloatingPointError, which names the last checkpoint, after too many bad steps."""
     run.checkpoints.wait()
-    good = run.checkpoints.existing()
     raise FloatingPointError(
         f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite, at step {run.state.step}. "
-        f"Last good checkpoint: {good[-1] if good else 'none'}. Resume from it with a lower optim.lr"
+        f"{run.checkpoints.advice()}"
     )
 
 
 def conclude(run: TrainingRun, status: str) -> None:
     """Wait for the last checkpoint, draw the losses, and write the status."""
     run.progress.close()
-    run.checkpoints.wait()
+    run.checkpoints.wait(last=True)
     run.directory.finish()
     run.directory.draw_losses(draw_loss, run.state.step, run.inputs.reference_losses)
     run.directory.write_status(status, run.state.step)

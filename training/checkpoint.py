@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,13 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from data.tokenizer import Tokenizer
-from files import PARTIAL_SUFFIX, file_sha256, sync_directory
+from files import PARTIAL_SUFFIX, discard, file_sha256, sync_directory
 from model import GPT
 from pretrained import MANIFEST, OPTIMIZER, STATE, find_newest, list_checkpoints
 from weights import save_weights
@@ -66,6 +68,14 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
 
 
+def check_finite(tensors: dict[str, Tensor], step: int) -> None:
+    """Raise FloatingPointError, which names the first such tensor, if a value after `step` is NaN or infinite."""
+    for name, tensor in tensors.items():
+        # The smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, this needs no memory.
+        if tensor.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
+            raise FloatingPointError(f"{name} has values that are NaN or infinite after step {step}")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's trainer/state.json."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -78,13 +88,18 @@ class Checkpoints:
         directory: runs/<name>/checkpoints.
         keep: number of newest checkpoints to keep, in addition to the one with the best validation loss.
         on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
-            the error. "continue": the call prints the error on stderr.
+            the error. "continue": the call prints the error on stderr, unless it is `wait(last=True)`.
+
+    A checkpoint whose weights or optimizer state are not finite is not written, and the same call raises
+    FloatingPointError: every later step would be lost too.
     """
 
     def __init__(self, directory: Path, *, keep: int, on_error: str) -> None:
         self.directory, self.keep, self.on_error = directory, keep, on_error
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._cannot_flush = False
+        self._resumed: Path | None = None  # the checkpoint that `newest` found
         self._unreadable: set[Path] = set()  # damaged checkpoints, and those without a readable trainer/state.json
 
     def path(self, step: int) -> Path:
@@ -100,9 +115,9 @@ class Checkpoints:
 
         Raises ValueError if there are checkpoints, but all of them are damaged.
         """
-        newest, damaged = find_newest(self.directory)
+        self._resumed, damaged = find_newest(self.directory)
         self._unreadable.update(damaged)
-        return newest
+        return self._resumed
 
     def best(self) -> tuple[float, Path] | None:
         """Return the lowest validation loss of the existing checkpoints, and the checkpoint it belongs to.
@@ -117,17 +132,22 @@ class Checkpoints:
                 continue
             try:
                 state = read_state(path)
-                loss, best = state["val_loss"], state.get("best")
+                loss, best = state["val_loss"], state.get("best")  # NaN if the validation loss was not finite
             except (OSError, ValueError, KeyError, TypeError) as error:  # without trainer/ it is still a GPT-2
                 print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
                 self._unreadable.add(path)
                 continue
-            if loss is not None:
+            if loss is not None and math.isfinite(loss):
                 own[path] = loss
-            if best is not None:
+            if best is not None and math.isfinite(best[0]):
                 reported[self.path(best[1])] = best[0]
         readable = set(self.existing()) - self._unreadable
         return min(((loss, path) for path, loss in (reported | own).items() if path in readable), default=None)
+
+    def advice(self) -> str:
+        """Return what to do after training has diverged."""
+        good = self.existing()
+        return f"Last good checkpoint: {good[-1] if good else 'none'}. Resume from it with a lower optim.lr"
 
     def save(
         self, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, state: dict[str, Any], *, write: bool
@@ -147,6 +167,8 @@ class Checkpoints:
         config = asdict(model.config)
 
         def write_files(partial: Path) -> None:
+            check_finite(weights, state["step"])
+            check_finite(optimizer_state, state["step"])
             save_weights(weights, config, partial, eos_token_id=tokenizer.eot)
             tokenizer.save(partial)
             save_file(optimizer_state, partial / OPTIMIZER)
@@ -166,16 +188,22 @@ class Checkpoints:
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def wait(self) -> None:
-        """Wait until the last `save` is on the disk. Raises OSError if it failed, unless `on_error` is "continue"."""
+    def wait(self, *, last: bool = False) -> None:
+        """Wait until the last `save` is on the disk.
+
+        Raises FloatingPointError if its weights were not finite. Raises OSError if it could not be written, unless
+        `on_error` is "continue" and more checkpoints follow: not with `last`.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is None:
             return
+        if isinstance(error, FloatingPointError):
+            raise FloatingPointError(f"{error}. {self.advice()}") from None
         message = f"a checkpoint could not be written to {self.directory} ({error}); earlier ones are complete"
-        if self.on_error == "stop":
+        if self.on_error == "stop" or last:
             raise OSError(f"{message}. Free some space, and run the same command to resume from the newest") from error
         print(message, file=sys.stderr)
 
@@ -195,18 +223,36 @@ class Checkpoints:
             for path in (*files, partial / MANIFEST):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            sync_directory(partial / "trainer")
-            sync_directory(partial)
+            self._flush(partial / "trainer", partial)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)  # frees the space for the next attempt
             raise
-        if final.exists():  # a damaged checkpoint, from which the run could not resume
+        replaced = None
+        if final == self._resumed:  # only its validation loss is new
+            replaced = final.rename(f"{final}.replaced{PARTIAL_SUFFIX}")
+        elif os.path.lexists(final):  # a damaged checkpoint, from which the run could not resume
             names = (final.with_name(f"{final.name}.damaged{n or ''}") for n in itertools.count())
-            final.rename(next(name for name in names if not name.exists()))
+            final.rename(next(name for name in names if not os.path.lexists(name)))
             self._unreadable.discard(final)
         partial.rename(final)
-        sync_directory(self.directory)
+        if replaced is not None:
+            discard(replaced)
+        self._flush(self.directory)
         self._prune()
+
+    def _flush(self, *directories: Path) -> None:
+        """Flush directories to the disk. If that fails, say so once: the checkpoint is complete nevertheless."""
+        try:
+            for directory in directories:
+                sync_directory(directory)
+        except OSError as error:
+            if not self._cannot_flush:
+                print(
+                    f"{self.directory} could not be flushed to the disk ({error}): its checkpoints are complete, but a "
+                    f"power failure may lose the newest",
+                    file=sys.stderr,
+                )
+            self._cannot_flush = True
 
     def _prune(self) -> None:
         """Delete all checkpoints except the newest `keep`, the best by validation loss, and unreadable ones."""
@@ -214,5 +260,4 @@ class Checkpoints:
         paths = [path for path in self.existing() if path not in self._unreadable]
         for path in paths[: -self.keep]:
             if best is None or path != best[1]:
-                # Rename first, so that a process killed while it deletes leaves no directory that looks complete.
-                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL_SUFFIX)))
+                discard(path)

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from files import PARTIAL_SUFFIX, write_json
+from files import PARTIAL_SUFFIX, discard, write_json
 from training.config import Config
 
 POINTS_DRAWN = 1000  # number of training losses that loss.png shows
@@ -116,7 +115,7 @@ class RunDirectory:
             if self._lock is None:
                 self.lock()
             for partial in self.checkpoints.glob(f"*{PARTIAL_SUFFIX}"):  # a killed process was writing or deleting it
-                shutil.rmtree(partial)
+                discard(partial)
             settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
             (self.path / "config.yaml").write_text(settings, encoding="utf-8")
             write_json(self.path / "provenance.json", [*self.read_provenance(), start])

@@ -4,16 +4,19 @@ import contextlib
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import training.checkpoint
 from data.tokenizer import load_tokenizer
 from files import file_sha256
 from generation import generate
 from model import GPT
 from pretrained import list_checkpoints, resolve_model, verify
+from train import train_step
 from training.checkpoint import Checkpoints
 from training.run_directory import RunDirectory, read_metrics
 
@@ -151,6 +154,72 @@ def test_the_newest_and_the_best_are_kept(tiny_run, train):
     assert steps(run) == [10, 16]
 
 
+def test_a_linked_checkpoint_is_unlinked_when_it_is_not_needed_any_more(run, tiny_run, train, tmp_path, capsys):
+    """A user moved it to another disk, and what the link leads to is not ours."""
+    moved = shutil.move(run / "checkpoints" / "step-000004", tmp_path / "elsewhere")
+    (run / "checkpoints" / "step-000004").symlink_to(moved)
+    (run / "checkpoints" / "step-000006").symlink_to(tmp_path / "nowhere")
+    (run / "checkpoints" / "step-000003.partial").symlink_to(moved)
+    train(tiny_run("run", **{"optim.steps": 12, "checkpoint.keep": 1, "run.allow_changes": True}))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000006", "step-000012"]
+    verify(moved)
+    assert "step-000006, because its trainer/state.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(run, tiny_run, train, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("files.shutil.rmtree", refuse)
+    config = tiny_run("run", **{"optim.steps": 12, "checkpoint.keep": 1, "run.allow_changes": True})
+    train(config)
+    assert (steps(run), status(run)) == ([12], "finished")
+    assert "step-000004 could not be deleted ([Errno 13] Permission denied" in capsys.readouterr().err
+    train(config)  # what is left of the others does not stop it either
+    assert "step-000008.partial could not be deleted" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_flushed_stops_neither_saving_nor_pruning(tiny_run, train, monkeypatch, capsys):
+    def refuse(directory):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("training.checkpoint.sync_directory", refuse)
+    run = train(tiny_run("run", **{"optim.steps": 8, "checkpoint.every": 2, "checkpoint.keep": 1}))
+    assert (steps(run), status(run)) == ([8], "finished")
+    error = capsys.readouterr().err
+    assert error.count("could not be flushed to the disk ([Errno 5] Input/output error): its checkpoints are") == 1
+    assert "could not be written" not in error
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("where", ["weights", "optimizer"])
+def test_weights_that_are_not_finite_are_never_saved(tiny_run, train, where, on_error):
+    """The loss and gradient before them are finite. Earlier checkpoints stay."""
+
+    def spoil(run, *requests):
+        result = train_step(run, *requests)
+        if run.state.step == 7:
+            last = run.model.transformer.ln_f.bias
+            tensor = last.data if where == "weights" else run.optimizers[0].state[last]["exp_avg"]
+            tensor[3] = float("inf")
+        return result
+
+    config = tiny_run("run", **{"checkpoint.every": 1, "checkpoint.keep": 2, "checkpoint.on_error": on_error})
+    with pytest.raises(FloatingPointError, match=r"ln_f.bias\S* has values .* after step 7. Last good .*step-000006"):
+        train(config, train_step=spoil)
+    run = Path(config.run.dir) / "run"
+    assert (steps(run), status(run)) == ([5, 6], "failed")
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_the_best_checkpoint_has_a_finite_loss(tmp_path):
+    nan = float("nan")
+    for step, loss, best in ((2, nan, [nan, 2]), (4, 3.0, [nan, 2]), (6, nan, [3.0, 4]), (8, 3.5, [3.0, 4])):
+        (trainer := tmp_path / f"step-{step:06d}" / "trainer").mkdir(parents=True)
+        (trainer / "state.json").write_text(json.dumps({"val_loss": loss, "best": best}))
+    assert Checkpoints(tmp_path, keep=1, on_error="stop").best() == (3.0, tmp_path / "step-000004")
+
+
 def test_older_checkpoints_that_cannot_be_read_are_kept(run, tiny_run, train, capsys):
     shutil.rmtree(run / "checkpoints" / "step-000004" / "trainer")  # to save space
     (run / "checkpoints" / "step-000008" / "trainer" / "state.json").write_text("[]")
@@ -231,14 +300,40 @@ def test_a_full_disk_stops_the_run_and_keeps_the_earlier_checkpoints(run, tiny_r
         verify(path)
 
 
-def test_a_full_disk_does_not_stop_the_run_if_so_configured(tiny_run, train, monkeypatch, capsys):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
+def fail_at(monkeypatch, *steps):
+    """Let writing the checkpoints after these steps fail, as on a full disk."""
+    save_file = training.checkpoint.save_file
 
-    monkeypatch.setattr("training.checkpoint.save_file", full)
-    run = train(tiny_run("run", **{"optim.steps": 4, "checkpoint.every": 2, "checkpoint.on_error": "continue"}))
+    def write(tensors, path):
+        if any(f"step-{step:06d}" in str(path) for step in steps):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("training.checkpoint.save_file", write)
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())["status"]
+
+
+def test_a_full_disk_does_not_stop_the_run_if_so_configured(tiny_run, train, monkeypatch, capsys):
+    fail_at(monkeypatch, 2, 4)
+    run = train(tiny_run("run", **{"optim.steps": 6, "checkpoint.every": 2, "checkpoint.on_error": "continue"}))
     assert capsys.readouterr().err.count("No space left on device") == 2
-    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert (status(run), steps(run)) == ("finished", [6])
+
+
+def test_a_run_without_its_last_checkpoint_is_not_finished(tiny_run, train, monkeypatch):
+    fail_at(monkeypatch, 6)
+    options = {"optim.steps": 6, "checkpoint.every": 2, "checkpoint.on_error": "continue"}
+    config = tiny_run("run", **options)
+    with pytest.raises(OSError, match=r"could not be written .*Free some space, and run the same command"):
+        train(config)
+    run = Path(config.run.dir) / "run"
+    assert (status(run), steps(run), len(read_metrics(run / "metrics.jsonl"))) == ("failed", [2, 4], 6)
+    monkeypatch.undo()
+    train(config)
+    assert (status(run), steps(run)) == ("finished", [2, 4, 6])
 
 
 # train.py under a limit on the size of the files it writes, which has the effect of a full disk
@@ -255,9 +350,8 @@ def test_a_limit_on_file_sizes_stops_the_command_or_not_as_configured(tiny_run, 
     assert "a checkpoint could not be written" in result.stderr
     assert "earlier ones are complete" in result.stderr
     assert "Traceback" not in result.stderr
-    assert (result.returncode, json.loads((run / "status.json").read_text())["status"]) == (
-        (2, "failed") if on_error == "stop" else (0, "finished")
-    )
+    assert (result.returncode, status(run)) == (2, "failed")
+    assert len(read_metrics(run / "metrics.jsonl")) == (12 if on_error == "continue" else 8)
     assert steps(run) == [4]
     verify(run / "checkpoints" / "step-000004")
     assert not list(run.rglob("*.partial"))
