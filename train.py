@@ -269,7 +269,6 @@ def conclude(run: TrainingRun, status: str) -> None:
     """Wait for the last checkpoint, draw the losses, and write the status."""
     run.progress.close()
     run.checkpoints.wait(last=True)
-    run.directory.finish()
     run.directory.draw_losses(draw_loss, run.state.step, run.inputs.reference_losses)
     run.directory.write_status(status, run.state.step)
     if run.processes.is_main:

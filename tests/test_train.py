@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import data.tokenizer
 import pretrained
+import training.setup
 from processes import Processes
 from train import MAX_BAD_STEPS, train_step
 from training.run_directory import read_metrics
@@ -315,22 +316,78 @@ def test_samples_of_repeated_steps_appear_once(tiny_run, train):
     assert (run / "samples.txt").read_text() == samples
 
 
-def test_samples_and_curves_on_a_full_disk_stop_the_run_or_not_as_configured(tiny_run, train, monkeypatch, capsys):
-    def refuse(*arguments):
-        raise OSError(28, "No space left on device")
+def test_samples_on_a_full_disk_stop_the_run_or_not_as_configured(tiny_run, train, monkeypatch, capsys):
+    monkeypatch.setattr("training.run_directory.keep_samples", lambda *arguments: None)
+    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1}
+    for name in ("stop", "continue"):
+        run = tiny_run(name, **options, **{"checkpoint.on_error": name})
+        (directory := Path(run.run.dir) / name).mkdir(parents=True)
+        (directory / "samples.txt").mkdir()  # a directory, which cannot be opened as a file
+        if name == "stop":
+            with pytest.raises(OSError, match=r"samples.txt"):
+                train(run)
+        else:
+            train(run)
+            assert len(losses(directory)) == 4
+            assert capsys.readouterr().out.count("samples.txt could not be written") == 3
+
+
+def test_a_drawing_error_stops_no_run_and_costs_no_checkpoint(tiny_run, train, monkeypatch, capsys):
+    saved = []
+
+    def refuse(records, path, *arguments):
+        saved.append(records[-1]["step"])
+        raise RuntimeError("a fault of matplotlib")
 
     monkeypatch.setattr("train.draw_loss", refuse)
-    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1}
-    with pytest.raises(OSError, match="No space left"):
-        train(tiny_run("stop", **options))
-    run = tiny_run("continue", **options, **{"checkpoint.on_error": "continue"})
-    (directory := Path(run.run.dir) / "continue").mkdir()
-    (directory / "samples.txt").mkdir()  # a directory, which cannot be opened as a file
-    monkeypatch.setattr("training.run_directory.keep_samples", lambda *arguments: None)
-    train(run)
-    assert len(losses(directory)) == 4
-    output = capsys.readouterr().out
-    assert output.count("samples.txt could not be written") == output.count("loss.png could not be written") - 1 == 3
+    run = train(tiny_run("plain", **{"optim.steps": 4, "eval.every": 2, "checkpoint.every": 2}))
+    assert len(losses(run)) == 4
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    assert "loss.png could not be drawn (RuntimeError('a fault of matplotlib')); the run" in capsys.readouterr().out
+
+
+def test_a_name_that_looks_like_mathematics_is_a_name(tiny_run, train, capsys):
+    run = train(tiny_run("$LR_$SEED", **{"optim.steps": 3, "eval.every": 3}))
+    assert (run / "loss.png").exists()
+    assert "could not be drawn" not in capsys.readouterr().out
+
+
+def test_the_same_initial_model_may_be_written_in_another_way(tiny_run, train, monkeypatch, tmp_path):
+    first = train(tiny_run("first", **{"optim.steps": 3}))
+
+    def tune(init_from):
+        return train(tiny_run("tuned", **{"model.init_from": init_from, "optim.steps": 4, "eval.every": 2}))
+
+    monkeypatch.chdir(tmp_path / "runs")
+    (tmp_path / "link").symlink_to(first)
+    for name in ("first", "./first/", "../runs/first", str(first), str(tmp_path / "link")):
+        tune(name)
+    monkeypatch.chdir(tmp_path)  # the stored name "first" was relative to another directory
+    with pytest.raises(ValueError, match=r"model.init_from was 'first', is 'runs'"):
+        tune("runs")
+    tune("runs/first")
+
+
+def test_a_slow_start_does_not_replace_the_checkpoints_of_another_process(tiny_run, train, prepare, monkeypatch):
+    """Both start in an empty place. The second still reads the dataset while the first trains and ends."""
+    config, others = tiny_run("raced", **{"optim.steps": 4}), []
+    read = training.setup.open_inputs
+
+    def slowly(*arguments, **options):
+        monkeypatch.setattr("training.setup.open_inputs", read)
+        others.append(train(config))
+        return read(*arguments, **options)
+
+    monkeypatch.setattr("training.setup.open_inputs", slowly)
+    with pytest.raises(
+        ValueError, match=r"another process has trained in .*raced since .*: run the same command again"
+    ):
+        train(config)
+    (run,) = others
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+    assert len(losses(run)) == 4
+    train(config)
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
 
 
 def test_a_status_that_cannot_be_written_does_not_hide_the_failure(tiny_run, prepare, monkeypatch):

@@ -171,8 +171,12 @@ class Log:
 
     every: PositiveInt = 10
     """Steps between progress lines. metrics.jsonl has every step."""
+    to: list[Literal["wandb", "tensorboard", "trackio"]] = field(default_factory=list)
+    """Send the metrics to these too. wandb: Weights & Biases; tensorboard: event files in the run's directory;
+    trackio: Trackio's local database."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Also send the metrics to Weights & Biases."""
+    """Mode of Weights & Biases. offline and online also add wandb to log.to; with wandb in log.to, the default is
+    online."""
 
 
 @dataclass

@@ -7,19 +7,21 @@ status.json       running | preempted | finished | failed, and the last step
 metrics.jsonl     one object per line, see `MetricsLog`
 samples.txt       texts that were sampled at each validation
 loss.png          training and validation loss
-wandb_id.txt      identifies the run at Weights & Biases, if it is used
+wandb_id.txt      identifies the run at Weights & Biases, if it is used; trackio_id.txt likewise
+tensorboard/      event files of TensorBoard, if it is used
 checkpoints/      see training/checkpoint.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import itertools
 import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from files import PARTIAL_SUFFIX, discard, write_json
+from pretrained import list_checkpoints
 from training.config import Config
+from training.trackers import Tracker, start_trackers
 
 POINTS_DRAWN = 1000  # number of training losses that loss.png shows
 
@@ -46,6 +50,7 @@ class RunDirectory:
         self.metrics_path = path / "metrics.jsonl"
         self._lock: FileLock | None = None
         self._log: MetricsLog | None = None
+        self._trackers: dict[str, Tracker] = {}
         self._say: Callable[[str], None] = print
         self._continue_on_error = False
 
@@ -62,23 +67,36 @@ class RunDirectory:
         return read_file(self.path / "provenance.json", json.loads, [])
 
     def read_status(self) -> str:
-        """Return running, preempted, finished or failed; "unknown" if there is no file."""
-        return read_file(self.path / "status.json", json.loads, {}).get("status", "unknown")
+        """Return running, preempted, finished or failed; "unknown" if there is no file.
+
+        The result is "killed" if the file says running, but no process holds the lock of the directory.
+        """
+        status = read_file(self.path / "status.json", json.loads, {}).get("status", "unknown")
+        return "killed" if status == "running" and not self.is_locked() else status
+
+    def is_locked(self) -> bool:
+        """Return whether some process holds the lock. True if the lock cannot be read."""
+        try:
+            with open(self.path / ".lock", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def iterate_samples(self) -> Iterator[tuple[str, list[str]]]:
         """Yield "step N" and the texts that were sampled after it, in the order of writing."""
-        path = self.path / "samples.txt"
-        if not path.exists():
-            return
-        heading, texts = "", list[str]()
-        for part in f"\n{path.read_text(encoding='utf-8', errors='replace')}".split("\n==== ")[1:]:
-            title, _, text = part.partition("\n")
-            step = title.partition(",")[0]
-            if step != heading and texts:
+        path, heading, texts = self.path / "samples.txt", "", list[str]()
+        for step, block in split_samples(path.read_bytes() if path.exists() else b""):
+            # After the heading comes the text, with a line break and an empty line at its end.
+            text = block.decode("utf-8", errors="replace").partition("\n")[2].removesuffix("\n\n")
+            text = ESCAPED.sub("", text)
+            if f"step {step}" != heading and texts:
                 yield heading, texts
                 texts = []
-            heading = step
-            texts.append(text.rstrip("\n"))
+            heading = f"step {step}"
+            texts.append(text)
         if texts:
             yield heading, texts
 
@@ -107,23 +125,44 @@ class RunDirectory:
             last_validation: later validations and samples are removed.
             say: prints a message to the user.
 
-        Raises OSError if the directory cannot be written, ValueError if it is locked or Weights & Biases fails.
+        Raises OSError if the directory cannot be written. Raises ValueError if it is locked, if another process has
+        made checkpoints in it since the start of this one, or if a tracker does not start.
         """
         self._say, self._continue_on_error = say, config.checkpoint.on_error == "continue"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
                 self.lock()
+            if last_step < 0 and list_checkpoints(self.checkpoints):
+                raise ValueError(
+                    f"another process has trained in {self.path} since this one was started: run the same command "
+                    f"again to resume from its checkpoint"
+                )
             for partial in self.checkpoints.glob(f"*{PARTIAL_SUFFIX}"):  # a killed process was writing or deleting it
                 discard(partial)
             settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
             (self.path / "config.yaml").write_text(settings, encoding="utf-8")
-            write_json(self.path / "provenance.json", [*self.read_provenance(), start])
+            write_json(self.path / "provenance.json", [*self._earlier_starts(), start])
             self._log = MetricsLog(self.metrics_path, last_step, config, last_validation=last_validation)
             keep_samples(self.path / "samples.txt", last_validation)
             self.write_status("running", max(0, last_step))
         except OSError as error:
             raise OSError(f"cannot write to {self.path} ({error.strerror or error}): choose another run.dir") from error
+        try:
+            self._trackers = start_trackers(config, self.path, last_step)
+        except ValueError:
+            self.write_status("failed", max(0, last_step))
+            raise
+
+    def _earlier_starts(self) -> list[dict[str, Any]]:
+        """Return the entries of provenance.json. A damaged file, which training does not need, is renamed."""
+        try:
+            return self.read_provenance()
+        except ValueError as error:
+            path = self.path / "provenance.json"
+            path.replace(f"{path}.damaged")
+            self._say(f"warning: {error}. It is kept as {path.name}.damaged, and a new file is begun")
+            return []
 
     def write_status(self, status: str, step: int) -> None:
         """Write status.json."""
@@ -131,15 +170,18 @@ class RunDirectory:
             write_json(self.path / "status.json", {"status": status, "step": step})
 
     def log(self, split: str, step: int, **values: Any) -> None:
-        """Append a record to metrics.jsonl, see `MetricsLog.write`."""
+        """Append a record to metrics.jsonl, see `MetricsLog.write`, and send it to the trackers."""
         if self._log is not None:
             self._log.write(split, step, **values)
+        for name, tracker in list(self._trackers.items()):
+            with self._tracker_errors(name):
+                tracker.log({f"{split}/{key}": value for key, value in values.items()}, step)
 
     def append_samples(self, step: int, texts: Sequence[str]) -> None:
         """Append sampled texts to samples.txt."""
         if self._log is not None:
             with self._tolerate_errors("samples.txt"), open(self.path / "samples.txt", "a", encoding="utf-8") as file:
-                file.writelines(f"==== step {step}, sample {i}\n{text}\n\n" for i, text in enumerate(texts, 1))
+                file.writelines(format_sample(step, i, text) for i, text in enumerate(texts, 1))
 
     def draw_losses(self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]]) -> None:
         """Draw the losses so far to loss.png.
@@ -153,19 +195,31 @@ class RunDirectory:
             return
         every = max(1, step // POINTS_DRAWN)  # memory must not grow with the length of the run
         records = [r for r in iterate_metrics(self.metrics_path) if r["split"] != "train" or r["step"] % every == 0]
-        with self._tolerate_errors("loss.png"):
+        try:
             draw(records, self.path / "loss.png", self.path.name, references)
+        except Exception as error:  # of any kind: the picture can be drawn again, and no run has to stop for it
+            self._say(f"{self.path / 'loss.png'} could not be drawn ({error!r}); the run continues")
         gc.collect()  # figures contain reference cycles: without this, dozens of megabytes of them accumulate
 
-    def finish(self) -> None:
-        """Close metrics.jsonl and finish with Weights & Biases. The picture and the status can still be written."""
+    def close(self) -> None:
+        """Finish with the trackers, close metrics.jsonl, and release the lock, as far as this process has them."""
+        for name, tracker in list(self._trackers.items()):
+            with self._tracker_errors(name):
+                tracker.finish()
+        self._trackers.clear()
         if self._log is not None:
             self._log.close()
-
-    def release(self) -> None:
-        """Release the lock, if this process holds it."""
         if self._lock is not None:
             self._lock.release()
+
+    @contextlib.contextmanager
+    def _tracker_errors(self, name: str) -> Iterator[None]:
+        """Print an exception of a tracker, and do not use the tracker any more."""
+        try:
+            yield
+        except Exception as error:  # each package has exceptions of its own
+            del self._trackers[name]
+            self._say(f"{name} failed ({error!r}) and receives no more metrics; metrics.jsonl has all of them")
 
     @contextlib.contextmanager
     def _tolerate_errors(self, name: str) -> Iterator[None]:
@@ -179,13 +233,11 @@ class RunDirectory:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl: one object per line, written without delay, and sent to Weights & Biases if enabled.
+    """Writes metrics.jsonl: one object per line, written without delay.
 
     Opening the log removes the records after step `last_step`, from which the run resumes, the validations after
     `last_validation` (by default the same step), and an incomplete last line. So no step appears twice. With
     `checkpoint.on_error: continue`, records that cannot be written wait until the disk has space.
-
-    Raises ValueError if Weights & Biases does not start.
     """
 
     def __init__(self, path: Path, last_step: int, config: Config, *, last_validation: int | None = None) -> None:
@@ -198,7 +250,6 @@ class MetricsLog:
                     file.write(json.dumps(line) + "\n")
         os.replace(partial, path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open until the run ends)
-        self._wandb = None if config.log.wandb == "disabled" else start_wandb(config, path.parent)
 
     def write(self, split: str, step: int, **values: Any) -> None:
         """Append one record. Numbers that are not finite become null, because JSON has no such numbers."""
@@ -213,65 +264,46 @@ class MetricsLog:
                     f"cannot write {self._file.name} ({error.strerror}): free some space, and run the same command to "
                     f"resume from the last checkpoint"
                 ) from error
-        if self._wandb is not None:
-            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        """Close the file, and finish with Weights & Biases."""
+        """Close the file."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def start_wandb(config: Config, directory: Path) -> Any:
-    """Return the run at Weights & Biases that belongs to a run's directory. Raises ValueError if it does not start."""
-    import wandb  # imported here: most runs do not use it
-
-    # The id belongs to the directory: a resumed run continues its curves, a new run of the same name has its own.
-    id_file = directory / "wandb_id.txt"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    try:
-        return wandb.init(
-            project="gpt2",
-            name=config.run.name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            mode=config.log.wandb,
-            dir=directory,
-            config=config.to_dict(),
-        )
-    except wandb.Error as error:
-        raise ValueError(
-            f"log.wandb is {config.log.wandb}, but Weights & Biases did not start ({error}): run `wandb login`, check "
-            f"the network, or set log.wandb to offline or disabled"
-        ) from error
 
 
 def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
-    """Return `parse` of a file's text, or `default` if there is no file. Raises ValueError if parsing fails."""
+    """Return `parse` of a file's text, or `default` if there is no file.
+
+    Raises ValueError if parsing fails, or if the result has another type than a list or dictionary `default`.
+    """
     if not path.exists():
         return default
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if default is not None and not isinstance(found, type(default)):
+        raise ValueError(f"{path} has a {type(found).__name__}, expected a {type(default).__name__}")
+    return found
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics.jsonl; none if there is no file. An incomplete last line is skipped.
 
-    Raises ValueError, naming the line, if another line is not JSON.
+    Raises ValueError, naming the line, if another line is not a record.
     """
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                if line.endswith("\n"):  # only the last line can be incomplete, and it has no line break
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "split" not in record:
+                    raise ValueError('expected an object with "split" and "step"')
+            except (ValueError, RecursionError) as error:
+                if line.endswith(b"\n"):  # only the last line can be incomplete, and it has no line break
+                    raise ValueError(f"{path}, line {number} is not a record ({error}): delete the line") from None
+            else:
+                yield record
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -279,12 +311,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iterate_metrics(path))
 
 
+# In samples.txt, a backslash precedes a line of a text that looks like a heading, or like such a line with backslashes.
+HEADING = re.compile(rb"^==== step (\d+), sample ", re.MULTILINE)
+NEEDS_ESCAPE = re.compile(r"^(?=\\*==== )", re.MULTILINE)
+ESCAPED = re.compile(r"^\\(?=\\*==== )", re.MULTILINE)
+
+
+def format_sample(step: int, number: int, text: str) -> str:
+    """Return a sampled text as samples.txt has it: `split_samples` cannot take a line of the text for a heading."""
+    escaped = NEEDS_ESCAPE.sub(r"\\", text)
+    return f"==== step {step}, sample {number}\n{escaped}\n\n"
+
+
+def split_samples(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the step of each sample in a samples.txt, and the sample with its heading.
+
+    The content is bytes, because a full disk or a kill may have cut the file inside a character.
+    """
+    headings = list(HEADING.finditer(content))
+    starts = [heading.start() for heading in headings]
+    for heading, (start, end) in zip(headings, itertools.pairwise([*starts, len(content)]), strict=True):
+        yield int(heading[1]), content[start:end]
+
+
 def keep_samples(path: Path, last_step: int) -> None:
     """Remove the samples of steps after `last_step` from a samples.txt: the resumed run samples them again."""
     if path.exists():
-        # Read as bytes, because a full disk or a kill may have cut the file inside a character.
-        blocks = re.split(rb"^(?===== step (\d+), sample )", path.read_bytes(), flags=re.MULTILINE)[1:]
-        kept = [block for step, block in zip(blocks[::2], blocks[1::2], strict=True) if int(step) <= last_step]
+        kept = [sample for step, sample in split_samples(path.read_bytes()) if step <= last_step]
         partial = path.with_suffix(".partial")  # the file stays complete if the process is killed while it writes
         partial.write_bytes(b"".join(kept))
         os.replace(partial, path)

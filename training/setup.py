@@ -26,6 +26,7 @@ from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
 from training.plan import Plan, make_plan
 from training.run_directory import RunDirectory
+from training.trackers import check_packages
 
 
 @dataclass
@@ -71,11 +72,14 @@ class TrainingRun:
         """Return the content of a checkpoint's trainer/state.json."""
         progress = dataclasses.asdict(self.state)
         del progress["save_seconds"]
+        initial = Path(self.config.model.init_from)
         return {
             **progress,
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.plan.micro_batch,
             **self.plan.planned_for,
+            # `identity` has the name as it was given, which may be relative to the directory of this start.
+            "init_from_path": str(initial.resolve()) if initial.exists() else None,
             "identity": self.identity,
         }
 
@@ -83,13 +87,13 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        """Write a failure to status.json, stop the loader's thread, and release the lock of the run's directory."""
+        """Write a failure to status.json, stop the loader's thread, and close the run's directory."""
         if kind is not None:
             with contextlib.suppress(OSError):  # must not hide the error that ended the run
                 self.directory.write_status("failed", self.state.step)
         if isinstance(self.loader, Loader):
             self.loader.close()
-        self.directory.release()
+        self.directory.close()
 
 
 def is_due(step: int, every: int) -> bool:
@@ -105,8 +109,10 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     Raises ValueError or OSError if the run cannot work. What can be checked is checked before anything is created.
     """
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
-    if processes.is_main and directory.path.is_dir():
-        directory.lock()
+    if processes.is_main:
+        check_packages(config.log)
+        if directory.path.is_dir():
+            directory.lock()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
     checkpoint = find_checkpoint(config, processes, checkpoints)
     initial = find_initial_model(config, checkpoint)
@@ -191,13 +197,21 @@ def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, 
     }
 
 
+def same_model(init_from: str, *others: str | None) -> bool:
+    """Return whether model.init_from is the same name, or the same directory, as one of `others`."""
+    return any(other is not None and Path(other).resolve() == Path(init_from).resolve() for other in others)
+
+
 def read_resumable_state(checkpoint: Path, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's trainer/state.json. Raises ValueError if the checkpoint is not one of this run."""
     state, steps = read_state(checkpoint), config.optim.steps
     before, now = state["identity"]["dataset"], identity["dataset"]
     if None in (before.get("validation_sha256"), now["validation_sha256"]):  # trained without validation, now or before
         before["validation_sha256"] = now["validation_sha256"]
-    state["identity"]["model"].setdefault("init_from", config.model.init_from)  # older checkpoints do not store it
+    model = state["identity"]["model"]
+    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older ones store neither
+    if same_model(config.model.init_from, *places):
+        model["init_from"] = config.model.init_from
     refuse_changes(state["identity"], identity, allow=config.run.allow_changes)
     if state["step"] > steps:
         raise ValueError(

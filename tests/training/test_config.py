@@ -187,6 +187,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--model.preset", "gpt3"], "model.preset: expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or null, got gpt3"),
         (["--optim.lr", "fast"], "optim.lr: expected a number above 0, got 'fast'"),
         (["--system.compile", "maybe"], "system.compile: expected auto, true or false, got maybe"),
+        (["--log.to", "[paper]"], "log.to: expected a list of wandb, tensorboard or trackio"),
     ],
 )
 def test_impossible_combinations_are_refused(capsys, arguments, message):

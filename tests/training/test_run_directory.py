@@ -1,11 +1,9 @@
-"""The files of a run's directory: metrics, samples, Weights & Biases."""
+"""The files of a run's directory: metrics, samples, provenance, status."""
 
 import json
-import struct
+from types import SimpleNamespace
 
 import pytest
-import wandb
-from wandb.proto import wandb_internal_pb2
 
 from training.config import Config
 from training.run_directory import MetricsLog, RunDirectory, keep_samples, read_metrics
@@ -37,34 +35,42 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 def test_an_invalid_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    path.write_text('{"split": "val", "step": 1}\nnonsense\n{"split": "val", "step": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not a record"):
         read_metrics(path)
 
 
-def test_a_run_whose_wandb_does_not_start_has_no_status(tiny_run, train, monkeypatch, tmp_path):
-    def refuse(**options):
-        raise wandb.errors.UsageError("No API key configured.")
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ValueError, match=r"log.wandb is online, but .* \(No API key configured.\): run `wandb login`"):
-        train(tiny_run("logged", **{"log.wandb": "online"}))
-    assert not (tmp_path / "runs" / "logged" / "status.json").exists()
+@pytest.mark.parametrize("line", ["5", "{}", '{"step": 1}', '{"split": "val", "step": "x"}', "[" * 100_000])
+def test_a_line_that_is_json_but_not_a_record_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"split": "train", "step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a record .*: delete the line"):
+        read_metrics(path)
 
 
-def test_wandb_identifies_a_run_by_its_directory(tiny_run, train, monkeypatch, tmp_path):
-    """A resumed run keeps its id; a run of the same name in another directory has another id."""
-    ids = []
+def test_a_damaged_provenance_does_not_stop_a_resume(tiny_run, train, capsys):
+    run = train(tiny_run("old", **{"optim.steps": 3}))
+    for content in ("[{", '{"a": 1}', "[" * 100_000):
+        (run / "provenance.json").write_text(content)
+        train(tiny_run("old", **{"optim.steps": 3}))
+        assert "kept as provenance.json.damaged" in capsys.readouterr().out
+        assert (run / "provenance.json.damaged").read_text() == content
+        assert len(RunDirectory(run).read_provenance()) == 1
 
-    def init(id, **options):
-        ids.append(id)
-        raise wandb.errors.UsageError("enough")
 
-    monkeypatch.setattr(wandb, "init", init)
-    for directory in ("one", "one", "two"):
-        with pytest.raises(ValueError, match="enough"):
-            train(tiny_run("logged", **{"log.wandb": "online", "run.dir": str(tmp_path / directory)}))
-    assert ids[0] == ids[1] != ids[2]
+def test_a_status_whose_process_is_gone_is_shown_as_killed(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert directory.read_status() == "unknown"
+    for written, alone, beside_a_process in (("running", "killed", "running"), ("finished", "finished", "finished")):
+        (tmp_path / "status.json").write_text(json.dumps({"status": written, "step": 3}))
+        assert directory.read_status() == alone
+        directory.lock()
+        assert RunDirectory(tmp_path).read_status() == beside_a_process
+        directory.close()
+        assert directory.read_status() == alone
+    (tmp_path / "status.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"status.json has a list, expected a dict"):
+        directory.read_status()
 
 
 def test_lines_of_metrics_wait_for_space_if_the_run_continues(tiny_run, tmp_path):
@@ -79,12 +85,33 @@ def test_lines_of_metrics_wait_for_space_if_the_run_continues(tiny_run, tmp_path
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_later_samples_are_removed(tmp_path):
-    path = tmp_path / "samples.txt"
-    path.write_text("==== step 2, sample 1\na\n\n==== step 4, sample 1\nb\n\n")
-    keep_samples(path, 3)
-    assert path.read_text() == "==== step 2, sample 1\na\n\n"
+HEADING = "==== step 999, sample 1"
+
+
+@pytest.mark.parametrize(
+    "text", [HEADING, f"a\n{HEADING}\nb", f"\\{HEADING}", f"a\r{HEADING}", f"\n\n{HEADING}\n\n", "\\a", ""]
+)
+def test_a_text_cannot_imitate_the_heading_of_a_sample(tmp_path, text):
+    directory = RunDirectory(tmp_path)
+    directory._log = SimpleNamespace()  # as if it were open
+    directory.append_samples(2, [text, "second"])
+    directory.append_samples(4, [text])
+    expected = [("step 2", [text, "second"]), ("step 4", [text])]
+    assert list(directory.iterate_samples()) == expected
+    keep_samples(tmp_path / "samples.txt", 3)
+    assert list(directory.iterate_samples()) == expected[:1]
     keep_samples(tmp_path / "missing.txt", 3)
+    keep_samples(tmp_path / "samples.txt", 1)
+    keep_samples(tmp_path / "samples.txt", 1)
+    assert list(directory.iterate_samples()) == []
+
+
+def test_samples_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "samples.txt"
+    path.write_text("==== step 2, sample 1\na\\n\n\n==== step 4, sample 1\nb\n\n")
+    keep_samples(path, 3)
+    assert path.read_text() == "==== step 2, sample 1\na\\n\n\n"
+    assert list(RunDirectory(tmp_path).iterate_samples()) == [("step 2", ["a\\n"])]
 
 
 def test_a_directory_that_was_not_opened_is_not_written(tmp_path):
@@ -94,8 +121,7 @@ def test_a_directory_that_was_not_opened_is_not_written(tmp_path):
     directory.append_samples(1, ["text"])
     directory.write_status("finished", 1)
     directory.draw_losses(lambda *arguments: pytest.fail("drawn"), 1, [])
-    directory.finish()
-    directory.release()
+    directory.close()
     assert (directory.read_metrics(), directory.read_provenance()) == ([], [])
     assert list(tmp_path.iterdir()) == []
 
@@ -108,37 +134,3 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path):
         pytest.raises(OSError, match=r"cannot write /dev/full \(No space left on device\): free some space"),
     ):
         log.write("train", 1, loss=1.0)
-
-
-def test_wandb_offline_has_the_losses_of_metrics_jsonl(tiny_run, write_config, python):
-    config = tiny_run("logged", **{"log.wandb": "offline", "optim.steps": 4, "eval.every": 2})
-    python("train.py", "--config", write_config(config), WANDB_SILENT="true")
-    run = write_config(config).parent / "runs" / "logged"
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    logged = {}
-    for record in read_wandb(file):
-        if record.WhichOneof("record_type") == "history":
-            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
-            logged.setdefault(row["_step"], {}).update(row)
-    records = read_metrics(run / "metrics.jsonl")
-    assert len(records) == 7
-    for record in records:
-        assert logged[record["step"]][f"{record['split']}/loss"] == record["loss"]
-
-
-def read_wandb(path):
-    """Yield the records of a .wandb file: LevelDB's log format (doc/log_format.md there), after 7 bytes."""
-    content, place, whole = path.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        left = 32768 - place % 32768
-        if left < 7:  # the trailer of a block
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        whole += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a complete record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""

@@ -1,0 +1,124 @@
+"""Programs that show metrics, beside metrics.jsonl: Weights & Biases, TensorBoard and Trackio."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from training.config import Config, Log
+
+
+class Tracker(Protocol):
+    """What receives the metrics of a run. Any exception of a method ends the use of the tracker, not the run."""
+
+    def log(self, values: dict[str, Any], step: int) -> Any:
+        """Take the metrics of a step by "split/name"."""
+
+    def finish(self) -> Any:
+        """Send or write what is waiting."""
+
+
+def chosen(log: Log) -> list[str]:
+    """Return the names of the trackers that a configuration asks for."""
+    return [*dict.fromkeys([*log.to, *(["wandb"] if log.wandb != "disabled" else [])])]
+
+
+def check_packages(log: Log) -> None:
+    """Raise ValueError, with the command that installs it, if the package of a tracker is missing."""
+    for name in chosen(log):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"the configuration sends metrics to {name}, but the package is missing: `pip install {name}`, or "
+                f"remove it from log.to{' and log.wandb' if name == 'wandb' else ''}"
+            )
+
+
+def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str, Tracker]:
+    """Start the trackers of a run by name.
+
+    Args:
+        directory: the run's directory.
+        last_step: the step from which the run resumes, -1 for a new run.
+
+    Raises ValueError if one does not start.
+    """
+    starters: dict[str, Callable[[Config, Path, int], Tracker]] = {
+        "wandb": start_wandb,
+        "tensorboard": TensorBoard,
+        "trackio": start_trackio,
+    }
+    trackers: dict[str, Tracker] = {}
+    for name in chosen(config.log):
+        try:
+            trackers[name] = starters[name](config, directory, last_step)
+        except Exception as error:  # each package has exceptions of its own
+            login = "run `wandb login`, check the network, set log.wandb to offline, or " if name == "wandb" else ""
+            raise ValueError(f"{name} did not start ({error}): {login}remove it from log.to") from error
+    return trackers
+
+
+def start_wandb(config: Config, directory: Path, last_step: int) -> Tracker:
+    """Return the run at Weights & Biases that belongs to a run's directory. It ignores steps that it already has."""
+    import wandb  # imported here: most runs do not use it
+
+    return wandb.init(
+        project="gpt2",
+        name=config.run.name,
+        id=run_id(directory / "wandb_id.txt"),
+        resume="allow",
+        mode="offline" if config.log.wandb == "offline" else "online",
+        dir=directory,
+        config=config.to_dict(),
+    )
+
+
+def start_trackio(config: Config, directory: Path, last_step: int) -> Tracker:
+    """Return the run in Trackio's local database that belongs to a run's directory.
+
+    Trackio cannot delete steps: those that a resumed run repeats appear twice there.
+    """
+    import trackio  # imported here: most runs do not use it
+
+    name = f"{config.run.name}-{run_id(directory / 'trackio_id.txt')}"
+    settings = config.to_dict()
+    return trackio.init(
+        "gpt2", name=name, resume="allow", config=settings, embed=False, auto_log_gpu=False, auto_log_cpu=False
+    )
+
+
+class TensorBoard:
+    """Writes TensorBoard's event files to `tensorboard` in the run's directory: `tensorboard --logdir runs`.
+
+    TensorBoard ignores what an earlier attempt wrote for the steps after `last_step`.
+    """
+
+    def __init__(self, config: Config, directory: Path, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imported here: most runs do not use it
+
+        self._writer: Any = SummaryWriter(directory / "tensorboard", purge_step=last_step + 1)
+        self._writer.add_text("config", f"```\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```", last_step + 1)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Write the numbers among the values."""
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Write what is waiting, and close the files."""
+        self._writer.close()
+
+
+def run_id(path: Path) -> str:
+    """Return the id in a file, or create both.
+
+    The id belongs to the directory: a resumed run continues its curves, a new run of the same name has its own.
+    """
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
