@@ -10,12 +10,10 @@ import openmp  # noqa: F401 (before torch, which reads the setting when it is im
 
 # isort: split
 import os
-import signal
 import time
 import uuid
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -135,19 +133,3 @@ def stop_processes() -> None:
 def lost_process(error: RuntimeError) -> bool:
     """Return whether an error means that another process has ended. NCCL and gloo report a broken connection."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-class StopSignal:
-    """Records SIGTERM, SIGUSR1 and the first Ctrl-C, so that the loop can stop after the current step.
-
-    A second Ctrl-C raises KeyboardInterrupt as usual.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,12 +11,10 @@ The same command again resumes from the newest checkpoint. README.md describes w
 from __future__ import annotations
 
 # Imported before torch: it imports openmp, whose setting torch reads when it is imported.
-from processes import StopSignal, lost_process, start_processes, stop_processes
+from training.launch import StopSignal, training_process
 
 # isort: split
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -26,7 +24,6 @@ import torch
 from torch import Tensor
 
 from report.curves import draw_loss
-from training.config import parse_command_line
 from training.distributed import clip_gradients, synchronize_gradients
 from training.metrics import Stopwatch, duration, peak_memory, start_profiler
 from training.optim import learning_rate_factor, set_learning_rate
@@ -121,9 +118,14 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
     return StepResult(finite, diverged, stops > 0, saves > 0)
 
 
-def validate(run: TrainingRun) -> None:
-    """Score the validation split, sample texts, and draw the losses so far."""
-    result = measure(run)
+def validate(run: TrainingRun, signal: StopSignal) -> bool:
+    """Score the validation split and sample texts. Return False if a stop request has interrupted it, without a result.
+
+    All processes return the same value.
+    """
+    result = measure(run, signal)
+    if result is None:
+        return False
     state, loss = run.state, result.loss.loss
     state.val_loss = loss
     # NaN is never the best. Comparisons with NaN are false, so this also replaces a NaN that an older version stored.
@@ -145,7 +147,7 @@ def validate(run: TrainingRun) -> None:
             f"acc_norm {answers['acc_norm']:.4f} on {answers['count']:,}"
         )
     run.directory.append_samples(state.step, result.texts)
-    run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
+    return True
 
 
 def save(run: TrainingRun) -> None:
@@ -168,7 +170,7 @@ def train(
     run: TrainingRun,
     *,
     train_step: Callable[[TrainingRun, bool, bool], StepResult] = train_step,
-    validate: Callable[[TrainingRun], None] = validate,
+    validate: Callable[[TrainingRun, StopSignal], bool] = validate,
     profile: bool = False,
 ) -> Literal["finished", "preempted"]:
     """Train to the last step, or until a signal asks to stop. Return the status, which status.json also has.
@@ -176,11 +178,13 @@ def train(
     `train_step` and `validate` can be replaced, which scripts/ideas.py uses. With `profile`, three steps are traced.
     """
     config, state = run.config, run.state
-    signal = StopSignal()
+    signal = StopSignal(announce=run.processes.is_main)
     stopping, bad_steps, last_save = False, 0, time.monotonic()
     # Step 0 shows the loss of an untrained model, about ln(vocabulary): another number means an error in the code.
     if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
-        validate(run)
+        stopping = not validate(run, signal)
+        if is_done(run) and not stopping:
+            save(run)  # the checkpoint from which this attempt resumed lacks the loss of the last validation
     profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
 
     while not is_done(run) and not stopping:
@@ -197,21 +201,23 @@ def train(
         if bad_steps == MAX_BAD_STEPS:
             give_up(run)
 
-        # A process that receives SIGTERM has little time left, often 30 seconds. So a stop request skips the
-        # validation, which may take minutes; the resumed run does it first.
-        if config.eval.every and (is_done(run) or (is_due(state.step, config.eval.every) and not stopping)):
-            validate(run)
+        # A process that receives SIGTERM has little time left, often 30 seconds. So a stop request skips or interrupts
+        # the validation, which may take minutes; the resumed run does it first.
+        if run.lacks_validation and not stopping:
+            stopping = not validate(run, signal)
         # Validation comes before saving, because the checkpoint stores the validation loss, which identifies the best
         # checkpoint. A bad step is not saved, so that a run can recover from the newest checkpoint.
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
+        if state.val_loss is not None:  # after saving: an error in the drawing must not cost a checkpoint
+            run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:
             profiler.step()
 
     if profiler is not None:
         profiler.stop()
-    status: Literal["finished", "preempted"] = "finished" if is_done(run) else "preempted"
+    status: Literal["finished", "preempted"] = "preempted" if stopping or not is_done(run) else "finished"
     conclude(run, status)
     return status
 
@@ -266,23 +272,26 @@ def give_up(run: TrainingRun) -> None:
 
 
 def conclude(run: TrainingRun, status: str) -> None:
-    """Wait for the last checkpoint, draw the losses, and write the status."""
+    """Wait for the last checkpoint, write the status, draw the losses, and say how the run ended."""
+    state, directory = run.state, run.directory
     run.progress.close()
     run.checkpoints.wait(last=True)
-    run.directory.draw_losses(draw_loss, run.state.step, run.inputs.reference_losses)
-    run.directory.write_status(status, run.state.step)
+    directory.write_status(status, state.step)
+    directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
     if run.processes.is_main:
-        print(f"{status} after step {run.state.step}, {duration(run.state.seconds)} of training: {run.directory.path}")
+        print(f"{status} after step {state.step}, {duration(state.seconds)} of training: {directory.path}")
+        if status == "preempted":
+            print("run the same command to resume")
+        elif state.best is not None and state.step < run.config.optim.steps:
+            loss, step = state.best
+            print(f"eval.patience ended the run: the validation loss has not been below {loss:.4f} since step {step}")
         if best := run.checkpoints.best():
             print(f"checkpoint with the lowest validation loss, {best[0]:.4f}: {best[1]}")
 
 
 def main() -> None:
     """Read the command line and train. The exit status is 2 for an error that the user can correct."""
-    config, flags = parse_command_line()
-    who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    try:
-        processes = start_processes(config.system.device, config.system.dtype)
+    with training_process() as (config, flags, processes):
         if flags.dry_run is None:
             with setup(config, processes, verify=flags.verify) as run:
                 train(run, profile=flags.profile)
@@ -290,18 +299,6 @@ def main() -> None:
             report = dry_run(config, processes, flags)
             if processes.is_main:
                 print(report)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {who}{error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"train.py: {who}lost another process, whose own message states the cause ({reason})", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    stop_processes()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import train
 from data.loader import MicroBatch
 from model import GPT
 from train import StepResult
+from training.launch import StopSignal
 from training.optim import learning_rate_factor
 from training.setup import TrainingRun
 
@@ -29,9 +30,9 @@ class Idea:
         """Take one optimizer step."""
         return train.train_step(run, stop_requested, save_requested)
 
-    def validate(self, run: TrainingRun) -> None:
-        """Validate the run."""
-        train.validate(run)
+    def validate(self, run: TrainingRun, signal: StopSignal) -> bool:
+        """Validate the run. Return False if a stop request has interrupted it."""
+        return train.validate(run, signal)
 
 
 class UndecayedEmbeddings(Idea):
@@ -83,12 +84,12 @@ class Averaged(Idea):
                 total += parameter.detach()
         return result
 
-    def validate(self, run: TrainingRun) -> None:
+    def validate(self, run: TrainingRun, signal: StopSignal) -> bool:
         if train.is_done(run) and self.count:
             with torch.no_grad():
                 for total, parameter in zip(self.sums, run.model.parameters(), strict=True):
                     parameter.copy_(total / self.count)
-        super().validate(run)
+        return super().validate(run, signal)
 
 
 class MomentumWarmUp(Idea):

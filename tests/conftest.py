@@ -109,7 +109,8 @@ def prepare():
 @pytest.fixture
 def train(prepare):
     """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def run(config, **functions):
         with prepare(config) as prepared:

@@ -1,13 +1,11 @@
-"""Processes: their reductions, stop signals, and the end of a process group."""
+"""Processes: their reductions, and the end of a process group."""
 
-import os
-import signal
 import sys
 
 import pytest
 import torch
 
-from processes import Processes, StopSignal, start_processes
+from processes import Processes, start_processes
 
 
 def test_one_process_needs_no_process_group():
@@ -25,21 +23,6 @@ def test_an_environment_without_a_rank_is_refused(monkeypatch):
         ValueError, match=r"WORLD_SIZE is 2, but RANK is not set: start several processes with torchrun"
     ):
         start_processes("cpu", "float32")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_second_interrupt_is_not_recorded_but_raised(number):
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        stop = StopSignal()
-        assert not stop.received
-        os.kill(os.getpid(), number)
-        assert stop.received
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        for n, handler in handlers.items():
-            signal.signal(n, handler)
 
 
 GROUP_THREADS = """

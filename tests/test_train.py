@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pretrained
 import training.setup
 from processes import Processes
 from train import MAX_BAD_STEPS, train_step
+from train import train as train_run
 from training.run_directory import read_metrics
 from training.setup import setup
 
@@ -82,8 +84,10 @@ def test_a_run_that_is_killed_at_step_23_ends_with_the_same_bits(
     assert not list(killed.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, launch, wait_for_step, number):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("these tests run under nohup")
     config = tiny_run("stopped", **{"optim.steps": 100_000, "optim.schedule": "constant"})
     process = launch(sys.executable, "train.py", "--config", write_config(config))
     run = write_config(config).parent / "runs" / "stopped"
@@ -91,6 +95,8 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
+    assert "Stopping after this step, with a checkpoint" in output
+    assert "run the same command to resume" in output
     status = json.loads((run / "status.json").read_text())
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert status == {"status": "preempted", "step": last}
@@ -302,6 +308,66 @@ def test_a_stop_request_skips_the_validation_and_the_resumed_run_does_it(tiny_ru
     train(tiny_run("stopped", **options))
     assert sorted(logged(run)) == sorted(logged(whole))
     assert (run / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+
+
+def stop_at_pass(prepared, step, number):
+    """Let this process get SIGTERM before a forward pass of the validation after a step; return the passes' steps."""
+    passes = []
+
+    def stop(model, inputs):
+        passes.append(prepared.state.step)
+        if not model.training and passes.count(step) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    prepared.model.register_forward_pre_hook(stop)
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("step", "number"), [(0, 2), (4, 40), (7, 2), (7, 40)], ids=["at-start", "samples", "last-step", "last-samples"]
+)
+def test_a_stop_request_interrupts_a_validation_and_the_resumed_run_does_it_again(
+    tiny_run, prepare, train, monkeypatch, step, number
+):
+    """No other forward pass follows, the partial result is dropped, and the whole run is the same to the bit."""
+    monkeypatch.setattr("train.draw_loss", lambda *arguments: None)  # it takes most of the time
+    options = {"optim.steps": 7, "eval.every": 2, "eval.samples": 1, "eval.patience": 9, "data.micro_batch": 1}
+    config, whole = tiny_run("stopped", **options), train(tiny_run("whole", **options))
+    with prepare(config) as run:
+        passes = stop_at_pass(run, step, number)
+        assert train_run(run) == "preempted"
+    assert passes.count(step) == number
+    assert passes[-1] == step
+    path = run.directory.path
+    logged = read_metrics(path / "metrics.jsonl")
+    assert [(r["split"], r["step"]) for r in logged if r["step"] >= step] == ([("train", step)] if step else [])
+    assert json.loads((path / "status.json").read_text()) == {"status": "preempted", "step": step}
+    assert [one.name for one in path.glob("checkpoints/*")] == ([f"step-{step:06d}"] if step else [])
+
+    train(config)
+    assert losses(path, "val") == losses(whole, "val")
+    assert losses(path) == losses(whole)
+    assert (path / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    assert same_bits(weights(path, 7), weights(whole, 7))
+    states = [json.loads((run / "checkpoints/step-000007/trainer/state.json").read_text()) for run in (path, whole)]
+    assert states[0]["val_loss"] == states[1]["val_loss"] == losses(whole, "val")[-1]
+    assert states[0]["best"] == states[1]["best"]
+    assert json.loads((path / "status.json").read_text()) == {"status": "finished", "step": 7}
+    before = (path / "metrics.jsonl").read_bytes()
+    train(config)  # finished: nothing is validated again
+    assert (path / "metrics.jsonl").read_bytes() == before
+    assert not [one for one in path.glob("checkpoints/*") if "damaged" in one.name or "partial" in one.name]
+
+
+def test_a_run_says_that_patience_ended_it(tiny_run, train, capsys):
+    options = {"optim.steps": 50, "eval.every": 1, "eval.patience": 2, "optim.lr": 1e-12}
+    run = train(tiny_run("patient", **options))
+    best = min(losses(run, "val"))
+    step = losses(run, "val").index(best)
+    ending = f"eval.patience ended the run: the validation loss has not been below {best:.4f} since step {step}\n"
+    assert ending in capsys.readouterr().out
+    train(tiny_run("longer", **options | {"optim.steps": 3, "eval.patience": 3}))  # the last step comes first
+    assert "eval.patience ended" not in capsys.readouterr().out
 
 
 def test_samples_of_repeated_steps_appear_once(tiny_run, train):

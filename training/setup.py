@@ -65,8 +65,10 @@ class TrainingRun:
 
     @property
     def lacks_validation(self) -> bool:
-        """True if the run was stopped after this step, before the validation that was due."""
-        return self.state.val_loss is None and is_due(self.state.step, self.config.eval.every)
+        """True if a validation is due after this step and has no result yet: also after the last step of the run."""
+        step, every = self.state.step, self.config.eval.every
+        is_last = every > 0 and step == self.config.optim.steps
+        return self.state.val_loss is None and (is_last or is_due(step, every))
 
     def checkpoint_state(self) -> dict[str, Any]:
         """Return the content of a checkpoint's trainer/state.json."""

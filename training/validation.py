@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
@@ -11,7 +13,9 @@ import torch
 from eval.hellaswag import hellaswag
 from eval.loss import SplitLoss, joined, split_loss
 from generation import generate
+from model import GPT
 from training.distributed import free_gathered_weights
+from training.launch import StopSignal
 from training.setup import TrainingRun
 
 SAMPLE_TOKENS = 200
@@ -26,11 +30,59 @@ class Validation(NamedTuple):
     texts: list[str]  # samples; only the main process's are used
 
 
-def measure(run: TrainingRun) -> Validation:
-    """Score the validation split and HellaSwag, and sample texts. The model is in training mode before and after."""
+class Interrupted(Exception):
+    """A stop was requested during the validation."""
+
+
+@contextmanager
+def interrupt_if(model: GPT, stop_requested: Callable[[], bool]) -> Iterator[None]:
+    """In the `with` block, call `stop_requested` before each forward pass; if it returns True, raise Interrupted."""
+
+    def check(*arguments: object) -> None:
+        if stop_requested():
+            raise Interrupted
+
+    hook = model.register_forward_pre_hook(check, prepend=True)  # first, before FSDP gathers the weights
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
+    """Score the validation split and HellaSwag, and sample texts. Return None if a stop is requested meanwhile.
+
+    All processes run the same number of forward passes and agree before each of them whether to go on. The model is in
+    training mode before and after.
+    """
+    processes, model = run.processes, run.model
+
+    def stop_requested() -> bool:  # on any process
+        return processes.all_reduce_min(int(not signal.received)) == 0
+
+    model.eval()
+    try:
+        with interrupt_if(model, stop_requested):
+            loss, parts, answers = score(run)
+        # Nothing can be sampled from weights that are not finite. Under FSDP all processes take part in a forward pass,
+        # so all of them sample, and only the main process writes its texts. Otherwise the main process samples alone.
+        texts: list[str] = []
+        if math.isfinite(loss.loss) and (processes.is_main or run.plan.sharded):
+            requested = stop_requested if run.plan.sharded else lambda: signal.received
+            with suppress(Interrupted), interrupt_if(model, requested):
+                texts = sample_texts(run)
+        return None if stop_requested() else Validation(loss, parts, answers, texts)
+    except Interrupted:
+        return None
+    finally:
+        free_gathered_weights(model)
+        model.train()
+
+
+def score(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], dict[str, Any] | None]:
+    """Return the validation loss, that of each part of a mixture, and HellaSwag's results if eval.hellaswag is set."""
     config, processes, model, inputs = run.config, run.processes, run.model, run.inputs
     assert inputs.val  # open_inputs refuses eval.every without a validation split
-    model.eval()
     losses = {
         name: split_loss(
             model,
@@ -55,13 +107,7 @@ def measure(run: TrainingRun) -> Validation:
                 world_size=processes.world_size,
                 reduce=processes.all_reduce_sum,
             )
-    # Nothing can be sampled from weights that are not finite. Under FSDP all processes take part in a forward pass, so
-    # all of them sample, and only the main process writes its texts.
-    finite = math.isfinite(loss.loss)
-    texts = sample_texts(run) if finite and (processes.is_main or run.plan.sharded) else []
-    free_gathered_weights(model)
-    model.train()
-    return Validation(loss, losses if len(losses) > 1 else {}, answers, texts)
+    return loss, losses if len(losses) > 1 else {}, answers
 
 
 def sample_texts(run: TrainingRun) -> list[str]:

@@ -22,7 +22,9 @@ MUON = {
 @pytest.fixture
 def trained(tiny_run, prepare, monkeypatch):
     """`trained("z-loss")`: a TrainingRun after its last step, without an idea for "plain"."""
-    monkeypatch.setattr("train.StopSignal", lambda: SimpleNamespace(received=False))  # keeps pytest's signal handlers
+    monkeypatch.setattr(
+        "train.StopSignal", lambda **options: SimpleNamespace(received=False)
+    )  # keeps pytest's signal handlers
 
     def run(name, **changes):
         with prepare(tiny_run(name, **MUON | changes)) as prepared:

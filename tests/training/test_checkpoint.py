@@ -12,13 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import training.checkpoint
 from data.tokenizer import load_tokenizer
+from eval.loss import SplitLoss
 from files import file_sha256
 from generation import generate
 from model import GPT
 from pretrained import list_checkpoints, resolve_model, verify
-from train import train_step
+from train import train_step, validate
 from training.checkpoint import Checkpoints
+from training.launch import StopSignal
 from training.run_directory import RunDirectory, read_metrics
+from training.validation import Validation
 
 
 @pytest.fixture
@@ -210,6 +213,18 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_run, train, where, on_
     run = Path(config.run.dir) / "run"
     assert (steps(run), status(run)) == ([5, 6], "failed")
     assert not list((run / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize("best", [None, [float("nan"), 0]], ids=["new", "as-earlier-versions-stored-it"])
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(prepare, tiny_run, monkeypatch, best):
+    with prepare(tiny_run("nan", **{"eval.every": 1})) as run:
+        run.state.best = best
+        for step, loss in enumerate([float("nan"), 5.0, float("nan"), 4.0, float("inf"), 4.5]):
+            run.state.step = step
+            result = Validation(SplitLoss(loss, loss, 1), None, [])
+            monkeypatch.setattr("train.measure", lambda *arguments, result=result: result)
+            validate(run, StopSignal(announce=False))
+        assert run.state.best == (4.0, 3)
 
 
 def test_the_best_checkpoint_has_a_finite_loss(tmp_path):

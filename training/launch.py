@@ -1,0 +1,70 @@
+"""How a training process starts, is asked to stop, and ends: signals, messages and exit statuses."""
+
+from __future__ import annotations
+
+# Imported before torch, because it imports openmp, whose setting torch reads when it is imported.
+from command import fail, lasting_output
+
+# isort: split
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from processes import Processes, lost_process, start_processes, stop_processes
+from training.config import Config, Flags, parse_command_line
+
+
+class StopSignal:
+    """Records SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C, so that the loop can stop after the current step.
+
+    A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP comes when the terminal is closed; under nohup it is
+    ignored, and stays so.
+
+    Args:
+        announce: print on stderr that the request was received: True on the main process.
+    """
+
+    def __init__(self, *, announce: bool) -> None:
+        self.received, self._announce = False, announce
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._announce and not self.received:
+            again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
+            # Not with print: the signal may have come while another print holds the lock of stderr.
+            with contextlib.suppress(OSError):  # for example, the terminal is closed
+                os.write(2, f"\nStopping after this step, with a checkpoint{again}\n".encode())
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
+    """Read the command line and join the other processes for the `with` block; its exceptions end this process.
+
+    The exit status is 2 for an error that the user can correct, 1 if another process has ended, 130 for Ctrl-C.
+    """
+    who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    with lasting_output():
+        try:
+            config, flags = parse_command_line()
+            yield config, flags, start_processes(config.system.device, config.system.dtype)
+        except (ValueError, OSError, FloatingPointError) as error:
+            fail(f"train.py: {who}{error}")
+        except RuntimeError as error:
+            if not lost_process(error):
+                raise
+            reason = str(error).splitlines()[0]
+            fail(f"train.py: {who}lost another process, whose own message states the cause ({reason})", 1)
+        except KeyboardInterrupt:
+            print(
+                f"\ntrain.py: {who}stopped; run the same command to resume from the newest checkpoint", file=sys.stderr
+            )
+            sys.exit(130)
+        stop_processes()
