@@ -40,7 +40,7 @@ def test_requirements_txt_has_a_version_of_each_dependency_and_no_other(pinned):
 def test_requirements_txt_lists_each_package_that_a_module_imports(pinned):
     own = {name.partition(".")[0] for name in find_modules(ROOT)}
     providers = importlib.metadata.packages_distributions()
-    optional = {"lm_eval", "ctranslate2"}  # peers that are compared with if they are installed
+    optional = {"lm_eval", "ctranslate2", "trackio"}  # used if they are installed
     missing = set()
     for file in find_modules(ROOT).values():
         for node, _ in find_statements(ast.parse(file.read_text(encoding="utf-8"))):
