@@ -129,7 +129,8 @@ class Attention(nn.Module):
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
         # Without the causal mask a token could read its own target from the next position: the training loss would go
         # to zero and the model could not generate. A single query (cached decoding) attends to every key: no mask.
-        is_causal = self.causal and mask is None and q.size(2) > 1
+        # bool(): torch.export and torch.jit.trace make the size a symbol, which PyTorch's kernel does not accept.
+        is_causal = bool(self.causal and mask is None and q.size(2) > 1)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if head_mask is None and not output_weights:

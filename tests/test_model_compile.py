@@ -131,3 +131,29 @@ def test_one_graph_decodes_at_every_length(padded):
     torch.testing.assert_close(torch.cat(found, dim=1), logits(ids, None, mask_of(31)), atol=1e-5, rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+class Logits(torch.nn.Module):
+    """The logits alone: exporters need a forward pass from tensors to tensors."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_the_model_is_exported_and_traced_for_any_length():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=90, block_size=24, n_layer=2, n_head=2, n_embd=16)).eval()
+    example = torch.randint(90, (2, 8))
+    lengths = torch.export.Dim("length", min=2, max=24)
+    exported = torch.export.export(Logits(model), (example,), dynamic_shapes=({1: lengths},)).module()
+    traced = torch.jit.trace(Logits(model), (example,))
+    for length in (2, 7, 24):
+        ids = torch.randint(90, (2, length))
+        expected = model(ids).logits
+        torch.testing.assert_close(exported(ids), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(traced(ids), expected, atol=1e-6, rtol=1e-6)
