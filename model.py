@@ -57,16 +57,26 @@ class GPTConfig:
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
+    # Variants of GPT-2 that other trainers made.
+    n_inner: int | None = None  # channels of the MLP's hidden layer; None means 4 n_embd
+    activation: str = "gelu_new"  # one of ACTIVATIONS
+    layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
             value = getattr(self, name)
+            if value is None and name == "n_inner":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if not isinstance(self.layer_norm_epsilon, float) or not 0 < self.layer_norm_epsilon < 1:
+            raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {self.layer_norm_epsilon!r}")
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
@@ -168,8 +178,10 @@ class MLP(nn.Module):
         super().__init__()
         # Attention moves information between positions; the MLP processes it at each position. A hidden layer of 4 C
         # channels is the ratio of Vaswani et al. 2017. It holds two thirds of a block's parameters: 8 C² of 12 C².
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)  # (B, T, 4 C)
@@ -179,7 +191,7 @@ class MLP(nn.Module):
         return checkpoint(self._project, h, use_reentrant=False, preserve_rng_state=False)
 
     def _project(self, h: Tensor) -> Tensor:
-        return self.c_proj(gelu(h))
+        return self.c_proj(self.activation(h))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -194,18 +206,23 @@ def gelu(x: Tensor) -> Tensor:
     return (z * torch.sigmoid(2 * u)).to(x.dtype)
 
 
+# GPT-2's first, then those of variants, by transformers' names. `gelu` is the exact form with erf, which nanoGPT uses.
+ACTIVATIONS = {"gelu_new": gelu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
 class Block(nn.Module):
     """Attention, then MLP. Each one adds its result to the residual stream x (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        # eps is OpenAI's: the released weights were trained with 1e-5 (transformers' BERT, for example, has 1e-12).
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        # OpenAI's eps is 1e-5: the released weights were trained with it (transformers' BERT, for example, has 1e-12).
+        eps = config.layer_norm_epsilon
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=eps)
         self.attn = Attention(config)
         if config.cross_attention:
             self.crossattention = Attention(config, cross=True)
-            self.ln_cross_attn = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+            self.ln_cross_attn = nn.LayerNorm(config.n_embd, eps=eps)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -243,7 +260,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # With pre-LayerNorm no block normalizes the stream itself, so the head needs a LayerNorm of its own.
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 class GPT(nn.Module):

@@ -27,22 +27,29 @@ CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 # Buffers that hold the causal mask in old checkpoints. They are not parameters.
 STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
+# The parameters that compute queries. Those of self-attention compute keys and values after them, in the other rows.
+QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_attn)\.(weight|bias)$")
+
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
-FIXED_CONFIG = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "model_type": "gpt2",
+FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
+# Fields about the scores of attention, with GPT-2's values. The scales of other values become a part of the weights:
+# see `query_scale`. reorder_and_upcast_attn computes the scores in float32, as our attention always does.
+ATTENTION_CONFIG = {
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
-    "tie_word_embeddings": True,
+}
+# transformers' names of the functions in model.ACTIVATIONS -> their names there.
+ACTIVATION_NAMES = {
+    **{name: name for name in ("gelu_new", "gelu", "relu", "silu", "tanh")},
+    "gelu_pytorch_tanh": "gelu_new",
+    "swish": "silu",
 }
 # Fields that are absent from the configuration of a plain GPT-2, with the values that mean the same.
 ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
 # Other fields that transformers writes, with its default values. Nothing in this repository depends on them.
 INERT_CONFIG = {
     "initializer_range": 0.02,
-    "n_inner": None,
     "pad_token_id": None,
     "summary_activation": None,
     "summary_first_dropout": 0.1,
@@ -62,6 +69,9 @@ CONFIG_FIELDS = {
     "embd_pdrop": "dropout",
     "resid_pdrop": "dropout",
     "add_cross_attention": "cross_attention",
+    "n_inner": "n_inner",
+    "activation_function": "activation",
+    "layer_norm_epsilon": "layer_norm_epsilon",
 }
 # Names of the shape's fields, and other names under which transformers reads them. Old files have n_ctx, too.
 SHAPE_ALIASES = {
@@ -72,6 +82,16 @@ SHAPE_ALIASES = {
     "n_embd": ("hidden_size",),
 }
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+# Values of fields that a config.json need not have.
+DEFAULT_CONFIG: dict[str, Any] = {
+    **dict.fromkeys(DROPOUTS, 0.1),
+    **ATTENTION_CONFIG,
+    "add_cross_attention": False,
+    "causal": True,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
 # Building a model of a larger shape could take hours or overflow, before its tensors are found to be missing.
 LARGEST = {"n_layer": 10_000}
 LARGEST_OTHER = 2**24
@@ -125,6 +145,21 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(directory: str | Path) -> dict[str, Any]:
     """Return the keyword arguments of `GPTConfig` for the model that a directory's config.json describes.
 
+    Raises what `read_fields` raises.
+    """
+    fields = read_fields(directory)
+    dropouts = {fields[name] for name in DROPOUTS}
+    if len(dropouts) > 1:
+        found = f"{Path(directory) / 'config.json'} has dropout rates {sorted(dropouts)}"
+        warnings.warn(f"{found}: {max(dropouts)} is used for all", stacklevel=2)
+    ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
+    activation = ACTIVATION_NAMES[fields["activation_function"]]
+    return ours | {"dropout": max(dropouts), "causal": fields["causal"], "activation": activation}
+
+
+def read_fields(directory: str | Path) -> dict[str, Any]:
+    """Return the fields of a directory's config.json, complete and checked, by transformers' names.
+
     Raises:
         FileNotFoundError: the directory has no config.json.
         ValueError: the file describes another architecture than GPT-2's, or lacks a field. The message names the field.
@@ -135,13 +170,11 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         found = sorted((path.parent / "checkpoints").glob("step-*[0-9]"), key=lambda step: (len(step.name), step.name))
         hint = f"; it is a run: name one of its checkpoints, such as {found[-1]}" if found else ""
         raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json{hint}")
-    fields = dict.fromkeys(DROPOUTS, 0.1) | {"add_cross_attention": False, "causal": True} | read_json(path)
+    fields = DEFAULT_CONFIG | read_json(path)
     for name, aliases in SHAPE_ALIASES.items():
         for alias in aliases:
             if alias in fields and fields.setdefault(name, fields[alias]) != fields[alias]:
                 raise ValueError(f"{path}: {alias} is {fields[alias]!r}, expected {name} = {fields[name]!r}")
-    if fields.get("activation_function") == "gelu_pytorch_tanh":  # transformers' other name for gelu_new
-        fields["activation_function"] = "gelu_new"
     for name, value in FIXED_CONFIG.items():
         if (found := fields.get(name, value)) != value:
             raise ValueError(f"{path}: {name} is {found!r}, but only GPT-2's {value!r} is implemented")
@@ -154,17 +187,33 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         check_config(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    dropouts = {fields[name] for name in DROPOUTS}
-    if len(dropouts) > 1:
-        warnings.warn(f"{path} has dropout rates {sorted(dropouts)}: {max(dropouts)} is used for all", stacklevel=2)
-    ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
-    return ours | {"dropout": max(dropouts), "causal": fields["causal"]}
+    return fields
+
+
+def query_scale(fields: dict[str, Any], name: str) -> float:
+    """Return the factor of the queries that the parameter `name` computes, 1 for the other parameters.
+
+    Our attention divides the product of query and key by √D. With scale_attn_weights=False, transformers does not. With
+    scale_attn_by_inverse_layer_idx, it divides the scores of layer l, counted from 0, by l + 1. Queries that are
+    multiplied by this factor give the same scores.
+
+    Args:
+        fields: the result of `read_fields`.
+        name: the name of a parameter, with the prefix `transformer.`.
+    """
+    match = QUERIES.match(name)
+    if not match:
+        return 1.0
+    scale = 1.0 if fields["scale_attn_weights"] else math.sqrt(fields["n_embd"] / fields["n_head"])
+    return scale / (int(match[1]) + 1) if fields["scale_attn_by_inverse_layer_idx"] else scale
 
 
 def check_config(fields: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if a field of a complete config.json has an impossible value or type."""
-    for name in SHAPE_ALIASES:
+    for name in (*SHAPE_ALIASES, "n_inner"):
         value, largest = fields[name], LARGEST.get(name, LARGEST_OTHER)
+        if value is None and name == "n_inner":  # 4 n_embd
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if value > largest:
@@ -173,14 +222,17 @@ def check_config(fields: dict[str, Any]) -> None:
         value = fields[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-    for name in ("add_cross_attention", "causal"):
+    for name in ("add_cross_attention", "causal", *ATTENTION_CONFIG):
         if not isinstance(fields[name], bool):
             raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
-    n_embd, n_head, n_inner = fields["n_embd"], fields["n_head"], fields.get("n_inner")
-    if n_embd % n_head:
-        raise ValueError(f"n_embd ({n_embd}) must be divisible by n_head ({n_head})")
-    if n_inner is not None and n_inner != 4 * n_embd:
-        raise ValueError(f"n_inner is {n_inner!r}, expected 4 x n_embd = {4 * n_embd}")
+    if fields["n_embd"] % fields["n_head"]:
+        raise ValueError(f"n_embd ({fields['n_embd']}) must be divisible by n_head ({fields['n_head']})")
+    if fields["activation_function"] not in tuple(ACTIVATION_NAMES):  # a tuple: the value may be a list
+        found, expected = fields["activation_function"], ", ".join(ACTIVATION_NAMES)
+        raise ValueError(f"activation_function is {found!r}, expected one of {expected}")
+    epsilon = fields["layer_norm_epsilon"]
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {epsilon!r}")
 
 
 def find_weight_files(directory: Path) -> list[Path]:
@@ -284,6 +336,7 @@ def load_weights(
     Raises:
         ValueError: tensors are missing, unknown or have the wrong shape (all are listed), or a file is damaged.
     """
+    fields = read_fields(directory)
     wanted = {name.removeprefix("gpt."): parameter for name, parameter in model.named_parameters()}
     seen: set[str] = set()
     unknown: list[str] = []
@@ -306,6 +359,9 @@ def load_weights(
         elif not tensor.is_floating_point():
             not_floating.append(f"{source} {str(tensor.dtype).removeprefix('torch.')}")
         else:
+            if (scale := query_scale(fields, name)) != 1:
+                queries = tensor[: fields["n_embd"]].float() * scale
+                tensor = torch.cat((queries, tensor[fields["n_embd"] :].float())).to(tensor.dtype)
             value = torch.empty_like(parameter, device=device, dtype=dtype or tensor.dtype).copy_(tensor)
             if name in seen and not torch.equal(value, parameter):
                 if name != "transformer.wte.weight":
@@ -350,7 +406,7 @@ def save_weights(
     fields["dtype"] = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
     if not config["causal"]:
         fields["causal"] = False  # a field of this repository: transformers has no bidirectional GPT-2
-    fields |= FIXED_CONFIG | INERT_CONFIG | special | (extra_config or {})
+    fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if architecture == "GPT2ForSequenceClassification":
         fields["pad_token_id"] = eos_token_id  # without it, transformers refuses batches of more than one row
     generation = special | {"_from_model_config": True, "use_cache": True}

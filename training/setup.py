@@ -210,7 +210,8 @@ def read_resumable_state(checkpoint: Path, config: Config, identity: dict[str, A
     before, now = state["identity"]["dataset"], identity["dataset"]
     if None in (before.get("validation_sha256"), now["validation_sha256"]):  # trained without validation, now or before
         before["validation_sha256"] = now["validation_sha256"]
-    model = state["identity"]["model"]
+    # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
+    model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]
     places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older ones store neither
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
