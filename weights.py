@@ -21,6 +21,8 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from openai_checkpoint import convert_hparams, is_openai_checkpoint, read_openai_tensors
+
 # transformers stores these matrices as Conv1D weights, (in, out), and nn.Linear stores (out, in). They are selected by
 # name, because attn.c_proj is square and its shape does not show whether it is transposed.
 CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
@@ -96,6 +98,16 @@ DEFAULT_CONFIG: dict[str, Any] = {
 LARGEST = {"n_layer": 10_000}
 LARGEST_OTHER = 2**24
 
+# OpenAI's names of the released models -> their names on the hub. The first release counted fewer parameters.
+OPENAI_NAMES = {
+    "117M": "gpt2",
+    "124M": "gpt2",
+    "345M": "gpt2-medium",
+    "355M": "gpt2-medium",
+    "774M": "gpt2-large",
+    "1558M": "gpt2-xl",
+}
+
 # Files that hold all weights, or the index of several such files, in the order in which they are looked for.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -104,7 +116,7 @@ def locate(name_or_dir: str | Path) -> Path:
     """Return the directory that holds a model's files.
 
     A directory is returned as it is. Any other name is a model on the Hugging Face hub: the result is its snapshot in
-    the local cache, which is downloaded if it is missing.
+    the local cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for those on the hub.
 
     Raises:
         FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
@@ -112,7 +124,7 @@ def locate(name_or_dir: str | Path) -> Path:
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
         return path
-    name = str(name_or_dir)
+    name = OPENAI_NAMES.get(str(name_or_dir), str(name_or_dir))
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download  # imported here: a local directory does not need the hub's client
@@ -142,15 +154,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
+def find_config(directory: str | Path) -> Path:
+    """Return the file that describes a directory's model: config.json, or hparams.json in OpenAI's layout."""
+    return Path(directory) / ("hparams.json" if is_openai_checkpoint(Path(directory)) else "config.json")
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """Return the keyword arguments of `GPTConfig` for the model that a directory's config.json describes.
+    """Return the keyword arguments of `GPTConfig` for the model that a directory's `find_config` describes.
 
     Raises what `read_fields` raises.
     """
     fields = read_fields(directory)
     dropouts = {fields[name] for name in DROPOUTS}
     if len(dropouts) > 1:
-        found = f"{Path(directory) / 'config.json'} has dropout rates {sorted(dropouts)}"
+        found = f"{find_config(directory)} has dropout rates {sorted(dropouts)}"
         warnings.warn(f"{found}: {max(dropouts)} is used for all", stacklevel=2)
     ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
     activation = ACTIVATION_NAMES[fields["activation_function"]]
@@ -158,19 +175,22 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_fields(directory: str | Path) -> dict[str, Any]:
-    """Return the fields of a directory's config.json, complete and checked, by transformers' names.
+    """Return the fields of a directory's `find_config`, complete and checked, by transformers' names.
 
     Raises:
-        FileNotFoundError: the directory has no config.json.
+        FileNotFoundError: the directory has no such file.
         ValueError: the file describes another architecture than GPT-2's, or lacks a field. The message names the field.
     """
-    path = Path(directory) / "config.json"
+    path = find_config(directory)
     if not path.is_file():
         # pretrained.py resolves runs. It imports the model, which imports this module, so this module only names one.
         found = sorted((path.parent / "checkpoints").glob("step-*[0-9]"), key=lambda step: (len(step.name), step.name))
         hint = f"; it is a run: name one of its checkpoints, such as {found[-1]}" if found else ""
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json{hint}")
-    fields = DEFAULT_CONFIG | read_json(path)
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no {path.name}{hint}")
+    described = read_json(path)
+    if path.name == "hparams.json":
+        described = convert_hparams(described, path)
+    fields = DEFAULT_CONFIG | described
     for name, aliases in SHAPE_ALIASES.items():
         for alias in aliases:
             if alias in fields and fields.setdefault(name, fields[alias]) != fields[alias]:
@@ -267,7 +287,8 @@ def find_weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in their shards.
+    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, in their shards, or in the
+    TensorFlow checkpoint of OpenAI's layout.
 
     Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
     first, when the fewest other tensors have been loaded.
@@ -275,6 +296,9 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
     """
+    if is_openai_checkpoint(Path(directory)):
+        yield from read_openai_tensors(Path(directory))
+        return
     for path in find_weight_files(Path(directory)):
         yield from read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
 
@@ -372,7 +396,7 @@ def load_weights(
     missing = [name for name in wanted if name not in seen]
     found = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "not floating-point": not_floating}
     if problems := "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names):
-        raise ValueError(f"the tensors in {directory} do not match its config.json: {problems}")
+        raise ValueError(f"the tensors in {directory} do not match its {find_config(directory).name}: {problems}")
 
 
 def save_weights(

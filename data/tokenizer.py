@@ -26,7 +26,13 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from data.tokenizer_files import END_OF_TEXT, Described, read_tokenizer_json, read_vocab_and_merges
+from data.tokenizer_files import (
+    END_OF_TEXT,
+    Described,
+    find_vocab_and_merges,
+    read_tokenizer_json,
+    read_vocab_and_merges,
+)
 from data.wheel import read_wheel
 
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
@@ -319,12 +325,13 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
                 f"{path} cannot be used: {error}; a tokenizer is GPT-2's, a byte-level BPE that splits words like "
                 "GPT-2's, or a character tokenizer of this project"
             ) from None
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        described = read_vocab_and_merges(directory)
+    if (files := find_vocab_and_merges(directory)) is not None:
+        described = read_vocab_and_merges(*files)
         try:
             return _build(described)
         except ValueError as error:
-            raise ValueError(f"vocab.json and merges.txt in {directory} cannot be used: {error}") from None
+            names = " and ".join(file.name for file in files)
+            raise ValueError(f"{names} in {directory} cannot be used: {error}") from None
     if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # a directory of that name comes first
         return _gpt2()
     if re.fullmatch(r"char|bpe:\d+", str(name_or_dir)):

@@ -1,5 +1,7 @@
 """The files of a tokenizer, read completely or refused: tokenizer.json, or vocab.json with merges.txt.
 
+OpenAI's names of the latter two are encoder.json and vocab.bpe.
+
 A tokenizer.json can describe many steps that `data.tokenizer` does not have. Each field is either one that is
 understood, with a value that is understood, or the file is refused with the field named: the ids would otherwise be
 wrong without notice.
@@ -102,12 +104,21 @@ def _check_post_processor(processor: dict[str, Any]) -> None:
         _refuse("post_processor.single", processor.get("single"), "the text alone")
 
 
-def read_vocab_and_merges(directory: Path) -> Described:
-    """Return what vocab.json and merges.txt describe, with the special tokens of added_tokens.json, if there are any.
+def find_vocab_and_merges(directory: Path) -> tuple[Path, Path] | None:
+    """Return the files with the vocabulary and the merges in a directory, or None if there are none."""
+    for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        vocab, merges = (directory / name for name in names)
+        if vocab.is_file() and merges.is_file():
+            return vocab, merges
+    return None
+
+
+def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
+    """Return what these files describe, with the special tokens of added_tokens.json, if there are any.
 
     Raises ValueError naming the file that is damaged or not understood.
     """
-    path = directory / "vocab.json"
+    path, directory = vocab_path, vocab_path.parent
     try:
         vocab = _read_vocab(_parse(path), "the vocabulary")
         special: list[str] = [END_OF_TEXT] if END_OF_TEXT in vocab else []
@@ -120,9 +131,12 @@ def read_vocab_and_merges(directory: Path) -> Described:
                 for content, id in sorted(added.items(), key=lambda item: item[1])
             ]
             special = list(dict.fromkeys([*special, *_read_added(tokens, vocab)]))
-        path = directory / "merges.txt"
+        path = merges_path
         lines = read_utf8(path).splitlines()
         merges = _read_merges([line for line in lines if line and not line.startswith("#version")])
+        # GPT-2's vocabulary is 256 bytes, a token for each merge, and end-of-text. So a truncated file is noticed.
+        if path.name == "vocab.bpe" and len(merges) != len(vocab) - 257:
+            raise ValueError(f"it has {len(merges):,} merges, but the vocabulary needs {len(vocab) - 257:,}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
     return Described(vocab, merges, tuple(special), byte_level=True)

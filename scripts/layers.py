@@ -32,6 +32,7 @@ LAYERS = (
     ("data",),
     ("processes",),
     ("device", "weights"),
+    ("openai_checkpoint",),
     ("command", "files"),
     ("openmp",),
 )
