@@ -23,7 +23,7 @@ from eval.likelihood import Request, Scores, check_pair, log_likelihoods
 from model import GPT, PRESETS
 from pretrained import fit_vocabulary
 from processes import Processes, stop_processes
-from weights import read_json
+from weights import find_config, read_json
 
 # Requests are scored in groups of this size. The scores of a group are stored before the next group starts, and only
 # one group of a long text is in memory at a time.
@@ -135,12 +135,13 @@ def load_model_and_tokenizer(
 
     Raises ValueError or OSError if they cannot be loaded or do not belong together.
     """
-    config = directory / "config.json"
+    config = find_config(directory)
     if not config.is_file():
-        raise FileNotFoundError(f"{name} is not a model directory: it has no config.json")
+        raise FileNotFoundError(f"{name} is not a model directory: it has no {config.name}")
+    is_gpt2 = config.name == "hparams.json" or read_json(config).get("model_type") == "gpt2"
     model: Any
     tokenizer: Any
-    if read_json(config).get("model_type") == "gpt2" and not through_transformers:
+    if is_gpt2 and not through_transformers:
         model = GPT.from_pretrained(directory, dtype=torch.float32, device=device)
         tokenizer = load_tokenizer(name if name in PRESETS else directory)
         fit_vocabulary(model, tokenizer, directory)

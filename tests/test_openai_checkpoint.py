@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.tokenizer import load_tokenizer
+from eval.run import main as evaluate
 from model import GPT
 from openai_checkpoint import find_prefix, read_index, read_openai_tensors, read_varint
 from pretrained import load_model
@@ -222,6 +223,14 @@ def test_openais_names_stand_for_those_of_the_hub(monkeypatch, tmp_path, name, h
 def test_sample_reads_the_directory(capsys):
     sample(["--model", str(FIXTURE), "--prompt", "the", "--greedy", "--max-new-tokens", "4", "--device", "cpu"])
     assert capsys.readouterr().out.startswith("the")
+
+
+def test_the_directory_is_evaluated(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the hat that he has " * 4)
+    evaluate(
+        ["--model", str(FIXTURE), "--tasks", "perplexity", "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
+    )
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_a_saved_model_has_transformers_layout_and_the_same_weights(tmp_path, model):
