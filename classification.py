@@ -7,12 +7,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -32,10 +34,10 @@ from weights import locate
 
 
 class Example(NamedTuple):
-    """The first tokens of a text, and the index of its class, or -1 if it is unknown."""
+    """The first tokens of a text, and its class."""
 
     tokens: list[int]
-    label: int
+    label: int | list[float]  # index of the class, -1 if it is unknown, or the probability of each class
 
 
 class Score(NamedTuple):
@@ -43,13 +45,6 @@ class Score(NamedTuple):
 
     loss: float
     accuracy: float
-
-
-def run(args: argparse.Namespace) -> None:
-    """Do what the arguments of classify.py request."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("classify.py runs in a single process: start it without torchrun")
-    train(args) if args.command == "train" else predict(args)
 
 
 def read_column(path: Path, key: str) -> list[str]:
@@ -83,7 +78,9 @@ def choose_length(args: argparse.Namespace, longest: int) -> int:
     return args.max_length or longest
 
 
-def encode(texts: list[str], labels: list[int], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+def encode(
+    texts: Sequence[str], labels: Sequence[int | list[float]], tokenizer: Tokenizer, max_length: int
+) -> list[Example]:
     """Tokenize texts. Texts longer than `max_length` tokens are cut, and their number is printed on stderr."""
     tokens = [tokenizer.encode(text) for text in texts]
     if n_cut := sum(len(one) > max_length for one in tokens):
@@ -92,7 +89,7 @@ def encode(texts: list[str], labels: list[int], tokenizer: Tokenizer, max_length
 
 
 def batch(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids and attention mask, (B, T) each, padded on the right, and labels (B,)."""
+    """Return token ids and attention mask, (B, T) each, padded on the right, and labels (B,) or (B, K)."""
     T = max(len(example.tokens) for example in examples)
     ids, mask = torch.zeros(2, len(examples), T, dtype=torch.int64)
     for row, kept, example in zip(ids, mask, examples, strict=True):
@@ -126,12 +123,22 @@ def evaluate(classifier: SequenceClassifier, examples: list[Example], batch_size
 
 def train(args: argparse.Namespace) -> None:
     """Train on one file, and keep the classifier of the epoch with the lowest loss on the other."""
+    classes, train_labels, val_labels = read_labels(args)
+    classifier, tokenizer = load_classifier(args, classes)
+    train_examples, val_examples = (
+        encode(
+            read_column(path, args.text_key), [classes.index(name) for name in labels], tokenizer, classifier.max_length
+        )
+        for path, labels in ((args.train, train_labels), (args.val, val_labels))
+    )
+    fit(classifier, tokenizer, train_examples, val_examples, args)
+
+
+def load_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[SequenceClassifier, Tokenizer]:
+    """Return a classifier with --model's weights and a random head, on --device, and the tokenizer of the model."""
     device = find_device(args.device, "--device")
-    dtype = find_dtype(args.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
-    classes, train_labels, val_labels = read_labels(args)
-
     directory = locate(resolve_model(args.model))
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(args.seed)
@@ -141,17 +148,29 @@ def train(args: argparse.Namespace) -> None:
     classifier = SequenceClassifier(gpt, len(classes), args.strategy, max_length).to(device)
     classifier.labels = classes
     gpt.freeze(args.freeze_layers, embeddings=args.freeze_layers > 0)
-    train_examples, val_examples = (
-        encode(read_column(path, args.text_key), [classes.index(name) for name in labels], tokenizer, max_length)
-        for path, labels in ((args.train, train_labels), (args.val, val_labels))
-    )
+    return classifier, tokenizer
 
+
+def fit(
+    classifier: SequenceClassifier,
+    tokenizer: Tokenizer,
+    train_examples: list[Example],
+    val_examples: list[Example],
+    args: argparse.Namespace,
+) -> None:
+    """Train a classifier, and write that of the epoch with the lowest validation loss to --out.
+
+    The labels of the training examples may be probabilities; those of the validation examples are classes.
+    """
+    device = classifier.score.weight.device
+    dtype = find_dtype(args.dtype, device)
     args.out.mkdir(parents=True, exist_ok=True)  # fail before the first epoch, not after it
     steps_per_epoch = math.ceil(len(train_examples) / args.batch_size)
     steps = args.epochs * steps_per_epoch
     optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
     optimizers, scaler = make_optimizers(classifier, optim), gradient_scaler(device, dtype)
-    print(f"{len(train_examples):,} texts of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch:,} steps")
+    n_classes = classifier.num_labels
+    print(f"{len(train_examples):,} texts of {n_classes} classes, {args.epochs} epochs of {steps_per_epoch:,} steps")
     best, best_epoch = evaluate(classifier, val_examples, args.batch_size, dtype), 0
     print(f"before training: validation loss {best.loss:.4f}, accuracy {best.accuracy:.4f}")
     for epoch in range(1, args.epochs + 1):
@@ -162,7 +181,8 @@ def train(args: argparse.Namespace) -> None:
             chosen = [train_examples[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size]]
             set_learning_rate(optimizers, learning_rate_factor((epoch - 1) * steps_per_epoch + step, optim))
             try:
-                loss = train_step(classifier, chosen, optimizers, scaler, dtype, optim.grad_clip)
+                compute_loss = partial(classification_loss, classifier, chosen)
+                loss = train_step(classifier, compute_loss, optimizers, scaler, dtype, optim.grad_clip)
             except FloatingPointError as error:
                 raise FloatingPointError(f"epoch {epoch}, step {step + 1}: {error}") from None
             total += loss * len(chosen)
@@ -180,27 +200,31 @@ def train(args: argparse.Namespace) -> None:
             break
 
 
+def classification_loss(classifier: SequenceClassifier, examples: Sequence[Example]) -> Tensor:
+    """Return the mean cross-entropy of a batch of examples, (), in nats."""
+    ids, mask, labels = batch(examples, classifier.score.weight.device)
+    return cross_entropy(classifier(ids, attention_mask=mask).logits.float(), labels)
+
+
 def train_step(
-    classifier: SequenceClassifier,
-    examples: Sequence[Example],
+    model: nn.Module,
+    compute_loss: Callable[[], Tensor],
     optimizers: list[Optimizer],
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
     grad_clip: float,
 ) -> float:
-    """Take one optimizer step over a batch of examples, and return its loss in nats.
+    """Take one optimizer step on the loss of a batch, and return this loss in nats.
 
     Unlike a step of train.py, it is in a single process, without accumulation, and a gradient that is not finite ends
     the training.
     """
-    device = classifier.score.weight.device
-    ids, mask, labels = batch(examples, device)
-    with autocast(device, dtype):
-        loss = classifier(ids, attention_mask=mask, labels=labels).loss
+    with autocast(next(model.parameters()).device, dtype):
+        loss = compute_loss()
     scaler.scale(loss).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = clip_gradients(classifier, grad_clip)
+    norm = clip_gradients(model, grad_clip)
     # Above a loss scale of 1, the scale may cause infinite gradients: the scaler skips the step and lowers it.
     if not torch.isfinite(norm) and (not loss.isfinite() or scaler.get_scale() <= 1):
         raise FloatingPointError("the gradient is not finite; lower --lr")

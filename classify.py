@@ -1,6 +1,8 @@
-"""Fine-tune a GPT-2 to classify texts, and classify texts with it.
+r"""Fine-tune a GPT-2 to classify texts, and classify texts with it.
 
 python classify.py train --model gpt2 --train reviews.csv --val held-out.csv --out runs/reviews
+python classify.py pet --model gpt2 --train few.csv --unlabeled many.csv --val held-out.csv --out runs/reviews \
+    --pattern "{text} It was {label}." --verbalizer good=positive --verbalizer bad=negative
 python classify.py predict --model runs/reviews --file new.csv > classes.jsonl
 
 Files are .csv with a header or .jsonl. The columns are "text" and "label", or those of --text-key and --label-key. With
@@ -11,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|predict")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|pet|predict")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--model", required=True, help=MODEL_HELP)
@@ -26,9 +29,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     add("--max-length", type=int, metavar="N", help="tokens to read of each text (default: as many as the model can)")
     add("--device", default="auto", help=DEVICE_HELP)
     add("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
-    train = commands.add_parser("train", parents=[shared], help="fine-tune on texts with labels")
-    add = train.add_argument
-    add("--train", type=Path, required=True, metavar="FILE", help="texts to train on")
+    training = argparse.ArgumentParser(add_help=False, parents=[shared])
+    add = training.add_argument
     add("--val", type=Path, required=True, metavar="FILE", help="texts that select the best epoch")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write the best classifier to")
     add("--label-key", default="label", metavar="KEY", help="column with the classes (default: label)")
@@ -55,19 +57,60 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         help="freeze the first N blocks and the embeddings (default: 0, none)",
     )
     add("--seed", type=int, default=1337, help="seed of the head's initial weights and of the order of the texts")
+    train = commands.add_parser("train", parents=[training], help="fine-tune on texts with labels")
+    train.add_argument("--train", type=Path, required=True, metavar="FILE", help="texts to train on")
+    add_pet_arguments(
+        commands.add_parser("pet", parents=[training], help="fine-tune on few texts with labels and many without")
+    )
     predict = commands.add_parser(
         "predict", parents=[shared], help="print the class of each text as one JSON object per line"
     )
     predict.add_argument("--file", type=Path, required=True, metavar="FILE", help="texts to classify")
     args = parser.parse_args(arguments)
-    at_least_one(parser, args, "batch_size", "max_length", "epochs", "patience")
-    if args.command == "train" and not 0 < args.lr < math.inf:
-        parser.error(f"--lr must be above 0, got {args.lr}")
-    if args.command == "train" and not 0 <= args.seed < 2**64:
+    counts = ("batch_size", "max_length", "epochs", "patience", "pattern_epochs", "models_per_pattern", "generations")
+    at_least_one(parser, args, *counts)
+    if args.command == "predict":
+        return args
+    for name in ("lr", "temperature"):
+        if not 0 < (value := getattr(args, name, 1.0)) < math.inf:
+            parser.error(f"--{name} must be above 0, got {value}")
+    if not 0 <= (alpha := getattr(args, "alpha", 0.0)) < 1:
+        parser.error(f"--alpha must be at least 0 and below 1, got {alpha}")
+    if not 0 <= args.seed < 2**64:
         parser.error(f"--seed must be in 0..2^64 - 1, got {args.seed}")
-    if args.command == "train" and args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         parser.error(f"--out {args.out} exists: choose another directory, or delete it")
     return args
+
+
+def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--train",
+        type=Path,
+        metavar="FILE",
+        help="labeled texts (default: none, the model labels the others by itself)",
+    )
+    add("--unlabeled", type=Path, required=True, metavar="FILE", help="texts without labels")
+    add(
+        "--pattern",
+        action="append",
+        required=True,
+        metavar="PATTERN",
+        help="a text with {text} and {label} that shows the class of a text; \\n is a line break. May be repeated",
+    )
+    add(
+        "--verbalizer",
+        action="append",
+        required=True,
+        metavar="WORD=CLASS",
+        help="a word or words for {label} that stand for a class. Repeated: at least one for each class",
+    )
+    add("--alpha", type=float, default=1e-4, help="weight of the language-modeling loss (default: 1e-4)")
+    add("--temperature", type=float, default=2.0, help="divides the scores of unlabeled texts (default: 2)")
+    add("--pattern-epochs", type=int, default=10, metavar="N", help="epochs of the models of a pattern (default: 10)")
+    add("--models-per-pattern", type=int, default=3, metavar="N", help="models for each pattern (default: 3)")
+    add("--generations", type=int, default=1, metavar="N", help="generations of models, above 1 iPET (default: 1)")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,8 +119,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parse_arguments(parser, arguments)
     with ending(parser, needs_reader=args.command == "predict"):
-        from classification import run  # imported after the arguments are checked: importing torch takes seconds
-
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("classify.py runs in a single process: start it without torchrun")
+        # imported after the arguments are checked: importing torch takes seconds
+        if args.command == "pet":
+            from pet import run
+        elif args.command == "train":
+            from classification import train as run
+        else:
+            from classification import predict as run
         run(args)
 
 

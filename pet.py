@@ -1,0 +1,280 @@
+"""Pattern-exploiting training: a classifier from a few labeled texts and many unlabeled ones, the work of
+`classify.py pet` (Schick and Schütze 2021, arXiv:2001.07676). cloze.py explains patterns and verbalizers.
+
+1. For each pattern, some models learn to fill the blank of the labeled texts, and the language of the unlabeled ones.
+2. Together they give each unlabeled text a probability for each class (soft labels).
+3. A classifier is trained on the unlabeled texts with these probabilities.
+
+Iterated (iPET), step 1 is repeated: each model of the next generation learns from more texts, which a random part of
+the models of the previous generation has labeled. Without labeled texts, the first generation is the model itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from classification import encode, fit, load_classifier, read_column, train_step
+from cloze import Cloze, Verbalizer, check_pattern, class_scores, make_clozes, read_verbalizer, score_all
+from data.loader import IGNORE_INDEX, permute
+from data.plain_text import read_escapes
+from device import find_dtype, gradient_scaler
+from model import GPT
+from training.config import Optim
+from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
+
+UNLABELED_PER_LABELED = 3  # as in the paper: a step's language-modeling loss reads three times as many texts
+PART_OF_OTHERS = 0.25  # iPET: the fraction of the other models that labels the texts for a model
+GROWTH = 5  # iPET: a generation has this many times the labeled texts of the previous one
+FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: texts of each class in the second generation
+
+
+class Member(NamedTuple):
+    """A model of the ensemble after its training: its pattern, and its scores of the unlabeled texts."""
+
+    pattern: int
+    scores: Tensor  # (N, K)
+
+
+class Labeled(NamedTuple):
+    """Labeled texts for one pattern: the filled-in texts, and the index of the class of each."""
+
+    clozes: list[Cloze]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all models of an ensemble have in common. Lists of lists have one list for each pattern."""
+
+    base: GPT
+    verbalizer: Verbalizer
+    train: list[Labeled]
+    unlabeled: list[list[Cloze]]
+    val: list[Labeled]
+    unlabeled_tokens: list[list[int]]  # of the texts alone, for the language-modeling loss
+    dtype: torch.dtype
+    args: argparse.Namespace
+
+    def score(self, model: GPT, clozes: list[Cloze]) -> Tensor:
+        """Return the scores (N, K) of texts."""
+        return score_all(model, clozes, self.verbalizer, self.args.batch_size, self.dtype)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments of `classify.py pet` request."""
+    verbalizer = read_verbalizer(args.verbalizer)
+    unlabeled = read_column(args.unlabeled, args.text_key)
+    val_texts, val_labels = read_labeled(args, args.val, verbalizer)
+    task = make_task(args, verbalizer, unlabeled, val_texts, val_labels)
+    args.out.mkdir(parents=True, exist_ok=True)  # fail before the training, not after it
+    probabilities = label_texts(task)
+    # Loaded only now, so that the random numbers of the training are those of `classify.py train`.
+    classifier, tokenizer = load_classifier(args, verbalizer.classes)
+    train_examples = encode(unlabeled, probabilities.tolist(), tokenizer, classifier.max_length)
+    val_examples = encode(val_texts, val_labels, tokenizer, classifier.max_length)
+    fit(classifier, tokenizer, train_examples, val_examples, args)
+
+
+def make_task(
+    args: argparse.Namespace,
+    verbalizer: Verbalizer,
+    unlabeled: Sequence[str],
+    val_texts: Sequence[str],
+    val_labels: list[int],
+) -> Task:
+    """Load the model, and fill all texts into the patterns. Raises ValueError for a pattern that cannot be used."""
+    patterns = [read_escapes(pattern) for pattern in args.pattern]
+    for pattern in patterns:
+        check_pattern(pattern)
+    train_texts, train_labels = read_labeled(args, args.train, verbalizer) if args.train else ([], [])
+    classifier, tokenizer = load_classifier(args, verbalizer.classes)
+    if not classifier.gpt.config.causal:
+        raise ValueError(f"{args.model} is not causal: pattern-exploiting training needs a language model")
+    length = classifier.max_length
+
+    def fill(texts: Sequence[str]) -> list[list[Cloze]]:
+        return [make_clozes(texts, pattern, verbalizer.words, tokenizer, length) for pattern in patterns]
+
+    return Task(
+        base=classifier.gpt,
+        verbalizer=verbalizer,
+        train=[Labeled(clozes, train_labels) for clozes in fill(train_texts)],
+        unlabeled=fill(unlabeled),
+        val=[Labeled(clozes, val_labels) for clozes in fill(val_texts)],
+        unlabeled_tokens=[[tokenizer.eot, *tokenizer.encode(text)][:length] for text in unlabeled],
+        dtype=find_dtype(args.dtype, classifier.score.weight.device),
+        args=args,
+    )
+
+
+def read_labeled(args: argparse.Namespace, path: Path, verbalizer: Verbalizer) -> tuple[list[str], list[int]]:
+    """Return the texts of a file and the indices of their classes.
+
+    Raises ValueError if the file has a class that the verbalizer lacks.
+    """
+    names = read_column(path, args.label_key)
+    if unknown := sorted(set(names) - set(verbalizer.classes)):
+        raise ValueError(
+            f"{path} has classes without a word: {', '.join(unknown)}; name one with --verbalizer WORD={unknown[0]}"
+        )
+    return read_column(path, args.text_key), [verbalizer.classes.index(name) for name in names]
+
+
+def label_texts(task: Task) -> Tensor:
+    """Train all generations of the ensemble, and return the probabilities of the unlabeled texts (N, K)."""
+    weights, ensemble = first_generation(task)
+    for generation in range(1, task.args.generations + 1):
+        # The first generation learns from the labeled texts alone. Without any, it is the model itself.
+        if generation > 1 or task.train[0].labels:
+            ensemble = train_generation(task, ensemble, weights, generation)
+    return soft_labels([m.scores for m in ensemble], [weights[m.pattern] for m in ensemble], task.args.temperature)
+
+
+def first_generation(task: Task) -> tuple[list[float], list[Member]]:
+    """Return the weight of each pattern, and the ensemble before training: one member for each pattern.
+
+    The weight is the accuracy on the labeled texts before training; without labeled texts all patterns weigh the same.
+    """
+    weights, ensemble = [], []
+    for i, labeled in enumerate(task.train):
+        accuracy = measure(task, task.base, labeled) if labeled.labels else 1.0
+        weights.append(accuracy)
+        ensemble.append(Member(i, task.score(task.base, task.unlabeled[i])))
+        on_train = f"accuracy {accuracy:.4f} on the labeled texts, " if labeled.labels else ""
+        on_val = measure(task, task.base, task.val[i])
+        print(f"pattern {i + 1}, before training: {on_train}{on_val:.4f} on the validation texts")
+    return weights, ensemble
+
+
+def measure(task: Task, model: GPT, labeled: Labeled) -> float:
+    """Return the fraction of texts whose class has the highest score."""
+    chosen = task.score(model, labeled.clozes).argmax(dim=-1)
+    return float((chosen == torch.tensor(labeled.labels)).double().mean())
+
+
+def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+    """Return the probabilities (N, K) that models give together: softmax of their weighted mean score / temperature.
+
+    Args:
+        scores: (N, K) of each model.
+        weights: of each model; if all of them are 0, the models weigh the same.
+    """
+    if not any(weights):
+        weights = [1.0] * len(scores)
+    mean = torch.stack([score * weight for score, weight in zip(scores, weights, strict=True)]).sum(dim=0)
+    return (mean / (sum(weights) * temperature)).softmax(dim=-1)
+
+
+def train_generation(task: Task, previous: list[Member], weights: list[float], generation: int) -> list[Member]:
+    """Train a model for each pattern and seed, and return their scores."""
+    ensemble = []
+    for i in range(len(task.train) * task.args.models_per_pattern):
+        pattern = i // task.args.models_per_pattern
+        seed = task.args.seed + 1000 * generation + i
+        labeled = task.train[pattern]
+        if generation > 1:
+            others = [member for member in previous if member.pattern != pattern] or previous
+            chosen = pseudo_label(others, weights, labeled.labels, task.verbalizer, generation, seed)
+            labeled = Labeled(
+                labeled.clozes + [task.unlabeled[pattern][index] for index in chosen],
+                labeled.labels + list(chosen.values()),
+            )
+        model = train_model(task, labeled, seed)
+        ensemble.append(Member(pattern, task.score(model, task.unlabeled[pattern])))
+        print(
+            f"generation {generation}, pattern {pattern + 1}, seed {seed}: {len(labeled.labels):,} labeled texts, "
+            f"accuracy {measure(task, model, task.val[pattern]):.4f} on the validation texts"
+        )
+    return ensemble
+
+
+def pseudo_label(
+    others: Sequence[Member],
+    weights: Sequence[float],
+    labels: Sequence[int],
+    verbalizer: Verbalizer,
+    generation: int,
+    seed: int,
+) -> dict[int, int]:
+    """Return the class of some unlabeled texts by index, as a random part of the `others` gives it (iPET).
+
+    The number of texts grows by GROWTH with each generation, in the proportion of the classes in `labels`. Texts for
+    which the models are more certain are drawn more often.
+    """
+    rng = np.random.default_rng(seed)
+    size = max(1, round(PART_OF_OTHERS * len(others)))
+    asked = [others[i] for i in rng.choice(len(others), size, replace=False)]
+    probabilities = soft_labels([m.scores for m in asked], [weights[m.pattern] for m in asked], 1.0)
+    certainty, predicted = (values.numpy() for values in probabilities.double().max(dim=-1))
+    chosen: dict[int, int] = {}
+    for label in range(len(verbalizer.classes)):
+        if labels:
+            wanted = labels.count(label) * (GROWTH ** (generation - 1) - 1)
+        else:
+            wanted = FIRST_PSEUDO_LABELS * GROWTH ** (generation - 2)
+        places = np.flatnonzero(predicted == label)
+        if len(places) > wanted:
+            weight = certainty[places]
+            places = rng.choice(places, wanted, replace=False, p=weight / weight.sum())
+        chosen |= dict.fromkeys(places.tolist(), label)
+    return chosen
+
+
+def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
+    """Fine-tune a copy of the model on the blanks of labeled texts and on the language of the unlabeled texts."""
+    args, n = task.args, len(labeled.labels)
+    torch.manual_seed(seed)
+    model = copy.deepcopy(task.base).train()
+    steps_per_epoch = math.ceil(n / args.batch_size)
+    steps = args.pattern_epochs * steps_per_epoch
+    optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
+    device = model.transformer.wte.weight.device
+    optimizers, scaler = make_optimizers(model, optim), gradient_scaler(device, task.dtype)
+    for step in tqdm(range(steps), desc="pattern", leave=False, disable=None, unit="step"):
+        epoch, place = divmod(step, steps_per_epoch)
+        batch = permute(np.arange(n), n, seed, epoch)[place * args.batch_size : (place + 1) * args.batch_size]
+        n_unlabeled = UNLABELED_PER_LABELED * args.batch_size
+        texts = draw(task.unlabeled_tokens, step * n_unlabeled, n_unlabeled, seed)
+        set_learning_rate(optimizers, learning_rate_factor(step, optim))
+        clozes, labels = [labeled.clozes[i] for i in batch], [labeled.labels[i] for i in batch]
+        compute_loss = partial(pattern_loss, model, clozes, labels, texts, task.verbalizer, args.alpha)
+        train_step(model, compute_loss, optimizers, scaler, task.dtype, optim.grad_clip)
+    return model
+
+
+def draw(texts: Sequence[list[int]], start: int, count: int, seed: int) -> list[list[int]]:
+    """Return texts start .. start + count - 1 of an endless sequence that visits all texts in each epoch."""
+    n = len(texts)
+    return [texts[int(permute(np.array([i % n]), n, seed, i // n)[0])] for i in range(start, start + count)]
+
+
+def pattern_loss(
+    model: GPT,
+    clozes: Sequence[Cloze],
+    labels: Sequence[int],
+    texts: Sequence[list[int]],
+    verbalizer: Verbalizer,
+    alpha: float,
+) -> Tensor:
+    """Return (1 - alpha) times the cross-entropy of the classes plus alpha times the loss of the language model, ()."""
+    scores = class_scores(model, clozes, verbalizer)
+    loss = torch.nn.functional.cross_entropy(scores, torch.tensor(labels, device=scores.device))
+    if alpha == 0:
+        return loss
+    rows = [torch.tensor(tokens) for tokens in texts]
+    ids = pad_sequence(rows, batch_first=True).to(scores.device)
+    targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORE_INDEX).to(scores.device)
+    return (1 - alpha) * loss + alpha * model(ids[:, :-1], targets=targets).loss
