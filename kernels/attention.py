@@ -1,21 +1,71 @@
-"""Causal attention with a faster backward pass, for training on a CPU in less than float32.
+"""The choice of PyTorch's attention kernel on CUDA, and a faster backward pass for training on a CPU below float32.
 
-The forward pass is PyTorch's. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with avx512_bf16, one
-thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as this one and is slightly less accurate.
+`CausalAttention` has PyTorch's forward pass. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with
+avx512_bf16, one thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as this one and is slightly less
+accurate.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
+
+# The backends of scaled_dot_product_attention that run any shape at once. The fourth one, cuDNN, builds a plan for each
+# new shape, which takes up to half a second.
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Newer forms of FlashAttention by the compute capability of the card: their name in PyTorch, and the module they need.
+NEWER_FLASH_ATTENTION = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}
 
 # The backward pass handles a block of 128 queries and at most about a million attention weights at a time. More would
 # leave the CPU's cache, fewer would make the matrix products too small to be fast.
 BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
+
+
+def attention_backends(device: torch.device, *, fixed_shapes: bool) -> AbstractContextManager:
+    """Restrict `F.scaled_dot_product_attention` to the kernels that suit the shapes of its inputs.
+
+    Pretraining has one shape, for which cuDNN plans once and is then often the fastest. Decoding, evaluation and
+    classification have another shape in almost every batch: there cuDNN is excluded. Only CUDA has the choice.
+    """
+    if device.type != "cuda" or fixed_shapes:
+        return nullcontext()
+    return sdpa_kernel(ANY_SHAPE)
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, *, training: bool
+) -> Tensor:
+    """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D), from the `attention_backends`.
+
+    A mask means padding, so the next batch probably has another shape.
+    """
+    with attention_backends(q.device, fixed_shapes=training and mask is None):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+
+
+def use_newer_flash_attention(device: torch.device, dropout: float) -> str | None:
+    """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card; return its name, or None.
+
+    cuDNN is then switched off, because PyTorch may prefer it. Neither of the two supports dropout of attention weights.
+    """
+    if device.type != "cuda" or dropout:
+        return None
+    name, module = NEWER_FLASH_ATTENTION.get(torch.cuda.get_device_capability(device)[0], ("", ""))
+    try:
+        if not name or importlib.util.find_spec(module) is None:
+            return None
+        activate_flash_attention_impl(name)
+    except (ImportError, RuntimeError):  # find_spec imports the parent package; the kernels may not fit this PyTorch
+        return None
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return name
 
 
 def plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
