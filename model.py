@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import CausalAttention
+from kernels.attention import CausalAttention, fused_attention
 from kernels.document_attention import DocumentMask
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
 from weights import load_weights, locate, read_config, save_weights
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             elif is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
                 y = CausalAttention.apply(q, k, v)  # same result, and a backward pass that is faster below float32
             else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+                y = fused_attention(q, k, v, mask, dropout, is_causal, training=self.training)
         else:
             # The plain form. A sum of D products has a variance proportional to D. Divided by √D the scores stay near
             # 1; without that, softmax saturates, one key gets all the weight, and the gradient vanishes.
