@@ -139,7 +139,7 @@ def load_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[Seque
     device = find_device(args.device, "--device")
     if device.type == "cpu":
         keep_freed_memory()
-    directory = locate(resolve_model(args.model))
+    directory = locate(resolve_model(args.model, checkpoint=args.checkpoint))
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(args.seed)
     gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # small updates vanish in half precision
@@ -252,7 +252,7 @@ def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) 
 def predict(args: argparse.Namespace) -> None:
     """Print {"text", "label", "probability"} for each row of a file, in the order of the file."""
     device = find_device(args.device, "--device")
-    directory = locate(resolve_model(args.model))
+    directory = locate(resolve_model(args.model, checkpoint=args.checkpoint))
     classifier = SequenceClassifier.from_pretrained(directory, dtype=torch.float32, device=device)
     texts = read_column(args.file, args.text_key)
     max_length = choose_length(args, classifier.max_length)

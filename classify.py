@@ -16,7 +16,7 @@ import math
 import os
 from pathlib import Path
 
-from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--model", required=True, help=MODEL_HELP)
+    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
     add("--text-key", default="text", metavar="KEY", help="column with the texts (default: text)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch (default: 16)")
     add("--max-length", type=int, metavar="N", help="tokens to read of each text (default: as many as the model can)")

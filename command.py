@@ -30,6 +30,10 @@ sys.excepthook = _report_uncaught  # now: the imports that follow take a second 
 import openmp  # noqa: E402, F401 (the commands import this module before torch)
 
 MODEL_HELP = "directory of a run, a checkpoint or a Hugging Face model, or a name on the hub"
+CHECKPOINT_HELP = (
+    "which checkpoint of a run: best (lowest validation loss), newest, or a step (default: best if eval.patience ended "
+    "the run, otherwise newest)"
+)
 DEVICE_HELP = "cuda, cuda:1, mps or cpu (default: the first of these that is available)"
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = (

@@ -21,6 +21,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoints import choose_checkpoint, is_run
 from openai_checkpoint import convert_hparams, is_openai_checkpoint, read_openai_tensors
 
 # transformers stores these matrices as Conv1D weights, (in, out), and nn.Linear stores (out, in). They are selected by
@@ -115,15 +116,16 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 def locate(name_or_dir: str | Path) -> Path:
     """Return the directory that holds a model's files.
 
-    A directory is returned as it is. Any other name is a model on the Hugging Face hub: the result is its snapshot in
-    the local cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for those on the hub.
+    A directory is returned as it is, except the directory of a run: the result is then one of its checkpoints, see
+    `choose_checkpoint`. Any other name is a model on the Hugging Face hub: the result is its snapshot in the local
+    cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for those on the hub.
 
     Raises:
         FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
     """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
-        return path
+        return choose_checkpoint(path) if is_run(path) else path
     name = OPENAI_NAMES.get(str(name_or_dir), str(name_or_dir))
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no such model directory: {name}")
@@ -183,10 +185,7 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     """
     path = find_config(directory)
     if not path.is_file():
-        # pretrained.py resolves runs. It imports the model, which imports this module, so this module only names one.
-        found = sorted((path.parent / "checkpoints").glob("step-*[0-9]"), key=lambda step: (len(step.name), step.name))
-        hint = f"; it is a run: name one of its checkpoints, such as {found[-1]}" if found else ""
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no {path.name}{hint}")
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no {path.name}")
     described = read_json(path)
     if path.name == "hparams.json":
         described = convert_hparams(described, path)

@@ -28,7 +28,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
     with join_processes(args.device, args.dtype) as processes:
-        name = resolve_model(args.model)
+        name = resolve_model(args.model, checkpoint=args.checkpoint)
         directory = locate(name)
         model, tokenizer = load_model_and_tokenizer(
             name, directory, processes.device, through_transformers=args.transformers
@@ -44,7 +44,7 @@ def evaluate(args: argparse.Namespace) -> None:
         examples: list[dict[str, Any]] = []
         for task, function in tasks.items():
             result = function(args, evaluator)
-            rows += result_rows(task, result)
+            rows += result_rows(task, result, name)
             heading = {"task": task, "convention": result.convention}
             examples += [heading | {"index": i} | example for i, example in enumerate(result.examples)]
         if not processes.is_main:
@@ -58,8 +58,11 @@ def evaluate(args: argparse.Namespace) -> None:
                 partial.unlink(missing_ok=True)
 
 
-def result_rows(task: str, result: TaskResult) -> list[dict[str, Any]]:
-    """Return the entries of the JSON file for a task: one per metric, with the published values of its convention."""
+def result_rows(task: str, result: TaskResult, checkpoint: str) -> list[dict[str, Any]]:
+    """Return the entries of the JSON file for a task: one per metric, with the published values of its convention.
+
+    `checkpoint` is the directory or hub name of the evaluated model.
+    """
     return [
         {
             "task": task,
@@ -68,6 +71,7 @@ def result_rows(task: str, result: TaskResult) -> list[dict[str, Any]]:
             "value": value,
             "stderr": stderr,
             "count": result.count,
+            "checkpoint": checkpoint,
             "published": published(task, result.convention, metric),
         }
         for metric, (value, stderr) in result.metrics.items()

@@ -15,7 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from data.plain_text import read_escapes
 
 TASK_HELP = """tasks:
   hellaswag                     --convention completion (default) or harness
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("--model", help=f"{MODEL_HELP}; other architectures are also supported (default: the newest run)")
+    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
     add("--tasks", required=True, metavar="A,B,C", help="tasks to evaluate; see the list below")
     add(
         "--convention",
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table = parser.add_argument_group("classify")
     table.add_argument("--file", type=Path, metavar="FILE", help=".csv file with a header, or .jsonl file")
     table.add_argument("--train-file", type=Path, metavar="FILE", help="file of the same kind, source of --shots")
-    table.add_argument("--template", help=r"context with field names in braces; \n is a line break")
+    table.add_argument("--template", type=read_escapes, help=r"context with field names in braces; \n is a line break")
     table.add_argument(
         "--label-field", default="label", metavar="NAME", help="field that holds the correct label (default: label)"
     )

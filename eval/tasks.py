@@ -100,7 +100,7 @@ def run_classify(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
     words = dict(pair.partition("=")[::2] for pair in args.labels.split(","))
     if len(words) < 2 or not all(words.values()):
         raise ValueError(f"--labels {args.labels}: expected at least two pairs VALUE=WORD, separated by commas")
-    render = classification(args.template.replace("\\n", "\n"), args.label_field, words)
+    render = classification(args.template, args.label_field, words)
     questions = make_questions(str(args.file), read_table(args.file), render)
 
     def train_questions() -> list[Question]:

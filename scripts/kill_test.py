@@ -26,10 +26,9 @@ from typing import Any
 import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported once here, not in every attempt)
 
 import train
+from checkpoints import MANIFEST, list_checkpoints, read_state
 from command import ending
 from files import PARTIAL_SUFFIX
-from pretrained import MANIFEST, list_checkpoints
-from training.checkpoint import read_state
 from training.config import Config, parse_config
 from training.run_directory import RunDirectory
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("data",),
     ("processes",),
     ("device", "weights"),
-    ("openai_checkpoint",),
+    ("checkpoints", "openai_checkpoint"),
     ("command", "files"),
     ("openmp",),
 )

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, pipeline
 
+from checkpoints import MANIFEST, OPTIMIZER, STATE
 from classification import save
 from classify import main
 from data.tokenizer import load_tokenizer, train_tokenizer
 from files import file_sha256
 from heads import SequenceClassifier
 from model import GPT, GPTConfig
-from pretrained import MANIFEST, OPTIMIZER, STATE
 
 TEXTS = [
     (f"{number}. {start} {thing}", kind)

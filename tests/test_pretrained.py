@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from checkpoints import MANIFEST, OPTIMIZER, STATE, choose_checkpoint, find_newest, list_checkpoints, read_state, verify
 from data.tokenizer import CharacterTokenizer
 from files import file_sha256
 from model import GPT, GPTConfig
-from pretrained import MANIFEST, OPTIMIZER, STATE, find_newest, list_checkpoints, load_model, resolve_model, verify
+from pretrained import load_model, resolve_model
 
 
 def write_checkpoint(run, step):
@@ -108,10 +109,67 @@ def test_a_model_is_loaded_with_its_tokenizer_and_its_name(run):
     assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
 
 
-def test_the_error_for_a_run_names_its_newest_checkpoint(run):
-    newest = run / "checkpoints" / "step-1000000"
-    with pytest.raises(FileNotFoundError, match=f"it is a run: name one of its checkpoints, such as {newest}$"):
-        GPT.from_pretrained(run)
+def test_from_pretrained_accepts_a_run(run):
+    newest = GPT.from_pretrained(run / "checkpoints" / "step-1000000")
+    torch.testing.assert_close(GPT.from_pretrained(run).state_dict(), newest.state_dict(), rtol=0, atol=0)
+
+
+@pytest.fixture
+def worse_at_the_end(run):
+    """Return the run, ended by eval.patience: the checkpoint of step 900 has the lowest validation loss."""
+    for step, loss in ((4, 5.0), (900, 3.25), (1_000_000, 3.5)):
+        checkpoint = run / "checkpoints" / f"step-{step:06d}"
+        state = {"step": step, "val_loss": loss, "identity": {"optim": {"steps": 2_000_000}}}
+        (checkpoint / STATE).write_text(json.dumps(state))
+        write_manifest(checkpoint)
+    (run / "status.json").write_text('{"status": "finished", "step": 1000000}')
+    return run
+
+
+@pytest.mark.parametrize(
+    ("status", "which", "expected"),
+    [
+        ("finished", None, 900),
+        ("preempted", None, 1_000_000),
+        ("finished", "newest", 1_000_000),
+        ("preempted", "best", 900),
+        ("finished", "4", 4),
+        ("finished", "000004", 4),
+    ],
+)
+def test_the_best_checkpoint_is_the_default_after_patience_ended_the_run(
+    worse_at_the_end, capsys, status, which, expected
+):
+    (worse_at_the_end / "status.json").write_text(json.dumps({"status": status, "step": 1_000_000}))
+    chosen = resolve_model(str(worse_at_the_end), checkpoint=which)
+    assert chosen == str(worse_at_the_end / "checkpoints" / f"step-{expected:06d}")
+    assert f"loaded {chosen}, the" in capsys.readouterr().err
+
+
+def test_a_run_that_took_all_its_steps_stands_for_its_newest_checkpoint(worse_at_the_end):
+    newest = worse_at_the_end / "checkpoints" / "step-1000000"
+    state = read_state(newest) | {"step": 2_000_000}
+    (newest / STATE).write_text(json.dumps(state))
+    write_manifest(newest)
+    assert choose_checkpoint(worse_at_the_end) == newest
+
+
+def test_an_impossible_checkpoint_is_refused(worse_at_the_end):
+    name = str(worse_at_the_end)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 5, only of 4, 900, 1000000"):
+        resolve_model(name, checkpoint="5")
+    with pytest.raises(ValueError, match="--checkpoint latest: expected best, newest or a step"):
+        resolve_model(name, checkpoint="latest")
+    with pytest.raises(ValueError, match="gpt2 is not a run"):
+        resolve_model("gpt2", checkpoint="best")
+    (worse_at_the_end / "checkpoints" / "step-000900" / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"step-000900 is damaged .*: choose another one with --checkpoint"):
+        resolve_model(name, checkpoint="best")
+
+
+def test_without_validation_there_is_no_best_checkpoint(run):
+    with pytest.raises(FileNotFoundError, match="has a validation loss: use --checkpoint newest"):
+        resolve_model(str(run), checkpoint="best")
 
 
 def test_a_tokenizer_of_another_size_is_refused(run):

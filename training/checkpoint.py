@@ -4,7 +4,7 @@
                                trainer/optimizer.safetensors trainer/state.json   manifest.json
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so that it exists completely or not at
-all. `pretrained.py` finds and verifies checkpoints.
+all. `checkpoints.py` finds and verifies checkpoints.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from checkpoints import MANIFEST, OPTIMIZER, STATE, find_best, find_newest, list_checkpoints
 from data.tokenizer import Tokenizer
 from files import PARTIAL_SUFFIX, discard, file_sha256, sync_directory
 from model import GPT
-from pretrained import MANIFEST, OPTIMIZER, STATE, find_newest, list_checkpoints
 from weights import save_weights
 
 
@@ -76,11 +76,6 @@ def check_finite(tensors: dict[str, Tensor], step: int) -> None:
             raise FloatingPointError(f"{name} has values that are NaN or infinite after step {step}")
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's trainer/state.json."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
 class Checkpoints:
     """The checkpoints of one run. A thread writes them, so that training continues meanwhile.
 
@@ -120,29 +115,8 @@ class Checkpoints:
         return self._resumed
 
     def best(self) -> tuple[float, Path] | None:
-        """Return the lowest validation loss of the existing checkpoints, and the checkpoint it belongs to.
-
-        A checkpoint stores its own validation loss and the best loss so far with its step. The second is needed for a
-        checkpoint that was saved on a stop request: its validation ran only after the run had resumed.
-        """
-        own: dict[Path, float] = {}
-        reported: dict[Path, float] = {}
-        for path in self.existing():
-            if path in self._unreadable:
-                continue
-            try:
-                state = read_state(path)
-                loss, best = state["val_loss"], state.get("best")  # NaN if the validation loss was not finite
-            except (OSError, ValueError, KeyError, TypeError) as error:  # without trainer/ it is still a GPT-2
-                print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
-                self._unreadable.add(path)
-                continue
-            if loss is not None and math.isfinite(loss):
-                own[path] = loss
-            if best is not None and math.isfinite(best[0]):
-                reported[self.path(best[1])] = best[0]
-        readable = set(self.existing()) - self._unreadable
-        return min(((loss, path) for path, loss in (reported | own).items() if path in readable), default=None)
+        """Return the lowest validation loss of the existing checkpoints, and its checkpoint, see `find_best`."""
+        return find_best(self.directory, self._unreadable)
 
     def advice(self) -> str:
         """Return what to do after training has diverged."""

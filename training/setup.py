@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from checkpoints import read_state
 from data.loader import Loader, MicroBatch
 from device import CARDS, DTYPES, fast_dtype, find_card, gradient_scaler
 from model import GPT, GPTConfig
 from processes import Processes
-from training.checkpoint import Checkpoints, load_optimizers, read_state
+from training.checkpoint import Checkpoints, load_optimizers
 from training.config import Config, Flags, refuse_changes
 from training.distributed import distribute
 from training.estimate import count_parameters, flops_per_token, most_windows, needed_memory, peak_flops

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import training.checkpoint
+from checkpoints import list_checkpoints, verify
 from data.tokenizer import load_tokenizer
 from eval.loss import SplitLoss
 from files import file_sha256
 from generation import generate
 from model import GPT
-from pretrained import list_checkpoints, resolve_model, verify
+from pretrained import resolve_model
 from train import train_step, validate
 from training.checkpoint import Checkpoints
 from training.launch import StopSignal

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from checkpoints import read_state
 from train import MAX_BAD_STEPS
 from train import train as train_run
-from training.checkpoint import read_state
 from training.run_directory import read_metrics
 
 FLOAT16 = {"system.dtype": "float16"}

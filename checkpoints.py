@@ -1,0 +1,169 @@
+"""Find the checkpoints of a run, verify them, and choose one.
+
+    runs/<name>/checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
+                                           trainer/optimizer.safetensors trainer/state.json   manifest.json
+
+training/checkpoint.py writes checkpoints. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from files import file_sha256
+
+MANIFEST = "manifest.json"  # size and sha256 of every other file of the checkpoint
+STATE = "trainer/state.json"
+OPTIMIZER = "trainer/optimizer.safetensors"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints in a run's `checkpoints` directory in the order of their steps, without verifying them."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file of a checkpoint with the size and the hash in its manifest.
+
+    Raises:
+        ValueError, OSError: a file is missing or differs. The message names the first such file.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        listed = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint / MANIFEST} is not a manifest ({error})") from None
+    for name, (size, sha256) in listed.items():
+        path = checkpoint / name
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{checkpoint / MANIFEST} lists {name!r}, expected only files of the checkpoint")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, but its manifest says {size:,}")
+        if file_sha256(path) != sha256:
+            raise ValueError(f"{path} has another sha256 than its manifest says")
+    if missing := {"config.json", STATE, OPTIMIZER} - listed.keys():
+        raise ValueError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(missing))}")
+
+
+def find_newest(directory: Path) -> tuple[Path | None, list[Path]]:
+    """Return the newest checkpoint of a run that matches its manifest, and the damaged ones that are newer.
+
+    directory is the run's `checkpoints`. A damaged checkpoint is named on stderr, skipped and left unchanged. The first
+    result is None if there is no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, but all of them are damaged.
+    """
+    damaged: list[Path] = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            verify(path)
+        except (OSError, ValueError) as error:
+            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
+            damaged.append(path)
+        else:
+            return path, damaged
+    if damaged:
+        raise ValueError(f"every checkpoint in {directory} is damaged: move them away to start from the beginning")
+    return None, []
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's trainer/state.json."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | None:
+    """Return the lowest validation loss of the existing checkpoints, and the checkpoint it belongs to.
+
+    A checkpoint stores its own validation loss and the best loss so far with its step. The second is needed for a
+    checkpoint that was saved on a stop request: its validation ran only after the run had resumed.
+
+    directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored; those without a readable
+    trainer/state.json are named on stderr and added to it.
+    """
+    own: dict[Path, float] = {}
+    reported: dict[Path, float] = {}
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(directory)}
+    for path in paths.values():
+        if path in unreadable:
+            continue
+        try:
+            state = read_state(path)
+            loss, best = state["val_loss"], state.get("best")  # NaN if the validation loss was not finite
+        except (OSError, ValueError, KeyError, TypeError) as error:  # without trainer/ it is still a GPT-2
+            print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
+            unreadable.add(path)
+            continue
+        if loss is not None and math.isfinite(loss):
+            own[path] = loss
+        if best is not None and math.isfinite(best[0]) and best[1] in paths:
+            reported[paths[best[1]]] = best[0]
+    losses = {path: loss for path, loss in (reported | own).items() if path not in unreadable}
+    return min(((loss, path) for path, loss in losses.items()), default=None)
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether a directory is a run of train.py: it has a directory `checkpoints`."""
+    return (directory / "checkpoints").is_dir()
+
+
+def choose_checkpoint(run: Path, which: str | None = None) -> Path:
+    """Return an undamaged checkpoint of a run, and name it on stderr.
+
+    Args:
+        which: "newest"; "best", the one with the lowest validation loss; or a step. None means the best if
+            eval.patience ended the run, because the later ones are worse, and otherwise the newest.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint.
+        ValueError: the chosen checkpoint is damaged, or `which` has another value.
+    """
+    directory = run / "checkpoints"
+    existing = list_checkpoints(directory)
+    if not existing:
+        raise FileNotFoundError(f"{run} has no checkpoint yet")
+    if which is None:
+        which = "best" if _ended_by_patience(run, existing[-1]) else "newest"
+    if which == "newest":
+        chosen, description = find_newest(directory)[0], "the newest checkpoint"
+    elif which == "best":
+        best = find_best(directory, set())
+        if best is None:
+            raise FileNotFoundError(f"no checkpoint of {run} has a validation loss: use --checkpoint newest")
+        chosen, description = best[1], f"the checkpoint with the lowest validation loss, {best[0]:.4f}"
+    elif which.isdecimal():
+        steps = {int(path.name.removeprefix("step-")): path for path in existing}
+        if int(which) not in steps:
+            raise FileNotFoundError(f"{run} has no checkpoint of step {which}, only of {', '.join(map(str, steps))}")
+        chosen, description = steps[int(which)], "the chosen checkpoint"
+    else:
+        raise ValueError(f"--checkpoint {which}: expected best, newest or a step, such as 500")
+    assert chosen is not None  # find_newest returns None only if there is no checkpoint
+    if which != "newest":
+        try:
+            verify(chosen)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{chosen} is damaged ({error}): choose another one with --checkpoint") from None
+    if os.environ.get("RANK", "0") == "0":  # once, not once per process
+        print(f"loaded {chosen}, {description}", file=sys.stderr)
+    return chosen
+
+
+def _ended_by_patience(run: Path, newest: Path) -> bool:
+    """Return whether a run finished before its last step, which only eval.patience causes."""
+    try:
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
+        state = read_state(newest)
+        return status == "finished" and state["step"] < state["identity"]["optim"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):  # an incomplete copy of a run
+        return False
