@@ -11,7 +11,8 @@ import argparse
 import math
 from pathlib import Path
 
-from command import DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from data.plain_text import read_escapes
 
 DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 
@@ -19,12 +20,16 @@ DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help=f"{MODEL_HELP} (default: the newest run)")
+    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default="", help="text to continue (default: start from <|endoftext|>)")
+    source.add_argument(
+        "--prompt",
+        help="text to continue (default: the text that is piped to this command, or else start from <|endoftext|>)",
+    )
     source.add_argument(
         "--file", type=Path, help='a file with one prompt per line; *.jsonl: one object with a "prompt"'
     )
-    source.add_argument("--interactive", action="store_true", help="ask for prompts until end of file (Ctrl-D)")
+    source.add_argument("--interactive", action="store_true", help="ask for prompts; :help lists its commands")
     add("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that are continued together (default: 8)")
     add(
@@ -46,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--stop",
         action="append",
+        type=read_escapes,
         metavar="TEXT",
         help=r"end a sample after this text; \n is a line break. Repeat the option for several texts",
     )
@@ -77,8 +83,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         parser.error(f"--num-beams {args.num_beams} is too small: it must be at least --num-samples {args.num_samples}")
     if args.greedy and args.num_samples > 1:
         parser.error("--greedy has one result per prompt: not with --num-samples")
-    args.stop = [text.replace("\\n", "\n") for text in args.stop or []]
-    if "" in args.stop:
+    if "" in (args.stop or ()):
         parser.error("--stop needs a text that is not empty")
     if (args.stream or args.interactive) and args.num_beams > 1:
         parser.error("beam search has no text before it ends: not with --stream or --interactive")
@@ -93,8 +98,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parse_arguments(parser, arguments)
     with ending(parser, needs_reader=True):
-        from generation.terminal import run  # imported after the arguments are checked: importing torch takes seconds
-
+        # imported after the arguments are checked: importing torch takes seconds
+        if args.interactive:
+            from generation.interactive import run
+        else:
+            from generation.terminal import run
         run(args)
 
 

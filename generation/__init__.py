@@ -12,7 +12,8 @@ the two token by token.
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
     packed.py       pack_weights: a layout of the weights that is faster to decode with
     text.py         stream and generate_text: strings instead of token ids
-    terminal.py     the work of sample.py
+    terminal.py     the work of sample.py: prompts in, text out
+    interactive.py  sample.py --interactive
 
 Shapes in this package: N rows (the prompts times the sequences returned for each, or times the beams), T tokens in each
 row so far, including prompt and padding, V = vocab_size, B prompts, K beams per prompt.

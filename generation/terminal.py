@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import random
+import stat
 import sys
 import unicodedata
 from pathlib import Path
@@ -24,20 +25,16 @@ from generation.text import Completion, generate_text, stream
 from model import GPT
 from pretrained import load_model
 
-SEPARATOR = "-" * 15  # printed after each sample
+SEPARATOR = "-" * 15  # printed after each sample if there are several
 
 
 def run(args: argparse.Namespace) -> None:
     """Generate and print what the arguments of sample.py request."""
-    prompts = read_prompts(args.file) if args.file else [args.prompt]
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    device = find_device(args.device, "--device")
-    model, tokenizer, _ = load_model(args.model, dtype=find_dtype(args.dtype, device), device=device)
-    pack_weights(model)
-    if args.interactive:
-        interact(args, model, tokenizer, seed)
-        return
+    prompts = find_prompts(args)
+    model, tokenizer, _ = load(args)
+    seed = first_seed(args)
     options = decoding_options(args, model, tokenizer, prompts)
+    several = len(prompts) * args.num_samples > 1
     if args.show_probs:
         for prompt in prompts:
             print_probabilities(model, tokenizer, prompt, args.show_probs)
@@ -45,13 +42,50 @@ def run(args: argparse.Namespace) -> None:
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(args.num_samples)):
             print(printable(prompt), end="")
             print_stream(model, tokenizer, prompt, seed + number, options)
-            print(SEPARATOR)
+            if several:
+                print(SEPARATOR)
         return
     for completion in complete(args, model, tokenizer, prompts, seed, options):
         if args.json:
             print(json.dumps(completion._asdict()))
         else:
-            print(printable(completion.prompt + completion.text), SEPARATOR, sep="\n")
+            print(printable(completion.prompt + completion.text))
+            if several:
+                print(SEPARATOR)
+
+
+def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str]:
+    """Load the model that the arguments select, ready to decode. Returns it, its tokenizer and its description."""
+    device = find_device(args.device, "--device")
+    dtype = find_dtype(args.dtype, device)
+    model, tokenizer, name = load_model(args.model, checkpoint=args.checkpoint, dtype=dtype, device=device)
+    # pack_weights replaces modules, so the parameters are counted before.
+    description = f"{name}: {model.num_parameters():,} parameters, sees up to {model.config.block_size:,} tokens"
+    pack_weights(model)
+    return model, tokenizer, description
+
+
+def first_seed(args: argparse.Namespace) -> int:
+    """Return --seed, or a random seed."""
+    return random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+
+
+def find_prompts(args: argparse.Namespace) -> list[str]:
+    """Return the prompts of --prompt or --file, or else the text that is piped or redirected to standard input.
+
+    Without any of these, the only prompt is empty.
+    """
+    if args.file:
+        return read_prompts(args.file)
+    if args.prompt is not None:
+        return [args.prompt]
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or replaced by a test or another program
+        return [""]
+    if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):  # a terminal or /dev/null
+        return [""]
+    return [sys.stdin.read().removesuffix("\n")]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -123,35 +157,15 @@ def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: in
         print(f"{probability:11.4f}  {token:5}  {tokenizer.decode([token])!r}")
 
 
-def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, options: dict[str, Any]) -> None:
-    """Print one continuation of a prompt as it is generated."""
+def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, options: dict[str, Any]) -> str:
+    """Print one continuation of a prompt as it is generated, and return it."""
     generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+    text = ""
     for streamed in stream(model, tokenizer, prompt, generator=generator, **options):
+        text += streamed.text
         print(printable(streamed.text), end="", flush=True)
     print()
-
-
-def interact(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, seed: int) -> None:
-    """Continue prompts from the terminal until end of file. An impossible prompt prints its error and asks again."""
-    with contextlib.suppress(ImportError):  # Windows lacks it; importing it gives input() line editing and a history
-        import readline  # noqa: F401
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            print()
-            return
-        if not prompt.strip():
-            continue
-        try:
-            options = decoding_options(args, model, tokenizer, [prompt])
-            if args.show_probs:
-                print_probabilities(model, tokenizer, prompt, args.show_probs)
-            for _ in range(args.num_samples):
-                print_stream(model, tokenizer, prompt, seed, options)
-                seed += 1
-        except ValueError as error:
-            print(f"{error}", file=sys.stderr)
+    return text
 
 
 def complete(

@@ -63,7 +63,7 @@ def test_greedy_text_equals_that_of_generate(run, checkpoint):
     prompt = tokenizer.encode("Hello")
     ids = generate(GPT.from_pretrained(checkpoint), [prompt], max_new_tokens=12, eos_token_id=tokenizer.eot)
     expected = [token for token in ids[0].tolist() if token != tokenizer.eot]
-    assert run("--prompt", "Hello", "--greedy") == (0, f"{tokenizer.decode(expected)}\n{SEPARATOR}\n", "")
+    assert run("--prompt", "Hello", "--greedy") == (0, f"{tokenizer.decode(expected)}\n", "")
     assert run("--prompt", "Hello", "--greedy", "--stream")[:2] == run("--prompt", "Hello", "--greedy")[:2]
 
 
@@ -315,7 +315,7 @@ def test_a_sample_ends_after_a_stop_text(run, options):
         assert entry["finish_reason"] == "stop" or stops[0] not in entry["text"]
     if options == ("--greedy",):
         streamed = run("--prompt", "Hello", *options, "--stream", *flags)[1]
-        assert streamed == f"Hello{whole[0][:5]}\n{SEPARATOR}\n"
+        assert streamed == f"Hello{whole[0][:5]}\n"
 
 
 def test_a_stop_text_may_be_a_line_break(tmp_path, run):
@@ -415,7 +415,7 @@ class Terminal:
 def test_interactive_prompts_have_line_editing_and_a_history(checkpoint, run):
     arguments = ("--model", checkpoint, "--dtype", "float32", "--greedy", "--max-new-tokens", 12)
     expected = {
-        prompt: run("--prompt", prompt, "--greedy")[1].split(f"\n{SEPARATOR}")[0].removeprefix(prompt)
+        prompt: run("--prompt", prompt, "--greedy")[1].removesuffix("\n").removeprefix(prompt)
         for prompt in ("Hello", "world")
     }
     terminal = Terminal(*arguments)
@@ -438,18 +438,54 @@ def test_interactive_prompts_have_line_editing_and_a_history(checkpoint, run):
     assert terminal.exit_code() == 0
 
 
-@pytest.mark.parametrize("while_generating", [False, True])
-def test_interactive_ends_without_a_traceback_on_ctrl_c(checkpoint, while_generating):
-    terminal = Terminal("--model", checkpoint, *(("--num-samples", 100_000) if while_generating else ()))
+def test_interactive_ends_without_a_traceback_on_ctrl_c(checkpoint):
+    terminal = Terminal("--model", checkpoint)
     terminal.expect("> ")
-    if while_generating:
-        terminal.type("Hello\n")
-        terminal.expect("Hello\n")
-        terminal.expect("\n")  # the first sample was streamed
     time.sleep(0.5)  # readline prints its prompt shortly before it handles signals
     terminal.type("\x03")
     assert terminal.exit_code() == 130
     assert "Traceback" not in terminal.seen
+
+
+def test_ctrl_c_ends_an_answer_and_commands_change_settings(checkpoint, run):
+    terminal = Terminal("--model", checkpoint, "--dtype", "float32", "--num-samples", 100_000, "--seed", 3)
+    assert f"{checkpoint}: 30,688 parameters, sees up to 64 tokens" in terminal.expect("> ")
+    terminal.type("Hello\n")
+    terminal.expect("Hello\n")
+    terminal.expect("\n")  # the first sample was streamed
+    terminal.type("\x03")
+    terminal.expect("\n> ")
+    for line, shown in (
+        (":help", ":temperature 0.7"),
+        (":temperature warm", "warm is not a float"),
+        (":temperature -1", "temperature must be above 0"),
+        (":num-samples 0", "num_samples must be at least 1"),
+        (":joke", ":joke is not a command: :help lists them"),
+    ):
+        terminal.type(f"{line}\n")
+        terminal.expect(f"{line}\n")
+        assert shown in terminal.expect("\n> ")
+    for line in (":num-samples 1", ":top-k 1", ":max-new-tokens 12"):
+        terminal.type(f"{line}\n")
+        terminal.expect("> ")
+    greedy = run("--prompt", "Hello", "--greedy")[1].removesuffix("\n").removeprefix("Hello")
+    terminal.type("Hello\n")
+    terminal.expect("Hello\n")
+    assert terminal.expect("\n> ") == greedy
+    more = run("--prompt", f"Hello{greedy}", "--greedy")[1].removesuffix("\n").removeprefix(f"Hello{greedy}")
+    terminal.type(":more\n")
+    terminal.expect(":more\n")
+    assert terminal.expect("\n> ") == more
+    terminal.type(":quit\n")
+    assert terminal.exit_code() == 0
+
+
+def test_a_prompt_is_read_from_a_pipe(checkpoint, run):
+    command = ["sample.py", "--model", checkpoint, "--dtype", "float32", "--greedy", "--max-new-tokens", "12"]
+    result = subprocess.run(
+        [sys.executable, *command], input="Hello\n", cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == run("--prompt", "Hello", "--greedy")[1]
 
 
 def test_several_batches_have_a_progress_bar_on_a_terminal(checkpoint):

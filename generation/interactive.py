@@ -1,0 +1,123 @@
+"""`sample.py --interactive`: continue prompts from the terminal until end of file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from generation.terminal import decoding_options, first_seed, load, print_probabilities, print_stream
+from model import GPT
+
+HELP = """\
+A line that starts with a colon is a command:
+  :temperature 0.7       below 1 favors probable tokens, above 1 improbable ones
+  :top-k 50              sample from the 50 most probable tokens (0: from all)
+  :top-p 0.9             sample from the most probable tokens whose probabilities sum to 0.9
+  :max-new-tokens 100    tokens to generate
+  :num-samples 3         samples of each prompt
+  :show-probs 5          first print the 5 most probable next tokens (0: do not)
+  :more                  continue the last text
+  :help                  print this
+  :quit                  end, as Ctrl-D does
+The arrow keys bring back earlier lines. Ctrl-C ends an answer, and without an answer it ends the program."""
+
+# The settings that a command can change. Some are counts, of which --num-samples and --max-new-tokens start at 1.
+SETTINGS: dict[str, Callable[[str], float]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "max_new_tokens": int,
+    "num_samples": int,
+    "show_probs": int,
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model that the arguments of sample.py select, and continue prompts from the terminal."""
+    with contextlib.suppress(ImportError):  # Windows lacks it; importing it gives input() line editing and a history
+        import readline  # noqa: F401
+    model, tokenizer, description = load(args)
+    print(description)
+    print("Each prompt is continued by itself, without the earlier ones. :help lists commands, Ctrl-D ends.")
+    Session(args, model, tokenizer).run()
+
+
+class Session:
+    """The state of `sample.py --interactive`: the settings, the seed of the next sample, and the last text.
+
+    Each prompt is continued by itself: the model sees earlier ones only after `:more`.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> None:
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.seed, self.last_text = first_seed(args), ""
+
+    def run(self) -> None:
+        """Ask for lines until end of file or `:quit`. An impossible prompt prints its error and asks again."""
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return
+            if line.strip() == ":quit":
+                return
+            try:
+                if line.startswith(":"):
+                    self.command(*line[1:].split())
+                elif line.strip():
+                    self.answer(line)
+            except ValueError as error:
+                print(f"{error}", file=sys.stderr)
+            except KeyboardInterrupt:  # during an answer; at the prompt it ends the program
+                print()
+
+    def answer(self, prompt: str) -> None:
+        """Print `num_samples` continuations of a prompt as they are generated."""
+        options = self.check(prompt)
+        if self.args.show_probs:
+            print_probabilities(self.model, self.tokenizer, prompt, self.args.show_probs)
+        for _ in range(self.args.num_samples):
+            seed, self.seed = self.seed, self.seed + 1
+            self.last_text = prompt + print_stream(self.model, self.tokenizer, prompt, seed, options)
+
+    def command(self, name: str = "", *values: str) -> None:
+        """Carry out a line that starts with a colon. Raises ValueError if it is not a command."""
+        setting = name.replace("-", "_")
+        if name == "help" and not values:
+            print(HELP)
+        elif name == "more" and not values:
+            if not self.last_text:
+                raise ValueError("there is no text to continue yet: type a prompt first")
+            self.answer(self.last_text)
+        elif setting in SETTINGS and len(values) == 1:
+            self.change(setting, values[0])
+        else:
+            raise ValueError(f":{' '.join([name, *values])} is not a command: :help lists them")
+
+    def change(self, setting: str, value: str) -> None:
+        """Change a setting, unless its value is impossible. One of sampling also turns greedy decoding off."""
+        before = dict(vars(self.args))
+        try:
+            setattr(self.args, setting, SETTINGS[setting](value))
+        except ValueError:
+            raise ValueError(f"{value} is not a {SETTINGS[setting].__name__}, as {setting} needs") from None
+        if setting in ("temperature", "top_k", "top_p"):
+            self.args.sampling = True
+        try:
+            if setting in ("max_new_tokens", "num_samples") and getattr(self.args, setting) < 1:
+                raise ValueError(f"{setting} must be at least 1, got {value}")
+            if setting == "show_probs" and not 0 <= self.args.show_probs <= self.model.config.vocab_size:
+                raise ValueError(f"show_probs must be in 0..{self.model.config.vocab_size}, got {value}")
+            self.check("")
+        except ValueError:
+            vars(self.args).update(before)
+            raise
+
+    def check(self, prompt: str) -> dict[str, Any]:
+        """Return the options of `generate` for a prompt. Raises ValueError if they are impossible."""
+        return decoding_options(self.args, self.model, self.tokenizer, [prompt])
