@@ -297,7 +297,7 @@ def test_a_second_process_in_the_directory_is_refused_while_the_first_runs(tiny_
     directory = RunDirectory(train(tiny_run("run", **{"optim.steps": 3})))
     directory.lock()
     result = python("train.py", "--config", write_config(tiny_run("run")), check=False)
-    directory.release()
+    directory.close()
     assert result.returncode == 2
     assert "is in use by a run that has not ended" in result.stderr
 
@@ -367,7 +367,8 @@ def test_a_limit_on_file_sizes_stops_the_command_or_not_as_configured(tiny_run, 
     assert "earlier ones are complete" in result.stderr
     assert "Traceback" not in result.stderr
     assert (result.returncode, status(run)) == (2, "failed")
-    assert len(read_metrics(run / "metrics.jsonl")) == (12 if on_error == "continue" else 8)
+    trained = len(read_metrics(run / "metrics.jsonl"))  # a thread writes the checkpoint while training continues
+    assert trained == 12 if on_error == "continue" else 8 <= trained <= 12
     assert steps(run) == [4]
     verify(run / "checkpoints" / "step-000004")
     assert not list(run.rglob("*.partial"))
