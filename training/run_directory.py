@@ -194,18 +194,19 @@ class RunDirectory:
         if self._log is None:
             return
         every = max(1, step // POINTS_DRAWN)  # memory must not grow with the length of the run
-        records = [r for r in iterate_metrics(self.metrics_path) if r["split"] != "train" or r["step"] % every == 0]
         try:
+            metrics = iterate_metrics(self.metrics_path)
+            records = [r for r in metrics if r["split"] != "train" or r["step"] % every == 0]
             draw(records, self.path / "loss.png", self.path.name, references)
         except Exception as error:  # of any kind: the picture can be drawn again, and no run has to stop for it
             self._say(f"{self.path / 'loss.png'} could not be drawn ({error!r}); the run continues")
         gc.collect()  # figures contain reference cycles: without this, dozens of megabytes of them accumulate
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Finish with the trackers, close metrics.jsonl, and release the lock, as far as this process has them."""
         for name, tracker in list(self._trackers.items()):
             with self._tracker_errors(name):
-                tracker.finish()
+                tracker.finish(failed=failed)
         self._trackers.clear()
         if self._log is not None:
             self._log.close()

@@ -96,7 +96,7 @@ class TrainingRun:
                 self.directory.write_status("failed", self.state.step)
         if isinstance(self.loader, Loader):
             self.loader.close()
-        self.directory.close()
+        self.directory.close(failed=kind is not None)
 
 
 def is_due(step: int, every: int) -> bool:

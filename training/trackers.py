@@ -19,8 +19,8 @@ class Tracker(Protocol):
     def log(self, values: dict[str, Any], step: int) -> Any:
         """Take the metrics of a step by "split/name"."""
 
-    def finish(self) -> Any:
-        """Send or write what is waiting."""
+    def finish(self, *, failed: bool) -> Any:
+        """Send or write what is waiting, and whether the run has failed."""
 
 
 def chosen(log: Log) -> list[str]:
@@ -48,9 +48,9 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
     Raises ValueError if one does not start.
     """
     starters: dict[str, Callable[[Config, Path, int], Tracker]] = {
-        "wandb": start_wandb,
+        "wandb": WeightsAndBiases,
         "tensorboard": TensorBoard,
-        "trackio": start_trackio,
+        "trackio": Trackio,
     }
     trackers: dict[str, Tracker] = {}
     for name in chosen(config.log):
@@ -62,33 +62,29 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
     return trackers
 
 
-def start_wandb(config: Config, directory: Path, last_step: int) -> Tracker:
-    """Return the run at Weights & Biases that belongs to a run's directory. It ignores steps that it already has."""
-    import wandb  # imported here: most runs do not use it
+class WeightsAndBiases:
+    """The run at Weights & Biases that belongs to a run's directory. It ignores steps that it already has."""
 
-    return wandb.init(
-        project="gpt2",
-        name=config.run.name,
-        id=run_id(directory / "wandb_id.txt"),
-        resume="allow",
-        mode="offline" if config.log.wandb == "offline" else "online",
-        dir=directory,
-        config=config.to_dict(),
-    )
+    def __init__(self, config: Config, directory: Path, last_step: int) -> None:
+        import wandb  # imported here: most runs do not use it
 
+        self._run = wandb.init(
+            project="gpt2",
+            name=config.run.name,
+            id=run_id(directory / "wandb_id.txt"),
+            resume="allow",
+            mode="offline" if config.log.wandb == "offline" else "online",
+            dir=directory,
+            config=config.to_dict(),
+        )
 
-def start_trackio(config: Config, directory: Path, last_step: int) -> Tracker:
-    """Return the run in Trackio's local database that belongs to a run's directory.
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Send the values."""
+        self._run.log(values, step=step)
 
-    Trackio cannot delete steps: those that a resumed run repeats appear twice there.
-    """
-    import trackio  # imported here: most runs do not use it
-
-    name = f"{config.run.name}-{run_id(directory / 'trackio_id.txt')}"
-    settings = config.to_dict()
-    return trackio.init(
-        "gpt2", name=name, resume="allow", config=settings, embed=False, auto_log_gpu=False, auto_log_cpu=False
-    )
+    def finish(self, *, failed: bool) -> None:
+        """Wait until everything is sent."""
+        self._run.finish(exit_code=int(failed))
 
 
 class TensorBoard:
@@ -109,9 +105,37 @@ class TensorBoard:
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         """Write what is waiting, and close the files."""
         self._writer.close()
+
+
+class Trackio:
+    """The run in Trackio's local database that belongs to a run's directory.
+
+    Trackio cannot delete steps: those that a resumed run repeats appear twice there.
+    """
+
+    def __init__(self, config: Config, directory: Path, last_step: int) -> None:
+        import trackio  # imported here: most runs do not use it
+
+        self._run: Any = trackio.init(
+            "gpt2",
+            name=f"{config.run.name}-{run_id(directory / 'trackio_id.txt')}",
+            resume="allow",
+            config=config.to_dict(),
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Write the values."""
+        self._run.log(values, step=step)
+
+    def finish(self, *, failed: bool) -> None:
+        """Write what is waiting."""
+        self._run.finish()
 
 
 def run_id(path: Path) -> str:

@@ -59,22 +59,32 @@ def test_wandb_identifies_a_run_by_its_directory(tiny_run, train, monkeypatch, t
 
 def test_a_tracker_that_fails_stops_no_run(tiny_run, train, monkeypatch, capsys):
     """Neither in the middle nor at the end. It is asked no more after the first failure."""
-    asked = []
+    asked, codes = [], []
 
     def log(values, step):
         asked.append(step)
         if step == 2:
             raise ConnectionError("the network is gone")
 
-    def finish():
+    def finish(exit_code):
+        codes.append(exit_code)
         raise RuntimeError("cannot finish")
 
-    for number, tracker in enumerate((SimpleNamespace(log=log), SimpleNamespace(log=lambda *a: None, finish=finish))):
+    for number, tracker in enumerate(
+        (SimpleNamespace(log=log), SimpleNamespace(log=lambda *a, **o: None, finish=finish))
+    ):
         monkeypatch.setattr(wandb, "init", lambda tracker=tracker, **options: tracker)
         run = train(tiny_run(f"offline-{number}", **{"log.to": ["wandb"], "optim.steps": 5}))
         assert len(read_metrics(run / "metrics.jsonl")) == 5
         assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    assert asked == [1, 2]
+    assert (asked, codes) == ([1, 2], [0])
+
+    def fail(run, *requests):
+        raise FloatingPointError("diverged")
+
+    with pytest.raises(FloatingPointError):
+        train(tiny_run("failed", **{"log.to": ["wandb"]}), train_step=fail)
+    assert codes == [0, 1]
     output = capsys.readouterr().out
     assert "wandb failed (ConnectionError('the network is gone')) and receives no more metrics" in output
     assert "wandb failed (RuntimeError('cannot finish'))" in output
