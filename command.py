@@ -67,16 +67,21 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
             sys.exit(0)
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
+def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoReturn:
     """Print an error on stderr and end the process.
 
     torchrun surrounds the errors of its processes with a long report of its own. The message is also given to torchrun,
-    which repeats it at the end of this report, where it is seen.
+    which repeats the message of the process that failed first at the end of this report, where it is seen.
+
+    Args:
+        status: the exit status.
+        consequence: another process has failed before this one. torchrun compares whole seconds, so this failure is
+            given a later time.
     """
     print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format that torch.distributed.elastic.multiprocessing.errors reads.
-        info = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        info = {"py_callstack": message, "timestamp": str(int(time.time()) + 60 * consequence)}
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": info}}, file)
     sys.exit(status)

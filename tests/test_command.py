@@ -96,7 +96,12 @@ def test_an_error_under_torchrun_is_also_given_to_torchrun(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         fail("a.py: no such dataset", 3)
     assert (stopped.value.code, capsys.readouterr().err) == (3, "a.py: no such dataset\n")
-    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "a.py: no such dataset"
+    first = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert first["message"] == "a.py: no such dataset"
+    with pytest.raises(SystemExit):
+        fail("a.py: lost another process", 1, consequence=True)
+    second = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert int(second["extraInfo"]["timestamp"]) > int(first["extraInfo"]["timestamp"]) + 30
 
 
 def test_a_number_below_one_is_refused_with_the_name_of_the_option(parser, capsys):

@@ -61,7 +61,8 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
             if not lost_process(error):
                 raise
             reason = str(error).splitlines()[0]
-            fail(f"train.py: {who}lost another process, whose own message states the cause ({reason})", 1)
+            message = f"train.py: {who}lost another process, whose own message states the cause ({reason})"
+            fail(message, 1, consequence=True)
         except KeyboardInterrupt:
             print(
                 f"\ntrain.py: {who}stopped; run the same command to resume from the newest checkpoint", file=sys.stderr

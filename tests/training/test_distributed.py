@@ -198,6 +198,9 @@ def test_a_process_that_fails_ends_the_others_and_prints_its_own_message(
     assert time.monotonic() - began < 60
     assert re.search(r"^train.py: process 1: cannot read shard .*train_000000.bin: No such file", output, re.M), output
     assert "process 0: lost another process" in output
+    assert "No such file" in "".join(output.splitlines()[-5:]), (
+        output
+    )  # torchrun repeats the cause, not the consequence
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
 
 
