@@ -17,11 +17,12 @@ from data.prepare.job import Job, prepare_dataset
 from data.prepare.merge import merge_parts, part_directory
 from data.prepare.shakespeare import shakespeare_source
 from data.prepare.source import ParseOptions, Source
-from data.prepare.text import text_source
+from data.prepare.text import text_source, unused_separators
 from data.prepare.tokens import token_source
 from data.prepare.writer import SPLITS
 from data.shards import MAX_SHARD_TOKENS, DatasetMeta
 from data.tokenizer import load_tokenizer, parse_kind
+from data.tokenizer_files import END_OF_TEXT
 
 
 def _parse_part(text: str) -> tuple[int, int]:
@@ -190,7 +191,14 @@ def _job(args: argparse.Namespace) -> Job:
 
 def _source(args: argparse.Namespace) -> Source:
     if args.command == "text":
-        return text_source(args.files, ParseOptions(args.text_key, args.separator, args.strict))
+        source = text_source(args.files, ParseOptions(args.text_key, args.separator, args.strict))
+        if names := unused_separators(source):
+            print(
+                f"notice: {names[0]} has {END_OF_TEXT} in its text, where it is ordinary characters. If it separates "
+                f"documents, use --separator '{END_OF_TEXT}'",
+                file=sys.stderr,
+            )
+        return source
     if args.command == "hf":
         return hub_source(args.dataset, args.name, args.split, ParseOptions(args.text_key, strict=args.strict))
     if args.command in PRESETS:

@@ -32,8 +32,10 @@ from data.prepare.files import (
 )
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.tables import parse_csv
+from data.tokenizer_files import END_OF_TEXT
 
 BLOCK_BYTES = 1 << 20  # read at once
+FILES_EXAMINED = 100  # for a notice about a missing separator
 # A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
 # The place where a chunk may end is searched backward in steps of this size.
@@ -78,6 +80,20 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
     described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {display_name(Path(files[0].name).name)}"
     read = functools.partial(read_chunks, options=options)
     return Source(f"text, {described}", files_revision(sizes), files, read, text_filter(options), options)
+
+
+def unused_separators(source: Source) -> list[str]:
+    """Return the names of text files that seem to separate documents by <|endoftext|>, which is ordinary text in them.
+
+    Only the first block of the first FILES_EXAMINED files is read, and none if a separator is given.
+    """
+    found = []
+    for file in source.files[:FILES_EXAMINED] if not source.options.separator else ():
+        if file_format(file.name) == "text":
+            with named_errors(file.name), open_file(file.name) as raw:
+                if END_OF_TEXT.encode() in next(text_blocks(file, raw), b""):
+                    found.append(file.name)
+    return found
 
 
 def text_filter(options: ParseOptions) -> str:

@@ -237,3 +237,15 @@ def test_parquet_categories_are_text_and_a_name_is_used_once(run, refused, read_
     assert "b.parquet has 2 columns named 'text': rename all but one" in refused(
         "text", tmp_path / "b.parquet", "--out", tmp_path / "b"
     )
+
+
+def test_a_literal_end_of_text_without_a_separator_is_noticed(run, capsys, tmp_path):
+    text = "one\n<|endoftext|>\ntwo\n"
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    options = ("--val-fraction", 0, "--tokenizer", "char")
+    run("text", tmp_path / "a.txt.gz", "--out", tmp_path / "a", *options)
+    assert "a.txt.gz has <|endoftext|> in its text" in capsys.readouterr().err
+    run("text", tmp_path / "a.txt.gz", "--out", tmp_path / "b", *options, "--separator", "<|endoftext|>")
+    run("text", tmp_path / "a.jsonl", "--out", tmp_path / "c", *options)
+    assert "notice" not in capsys.readouterr().err
