@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from command import ending
 from data.plain_text import read_escapes
 from data.prepare.encode import ValidationRule
 from data.prepare.executors import EXECUTORS, SlurmOptions, run_tasks
+from data.prepare.filters import Filters, check_languages
 from data.prepare.held_out import has_few_documents, hold_out_end
 from data.prepare.hub import PRESETS, TOKENIZED, download, hub_source
 from data.prepare.job import Job, prepare_dataset
@@ -157,6 +159,17 @@ def _shared_options() -> argparse.ArgumentParser:
     shared.add_argument("--tasks", type=_whole_number, metavar="N", help="number of tasks, and of parts")
     shared.add_argument("--slurm-partition", metavar="NAME", help="partition for --executor slurm")
     shared.add_argument("--slurm-time", metavar="HH:MM:SS", default="24:00:00", help="time limit of a task on Slurm")
+    kept = shared.add_argument_group("which documents are kept")
+    kept.add_argument("--min-chars", type=_whole_number, metavar="N", default=0, help="leave out shorter documents")
+    kept.add_argument("--max-chars", type=_whole_number, metavar="N", help="leave out longer documents")
+    kept.add_argument(
+        "--language",
+        action="append",
+        metavar="CODE",
+        default=[],
+        help="leave out documents in languages other than this, such as en (repeat it for several); needs py3langid",
+    )
+    kept.add_argument("--deduplicate", action="store_true", help="leave out documents that equal an earlier one")
     shared.add_argument("--strict", action="store_true", help="stop at empty documents and invalid UTF-8")
     return shared
 
@@ -174,6 +187,7 @@ def _job(args: argparse.Namespace) -> Job:
         source = token_source(args.files, given or load_tokenizer(kind))
     else:
         source = _source(args)
+    source = _filtered(source, args)
     part = args.part or (1, args.tasks or 1)  # with an executor, the first part stands for all
     count = part[1]
     if count > len(source.files):
@@ -187,6 +201,16 @@ def _job(args: argparse.Namespace) -> Job:
         print(f"validation split: {validation.description}", file=sys.stderr)
     out = part_directory(args.out, part)
     return Job(source, out, kind, validation, args.shard_tokens, part, given)
+
+
+def _filtered(source: Source, args: argparse.Namespace) -> Source:
+    """Return the source with the filters of the options."""
+    filters = Filters(args.min_chars, args.max_chars, tuple(args.language), args.deduplicate)
+    if filters.by_text and args.command == "tokens":
+        raise ValueError("--min-chars, --max-chars and --language need text, and these documents are tokens already")
+    check_languages(filters.languages)
+    described = "; ".join(filter(None, (source.filter, filters.describe())))
+    return replace(source, filter=described, options=replace(source.options, filters=filters))
 
 
 def _source(args: argparse.Namespace) -> Source:
@@ -232,6 +256,10 @@ def _report(out: Path, meta: DatasetMeta) -> None:
     print(f"shards: {sum(map(len, meta.shards.values()))}" + (f", from {text / 1e6:,.1f} MB of text" if text else ""))
     for name, message in (
         ("empty", "empty documents skipped"),
+        ("too_short", "documents shorter than --min-chars left out"),
+        ("too_long", "documents longer than --max-chars left out"),
+        ("other_language", "documents in other languages left out"),
+        ("duplicate", "documents that equal an earlier one left out"),
         ("carriage_returns", r"line ends changed from \r\n or \r to \n"),
         ("invalid_utf8", "documents in which invalid UTF-8 was replaced with U+FFFD"),
         (

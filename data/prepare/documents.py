@@ -26,7 +26,8 @@ class Documents:
     texts: the documents;
     empty, invalid_utf8: how many were skipped as empty, and had invalid UTF-8 replaced;
     carriage_returns: line ends of text files that were \\r\\n or \\r and became \\n;
-    separators: how often the separator was found.
+    separators: how often the separator was found;
+    filtered: how many did not meet a condition of the filters, by condition.
     """
 
     texts: list[bytes] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Documents:
     invalid_utf8: int = 0
     carriage_returns: int = 0
     separators: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
 
 
 def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Documents:
@@ -41,6 +43,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 
     Raises ValueError with the file and the line or row of a document that cannot be used.
     """
+    filtering = options.filters.by_text
     for number, raw in _raw_documents(chunk, options, documents):
         if not raw:
             if options.strict and not chunk.continues:
@@ -64,6 +67,10 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
             documents.invalid_utf8 += 1
             plain = _SURROGATE.sub("\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
             text = plain.encode()
+        # A part of a document is not judged: the rest of it may be in the dataset already.
+        if filtering and chunk.split_key is None and (reason := options.filters.reject(text)):
+            documents.filtered[reason] = documents.filtered.get(reason, 0) + 1
+            continue
         documents.texts.append(text)
     return documents
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Encoded:
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
     text_bytes: (documents,) int64, UTF-8 bytes of each document;
     continues: whether the first document is the continuation of the last one of the batch before;
-    empty, invalid_utf8, carriage_returns, separators: counts, as `Documents` has them.
+    whole: (documents,) bool, False for a part of a document;
+    empty, invalid_utf8, carriage_returns, separators, filtered: counts, as `Documents` has them.
     """
 
     tokens: np.ndarray
@@ -78,10 +79,17 @@ class Encoded:
     candidate: np.ndarray
     text_bytes: np.ndarray
     continues: bool
-    empty: int
-    invalid_utf8: int
-    carriage_returns: int
-    separators: int
+    whole: np.ndarray
+    empty: int = 0
+    invalid_utf8: int = 0
+    carriage_returns: int = 0
+    separators: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
+
+    def only(self, kept: np.ndarray) -> Encoded:
+        """Return these documents without those that are not `kept`, (documents,) bool."""
+        arrays = {name: getattr(self, name)[kept] for name in ("lengths", "candidate", "text_bytes", "whole")}
+        return replace(self, tokens=self.tokens[np.repeat(kept, self.lengths)], **arrays)
 
 
 class Encoder:
@@ -100,9 +108,11 @@ class Encoder:
             return self._take_tokens(chunks)
         documents = Documents()
         candidate: list[bool] = []
+        whole: list[bool] = []
         for chunk in chunks:
             begun = len(documents.texts)
             parse(chunk, self.options, documents)
+            whole += [chunk.split_key is None] * (len(documents.texts) - begun)
             candidate += [self.validation.candidate(chunk, text) for text in documents.texts[begun:]]
         tokens, lengths = self.tokenizer.encode_documents(documents.texts)
         begins = np.cumsum(lengths) - lengths
@@ -118,10 +128,12 @@ class Encoder:
             candidate=np.array(candidate, bool),
             text_bytes=np.array([len(text) for text in documents.texts], np.int64),
             continues=continues,
+            whole=np.array(whole, bool),
             empty=documents.empty,
             invalid_utf8=documents.invalid_utf8,
             carriage_returns=documents.carriage_returns,
             separators=documents.separators,
+            filtered=documents.filtered,
         )
 
     def _take_tokens(self, chunks: list[Chunk]) -> Encoded:
@@ -138,10 +150,7 @@ class Encoder:
             candidate=np.array([self.validation.candidate(chunks[0], key.tobytes()) for key in keys], bool),
             text_bytes=np.add.reduceat(sizes, begins) if len(begins) else lengths,
             continues=False,
-            empty=0,
-            invalid_utf8=0,
-            carriage_returns=0,
-            separators=0,
+            whole=np.ones(len(lengths), bool),
         )
 
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:

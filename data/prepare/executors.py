@@ -29,6 +29,11 @@ class SlurmOptions(NamedTuple):
     time: str
 
 
+def _python_path() -> str:
+    """Return a PYTHONPATH with which a task imports this module, from anywhere."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 class RunCommand:
     """A step of a datatrove pipeline: runs a command in `directory` until it succeeds, at most ATTEMPTS times.
 
@@ -41,7 +46,7 @@ class RunCommand:
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Run the command. Raises RuntimeError with the end of its output if it fails in every attempt."""
         command = [word.replace("{part}", f"{rank + 1}/{world_size}") for word in self.command]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment = os.environ | {"PYTHONPATH": _python_path()}
         log = self.logs / f"part-{rank + 1:03d}.txt"
         for _ in range(ATTEMPTS):
             with open(log, "ab") as file:
@@ -100,7 +105,7 @@ def _run_on_ray(step: RunCommand, tasks: int, workers: int) -> None:
     import ray
     from datatrove.executor import RayPipelineExecutor
 
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, ignore_reinit_error=True)
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, ignore_reinit_error=True)
     options = {"logging_dir": str(step.logs), "skip_completed": False}
     RayPipelineExecutor([step], tasks, cpus_per_task=workers, **options).run()
 

@@ -154,7 +154,8 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
     if job.tokenizer != "char" and not tokenizer.bulk_encoder.startswith("gigatoken"):
         print(f"gigatoken is not installed: encoding with {tokenizer.bulk_encoder}, which is slower", file=sys.stderr)
 
-    dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot)
+    deduplicate = job.source.options.filters.deduplicate
+    dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot, deduplicate=deduplicate)
     # Also for a new dataset: an interrupted run may have written shards before it first saved its state.
     dataset.restore(progress.get("state", dataset.state()))
     _encode(job, tokenizer, dataset, progress, workers)
@@ -273,6 +274,8 @@ def _finish(job: Job, tokenizer: Tokenizer, dataset: DatasetWriter) -> DatasetMe
     )
     meta.save(job.out)
     (job.out / PROGRESS_FILE).unlink()
+    if dataset.seen is not None:
+        dataset.seen.remove()
     return meta
 
 

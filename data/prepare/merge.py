@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data.prepare.filters import SeenDocuments
 from data.prepare.writer import SPLITS
-from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, open_split, read_meta
+from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_split, read_meta
 from data.tokenizer import load_tokenizer
 from files import write_json
+
+BLOCK_TOKENS = 1 << 22  # read at once
 
 
 def merge_parts(directory: Path) -> DatasetMeta:
@@ -27,7 +31,11 @@ def merge_parts(directory: Path) -> DatasetMeta:
     tokenizer = load_tokenizer(next(iter(parts)))
     tokenizer.save(directory)
     writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
-    buffer = np.empty(1 << 22, np.uint16)
+    # Each part is without duplicates, but a document may be in several parts.
+    seen = SeenDocuments(directory) if "without duplicates" in first.filter.split("; ") else None
+    if seen is not None:
+        seen.clear()  # what an interrupted merge may have left
+    repeated, repeated_bytes, n_documents = 0, dict.fromkeys(SPLITS, 0), 0
     for split, writer in writers.items():
         writer.restore(writer.state())
         for part, meta in parts.items():
@@ -35,27 +43,56 @@ def merge_parts(directory: Path) -> DatasetMeta:
                 continue
             opened = open_split(part, split)
             opened.verify()
-            for start in range(0, opened.n_tokens, len(buffer)):
-                tokens = buffer[: opened.n_tokens - start]
-                opened.read(start, tokens)
-                writer.write(tokens)
+            if seen is None:
+                for tokens in _blocks(opened):
+                    writer.write(tokens)
+                continue
+            for tokens, lengths in _documents(opened, tokenizer.eot):
+                new = seen.find_new(tokens, lengths, n_documents)
+                kept = np.repeat(new, lengths)
+                writer.write(tokens[kept])
+                n_documents, repeated = n_documents + len(new), repeated + int((~new).sum())
+                repeated_bytes[split] += int(tokenizer.token_bytes()[tokens[~kept]].sum())
 
     def total(key: str) -> dict[str, int]:
         names = dict.fromkeys(name for meta in parts.values() for name in getattr(meta, key))
         return {name: sum(getattr(meta, key).get(name, 0) for meta in parts.values()) for name in names}
 
+    text_bytes, skipped = total("text_bytes"), total("skipped")
     merged = replace(
         first,
         part="",
         shards={split: writer.finish() for split, writer in writers.items()},
-        tokens=total("tokens"),
-        documents=total("documents"),
-        text_bytes=total("text_bytes"),
-        skipped=total("skipped"),
+        tokens={split: writer.n_tokens for split, writer in writers.items()},
+        documents={split: writer.n_documents for split, writer in writers.items()},
+        text_bytes={split: text_bytes[split] - repeated_bytes[split] for split in text_bytes},
+        skipped=skipped | ({"duplicate": skipped.get("duplicate", 0) + repeated} if repeated else {}),
     )
     merged.save(directory)
     (directory / PROGRESS_FILE).unlink()
+    if seen is not None:
+        seen.remove()
     return merged
+
+
+def _blocks(split: Split) -> Iterator[np.ndarray]:
+    """Iterate over the tokens of a split. A block is valid until the next one is requested."""
+    buffer = np.empty(BLOCK_TOKENS, np.uint16)
+    for start in range(0, split.n_tokens, BLOCK_TOKENS):
+        tokens = buffer[: split.n_tokens - start]
+        split.read(start, tokens)
+        yield tokens
+
+
+def _documents(split: Split, eot: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Iterate over groups of whole documents: their tokens, and the length of each."""
+    rest = np.empty(0, np.uint16)
+    for block in _blocks(split):
+        tokens = np.concatenate([rest, block])
+        begins = np.flatnonzero(tokens == eot)
+        rest = tokens[begins[-1] :]
+        yield tokens[: begins[-1]], np.diff(begins)
+    yield rest, np.array([len(rest)])
 
 
 def _find_parts(directory: Path) -> dict[Path, DatasetMeta]:

@@ -7,7 +7,9 @@ tokens. To add a corpus, write a module with a function that returns a `Source`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from data.prepare.filters import Filters
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class ParseOptions:
 
     text_key: JSON key or parquet column that holds the text;
     separator: the text between the documents of a text file, None if each file is one document;
-    strict: raise an error for an empty document or invalid UTF-8, instead of skipping or replacing it.
+    strict: raise an error for an empty document or invalid UTF-8, instead of skipping or replacing it;
+    filters: which documents are kept.
     """
 
     text_key: str = "text"
     separator: str | None = None
     strict: bool = False
+    filters: Filters = field(default_factory=Filters)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.prepare.encode import Encoded, ValidationRule
+from data.prepare.filters import SeenDocuments
 from data.prepare.source import Chunk
 from data.shards import ShardWriter
 
@@ -68,10 +70,22 @@ class DatasetWriter:
         separators: how often the separator of the documents was found;
         open_split: the split of the last document, for a chunk that continues it;
         open_tokens: the tokens of the last document so far;
-        val_is_full: whether `validation.tokens` has been reached.
+        val_is_full: whether `validation.tokens` has been reached;
+        documents: how many documents there were, including duplicates, if these are left out.
+
+    With `deduplicate`, a document that equals an earlier one is left out.
     """
 
-    def __init__(self, directory: Path, validation: ValidationRule, shard_tokens: int, end_of_text: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        validation: ValidationRule,
+        shard_tokens: int,
+        end_of_text: int,
+        *,
+        deduplicate: bool = False,
+    ) -> None:
+        self.seen = SeenDocuments(directory) if deduplicate else None
         self.writers = {split: ShardWriter(directory, split, shard_tokens, end_of_text) for split in SPLITS}
         self.validation = validation
         self.shard_tokens = shard_tokens
@@ -84,11 +98,14 @@ class DatasetWriter:
             "open_split": "train",
             "open_tokens": 0,
             "val_is_full": False,
+            "documents": 0,
         }
 
     def add(self, chunks: list[Chunk], encoded: Encoded) -> None:
         """Write the result of the next batch of the source."""
         counted = self.counted
+        if self.seen is not None:
+            encoded = self._without_duplicates(encoded, self.seen)
         if len(encoded.lengths):
             self._count_long(encoded)
             val = self._assign(encoded)
@@ -105,13 +122,20 @@ class DatasetWriter:
                 counted["text_bytes"][split] += int(encoded.text_bytes[chosen].sum())
         counted["skipped"]["empty"] += encoded.empty
         counted["skipped"]["invalid_utf8"] += encoded.invalid_utf8
-        if encoded.carriage_returns:
-            returns = counted["skipped"].get("carriage_returns", 0)
-            counted["skipped"]["carriage_returns"] = returns + encoded.carriage_returns
+        for reason, n in {"carriage_returns": encoded.carriage_returns, **encoded.filtered}.items():
+            if n:
+                counted["skipped"][reason] = counted["skipped"].get(reason, 0) + n
         counted["separators"] += encoded.separators
         counted["source_bytes"] += sum(chunk.source_bytes for chunk in chunks)
         file, index = chunks[-1].position
         counted["position"] = [file, index + 1]
+
+    def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
+        """Return the documents that equal none before them, and count the others. Parts of documents are kept."""
+        new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
+        self.counted["documents"] += len(new)
+        filtered = encoded.filtered | {"duplicate": int((~new).sum())}
+        return replace(encoded.only(new), filtered=filtered)
 
     def _assign(self, encoded: Encoded) -> np.ndarray:
         """Return which documents go to the validation split: (documents,) bool."""
@@ -140,6 +164,8 @@ class DatasetWriter:
         """Return what `restore` needs, as a JSON value, after writing everything that it describes to the disk."""
         for writer in self.writers.values():
             writer.flush()
+        if self.seen is not None:
+            self.seen.flush()
         return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -147,8 +173,12 @@ class DatasetWriter:
         self.counted = self.counted | state["counted"]
         for split, writer in self.writers.items():
             writer.restore(state[split])
+        if self.seen is not None and not self.counted["documents"]:
+            self.seen.clear()  # what a run with other settings may have left
 
     def discard(self) -> None:
         """Delete everything that was written."""
         for writer in self.writers.values():
             writer.restore({"finished": [], "tokens": 0, "documents": 0})
+        if self.seen is not None:
+            self.seen.remove()

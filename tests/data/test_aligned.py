@@ -149,7 +149,9 @@ def test_order_and_resume_on_other_numbers_of_processes(dataset):
     step = 0
     for world_size, micro_batch in ((1, 6), (3, 1), (2, 2), (4, 3)):
         options = {"batch_tokens": B * T, "micro_batch": micro_batch, "seed": 9, "start_step": step}
-        loaders = [Loader(windows, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        loaders = [
+            Loader(open_windows(dataset), rank=rank, world_size=world_size, **options) for rank in range(world_size)
+        ]
         for _ in range(2 * n // B // 4):
             parts = [m for loader in loaders for m in next(loader) if m.weight]
             chosen = expected[step * B : (step + 1) * B]

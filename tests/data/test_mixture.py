@@ -17,17 +17,18 @@ T = 8
 
 @pytest.fixture
 def datasets(tmp_path):
-    """Three splits of 300, 1,000 and 300 tokens, whose ids say which one they are from."""
-    splits = []
+    """Three datasets of 300, 1,000 and 300 tokens, whose ids say which one they are from."""
+    directories = []
     for i, n in enumerate((300, 1000, 300)):
         (tmp_path / str(i)).mkdir()
         write_shard(tmp_path / str(i) / "train_000000.bin", np.arange(n) + 1000 * i)
-        splits.append(open_split(tmp_path / str(i), "train"))
-    return splits
+        directories.append(tmp_path / str(i))
+    return directories
 
 
-def mix(datasets, weights=(0.5, 0.2, 0.3), **options):
-    return MixtureWindows([TokenWindows(split, T, 3000, **options) for split in datasets], weights)
+def mix(datasets, weights=(0.5, 0.2, 0.3)):
+    """Open the mixture; each loader needs its own, because a split is not for several threads."""
+    return MixtureWindows([TokenWindows(open_split(name, "train"), T, 3000) for name in datasets], weights)
 
 
 def walk(windows, weights, seed, n):
@@ -85,7 +86,7 @@ def test_batches_equal_a_plain_form_on_any_number_of_processes_after_any_resume(
     expected = walk(windows, (0.5, 0.2, 0.3), 5, 36 * B)
     for world_size, micro_batch in ((1, 9), (2, 2), (4, 3), (1, 4)):
         options = {"batch_tokens": B * T, "micro_batch": micro_batch, "seed": 5, "start_step": step}
-        loaders = [Loader(windows, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        loaders = [Loader(mix(datasets), rank=rank, world_size=world_size, **options) for rank in range(world_size)]
         for _ in range(9):
             parts = [m for loader in loaders for m in next(loader) if m.weight]
             inputs = torch.cat([m.inputs for m in parts])
@@ -112,7 +113,8 @@ def test_every_dataset_is_read_in_epochs_of_its_own(datasets):
 
 
 def test_shifted_and_aligned_windows_can_be_mixed(datasets):
-    parts = [TokenWindows(datasets[0], T, 3000, shift=True), AlignedWindows(datasets[1], T, 3000, 1500)]
+    splits = [open_split(name, "train") for name in datasets]
+    parts = [TokenWindows(splits[0], T, 3000, shift=True), AlignedWindows(splits[1], T, 3000, 1500)]
     windows = MixtureWindows(parts, (3, 1))
     order = np.concatenate([windows.order(step * 8 + np.arange(8), 1, True) for step in range(30)])
     inputs, targets = np.empty((2, len(order), T), np.int64)

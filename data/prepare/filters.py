@@ -1,0 +1,144 @@
+"""Which documents are kept: by length, by language, and each only once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+LANGUAGE_BYTES = 1 << 12  # the beginning of a document decides its language
+SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Conditions that a document has to meet. A text file that is divided into several chunks is always kept.
+
+    min_chars, max_chars: limits of its length in characters;
+    languages: ISO 639 codes, one of which the language of its beginning must have; empty accepts every language;
+    deduplicate: it does not equal an earlier one.
+    """
+
+    min_chars: int = 0
+    max_chars: int | None = None
+    languages: tuple[str, ...] = ()
+    deduplicate: bool = False
+
+    @property
+    def by_text(self) -> bool:
+        """Whether a document has to be looked at, without comparing it with others."""
+        return bool(self.min_chars or self.max_chars is not None or self.languages)
+
+    def describe(self) -> str:
+        """Return the conditions as the text that `meta.json` has under `filter`."""
+        conditions = [f"at least {self.min_chars} characters"] if self.min_chars else []
+        conditions += [f"at most {self.max_chars} characters"] if self.max_chars is not None else []
+        conditions += [f"language {' or '.join(self.languages)}"] if self.languages else []
+        return "; ".join([*conditions, "without duplicates"] if self.deduplicate else conditions)
+
+    def reject(self, text: bytes) -> str | None:
+        """Return why a document is left out, as `meta.json` counts it under `skipped`, or None to keep it."""
+        if self.min_chars or self.max_chars is not None:
+            n = len(text.decode())
+            if n < self.min_chars:
+                return "too_short"
+            if self.max_chars is not None and n > self.max_chars:
+                return "too_long"
+        if self.languages and find_language(text) not in self.languages:
+            return "other_language"
+        return None
+
+
+def find_language(text: bytes) -> str:
+    """Return the ISO 639 code of the most probable language of the beginning of a document."""
+    return classifier()(text[:LANGUAGE_BYTES].decode(errors="ignore"))[0]
+
+
+@functools.cache
+def classifier() -> Callable[[str], tuple[str, float]]:
+    """Return the function of py3langid (Lui & Baldwin 2012) that returns the language of a text and its score.
+
+    Raises ValueError when the package is missing.
+    """
+    try:
+        # imported here: it is not installed with this project, and only a filter of languages needs it
+        import py3langid
+    except ImportError:
+        raise ValueError("--language needs the package py3langid: pip install py3langid") from None
+    return py3langid.classify
+
+
+def check_languages(codes: tuple[str, ...]) -> None:
+    """Raise ValueError for a code that py3langid does not know, or when it is missing."""
+    if not codes:
+        return
+    classifier()
+    # imported here: it is not installed with this project, and only a filter of languages needs it
+    import py3langid
+
+    known = sorted(code for code, _ in py3langid.rank(""))
+    if unknown := [code for code in codes if code not in known]:
+        raise ValueError(f"--language {unknown[0]} is not known: expected {', '.join(known)}")
+
+
+class SeenDocuments:
+    """The hashes of all documents so far, in a file, so that memory does not grow with their number.
+
+    Each has the number of the document that came first. A run that was interrupted may have stored documents that it
+    sees again when it continues: these have their own number and are no duplicates.
+
+    Raises OSError when the file cannot be read or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / SEEN_FILE
+        self._database = sqlite3.connect(self.path)
+        self._execute("CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
+
+    def find_new(self, tokens: np.ndarray, lengths: np.ndarray, first_number: int) -> np.ndarray:
+        """Return which documents equal none before them: (documents,) bool.
+
+        Args:
+            tokens: (tokens,) uint16, the documents one after the other.
+            lengths: (documents,) their numbers of tokens.
+            first_number: number of the first of them, counted from the beginning of the source.
+        """
+        new = np.empty(len(lengths), bool)
+        begin = 0
+        for i, n in enumerate(lengths.tolist()):
+            # 128 bits: among 10 billion documents, two different ones have equal hashes with a probability of 1e-19.
+            digest = hashlib.blake2b(tokens[begin : begin + n].data, digest_size=16).digest()
+            self._execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, first_number + i)
+            ((number,),) = self._execute("SELECT number FROM seen WHERE hash = ?", digest)
+            new[i], begin = number == first_number + i, begin + n
+        return new
+
+    def _execute(self, statement: str, *values: object) -> list[tuple[int]]:
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: sqlite3.Error) -> OSError:
+        return OSError(f"cannot write {self.path}: {error}; make room and run the same command again")
+
+    def flush(self) -> None:
+        """Write everything so far to the disk. Later documents are forgotten if the process dies."""
+        try:
+            self._database.commit()
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def clear(self) -> None:
+        """Forget all documents."""
+        self._execute("DELETE FROM seen")
+
+    def remove(self) -> None:
+        """Close and delete the file: the dataset is complete."""
+        self._database.close()
+        self.path.unlink(missing_ok=True)
