@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the validation split of --data (default: 10485760, as in training)",
     )
     texts.add_argument(
+        "--document-mask", action="store_true", help="loss: each token sees its own document of --data only"
+    )
+    texts.add_argument(
         "--save-reference",
         action="store_true",
         help="store loss and bits per byte in the dataset, as a reference line for the loss plots of runs",

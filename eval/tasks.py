@@ -235,12 +235,17 @@ def run_loss(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
     """Compute the loss on the validation split of a dataset as training does."""
     if not isinstance(evaluator.model, GPT):
         raise ValueError("--tasks loss supports GPT-2 models only: for other models use --tasks perplexity --data")
+    if args.document_mask and args.save_reference:
+        raise ValueError("--save-reference stores a loss in windows of several documents: omit --document-mask")
     tokenizer, processes = evaluator.tokenizer, evaluator.processes
     sequence_length = min(1024, evaluator.model.config.block_size)
     split, dataset_tokenizer = _open_validation(args.data)
     windows: Windows
     if dataset_tokenizer == tokenizer:
-        windows = TokenWindows(split, sequence_length, tokenizer.vocab_size, tokens=args.tokens)
+        eot = tokenizer.eot if args.document_mask else None
+        windows = TokenWindows(split, sequence_length, tokenizer.vocab_size, tokens=args.tokens, mask_eot=eot)
+    elif args.document_mask:
+        raise ValueError(f"--document-mask needs a dataset with the model's tokenizer, and {args.data} has another")
     else:
         tokens = np.array(_encode_split(split, dataset_tokenizer, tokenizer, args.tokens))
         windows = ArrayWindows(tokens, sequence_length, f"the validation split of {args.data}")
@@ -258,4 +263,5 @@ def run_loss(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
         save_reference(args.data, evaluator.name, values | {"tokenizer": tokenizer.kind})
     metrics = {"loss": (result.loss, None), "bits_per_byte": (result.bits_per_byte, None)}
-    return TaskResult(f"windows of {sequence_length}, {tokenizer.kind} tokens", metrics, result.tokens)
+    masked = ", documents by themselves" if args.document_mask else ""
+    return TaskResult(f"windows of {sequence_length}, {tokenizer.kind} tokens{masked}", metrics, result.tokens)

@@ -228,6 +228,27 @@ def test_the_loss_of_a_model_is_stored_in_the_dataset(tiny, text, tmp_path):
     assert losses_to_beat(other, "mine", "bpe:300") == []
 
 
+def test_with_a_document_mask_each_document_of_a_window_is_scored_by_itself(tiny, tmp_path, capsys):
+    documents = ["It was the best of times.", "Call me Ishmael. Some years ago.", "It was the worst of times."]
+    tokenizer = load_tokenizer("gpt2")
+    dataset = make_dataset(tmp_path / "data", tokenizer, documents)
+    json_file = tmp_path / "results.json"
+    command = ["--model", tiny, "--tasks", "loss", "--data", str(dataset), "--document-mask"]
+    main([*command, "--json", str(json_file)])
+    encoded = [[tokenizer.eot, *tokenizer.encode(document)] for document in documents]
+    model, nats = GPT.from_pretrained(tiny), 0.0
+    with torch.no_grad():
+        for ids, following in zip(encoded, [tokenizer.eot, tokenizer.eot, None], strict=True):
+            # The token after a document is a target of its last token, except at the end of the split.
+            targets = torch.tensor([[*ids[1:], *([following] if following is not None else [])]])
+            nats += float(model(torch.tensor([ids])[:, : targets.size(1)], targets=targets).loss) * targets.size(1)
+    found = {metric: row["value"] for (_, _, metric), row in results(json_file).items()}
+    assert found["loss"] == pytest.approx(nats / (sum(map(len, encoded)) - 1), rel=1e-5)
+    with pytest.raises(SystemExit):
+        main([*command, "--save-reference"])
+    assert "--save-reference stores a loss in windows of several documents" in capsys.readouterr().err
+
+
 def test_windows_of_an_array_are_those_of_the_shards(tmp_path):
     tokenizer = load_tokenizer("gpt2")
     dataset = make_dataset(tmp_path / "data", tokenizer, ["It was the best of times.", "It was the worst of times."])
