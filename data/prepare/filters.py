@@ -97,7 +97,10 @@ class SeenDocuments:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / SEEN_FILE
-        self._database = sqlite3.connect(self.path)
+        try:
+            self._database = sqlite3.connect(self.path)
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
         self._execute("CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
 
     def find_new(self, tokens: np.ndarray, lengths: np.ndarray, first_number: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import resource
 
 import numpy as np
 import pytest
@@ -162,6 +163,17 @@ def test_order_and_resume_on_other_numbers_of_processes(dataset):
             step += 1
         for loader in loaders:
             loader.close()
+
+
+def test_memory_stays_constant_over_many_batches(dataset):
+    loader = Loader(open_windows(dataset), batch_tokens=6 * T, micro_batch=6, seed=1)
+    for _ in range(100):
+        next(loader)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3_000):
+        next(loader)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB on Linux, bytes on macOS
+    loader.close()
 
 
 def test_groups_cover_all_documents_and_bound_what_is_packed_at_once(dataset, lengths, monkeypatch):
