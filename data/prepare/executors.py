@@ -19,7 +19,6 @@ EXECUTORS = ("local", "slurm", "ray")
 ATTEMPTS = 3
 LOGS = "logs"  # below the directory of the dataset
 ROOT = Path(__file__).resolve().parents[2]  # from where `python -m data.prepare` can be run
-_REMEDIES = {"datatrove": "datatrove", "ray": "'datatrove[ray]' ray"}
 
 
 class SlurmOptions(NamedTuple):
@@ -73,7 +72,7 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
     """
     for package in ("datatrove", "ray") if executor == "ray" else ("datatrove",):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--executor {executor} needs the package {package}: pip install {_REMEDIES[package]}")
+            raise ValueError(f"--executor {executor} needs the package {package}: pip install {package}")
     if executor == "slurm" and not slurm.partition:
         raise ValueError("--executor slurm needs the name of a partition: --slurm-partition NAME")
     logs = (out / LOGS).absolute()
