@@ -47,6 +47,17 @@ def discard(path: Path) -> None:
         print(f"{path} could not be deleted ({error}): delete it to free its space", file=sys.stderr)
 
 
+def apply_umask(path: Path) -> None:
+    """Give the file at `path` the mode of a new file, which depends on the process's umask.
+
+    Libraries that write through a temporary file, such as safetensors, leave it readable by its owner alone.
+    """
+    probe = path.with_name(path.name + ".mode")
+    probe.touch()  # os.umask would change the umask of all threads to return it
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def sync_directory(directory: Path) -> None:
     """Flush `directory` to the disk, so that the renames inside it survive a power failure."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -20,6 +20,8 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from files import apply_umask
+
 
 from checkpoints import choose_checkpoint, is_run
 from openai_checkpoint import convert_hparams, is_openai_checkpoint, read_openai_tensors
@@ -34,6 +36,7 @@ STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_attn)\.(weight|bias)$")
 
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
+BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and so no GPT-2
 FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
 # Fields about the scores of attention, with GPT-2's values. The scales of other values become a part of the weights:
 # see `query_scale`. reorder_and_upcast_attn computes the scores in float32, as our attention always does.
@@ -195,6 +198,8 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
             if alias in fields and fields.setdefault(name, fields[alias]) != fields[alias]:
                 raise ValueError(f"{path}: {alias} is {fields[alias]!r}, expected {name} = {fields[name]!r}")
     for name, value in FIXED_CONFIG.items():
+    if fields.get("model_type") == BIDIRECTIONAL and fields["causal"] is False:
+        fields["model_type"] = "gpt2"
         if (found := fields.get(name, value)) != value:
             raise ValueError(f"{path}: {name} is {found!r}, but only GPT-2's {value!r} is implemented")
     for name, values in ABSENT_CONFIG.items():
@@ -427,8 +432,7 @@ def save_weights(
     fields: dict[str, Any] = {theirs: config[ours] for theirs, ours in CONFIG_FIELDS.items()}
     fields["architectures"] = [architecture]
     fields["dtype"] = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
-    if not config["causal"]:
-        fields["causal"] = False  # a field of this repository: transformers has no bidirectional GPT-2
+    fields["n_ctx"] = fields["n_positions"]  # the name that llama.cpp and mlx-lm read
     fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if architecture == "GPT2ForSequenceClassification":
         fields["pad_token_id"] = eos_token_id  # without it, transformers refuses batches of more than one row
@@ -438,4 +442,9 @@ def save_weights(
     for name, content in {"config.json": fields, "generation_config.json": generation}.items():
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {name: (t.T if CONV1D.search(name) else t).contiguous() for name, t in state.items()}
+    if not config["causal"]:
+        # Other programs have no bidirectional GPT-2. With a type of its own they refuse it, instead of masking it.
+        fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
+    for path in directory.glob("model*.safetensors"):
+        apply_umask(path)

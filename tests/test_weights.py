@@ -1,6 +1,7 @@
 """Test that models are exchanged with transformers in both directions, and that damaged files are refused."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -91,7 +92,7 @@ def test_saved_files_equal_those_of_transformers(saved, tmp_path):
     directory, theirs = saved
     GPT.from_pretrained(directory).save_pretrained(tmp_path / "ours")
     assert {path.name for path in directory.iterdir()} == {path.name for path in (tmp_path / "ours").iterdir()}
-    expected = json.loads((directory / "config.json").read_text())
+    expected = json.loads((directory / "config.json").read_text()) | {"n_ctx": 24}  # for llama.cpp and mlx-lm
     expected.pop("transformers_version")
     assert json.loads((tmp_path / "ours" / "config.json").read_text()) == expected
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "ours", directory))
@@ -118,13 +119,35 @@ def test_saving_replaces_the_shards_of_a_previous_model(ours, tmp_path):
     assert torch.equal(GPT.from_pretrained(tmp_path).transformer.wte.weight, ours.transformer.wte.weight)
 
 
-def test_dtype_and_causal_are_saved_and_loaded(tmp_path):
-    encoder = GPT(GPTConfig(**vars(OURS) | {"causal": False})).bfloat16()
-    encoder.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(tmp_path)
-    assert again.config == encoder.config
-    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+def test_the_dtype_is_saved_and_loaded(ours, tmp_path):
+    ours.bfloat16().save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in GPT.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_transformers_refuses_a_model_that_is_not_causal(tmp_path):
+    encoder = GPT(GPTConfig(**vars(OURS) | {"causal": False}))
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gpt2-bidirectional"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == encoder.config
+    edit_config(tmp_path, model_type="gpt2")  # as older versions wrote it
+    assert GPT.from_pretrained(tmp_path).config == encoder.config
+    edit_config(tmp_path, model_type="gpt2-bidirectional", causal=True)
+    with pytest.raises(ValueError, match="model_type is 'gpt2-bidirectional'"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+def test_saved_files_have_the_mode_that_the_umask_gives(ours, tmp_path, max_shard_size):
+    before = os.umask(0o027)
+    try:
+        ours.save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "model").iterdir())
+    assert len(files) == 3 or max_shard_size == "10KB"
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 # ---- loading

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from checkpoints import MANIFEST, OPTIMIZER, STATE, find_best, find_newest, list_checkpoints
 from data.tokenizer import Tokenizer
-from files import PARTIAL_SUFFIX, discard, file_sha256, sync_directory
+from files import PARTIAL_SUFFIX, apply_umask, discard, file_sha256, sync_directory
 from model import GPT
 from weights import save_weights
 
@@ -146,6 +146,7 @@ class Checkpoints:
             save_weights(weights, config, partial, eos_token_id=tokenizer.eot)
             tokenizer.save(partial)
             save_file(optimizer_state, partial / OPTIMIZER)
+            apply_umask(partial / OPTIMIZER)
             (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
         def run() -> None:

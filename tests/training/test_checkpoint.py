@@ -86,6 +86,7 @@ def test_a_checkpoint_has_these_files(run):
     ]
     verify(checkpoint)
     assert set(json.loads((checkpoint / "manifest.json").read_text())) == set(files) - {"manifest.json"}
+    assert len({(checkpoint / file).stat().st_mode for file in files}) == 1, "a file has another mode than the umask's"
 
 
 @pytest.mark.parametrize(
