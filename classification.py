@@ -243,7 +243,7 @@ def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) 
     partial = directory / "partial"
     partial.mkdir(exist_ok=True)
     classifier.save_pretrained(partial, eos_token_id=tokenizer.eot)
-    tokenizer.save(partial, pads=True)
+    tokenizer.save(partial, pads=True, model_max_length=classifier.max_length)
     for path in partial.iterdir():
         os.replace(path, directory / path.name)
     partial.rmdir()

@@ -116,9 +116,10 @@ class Tokenizer(ABC):
         """The ids that no text contains."""
         return [self.eot]
 
-    def save(self, directory: str | Path, *, pads: bool = False) -> None:
+    def save(self, directory: str | Path, *, pads: bool = False, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
+        `model_max_length` is the longest sequence of the model, in tokens, to which transformers truncates on request.
         `pads` makes end-of-text the padding token too, which batches for a classifier need. A language model must not
         have this: the collator of transformers excludes padding from the loss, so that the model would not learn to
         end a text.
@@ -128,7 +129,7 @@ class Tokenizer(ABC):
         _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         # With any other class, and a config.json of model_type gpt2 in the same directory, transformers would read the
         # file as GPT-2's own vocabulary.
-        config = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
@@ -138,6 +139,8 @@ class Tokenizer(ABC):
         }
         if pads:
             config["pad_token"] = END_OF_TEXT
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
         _write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def __eq__(self, other: object) -> bool:

@@ -186,6 +186,15 @@ def test_help_does_not_import_torch(python):
     assert "| torch\n" not in done.stderr
 
 
+@pytest.mark.parametrize("flags", [[], ["--max-length", "5"]], ids=["block_size", "max_length"])
+def test_transformers_truncates_to_the_length_of_the_classifier(untrained, files, tmp_path, flags):
+    learn(untrained, files, tmp_path, "--epochs", "1", *flags)
+    long = TEXTS[0][0] * 20
+    length = 5 if flags else 32
+    classify = pipeline("text-classification", model=str(tmp_path))
+    assert classify(long, truncation=True) == classify(long[:length])
+
+
 def test_predictions_use_the_length_of_training(untrained, files, tmp_path, capsys):
     learn(untrained, files, tmp_path / "short", "--epochs", "1", "--max-length", "5")
     capsys.readouterr()

@@ -144,7 +144,7 @@ class Checkpoints:
             check_finite(weights, state["step"])
             check_finite(optimizer_state, state["step"])
             save_weights(weights, config, partial, eos_token_id=tokenizer.eot)
-            tokenizer.save(partial)
+            tokenizer.save(partial, model_max_length=model.config.block_size)
             save_file(optimizer_state, partial / OPTIMIZER)
             apply_umask(partial / OPTIMIZER)
             (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
