@@ -232,8 +232,12 @@ class Split:
 
 
 def list_shards(directory: Path, split: str) -> list[Path]:
-    """Return the shards of `split` in order: `train_000000.bin`, or names like llm.c's `fineweb_train_000001.bin`."""
-    pattern = re.compile(rf"(.*[_-])?{re.escape(split)}_\d+\.bin")
+    """Return the shards of `split` in order.
+
+    They are named `train_000000.bin`, or as llm.c does `fineweb_train_000001.bin` or `tiny_shakespeare_train.bin`.
+    """
+    name = re.escape(split)
+    pattern = re.compile(rf"((.*[_-])?{name}_\d+|.+[_-]{name})\.bin")
     return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name))
 
 

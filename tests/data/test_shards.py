@@ -85,6 +85,14 @@ def test_format_is_that_of_llm_c_in_both_directions(tmp_path: Path) -> None:
         np.testing.assert_array_equal(out, expected)
 
 
+def test_names_of_llm_c_without_a_number_are_found(tmp_path: Path) -> None:
+    tokens = some_tokens(100)
+    for name in ("tiny_shakespeare_train", "tiny_shakespeare_val", "train", "tiny_retrain"):
+        by_hand(tmp_path / f"{name}.bin", tokens)
+    assert [path.name for path in open_split(tmp_path, "train").paths] == ["tiny_shakespeare_train.bin"]
+    assert [path.name for path in open_split(tmp_path, "val").paths] == ["tiny_shakespeare_val.bin"]
+
+
 def test_reads_equal_slices_at_all_positions(tmp_path: Path) -> None:
     tokens = some_tokens(3777)
     write_dataset(tmp_path, tokens, shard_tokens=500)
