@@ -12,7 +12,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from files import apply_umask
-
 
 from checkpoints import choose_checkpoint, is_run
+from files import apply_umask
 from openai_checkpoint import convert_hparams, is_openai_checkpoint, read_openai_tensors
+from other_formats import conversion_hint
 
 # transformers stores these matrices as Conv1D weights, (in, out), and nn.Linear stores (out, in). They are selected by
 # name, because attn.c_proj is square and its shape does not show whether it is transposed.
@@ -36,8 +35,8 @@ STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_attn)\.(weight|bias)$")
 
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
-BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and so no GPT-2
 FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
+BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and so no GPT-2
 # Fields about the scores of attention, with GPT-2's values. The scales of other values become a part of the weights:
 # see `query_scale`. reorder_and_upcast_attn computes the scores in float32, as our attention always does.
 ATTENTION_CONFIG = {
@@ -130,8 +129,8 @@ def locate(name_or_dir: str | Path) -> Path:
     if path.is_dir():
         return choose_checkpoint(path) if is_run(path) else path
     name = OPENAI_NAMES.get(str(name_or_dir), str(name_or_dir))
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"no such model directory: {name}")
+    if path.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"no such model directory: {name}{conversion_hint(path) if path.is_file() else ''}")
     from huggingface_hub import snapshot_download  # imported here: a local directory does not need the hub's client
 
     try:
@@ -188,7 +187,8 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     """
     path = find_config(directory)
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no {path.name}")
+        hint = conversion_hint(path.parent)
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no {path.name}{hint}")
     described = read_json(path)
     if path.name == "hparams.json":
         described = convert_hparams(described, path)
@@ -197,9 +197,9 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
         for alias in aliases:
             if alias in fields and fields.setdefault(name, fields[alias]) != fields[alias]:
                 raise ValueError(f"{path}: {alias} is {fields[alias]!r}, expected {name} = {fields[name]!r}")
-    for name, value in FIXED_CONFIG.items():
     if fields.get("model_type") == BIDIRECTIONAL and fields["causal"] is False:
         fields["model_type"] = "gpt2"
+    for name, value in FIXED_CONFIG.items():
         if (found := fields.get(name, value)) != value:
             raise ValueError(f"{path}: {name} is {found!r}, but only GPT-2's {value!r} is implemented")
     for name, values in ABSENT_CONFIG.items():
@@ -286,7 +286,7 @@ def find_weight_files(directory: Path) -> list[Path]:
         return [directory / file for file in sorted(set(places.values()))]
     raise FileNotFoundError(
         f"{directory} holds no weights: expected model.safetensors, pytorch_model.bin, or the index of several such "
-        f"files"
+        f"files{conversion_hint(directory)}"
     )
 
 
@@ -322,23 +322,30 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a file that torch.save wrote, without executing code that it contains."""
-    mapped = zipfile.is_zipfile(path)  # otherwise PyTorch before 1.6 wrote it: no mmap
-    load = partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
+    state = unpickle(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors by name")
+    check_pickled(path, state)  # a function of its own, because a variable here would keep its tensor in memory
+    for name in sorted(state, key=lambda name: -state[name].numel()):
+        yield name, state.pop(name)
+        if zipfile.is_zipfile(path):  # reopened for each tensor, for the reason given in read_safetensors
+            state = unpickle(path)
+
+
+def unpickle(path: Path) -> Any:
+    """Return the object in a file that torch.save wrote, without executing code that it contains.
+
+    Its tensors are on the CPU, and memory-mapped unless PyTorch before 1.6 wrote the file. Raises ValueError if the
+    file is damaged or holds objects of other classes than tensors and Python's own.
+    """
     try:
-        state = load()
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling a damaged file can raise any exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} cannot be read as plain tensors ({reason}), and no other pickle is loaded, because it could "
             f"execute code: use safetensors"
         ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors by name")
-    check_pickled(path, state)  # a function of its own, because a variable here would keep its tensor in memory
-    for name in sorted(state, key=lambda name: -state[name].numel()):
-        yield name, state.pop(name)
-        if mapped:  # reopened for each tensor, for the reason given in read_safetensors
-            state = load()
 
 
 def check_pickled(path: Path, state: dict[Any, Any]) -> None:
@@ -434,6 +441,9 @@ def save_weights(
     fields["dtype"] = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
     fields["n_ctx"] = fields["n_positions"]  # the name that llama.cpp and mlx-lm read
     fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
+    if not config["causal"]:
+        # Other programs have no bidirectional GPT-2. With a type of its own they refuse it, instead of masking it.
+        fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     if architecture == "GPT2ForSequenceClassification":
         fields["pad_token_id"] = eos_token_id  # without it, transformers refuses batches of more than one row
     generation = special | {"_from_model_config": True, "use_cache": True}
@@ -442,9 +452,6 @@ def save_weights(
     for name, content in {"config.json": fields, "generation_config.json": generation}.items():
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {name: (t.T if CONV1D.search(name) else t).contiguous() for name, t in state.items()}
-    if not config["causal"]:
-        # Other programs have no bidirectional GPT-2. With a type of its own they refuse it, instead of masking it.
-        fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
     for path in directory.glob("model*.safetensors"):
         apply_umask(path)
