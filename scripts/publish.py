@@ -1,0 +1,161 @@
+"""Upload the newest checkpoint of a run to the Hugging Face hub, with a model card:
+
+    python -m scripts.publish runs/gpt2-124m --repo NAME/gpt2-124m --dry-run > card.md     # no network; edit the card
+    python -m scripts.publish runs/gpt2-124m --repo NAME/gpt2-124m --card card.md
+
+The optimizer state and the manifest are left out. Without --card, the card is made from the files of the run:
+architecture, data, losses, the evaluations in RUN/*.json (`eval.run --json`), and the command. The license is yours to
+choose: --license adds it, and without one nobody else may use the model. `hf auth login` stores the token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from command import ending
+from data.tokenizer import load_tokenizer
+from model import GPTConfig
+from pretrained import MANIFEST, STATE, resolve_model
+from report.run_log import RunLog, read_run_log
+from training.estimate import count_parameters
+from weights import read_config
+
+
+def published_files(checkpoint: Path) -> list[Path]:
+    """Return the files of a verified checkpoint that belong to the model: not the state of training."""
+    names = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return [checkpoint / name for name in sorted(names) if "/" not in name]
+
+
+def model_card(log: RunLog, checkpoint: Path, repo: str, license: str | None) -> str:
+    """Return README.md for a checkpoint of the run that `log` describes."""
+    config = GPTConfig(**read_config(checkpoint))
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
+    metadata += [f"license: {license}"] if license else []
+    name = repo.rpartition("/")[2]
+    example = f'pipeline("text-generation", model="{repo}")("Once upon a time", max_new_tokens=50)'
+    parts = [
+        "---\n" + "\n".join(metadata) + "\n---",
+        f"# {name}",
+        "A GPT-2 that was trained from scratch."
+        if log.config["model"]["init_from"] == "scratch"
+        else f"A GPT-2 that was fine-tuned from {escape(log.config['model']['init_from'])}.",
+        f"```python\nfrom transformers import pipeline\n\nprint({example})\n```",
+        "## Model",
+        table(("", ""), architecture(config, load_tokenizer(checkpoint).kind).items()),
+        "## Training",
+        table(("", ""), training(log, json.loads((checkpoint / STATE).read_text(encoding="utf-8"))).items()),
+        "The command of the last start:",
+        f"```\n{command(log)}\n```",
+    ]
+    if log.evaluations:
+        parts += ["## Evaluation", table(("task", "convention", "metric", "value"), map(evaluation, log.evaluations))]
+    parts += ["## License", license or "The author has not chosen a license yet."]
+    return "\n\n".join(parts) + "\n"
+
+
+def architecture(config: GPTConfig, tokenizer: str) -> dict[str, str]:
+    """Return the rows of the card about the model."""
+    return {
+        "parameters": f"{count_parameters(config):,}",
+        "layers, heads, channels": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
+        "context": f"{config.block_size:,} tokens",
+        "tokenizer": f"{tokenizer}, {config.vocab_size:,} tokens",
+    }
+
+
+def training(log: RunLog, state: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of the card about the data, the recipe and the losses, at the checkpoint with this state."""
+    data, optim, start = log.config["data"], log.config["optim"], log.provenance[-1] if log.provenance else {}
+    rows = {
+        "data": log.source,
+        "steps": f"{state['step']:,} of {optim['steps']:,}",
+        "tokens": f"{state['step'] * data['batch_tokens']:,}, in batches of {data['batch_tokens']:,}",
+        "optimizer": f"{optim['name']}, learning rate {optim['lr']:g}, {optim['schedule']}",
+        "precision": start.get("dtype", "").removeprefix("torch."),
+        "code": f"commit {start['git_commit']}" if start.get("git_commit") else "",
+    }
+    val = log.splits["val"]
+    for step, loss, bits in zip(val["step"], val["loss"], val["bits_per_byte"], strict=True):
+        if step <= state["step"]:  # the last one is kept
+            rows["validation loss"] = f"{loss:.4f} nats per token after step {step:,.0f}, on {log.validation}"
+            rows["bits per byte"] = f"{bits:.4f}"
+    return {name: value for name, value in rows.items() if value}
+
+
+def command(log: RunLog) -> str:
+    """Return the command of the run's last start, without the directory of the Python program."""
+    arguments = log.provenance[-1]["command"][1:] if log.provenance else []
+    return shlex.join(["python", *arguments])
+
+
+def evaluation(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row of the evaluation table from a result of eval.run."""
+    error = f" ± {row['stderr']:.4f}" if row.get("stderr") else ""
+    return row["task"], row.get("convention", ""), row["metric"], f"{row['value']:.4f}{error}"
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ("---",) * len(head), *(tuple(map(escape, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Return text, such as the name of a file, on one line and without the characters of Markdown and HTML."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run of train.py")
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="repository on the hub; created if missing")
+    parser.add_argument("--license", metavar="ID", help="license of the model for the card, such as mit")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="README.md to upload instead of the one made here")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the card, and on stderr the files; upload nothing"
+    )
+    args = parser.parse_args(arguments)
+    if args.card and args.license:
+        parser.error("--license is written into the card made here: with --card, write it into that file")
+    with ending(parser):
+        publish(args)
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Upload the newest undamaged checkpoint of a run and its card, or print what would be uploaded."""
+    log = read_run_log(args.run, args.run.name)
+    checkpoint = Path(resolve_model(str(args.run)))
+    files = published_files(checkpoint)
+    if args.card is None:
+        card = model_card(log, checkpoint, args.repo, args.license)
+    else:
+        card = args.card.read_text(encoding="utf-8")
+    if args.dry_run:
+        print(f"{checkpoint} -> https://huggingface.co/{args.repo}", file=sys.stderr)
+        for path in files:
+            print(f"{path.stat().st_size:>15,}  {path.name}", file=sys.stderr)
+        print(f"{len(card.encode()):>15,}  README.md, below", file=sys.stderr)
+        print(card, end="")
+        return
+    api = HfApi()
+    api.create_repo(args.repo, private=args.private or None, exist_ok=True)
+    operations = [CommitOperationAdd(path.name, path) for path in files]
+    operations.append(CommitOperationAdd("README.md", card.encode()))
+    done = api.create_commit(args.repo, operations, commit_message=f"Upload {checkpoint.name} of {args.run.name}")
+    print(f"uploaded {len(operations)} files: {done.commit_url}")
+
+
+if __name__ == "__main__":
+    main()
