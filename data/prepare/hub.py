@@ -15,6 +15,7 @@ import numpy as np
 from data.prepare.files import file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
+from data.prepare.writer import refuse_links
 from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header, read_meta
 from data.tokenizer import load_tokenizer
 from files import file_sha256, write_json
@@ -178,6 +179,7 @@ def download(name: str, directory: Path) -> DatasetMeta:
     repository = TOKENIZED[name]
     info = _dataset_info(repository)
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_links(directory)
     write_json(directory / PROGRESS_FILE, {"settings": {"download": repository}})
     tokenizer = load_tokenizer("gpt2")
     shards: dict[str, list[ShardMeta]] = {"train": [], "val": []}

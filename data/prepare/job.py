@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from data.prepare.documents import Documents, parse
 from data.prepare.encode import Encoder, ValidationRule, encode_in_order, read_batches
 from data.prepare.source import Source
-from data.prepare.writer import SPLITS, DatasetWriter, PrepareProgress
-from data.shards import META_FILE, PROGRESS_FILE, DatasetMeta, list_shards, read_meta
+from data.prepare.writer import SPLITS, DatasetWriter, PrepareProgress, refuse_links
+from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 from files import write_json
 
@@ -112,7 +112,7 @@ def prepare_dataset(job: Job, workers: int | None = None) -> DatasetMeta:
     lock = FileLock(job.out / ".lock")
     try:
         job.out.mkdir(parents=True, exist_ok=True)
-        _refuse_links(job.out)
+        refuse_links(job.out)
         lock.acquire(timeout=0)
     except Timeout:
         raise OSError(f"another `data.prepare` is running in {job.out}: wait for it, or choose another --out") from None
@@ -123,15 +123,6 @@ def prepare_dataset(job: Job, workers: int | None = None) -> DatasetMeta:
     finally:
         # The file stays: a process that has opened it and waits would lock a file that no other process finds.
         lock.release()
-
-
-def _refuse_links(directory: Path) -> None:
-    """Raise ValueError for a link in an incomplete dataset: writing to it would change a file somewhere else."""
-    if (directory / META_FILE).is_file() and not (directory / PROGRESS_FILE).exists():
-        return  # the dataset is complete, so nothing is written
-    links = sorted(path for path in directory.iterdir() if path.is_symlink())
-    if links:
-        raise ValueError(f"{links[0]} is a link, which would be written through: remove it, or choose another --out")
 
 
 def _run(job: Job, workers: int | None) -> DatasetMeta:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare.filters import SeenDocuments
-from data.prepare.writer import SPLITS
+from data.prepare.writer import SPLITS, refuse_links
 from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_split, read_meta
 from data.tokenizer import load_tokenizer
 from files import write_json
@@ -26,6 +26,7 @@ def merge_parts(directory: Path) -> DatasetMeta:
         print(f"{directory} is complete already: nothing to do")
         return meta
     parts = _find_parts(directory)
+    refuse_links(directory)
     first = next(iter(parts.values()))
     write_json(directory / PROGRESS_FILE, {"settings": {"parts": len(parts)}})
     tokenizer = load_tokenizer(next(iter(parts)))

@@ -15,9 +15,21 @@ import numpy as np
 from data.prepare.encode import Encoded, ValidationRule
 from data.prepare.filters import SeenDocuments
 from data.prepare.source import Chunk
-from data.shards import ShardWriter
+from data.shards import META_FILE, PROGRESS_FILE, ShardWriter
 
 SPLITS = ("train", "val")
+
+
+def refuse_links(directory: Path) -> None:
+    """Raise ValueError for a link in an incomplete dataset: writing to it would change a file somewhere else.
+
+    A part of the dataset may be a link, because it is only read.
+    """
+    if (directory / META_FILE).is_file() and not (directory / PROGRESS_FILE).exists():
+        return  # the dataset is complete, so nothing is written
+    links = sorted(path for path in directory.iterdir() if path.is_symlink() and not path.match("part-*-of-*"))
+    if links:
+        raise ValueError(f"{links[0]} is a link, which would be written through: remove it, or choose another --out")
 
 
 class PrepareProgress:

@@ -42,6 +42,12 @@ def test_merge_refuses_missing_different_and_damaged_parts(run, refused, content
     assert f"shard {shard} is damaged" in refused("merge", out)
     data[-1] ^= 1
     shard.write_bytes(data)
+    (out / "train_000000.bin").unlink(missing_ok=True)
+    (out / "train_000000.bin").symlink_to(shard)
+    assert "train_000000.bin is a link, which would be written through" in refused("merge", out)
+    (out / "train_000000.bin").unlink()
+    (out / "part-002-of-002").rename(tmp_path / "elsewhere")
+    (out / "part-002-of-002").symlink_to(tmp_path / "elsewhere")
     run("merge", out)
     run("text", *files, "--out", tmp_path / "one", "--val-fraction", 0.1)
     assert contents(out) == contents(tmp_path / "one")
