@@ -116,6 +116,11 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
         for split in (train, val) if val else (train,):
             split.verify()
     tokenizer = load_tokenizer(dataset if train.meta else "gpt2")
+    if train.meta and tokenizer.fingerprint != train.meta.tokenizer_sha256:
+        raise ValueError(
+            f"the tokenizer in {dataset} is not the one that its meta.json states: restore tokenizer.json, or prepare "
+            f"the dataset again"
+        )
     length, windows = config.data.sequence_length, training_windows(config, train, tokenizer)
     eot = tokenizer.eot if config.data.document_mask else None
     return Inputs(

@@ -1,4 +1,4 @@
-"""The windows that a run's configuration chooses, in runs that stop and resume."""
+"""The windows that a run's configuration chooses, in runs that stop and resume; and datasets that are refused."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from data.loader import validation_batches
 from data.prepare.__main__ import main as prepare_data
+from data.tokenizer import CharacterTokenizer
 from eval.loss import SplitLoss, joined
 from processes import start_processes
 from training.config import Flags, MixturePart
@@ -140,3 +141,14 @@ def test_the_loss_of_several_splits_is_that_of_all_their_targets():
     assert both.loss == pytest.approx((200 + 200) / 150)
     assert both.tokens == 150
     assert both.bits_per_byte == pytest.approx(400 / math.log(2) / (400 + 90))
+
+
+def test_another_tokenizer_beside_the_shards_is_refused(tiny_run, verses, tmp_path):
+    directory = tmp_path / "dataset"
+    shutil.copytree(verses, directory)
+    config = tiny_run(**{"data.dir": str(directory)})
+    tokenizer = open_inputs(config, None, verify=True).tokenizer
+    # Its vocabulary has the same size, and the tokens of the shards would have another text.
+    CharacterTokenizer([*tokenizer.characters[:-1], "ÿ"]).save(directory)
+    with pytest.raises(ValueError, match=r"the tokenizer in .* is not the one that its meta\.json states"):
+        open_inputs(config, None, verify=False)
