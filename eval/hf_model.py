@@ -62,7 +62,8 @@ class HFTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
-        return self.tokenizer.decode(ids)
+        # With clean-up, a tokenizer of transformers would remove the space in " ." and similar places.
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def load_hf_model(directory: str | Path, device: torch.device) -> tuple[HFModel, HFTokenizer]:

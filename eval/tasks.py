@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,11 +185,19 @@ def run_corpus(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Tas
 def _slide(
     args: argparse.Namespace, evaluator: Evaluator, tokens: list[int], text: str | None, n_words: int
 ) -> TaskResult:
-    """Compute the perplexity of `tokens`. If given, `text` is the text of the tokens, and has `n_words` words."""
+    """Compute the perplexity of `tokens`. If given, `text` is the text of the tokens, and has `n_words` words.
+
+    A tokenizer of another model may drop what it has no token for, or replace it by an unknown token. There is then no
+    figure per byte or per word: it would count a text that was not scored.
+    """
     block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
     covered = tokens if args.limit is None else tokens[: args.limit * stride]
-    if text is None or len(covered) < len(tokens):
+    if text is not None and evaluator.tokenizer.decode(tokens) != text:
+        if evaluator.processes.is_main:
+            print(f"{evaluator.name}: its tokenizer does not give the text back: no figure per byte", file=sys.stderr)
+        n_bytes = n_words = 0
+    elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
         # With --limit only a part of the detokenized text is scored, and the corpus words in it cannot be counted.

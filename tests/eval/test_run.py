@@ -346,6 +346,32 @@ def test_another_architecture_is_evaluated_with_transformers(tmp_path):
     assert results(tmp_path / "f.json")["copa", "harness", "acc"]["count"] == 3
 
 
+def test_bytes_that_another_tokenizer_drops_are_not_counted(tmp_path, capsys):
+    """A byte-level BPE that was trained without the 256 bytes drops those it has not seen."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["a", "b", "Ġ", "<s>"])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path)
+    config = GPTNeoXConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    found = {}
+    for name, text in (("complete", "ab ba " * 10), ("dropped", "ab ba " * 10 + "xyz" * 100)):
+        (tmp_path / name).write_text(text)
+        options = ["--tasks", "perplexity", "--text", str(tmp_path / name), "--json", str(tmp_path / "f.json")]
+        main(["--model", str(tmp_path), *options])
+        found[name] = results(tmp_path / "f.json")
+    assert "does not give the text back: no figure per byte" in capsys.readouterr().err
+    key = ("perplexity", "stride 1024", "perplexity")
+    assert found["complete"][key]["value"] == found["dropped"][key]["value"]
+    assert {metric for _, _, metric in found["complete"]} == {"perplexity", "bits_per_byte", "word_perplexity"}
+    assert {metric for _, _, metric in found["dropped"]} == {"perplexity"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_processes_have_the_same_results_as_one(tiny, text, tmp_path, n):
