@@ -312,8 +312,11 @@ class CharacterTokenizer(Tokenizer):
         return np.concatenate(parts).astype(np.uint16), lengths
 
 
-def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) -> Tokenizer:
     """Load GPT-2's tokenizer by name, or the tokenizer in the directory of a dataset, checkpoint or Hugging Face GPT-2.
+
+    `add_end_of_text` adds the token to a vocabulary that lacks it, with the next id. A model that was trained without
+    it has no row for this id.
 
     Raises FileNotFoundError when there is none, ValueError when it is of an unknown kind, OSError when GPT-2's
     vocabulary is not cached and cannot be downloaded.
@@ -322,7 +325,7 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if path.is_file():
         try:
-            return _build(read_tokenizer_json(path))
+            return _build(read_tokenizer_json(path), add_end_of_text)
         except ValueError as error:
             raise ValueError(
                 f"{path} cannot be used: {error}; a tokenizer is GPT-2's, a byte-level BPE that splits words like "
@@ -331,7 +334,7 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     if (files := find_vocab_and_merges(directory)) is not None:
         described = read_vocab_and_merges(*files)
         try:
-            return _build(described)
+            return _build(described, add_end_of_text)
         except ValueError as error:
             names = " and ".join(file.name for file in files)
             raise ValueError(f"{names} in {directory} cannot be used: {error}") from None
@@ -362,11 +365,15 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
     return [(left, right) for left, right in (line.split(" ") for line in lines)]
 
 
-def _build(described: Described) -> Tokenizer:
+def _build(described: Described, add_end_of_text: bool) -> Tokenizer:
     """Build a tokenizer from what its files describe. Raises ValueError for a vocabulary that cannot be used."""
     vocab = described.vocab
-    if END_OF_TEXT not in vocab:
-        raise ValueError(f"there is no {END_OF_TEXT} token, which separates documents: add one to its vocabulary")
+    if END_OF_TEXT not in vocab and not add_end_of_text:
+        raise ValueError(
+            f"there is no {END_OF_TEXT} token, which separates documents: make a dataset with a tokenizer that has one "
+            "by `data.prepare --tokenizer DIR --add-end-of-text`, and train a model on it"
+        )
+    vocab = {**vocab, END_OF_TEXT: vocab.get(END_OF_TEXT, len(vocab))}
     if described.byte_level:
         return ByteLevelTokenizer(vocab, described.merges, described.special)
     characters = [text for text in vocab if text != END_OF_TEXT]

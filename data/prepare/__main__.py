@@ -118,6 +118,11 @@ def _shared_options() -> argparse.ArgumentParser:
         metavar="KIND|DIR",
         help="gpt2 (default), char, bpe:N, or the directory of a dataset or checkpoint whose tokenizer to use",
     )
+    shared.add_argument(
+        "--add-end-of-text",
+        action="store_true",
+        help="add <|endoftext|>, which separates documents, to the tokenizer of --tokenizer DIR if it lacks it",
+    )
     held_out = shared.add_mutually_exclusive_group()
     held_out.add_argument(
         "--val-fraction",
@@ -176,7 +181,11 @@ def _shared_options() -> argparse.ArgumentParser:
 
 def _job(args: argparse.Namespace) -> Job:
     """Build the job from the options. Raises ValueError for options that do not fit each other or the source."""
-    given = load_tokenizer(args.tokenizer) if Path(args.tokenizer).is_dir() else None
+    if args.add_end_of_text and not Path(args.tokenizer).is_dir():
+        raise ValueError("--add-end-of-text is for the tokenizer in a directory, --tokenizer DIR: the others have one")
+    given = None
+    if Path(args.tokenizer).is_dir():
+        given = load_tokenizer(args.tokenizer, add_end_of_text=args.add_end_of_text)
     kind = given.kind if given else args.tokenizer
     parse_kind(kind)
     if args.command == "tokens":

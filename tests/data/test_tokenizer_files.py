@@ -138,6 +138,10 @@ def test_vocab_json_and_merges_txt(described, tmp_path):
         write(**arguments)
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / "t")
+    write(vocab=without)
+    assert load_tokenizer(tmp_path / "t", add_end_of_text=True) == expected
+    write()
+    assert load_tokenizer(tmp_path / "t", add_end_of_text=True) == expected
 
 
 values = st.recursive(

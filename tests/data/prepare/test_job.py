@@ -188,6 +188,19 @@ def test_given_tokenizer_is_used_and_a_different_one_is_refused(run, refused, tm
     assert "was prepared with another char tokenizer: choose another --out" in message
 
 
+def test_a_tokenizer_without_end_of_text_gets_one_on_request(run, refused, jsonl, tmp_path):
+    tokenizer = train_tokenizer("bpe:300", ["the cat sat on the mat"])
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    vocab = {token: i for token, i in tokenizer.vocab.items() if i != tokenizer.eot}
+    (own / "vocab.json").write_text(json.dumps(vocab))
+    (own / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer.merges))
+    assert "--tokenizer DIR --add-end-of-text" in refused("text", jsonl, "--out", out, "--tokenizer", own)
+    run("text", jsonl, "--out", out, "--tokenizer", own, "--add-end-of-text")
+    assert load_tokenizer(out) == tokenizer
+    assert "the others have one" in refused("text", jsonl, "--out", out, "--add-end-of-text")
+
+
 def test_lock_file_stays_and_links_are_not_written_through(run, refused, jsonl, tmp_path):
     out, outside = tmp_path / "out", tmp_path / "outside"
     out.mkdir()
