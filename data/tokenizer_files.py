@@ -64,7 +64,9 @@ def read_tokenizer_json(path: Path) -> Described:
         _refuse("version", described["version"], '"1.0"')
     for field in ("truncation", "padding", "normalizer"):
         if described.get(field) is not None:
-            _refuse(field, described[field], "null")
+            # transformers writes the settings of the last call into the file, and ignores them when it reads it.
+            remedy = "" if field == "normalizer" else " (load the original tokenizer with transformers, and save it)"
+            _refuse(field, described[field], f"null{remedy}")
     model = _object(described.get("model"), "model")
     for field in model.keys() - _MODEL_FIELDS.keys() - {"vocab", "merges", "unk_token"}:
         _refuse(f"model.{field}", model[field], "no such field")
