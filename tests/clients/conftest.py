@@ -1,5 +1,7 @@
 """Checkpoints for the tests of other programs. docs/interoperability.md says how to install these programs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.conftest import VERSES
 
 KINDS = ("gpt2", "bpe:400", "char")
 PROMPT = "The forest of Arden"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "interoperability.md"
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +37,13 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def largest_difference(record_property):
-    """`largest_difference(ours, theirs)`: assert that they are equal to 1e-4, and print the difference."""
+def largest_difference(request):
+    """`largest_difference(ours, theirs)`: assert that the values are equal to 1e-4, and print the difference."""
 
-    def compare(ours, theirs):
+    def compare(ours, theirs, limit=1e-4):
         difference = (ours.double() - theirs.double()).abs().max().item()
-        print(f"\nlargest difference of logits of size {ours.abs().max():.3g}: {difference:.2g}")
-        assert difference < 1e-4
+        print(f"\n{request.node.name}: largest difference {difference:.1e} of values up to {ours.abs().max():.3g}")
+        assert difference < limit
         assert ours.std() > 0.1, "nearly equal logits would be compared"
 
     return compare

@@ -1,7 +1,6 @@
 """Programs that train a checkpoint of this repository write models that load here again with the same numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from generation import generate_text
 from model import GPT
 from pretrained import load_model
+from tests.clients.conftest import DOCUMENT
 from tests.conftest import VERSES
 
 pytestmark = pytest.mark.slow
-DOCUMENT = Path(__file__).parents[2] / "docs" / "interoperability.md"
 
 
 @pytest.fixture
