@@ -1,8 +1,11 @@
 """One reader for text: encodings, marks, line ends and escapes, for every division into blocks."""
 
+import codecs
 import random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.plain_text import line_feeds, read_escapes, read_utf8, separator_pattern, utf8_blocks
 
@@ -17,6 +20,46 @@ def test_encodings_with_a_mark_are_decoded_for_every_division_into_blocks(encodi
         while start < len(data):
             blocks.append(data[start : (start := start + rng.randint(1, longest))])
         assert b"".join(utf8_blocks(blocks, "a.txt")).decode() == text
+
+
+ENCODINGS = ["utf-8-sig", "utf-8", "utf-16", "utf-32", "latin-1"]
+CHARACTERS = st.characters(exclude_categories=["Cs"], max_codepoint=0xFF) | st.characters(exclude_categories=["Cs"])
+
+
+def their_text(data):
+    """Return the text that Python's own decoders find, which need to be told the encoding."""
+    for marks, encoding in (
+        ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"),
+        ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16"),
+    ):
+        if data.startswith(marks):
+            return data.decode(encoding)
+    return data.decode("utf-8-sig")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(CHARACTERS, max_size=20),
+    encoding=st.sampled_from(ENCODINGS),
+    edit=st.none() | st.tuples(st.integers(0, 30), st.binary(max_size=2)),
+)
+def test_random_bytes_are_read_as_python_decodes_them_or_refused_by_name(tmp_path, text, encoding, edit):
+    data = text.encode(encoding, errors="replace")
+    if edit is not None:
+        data = data[: edit[0]] + edit[1] + data[edit[0] + 1 :]
+    path = tmp_path / "random.txt"
+    path.write_bytes(data)
+    try:
+        found = read_utf8(path)
+    except ValueError as error:
+        message = str(error)
+        found = None
+    if found is None:
+        assert "random.txt" in message
+        assert edit is not None or "\0" in text or encoding == "latin-1"
+    else:
+        assert found == their_text(data)
+        assert "\0" not in found
 
 
 def test_read_utf8_names_file_and_line(tmp_path):
