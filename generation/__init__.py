@@ -9,6 +9,7 @@ the two token by token.
     sampling.py     greedy decoding and sampling, Gumbel-softmax samples
     beam_search.py  beam search and beam sampling
     forward.py      what both loops share: the forward pass with a cache, the end of a row, recorded outputs
+    fixed_step.py   a step with fixed shapes, which CUDA replays as a graph
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
     packed.py       pack_weights: a layout of the weights that is faster to decode with
     text.py         stream and generate_text: strings instead of token ids

@@ -8,9 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from generation.fixed_step import FixedStep
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
+
+MIN_GRAPH_TOKENS = 8  # capturing a CUDA graph takes about as long as this many steps without one
+
+
+def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
+    """Return whether single tokens are read by a `FixedStep`: on CUDA, unless a step has to return more than logits.
+
+    Its mask is that of full attention. FSDP gathers sharded weights only in a pass through the whole model.
+    """
+    weight = model.transformer.wte.weight
+    outputs = options.output_hidden_states or options.output_attentions
+    long_enough = options.max_new_tokens >= MIN_GRAPH_TOKENS
+    full, sharded = getattr(model.config, "attention", "full") == "full", hasattr(weight, "full_tensor")
+    return weight.is_cuda and long_enough and not outputs and full and not sharded
 
 
 class CachedForward:
@@ -24,7 +40,11 @@ class CachedForward:
     def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> None:
         self.model, self.mask, self.options = model, mask, options
         length = ids.size(1) + options.max_new_tokens - 1  # the last token is never read
+        self.fixed = uses_fixed_step(model, options)
+        if self.fixed:
+            length = -(-length // 8) * 8  # CUDA's kernels copy a mask whose rows are not a multiple of 16 bytes
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
+        self.fixed_step: FixedStep | None = None
         self.head = model._modules.get("decoding_head")  # exists after pack_weights
         self.checked = False
 
@@ -39,6 +59,20 @@ class CachedForward:
         first = max(0, ids.size(1) - self.model.config.block_size)
         if first:
             self.cache.crop(0)
+        if self.fixed and not first and ids.size(1) == self.cache.length + 1:
+            logits, output = self._read_one(ids[:, -1:]), GPTOutput(cache=self.cache)
+        else:
+            logits, output = self._read(ids, first)
+        if not self.checked and logits.isnan().any():  # checked once, because the check waits for the device
+            raise ValueError(
+                "the model's logits are NaN: its weights are damaged or overflow in this dtype. Use another "
+                "checkpoint or float32"
+            )
+        self.checked = True
+        return logits[:, : self.options.n_choices(logits.size(1))], output
+
+    def _read(self, ids: Tensor, first: int) -> tuple[Tensor, GPTOutput]:
+        """Return the logits (N, V) after ids (N, T), of which the model sees those from `first` on, and its output."""
         output = self.model(
             ids[:, first + self.cache.length :],
             attention_mask=None if self.mask is None else self.mask[:, first : ids.size(1)],
@@ -49,13 +83,15 @@ class CachedForward:
             output_attentions=self.options.output_attentions,
         )
         logits = output.logits[:, -1].float() if self.head is None else self.head(output.last_hidden_state[:, -1])
-        if not self.checked and logits.isnan().any():  # checked once, because the check waits for the device
-            raise ValueError(
-                "the model's logits are NaN: its weights are damaged or overflow in this dtype. Use another "
-                "checkpoint or float32"
-            )
-        self.checked = True
-        return logits[:, : self.options.n_choices(logits.size(1))], output
+        return logits, output
+
+    def _read_one(self, tokens: Tensor) -> Tensor:
+        """Return the logits (N, V) after tokens (N, 1), which the cache does not hold yet."""
+        if self.fixed_step is None:
+            weight = self.model.transformer.wte.weight
+            head = self.head or (lambda x: F.linear(x, weight).float())
+            self.fixed_step = FixedStep(self.model, self.cache, self.mask, head, capture=weight.is_cuda)
+        return self.fixed_step(tokens)
 
 
 def empty_records(options: GenerationOptions) -> dict[str, Any]:
@@ -88,7 +124,9 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
 
     mask is (N, T) or longer, 0 for padding, or None. Stop strings are not searched in the text of padding.
     """
-    ended = torch.isin(ids[:, -1], ids.new_tensor(options.eos))
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for token in options.eos:  # as numbers: the host would wait until a tensor of them has been copied to the device
+        ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None
         stops = [options.stop_strings] if isinstance(options.stop_strings, str) else options.stop_strings

@@ -92,7 +92,9 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
         for processor in history_processors:
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
-            scores = scores.index_fill(1, ids.new_tensor(options.eos), BANNED)
+            scores = scores.clone()
+            for token in options.eos:  # one by one: the host would wait until a tensor of them is on the device
+                scores[:, token] = BANNED
         for processor in custom:
             scores = processor(ids, scores)
         for warper in warpers:

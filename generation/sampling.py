@@ -14,6 +14,9 @@ from generation.options import GenerateOutput, GenerationOptions
 from generation.processors import BANNED, make_processor
 from model import GPT, GPTOutput
 
+# On a GPU, the host queues this many steps before it waits to see whether all rows have ended.
+STEPS_BETWEEN_CHECKS = 16
+
 
 def gumbel_noise(like: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
     """Return independent samples of Gumbel(0, 1), computed as -log E with E ~ Exp(1), in the shape (N, V) of `like`.
@@ -36,7 +39,19 @@ def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] 
     if isinstance(generator, Sequence):
         rows = zip(scores.split(1), generator, strict=True)
         return torch.cat([draw(row, count, one) for row, one in rows])
-    return torch.multinomial(scores.softmax(dim=-1), count, generator=generator)
+    probabilities = scores.softmax(dim=-1)
+    if scores.is_cuda:
+        return draw_without_waiting(probabilities, count, generator)
+    return torch.multinomial(probabilities, count, generator=generator)
+
+
+def draw_without_waiting(probabilities: Tensor, count: int, generator: Generator | None) -> Tensor:
+    """Return what `torch.multinomial` without replacement returns, computed in the same way: (N, V) -> (N, count).
+
+    multinomial also checks the probabilities, and the host waits for a GPU until the result of the check is known.
+    """
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).topk(count).indices
 
 
 class Step(NamedTuple):
@@ -51,10 +66,13 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def sample_steps(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> Iterator[Step]:
+def sample_steps(
+    model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions, check_every: int = 1
+) -> Iterator[Step]:
     """Continue ids (N, T) greedily or by sampling, and yield each step as soon as its tokens are chosen.
 
-    mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it.
+    mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. Whether all rows have ended is looked up
+    after every `check_every` steps only, so that there may be further steps in which no row is running.
     """
     rows, prompt_length = ids.shape
     length = prompt_length + options.max_new_tokens
@@ -80,10 +98,16 @@ def sample_steps(model: GPT, ids: Tensor, mask: Tensor | None, options: Generati
         ids[:, t] = tokens
         if options.eos:
             running = running & ~find_ended(ids[:, : t + 1], mask, options)
-            is_last = is_last or not running.any()
+            if (t + 1 - prompt_length) % check_every == 0:
+                is_last = is_last or not running.any()
         yield Step(tokens, logits, scores, output, was_running, is_last)
         if is_last:
             return
+
+
+def steps_between_checks(device: torch.device, options: GenerationOptions) -> int:
+    """Return after how many steps to look whether all rows have ended. Stop strings need the tokens of each step."""
+    return STEPS_BETWEEN_CHECKS if device.type == "cuda" and not options.stop_strings else 1
 
 
 def sample(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> Tensor | GenerateOutput:
@@ -92,17 +116,19 @@ def sample(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOpti
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    for step in sample_steps(model, ids, mask, options):
+    for step in sample_steps(model, ids, mask, options, steps_between_checks(ids.device, options)):
         tokens.append(step.tokens)
         lengths += step.running
         if options.return_dict:
             record(records, step.logits, step.scores, step.output)
             logprob = -F.cross_entropy(step.logits, step.tokens, reduction="none")
             logprobs.append(logprob.where(step.running, 0.0))
-    sequences = torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
+    steps = int(lengths.max())  # there may be more, in which no row was running
+    sequences = torch.cat((ids, torch.stack(tokens[:steps], dim=1)), dim=1)
     if not options.return_dict:
         return sequences
-    token_logprobs = torch.stack(logprobs, dim=1)  # (N, S)
+    records = {name: values[:steps] for name, values in records.items()}
+    token_logprobs = torch.stack(logprobs[:steps], dim=1)  # (N, S)
     sequences_scores = token_logprobs.sum(dim=1) / lengths**options.length_penalty
     return GenerateOutput(sequences, token_logprobs, sequences_scores, lengths, **records)
 

@@ -1,0 +1,137 @@
+"""A decoding step with fixed shapes, which CUDA can replay as a graph.
+
+The host needs longer to queue the nearly 200 small operations of a step than a GPU needs to run them. A CUDA graph
+queues all of them with one call. It repeats the same operations at the same addresses, so no shape and no argument may
+change from step to step: the device holds the position of the new token, and attention covers the whole cache, with a
+mask over the part that is not filled yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import GPT, KVCache
+
+
+class FixedLayerCache(NamedTuple):
+    """One layer of a KVCache. It takes the place of `model.LayerCache`, whose lengths are numbers on the host."""
+
+    keys: Tensor  # (N, H, max_length, D)
+    values: Tensor
+    position: Tensor  # (1,), where the next key and value belong
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (N, H, 1, D) at the position, and return the whole cache, (N, H, max_length, D)."""
+        self.keys.index_copy_(2, self.position, k.to(self.keys.dtype))
+        self.values.index_copy_(2, self.position, v.to(self.values.dtype))
+        return self.keys.to(k.dtype), self.values.to(v.dtype)
+
+
+class FixedStep:
+    """Read one more token of each row. All state is in tensors that keep their shapes and addresses.
+
+    With `capture`, the first call runs the operations one by one, which also warms up the libraries. The second call
+    captures them as a CUDA graph, and replays it; later calls replay it. If capturing fails, all calls are like the
+    first one.
+    """
+
+    def __init__(
+        self, model: GPT, cache: KVCache, mask: Tensor | None, head: Callable[[Tensor], Tensor], *, capture: bool
+    ) -> None:
+        """Continue after the tokens that `cache` holds.
+
+        Args:
+            mask: (N, max_length or more), 0 for padding; None if no row is padded.
+            head: (N, C) -> logits (N, V).
+        """
+        weight, past, rows = model.transformer.wte.weight, cache.length, cache.batch_size
+        device = weight.device
+        self.model, self.cache, self.head, self.capture = model, cache, head, capture
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.position = torch.full((1,), past, device=device)
+        self.layers = [FixedLayerCache(k, v, self.position) for k, v in zip(cache.keys, cache.values, strict=True)]
+        read = torch.ones(rows, past, dtype=torch.bool, device=device) if mask is None else mask[:, :past].bool()
+        # Padding has no position: the new token's is the number of real tokens before it.
+        self.position_ids = read.sum(dim=1, keepdim=True)  # (N, 1)
+        # The mask is added to the scores. Attention would convert booleans to such numbers in every layer.
+        enabled = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if enabled else weight.dtype
+        self.mask = torch.full((rows, 1, 1, cache.max_length), float("-inf"), dtype=dtype, device=device)
+        self.mask[:, 0, 0, :past].masked_fill_(read, 0.0)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits (N, V) of the token after `tokens` (N, 1), and add these to the cache."""
+        self.tokens.copy_(tokens)
+        if self.capture and self.warm and self.graph is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.capture:
+            on_capture_stream(self._run, self.tokens.device)
+        else:
+            self._run()
+        self.warm = True
+        self.cache.length += 1
+        return self.logits.clone()  # the next step overwrites them
+
+    def _run(self) -> None:
+        """The operations of a step. They read and write only tensors that exist already."""
+        transformer = self.model.transformer
+        self.mask.index_fill_(3, self.position, 0.0)  # from now on, the new token may be attended to
+        x = transformer.wte(self.tokens) + transformer.wpe(self.position_ids)  # (N, 1, C)
+        for block, layer in zip(transformer.h, self.layers, strict=True):
+            x, _ = block(x, self.mask, None, layer)
+        self.logits = self.head(transformer.ln_f(x)[:, -1])
+        self.position += 1
+        self.position_ids += 1
+
+    def _capture(self) -> None:
+        """Capture `_run`, which is not executed by that. If it fails, say so and stop trying."""
+        try:
+            self.graph = capture_graph(self._run, self.tokens.device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"decoding without a CUDA graph, which is slower: {reason}", file=sys.stderr)
+            self.capture = False
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for capturing, one for all calls: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
+    """Call `run` on the stream that captures, in order with the current stream."""
+    stream, current = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        run()
+    current.wait_stream(stream)
+
+
+def capture_graph(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return the operations that `run` queues as a CUDA graph. Raises RuntimeError if one of them cannot be captured.
+
+    `torch.cuda.graph` would also empty the allocator's cache, which training needs again at once. Other threads may
+    use CUDA meanwhile: the loader pins memory, and NCCL queries its events.
+    """
+    graph = torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+
+    on_capture_stream(capture, device)
+    return graph
