@@ -5,10 +5,12 @@
     python bench.py tokenize
     python bench.py hellaswag --peer build-nanogpt=../build-nanogpt
     python bench.py all --json bench.json
+    python bench.py all --device cuda --peer transformers --peer nanogpt=../nanoGPT
 
 Each contestant lives in a process of its own. The contestants run in turn, so that changes of the machine's speed
 affect all of them, and the medians are reported. A peer that is not a package is given as a directory with a clone of
-its repository. tiktoken is always compared with.
+its repository. tiktoken is always compared with. With --device cuda all contestants run on the GPU, and work that only
+a CPU does is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import Call, call_in_process, compare
-from benchmarks.workload import LOADER_BATCH_TOKENS, LOADER_BATCHES, NEW_TOKENS, QUESTIONS, ROWS, TOKENS
+from benchmarks.workload import BATCH, DECODED, LOADER_BATCH_TOKENS, LOADER_BATCHES, NEW_TOKENS, QUESTIONS
 from command import at_least_one, ending
 from files import file_sha256
 
@@ -36,11 +38,11 @@ from files import file_sha256
 HERE = Path(__file__).resolve().parent
 
 
-def native_dtypes() -> list[str]:
-    """Return the precisions that this CPU computes in, its default first. Say so if bfloat16 is not among them."""
-    native, instruction_set = call_in_process("benchmarks.machine", "native_dtypes")
+def native_dtypes(device: str) -> list[str]:
+    """Return the precisions that the device computes in, its default first. Say so if bfloat16 is not among them."""
+    native, name = call_in_process("benchmarks.machine", "native_dtypes", device)
     if "bfloat16" not in native:
-        print(f"\n  no rows in bfloat16: this CPU ({instruction_set}) emulates it")
+        print(f"\n  no rows in bfloat16: this {'CPU' if device == 'cpu' else 'card'} ({name}) emulates it")
     return native
 
 
@@ -69,41 +71,45 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
     return {"title": title, "unit": unit, "results": results}
 
 
-def bench_train(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
-    """Time the training step, and compare its FLOP/s with those of this machine's matrix products."""
-    contestants = {"ours": Call("benchmarks.ours.train", "train")}
+def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
+    """Time the training step, and compare its FLOP/s with those of the device's matrix products."""
+    rows, tokens = BATCH[device]
+    work = (device, rows, tokens)
+    contestants = {"ours": Call("benchmarks.ours.train", "train", work)}
     if "transformers" in peers:
-        contestants["transformers"] = Call("benchmarks.peers.transformers", "train")
+        contestants["transformers"] = Call("benchmarks.peers.transformers", "train", work)
     if "nanogpt" in peers:
-        contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "train", (peers["nanogpt"],))
+        contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "train", (peers["nanogpt"], *work))
     results = compare(contestants, runs)
-    table = report(f"training step, 124M, {ROWS} x {TOKENS} tokens", "tokens", ROWS * TOKENS, results)
-    flops = ROWS * TOKENS * (6 * 124_439_808 + 12 * 12 * 768 * TOKENS)
-    for dtype in native_dtypes():
-        rate = call_in_process("benchmarks.machine", "matmul_rate", dtype)
+    table = report(f"training step, 124M, {rows} x {tokens} tokens", "tokens", rows * tokens, results)
+    flops = rows * tokens * (6 * 124_439_808 + 12 * 12 * 768 * tokens)
+    for dtype in native_dtypes(device):
+        rate = call_in_process("benchmarks.machine", "matmul_rate", dtype, device)
         table[f"matmul_{dtype}"] = rate
         fraction = flops / results["ours"]["seconds"] / rate
         print(f"  {dtype} matmuls reach {rate / 1e9:,.0f} GFLOP/s here; our step is at {fraction:.0%} of that")
     return [table]
 
 
-def bench_decode(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
-    """Time greedy decoding at batch 1 and 8 in each native precision, nanoGPT and CTranslate2 in float32 only."""
+def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
+    """Time greedy decoding at several batch sizes in each native precision, nanoGPT and CTranslate2 in float32 only."""
     tables = []
-    for dtype, batch in itertools.product(native_dtypes(), (1, 8)):
-        contestants = {"ours": Call("benchmarks.ours.decode", "decode", (batch, dtype))}
+    if "ctranslate2" in peers and device != "cpu":
+        print("\n  ctranslate2 is left out: it is compared on a CPU only")
+    for dtype, batch in itertools.product(native_dtypes(device), DECODED[device]):
+        contestants = {"ours": Call("benchmarks.ours.decode", "decode", (batch, dtype, device))}
         if "transformers" in peers:
-            contestants["transformers"] = Call("benchmarks.peers.transformers", "decode", (batch, dtype))
-        if "ctranslate2" in peers and dtype == "float32":
+            contestants["transformers"] = Call("benchmarks.peers.transformers", "decode", (batch, dtype, device))
+        if "ctranslate2" in peers and dtype == "float32" and device == "cpu":
             contestants["ctranslate2"] = Call("benchmarks.peers.ctranslate2", "decode", (batch, dtype))
         if "nanogpt" in peers and batch == 1 and dtype == "float32":  # it decodes one sample at a time
-            contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "decode", (peers["nanogpt"],))
+            contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "decode", (peers["nanogpt"], device))
         title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
         table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
         # A step reads each weight once, except the position embeddings, of which it needs one row.
         bytes_read = (124_439_808 - 1024 * 768) * (4 if dtype == "float32" else 2)
         bytes_per_second = bytes_read * table["results"]["ours"]["rate"] / batch
-        fraction = bytes_per_second / call_in_process("benchmarks.machine", "read_bandwidth")
+        fraction = bytes_per_second / call_in_process("benchmarks.machine", "read_bandwidth", device)
         print(
             f"  ours reads the weights at {bytes_per_second / 1e9:.1f} GB/s: {fraction:.0%} of the read bandwidth here"
         )
@@ -111,19 +117,21 @@ def bench_decode(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
     return tables
 
 
-def bench_hellaswag(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
+def bench_hellaswag(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
     """Time HellaSwag in the default precision of eval.run, and in the other native ones."""
-    default, *others = native_dtypes()
-    contestants = {"ours": Call("benchmarks.ours.hellaswag", "evaluate", (default,))}
+    default, *others = native_dtypes(device)
+    contestants = {"ours": Call("benchmarks.ours.hellaswag", "evaluate", (default, device))}
     for dtype in others:
-        contestants[f"ours, {dtype}"] = Call("benchmarks.ours.hellaswag", "evaluate", (dtype,))
-    if "build-nanogpt" in peers:
-        contestants["build-nanogpt"] = Call("benchmarks.peers.build_nanogpt", "evaluate", (peers["build-nanogpt"],))
+        contestants[f"ours, {dtype}"] = Call("benchmarks.ours.hellaswag", "evaluate", (dtype, device))
+    if directory := peers.get("build-nanogpt"):
+        contestants["build-nanogpt"] = Call("benchmarks.peers.build_nanogpt", "evaluate", (directory, device))
     title = f"HellaSwag, 124M, {QUESTIONS} questions; ours is in {default}, as eval.run is by itself, peers in float32"
     return [report(title, "questions", QUESTIONS, compare(contestants, runs, warm_up=1))]
 
 
-def bench_tokenize(peers: dict[str, str], runs: int, corpus: list[str] | None = None) -> list[dict[str, Any]]:
+def bench_tokenize(
+    peers: dict[str, str], runs: int, device: str, corpus: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Time the way from text to shards, for two corpora.
 
     One consists of the files in the directories `corpus` (default: the Python installation, /usr/share and
@@ -151,14 +159,14 @@ def bench_tokenize(peers: dict[str, str], runs: int, corpus: list[str] | None = 
     return tables
 
 
-def bench_loader(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
+def bench_loader(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
     """Time reading batches of 524,288 tokens from a shard."""
     with tempfile.TemporaryDirectory() as temporary:
         results = compare({"ours": Call("benchmarks.ours.loader", "load", (Path(temporary),))}, runs)
     return [report("loader", "Mtokens", LOADER_BATCHES * LOADER_BATCH_TOKENS / 1e6, results)]
 
 
-def bench_startup(peers: dict[str, str], runs: int) -> list[dict[str, Any]]:
+def bench_startup(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
     """Time how long a command takes to print its help."""
     print()
     tables = []
@@ -181,23 +189,26 @@ BENCHES = {
     "loader": bench_loader,
     "startup": bench_startup,
 }
+ON_A_GPU = ("train", "decode", "hellaswag")
 PEER_PACKAGES = ("transformers", "ctranslate2")
 PEER_FILES = {"nanogpt": "model.py", "build-nanogpt": "hellaswag.py"}
 
 
 def measure(args: argparse.Namespace, peers: dict[str, str]) -> None:
     """Run the chosen benchmarks one after the other, print their tables, and write them to --json."""
-    machine, bandwidth = call_in_process("benchmarks.machine", "describe")
-    print(f"{json.dumps(machine)}\nmemory: {bandwidth / 1e9:.1f} GB/s, copying")
+    machine, bandwidth = call_in_process("benchmarks.machine", "describe", args.device)
+    print(f"{json.dumps(machine)}\nmemory of the {args.device}: {bandwidth / 1e9:.1f} GB/s, copying")
     chosen = list(BENCHES) if args.what == "all" else [args.what]
     tables = []
     for name in chosen:
+        if args.device != "cpu" and name not in ON_A_GPU:
+            print(f"\n{name} is left out: it measures work of the CPU. Run bench.py {name} without --device")
+            continue
         options = {"corpus": args.corpus} if name == "tokenize" else {}
-        tables += BENCHES[name](peers, args.runs, **options)
+        tables += BENCHES[name](peers, args.runs, args.device, **options)
     if args.json:
-        args.json.write_text(
-            json.dumps({"hardware": machine, "memory_bandwidth": bandwidth, "tables": tables}, indent=1) + "\n"
-        )
+        results = {"hardware": machine, "device": args.device, "memory_bandwidth": bandwidth, "tables": tables}
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -206,6 +217,7 @@ def main() -> None:
         description="Measure the speed of this repository beside other implementations, on this machine.",
     )
     parser.add_argument("what", help="the benchmark to run", choices=[*BENCHES, "all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all contestants (default: cpu)")
     parser.add_argument(
         "--peer",
         action="append",

@@ -44,7 +44,8 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
     """Time the contestants in turn, `runs` times each.
 
     A contestant is a call that sets up the work, in a process of its own, and returns the function to time. Returns for
-    each the seconds (median, lowest, highest) and the peak memory in bytes.
+    each the seconds (median, lowest, highest) and the peak memory in bytes: that of the tensors on the GPU if the
+    contestant uses one, otherwise that of its processes.
     """
     pipes: dict[str, Connection] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -112,16 +113,33 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         pipe.send(None)
         while pipe.recv():
             running.set()
+            synchronize()
             began = time.perf_counter()
             run()
+            synchronize()
             seconds = time.perf_counter() - began
             running.clear()
             pipe.send(seconds)
-        pipe.send(max(own_peak(), peak[0]))
+        gpu = used_gpu()
+        pipe.send(max(own_peak(), peak[0]) if gpu is None else gpu.max_memory_allocated())
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which the parent process does not import
+            error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
         pipe.send(error)
     except KeyboardInterrupt:
         pass  # the parent process is interrupted too, and reports it
+
+
+def used_gpu() -> Any:
+    """Return torch.cuda if this process has used a GPU, otherwise None. Only the contestants import torch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done all work, if this process uses one: its operations run later than their calls."""
+    if gpu := used_gpu():
+        gpu.synchronize()
 
 
 def own_peak() -> int:

@@ -1,57 +1,64 @@
-"""What this machine is and what it can do at most: matrix products and memory bandwidth."""
+"""What this machine is and what it can do at most: matrix products and memory bandwidth, of its CPU or its GPU."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 import device
-from benchmarks.workload import ROWS, TOKENS, VOCAB
+from benchmarks.clock import synchronize
+from benchmarks.workload import BATCH, VOCAB
+from kernels.cuda_loss import HEAD_MULTIPLE
 from training.metrics import hardware
 
 
-def describe() -> tuple[dict[str, Any], float]:
-    """Return a description of the hardware, and its memory bandwidth in bytes per second."""
-    return hardware(), memory_bandwidth()
+def describe(where: str) -> tuple[dict[str, Any], float]:
+    """Return a description of the hardware, and the memory bandwidth of `where` (cpu or cuda) in bytes per second."""
+    return hardware(), memory_bandwidth(where)
 
 
-def native_dtypes() -> tuple[list[str], str]:
-    """Return the precisions that this CPU computes in, its default first, and its instruction set."""
-    native = device.native_dtypes(torch.device("cpu"))
-    return [str(dtype).removeprefix("torch.") for dtype in native], device.cpu_instruction_set()
+def native_dtypes(where: str) -> tuple[list[str], str]:
+    """Return the precisions that the device computes in, its default first, and its instruction set or its name."""
+    native = device.native_dtypes(torch.device(where))
+    name = torch.cuda.get_device_name() if where == "cuda" else device.cpu_instruction_set()
+    return [str(dtype).removeprefix("torch.") for dtype in native], name
 
 
-def matmul_rate(dtype_name: str) -> float:
+def seconds(work: Callable[[], object]) -> float:
+    """Return the duration of one call, up to the end of the work that it queues on a GPU."""
+    synchronize()
+    began = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def matmul_rate(dtype_name: str, where: str) -> float:
     """Return the highest FLOP/s of the matrix products that a training step consists of, forward and backward."""
-    dtype, best = device.DTYPES[dtype_name], 0.0
-    for n_in, n_out in [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, VOCAB)]:
-        x, weight = torch.randn(ROWS * TOKENS, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
+    dtype, best, (rows, tokens) = device.DTYPES[dtype_name], 0.0, BATCH[where]
+    # The vocabulary as the loss uses it: padded on a GPU.
+    vocab = VOCAB if where == "cpu" else math.ceil(VOCAB / HEAD_MULTIPLE) * HEAD_MULTIPLE
+    for n_in, n_out in [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, vocab)]:
+        x = torch.randn(rows * tokens, n_in, dtype=dtype, device=where)
+        weight = torch.randn(n_out, n_in, dtype=dtype, device=where)
         y = x @ weight.T
         for left, right in [(x, weight.T), (y, weight), (y.T, x)] * 6:
-            began = time.perf_counter()
-            left @ right
-            best = max(best, 2 * x.numel() * n_out / (time.perf_counter() - began))
+            best = max(best, 2 * x.numel() * n_out / seconds(partial(torch.matmul, left, right)))
     return best
 
 
-def memory_bandwidth() -> float:
-    """Return the bytes per second, read and written, of copying 512 MB with all threads."""
-    source, target = torch.ones(2**27), torch.zeros(2**27)
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        target.copy_(source)
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
-    return best
+def memory_bandwidth(where: str) -> float:
+    """Return the bytes per second, read and written, of copying 512 MB: on a CPU with all threads."""
+    source, target = torch.ones(2**27, device=where), torch.zeros(2**27, device=where)
+    return max(2 * source.nbytes / seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
-def read_bandwidth() -> float:
-    """Return the bytes per second of reading 512 MB with all threads."""
-    source, best = torch.ones(2**27), 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        source.sum()
-        best = max(best, source.nbytes / (time.perf_counter() - began))
-    return best
+def read_bandwidth(where: str) -> float:
+    """Return the bytes per second of reading 512 MB: on a CPU with all threads."""
+    source = torch.ones(2**27, device=where)
+    return max(source.nbytes / seconds(source.sum) for _ in range(5))

@@ -1,7 +1,9 @@
 """The amount of work in one run of each benchmark. It is the same for every contestant."""
 
-ROWS, TOKENS = 4, 512  # the batch of a training step: sequences, and tokens in each
+# The batch of a training step by device: sequences, and tokens in each.
+BATCH = {"cpu": (4, 512), "cuda": (16, 1024)}
 PROMPT_TOKENS, NEW_TOKENS = 8, 256  # of each sequence that is decoded
+DECODED = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # sequences that are decoded together
 QUESTIONS = 32  # of HellaSwag
 VOCAB = 50257  # GPT-2's
 LOADER_BATCHES, LOADER_BATCH_TOKENS = 10, 524288

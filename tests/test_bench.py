@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_a_table_has_rates_and_ratios(capsys):
     ]
 
 
-def test_each_contestant_names_a_function_and_its_arguments(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_contestant_names_a_function_and_its_arguments(monkeypatch, capsys, device):
     """Reads the modules and does not import them: some need packages that are not installed."""
     calls = []
 
@@ -66,15 +68,40 @@ def test_each_contestant_names_a_function_and_its_arguments(monkeypatch):
     monkeypatch.setattr("bench.call_in_process", call_in_process)
     monkeypatch.setattr("bench.check_shards", lambda directory: None)
     peers = {"transformers": "", "ctranslate2": "", "nanogpt": "n", "build-nanogpt": "b"}
-    for run in bench.BENCHES.values():
-        run(peers, 1)
+    benches = bench.BENCHES if device == "cpu" else bench.ON_A_GPU
+    for name in benches:
+        bench.BENCHES[name](peers, 1, device)
     for module, function, arguments in calls:
         tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
         assert [len(node.args.args) for node in found] == [len(arguments)], (module, function)
+        if module.count(".") == 2 and (device == "cuda" or function not in ("tokenize", "load")):
+            assert device in arguments or module == "benchmarks.peers.ctranslate2"
     # every module of a contestant is used
     contestants = {f"benchmarks.{room}.{file.stem}" for room in ("ours", "peers") for file in find_modules(room)}
+    only_cpu = {
+        f"benchmarks.{name}" for name in ("ours.loader", "ours.tokenize", "peers.ctranslate2", "peers.tiktoken")
+    }
+    if device == "cuda":
+        contestants -= only_cpu
+        assert "ctranslate2 is left out: it is compared on a CPU only" in capsys.readouterr().out
     assert contestants == {module for module, _, _ in calls if module.count(".") == 2}
+
+
+def test_work_of_the_cpu_is_left_out_on_a_gpu_and_named(monkeypatch, capsys, tmp_path):
+    ran = []
+    for name in list(bench.BENCHES):
+        monkeypatch.setitem(
+            bench.BENCHES, name, lambda peers, runs, device, name=name: ran.append((name, device)) or []
+        )
+    monkeypatch.setattr("bench.call_in_process", lambda *call: ({"gpus": ["a card"]}, 1e9))
+    monkeypatch.setattr("sys.argv", ["bench.py", "all", "--device", "cuda", "--json", str(tmp_path / "b.json")])
+    bench.main()
+    assert ran == [("train", "cuda"), ("decode", "cuda"), ("hellaswag", "cuda")]
+    out = capsys.readouterr().out
+    for name in ("tokenize", "loader", "startup"):
+        assert f"{name} is left out: it measures work of the CPU. Run bench.py {name} without --device" in out
+    assert json.loads((tmp_path / "b.json").read_text())["device"] == "cuda"
 
 
 def find_modules(room):
@@ -105,11 +132,14 @@ def test_invalid_arguments_are_reported(monkeypatch, capsys, tmp_path):
 
 def test_rows_in_a_precision_that_the_cpu_emulates_are_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # the process that is asked inherits it
-    assert bench.native_dtypes() == ["float32"]
+    assert bench.native_dtypes("cpu") == ["float32"]
     assert "no rows in bfloat16: this CPU" in capsys.readouterr().out
     monkeypatch.setattr("bench.call_in_process", lambda *call: (["bfloat16", "float32"], "AVX-512, bfloat16"))
-    assert bench.native_dtypes() == ["bfloat16", "float32"]
+    assert bench.native_dtypes("cpu") == ["bfloat16", "float32"]
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr("bench.call_in_process", lambda *call: (["float16", "float32"], "Tesla T4"))
+    assert bench.native_dtypes("cuda") == ["float16", "float32"]
+    assert "no rows in bfloat16: this card (Tesla T4)" in capsys.readouterr().out
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
@@ -122,7 +152,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("other tokens"), 2), (KeyboardInterrupt(), 130)])
 def test_an_error_ends_the_command_without_a_traceback(monkeypatch, capsys, error, status):
-    def fail(peers, runs):
+    def fail(peers, runs, device):
         raise error
 
     monkeypatch.setattr("bench.BENCHES", {"loader": fail})

@@ -11,10 +11,10 @@ from generation import generate, pack_weights
 from model import GPT, GPTConfig
 
 
-def decode(batch: int, dtype: str) -> Run:
+def decode(batch: int, dtype: str, device: str) -> Run:
     """Set up greedy decoding of `batch` random prompts with the 124M model in a precision such as "bfloat16"."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset("gpt2")).to(DTYPES[dtype]).eval()
+    model = GPT(GPTConfig.preset("gpt2")).to(device, DTYPES[dtype]).eval()
     pack_weights(model)
-    ids = torch.randint(VOCAB, (batch, PROMPT_TOKENS))
+    ids = torch.randint(VOCAB, (batch, PROMPT_TOKENS)).to(device)
     return lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)

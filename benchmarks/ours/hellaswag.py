@@ -14,16 +14,16 @@ from eval.likelihood import log_likelihoods
 from model import GPT, GPTConfig
 
 
-def evaluate(dtype: str) -> Run:
+def evaluate(dtype: str, device: str) -> Run:
     """Set up the evaluation of the 124M model under autocast to a precision, with the completion convention."""
     keep_freed_memory()
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset("gpt2")).eval()
+    model = GPT(GPTConfig.preset("gpt2")).to(device).eval()
     tokenizer = load_tokenizer("gpt2")
     questions = [completion(row) for row in hellaswag_rows()]
 
     def run() -> None:
-        with autocast(torch.device("cpu"), DTYPES[dtype]):
+        with autocast(torch.device(device), DTYPES[dtype]):
             answer(questions, tokenizer, lambda requests: log_likelihoods(model, requests), "completion")
 
     return run

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks.clock import Run
-from benchmarks.workload import ROWS, TOKENS, VOCAB
 from data.loader import MicroBatch
 from model import GPT, GPTConfig
-from processes import start_processes
+from processes import Processes, start_processes
 from train import train_step
-from training.config import Config, Data
+from training.config import Config, Data, System
 from training.metrics import Progress
 from training.plan import make_plan
 from training.run_directory import RunDirectory
 from training.setup import TrainingRun, prepare_model
 
 
-def train() -> Run:
+def train(device: Literal["cpu", "cuda"], rows: int, tokens: int) -> Run:
     """Set up a step of the 124M model with the default configuration, on one batch of random tokens."""
-    config = Config(data=Data(batch_tokens=ROWS * TOKENS, sequence_length=TOKENS, micro_batch=ROWS))
-    processes = start_processes(config.system.device, config.system.dtype)
+    data = Data(batch_tokens=rows * tokens, sequence_length=tokens, micro_batch=rows)
+    config = Config(data=data, system=System(device=device))
+    run = make_run(config, GPTConfig.preset("gpt2"), start_processes(config.system.device, config.system.dtype))
+    return lambda: train_step(run, False, False)
+
+
+def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: int = 1) -> TrainingRun:
+    """Return a run of a model with random weights that reads `n_batches` batches of random tokens again and again.
+
+    Its steps are those of train.py. It reads no dataset and writes no file.
+    """
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset("gpt2"))
-    plan = make_plan(config, model.config, processes, {})
+    model = GPT(shape)
+    plan = make_plan(config, shape, processes, {})
     loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
-    ids = torch.randint(VOCAB, (ROWS, TOKENS + 1))
-    unused: Any = None  # a step reads no dataset and writes no checkpoint
-    run = TrainingRun(
+    tokens, rows = config.data.sequence_length, config.data.batch_tokens // config.data.sequence_length
+    ids = torch.randint(shape.vocab_size, (n_batches, rows, tokens + 1))
+    if processes.device.type == "cuda":
+        ids = ids.pin_memory()
+    batches = [
+        [MicroBatch(part[:, :-1], part[:, 1:], weight=len(part) / rows) for part in batch.split(plan.micro_batch)]
+        for batch in ids
+    ]
+    unused: Any = None
+    return TrainingRun(
         config=config,
         processes=processes,
         plan=plan,
@@ -40,9 +55,8 @@ def train() -> Run:
         loss_function=loss_function,
         optimizers=optimizers,
         scaler=scaler,
-        loader=itertools.repeat([MicroBatch(ids[:, :-1], ids[:, 1:], weight=1.0)]),
+        loader=itertools.cycle(batches),
         checkpoints=unused,
         directory=RunDirectory(Path("unused")),  # it is not opened, so nothing is logged
         progress=Progress(0, config.optim.steps, config.log.every, enabled=False),
     )
-    return lambda: train_step(run, False, False)

@@ -15,7 +15,7 @@ from benchmarks.questions import hellaswag_rows
 from data.tokenizer import load_tokenizer
 
 
-def evaluate(directory: str) -> Run:
+def evaluate(directory: str, device: str) -> Run:
     """Set up evaluate() of build-nanogpt's hellaswag.py, in float32.
 
     It would download its tokenizer, weights and questions; it is given local ones.
@@ -24,9 +24,9 @@ def evaluate(directory: str) -> Run:
     tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # the same encoding
     hellaswag: Any = load_file(Path(directory) / "hellaswag.py")
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model: Any = GPT2LMHeadModel(GPT2Config()).eval()
     rows = [row | {"label": int(row["label"])} for row in hellaswag_rows()]
     hellaswag.iterate_examples = lambda split: iter(rows)
     hellaswag.GPT2LMHeadModel.from_pretrained = lambda name: model
     hellaswag.print = lambda *words: None
-    return lambda: hellaswag.evaluate("gpt2", "cpu")
+    return lambda: hellaswag.evaluate("gpt2", device)

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.clock import Run
 from benchmarks.peers.repository import load_file
-from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, ROWS, TOKENS, VOCAB
+from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, VOCAB
+from device import autocast, native_dtypes
 
 
-def train(directory: str) -> Run:
-    """Set up nanoGPT's training step of the 124M model as its README recommends for a CPU.
+def train(directory: str, device: str, rows: int, tokens: int) -> Run:
+    """Set up nanoGPT's training step of the 124M model with its own optimizer and padded vocabulary.
 
-    It computes in float32 with nanoGPT's own optimizer and padded vocabulary, and is not compiled.
+    On a CPU it computes in float32 and is not compiled, as its README recommends. On CUDA it is compiled and computes
+    in the card's 16-bit precision and TF32, as its train.py does.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
-    model = nanogpt.GPT(nanogpt.GPTConfig(bias=False)).train()
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    ids = torch.randint(VOCAB, (ROWS, TOKENS + 1))
+    model: Any = nanogpt.GPT(nanogpt.GPTConfig(bias=False)).to(device).train()
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    ids = torch.randint(VOCAB, (rows, tokens + 1)).to(device)
+    where, dtype = torch.device(device), torch.float32
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        model, dtype = torch.compile(model), native_dtypes(where)[0]
 
     def step() -> None:
-        model(ids[:, :-1], ids[:, 1:].contiguous())[1].backward()
+        with autocast(where, dtype):
+            loss = model(ids[:, :-1], ids[:, 1:].contiguous())[1]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -31,10 +40,10 @@ def train(directory: str) -> Run:
     return step
 
 
-def decode(directory: str) -> Run:
+def decode(directory: str, device: str) -> Run:
     """Set up decoding as in nanoGPT's sample.py: one sample at a time, without a cache, in float32, with top-k 200."""
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
-    model = nanogpt.GPT(nanogpt.GPTConfig()).eval()
-    ids = torch.randint(VOCAB, (1, PROMPT_TOKENS))
+    model = nanogpt.GPT(nanogpt.GPTConfig()).to(device).eval()
+    ids = torch.randint(VOCAB, (1, PROMPT_TOKENS)).to(device)
     return lambda: model.generate(ids, NEW_TOKENS, temperature=0.8, top_k=200)

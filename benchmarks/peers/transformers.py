@@ -8,19 +8,30 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.clock import Run
-from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, ROWS, TOKENS, VOCAB
-from device import DTYPES
+from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, VOCAB
+from device import DTYPES, autocast, native_dtypes
 
 
-def train() -> Run:
-    """Set up a training step of the 124M model in float32 without dropout, on one batch of random tokens."""
+def train(device: str, rows: int, tokens: int) -> Run:
+    """Set up a training step of the 124M model without dropout, on one batch of random tokens.
+
+    On a CPU it computes in float32. On CUDA it computes in the card's 16-bit precision and TF32, and its optimizer is
+    fused.
+    """
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    ids = torch.randint(VOCAB, (ROWS, TOKENS))
+    model: Any = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
+    model.to(device)
+    where, dtype, fused = torch.device(device), torch.float32, device == "cuda"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        dtype = native_dtypes(where)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=fused)
+    ids = torch.randint(VOCAB, (rows, tokens)).to(device)
 
     def step() -> None:
-        model(ids, labels=ids).loss.backward()
+        with autocast(where, dtype):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -28,12 +39,12 @@ def train() -> Run:
     return step
 
 
-def decode(batch: int, dtype: str) -> Run:
+def decode(batch: int, dtype: str, device: str) -> Run:
     """Set up greedy decoding of `batch` random prompts with the 124M model in a precision such as "bfloat16"."""
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config()).eval()
-    model.to(DTYPES[dtype])
-    ids = torch.randint(VOCAB, (batch, PROMPT_TOKENS))
+    model.to(device, DTYPES[dtype])
+    ids = torch.randint(VOCAB, (batch, PROMPT_TOKENS)).to(device)
     mask = torch.ones_like(ids)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     return lambda: model.generate(ids, attention_mask=mask, **options)

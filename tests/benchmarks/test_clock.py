@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from benchmarks.clock import Call, call_in_process, compare
+import benchmarks.clock
+from benchmarks.clock import Call, call_in_process, compare, serve
 
 
 def make_sleeper(seconds, megabytes):
@@ -51,3 +52,61 @@ def test_a_killed_process_is_reported():
         call_in_process(__name__, "die")
     with pytest.raises(ChildProcessError, match="ended without a result"):
         compare({"ours": Call(__name__, "die")}, runs=1)
+
+
+class Torch:
+    """Stands in for torch with a GPU: records the calls of torch.cuda."""
+
+    def __init__(self, events, initialized):
+        self.cuda, self.events, self.initialized = self, events, initialized
+
+    def is_initialized(self):
+        return self.initialized
+
+    def synchronize(self):
+        self.events.append("synchronize")
+
+    def max_memory_allocated(self):
+        return 12345
+
+
+class Pipe:
+    """The end of a pipe in the process of a contestant, which the parent process asks for `runs` runs."""
+
+    def __init__(self, runs):
+        self.commands, self.sent = [True] * runs + [False], []
+
+    def recv(self):
+        return self.commands.pop(0)
+
+    def send(self, value):
+        self.sent.append(value)
+
+
+events = []
+
+
+def make_recorder():
+    return lambda: events.append("run")
+
+
+def exhaust():
+    raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
+
+
+@pytest.mark.parametrize("initialized", [True, False])
+def test_the_clock_waits_for_a_gpu_that_the_contestant_uses(monkeypatch, initialized):
+    monkeypatch.setattr(benchmarks.clock, "watch_memory", lambda peak, running: None)
+    monkeypatch.setitem(sys.modules, "torch", Torch(events, initialized))
+    events.clear()
+    pipe = Pipe(runs=1)
+    serve(Call(__name__, "make_recorder"), 1, pipe)
+    assert events == ["run", *(["synchronize", "run", "synchronize"] if initialized else ["run"])]
+    assert (pipe.sent[-1] == 12345) == initialized
+
+
+def test_a_gpu_without_free_memory_is_reported_without_a_traceback():
+    pipe = Pipe(runs=0)
+    serve(Call(__name__, "exhaust"), 1, pipe)
+    assert isinstance(pipe.sent[0], ValueError)
+    assert "compare fewer peers" in str(pipe.sent[0])
