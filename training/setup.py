@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from checkpoints import read_state
 from data.loader import Loader, MicroBatch
 from device import CARDS, DTYPES, fast_dtype, find_card, gradient_scaler
+from kernels.attention import use_newer_flash_attention
 from model import GPT, GPTConfig
 from processes import Processes
 from training.checkpoint import Checkpoints, load_optimizers
@@ -231,6 +232,7 @@ def prepare_model(
     """Move a model to its device and make it trainable as planned; return loss function, optimizers and scaler."""
     device = processes.device
     model.to(device).train()
+    use_newer_flash_attention(device, model.config.dropout)
     if config.model.freeze_layers:
         model.freeze(config.model.freeze_layers)
     loss_function = distribute(
