@@ -1,0 +1,149 @@
+"""Check this repository on a GPU, part by part:
+
+    python -m scripts.gpu_check --json gpu_check.json
+    python -m scripts.gpu_check --parts 1,3,8 --peer transformers --peer nanogpt=../nanoGPT
+    python -m scripts.gpu_check --device cpu --tiny
+
+docs/gpu.md describes the parts. Each runs in a process of its own, so that a part that fails or crashes does not stop
+the others. It needs no network. The last command is a rehearsal: it runs every part on a CPU with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from command import ending
+from files import write_json
+from scripts.gpu_check.inference import check_inference
+from scripts.gpu_check.parity import check_parity
+from scripts.gpu_check.products import check_products
+from scripts.gpu_check.report import Part, Report, Settings
+from scripts.gpu_check.speed import check_muon_and_micro_batch, check_profile, check_speed
+from scripts.gpu_check.training import check_curves, check_distributed, check_resume
+
+PARTS: dict[int, tuple[str, Part]] = {
+    1: ("versions, products of the head, the loss", check_products),
+    2: ("parity with transformers and with a CPU", check_parity),
+    3: ("training speed and memory", check_speed),
+    4: ("a profile of the training step", check_profile),
+    5: ("loss curves", check_curves),
+    6: ("kill and resume", check_resume),
+    7: ("DDP and FSDP", check_distributed),
+    8: ("decoding and scoring", check_inference),
+    9: ("Muon and the micro-batch", check_muon_and_micro_batch),
+}
+TIME_LIMIT = 600.0  # seconds of each part
+
+
+class Outcome(NamedTuple):
+    """What is known of a part after it has ended."""
+
+    passed: bool
+    reason: str  # why it failed, "" if it did not
+    seconds: float
+    checks: list[dict[str, Any]]
+    tables: list[dict[str, Any]]
+
+
+def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outcome:
+    """Run a part in a process of its own. A part that takes too long is ended, with all that it started.
+
+    The process is forked, so that it has all modules. This process never uses the GPU: CUDA does not survive a fork.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(number, settings, there))
+    began = time.monotonic()
+    process.start()
+    there.close()
+    checks: list[dict[str, Any]] = []
+    tables: list[dict[str, Any]] = []
+    try:
+        if here.poll(limit):
+            checks, tables, reason = here.recv()
+        else:
+            reason = f"not finished after {limit:.0f} seconds"
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+    except EOFError:
+        process.join()
+        reason = f"the process ended with status {process.exitcode}"
+    process.join()
+    failed = [check["name"] for check in checks if not check["passed"]]
+    reason = reason or "; ".join(failed)
+    return Outcome(not reason, reason, time.monotonic() - began, checks, tables)
+
+
+def answer(number: int, settings: Settings, pipe: Connection) -> None:
+    """Run in the process of a part: send its checks, its tables, and the error that ended it, if any."""
+    report, reason = Report(), ""
+    try:
+        PARTS[number][1](settings, report)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    pipe.send((report.checks, report.tables, reason))
+    sys.stdout.flush()
+    os._exit(0)  # threads of CUDA or of a process group must not delay the end
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.gpu_check",
+        description="Check this repository on a GPU. docs/gpu.md describes the parts.",
+    )
+    parser.add_argument("--parts", default="all", help="numbers of parts such as 1,3,8 (default: all)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: whether everything runs, not how fast")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME[=DIR]", help="transformers or nanogpt=DIR; repeatable"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args(arguments)
+    args.numbers = list(PARTS) if args.parts == "all" else []
+    for number in () if args.parts == "all" else args.parts.split(","):
+        if not number.isdecimal() or int(number) not in PARTS:
+            parser.error(f"--parts {args.parts}: expected numbers from 1 to {len(PARTS)}, separated by commas")
+        args.numbers.append(int(number))
+    peers = {name: directory for name, _, directory in (peer.partition("=") for peer in args.peer)}
+    for name, directory in peers.items():
+        if name not in ("transformers", "nanogpt") or (name == "nanogpt" and not Path(directory, "model.py").is_file()):
+            parser.error(f"--peer {name}={directory}: expected transformers, or nanogpt=DIR with its model.py")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"cannot write {args.json}: there is no directory {args.json.parent}")
+    args.parser = parser
+    return args, Settings(device=args.device, tiny=args.tiny, peers=peers)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the chosen parts, print a summary, and return the exit status: 1 if a part failed, otherwise 0."""
+    args, settings = parse_arguments(arguments)
+    outcomes: dict[int, Outcome] = {}
+    with ending(args.parser):
+        for number in args.numbers:
+            print(f"\npart {number}: {PARTS[number][0]}", flush=True)
+            outcomes[number] = run_part(number, settings)
+            if args.json:
+                results = {str(n): {"title": PARTS[n][0], **outcome._asdict()} for n, outcome in outcomes.items()}
+                write_json(args.json, {"device": settings.device, "tiny": settings.tiny, "parts": results})
+    print()
+    for number, outcome in outcomes.items():
+        verdict = "PASS" if outcome.passed else f"FAIL  {outcome.reason}"
+        print(f"part {number}  {PARTS[number][0]:<44}{outcome.seconds:>6.0f} s  {verdict}")
+    return int(not all(outcome.passed for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
