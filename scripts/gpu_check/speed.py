@@ -34,6 +34,7 @@ WORST_ESTIMATE = 0.15  # relative error of the estimate of the peak memory
 LOSS = "gpt2::linear_cross_entropy_sum"
 # What a kernel of CUDA, or an operator of a CPU, is counted as. The first match counts.
 KINDS = {
+    "elementwise": r"^triton",  # the compiler's kernels, whose names list all operators that they were made from
     "attention": r"flash|fmha|attention|sdpa",
     "products": r"gemm|cutlass|nvjet|cublas|xmma|splitk|addmm|\bmm\b|bmm|matmul",
     "optimizer": r"multi_tensor|adam|newton_schulz",
@@ -54,7 +55,7 @@ def check_speed(settings: Settings, report: Report) -> None:
         table += [measure_peer(settings, report, rows, name, directory) for rows in sizes[:-1]]
     report.table(f"training steps, {settings.dtype}, on {settings.card}", table)
     measured = {row["rows"]: row for row in table if row["what"] == "ours" and row["ms"] is not None}
-    report.check("every micro-batch size was measured or reported as too large", bool(measured), f"{sorted(measured)}")
+    report.check("some micro-batch fits into the memory", bool(measured), f"{sorted(measured)} sequences")
     if not settings.is_timed:
         return
     for rows, row in measured.items():
@@ -79,9 +80,7 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
 
 def measure_peer(settings: Settings, report: Report, rows: int, name: str, directory: str) -> dict[str, Any]:
     """Return a row of the table for the training step of a peer of bench.py: 124M, whatever the size of ours."""
-    module = importlib.import_module(
-        f"benchmarks.peers.{name}"
-    )  # a peer's libraries are loaded only if it is asked for
+    module = importlib.import_module(f"benchmarks.peers.{name}")  # its libraries are loaded only if it is asked for
     arguments = (*([directory] if directory else []), settings.device, rows, settings.tokens)
     return time_steps(settings, report, rows, name, partial(module.train, *arguments)) | {"estimate, GiB": None}
 
@@ -226,6 +225,6 @@ def check_micro_batch(settings: Settings, report: Report) -> None:
     report.say("train.py with a micro-batch of 512")
     with temporary_dataset(settings) as (directory, dataset):
         result = run_train(settings, directory, dataset, "too-large", {"data": {"micro_batch": 512}}, windows=512)
-    message = result.stderr.strip().splitlines()[-1:] or ["no message"]
-    in_words = "Traceback" not in result.stderr and (result.returncode == 0 or "micro_batch" in message[0])
-    report.check("a micro-batch of 512 works or ends in a sentence that names it", in_words, message[0])
+    message = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    in_words = "Traceback" not in result.stderr and (result.returncode == 0 or "micro_batch" in result.stderr)
+    report.check("a micro-batch of 512 works or ends in a sentence that names it", in_words, message)
