@@ -3,6 +3,7 @@
 python sample.py --prompt "To be"                             continue a prompt with the newest run in runs/
 python sample.py --model gpt2 --interactive                   ask for prompts and print the text as it is generated
 python sample.py --file prompts.txt --num-samples 4 --json    print one JSON object for each sample
+python sample.py --model gpt2 --serve                         a page to try the model, and OpenAI's protocol
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--file", type=Path, help='a file with one prompt per line; *.jsonl: one object with a "prompt"'
     )
+    source.add_argument("--serve", action="store_true", help="serve a page and OpenAI's completions on this machine")
     source.add_argument("--interactive", action="store_true", help="ask for prompts; :help lists its commands")
+    add("--host", default="127.0.0.1", help="address of --serve (default: 127.0.0.1, only this machine)")
+    add("--port", type=int, default=8000, help="port of --serve; 0: any free one (default: 8000)")
     add("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that are continued together (default: 8)")
     add(
@@ -99,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(parser, arguments)
     with ending(parser, needs_reader=True):
         # imported after the arguments are checked: importing torch takes seconds
-        if args.interactive:
+        if args.serve:
+            from serve.app import run
+        elif args.interactive:
             from generation.interactive import run
         else:
             from generation.terminal import run

@@ -22,6 +22,7 @@ class StreamedToken(NamedTuple):
 
     token: int
     text: str
+    logits: Tensor  # (V,), unprocessed
 
 
 def stream(
@@ -52,7 +53,7 @@ def _stream_tokens(
             text = ""
         else:
             pending = []
-        yield StreamedToken(token, text)
+        yield StreamedToken(token, text, step.logits[0])
 
 
 class Completion(NamedTuple):

@@ -22,7 +22,7 @@ LAYERS = (
     ("train", "sample", "classify"),
     ("pet",),
     ("classification",),
-    ("report",),
+    ("report", "serve"),
     ("training",),
     ("eval",),
     ("generation", "heads", "cloze"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, S
 from training.setup import setup
 
 ROOT = Path(__file__).parent.parent
+BROWSER_TIMEOUT = 120_000  # milliseconds, enough for a busy machine
 torch.set_num_threads(1)  # as in the processes that `python` starts: the number of threads changes the order of sums
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub has the mark `network` and unsets this
 
@@ -172,3 +174,16 @@ def wait_for_step():
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, without a window."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=BROWSER_TIMEOUT)
+        yield browser
+        browser.close()

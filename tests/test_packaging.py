@@ -69,7 +69,7 @@ def test_citation_and_changelog_name_the_version():
 def test_the_wheel_contains_each_module_and_the_templates_of_the_report(tmp_path):
     pytest.importorskip("setuptools", reason="setuptools is not installed")
     # A copy, because a build writes into the tree.
-    templates = sorted((ROOT / "report/templates").iterdir())
+    templates = [*sorted((ROOT / "report/templates").iterdir()), ROOT / "serve/page.html", ROOT / "serve/page.js"]
     metadata = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
     for file in [*find_modules(ROOT).values(), *templates, *metadata]:
         copy = tmp_path / "project" / file.relative_to(ROOT)

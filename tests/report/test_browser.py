@@ -12,22 +12,10 @@ import yaml
 
 from data.tokenizer import load_tokenizer
 from model import GPT
+from tests.conftest import BROWSER_TIMEOUT as TIMEOUT
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TEXT = "ROSALIND:\nThe forest of Arden is 7 leagues away"
-TIMEOUT = 120_000  # milliseconds, enough for a busy machine
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,268 @@
+"""The ASGI application of `sample.py --serve`: a page to try a model, and OpenAI's protocol for completions."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import html
+import json
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from generation.terminal import load
+from serve.completions import Part, RequestError, choice, join, parse_request, usage
+from serve.engine import Engine, Job
+
+MAX_BODY = 1 << 20  # bytes; far more than any prompt that fits into a GPT-2
+MAX_DISCARDED = 64 << 20  # bytes of a larger body that are read and discarded, so that the client reads the answer
+BODY_SECONDS = 30  # for a client to send its request
+MAX_CONNECTIONS = 512
+LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
+HERE = Path(__file__).parent
+REPORT_TEMPLATES = HERE.parent / "report" / "templates"  # the page has the style of the reports
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
+)
+
+
+def make_app(engine: Engine, name: str, description: str, *, local: bool = True) -> Starlette:
+    """Return the application for a model called `name`.
+
+    With `local`, requests must be addressed to a name of this machine. Otherwise a foreign page could reach the server
+    through a name of its own that stands for 127.0.0.1.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    page = make_page(name, description)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
+
+    async def show_page(request: Request) -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})
+
+    async def list_models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def show_model(request: Request) -> Response:
+        check_model(request.path_params["model"], name)
+        return JSONResponse(model)
+
+    async def completions(request: Request) -> Response:
+        body = await read_body(request)
+        wanted = parse_request(body)
+        check_model(json.loads(body).get("model"), name)
+        return await answer(request, engine, engine.submit(wanted), name)
+
+    routes = [
+        Route("/", show_page),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{model:path}", show_model),
+        Route("/v1/completions", completions, methods=["POST"]),
+    ]
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES if local else ["*"], www_redirect=False)
+    handlers: Any = {RequestError: refuse, HTTPException: refuse_http, ClientDisconnect: ignore}
+    return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers, lifespan=lifespan)
+
+
+def make_page(name: str, description: str) -> str:
+    """Return the page with its styles and scripts in it."""
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    values = {
+        "name": html.escape(name),
+        "description": html.escape(description),
+        "style": (REPORT_TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        "script": "".join(
+            path.read_text(encoding="utf-8") for path in (REPORT_TEMPLATES / "flow.js", HERE / "page.js")
+        ),
+    }
+    for key, value in values.items():
+        page = page.replace(f"{{{{ {key} }}}}", value)
+    return page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request.
+
+    Raises RequestError if it is not JSON by its content type, too large, or not sent in time. The type is required
+    because a browser lets a foreign page send other types without asking this server.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size <= MAX_BODY:
+                    body += part
+                elif size > MAX_DISCARDED:
+                    break
+    except TimeoutError:
+        raise RequestError(f"the request was not complete after {BODY_SECONDS} seconds", 408) from None
+    if size > MAX_BODY:
+        raise RequestError(f"the request has more than {MAX_BODY:,} bytes: shorten the prompt", 413)
+    if kind != "application/json":
+        raise RequestError(f"the content type is {kind!r}, expected application/json", 415)
+    return bytes(body)
+
+
+def check_model(asked: Any, name: str) -> None:
+    """Raise RequestError if a request names another model than the only one."""
+    if asked not in (None, name):
+        raise RequestError(f"there is no model {str(asked)[:100]!r} here, only {name!r}", 404)
+
+
+async def next_event(job: Job) -> Part | None:
+    """Return the next part of a job, or None at its end. Raises RequestError or another error of the job."""
+    event = await job.events.get()
+    if isinstance(event, Exception):
+        raise event
+    return event
+
+
+async def cancel_when_gone(request: Request, engine: Engine, job: Job) -> None:
+    """Cancel a job as soon as its client has closed the connection."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+    engine.cancel(job)
+
+
+async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
+    """Return the response to a request in the queue: a stream of events, or one object.
+
+    Raises RequestError if the model cannot answer it, ClientDisconnect if the client has gone.
+    """
+    heading: dict[str, Any] = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+    }
+    heading["model"] = name
+    parts: list[Part] = []
+    watcher = asyncio.create_task(cancel_when_gone(request, engine, job))
+    try:
+        part = first = await next_event(job)  # an impossible request fails here, before a stream begins
+        while part is not None and not job.request.stream:
+            parts.append(part)
+            part = await next_event(job)
+    finally:
+        watcher.cancel()  # StreamingResponse has a watcher of its own
+    if job.cancelled:
+        raise ClientDisconnect
+    if job.request.stream:
+        events = stream_events(engine, job, heading, first)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    completions = join(parts)
+    with_logprobs = job.request.logprobs is not None
+    heading["choices"] = [choice(completion, with_logprobs=with_logprobs) for completion in completions]
+    heading["usage"] = usage(job.prompt_tokens, sum(completion.n_tokens for completion in completions))
+    return JSONResponse(heading)
+
+
+async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
+    """Yield server-sent events, one for each part. If the client goes away, the job is cancelled."""
+    with_logprobs = job.request.logprobs is not None
+    offsets: dict[int, int] = {}
+    n_tokens, event = 0, first
+    try:
+        while isinstance(event, Part):
+            n_tokens += event.n_tokens
+            offset = offsets.get(event.index, 0)
+            offsets[event.index] = offset + sum(len(token.text) for token in event.tokens)
+            yield _event(heading | {"choices": [choice(event, with_logprobs=with_logprobs, offset=offset)]})
+            event = await job.events.get()
+        if event is not None:
+            yield _event(error_body("the server failed while it generated this text", "server_error"))
+        elif job.request.include_usage:
+            yield _event(heading | {"choices": [], "usage": usage(job.prompt_tokens, n_tokens)})
+        yield "data: [DONE]\n\n"
+    finally:
+        engine.cancel(job)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """Return an error in OpenAI's format."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def refuse(request: Request, error: RequestError) -> Response:
+    """Answer an impossible request."""
+    return JSONResponse(error_body(str(error)), error.status)
+
+
+async def refuse_http(request: Request, error: HTTPException) -> Response:
+    """Answer a request to another path, or with another method."""
+    asked = f"{request.method} {request.url.path}"
+    message = f"{asked} does not exist: this server has GET /, GET /v1/models and POST /v1/completions"
+    return JSONResponse(error_body(message), error.status_code, headers=error.headers)
+
+
+async def ignore(request: Request, error: ClientDisconnect) -> Response:
+    """Answer a client that has gone: nobody reads this."""
+    return Response(status_code=499)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the model that the arguments of sample.py select, until Ctrl-C.
+
+    Raises OSError if the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listening = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise OSError(
+            f"--host {args.host} --port {args.port} cannot be used ({error.strerror}): choose another port"
+        ) from error
+    model, tokenizer, description = load(args)
+    local = args.host in ("127.0.0.1", "localhost", "::1")
+    app = make_app(Engine(model, tokenizer), description.partition(": ")[0], description, local=local)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=2,
+    )
+    shown = f"[{args.host}]" if family == socket.AF_INET6 else args.host
+    print(description)
+    print(f"page: http://{shown}:{listening.getsockname()[1]}/    OpenAI's protocol: the same with /v1    Ctrl-C ends")
+    if not local:
+        print("Every machine that reaches this address can use the model: there is no password.")
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,226 @@
+"""OpenAI's protocol for completions: parse a request, and format the parts of a response.
+
+https://platform.openai.com/docs/api-reference/completions describes it. `top_k`, `num_beams` and `sliding` are added.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+MAX_TOKENS = 4096  # of one completion
+MAX_CHOICES = 16  # completions of one request: the prompts times n
+MAX_STOPS = 8
+MAX_STOP_LENGTH = 200  # characters
+MAX_LOGPROBS = 20
+MAX_BEAMS = 16
+# Fields that are accepted with a value that changes nothing. Any other value is refused, because it would be ignored.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "suffix": (None, ""),
+}
+IGNORED = {"model", "user"}  # `model` is checked by the application, `user` says who asks
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered, with the HTTP status of the answer."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A valid request. The fields have the names and the meaning of OpenAI's."""
+
+    prompts: list[str | list[int]]
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    n: int = 1
+    seed: int | None = None
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False  # a stream ends with the number of tokens
+    echo: bool = False
+    sliding: bool = False  # more tokens than the model can see: it sees the last ones
+
+
+class TokenInfo(NamedTuple):
+    """A new token, its log-probability, and the most probable tokens in its place."""
+
+    text: str
+    logprob: float
+    alternatives: list[tuple[str, float]]
+
+
+class Part(NamedTuple):
+    """A part of a completion: the whole of it, or what is new in a stream."""
+
+    index: int  # of the completion in the request
+    text: str
+    tokens: list[TokenInfo]
+    n_tokens: int  # new tokens, including the end-of-text that ended the completion
+    finish_reason: Literal["stop", "length"] | None
+
+
+def parse_request(body: bytes) -> CompletionRequest:
+    """Return the request in a body. Raises RequestError, which says what to change."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RequestError(f"the body is a JSON {type(fields).__name__}, expected an object with a prompt")
+    for name, neutral in NEUTRAL.items():
+        if fields.pop(name, None) not in (*neutral, fields.get("n") if name == "best_of" else None):
+            raise RequestError(f"{name} is not supported: omit it")
+    read = _Reader({name: value for name, value in fields.items() if value is not None and name not in IGNORED})
+    options = read.pop("stream_options", dict, {})
+    request = CompletionRequest(
+        prompts=_prompts(read.fields.pop("prompt", "")),
+        max_tokens=read.number("max_tokens", int, 16, 1, MAX_TOKENS),
+        temperature=read.number("temperature", float, 1.0, 0, 100),
+        top_p=read.number("top_p", float, 1.0, 1e-9, 1),
+        top_k=read.number("top_k", int, 0, 0, 1_000_000),
+        num_beams=read.number("num_beams", int, 1, 1, MAX_BEAMS),
+        n=read.number("n", int, 1, 1, MAX_CHOICES),
+        seed=read.number("seed", int, None, 0, 2**62),
+        logprobs=read.number("logprobs", int, None, 0, MAX_LOGPROBS),
+        stop=_stops(read.fields.pop("stop", [])),
+        stream=read.pop("stream", bool, False),
+        include_usage=options.get("include_usage") is True,
+        echo=read.pop("echo", bool, False),
+        sliding=read.pop("sliding", bool, False),
+    )
+    if read.fields:
+        raise RequestError(f"unknown field {', '.join(sorted(read.fields))}: omit it, or correct its name")
+    _check(request)
+    return request
+
+
+def _check(request: CompletionRequest) -> None:
+    """Raise RequestError if fields cannot be combined."""
+    if len(request.prompts) * request.n > MAX_CHOICES:
+        raise RequestError(
+            f"{len(request.prompts)} prompts times n {request.n} is more than {MAX_CHOICES}: send several requests"
+        )
+    if request.echo and request.logprobs is not None:
+        raise RequestError("echo with logprobs is not supported: omit one of them")
+    if request.num_beams > 1 and request.n > request.num_beams:
+        raise RequestError(f"n {request.n} is more than num_beams {request.num_beams}: raise num_beams or lower n")
+
+
+class _Reader:
+    """Takes typed values from a request. What remains in `fields` is unknown."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+
+    def pop(self, name: str, kind: type, default: Any) -> Any:
+        """Return a field of the type `kind`, or its default. Raises RequestError if it has another type."""
+        value = self.fields.pop(name, default)
+        if not isinstance(value, kind):
+            raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]}")
+        return value
+
+    def number(self, name: str, kind: type, default: Any, low: float, high: float) -> Any:
+        """Return a number in [low, high], or its default. Raises RequestError if it is something else."""
+        if name not in self.fields:
+            return default
+        value = self.fields.pop(name)
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
+            raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]}")
+        if not low <= value <= high:  # also false for NaN
+            raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]} from {low:g} to {high:g}")
+        return kind(value)
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+
+
+def _shown(value: Any) -> str:
+    """Return a value for an error message, at most 40 characters of it."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """Return the prompts of a request: a text, token ids, or a list of either."""
+
+    def is_ids(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+    prompts = [prompt] if isinstance(prompt, str) or is_ids(prompt) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or is_ids(p) for p in prompts):
+        raise RequestError(
+            f"prompt is {_shown(prompt)}, expected a text, token ids, or a list of texts or of token ids"
+        )
+    for text in prompts:
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError("prompt contains a lone surrogate, which is not a character: remove it")
+    return prompts
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    """Return the texts that end a completion."""
+    stops = [stop] if isinstance(stop, str) else stop
+    valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)
+    if not valid or len(stops) > MAX_STOPS:
+        raise RequestError(
+            f"stop is {_shown(stop)}, expected a text or a list of at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} "
+            f"characters"
+        )
+    return tuple(stops)
+
+
+def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any]:
+    """Return a part as an entry of "choices". `offset` is the length of the text before it, in characters."""
+    logprobs = None
+    if with_logprobs:
+        offsets = [offset]
+        for token in part.tokens:
+            offsets.append(offsets[-1] + len(token.text))
+        logprobs = {
+            "tokens": [token.text for token in part.tokens],
+            "token_logprobs": [token.logprob for token in part.tokens],
+            "top_logprobs": [dict(token.alternatives) for token in part.tokens],
+            "text_offset": offsets[:-1],
+        }
+    return {"text": part.text, "index": part.index, "logprobs": logprobs, "finish_reason": part.finish_reason}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Return the numbers of tokens of a request."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def join(parts: Sequence[Part]) -> list[Part]:
+    """Return one part for each completion, in the order of their indices."""
+    joined: dict[int, list[Part]] = {}
+    for part in parts:
+        joined.setdefault(part.index, []).append(part)
+    return [
+        Part(
+            index,
+            "".join(part.text for part in own),
+            [token for part in own for token in part.tokens],
+            sum(part.n_tokens for part in own),
+            own[-1].finish_reason,
+        )
+        for index, own in sorted(joined.items())
+    ]

@@ -1,0 +1,152 @@
+const field = (id) => document.getElementById(id);
+const flow = field("flow"), panel = field("panel"), message = field("message");
+const ALTERNATIVES = 8, NEXT_TOKENS = 20;
+let tokens = [], chosen = -1, stopping = null;
+
+field("prompt").focus();
+document.querySelector(".bar").style.background =
+  `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map((p) => shade("mark", p)).join(", ")})`;
+
+// ---- requests
+
+function requestOf(changes) {
+  const number = (id) => Number(field(id).value);
+  const fields = { prompt: field("prompt").value, num_beams: number("num_beams"), max_tokens: number("max_tokens") };
+  Object.assign(fields, { temperature: number("temperature"), top_k: number("top_k"), top_p: number("top_p") });
+  if (field("seed").value !== "") fields.seed = number("seed");
+  return { ...fields, logprobs: ALTERNATIVES, sliding: true, stream: true, ...changes };
+}
+
+// Calls `take` with each choice of a stream. Throws an Error with the server's sentence if the request is refused.
+async function complete(fields, take, signal) {
+  const response = await fetch("v1/completions", {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(fields), signal,
+  });
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let pending = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const events = (pending + value).split("\n\n");
+    pending = events.pop();
+    for (const event of events) {
+      if (event === "data: [DONE]") continue;
+      const part = JSON.parse(event.slice("data: ".length));
+      if (part.error) throw new Error(part.error.message);
+      part.choices.forEach(take);
+    }
+  }
+}
+
+async function whileBusy(work) {
+  stopping = new AbortController();
+  field("generate").disabled = field("next").disabled = true;
+  field("stop").disabled = false;
+  message.className = "quiet";
+  message.textContent = "generating ...";
+  try {
+    message.textContent = await work(stopping.signal);
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    message.className = stopped ? "quiet" : "error";
+    message.textContent = stopped ? "stopped" : error.message;
+  }
+  field("generate").disabled = field("next").disabled = false;
+  field("stop").disabled = true;
+}
+
+field("stop").addEventListener("click", () => stopping.abort());
+
+field("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  whileBusy(async (signal) => {
+    tokens = [];
+    chosen = -1;
+    panel.replaceChildren();
+    flow.replaceChildren();
+    const prompt = document.createElement("span");
+    prompt.className = "prompt";
+    prompt.textContent = field("prompt").value;
+    flow.append(prompt);
+    const began = performance.now();
+    let reason = "";
+    await complete(requestOf({}), (part) => {
+      part.logprobs.tokens.forEach((text, i) => addToken(text, part.logprobs.token_logprobs[i], part.logprobs.top_logprobs[i]));
+      reason = part.finish_reason ?? reason;
+    }, signal);
+    const seconds = (performance.now() - began) / 1000;
+    const end = reason === "stop" ? "the model ended the text" : "the number of new tokens was reached";
+    return `${tokens.length} tokens in ${seconds.toFixed(1)} s; ${end}`;
+  });
+});
+
+field("next").addEventListener("click", () => whileBusy(async (signal) => {
+  const changes = { max_tokens: 1, temperature: 0, num_beams: 1, logprobs: NEXT_TOKENS };
+  await complete(requestOf(changes), (part) => {
+    if (part.logprobs.tokens.length) showNext(part.logprobs.top_logprobs[0]);
+    else panel.replaceChildren("The model expects the end of the text.");
+  }, signal);
+  return "";
+}));
+
+// ---- tokens
+
+const bytesOf = (text) => text.replace(/^bytes:(.*)$/s, (_, bytes) => `⟨${bytes.replaceAll("\\x", " ").trim().toUpperCase()}⟩`);
+
+function addToken(text, logprob, alternatives) {
+  const span = document.createElement("span");
+  span.textContent = visible(bytesOf(text));
+  span.style.background = shade("mark", Math.exp(logprob));
+  span.dataset.token = tokens.length;
+  tokens.push({ text, logprob, alternatives, span });
+  flow.append(span);
+}
+
+function select(i) {
+  tokens[chosen]?.span.removeAttribute("aria-current");
+  chosen = i;
+  const { text, logprob, alternatives, span } = tokens[i];
+  span.setAttribute("aria-current", "true");
+  panel.replaceChildren();
+  heading(panel, `Token ${i}`, bytesOf(text));
+  const description = document.createElement("p");
+  description.textContent = `probability ${percent(Math.exp(logprob))}, before temperature, top-k and top-p`;
+  panel.append(description);
+  const rows = Object.entries(alternatives);
+  if (!rows.length) return;
+  table(panel, ["alternative", "probability"], rows.map(([token, p]) => [quoted(bytesOf(token)), percent(Math.exp(p))]));
+  panel.querySelectorAll("tbody tr").forEach((row, n) => row.classList.toggle("own", rows[n][0] === text));
+}
+
+function chooseUnder(event) {
+  const i = event.target.dataset.token;
+  if (i !== undefined) select(Number(i));
+}
+flow.addEventListener("pointerover", chooseUnder);
+flow.addEventListener("click", chooseUnder);
+flow.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step || !tokens.length) return;
+  event.preventDefault();
+  select(Math.min(tokens.length - 1, Math.max(0, chosen + step)));
+});
+
+// The table of next tokens. A click on one adds it to the prompt and looks again.
+function showNext(alternatives) {
+  panel.replaceChildren();
+  const title = document.createElement("h3");
+  title.textContent = "Next token after the prompt";
+  panel.append(title);
+  table(panel, ["token (click to add it)", "probability"], Object.entries(alternatives).map(([token, p]) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(quoted(bytesOf(token)));
+    button.disabled = token.startsWith("bytes:");
+    button.addEventListener("click", () => {
+      field("prompt").value += token;
+      field("next").click();
+    });
+    return [button, percent(Math.exp(p))];
+  }));
+}
