@@ -140,6 +140,7 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
     run.progress.say(f"step {state.step:>6}  validation loss {loss:.4f}, {bits:.4f} bits per byte")
     for name, part_loss in parts.items():
         run.progress.say(f"             {name}: {part_loss:.4f}")
+    run.progress.show_sample(result.texts)
     if (answers := result.hellaswag) is not None:
         run.directory.log("hellaswag", state.step, tokens=tokens, **answers)
         run.progress.say(

@@ -51,6 +51,7 @@ class Inputs:
     notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
     n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
+    bytes_per_token: float | None = None  # mean of the training split in UTF-8, if it is known
 
     @property
     def epoch_tokens(self) -> int:
@@ -131,6 +132,7 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
         tokenizer,
         [[tokenizer.eot]],
         [f"{dataset}: {windows.summary}"] if isinstance(windows, AlignedWindows) else [],
+        bytes_per_token=train.meta.text_bytes["train"] / train.meta.tokens["train"] if train.meta else None,
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,20 @@ from device import cpu_instruction_set
 from processes import Processes
 from training.config import Config
 
+SAMPLE_CHARACTERS = 66  # with the indentation, an excerpt of a sample fits on a terminal of 80 columns
+
 
 class Progress:
     """Shows progress on a terminal as a bar, otherwise as a line every `every` steps.
 
-    Both show the loss, the rate, the MFU if it is known, and the remaining time.
+    Both show the loss, the rate, the MFU if it is known, and the remaining time. `bytes_per_token`, the mean of the
+    training text, turns the loss into bits per byte, which are comparable between tokenizers.
     """
 
-    def __init__(self, first_step: int, steps: int, every: int, enabled: bool) -> None:
-        self.steps, self.every, self.enabled = steps, every, enabled
+    def __init__(
+        self, first_step: int, steps: int, every: int, enabled: bool, bytes_per_token: float | None = None
+    ) -> None:
+        self.steps, self.every, self.enabled, self.bytes_per_token = steps, every, enabled, bytes_per_token
         self._started, self._first = time.perf_counter(), first_step
         self._bar: tqdm | None = None
 
@@ -36,14 +44,29 @@ class Progress:
         """Show that step `step` (from 1) is done."""
         if not self.enabled:
             return
+        left = (time.perf_counter() - self._started) / (step - self._first) * (self.steps - step)
+        bits = f"  {loss / math.log(2) / self.bytes_per_token:.2f} bits/byte" if self.bytes_per_token else ""
+        described = f"loss {loss:.4f}{bits}  {rate}  {duration(left)} left"
         if sys.stderr.isatty():
             if self._bar is None:  # created at the first step, so that earlier messages stay above it
-                self._bar = tqdm(total=self.steps, initial=self._first, unit="step", dynamic_ncols=True)
+                self._bar = tqdm(
+                    total=self.steps,
+                    initial=self._first,
+                    bar_format="step {n_fmt}/{total_fmt} {bar} {desc}",
+                    colour="green" if colors_are_welcome() else None,
+                    dynamic_ncols=True,
+                )
+            self._bar.set_description_str(described, refresh=False)
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
         elif step % self.every == 0 or step == self.steps:
-            left = (time.perf_counter() - self._started) / (step - self._first) * (self.steps - step)
-            print(f"step {step:>6}/{self.steps}  loss {loss:.4f}  {rate}  {duration(left)} left", flush=True)
+            print(f"step {step:>6}/{self.steps}  {described}", flush=True)
+
+    def show_sample(self, texts: Sequence[str]) -> None:
+        """Print the beginning of the first of the sampled texts, if there is one, in one line."""
+        if texts:
+            line = " / ".join(filter(None, (line.strip() for line in texts[0].splitlines())))
+            line = "".join(character if character.isprintable() else "?" for character in line)
+            self.say(f"             {line[:SAMPLE_CHARACTERS]}")
 
     def say(self, message: str) -> None:
         """Print a message, above the bar if there is one."""
@@ -56,6 +79,11 @@ class Progress:
         """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
+
+
+def colors_are_welcome() -> bool:
+    """Return whether a terminal may get colors: see https://no-color.org."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Stopwatch:
