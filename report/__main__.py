@@ -2,6 +2,8 @@
 
 python -m report runs/shakespeare                     writes runs/shakespeare/report.html
 python -m report runs/a runs/b --out compared.html    compares several runs
+python -m report --all runs/shakespeare               also writes attention.html, tokens.html and embeddings.html
+python -m report runs/a runs/b --watch                serves a page on this machine that follows the training
 
 The page is one HTML file that opens offline. Every chart is also written as a PNG next to it. The page includes the
 results that eval.run wrote to .json files in the directory of a run:
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from command import CHECKPOINT_HELP
 from report.arguments import command_line
 
 
@@ -26,10 +29,30 @@ def add_arguments(add: Callable[..., Any]) -> None:
         metavar="FILE",
         help="HTML file to write (default: report.html in the run's directory, or in the current one for several runs)",
     )
+    add("--all", action="store_true", help="write all pages about a run to its directory, linked with each other")
+    add("--text", help="with --all: the text of the pages about attention and tokens (default: validation text)")
+    add("--checkpoint", metavar="best|newest|N", help=f"with --all: {CHECKPOINT_HELP}")
+    add("--watch", action="store_true", help="serve a page on 127.0.0.1 that follows the runs, until Ctrl-C")
+    add("--port", type=int, default=8765, help="port of --watch; 0: any free one (default: 8765)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.runs_page import write_runs_page  # imported here: arguments are checked before torch is imported
+    if args.all and (args.watch or args.out or len(args.runs) != 1):
+        raise ValueError("--all writes the pages of one run to its directory: not with --watch, --out or several runs")
+    if args.watch and args.out:
+        raise ValueError("--watch writes no file: not with --out")
+    # imported here: arguments are checked before torch is imported
+    if args.watch:
+        from report.live import watch
+
+        watch(args.runs, args.port)
+        return
+    if args.all:
+        from report.all_pages import write_all_pages
+
+        write_all_pages(args.runs[0], args.checkpoint, args.text)
+        return
+    from report.runs_page import write_runs_page
 
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
     write_runs_page(args.runs, out)

@@ -10,20 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command import MODEL_HELP
+from command import CHECKPOINT_HELP, MODEL_HELP
 from report.arguments import command_line
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--model", help=f"{MODEL_HELP} (default: the newest run)")
+    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
     add("--text", required=True, help="input text of the model")
     add("--out", type=Path, default=Path("attention.html"), metavar="FILE", help="default: attention.html")
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.model_pages import write_attention_page  # imported here: arguments are checked before torch is imported
+    # imported here: arguments are checked before torch is imported
+    from pretrained import load_model
+    from report.model_pages import write_attention_page
 
-    write_attention_page(args.model, args.text, args.out)
+    write_attention_page(*load_model(args.model, checkpoint=args.checkpoint), args.text, args.out)
 
 
 if __name__ == "__main__":

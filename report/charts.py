@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.reference import published
 from model import PRESETS
-from report.curves import draw_references, new_figure, save_figure, smooth
+from report.curves import draw_references, late_range, new_figure, save_figure, smooth
 from report.run_log import RunLog, ValidationSet
 
 POINTS = 2000  # points per series: more than a screen has columns
@@ -58,19 +58,15 @@ class Chart:
 
     @property
     def y_range(self) -> tuple[float, float] | None:
-        """The initial y range of a chart with a running mean, or None.
+        """The initial y range of a chart with a running mean, see `late_range`, or None.
 
-        It ignores the first 5% of the steps, whose high values would make the rest look flat. Single steps count only
-        if there is one run: with several runs they are hidden at first.
+        Single steps count only if there is one run: with several runs they are hidden at first.
         """
-        kinds = {"mean", "validation"} | ({"step"} if len({series.run for series in self.series}) == 1 else set())
-        late = [s.values[s.steps >= 0.05 * s.steps[-1]] for s in self.series if len(s.steps) and s.kind in kinds]
-        if not any(series.kind == "mean" for series in self.series) or not late:
+        if not any(series.kind == "mean" for series in self.series):
             return None
-        shown = np.concatenate([*late, [value for _, value in self.references]])
-        low, high = float(shown.min()), float(shown.max())
-        margin = 0.04 * (high - low) or 0.1
-        return low - margin, high + margin
+        kinds = {"mean", "validation"} | ({"step"} if len({series.run for series in self.series}) == 1 else set())
+        lines = [(series.steps, series.values) for series in self.series if series.kind in kinds]
+        return late_range(lines, [value for _, value in self.references])
 
 
 def make_charts(logs: Sequence[RunLog]) -> list[Chart]:

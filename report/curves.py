@@ -29,26 +29,47 @@ def draw_loss(
     train = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "train" and m["loss"] is not None]
     val = [(m["tokens"], m["loss"]) for m in metrics if m["split"] == "val" and m["loss"] is not None]
     figure, axes = new_figure()
+    lines = [np.array(line).T for line in (train, val) if line]
     if train:
-        tokens, losses = np.array(train).T
+        tokens, losses = lines[0]
         axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(tokens, smooth(losses), color="tab:blue", label="train (running mean)")
     if val:
-        tokens, losses = np.array(val).T
+        tokens, losses = lines[-1]
         best = losses.min()
         axes.plot(tokens, losses, "o-", color="tab:orange", markersize=3.5, label=f"validation (best {best:.4f})")
     draw_references(axes, references)
-    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
+    y_range = late_range([(tokens, losses) for tokens, losses in lines], [value for _, value in references])
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title, ylim=y_range)
     save_figure(figure, axes, path, x_is_tokens=True)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the running mean of each value and the values before it, over SMOOTHING of their number. (n,) -> (n,)"""
-    width = max(1, round(SMOOTHING * len(values)))
+    """Return the mean of the values around each value, over SMOOTHING of their number. (n,) -> (n,)
+
+    The window is centered, and narrower at both ends: a mean of earlier values would lie above a falling curve.
+    """
+    n = len(values)
+    index = np.arange(n)
+    half = np.minimum(round(SMOOTHING * n / 2), np.minimum(index, n - 1 - index))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(0, last - width)
-    return (sums[last] - sums[first]) / (last - first)
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+
+
+def late_range(
+    lines: Sequence[tuple[np.ndarray, np.ndarray]], references: Sequence[float]
+) -> tuple[float, float] | None:
+    """Return a y range that shows lines (x, y) and references, or None without lines.
+
+    It ignores the first 5% of each line: the high losses of the first steps would make the rest look flat.
+    """
+    late = [y[x >= 0.05 * x[-1]] for x, y in lines if len(x)]
+    if not late:
+        return None
+    shown = np.concatenate([*late, references])
+    low, high = float(shown.min()), float(shown.max())
+    margin = 0.04 * (high - low) or 0.1
+    return low - margin, high + margin
 
 
 def new_figure() -> tuple[Figure, Axes]:

@@ -10,19 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command import MODEL_HELP
+from command import CHECKPOINT_HELP, MODEL_HELP
 from report.arguments import command_line
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--model", help=f"{MODEL_HELP} (default: the newest run)")
+    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
     add("--out", type=Path, default=Path("embeddings.html"), metavar="FILE", help="default: embeddings.html")
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.model_pages import write_embeddings_page  # imported here: it imports torch, which is slow
+    # imported here: arguments are checked before torch is imported
+    from pretrained import load_model
+    from report.model_pages import write_embeddings_page
 
-    write_embeddings_page(args.model, args.out)
+    model, _, name = load_model(args.model, checkpoint=args.checkpoint)
+    write_embeddings_page(model, name, args.out)
 
 
 if __name__ == "__main__":

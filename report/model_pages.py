@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.tokenizer import Tokenizer
 from model import GPT
-from pretrained import load_model
 from report.page import pack, plotly_script, token_labels, write_page
 
 MAX_ATTENTION_CHARACTERS = 18_000_000  # limit of the base64 text, so that the page stays under 20 MB
@@ -25,14 +25,16 @@ MAX_SIMILARITY_ROWS = 512  # limit for the matrix of cosine similarities
 # Attention
 
 
-def write_attention_page(model_name: str | None, text: str, out: Path) -> None:
+def write_attention_page(
+    model: GPT, tokenizer: Tokenizer, name: str, text: str, out: Path, links: Sequence[str] = ()
+) -> None:
     """Write the page with the attention weights of every layer and head for a text."""
-    model, tokenizer, name = load_model(model_name)
     ids = tokenizer.encode(text)
     weights = packed_attentions(model, ids)
     write_page(
         out,
         "attention.html",
+        links=links,
         title=f"Attention of {name}",
         data={
             "tokens": token_labels(tokenizer, ids),
@@ -114,9 +116,10 @@ def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions
     )
 
 
-def write_tokens_page(model_name: str | None, text: str, out: Path) -> None:
+def write_tokens_page(
+    model: GPT, tokenizer: Tokenizer, name: str, text: str, out: Path, links: Sequence[str] = ()
+) -> None:
     """Write the page with the loss, the alternatives and the logit lens for each token of a text."""
-    model, tokenizer, name = load_model(model_name)
     ids = tokenizer.encode(text)
     predictions = predict_tokens(model, ids, tokenizer.eot)
 
@@ -130,6 +133,7 @@ def write_tokens_page(model_name: str | None, text: str, out: Path) -> None:
     write_page(
         out,
         "tokens.html",
+        links=links,
         title=f"Predictions of {name}",
         loss=total / len(ids),
         bits_per_byte=total / math.log(2) / len(text.encode()),
@@ -162,9 +166,8 @@ def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
     return every, unit @ unit.T
 
 
-def write_embeddings_page(model_name: str | None, out: Path) -> None:
+def write_embeddings_page(model: GPT, name: str, out: Path, links: Sequence[str] = ()) -> None:
     """Write the page with the position embeddings of a model."""
-    model, _, name = load_model(model_name)
     embeddings = model.transformer.wpe.weight.detach().numpy()  # (block_size, C)
     every, cosines = similarity(embeddings)
     n, width = embeddings.shape
@@ -172,6 +175,7 @@ def write_embeddings_page(model_name: str | None, out: Path) -> None:
     write_page(
         out,
         "embeddings.html",
+        links=links,
         title=f"Position embeddings of {name}",
         positions=n,
         width=width,

@@ -15,11 +15,8 @@ from plotly.offline import get_plotlyjs
 from data.tokenizer import Tokenizer
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill `template`, a file in templates/, with `values`, which are escaped, and write it to `path`.
-
-    Raises OSError if the file cannot be written.
-    """
+def render_page(template: str, **values: Any) -> str:
+    """Fill `template`, a file in templates/, with `values`, which are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -27,7 +24,15 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(values)
+    return environment.get_template(template).render(values)
+
+
+def write_page(path: Path, template: str, *, links: Sequence[str] = (), **values: Any) -> None:
+    """Render a page and write it to `path`. It links to the pages of `links`, names of files in the same directory.
+
+    Raises OSError if the file cannot be written.
+    """
+    page = render_page(template, page=path.stem, links=links, **values)
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(page, encoding="utf-8")

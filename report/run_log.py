@@ -42,7 +42,7 @@ class RunLog:
         convention: convention of the HellaSwag results, or "".
         source: source of the dataset.
         reference_losses: (model, nats per token) of other models on the same validation set.
-        evaluations: results in the format of eval.run.
+        evaluations: results in the format of eval.run, some with the "checkpoint" that was evaluated.
         samples: ("step 500", texts) in the order of writing.
     """
 
@@ -82,7 +82,7 @@ def read_run_log(directory: Path, name: str) -> RunLog:
     splits = {
         "train": _columns(records, "train", ("step", "tokens", "seconds", *TRAIN_FIELDS)),
         "val": _columns(records, "val", ("step", "tokens", "loss", "bits_per_byte")),
-        "hellaswag": _columns(records, "hellaswag", ("step", "tokens", "acc", "acc_norm")),
+        "hellaswag": _columns(records, "hellaswag", ("step", "tokens", "acc", "acc_norm", "count")),
     }
     conventions = [record["convention"] for record in records if record["split"] == "hellaswag"]
     config = run.read_config()
@@ -145,13 +145,12 @@ def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
     if len(val["step"]):
         released = {name.removesuffix(", published"): loss for name, loss in log.reference_losses}
         convention = f"{log.source}, {log.validation}"
-        yield {"task": "validation", "convention": convention, "metric": "loss", "value": val["loss"][-1]} | {
-            "published": released
-        }
+        row = {"task": "validation", "convention": convention, "metric": "loss", "value": val["loss"][-1]}
+        yield row | {"checkpoint": f"step {int(val['step'][-1])}", "published": released}
     for metric in ("acc", "acc_norm") if len(hellaswag["step"]) else ():
-        yield {"task": "hellaswag", "convention": log.convention, "metric": metric, "value": hellaswag[metric][-1]} | {
-            "published": published("hellaswag", log.convention, metric)
-        }
+        row = {"task": "hellaswag", "convention": log.convention, "metric": metric, "value": hellaswag[metric][-1]}
+        row["published"] = published("hellaswag", log.convention, metric)
+        yield row | {"checkpoint": f"step {int(hellaswag['step'][-1])}", "count": hellaswag["count"][-1]}
     for path in sorted(log.directory.glob("*.json"), key=lambda path: path.stat().st_mtime):
         rows = read_file(path, json.loads, None)
         if isinstance(rows, list):

@@ -19,44 +19,62 @@ from report.tables import differences, evaluation_table, loss_thresholds, reache
 TOOLTIP_SUFFIXES = {"step": ", each step", "mean": ", running mean", "validation": ", validation", "value": ""}
 
 
-def write_runs_page(directories: Sequence[Path], out: Path) -> None:
-    """Read the runs, write the page to `out` and the PNG of each chart next to it."""
-    names = [directory.resolve().name for directory in directories]
-    logs = [
-        read_run_log(directory, str(directory) if names.count(name) > 1 else name)
-        for directory, name in zip(directories, names, strict=True)
-    ]
+def write_runs_page(directories: Sequence[Path], out: Path, links: Sequence[str] = ()) -> None:
+    """Read the runs, write the page to `out` and the PNG of each chart next to it.
+
+    links: the names of pages in the same directory that this page links to.
+    """
+    logs = read_logs(directories)
     charts = make_charts(logs)
-    groups = by_validation_set(logs)
-    write_page(
-        out,
-        "runs.html",
-        title=f"Training run: {logs[0].name}" if len(logs) == 1 else f"{len(logs)} training runs",
-        data={"runs": [html.escape(log.name) for log in logs], "charts": [chart_data(chart) for chart in charts]},
-        runs=logs,
-        summaries=[summary(log) for log in logs],
-        groups=groups,
-        charts=charts,
-        measured_hellaswag=any(log.convention for log in logs),
-        progress=progress_tables(logs, groups),
-        evaluations=evaluation_table(logs),
-        sizes=list(SIZES.values()),
-        differences=differences(logs),
-        yaml=lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
-        plotly=plotly_script(),
-    )
+    write_page(out, "runs.html", links=links, live=False, plotly=plotly_script(), **page_values(logs, charts))
     for chart in charts:
         draw_chart(chart, [log.name for log in logs], out.with_name(f"{out.stem}-{chart.key}.png"))
     print(f"{out.with_name(out.stem)}-*.png  ({len(charts)} charts)")
 
 
+def read_logs(directories: Sequence[Path]) -> list[RunLog]:
+    """Read the runs. Runs of the same name are named by their directories."""
+    names = [directory.resolve().name for directory in directories]
+    return [
+        read_run_log(directory, str(directory) if names.count(name) > 1 else name)
+        for directory, name in zip(directories, names, strict=True)
+    ]
+
+
+def page_values(logs: Sequence[RunLog], charts: Sequence[Chart]) -> dict[str, Any]:
+    """Return what runs.html shows about the runs."""
+    groups = by_validation_set(logs)
+    evaluations = evaluation_table(logs)
+    known = [any(row["published"][i] for row in evaluations) for i in range(len(SIZES))]
+    return {
+        "title": f"Training run: {logs[0].name}" if len(logs) == 1 else f"{len(logs)} training runs",
+        "data": {"runs": [html.escape(log.name) for log in logs], "charts": [chart_data(chart) for chart in charts]},
+        "runs": logs,
+        "summaries": [summary(log) for log in logs],
+        "groups": groups,
+        "charts": charts,
+        "measured_hellaswag": any(log.convention for log in logs),
+        "progress": progress_tables(logs, groups),
+        "evaluations": evaluations,
+        "sizes": [(i, size) for i, size in enumerate(SIZES.values()) if known[i]],  # no column without a result
+        "differences": differences(logs),
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
+    }
+
+
 def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Return a table of tokens and time to each loss for each validation set; empty tables are left out."""
+    """Return a table of tokens and time to each loss for each validation set.
+
+    Of adjacent losses that all runs reached at the same validations, only the lowest and those with a name are listed.
+    Tables without two different rows say nothing that the curves do not show, and are left out.
+    """
     tables = []
     for number, members in enumerate(groups, 1):
         group = [logs[i] for i in members]
         rows = [(name, loss, [reached(log, loss) for log in group]) for name, loss in loss_thresholds(group)]
-        if rows:
+        lower = [cells for _, _, cells in rows[1:]] + [[]]
+        rows = [row for row, below in zip(rows, lower, strict=True) if row[0] or row[2] != below]
+        if len({tuple(cells) for _, _, cells in rows}) > 1:
             tables.append({"number": number, "members": members, "rows": rows})
     return tables
 

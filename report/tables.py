@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,17 +59,34 @@ def reached(log: RunLog, loss: float) -> str:
 
 
 def evaluation_table(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
-    """Return a row per task, convention and metric, with one cell per run and one per released model."""
+    """Return a row per task, convention and metric, with one cell per run and one per released model.
+
+    The "details" of a cell are the checkpoint and the number of examples.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for i, log in enumerate(logs):
         for result in log.evaluations:
             key = (result["task"], result.get("convention", ""), result["metric"])
-            row = rows.setdefault(key, {"key": key, "cells": [""] * len(logs), "published": [""] * len(SIZES)})
+            empty = {"cells": [""] * len(logs), "details": [""] * len(logs), "published": [""] * len(SIZES)}
+            row = rows.setdefault(key, {"key": key, **empty})
             stderr = f" ± {result['stderr']:.4f}" if result.get("stderr") else ""
             row["cells"][i] = f"{result['value']:.4f}{stderr}"
+            row["details"][i] = ", ".join(evaluation_details(result))
             known = result.get("published") or {}
             row["published"] = [f"{known[name]:.4f}" if name in known else "" for name in SIZES]
     return list(rows.values())
+
+
+def evaluation_details(result: dict[str, Any]) -> list[str]:
+    """Return the checkpoint and the number of examples of an evaluation, as far as they are known."""
+    details = []
+    if checkpoint := result.get("checkpoint"):
+        step = re.fullmatch(r"step-0*(\d+)", Path(checkpoint).name)
+        details.append(f"step {step[1]}" if step else str(checkpoint))
+    count = result.get("count")
+    if count is not None and np.isfinite(count):
+        details.append(f"{int(count):,} examples")
+    return details
 
 
 def differences(logs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:

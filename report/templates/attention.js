@@ -25,6 +25,56 @@ function showToken(t) {
   table(panel, ["attends to", "position", "weight"], most.map(([weight, s]) => [quoted(data.tokens[s]), String(s), percent(weight)]));
 }
 
+// ---- the matrix of the chosen layer and heads: a row for each token, a column for each token that it attends to
+
+const matrix = document.getElementById("matrix");
+const cell = Math.max(2, Math.min(26, Math.floor(620 / T)));  // pixels
+const labels = cell >= 11 ? data.tokens.map((token) => quoted(token).textContent) : [];
+const context = matrix.getContext("2d");
+const font = `${Math.min(13, cell - 1)}px system-ui, sans-serif`;
+let margin = 0;
+
+function drawMatrix() {
+  context.font = font;
+  margin = Math.ceil(Math.max(0, ...labels.map((label) => Math.min(140, context.measureText(label).width))) + (labels.length && 8));
+  const side = margin + T * cell, ratio = devicePixelRatio;
+  matrix.width = matrix.height = side * ratio;
+  matrix.style.width = matrix.style.height = `${side}px`;
+  context.scale(ratio, ratio);
+  context.font = font;
+  context.textBaseline = "middle";
+  context.fillStyle = color("--text");
+  labels.forEach((label, i) => {
+    context.textAlign = "right";
+    context.fillText(label, margin - 5, margin + (i + 0.5) * cell, margin - 5);
+    context.save();
+    context.translate(margin + (i + 0.5) * cell, margin - 5);
+    context.rotate(-Math.PI / 2);
+    context.textAlign = "left";
+    context.fillText(label, 0, 0, margin - 5);
+    context.restore();
+  });
+  const gap = cell >= 6 ? 1 : 0;
+  for (let t = 0; t < T; t++)
+    weightsOf(t).forEach((weight, s) => {
+      context.fillStyle = `rgba(${color("--mark")}, ${Math.max(0.04, Math.sqrt(weight))})`;
+      context.fillRect(margin + s * cell, margin + t * cell, cell - gap, cell - gap);
+    });
+  const chosen = heads.size === data.heads ? "the mean of all heads" : `head ${[...heads].sort((a, b) => a - b).join(", ")}`;
+  const text = `Layer ${layer}, ${chosen}: each row is a token, each column a token that it attends to.`;
+  document.getElementById("shown").textContent = `${text} Move over the matrix to choose a token.`;
+  matrix.setAttribute("aria-label", text);
+}
+
+function chooseInMatrix(event) {
+  const t = Math.floor((event.offsetY - margin) / cell), s = Math.floor((event.offsetX - margin) / cell);
+  if (t < 0 || t >= T) return;
+  flow.select(t);
+  matrix.title = s >= 0 && s <= t ? `${labels[t] ?? t} attends to ${labels[s] ?? s}: ${percent(weightsOf(t)[s])}` : "";
+}
+matrix.addEventListener("pointermove", chooseInMatrix);
+matrix.addEventListener("click", chooseInMatrix);
+
 // ---- selection of layer and heads
 
 const headButtons = [...document.querySelectorAll("[data-head]")];
@@ -36,6 +86,7 @@ function showChoice() {
   headButtons.forEach((button, head) => button.setAttribute("aria-pressed", heads.has(head)));
   for (const { button, at, head } of pictures) button.setAttribute("aria-pressed", at === layer && heads.has(head));
   showToken(flow.chosen());
+  drawMatrix();
 }
 
 layerChoice.addEventListener("change", () => { layer = Number(layerChoice.value); showChoice(); });
@@ -48,7 +99,7 @@ headButtons.forEach((button, head) => button.addEventListener("click", () => {
 
 // ---- model view
 
-function draw(canvas, at, head) {
+function drawThumbnail(canvas, at, head) {
   canvas.width = canvas.height = T;
   const context = canvas.getContext("2d"), image = context.createImageData(T, T);
   for (let t = 0; t < T; t++)
@@ -75,7 +126,7 @@ for (let at = 0; at < data.layers; at++) {
     button.setAttribute("aria-label", `layer ${at}, head ${head}`);
     button.title = `layer ${at}, head ${head}`;
     button.append(canvas);
-    draw(canvas, at, head);
+    drawThumbnail(canvas, at, head);
     button.addEventListener("click", () => {
       layer = at;
       heads = new Set([head]);
@@ -88,3 +139,4 @@ for (let at = 0; at < data.layers; at++) {
 }
 showChoice();
 flow.select(T - 1);
+drawAndFollowTheme(drawMatrix);

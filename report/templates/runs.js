@@ -20,6 +20,7 @@ function tracesOf(chart) {
 function draw() {
   data.charts.forEach((chart, number) => {
     const layout = layoutOf({ l: 10, r: 10, t: 30, b: 10 });
+    layout.uirevision = "kept";  // drawing again, with the other theme or new data, keeps the zoom
     Object.assign(layout.xaxis, { title: { text: chart.xlabel } });
     Object.assign(layout.yaxis, { title: { text: chart.ylabel }, range: chart.range });
     if (chart.digits.endsWith("e")) layout.yaxis.exponentformat = "e";  // learning rates are written as 3e-4, not as 300µ

@@ -5,7 +5,7 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
-from report.curves import SMOOTHING, draw_loss, smooth
+from report.curves import SMOOTHING, draw_loss, late_range, smooth
 
 
 def records(n):
@@ -54,8 +54,18 @@ def test_validation_losses_that_are_null_are_ignored(tmp_path):
     draw_loss([broken], tmp_path / "alone.png", "a run")
 
 
-def test_smoothing_is_the_mean_of_the_previous_values():
+def test_smoothing_is_a_centered_mean_that_does_not_lag_behind_a_falling_curve():
     values = np.random.default_rng(0).normal(size=300)
-    width = round(SMOOTHING * 300)
-    expected = [values[max(0, i + 1 - width) : i + 1].mean() for i in range(300)]
+    half = round(SMOOTHING * 300 / 2)
+    widths = [min(half, i, 299 - i) for i in range(300)]
+    expected = [values[i - width : i + width + 1].mean() for i, width in enumerate(widths)]
     np.testing.assert_allclose(smooth(values), expected)
+    line = np.linspace(9, 3, 500)
+    np.testing.assert_allclose(smooth(line), line)
+
+
+def test_the_first_losses_do_not_determine_the_y_range():
+    x = np.arange(1, 101)
+    low, high = late_range([(x, np.where(x < 5, 50.0, 4 - x / 100)), (x[:0], x[:0])], [2.5])
+    assert (low, high) == pytest.approx((2.5 - 0.04 * 1.45, 3.95 + 0.04 * 1.45))
+    assert late_range([], [2.5]) is None

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import runpy
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,11 +18,14 @@ from data.tokenizer import load_tokenizer
 from eval.reference import published_losses
 from model import GPT, GPTConfig
 from report import page
+from report.all_pages import PAGES
 from report.charts import COLORS, POINTS, by_validation_set, make_charts, thin
 from report.model_pages import packed_attentions, predict_tokens, similarity
 from report.page import token_labels
 from report.run_log import read_run_log
+from report.runs_page import page_values, progress_tables
 from report.tables import differences, evaluation_table, format_count, loss_thresholds, reached
+from tests.conftest import VERSES
 
 HOSTILE = "<script>alert(1)</script> & שלום 😀"
 
@@ -130,6 +134,72 @@ def test_tokens_and_time_to_a_loss(tmp_path):
     assert ("best of a", val["loss"].min()) in thresholds
     assert [loss for _, loss in thresholds] == sorted((loss for _, loss in thresholds), reverse=True)
     assert [format_count(n) for n in (999, 1_064_960, 10_267_000_000)] == ["999", "1.06M", "10.3B"]
+
+
+def test_the_table_of_losses_shows_only_what_differs(tmp_path):
+    def log(losses):
+        directory = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), 20)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()[:-1]]
+        val = [{"split": "val", "step": step, "tokens": step * 1000, "loss": loss} for step, loss in losses.items()]
+        lines = [line for line in lines if line["split"] == "train"] + val
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return read_run_log(directory, "a")
+
+    assert progress_tables([log({20: 3.0})], [[0]]) == []
+    assert progress_tables([log({10: 3.0, 20: 3.0})], [[0]]) == []
+    (table,) = progress_tables([log({5: 6.0, 10: 4.1, 20: 3.0})], [[0]])
+    cells = [cells for _, _, cells in table["rows"]]
+    assert len(cells) == len({tuple(row) for row in cells}) > 1
+
+
+def test_evaluations_have_no_column_without_a_result_and_name_their_checkpoint(tmp_path):
+    run = write_run(tmp_path / "a")
+    row = {"task": "lambada", "convention": "harness", "metric": "acc", "value": 0.31, "stderr": 0.006, "count": 5153}
+    row |= {"checkpoint": str(run / "checkpoints" / "step-000040"), "published": {"gpt2": 0.3256}}
+    (run / "eval.json").write_text(json.dumps([row]))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    kept = [record for record in records if record["split"] != "hellaswag"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    logs = [read_run_log(run, "a")]
+    values = page_values(logs, make_charts(logs))
+    assert values["sizes"] == [(0, "124M")]
+    details = {row["key"][0]: row["details"] for row in values["evaluations"]}
+    assert details == {"validation": ["step 40"], "lambada": ["step 40, 5,153 examples"]}
+
+
+def test_all_writes_pages_that_link_to_each_other(finished_run):
+    assert report("--all", finished_run) is None
+    for name in PAGES:
+        text = (finished_run / f"{name}.html").read_text(encoding="utf-8")
+        assert [other for other in PAGES if f'href="{other}.html"' in text] == list(PAGES)
+        assert f'href="{name}.html" aria-current="page"' in text
+    shown = page_data(finished_run / "tokens.html")["tokens"]
+    assert VERSES[0].startswith("ROSALIND")
+    assert "".join(shown)[:20] in "".join(VERSES)
+
+
+def test_all_needs_one_run_and_a_text(finished_run, tmp_path, capsys):
+    assert report("--all", finished_run, finished_run) == 2
+    assert "--all writes the pages of one run" in capsys.readouterr().err
+    copy = shutil.copytree(finished_run, tmp_path / "copy")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["data"]["dir"] = str(tmp_path / "gone")
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report("--all", copy) == 2
+    assert "give one with --text" in capsys.readouterr().err
+    assert report("--all", copy, "--text", "ox of Kent", "--checkpoint", "10") is None
+
+
+@pytest.fixture(scope="module")
+def finished_run(verses, tmp_path_factory, python):
+    """The directory of a short run."""
+    directory = tmp_path_factory.mktemp("finished")
+    sizes = ["--model.preset", "null", "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16"]
+    data = ["--data.dir", verses, "--data.batch_tokens", "64", "--data.sequence_length", "32"]
+    run = ["--run.dir", directory, "--run.name", "tiny", "--optim.steps", "10", "--optim.warmup_steps", "2"]
+    evaluation = ["--eval.every", "5", "--eval.hellaswag", "false", "--eval.samples", "1", "--model.block_size", "64"]
+    python("train.py", *sizes, *data, *run, *evaluation, "--system.device", "cpu")
+    return directory / "tiny"
 
 
 def test_published_losses_are_found_by_the_source_of_the_dataset():

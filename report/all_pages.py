@@ -1,0 +1,48 @@
+"""All pages about one run, which link to each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data.shards import open_split
+from data.tokenizer import load_tokenizer
+from pretrained import load_model
+from report.model_pages import write_attention_page, write_embeddings_page, write_tokens_page
+from report.runs_page import write_runs_page
+from training.run_directory import RunDirectory
+
+PAGES = ("report", "attention", "tokens", "embeddings")
+EXAMPLE_TOKENS = 48  # few enough for an attention matrix with readable labels
+
+
+def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None:
+    """Write report.html, attention.html, tokens.html and embeddings.html to the directory of a run.
+
+    The pages about attention and tokens show `text`, or else the beginning of the validation split.
+
+    Raises ValueError or OSError if the run cannot be read, or if there is no text.
+    """
+    text = text or example_text(run)
+    write_runs_page([run], run / "report.html", PAGES)
+    model, tokenizer, name = load_model(str(run), checkpoint=checkpoint)
+    write_attention_page(model, tokenizer, name, text, run / "attention.html", PAGES)
+    write_tokens_page(model, tokenizer, name, text, run / "tokens.html", PAGES)
+    write_embeddings_page(model, name, run / "embeddings.html", PAGES)
+
+
+def example_text(run: Path) -> str:
+    """Return the beginning of the validation split that a run was validated on.
+
+    Raises ValueError if the dataset is gone, or is not made of shards.
+    """
+    directory = RunDirectory(run).read_config().get("data", {}).get("dir", "")
+    try:
+        split = open_split(directory, "val")
+        tokenizer = load_tokenizer(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the run has no text to show ({error}): give one with --text") from None
+    ids = np.empty(min(EXAMPLE_TOKENS, split.n_tokens), np.uint16)
+    split.read(0, ids)
+    return tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eot])

@@ -1,0 +1,143 @@
+"""A page about training runs that follows them: a server on this machine, with Python's own http.server.
+
+It answers only requests from this machine, reads the files of the runs and writes none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from report.charts import make_charts
+from report.page import render_page
+from report.runs_page import page_values, read_logs
+
+HOST = "127.0.0.1"
+RENDER_SHARE = 0.1  # largest fraction of the time that is spent on making the page
+REQUEST_SECONDS = 30  # a client that is silent for longer is disconnected
+
+
+class LivePage:
+    """The page about the runs, made anew when a file of a run has changed."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self.directories = directories
+        self._lock = threading.Lock()
+        self._made_from: list[tuple[Path, int, int]] | None = None
+        self._not_before = 0.0
+        self._page = b""
+
+    def get(self) -> bytes:
+        """Return the page. Several clients share it."""
+        with self._lock:
+            files = sorted(path for run in self.directories for path in run.glob("*.*") if path.suffix != ".partial")
+            state = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
+            began = time.monotonic()
+            if state != self._made_from and began >= self._not_before:
+                self._page = self._make()
+                self._made_from = state
+                seconds = time.monotonic() - began
+                self._not_before = began + seconds / RENDER_SHARE
+            return self._page
+
+    def _make(self) -> bytes:
+        try:
+            logs = read_logs(self.directories)
+            charts = make_charts(logs)
+            page = render_page("runs.html", page="", links=(), live=True, plotly="", **page_values(logs, charts))
+        except (OSError, ValueError) as error:  # before the first step, a run has no metrics
+            title = ", ".join(run.resolve().name for run in self.directories)
+            page = render_page("waiting.html", page="", links=(), title=title, data=None, message=str(error))
+        return page.encode()
+
+
+def _stat(path: Path) -> Any:
+    try:
+        return path.stat()
+    except OSError:  # replaced at this moment
+        return None
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Serves `/`, the page, and `/plotly.js`, its charts."""
+
+    daemon_threads = True
+
+    def __init__(self, page: LivePage, port: int) -> None:
+        self.page, self.plotly = page, get_plotlyjs().encode()
+        super().__init__((HOST, port), Handler)
+
+    @property
+    def hosts(self) -> set[str]:
+        """The names of this server. Another one means that a foreign page reached it through a name of its own."""
+        return {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore clients that went away or fell silent; print other errors."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET. http.server refuses the other methods with status 501."""
+
+    server: LiveServer
+    timeout = REQUEST_SECONDS
+
+    def do_GET(self) -> None:
+        """Send the page, the charts' library, or an error."""
+        path = self.path.partition("?")[0]
+        if self.headers.get("Host") not in self.server.hosts:
+            self.send_error(403, "This server answers only requests to 127.0.0.1 or localhost")
+        elif path == "/":
+            page = self.server.page.get()
+            etag = f'"{hashlib.sha256(page).hexdigest()[:16]}"'
+            self._send(b"" if self.headers.get("If-None-Match") == etag else page, "text/html; charset=utf-8", etag)
+        elif path == "/plotly.js":
+            self._send(self.server.plotly, "text/javascript; charset=utf-8", '"plotly"')
+        else:
+            self.send_error(404, "This server has only the page /")
+
+    def _send(self, body: bytes, kind: str, etag: str) -> None:
+        self.send_response(200 if body else 304)
+        self.send_header("ETag", etag)
+        self.send_header("Cache-Control", "no-cache")
+        if body:
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Print nothing: the page is requested every two seconds."""
+
+
+def watch(directories: Sequence[Path], port: int) -> None:
+    """Serve the page about the runs until Ctrl-C.
+
+    Raises:
+        FileNotFoundError: a directory does not exist.
+        OSError: the port is in use.
+    """
+    for directory in directories:
+        if not directory.is_dir():
+            raise FileNotFoundError(f"there is no directory {directory}: start the training first, or check the name")
+    try:
+        server = LiveServer(LivePage(directories), port)
+    except OSError as error:
+        raise OSError(f"port {port} cannot be used ({error.strerror}): choose another one with --port") from error
+    with server:
+        print(f"http://{HOST}:{server.server_port} follows {', '.join(map(str, directories))}. Ctrl-C ends the server.")
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            print()

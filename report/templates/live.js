@@ -1,0 +1,38 @@
+// The live page: it fetches itself again, and replaces the data of the charts and the sections that changed.
+const sections = ["summary", "tables", "samples"].map((id) => document.getElementById(id));
+const live = document.getElementById("live");
+let etag = "";
+
+function replaceSection(section, next) {
+  if (section.innerHTML === next.innerHTML) return;
+  const open = new Map([...section.querySelectorAll("details")].map((one) => [one.firstElementChild.textContent, one.open]));
+  section.innerHTML = next.innerHTML;
+  for (const one of section.querySelectorAll("details")) {
+    const was = open.get(one.firstElementChild.textContent);
+    if (was !== undefined) one.open = was;  // the newest samples are open, and what the user has opened or closed
+  }
+}
+
+function showPage(text) {
+  const next = new DOMParser().parseFromString(text, "text/html");
+  const loaded = JSON.parse(next.getElementById("data").textContent);
+  if (!loaded || loaded.charts.length !== data.charts.length) return location.reload();  // the first validation adds charts
+  Object.assign(data, loaded);
+  for (const section of sections) replaceSection(section, next.getElementById(section.id));
+  draw();
+}
+
+async function refresh() {
+  try {
+    const response = await fetch(location.href, { cache: "no-store", headers: etag ? { "If-None-Match": etag } : {} });
+    if (response.status === 200) {
+      showPage(await response.text());
+      etag = response.headers.get("ETag");
+      live.textContent = `This page follows the training. Last change at ${new Date().toLocaleTimeString()}.`;
+    }
+  } catch {
+    live.textContent = "The server has ended, so this page no longer changes.";
+  }
+  setTimeout(refresh, 2000);
+}
+setTimeout(refresh, 2000);
