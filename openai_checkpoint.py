@@ -27,7 +27,7 @@ from torch import Tensor
 FOOTER_SIZE = 48  # at the end of a table: two handles of blocks, padding, and the magic number
 MAGIC = 0xDB4775248B80FB57
 TRAILER_SIZE = 5  # after each block: its compression (0: none) and its CRC32C
-CRC_MASK = 0xA282EAD8  # LevelDB does not store a CRC32C as it is, because that of data with a CRC32C inside is weak
+CRC_MASK = 0xA282EAD8  # LevelDB masks a CRC32C, because the CRC32C of data that contains a CRC32C is unreliable
 
 # TensorFlow's numbers of data types (types.proto).
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
