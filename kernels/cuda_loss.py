@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kernels.compiled import Compiled
 from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
 
 HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores need 8; 128 is the width of their tiles
-ROWS, ROWS_ON_SMALL_GPU = 8192, 2048  # rows of logits in memory: 824 MB and 206 MB in 16 bits
-SMALL_GPU = 32 * 2**30  # bytes of memory
+FEWEST_ROWS, MOST_ROWS = 512, 8192  # more rows make the products hardly faster
+LOGITS_SHARE = 0.01  # of a GPU's memory
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -47,30 +47,29 @@ def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor
 
 @functools.cache
 def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Return `softmax_gradient` as one fused kernel, or uncompiled if torch.compile does not work here."""
-    from torch._dynamo.exc import TorchDynamoException  # imported here: it takes a second
+    """Return `softmax_gradient` as one fused kernel, compiled at its first call."""
+    return Compiled(softmax_gradient, "the loss", dynamic=None)
 
-    compiled = torch.compile(softmax_gradient)
 
-    def run(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        nonlocal compiled
-        try:
-            return compiled(logits, targets, vocab_size)
-        except TorchDynamoException as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"the loss is not compiled, which is slower: {reason}", file=sys.stderr)
-            compiled = softmax_gradient
-            return softmax_gradient(logits, targets, vocab_size)
+def rows_at_a_time(device_memory: int, vocab_size: int, itemsize: int) -> int:
+    """Return how many rows of logits to hold at a time on a device with this many bytes of memory: a power of two.
 
-    return run
+    With GPT-2's vocabulary in 16 bits, 8,192 rows take 824 MB. The number depends on the size of the memory, not on how
+    much of it is free now: a resumed run must sum the head's gradient in the same order.
+    """
+    rows = int(device_memory * LOGITS_SHARE) // (padded(vocab_size) * itemsize)
+    return min(MOST_ROWS, max(FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
 
 
 @functools.cache
-def rows_at_a_time(device: torch.device) -> int:
-    """Return how many rows of logits to hold at a time on a device."""
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > SMALL_GPU:
-        return ROWS
-    return ROWS_ON_SMALL_GPU
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory of a GPU; on any other device, on which only tests run this file, 16 GiB."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**34
+
+
+def padded(vocab_size: int) -> int:
+    """Return the number of rows of the padded head."""
+    return math.ceil(vocab_size / HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
 def cuda_loss_and_gradients(
@@ -78,13 +77,13 @@ def cuda_loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `kernels.loss.loss_and_gradients` returns. It runs on any device; the tests run it on a CPU."""
     vocab_size, n_channels = weight.shape
-    head = weight.new_zeros(math.ceil(vocab_size / HEAD_MULTIPLE) * HEAD_MULTIPLE, n_channels, dtype=dtype)
+    head = weight.new_zeros(padded(vocab_size), n_channels, dtype=dtype)
     head[:vocab_size] = centered_head(weight, dtype)
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dhead = torch.zeros_like(head, dtype=torch.float32) if weight_grad else x.new_empty(0)
     # Chunks have equal sizes where possible, so that the compiled function is called with few different shapes.
-    parts = math.ceil(len(x) / rows_at_a_time(x.device))
+    parts = math.ceil(len(x) / rows_at_a_time(device_memory(x.device), vocab_size, dtype.itemsize))
     for x_rows, part_targets, part_dx in zip(
         x.tensor_split(parts), targets.tensor_split(parts), (dx if x_grad else x).tensor_split(parts), strict=True
     ):

@@ -114,13 +114,13 @@ def loss_and_gradients(
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add aᵀ b to `total` (float32).
 
-    On a CPU the product is in the dtype of a and b if that has the range of float32. float16 does not: its largest
-    number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if many positions have the same
-    target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
+    On a CPU and on ROCm, the product is in the dtype of a and b if that has the range of float32. float16 does not: its
+    largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if many positions have
+    the same target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
     `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in float32.
     """
-    if a.is_cuda:
-        # Only CUDA supports `out_dtype`, with which the product of 16-bit tensors is a float32 tensor.
+    if a.is_cuda and torch.version.hip is None:
+        # Only CUDA supports `out_dtype`, with which the product of 16-bit tensors is a float32 tensor (ROCm does not).
         total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)
     elif torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         total += a.T @ b
@@ -153,8 +153,10 @@ def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tenso
 def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Return the saved gradients times the gradient of the summed loss (the chain rule)."""
     dx, dweight = ctx.saved_tensors
-    # In place, because dweight is as large as the head. A second backward pass through the same graph is an error.
-    dx, dweight = dx.mul_(total_grad), dweight.mul_(total_grad)
+    # In place, because dweight is as large as the head. A second backward pass through the same graph is an error. A
+    # compiler, which traces this function with tensors of its own types, decides by itself which memory to reuse.
+    multiply = Tensor.mul_ if type(dx) is Tensor else Tensor.mul
+    dx, dweight = multiply(dx, total_grad), multiply(dweight, total_grad)
     return (dx if ctx.x_grad else None, dweight if ctx.weight_grad else None, None, None, None, None)
 
 

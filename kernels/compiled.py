@@ -1,0 +1,45 @@
+"""Compiling a function with torch.compile, with the function itself as the fallback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Compiled:
+    """A function that is compiled at its first call. If compiling fails, it prints a warning and runs uncompiled.
+
+    The call also compiles the backward pass. By default, that would happen in `loss.backward()`, where a failure could
+    not be repaired any more: gradients of other micro-batches may exist already.
+
+    Args:
+        function: what to compile.
+        what: its name in the warning.
+        dynamic: passed to torch.compile. False compiles again for each new shape.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str, *, dynamic: bool | None = False) -> None:
+        import torch._functorch.config as functorch_config  # imported here: these take a second, and few runs compile
+        from torch._dynamo.exc import TorchDynamoException
+
+        functorch_config.force_non_lazy_backward_lowering = True
+        self._function, self._what, self._cannot_compile = function, what, TorchDynamoException
+        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=dynamic)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return what the function returns."""
+        if self._compiled is not None:
+            try:
+                return self._compiled(*arguments)
+            # Errors of Dynamo, Inductor and its compilers. Errors of the function itself are not caught.
+            except self._cannot_compile as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(
+                    f"warning: compiling {self._what} failed, running it uncompiled is slower: {reason}",
+                    file=sys.stderr,
+                )
+                self._compiled = None
+        return self._function(*arguments)
