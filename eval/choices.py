@@ -96,13 +96,19 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, convention: Convention) -> Answers:
-    """Score every choice of every question, and choose the most probable one."""
-    requests = [
+@functools.lru_cache(maxsize=1)  # a run scores the same questions at many validations
+def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convention: Convention) -> list[Request]:
+    """Encode every choice of every question."""
+    return [
         encode_pair(tokenizer, context, " " + choice, convention)
         for question in questions
         for context, choice in zip(question.contexts, question.choices, strict=True)
     ]
+
+
+def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, convention: Convention) -> Answers:
+    """Score every choice of every question, and choose the most probable one."""
+    requests = make_requests(tuple(questions), tokenizer, convention)
     log_probs = score(requests).log_probs
     ends = np.cumsum([len(question.choices) for question in questions])
     by_question = np.split(log_probs, ends[:-1])

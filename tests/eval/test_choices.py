@@ -86,6 +86,21 @@ def test_normalization_and_bits_per_byte(tokenizer):
     assert by_tokens.bits_per_byte[0] == pytest.approx(12 / math.log(2) / 11)
 
 
+def test_questions_that_are_scored_again_are_not_encoded_again(tokenizer, monkeypatch):
+    questions = [Question(("The sky is",) * 2, ("blue", "green"), 0)]
+    seen = []
+
+    def score(requests):
+        seen.append(requests)
+        return Scores(np.array([-1.0, -2.0]), np.array([False, False]))
+
+    first = answer(questions, tokenizer, score, "completion")
+    monkeypatch.setattr(tokenizer, "encode", None)  # an error, if it is called
+    again = answer(list(questions), tokenizer, score, "completion")
+    assert seen[0] == seen[1]
+    assert (first.choice == again.choice).all()
+
+
 def test_mean_and_stderr_match_numpy():
     values = np.random.default_rng(0).random(50) > 0.3
     mean, stderr = mean_and_stderr(values)
