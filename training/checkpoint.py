@@ -45,6 +45,8 @@ def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Ten
     state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=options).get("state", {})  # {} on other ranks
     optimizer_state = {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
     weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
+    if model.transformer.wte.weight.device.type != "cpu":
+        return weights, optimizer_state
     # Clone tensors that were on the CPU already: they belong to the model, and the next step changes them.
     return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in optimizer_state.items()}
 
@@ -63,8 +65,9 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor
+    # Without full_state_dict, the state stays sharded: gathered, it would fill a GPU, and only the groups are needed.
+    groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
     options = dcp.StateDictOptions(full_state_dict=True)
-    groups = dcp.get_optimizer_state_dict(model, optimizers, options=options)["param_groups"]
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
 
 
