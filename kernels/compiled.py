@@ -36,7 +36,8 @@ class Compiled:
                 return self._compiled(*arguments)
             # Errors of Dynamo, Inductor and its compilers. Errors of the function itself are not caught.
             except self._cannot_compile as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                # The first line may only say which compiler raised the error that the second line describes.
+                reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
                 print(
                     f"warning: compiling {self._what} failed, running it uncompiled is slower: {reason}",
                     file=sys.stderr,
