@@ -28,6 +28,9 @@ class Card(NamedTuple):
 
     dtype: torch.dtype  # the precision that `auto` selects on this card
     peak_flops: float  # peak rate of dense matrix products in that precision, in FLOP/s
+    memory: int  # in GiB
+    bandwidth: float  # of that memory, in bytes/s
+    link: float  # to the other GPUs of a machine, in bytes/s in one direction: NVLink, or else PCIe
 
     def peak_in(self, dtype: torch.dtype) -> float | None:
         """Return the peak in `dtype`; None if it is not known. Where bfloat16 exists, float16 is equally fast."""
@@ -36,21 +39,23 @@ class Card(NamedTuple):
 
 # Cards by words in the name of the device. If several entries match, `find_card` takes the first.
 CARDS = {
-    "B200": Card(torch.bfloat16, 2250e12),
-    "H200": Card(torch.bfloat16, 989e12),
-    "H100 NVL": Card(torch.bfloat16, 835e12),
-    "H100 PCIe": Card(torch.bfloat16, 756e12),
-    "H100": Card(torch.bfloat16, 989e12),
-    "A100": Card(torch.bfloat16, 312e12),
-    "A10": Card(torch.bfloat16, 125e12),
-    "L40S": Card(torch.bfloat16, 362e12),
-    "L4": Card(torch.bfloat16, 121e12),
-    "RTX 5090": Card(torch.bfloat16, 209e12),
-    "RTX 4090": Card(torch.bfloat16, 165e12),
-    "RTX 3090": Card(torch.bfloat16, 71e12),
-    "MI300X": Card(torch.bfloat16, 1307e12),
-    "V100": Card(torch.float16, 125e12),
-    "T4": Card(torch.float16, 65e12),
+    "B200": Card(torch.bfloat16, 2250e12, 180, 8.0e12, 900e9),
+    "H200": Card(torch.bfloat16, 989e12, 141, 4.8e12, 450e9),
+    "H100 NVL": Card(torch.bfloat16, 835e12, 94, 3.9e12, 300e9),
+    "H100 PCIe": Card(torch.bfloat16, 756e12, 80, 2.0e12, 64e9),
+    "H100": Card(torch.bfloat16, 989e12, 80, 3.35e12, 450e9),
+    "A100-SXM4-40GB": Card(torch.bfloat16, 312e12, 40, 1.56e12, 300e9),
+    "A100-PCIE-40GB": Card(torch.bfloat16, 312e12, 40, 1.56e12, 32e9),
+    "A100": Card(torch.bfloat16, 312e12, 80, 2.0e12, 300e9),
+    "A10": Card(torch.bfloat16, 125e12, 24, 0.60e12, 32e9),
+    "L40S": Card(torch.bfloat16, 362e12, 48, 0.86e12, 32e9),
+    "L4": Card(torch.bfloat16, 121e12, 24, 0.30e12, 32e9),
+    "RTX 5090": Card(torch.bfloat16, 209e12, 32, 1.79e12, 64e9),
+    "RTX 4090": Card(torch.bfloat16, 165e12, 24, 1.01e12, 32e9),
+    "RTX 3090": Card(torch.bfloat16, 71e12, 24, 0.94e12, 32e9),
+    "MI300X": Card(torch.bfloat16, 1307e12, 192, 5.3e12, 448e9),
+    "V100": Card(torch.float16, 125e12, 16, 0.90e12, 150e9),
+    "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
 # These words after a name of CARDS mean another card, or a part of the card (MIG). Its peak is not known.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
@@ -123,6 +128,20 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     Use it where speed matters more than the configured precision, as in Muon's iteration.
     """
     return dtype if dtype in native_dtypes(device) else torch.float32
+
+
+def make_deterministic() -> None:
+    """Make every operator give the same bits in every run on the same hardware. Call it before the first use of a GPU.
+
+    On a GPU, the backward passes of embeddings and attention add numbers in the order in which threads finish. The
+    slower deterministic forms have a fixed order. An operator that has no such form raises RuntimeError. The function
+    also stops the compiler from choosing kernels by their measured speed, because the fastest one varies.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is started
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch.use_deterministic_algorithms(True)
+    # It would also fill new memory with NaN. This takes time, and all memory is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -144,7 +144,10 @@ class Eval:
     tokens: PositiveInt = 10485760
     """Tokens to score, from the beginning of the validation split (completions: all of them are scored)."""
     hellaswag: bool = True
-    """Score HellaSwag (completion convention) at each validation."""
+    """Score HellaSwag (completion convention) during training."""
+    hellaswag_every: PositiveInt = 1000
+    """Steps between scores of HellaSwag, which takes longer than the other parts of a validation. It is scored at the
+    first validation after each multiple, and at the last step."""
     samples: NonNegativeInt = 4
     """Number of texts to sample at each validation, written to samples.txt."""
     patience: NonNegativeInt = 0
@@ -195,6 +198,9 @@ class System:
     where ddp would not fit."""
     activation_checkpointing: bool = False
     """Compute the activations of each block again in the backward pass instead of storing them; it saves memory."""
+    deterministic: bool = False
+    """Use only operators that give the same bits in every run, so that a run also resumes bit for bit on a GPU. It is
+    slower there; a run on a CPU is deterministic without it."""
 
 
 @dataclass
@@ -324,7 +330,7 @@ class Flags:
     """Options of one start of train.py that are not part of the configuration."""
 
     dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
-    mfu: float = 0.4  # fraction of the peak FLOP/s that the estimate assumes
+    mfu: float | None = None  # fraction of the peak FLOP/s that the estimate assumes; None: estimate each part
     verify: bool = False
     profile: bool = False
 
@@ -350,8 +356,9 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flag
         help="check the dataset and print what the run needs, here or on the given hardware, without training",
     )  # fmt: skip
     parser.add_argument(
-        "--mfu", type=PositiveFloat, default=0.4, help="fraction of the peak FLOP/s that --dry-run assumes"
-    )
+        "--mfu", type=PositiveFloat | None, default=None,
+        help="fraction of the peak FLOP/s that --dry-run assumes, instead of an estimate of each part of a step",
+    )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true", help="compare the shards of the dataset with their hashes first"
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from data.loader import ceil_div
 from device import find_card
+from kernels.cuda_loss import padded, rows_at_a_time
 from kernels.loss import MATMUL_ROWS
 from model import GPT, GPTConfig
 from training.config import Config
@@ -27,61 +32,132 @@ def peak_flops(device: torch.device | str) -> float | None:
     return None if card is None else card.peak_flops
 
 
+@functools.cache
 def count_parameters(model: GPTConfig) -> int:
     """Return the number of parameters without allocating them; the tied head counts once."""
     with torch.device("meta"):
         return GPT(model).num_parameters()
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """The devices of a run, each with one process."""
+
+    count: int
+    dtype: torch.dtype  # precision of matrix products
+    gpu_memory: int | None = None  # bytes of each GPU; None on a CPU
+
+
 def estimate_memory(
-    model: GPTConfig, rows: int, sequence_length: int, *, dtype: torch.dtype, shards: int = 1, recompute: bool = False
+    model: GPTConfig,
+    rows: int,
+    sequence_length: int,
+    hardware: Hardware,
+    *,
+    sharded: bool = False,
+    recompute: bool = False,
+    accumulates: bool = True,
+    muon: bool = False,
 ) -> dict[str, int]:
     """Estimate the peak bytes of tensors on one process, by part, for micro-batches of `rows` windows.
 
-    The peak is that of the second micro-batch of a step and of later ones, when gradients exist. The memory that an
-    allocator holds in addition is not counted.
+    The peak is that of the last micro-batch of a step, or of the optimizer. The memory that an allocator holds in
+    addition is not counted.
 
     Args:
-        shards: number of processes that divide weights and optimizer state between them (FSDP).
+        sharded: the processes divide weights and optimizer state between them (FSDP).
         recompute: activation checkpointing, with which a block keeps only its input.
+        accumulates: a process has several micro-batches in a step, so that gradients exist before the last one.
+        muon: the matrices of the blocks are trained with Muon.
     """
     n_parameters, width = count_parameters(model), model.n_embd
-    size = torch.finfo(dtype).bits // 8
+    count, shards = hardware.count, hardware.count if sharded else 1
+    size = hardware.dtype.itemsize
     tokens = rows * sequence_length
     # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and in
     # `dtype` the outputs of both LayerNorms (2), queries, keys and values (3), the attention output and its copy as the
     # input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
     of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
     kept = model.n_layer * (4 if recompute else of_a_block) + 2 * 4  # plus input and output of ln_f
-    # The peak is in one of two places. In the backward pass of a block, two tensors of width 4 C exist (the output of
+    # The peak is in one of three places. In the backward pass of a block, two tensors of width 4 C exist (the output of
     # GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of the residual
-    # stream. In the loss, a chunk of logits exists, and on a CPU also 64 rows of it in float32.
+    # stream. In the loss, the tensors of `loss_memory` exist. In the optimizer, those of `muon_memory`.
     backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
-    chunk = min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size
-    loss = chunk * size + 64 * model.vocab_size * 4
+    loss = loss_memory(model, tokens, hardware)
     head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
+    activations = tokens * width * kept + max(0, backward - loss)
+    matrices = 12 * width**2 * model.n_layer if muon else 0
+    if muon:
+        activations = max(activations, muon_memory(model, hardware, sharded=sharded) - loss - head)
     # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next one
     # in `dtype`; it gathers embeddings and head in float32. It shards the gradients only after the last micro-batch.
     embeddings = (model.vocab_size + model.block_size) * width
     copied, gathered = n_parameters, 0
     if shards > 1:
         copied, gathered = embeddings, 4 * embeddings + size * 2 * (n_parameters - embeddings) // model.n_layer
-    copies = size * copied if dtype != torch.float32 else 0
+    copies = size * copied if hardware.dtype != torch.float32 else 0
+    # DDP has memory for averaging all gradients, and gradients that were not averaged yet are outside of it.
+    buckets = count > 1 and not sharded and accumulates
     return {
         "weights": 4 * n_parameters // shards + gathered + copies,
-        "gradients": 4 * n_parameters,
-        "optimizer": 8 * n_parameters // shards,
-        "activations": tokens * width * kept + max(0, backward - loss),
+        "gradients": 4 * n_parameters * (2 if buckets else 1),
+        "optimizer": (8 * n_parameters - 4 * matrices) // shards,
+        "activations": activations,
         "logits": loss + head,
     }
 
 
-def needed_memory(config: Config, model: GPTConfig, rows: int, dtype: torch.dtype, shards: int) -> dict[str, int]:
+def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
+    """Return the bytes that the loss operator needs besides the head's gradient: see kernels/loss.py, cuda_loss.py."""
+    size = hardware.dtype.itemsize
+    if hardware.gpu_memory is None:  # a chunk of logits, and 64 rows of it in float32
+        return min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size * size + 64 * model.vocab_size * 4
+    # A chunk of logits, the product that is added to the head's gradient, and the gradient of the hidden states.
+    chunk = min(tokens, rows_at_a_time(hardware.gpu_memory, model.vocab_size, size)) * padded(model.vocab_size) * size
+    return chunk + 4 * padded(model.vocab_size) * model.n_embd + 4 * tokens * model.n_embd
+
+
+def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
+    """Return the bytes that a step of Muon needs, when no activations exist."""
+    width, size = model.n_embd, hardware.dtype.itemsize
+    if hardware.gpu_memory is None:  # the updates of all matrices in float32, and their results
+        return (4 + size) * 12 * width**2 * model.n_layer
+    # The largest group of equal shapes is that of a matrix of each MLP. A process orthogonalizes a part of it, with
+    # three tensors in float32 and four in `dtype`. It has results of this group and of the one before.
+    group = 4 * width**2 * model.n_layer
+    part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
+    return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)
+
+
+def needed_memory(config: Config, model: GPTConfig, rows: int, hardware: Hardware, *, sharded: bool) -> dict[str, int]:
     """Return `estimate_memory` for a run's configuration."""
-    recompute = config.system.activation_checkpointing
-    return estimate_memory(model, rows, config.data.sequence_length, dtype=dtype, shards=shards, recompute=recompute)
+    return estimate_memory(
+        model,
+        rows,
+        config.data.sequence_length,
+        hardware,
+        sharded=sharded,
+        recompute=config.system.activation_checkpointing,
+        accumulates=rows < most_windows(config, hardware.count),
+        muon=config.optim.name == "muon",
+    )
 
 
 def most_windows(config: Config, world_size: int) -> int:
     """Return the largest number of windows of a global batch that one process gets."""
     return max(1, ceil_div(config.data.batch_tokens // config.data.sequence_length, world_size))
+
+
+def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:
+    """Return the number of rows of a micro-batch for `windows` windows in a step; None if not even one row fits.
+
+    Sizes that divide the windows into nearly equal parts are tried, because a small rest would waste a pass. Of the
+    sizes near the largest that fits, one that divides them exactly is preferred: then all micro-batches have the same
+    shape, and the loss is compiled once and not twice.
+    """
+    sizes = sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True)
+    largest = next((rows for rows in sizes if fits(rows)), None)
+    if largest is None:
+        return None
+    divisor = max(rows for rows in range(1, largest + 1) if windows % rows == 0)
+    return divisor if 2 * divisor >= largest else largest

@@ -10,12 +10,16 @@ from typing import Any
 import psutil
 import torch
 
-from data.loader import ceil_div
 from model import GPTConfig
 from processes import Processes
 from training.config import Config
-from training.estimate import count_parameters, most_windows, needed_memory
+from training.estimate import Hardware, count_parameters, largest_micro_batch, most_windows, needed_memory
 
+GPU_SHARE = 0.8  # of a GPU's free memory, which the memory estimate may use
+SAVE_MEMORY = (
+    "use a shorter data.sequence_length, a smaller model, system.activation_checkpointing true, or system.parallel "
+    "fsdp on more processes"
+)
 SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes longer than a run gains from it
 
 
@@ -99,10 +103,25 @@ def should_shard(config: Config, model: GPTConfig, processes: Processes) -> tupl
         return config.system.parallel == "fsdp", "as configured"
     if processes.device.type != "cuda":
         return False, f"not needed on {processes.device.type}"
-    needed = needed_memory(config, model, 1, processes.dtype, 1)
+    needed = needed_memory(config, model, 1, hardware_of(processes), sharded=False)
     if sum(needed.values()) > 0.5 * torch.cuda.mem_get_info(processes.device)[0]:
         return True, "the model and its optimizer would fill more than half of a GPU"
     return False, "the model and its optimizer fit on each GPU"
+
+
+def hardware_of(processes: Processes) -> Hardware:
+    """Return the devices of the processes, as the memory estimate needs them."""
+    on_gpu = processes.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(processes.device).total_memory if on_gpu else None
+    return Hardware(processes.world_size, processes.dtype, memory)
+
+
+def usable_memory(device: torch.device) -> tuple[int, float]:
+    """Return the bytes of memory that are free for this process, and the part of it that an estimate may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
+    # The C library keeps freed memory, which fragments: up to 1.45 times the estimate was measured.
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
 
 
 def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, sharded: bool) -> tuple[int, str]:
@@ -112,21 +131,40 @@ def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, s
     """
     if config.data.micro_batch != "auto":
         return config.data.micro_batch, "as configured"
-    if processes.device.type == "cuda":
-        free, part = torch.cuda.mem_get_info(processes.device)[0], 0.8
-    else:  # the C library keeps freed memory, which fragments: up to 1.45 times the estimate was measured
-        free, part = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
-    windows = most_windows(config, processes.world_size)
-    # Try only sizes that divide the windows of a process into nearly equal parts: a small rest would waste a pass.
-    for rows in sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True):
-        needed = needed_memory(config, model, rows, processes.dtype, processes.world_size if sharded else 1)
-        if sum(needed.values()) <= part * free:
-            return rows, f"estimated to fit in {part:.0%} of the {free / 2**30:.1f} GiB that are free"
+    (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
+
+    def needed(rows: int) -> int:
+        return sum(needed_memory(config, model, rows, hardware, sharded=sharded).values())
+
+    rows = largest_micro_batch(most_windows(config, processes.world_size), lambda rows: needed(rows) <= part * free)
+    if rows is not None:
+        return rows, f"estimated to fit in {part:.0%} of the {free / 2**30:.1f} GiB that are free"
     raise ValueError(
-        f"one window of {config.data.sequence_length} tokens needs about {sum(needed.values()) / 2**30:.1f} GiB, and "
-        f"{free / 2**30:.1f} GiB are free on {processes.device}: use a shorter data.sequence_length, a smaller model, "
-        f"system.activation_checkpointing true, or system.parallel fsdp on more processes"
+        f"one window of {config.data.sequence_length} tokens needs about {needed(1) / 2**30:.1f} GiB, and "
+        f"{free / 2**30:.1f} GiB are free on {processes.device}: {SAVE_MEMORY}"
     )
+
+
+def is_out_of_memory(error: object) -> bool:
+    """Return whether an exception means that memory for a tensor could not be allocated, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def explain_out_of_memory(config: Config, model: GPTConfig, processes: Processes, plan: Plan) -> str:
+    """Return what to do after memory was exhausted: the micro-batch that would fit, if there is one."""
+    (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
+
+    def fits(rows: int) -> bool:
+        needed = needed_memory(config, model, rows, hardware, sharded=plan.sharded)
+        return rows < plan.micro_batch and sum(needed.values()) <= part * free
+
+    rows = largest_micro_batch(most_windows(config, processes.world_size), fits)
+    too_large = f"out of memory on {processes.device} with micro-batches of {plan.micro_batch} windows"
+    if rows is None:
+        return f"{too_large}, and less is not estimated to fit: {SAVE_MEMORY}"
+    return f"{too_large}: set data.micro_batch to {rows}, which is estimated to fit"
 
 
 def should_compile(config: Config, model: GPTConfig, device: torch.device) -> tuple[bool, str]:

@@ -15,19 +15,21 @@ from torch.optim import Optimizer
 
 from checkpoints import read_state
 from data.loader import Loader, MicroBatch
-from device import CARDS, DTYPES, fast_dtype, find_card, gradient_scaler
+from device import fast_dtype, gradient_scaler
 from kernels.attention import use_newer_flash_attention
 from model import GPT, GPTConfig
 from processes import Processes
 from training.checkpoint import Checkpoints, load_optimizers
-from training.config import Config, Flags, refuse_changes
+from training.config import Config, refuse_changes
 from training.distributed import distribute
-from training.estimate import count_parameters, flops_per_token, most_windows, needed_memory, peak_flops
+from training.dry_run import dry_run as dry_run  # for train.py, which imports only this module to prepare a run
+from training.estimate import flops_per_token, peak_flops
 from training.inputs import Inputs, describe_epochs, find_initial_model, make_model, model_config, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
-from training.plan import Plan, make_plan
+from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
+from training.step_time import warn_of_slow_cpu
 from training.trackers import check_packages
 
 
@@ -91,13 +93,19 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        """Write a failure to status.json, stop the loader's thread, and close the run's directory."""
+        """Write a failure to status.json, stop the loader's thread, and close the run's directory.
+
+        Raises ValueError, which says what would fit, instead of an error because memory is exhausted.
+        """
         if kind is not None:
             with contextlib.suppress(OSError):  # must not hide the error that ended the run
                 self.directory.write_status("failed", self.state.step)
         if isinstance(self.loader, Loader):
             self.loader.close()
         self.directory.close(failed=kind is not None)
+        if is_out_of_memory(error):
+            reason = explain_out_of_memory(self.config, self.model.config, self.processes, self.plan)
+            raise ValueError(reason) from None
 
 
 def is_due(step: int, every: int) -> bool:
@@ -131,7 +139,10 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     model = make_model(shape, initial, config.run.seed)
     plan = make_plan(config, shape, processes, saved)
     n_parameters = model.num_parameters()
-    loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
+    try:
+        loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
+    except torch.OutOfMemoryError:
+        raise ValueError(explain_out_of_memory(config, shape, processes, plan)) from None
     if checkpoint is not None:
         load_optimizers(model, optimizers, checkpoint)
     if scaler.is_enabled() and saved.get("scaler"):
@@ -274,67 +285,8 @@ def greeting(run: TrainingRun, n_parameters: int, checkpoint: Path | None) -> st
         run.plan.describe(run.processes, config.data.sequence_length),
     ]
     lines += run.inputs.notes
-    lines += [f"warning: {warning}" for warning in warnings(config, run.inputs)]
+    slow = warn_of_slow_cpu(config, run.model.config, run.processes)
+    lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
     if checkpoint is not None:
         lines.append(f"resuming from {checkpoint}")
-    return "\n".join(lines)
-
-
-def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
-    """Return what `train.py --dry-run` prints: size, tokens, FLOPs, memory of a process by micro-batch, and days.
-
-    `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Raises
-    ValueError or OSError if the dataset, the model or that name is wrong.
-    """
-    initial = find_initial_model(config, None)
-    inputs = open_inputs(config, initial, verify=flags.verify)
-    model = model_config(config, inputs.tokenizer.vocab_size, initial)
-    count, device, dtype = processes.world_size, processes.device.type, processes.dtype
-    peak = peak_flops(processes.device)
-    if flags.dry_run:
-        number, _, device = flags.dry_run.partition("x")
-        count, card = int(number) if number.isdecimal() else 0, find_card(device)
-        if count < 1 or card is None:
-            raise ValueError(
-                f"--dry-run {flags.dry_run}: expected a number and a device such as 8xH100, with one of "
-                f"{', '.join(CARDS)}"
-            )
-        dtype = card.dtype if config.system.dtype == "auto" else DTYPES[config.system.dtype]
-        peak = card.peak_in(dtype)
-    n_parameters = count_parameters(model)
-    tokens = config.optim.steps * config.data.batch_tokens
-    flops = flops_per_token(model, n_parameters, config.data.sequence_length)
-    strategies = {"ddp": 1, "fsdp": count} if count > 1 else {"one process": 1}
-    if config.system.parallel != "auto" and count > 1:
-        strategies = {config.system.parallel: strategies[config.system.parallel]}
-    windows = most_windows(config, count)
-    wanted = config.data.micro_batch
-    sizes = [min(wanted, windows)] if wanted != "auto" else [2**i for i in range(windows.bit_length()) if 2**i <= 64]
-
-    lines = [
-        f"model       {n_parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
-        f"channels, vocabulary {model.vocab_size:,}",
-        f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: "
-        f"{describe_epochs(config, inputs)}, which is complete",
-        *(f"            {note}" for note in inputs.notes),
-        f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
-        f"memory      estimated MiB on each of {count} x {device}, {str(dtype).removeprefix('torch.')}",
-    ]
-    header = ("strategy", "micro-batch", "weights", "gradients", "optimizer", "activations", "logits", "total")
-    lines.append("".join(f"{name:>12}" for name in header))
-    for name, shards in strategies.items():
-        for rows in sizes:
-            needed = list(needed_memory(config, model, rows, dtype, shards).values())
-            lines.append(f"{name:>12}{rows:>12}" + "".join(f"{n / 2**20:>12,.0f}" for n in (*needed, sum(needed))))
-    if peak is None:
-        lines.append(
-            f"time        not estimated: the peak of {device} in {str(dtype).removeprefix('torch.')} is not known; "
-            f"name a device: --dry-run 8xH100"
-        )
-    else:
-        days = flops * tokens / (flags.mfu * peak * count) / 86400
-        lines.append(
-            f"time        {days:,.2f} days, assuming {flags.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s on each (--mfu)"
-        )
-    lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
     return "\n".join(lines)

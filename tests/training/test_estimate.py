@@ -1,17 +1,13 @@
-"""Estimates: the memory estimate against measured memory, and the output of --dry-run."""
+"""Estimates: the memory estimate against measured memory, and its parts on GPUs."""
 
 import json
-import re
 
 import pytest
 import torch
 
 from device import native_dtypes
 from model import GPTConfig
-from processes import start_processes
-from training.config import Flags
-from training.estimate import count_parameters, estimate_memory, flops_per_token, peak_flops
-from training.setup import dry_run
+from training.estimate import Hardware, count_parameters, estimate_memory, flops_per_token, peak_flops
 
 # Trains a model in a process of its own and prints the peak of its resident memory without that of the libraries. glibc
 # returns freed memory to the system here, so that the result does not include the fragmentation of the heap.
@@ -63,7 +59,7 @@ DEEP = {"vocab_size": 4096, "block_size": 256, "n_layer": 12, "n_head": 4, "n_em
 def assert_estimate(python, shape, rows, length, dtype, recompute=False):
     arguments = json.dumps([shape, rows, length, dtype, recompute])
     measured = int(python("-c", MEASURE, arguments, MALLOC_MMAP_THRESHOLD_="65536").stdout)
-    parts = estimate_memory(GPTConfig(**shape), rows, length, dtype=getattr(torch, dtype), recompute=recompute)
+    parts = estimate_memory(GPTConfig(**shape), rows, length, Hardware(1, getattr(torch, dtype)), recompute=recompute)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15), parts
 
 
@@ -122,52 +118,50 @@ def test_peaks_by_device_name(monkeypatch, name, peak):
     assert peak_flops(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
-    [
-        ("1xA100", "auto", ["1 x A100, bfloat16", "40% of 312 TFLOP/s"]),
-        ("2xT4", "auto", ["2 x T4, float16", "40% of 65 TFLOP/s"]),  # no bfloat16 before Ampere
-        ("1xA100", "float16", ["1 x A100, float16", "40% of 312 TFLOP/s"]),
-        ("1xV100", "float32", ["1 x V100, float32", "the peak of V100 in float32 is not known"]),
-        ("1xV100", "bfloat16", ["1 x V100, bfloat16", "the peak of V100 in bfloat16 is not known"]),
-    ],
-)
-def test_dry_run_knows_the_precision_of_each_card(tiny_run, device, dtype, expected):
-    config = tiny_run("dry", **{"system.dtype": dtype})
-    report = dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=device))
-    assert all(words in report for words in expected), report
-
-
 def test_sharding_divides_weights_and_optimizer_state():
-    one = estimate_memory(GPTConfig(), 4, 1024, dtype=torch.float32)
-    eight = estimate_memory(GPTConfig(), 4, 1024, dtype=torch.float32, shards=8)
+    one = estimate_memory(GPTConfig(), 4, 1024, Hardware(1, torch.float32))
+    eight = estimate_memory(GPTConfig(), 4, 1024, Hardware(8, torch.float32), sharded=True)
     assert one["optimizer"] == 8 * 124_439_808
     assert eight["optimizer"] == one["optimizer"] // 8
     assert eight["weights"] < one["weights"]
     assert eight["activations"] == one["activations"]
 
 
-def test_dry_run_prints_the_estimates_and_creates_nothing(python, tiny_run, write_config, tmp_path):
-    config = tiny_run("dry", **{"data.micro_batch": "auto", "system.dtype": "auto"})
-    output = python("train.py", "--config", write_config(config), "--dry-run", "8xH100", "--mfu", "0.5").stdout
-    assert "28,096 parameters" in output
-    shape = config.model_config(json.loads((tmp_path / config.data.dir / "meta.json").read_text())["vocab_size"])
-    flops = flops_per_token(shape, 28_096, 32)
-    assert f"{flops / 1e6:,.1f} MFLOPs per token" in output
-    assert "5,120 tokens, 20 steps of 256" in output
-    assert re.search(r"ddp +1 .*\n", output)
-    assert re.search(r"fsdp +1 .*\n", output)
-    days = flops * 5120 / (0.5 * 989e12 * 8) / 86400
-    assert f"{days:,.2f} days, assuming 50% of 989 TFLOP/s" in output
-    assert not (tmp_path / "runs").exists()
+H100 = 80 * 2**30
 
 
-def test_dry_run_checks_the_dataset_and_the_device(python, tiny_run, write_config, tmp_path):
-    config = write_config(tiny_run("dry"))
-    result = python("train.py", "--config", config, "--dry-run", "--data.dir", tmp_path / "gone", check=False)
-    assert result.returncode == 2
-    assert "no dataset at" in result.stderr
-    result = python("train.py", "--config", config, "--dry-run", "8xAbacus", check=False)
-    assert result.returncode == 2
-    assert "--dry-run 8xAbacus: expected a number and a device such as 8xH100" in result.stderr
-    assert "the peak of cpu in float32 is not known" in python("train.py", "--config", config, "--dry-run").stdout
+def test_on_several_gpus_unaveraged_gradients_are_beside_the_buckets_of_ddp():
+    def gradients(count, **options):
+        return estimate_memory(GPTConfig(), 4, 1024, Hardware(count, torch.bfloat16, H100), **options)["gradients"]
+
+    once = 4 * 124_439_808
+    assert gradients(1) == once
+    assert gradients(8) == 2 * once
+    assert gradients(8, accumulates=False) == once
+    assert gradients(8, sharded=True) == once
+
+
+def test_the_loss_on_a_gpu_needs_more_logits_and_products_in_float32():
+    def logits(gib):
+        return estimate_memory(GPTConfig(), 64, 1024, Hardware(1, torch.bfloat16, gib * 2**30))["logits"]
+
+    padded, width = 50304, 768
+    fixed = 4 * padded * width + 4 * 64 * 1024 * width + 4 * 50257 * width
+    assert logits(80) == 8192 * padded * 2 + fixed
+    assert logits(24) == 2048 * padded * 2 + fixed
+
+
+def test_muon_keeps_one_state_of_a_matrix_and_needs_memory_in_its_step():
+    large = GPTConfig.preset("gpt2-xl")
+    matrices = 12 * 1600**2 * 48
+
+    def parts(count, muon, **options):
+        return estimate_memory(large, 1, 1024, Hardware(count, torch.bfloat16, H100), muon=muon, **options)
+
+    adamw, muon = parts(8, False), parts(8, True)
+    assert adamw["optimizer"] - muon["optimizer"] == 4 * matrices
+    results = 2 * 2 * matrices // 3  # of the largest group of equal shapes and the one before
+    needed = muon["activations"] + muon["logits"]
+    assert results < needed < results * 2.5
+    assert parts(1, True)["activations"] > muon["activations"]
+    assert parts(8, True, sharded=True)["activations"] < muon["activations"]

@@ -1,13 +1,16 @@
 """The plan of a run: what is decided, and the reasons that are printed."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model import GPTConfig
 from processes import Processes
+from train import train_step
 from training.config import Config
+from training.estimate import largest_micro_batch
 from training.plan import make_plan, should_compile, should_shard
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -33,9 +36,57 @@ def test_the_plan_of_a_small_run_on_a_cpu(config):
 def test_an_automatic_micro_batch_is_the_largest_that_fits(config, monkeypatch):
     config.data.micro_batch = "auto"
     assert make_plan(config, SMALL, ONE, {}).micro_batch == 8
-    monkeypatch.setattr("training.plan.needed_memory", lambda config, model, rows, dtype, shards: {"all": rows * 2**60})
+    monkeypatch.setattr(
+        "training.plan.needed_memory", lambda config, model, rows, hardware, sharded: {"all": rows * 2**60}
+    )
     with pytest.raises(ValueError, match=r"one window of 32 tokens needs about .* GiB, and .* GiB are free on cpu"):
         make_plan(config, SMALL, ONE, {})
+
+
+@pytest.mark.parametrize(
+    ("windows", "limit", "expected"),
+    [
+        (512, 600, 512),
+        (128, 90, 64),
+        (105, 60, 35),  # 53 and 52 would be two shapes
+        (103, 60, 52),  # a prime: two shapes are better than 103 passes
+        (78, 41, 39),
+        (8, 1, 1),
+        (8, 0, None),
+    ],
+)
+def test_a_micro_batch_divides_the_windows_where_it_can(windows, limit, expected):
+    assert largest_micro_batch(windows, lambda rows: rows <= limit) == expected
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(config, prepare, monkeypatch, error):
+    def exhausted(*arguments):
+        raise error
+
+    def fits_below(limit):
+        needed = lambda config, model, rows, hardware, sharded: {"all": 0 if rows < limit else 2**60}  # noqa: E731
+        monkeypatch.setattr("training.plan.needed_memory", needed)
+
+    fits_below(8)
+    with (
+        pytest.raises(
+            ValueError, match=r"out of memory on cpu with micro-batches of 8 windows: set data.micro_batch to 4"
+        ),
+        prepare(config) as run,
+    ):
+        run.loss_function.forward = exhausted
+        train_step(run, False, False)
+    config.run.name = "less"
+    fits_below(1)
+    with (
+        pytest.raises(
+            ValueError, match=r"8 windows, and less is not estimated to fit: use a shorter data.sequence_length"
+        ),
+        prepare(config) as run,
+    ):
+        run.loss_function.forward = exhausted
+        train_step(run, False, False)
 
 
 @pytest.mark.parametrize(
@@ -61,5 +112,6 @@ def test_when_to_shard(config, monkeypatch):
     config.system.parallel = "auto"
     assert should_shard(config, SMALL, dataclasses.replace(ONE, world_size=2)) == (False, "not needed on cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**30))
     assert should_shard(config, SMALL, two_gpus)[0] is False
     assert should_shard(config, LARGE, two_gpus)[0] is True

@@ -1,0 +1,177 @@
+"""What a run costs, without training: `train.py --dry-run`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from device import CARDS, DTYPES, Card, find_card
+from model import GPTConfig
+from processes import Processes
+from training.config import Config, Flags
+from training.estimate import (
+    Hardware,
+    count_parameters,
+    flops_per_token,
+    largest_micro_batch,
+    most_windows,
+    needed_memory,
+)
+from training.inputs import Inputs, describe_epochs, find_initial_model, model_config, open_inputs, warnings
+from training.metrics import duration
+from training.plan import GPU_SHARE, usable_memory
+from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
+
+GPT2_VOCABULARY = 50257  # assumed where there is no dataset yet, which would name its tokenizer
+
+
+class Target(NamedTuple):
+    """The hardware that a dry run estimates for."""
+
+    name: str  # of each device, such as H100
+    hardware: Hardware
+    card: Card | None  # None if its data sheet is not known here
+    budget: float  # bytes of memory that the estimate may use on each device
+
+
+def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
+    """Return what `train.py --dry-run` prints: size, tokens, memory by micro-batch with a verdict, and time.
+
+    `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Without a
+    dataset, GPT-2's vocabulary is assumed.
+
+    Raises ValueError or OSError if the dataset is damaged, or the model or the name of the hardware is wrong.
+    """
+    target = find_target(config, processes, flags.dry_run or "")
+    initial = find_initial_model(config, None)
+    inputs: Inputs | None = None
+    try:
+        inputs = open_inputs(config, initial, verify=flags.verify)
+    except FileNotFoundError as error:
+        missing = str(error)
+    vocab_size = GPT2_VOCABULARY if initial is None else initial.tokenizer.vocab_size
+    model = model_config(config, inputs.tokenizer.vocab_size if inputs else vocab_size, initial)
+    tokens = config.optim.steps * config.data.batch_tokens
+    flops = flops_per_token(model, count_parameters(model), config.data.sequence_length)
+    if inputs is None:
+        data = missing + (" (GPT-2's vocabulary is assumed)" if initial is None else "")
+    else:
+        data = f"{describe_epochs(config, inputs)}, which is complete"
+    lines = [
+        f"model       {count_parameters(model):,} parameters: {model.n_layer} layers, {model.n_head} heads, "
+        f"{model.n_embd} channels, vocabulary {model.vocab_size:,}",
+        f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: {data}",
+        *(f"            {note}" for note in (inputs.notes if inputs else [])),
+        f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
+        *describe_memory(config, model, target),
+        *describe_time(config, model, target, flags.mfu),
+    ]
+    if inputs is not None:
+        lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
+    return "\n".join(lines)
+
+
+def find_target(config: Config, processes: Processes, name: str) -> Target:
+    """Return the hardware with a name such as 8xH100, or that of this process. Raises ValueError for another name."""
+    if not name:
+        device, count, dtype = processes.device, processes.world_size, processes.dtype
+        free, part = usable_memory(device)
+        if device.type != "cuda":
+            return Target(device.type, Hardware(count, dtype), None, part * free)
+        full_name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return Target(full_name, Hardware(count, dtype, memory), find_card(full_name), part * free)
+    number, _, device_name = name.partition("x")
+    count, card = int(number) if number.isdecimal() else 0, find_card(device_name)
+    if count < 1 or card is None:
+        raise ValueError(
+            f"--dry-run {name}: expected a number and a device such as 8xH100, with one of {', '.join(CARDS)}"
+        )
+    dtype = card.dtype if config.system.dtype == "auto" else DTYPES[config.system.dtype]
+    memory = card.memory * 2**30
+    return Target(device_name, Hardware(count, dtype, memory), card, GPU_SHARE * memory)
+
+
+def strategies(config: Config, count: int) -> dict[str, bool]:
+    """Return the strategies that a run can use, {name: sharded}."""
+    if count == 1:
+        return {"one process": False}
+    both = {"ddp": False, "fsdp": True}
+    return both if config.system.parallel == "auto" else {config.system.parallel: both[config.system.parallel]}
+
+
+def choose_micro_batch(config: Config, model: GPTConfig, target: Target, *, sharded: bool) -> int | None:
+    """Return the micro-batch that a run on this hardware would use; None if not even one window fits."""
+    windows = most_windows(config, target.hardware.count)
+    if config.data.micro_batch != "auto":
+        return min(config.data.micro_batch, windows)
+
+    def fits(rows: int) -> bool:
+        return sum(needed_memory(config, model, rows, target.hardware, sharded=sharded).values()) <= target.budget
+
+    return largest_micro_batch(windows, fits)
+
+
+def describe_memory(config: Config, model: GPTConfig, target: Target) -> list[str]:
+    """Return the table of the memory that each strategy and micro-batch needs, with a verdict for each."""
+    hardware, windows = target.hardware, most_windows(config, target.hardware.count)
+    precision = str(hardware.dtype).removeprefix("torch.")
+    lines = [f"memory      estimated MiB on each of {hardware.count} x {target.name}, {precision}"]
+    header = ("strategy", "micro-batch", "weights", "gradients", "optimizer", "activations", "logits", "total")
+    lines.append("".join(f"{name:>12}" for name in header) + f"  of {target.budget / 2**20:,.0f}")
+    for name, sharded in strategies(config, hardware.count).items():
+        chosen = choose_micro_batch(config, model, target, sharded=sharded)
+        is_auto = config.data.micro_batch == "auto"
+        sizes = {2**i for i in range(windows.bit_length()) if 2**i <= 64} if is_auto else set()
+        for rows in sorted(sizes | ({chosen} if chosen is not None else set())):
+            needed = list(needed_memory(config, model, rows, hardware, sharded=sharded).values())
+            verdict = "fits" if sum(needed) <= target.budget else "does not fit"
+            if is_auto and rows == chosen:
+                verdict += ": auto uses this"
+            columns = "".join(f"{n / 2**20:>12,.0f}" for n in (*needed, sum(needed)))
+            lines.append(f"{name:>12}{rows:>12}{columns}  {verdict}")
+    return lines
+
+
+def describe_time(config: Config, model: GPTConfig, target: Target, mfu: float | None) -> list[str]:
+    """Return the expected duration of a step and of the run, with the parts of a step if the card is known."""
+    hardware, card, steps = target.hardware, target.card, config.optim.steps
+    n_parameters = count_parameters(model)
+    flops = flops_per_token(model, n_parameters, config.data.sequence_length) * config.data.batch_tokens
+    precision = str(hardware.dtype).removeprefix("torch.")
+    peak = card.peak_in(hardware.dtype) if card else None
+    if card is None and hardware.gpu_memory is None:
+        seconds = seconds_on_cpu(config, model, hardware.dtype) / hardware.count
+        return [
+            f"time        {duration(steps * seconds)}, {duration(seconds)} a step, assuming {CPU_SHARE:.0%} of the "
+            f"rate of matrix products that was measured now"
+        ]
+    if card is None or peak is None:
+        return [
+            f"time        not estimated: the peak of {target.name} in {precision} is not known; name a device: "
+            f"--dry-run 8xH100"
+        ]
+    if mfu is not None:
+        seconds = flops / (mfu * peak * hardware.count)
+        return [
+            f"time        {duration(steps * seconds)}, {duration(seconds)} a step, assuming {mfu:.0%} of "
+            f"{peak / 1e12:,.0f} TFLOP/s on each (--mfu)"
+        ]
+    lines = ["time        estimated for each step in ms; no GPU has confirmed these estimates"]
+    header = ("strategy", "compute", "loss", "exposed comm", "optimizer", "evaluation", "total")
+    lines.append("".join(f"{name:>13}" for name in header) + "   tokens/s      MFU   whole run")
+    for name, sharded in strategies(config, hardware.count).items():
+        rows = choose_micro_batch(config, model, target, sharded=sharded)
+        if rows is None:
+            lines.append(f"{name:>13}  does not fit")
+            continue
+        step = estimate_step(config, model, card, hardware.count, hardware.dtype, rows, sharded=sharded)
+        assert step is not None
+        columns = "".join(f"{1000 * seconds:>13,.1f}" for seconds in (*step, step.total))
+        tokens_per_second, used = config.data.batch_tokens / step.total, flops / step.total / peak / hardware.count
+        lines.append(f"{name:>13}{columns}{tokens_per_second:>11,.0f}{used:>9.0%}   {duration(steps * step.total)}")
+    for words, project, rate in PUBLISHED:
+        if find_card(words) is card:
+            lines.append(f"published   {project} trains 124M at {rate:,} tokens/s on each {words}")
+    return lines

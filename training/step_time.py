@@ -1,0 +1,187 @@
+"""The expected duration of a training step, from counted FLOPs, bytes and collective operations.
+
+No GPU has confirmed these estimates. The fractions of a card's peak below were chosen so that the estimates for 124M
+come within 7% of the rates that other projects have published (PUBLISHED).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from data.loader import ceil_div
+from device import Card
+from kernels.cuda_loss import padded, rows_at_a_time
+from model import GPTConfig
+from processes import Processes
+from training.config import Config
+from training.estimate import count_parameters, flops_per_token, most_windows
+from training.metrics import duration
+
+# Tokens per second of one card for GPT-2 124M with 1,024 tokens per sequence: (card, project, tokens/s)
+PUBLISHED = [("H100", "llm.c", 468_000), ("A100", "llm.c", 218_000), ("RTX 4090", "nanoGPT", 106_000)]
+# Fractions of the peak FLOP/s that large products and causal attention reach. The fastest cards lower their clock rate
+# in large products, because these need more power than the card may use.
+PRODUCTS, ATTENTION = 0.78, 0.40
+PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
+FAST_CARD = 700e12  # FLOP/s
+BANDWIDTH, LINK = 0.9, 0.8  # fractions of the bytes/s of memory, and of the connection between GPUs
+NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to others: eight adapters of 400 Gbit/s
+LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation besides its bytes
+# Bytes of memory traffic for each token and channel of a block, besides the products, with 2 bytes per number: 40 in
+# the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients of
+# biases, and the concatenation of the gradients of queries, keys and values).
+ELEMENTWISE = 150
+HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU worse
+TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 3e-3  # decoding time depends on the number of kernels, not on the card
+SLOW_STEP, SLOWEST_CPU = 60.0, 1e10  # seconds of a step worth a warning; FLOP/s that any CPU reaches
+CPU_SHARE = 0.75  # of a CPU's measured rate of matrix products: 78% to 81% were measured for 124M
+
+
+class StepTime(NamedTuple):
+    """Seconds of an optimizer step by part, on each of the cards."""
+
+    compute: float  # blocks, forward and backward
+    loss: float  # head and cross-entropy, forward and backward
+    communication: float  # the part of it that does not overlap with computation
+    optimizer: float
+    evaluation: float  # validation, HellaSwag and samples, divided over the steps between them
+
+    @property
+    def total(self) -> float:
+        """The sum of all parts."""
+        return sum(self)
+
+
+def estimate_step(
+    config: Config, model: GPTConfig, card: Card, count: int, dtype: torch.dtype, rows: int, *, sharded: bool
+) -> StepTime | None:
+    """Estimate a step on `count` cards with micro-batches of `rows` windows; None if the peak in `dtype` is not known.
+
+    Args:
+        sharded: FSDP instead of DDP.
+    """
+    peak = card.peak_in(dtype)
+    if peak is None:
+        return None
+    windows, T = most_windows(config, count), config.data.sequence_length
+    passes, tokens = ceil_div(windows, rows), windows * T
+    compute = (
+        tokens * seconds_of_a_token(model, card, peak, T) * (4 / 3 if config.system.activation_checkpointing else 1)
+    )
+    loss = tokens * seconds_of_loss(model, card, peak, dtype)
+    last_backward = (compute + loss) / passes * 2 / 3
+    communication = seconds_of_communication(model, card, count, dtype, passes, last_backward, sharded=sharded)
+    forward = (compute + loss) / tokens / 3
+    evaluation = 0.0
+    if config.eval.every:
+        validation = config.eval.tokens / count * forward
+        if config.eval.samples:
+            validation += TOKENS_OF_SAMPLES * SECONDS_OF_A_TOKEN
+        evaluation += validation / config.eval.every
+        if config.eval.hellaswag:
+            hellaswag = HELLASWAG_TOKENS / count * forward * HELLASWAG_SLOWDOWN
+            evaluation += hellaswag / max(config.eval.every, config.eval.hellaswag_every)
+    optimizer = seconds_of_optimizer(config, model, card, peak, count, sharded=sharded)
+    return StepTime(compute, loss, communication, optimizer, evaluation)
+
+
+def fractions(card: Card) -> tuple[float, float]:
+    """Return the fractions of its peak that a card reaches in products and in attention."""
+    if card.peak_flops > FAST_CARD:
+        return PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS
+    return PRODUCTS, ATTENTION
+
+
+def seconds_of_a_token(model: GPTConfig, card: Card, peak: float, sequence_length: int) -> float:
+    """Return the seconds of one token's forward and backward pass through the blocks."""
+    products, attention = fractions(card)
+    width, layers = model.n_embd, model.n_layer
+    # 6 FLOPs for each weight. Causal attention: half of 4 T C forward, and 2.5 times as much backward.
+    return (
+        6 * 12 * width**2 * layers / (products * peak)
+        + 7 * sequence_length * width * layers / (attention * peak)
+        + ELEMENTWISE * width * layers / (BANDWIDTH * card.bandwidth)
+    )
+
+
+def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtype) -> float:
+    """Return the seconds of one token's loss: three products, and the logits read twice and written once."""
+    columns = padded(model.vocab_size)
+    rows = rows_at_a_time(card.memory * 2**30, model.vocab_size, dtype.itemsize)
+    # After each chunk of rows, the product is added to the head's gradient: three numbers of 4 bytes for each weight.
+    traffic = 3 * columns * dtype.itemsize + 12 * columns * model.n_embd / rows
+    return 6 * columns * model.n_embd / (fractions(card)[0] * peak) + traffic / (BANDWIDTH * card.bandwidth)
+
+
+def seconds_of_communication(
+    model: GPTConfig, card: Card, count: int, dtype: torch.dtype, passes: int, last_backward: float, *, sharded: bool
+) -> float:
+    """Return the seconds of a step in which the GPUs wait for collective operations."""
+    if count == 1:
+        return 0.0
+    rate = LINK * (card.link if count <= NODE_SIZE else min(card.link, NETWORK))
+    latency = LATENCY + LATENCY_PER_GPU * count
+
+    def seconds(n_bytes: float, operations: int) -> float:
+        """Return the duration of all-gathers or reduce-scatters of `n_bytes` in all."""
+        return n_bytes * (count - 1) / count / rate + operations * latency
+
+    parameters, embeddings = count_parameters(model), (model.vocab_size + model.block_size) * model.n_embd
+    blocks = parameters - embeddings
+    if not sharded:
+        # An all-reduce is a reduce-scatter and an all-gather. The embeddings' gradient is complete only at the end.
+        reduce = 2 * seconds(4 * parameters, 1 + model.n_layer)
+        return max(2 * seconds(4 * embeddings, 1), reduce - last_backward)
+    gather = seconds(2 * dtype.itemsize * blocks, 2 * model.n_layer)  # before the forward and the backward pass
+    reduce = seconds(4 * blocks, model.n_layer)
+    around = seconds(4 * embeddings, 1)  # before the first block and after the last, where nothing can overlap
+    return (passes + 1) * around + max(0.0, passes * (gather - 1.5 * last_backward)) + max(0.0, reduce - last_backward)
+
+
+def seconds_of_optimizer(
+    config: Config, model: GPTConfig, card: Card, peak: float, count: int, *, sharded: bool
+) -> float:
+    """Return the seconds of clipping and the optimizer: memory traffic, and Muon's products."""
+    traffic = 40 * count_parameters(model) / (count if sharded else 1)  # 28 bytes for AdamW, 12 for clipping
+    seconds = traffic / (BANDWIDTH * card.bandwidth)
+    if config.optim.name == "muon":
+        # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns: four square matrices and
+        # two of 4 C columns in each block, in one group for each shape.
+        of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
+        seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
+    return seconds
+
+
+def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
+    """Return the FLOP/s of this CPU for products of the size of a model's, measured in a fraction of a second."""
+    a, b = torch.ones(1024, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+    durations = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ b
+        durations.append(time.perf_counter() - start)
+    return 2 * a.numel() * b.size(1) / min(durations)
+
+
+def seconds_on_cpu(config: Config, model: GPTConfig, dtype: torch.dtype) -> float:
+    """Estimate the seconds of a step on this CPU, all of whose cores compute now."""
+    flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
+    return flops / (CPU_SHARE * measure_matmul_rate(dtype))
+
+
+def warn_of_slow_cpu(config: Config, model: GPTConfig, processes: Processes) -> list[str]:
+    """Return a warning if the configuration is one for a GPU, and this is a CPU on which a step takes minutes."""
+    flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
+    if processes.device.type != "cpu" or flops / processes.world_size < 60 * SLOWEST_CPU:
+        return []
+    seconds = seconds_on_cpu(config, model, processes.dtype) / processes.world_size
+    if seconds < SLOW_STEP:
+        return []
+    return [
+        f"on this CPU, a step is estimated to take {duration(seconds)}, and the run "
+        f"{duration(seconds * config.optim.steps)}: this configuration is for a GPU. For a CPU, there is "
+        f"configs/shakespeare.yaml; or lower data.batch_tokens"
+    ]
