@@ -14,6 +14,7 @@ import time
 import uuid
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-from device import autocast, find_device, find_dtype, keep_freed_memory
+from device import autocast, find_device, find_dtype, keep_freed_memory, make_deterministic
+
+# Processes start at different times, because each loads libraries from a file system that may be slow.
+JOIN_TIMEOUT = timedelta(minutes=10)
+# The longest work of one process for which the others wait is process 0 writing the checkpoint of a large model before
+# it saves the next one. NCCL's default of 10 minutes can be too short for that.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+ANSWER_TIMEOUT = timedelta(seconds=3)  # below the 30 seconds after which torchrun kills the processes that are left
 
 
 @dataclass(frozen=True)
@@ -67,19 +75,23 @@ class Processes:
         return autocast(self.device, self.dtype)
 
 
-def start_processes(device_name: str, dtype_name: str) -> Processes:
+def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = False) -> Processes:
     """Find the device, and join the other processes if torchrun started several.
 
     Args:
         device_name: `system.device` of the configuration, see `device.find_device`.
         dtype_name: `system.dtype` of the configuration, see `device.find_dtype`.
+        deterministic: `system.deterministic` of the configuration, see `device.make_deterministic`.
 
     Raises:
         ValueError: this machine does not have the device, or the environment variables of torchrun are incomplete.
+        TimeoutError: another process did not connect within JOIN_TIMEOUT.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and "RANK" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {world_size}, but RANK is not set: start several processes with torchrun")
+    if deterministic:
+        make_deterministic()
     device = find_device(device_name, "system.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -87,8 +99,14 @@ def start_processes(device_name: str, dtype_name: str) -> Processes:
     elif device.type == "cpu":
         keep_freed_memory()
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=rendezvous(rank, world_size), rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=rendezvous(rank, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,  # otherwise NCCL guesses it from the rank
+        )
     return Processes(rank, world_size, device, find_dtype(dtype_name, device))
 
 
@@ -100,17 +118,29 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     random name for the attempt, and all keys of the attempt begin with it. Each other process chooses a random key and
     announces it, and the main process stores the name under this key.
 
-    Raises TimeoutError if a process does not connect.
+    Raises TimeoutError, which names the missing processes, if the others do not connect within JOIN_TIMEOUT.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
-    if rank > 0:
-        own_key = uuid.uuid4().hex
-        store.set(f"here-{rank}", own_key)
-        attempt = store.get(f"attempt-for-{own_key}").decode()  # waits until the key exists
-        store.set(f"{attempt}-known-to-{rank}", "")
-        return dist.PrefixStore(attempt, store)
+    host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    try:
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun does not hold the store
+            # `dist.rendezvous` would wait for the others here, and could not name those that are missing.
+            store: dist.Store = dist.TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
+        else:
+            store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(JOIN_TIMEOUT)
+        if rank > 0:
+            own_key = uuid.uuid4().hex
+            store.set(f"here-{rank}", own_key)
+            attempt = store.get(f"attempt-for-{own_key}").decode()  # waits until the key exists
+            store.set(f"{attempt}-known-to-{rank}", "")
+            return dist.PrefixStore(attempt, store)
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"process 0 at {host}:{port} did not answer within {JOIN_TIMEOUT.total_seconds():g} seconds: check "
+            f"whether it was started, and whether this machine can reach that address ({str(error).splitlines()[0]})"
+        ) from None
     attempt, missing = uuid.uuid4().hex, set(range(1, world_size))
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     while missing:
         for other in missing:
             # The announced key may come from an earlier attempt. So it is read again until the process has answered.
@@ -118,7 +148,10 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
                 store.set(f"attempt-for-{store.get(f'here-{other}').decode()}", attempt)
         missing = {other for other in missing if not store.check([f"{attempt}-known-to-{other}"])}
         if time.monotonic() > deadline:
-            raise TimeoutError(f"processes {sorted(missing)} did not connect: check whether they were started")
+            raise TimeoutError(
+                f"processes {sorted(missing)} of {world_size} did not connect to {host}:{port} within "
+                f"{JOIN_TIMEOUT.total_seconds():g} seconds: check whether they were started"
+            )
         time.sleep(0.01)
     return dist.PrefixStore(attempt, store)
 
@@ -133,3 +166,25 @@ def stop_processes() -> None:
 def lost_process(error: RuntimeError) -> bool:
     """Return whether an error means that another process has ended. NCCL and gloo report a broken connection."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def name_lost_processes() -> str:
+    """Return "process 3" or "processes [3, 5]" for those that do not answer, after a collective operation has failed.
+
+    Every process that is alive has failed too and calls this function, which announces it. Those that have not done so
+    after ANSWER_TIMEOUT have ended, or they hang. If the store is gone, it was process 0 or torchrun, which held it.
+    """
+    try:
+        store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+        store.set(f"alive-{rank}", "")
+        missing, deadline = set(range(world_size)) - {rank}, time.monotonic() + ANSWER_TIMEOUT.total_seconds()
+        while missing and time.monotonic() < deadline:
+            missing = {other for other in missing if not store.check([f"alive-{other}"])}
+            time.sleep(0.05)
+    except dist.DistError:
+        return "process 0"
+    except ValueError:  # the failure happened before there was a process group
+        return "another process"
+    if not missing:
+        return "the connection to another process"
+    return f"process {missing.pop()}" if len(missing) == 1 else f"processes {sorted(missing)}"

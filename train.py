@@ -95,8 +95,9 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
     # The only host-device synchronization of a step: up to here, the host queued work for the device without waiting.
     # The sums over all processes give every process the same numbers, so all of them take the same decisions.
-    requests = torch.tensor([float(stop_requested), float(save_requested)]).to(processes.device)
-    reduced = processes.all_reduce_sum(torch.cat([loss_sum[None], requests]))
+    # `torch.full` fills memory of the device. A copy of a new tensor of the host would be another synchronization.
+    requests = [torch.full((), float(asked), device=processes.device) for asked in (stop_requested, save_requested)]
+    reduced = processes.all_reduce_sum(torch.stack([loss_sum, *requests]))
     numbers = torch.cat([reduced, torch.stack([norm, scale, next_scale])]).tolist()
     loss, stops, saves, grad_norm, loss_scale, next_loss_scale = numbers
     run.clock.lap("forward_backward")

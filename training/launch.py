@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from processes import Processes, lost_process, start_processes, stop_processes
+from processes import Processes, lost_process, name_lost_processes, start_processes, stop_processes
 from training.config import Config, Flags, parse_command_line
 
 
@@ -54,14 +54,15 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
     with lasting_output():
         try:
             config, flags = parse_command_line()
-            yield config, flags, start_processes(config.system.device, config.system.dtype)
+            system = config.system
+            yield config, flags, start_processes(system.device, system.dtype, deterministic=system.deterministic)
         except (ValueError, OSError, FloatingPointError) as error:
             fail(f"train.py: {who}{error}")
         except RuntimeError as error:
             if not lost_process(error):
                 raise
-            reason = str(error).splitlines()[0]
-            message = f"train.py: {who}lost another process, whose own message states the cause ({reason})"
+            reason, lost = str(error).splitlines()[0], name_lost_processes()
+            message = f"train.py: {who}lost {lost}, whose own message states the cause ({reason})"
             fail(message, 1, consequence=True)
         except KeyboardInterrupt:
             print(

@@ -14,6 +14,7 @@ from eval.hellaswag import hellaswag
 from eval.loss import SplitLoss, joined, split_loss
 from generation import generate
 from model import GPT
+from training.config import Config
 from training.distributed import free_gathered_weights
 from training.launch import StopSignal
 from training.setup import TrainingRun
@@ -26,7 +27,7 @@ class Validation(NamedTuple):
 
     loss: SplitLoss
     parts: dict[str, SplitLoss]  # of each dataset, only if there are several
-    hellaswag: dict[str, Any] | None  # None unless eval.hellaswag is set
+    hellaswag: dict[str, Any] | None  # None if it was not scored
     texts: list[str]  # samples; only the main process's are used
 
 
@@ -98,7 +99,7 @@ def score(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], dict[str, 
     }
     loss = joined(losses.values()) if len(losses) > 1 else next(iter(losses.values()))
     answers = None
-    if config.eval.hellaswag:
+    if config.eval.hellaswag and hellaswag_is_due(run.state.step, config):
         with processes.autocast():
             answers = hellaswag(
                 model,
@@ -108,6 +109,12 @@ def score(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], dict[str, 
                 reduce=processes.all_reduce_sum,
             )
     return loss, losses if len(losses) > 1 else {}, answers
+
+
+def hellaswag_is_due(step: int, config: Config) -> bool:
+    """Return whether the validation after `step` is the last, or the first since a multiple of eval.hellaswag_every."""
+    every, previous = config.eval.hellaswag_every, step - config.eval.every
+    return step == config.optim.steps or step // every > previous // every
 
 
 def sample_texts(run: TrainingRun) -> list[str]:
