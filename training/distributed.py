@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from model import GPT
+from kernels.compiled import Compiled
+from model import GPT, Block
 from processes import Processes
 
 
@@ -35,32 +35,57 @@ class Loss(nn.Module):
         return loss
 
 
-class CompiledLoss(nn.Module):
-    """A `Loss` that is compiled at its first call. If compiling fails, it prints a warning and runs uncompiled."""
+def recomputing_forward(block: Block, *inputs: Any) -> Any:
+    """`Block.forward` that keeps only its inputs for the backward pass, which computes the activations again."""
+    return checkpoint(functools.partial(Block.forward, block), *inputs, use_reentrant=False)
 
-    def __init__(self, loss: Loss) -> None:
-        from torch._dynamo.exc import TorchDynamoException  # imported here: it takes a second, and few runs compile
 
-        super().__init__()
-        self.loss, self._cannot_compile = loss, TorchDynamoException
-        self._compiled: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = torch.compile(
-            loss.forward, dynamic=False
-        )
+def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
+    """Compile `forward`, the forward pass of a block, in training. What lies between the blocks runs uncompiled.
 
-    def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Return what `Loss` returns."""
-        if self._compiled is not None:
-            try:
-                return self._compiled(inputs, targets, documents)
-            # Errors of Dynamo, Inductor and its C++ compiler. Errors of the model itself are not caught.
-            except self._cannot_compile as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(
-                    f"compiling failed, training continues with PyTorch's own operators, which is slower: {reason}",
-                    file=sys.stderr,
-                )
-                self._compiled = None
-        return self.loss(inputs, targets, documents)
+    Blocks are also the units of communication. FSDP gathers the weights of a block before it and shards them after it,
+    in hooks that cannot be part of a graph. DDP averages the gradients of a block while the backward pass of the
+    previous block runs; a graph of the whole model would return all gradients at its end. In eval mode, where shapes
+    vary, the blocks run uncompiled.
+    """
+    import torch._dynamo.config as dynamo_config  # imported here: it takes a second, and few runs compile
+
+    dynamo_config.optimize_ddp = False  # it would split a block's graph at the borders of DDP's buckets
+    compiled = Compiled(forward, "the blocks")  # one for all: the code of the first block suits the others
+
+    def run(block: Block, *inputs: Any) -> Any:
+        return (compiled if block.training else Block.forward)(block, *inputs)
+
+    block: Any
+    for block in model.transformer.h:
+        block.forward = functools.partial(run, block)
+
+
+def shard(model: GPT, dtype: torch.dtype) -> None:
+    """Divide parameters, gradients and optimizer state between all processes with FSDP2; `dtype` is autocast's.
+
+    The matrices of a block, which autocast would convert, are gathered in `dtype`, each block in one collective
+    operation. Everything else, and with it the residual stream, is float32, so that the results are those of DDP. It is
+    gathered once for a forward and backward pass. This includes the LayerNorms of the blocks, which together are
+    smaller than one matrix: gathered block by block they would take two thirds of all operations.
+    """
+    # imported here: it takes a second, and few runs shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    blocks = model.transformer.h
+    matrices = {
+        p
+        for block in blocks
+        for linear in block.modules()
+        if isinstance(linear, nn.Linear)
+        for p in linear.parameters()
+    }
+    fully_shard(model, ignored_params=matrices)
+    others = {p for block in blocks for p in block.parameters()} - matrices
+    reduced = dtype if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mp_policy=policy, ignored_params=others)
 
 
 def distribute(
@@ -75,29 +100,24 @@ def distribute(
     """Return the model's `Loss`, compiled and distributed over all processes. The GPT keeps its parameter names.
 
     Args:
-        compiled: compile the loss with torch.compile.
+        compiled: use torch.compile, for the whole loss on one process and for each block on several.
         sharded: use FSDP2, which divides parameters and optimizer state between processes; otherwise DDP.
         sequence_length: tokens per window, for one backward pass that DDP needs before training.
         activation_checkpointing: compute the activations of each block again in the backward pass.
     """
+    loss: nn.Module = Loss(model)
+    forward = recomputing_forward if activation_checkpointing else Block.forward
+    block: Any
     if activation_checkpointing:
         for block in model.transformer.h:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(forward, block)
+    if compiled and processes.world_size == 1 and not sharded:
+        loss.forward = Compiled(loss.forward, "the loss")  # one graph: operations are fused across blocks
+    elif compiled:
+        compile_blocks(model, forward)
     if sharded:
-        # imported here: it takes a second, and few runs shard
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        # The matrices of the blocks, which autocast would convert, are gathered in the reduced dtype. Everything else,
-        # and with it the residual stream, is float32. So the results are those of DDP.
-        reduced = processes.dtype if processes.dtype != torch.float32 else None
-        policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.transformer.h:
-            for norm in (module for module in block.children() if isinstance(module, nn.LayerNorm)):
-                fully_shard(norm)
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model)
-    loss: nn.Module = CompiledLoss(Loss(model)) if compiled else Loss(model)
-    if processes.world_size > 1 and not sharded:
+        shard(model, processes.dtype)
+    elif processes.world_size > 1:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
         # DDP sums the gradients of the processes in one order in its first backward pass, and in another order in all
         # later ones. The result of one pass is discarded here, so that a resumed run uses the same order as a run that

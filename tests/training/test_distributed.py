@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import socket
 import sys
 import time
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from kernels.compiled import Compiled
 from model import GPT, GPTConfig
-from training.distributed import CompiledLoss, Loss
+from training.distributed import Loss
 from training.run_directory import read_metrics
 
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -197,11 +199,27 @@ def test_a_process_that_fails_ends_the_others_and_prints_its_own_message(
     assert agent.returncode != 0
     assert time.monotonic() - began < 60
     assert re.search(r"^train.py: process 1: cannot read shard .*train_000000.bin: No such file", output, re.M), output
-    assert "process 0: lost another process" in output
-    assert "No such file" in "".join(output.splitlines()[-5:]), (
-        output
-    )  # torchrun repeats the cause, not the consequence
+    assert "process 0: lost process 1, whose own message states the cause" in output
+    # torchrun repeats the cause, not the consequence
+    assert "No such file" in "".join(output.splitlines()[-5:]), output
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_by_the_others(tiny_run, write_config, launch):
+    """After the time limit of a collective operation. torchrun would only see that no process has ended."""
+    config = write_config(tiny_run("hangs"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    one, _ = (
+        launch(sys.executable, "tests/training/hang_on_one_rank.py", "1", "--config", config, PYTHONPATH=".",
+               RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(2)
+    )  # fmt: skip
+    output, _ = one.communicate(timeout=120)
+    assert one.returncode == 1
+    assert "train.py: process 0: lost process 1, whose own message states the cause" in output
 
 
 def compiled_loss(monkeypatch, error):
@@ -213,14 +231,14 @@ def compiled_loss(monkeypatch, error):
     monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
     torch.manual_seed(0)
     loss = Loss(GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=1, n_embd=4)).train())
-    return CompiledLoss(loss), loss, torch.randint(7, (2, 4))
+    return Compiled(loss, "the loss"), loss, torch.randint(7, (2, 4))
 
 
 def test_a_failed_compilation_is_reported_and_training_continues(monkeypatch, capsys):
     loss, plain, ids = compiled_loss(monkeypatch, TorchDynamoException("no such compiler: nowhere++"))
     assert torch.equal(loss(ids, ids), plain(ids, ids))
     assert torch.equal(loss(ids, ids), plain(ids, ids))
-    assert capsys.readouterr().err.count("compiling failed") == 1
+    assert capsys.readouterr().err.count("compiling the loss failed") == 1
 
 
 def test_an_error_of_the_model_is_not_treated_as_a_failed_compilation(monkeypatch):
