@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from data.loader import ceil_div
+from kernels.compiled import Compiled
 from training.config import Optim
 
 
@@ -19,8 +22,8 @@ class Muon(Optimizer):
 
     All singular values of an update are about 1, so a matrix moves equally far in every direction in which its
     gradients agree, including rare ones. It differs from torch.optim.Muon in two points. Queries, keys and values,
-    which c_attn computes in one product, are three matrices here. And processes that have the same gradients (DDP)
-    divide the work: each orthogonalizes some of the matrices for all.
+    which c_attn computes in one product, are three matrices here. And the processes divide the work: each
+    orthogonalizes some of the matrices for all.
     """
 
     def __init__(
@@ -31,6 +34,9 @@ class Muon(Optimizer):
         weight_decay: float,
         momentum: float,
         dtype: torch.dtype = torch.float32,
+        *,
+        batched: bool = False,
+        orthogonalize: Callable[[Tensor, torch.dtype], Tensor] | None = None,
     ) -> None:
         """Create momentum buffers.
 
@@ -38,9 +44,12 @@ class Muon(Optimizer):
             stacked: parameters that are square matrices on top of each other, (2C or 3C, C).
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
+            batched: process all matrices of a shape together. On a GPU, one matrix is too small a task. On a CPU it is
+                not, and there matrices are processed one by one.
+            orthogonalize: `newton_schulz` (the default), or a compiled form of it.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
-        self.dtype = dtype
+        self.dtype, self.batched, self._orthogonalize = dtype, batched, orthogonalize or newton_schulz
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for parameter in (p for group in self.param_groups for p in group["params"]):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -48,6 +57,9 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
         """Update each matrix (rows, columns) that has a gradient."""
+        if self.batched:
+            self._step_in_batches()
+            return
         for group in self.param_groups:
             # The processes take the matrices in turn. Sorting by size gives each about the same amount of work.
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
@@ -55,7 +67,6 @@ class Muon(Optimizer):
             updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u for u in updates]
             distributed_newton_schulz(updates, self.dtype)
             for parameter, update in zip(parameters, updates, strict=True):
-                rows, columns = update.shape[-2:]
                 update = update.reshape(parameter.shape)
                 if hasattr(parameter, "full_tensor"):  # FSDP: every process has the whole update and keeps its part
                     # imported here: it takes a second, and few runs shard
@@ -64,8 +75,7 @@ class Muon(Optimizer):
                     update = DTensor.from_local(update, parameter.device_mesh, [Replicate()]).redistribute(
                         placements=parameter.placements
                     )
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                self._apply(group, parameter, update, parameter.shape)
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """Return the Nesterov momentum of a parameter's gradient, gathered from all processes if it is sharded."""
@@ -75,10 +85,108 @@ class Muon(Optimizer):
         update = gradient.lerp(average, momentum)
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        """Move a parameter, or this process's part of one, against its update. `shape` is that of the whole."""
+        rows, columns = shape
+        rows = columns if group["stacked"] else rows
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _step_in_batches(self) -> None:
+        """Process all matrices of a shape together. While the results of one shape travel, the next is computed."""
+        waiting: Callable[[], None] | None = None
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for parameters in shapes.values():
+                sharded = hasattr(parameters[0], "full_tensor")
+                finish = (self._start_sharded if sharded else self._start_replicated)(group, parameters)
+                if waiting is not None:
+                    waiting()
+                waiting = finish
+        if waiting is not None:
+            waiting()
+
+    def _start_replicated(self, group: dict[str, Any], parameters: list[Tensor]) -> Callable[[], None]:
+        """Orthogonalize this process's part of N matrices of one shape, and start to send it to the other processes.
+
+        Returns the function that waits for the parts of the others and updates the parameters.
+        """
+        rank, world_size = rank_and_world_size()
+        part = ceil_div(len(parameters), world_size)  # matrices of each process; the last ones may have fewer
+        gradients: Any = [p.grad for p in parameters]
+        averages = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        own = slice(rank * part, (rank + 1) * part)
+        updates = torch._foreach_lerp(gradients[own], averages[own], group["momentum"]) if parameters[own] else []
+        results = parameters[0].new_empty(part * world_size, *parameters[0].shape, dtype=self.dtype)
+        if updates:
+            results[own][: len(updates)] = self._orthogonalize_all(group, torch.stack(list(updates)))
+        work = None
+        if world_size > 1:
+            work = dist.all_gather_into_tensor(results, results[own].clone(), async_op=True)
+
+        def finish() -> None:
+            if work is not None:
+                work.wait()
+            for parameter, update in zip(parameters, results, strict=False):
+                self._apply(group, parameter, update, parameter.shape)
+
+        return finish
+
+    def _start_sharded(self, group: dict[str, Any], parameters: list[Any]) -> Callable[[], None]:
+        """Do what `_start_replicated` does, with parameters of which each process has some rows (FSDP).
+
+        Each process sends its rows of every matrix to the process that orthogonalizes it, and receives its rows of
+        the results. So no process ever holds all matrices.
+        """
+        rank, world_size = rank_and_world_size()
+        part = ceil_div(len(parameters), world_size)
+        rows, columns = parameters[0].shape
+        shard_rows = ceil_div(rows, world_size)  # rows of each process; the last ones may have fewer
+        local = [p.to_local() for p in parameters]
+        gradients = [p.grad.to_local() for p in parameters]
+        averages = [self.state[p]["momentum_buffer"].to_local() for p in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        sent = local[0].new_zeros(world_size * part, shard_rows, columns)
+        for row, update in zip(sent, torch._foreach_lerp(gradients, averages, group["momentum"]), strict=False):
+            row[: len(update)] = update
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        # (processes, part, shard_rows, columns) -> (part, rows, columns): put the rows of each matrix together
+        matrices = received.unflatten(0, (world_size, part)).transpose(0, 1).flatten(1, 2)[:, :rows]
+        count = max(0, min(part, len(parameters) - rank * part))
+        results = matrices.new_zeros(part, world_size * shard_rows, columns, dtype=self.dtype)
+        if count:
+            results[:count, :rows] = self._orthogonalize_all(group, matrices[:count].contiguous())
+        sent = results.unflatten(1, (world_size, shard_rows)).transpose(0, 1).contiguous()
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            for parameter, shard, update in zip(parameters, local, received.flatten(0, 1), strict=False):
+                self._apply(group, shard, update[: len(shard)], parameter.shape)
+
+        return finish
+
+    def _orthogonalize_all(self, group: dict[str, Any], updates: Tensor) -> Tensor:
+        """Return the orthogonalized updates (N, rows, columns) in the precision of the iteration."""
+        columns = updates.size(2)
+        batch = updates.view(-1, columns, columns) if group["stacked"] else updates
+        return self._orthogonalize(batch, self.dtype).view(updates.shape)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the number of this process and the number of all processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None:
     """Replace each tensor of the list by its `newton_schulz`; process r of n computes elements r, r + n, r + 2n, ..."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world_size()
     messages = []
     for i, update in enumerate(updates):
         owner = i % world_size
@@ -122,7 +230,19 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
         stacked = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
         single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
         if matrices:  # false if all blocks are frozen
-            optimizers.append(Muon(stacked, single, config.muon_lr, config.weight_decay, config.muon_momentum, dtype))
+            on_gpu = next(iter(matrices.values())).is_cuda
+            optimizers.append(
+                Muon(
+                    stacked,
+                    single,
+                    config.muon_lr,
+                    config.weight_decay,
+                    config.muon_momentum,
+                    dtype,
+                    batched=on_gpu,
+                    orthogonalize=Compiled(newton_schulz, "Muon's iteration") if on_gpu else newton_schulz,
+                )
+            )
     decayed = [p for p in parameters.values() if p.dim() >= 2]
     undecayed = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

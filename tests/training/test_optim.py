@@ -142,3 +142,37 @@ def test_muon_divides_every_stack_of_square_matrices():
     C = SMALL.n_embd
     assert [tuple(p.shape) for p in stacked["params"]] == [(3 * C, C), (2 * C, C)] * SMALL.n_layer
     assert len(single["params"]) == 5 * SMALL.n_layer  # c_fc, three c_proj, the queries of the second attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_in_batches_of_equal_shapes_equals_one_matrix_at_a_time(dtype):
+    """The form for a GPU, run on a CPU."""
+    torch.manual_seed(0)
+    start = [torch.randn(3 * 16, 16) for _ in range(3)], [torch.randn(*s) for s in [(64, 16), (16, 64), (16, 16)] * 3]
+    gradients = [[torch.randn_like(p) for p in (*start[0], *start[1])] for _ in range(5)]
+    results = []
+    for batched in (False, True):
+        stacked, others = ([p.clone().requires_grad_() for p in part] for part in start)
+        muon = Muon(stacked, others, lr=0.02, weight_decay=0.1, momentum=0.95, dtype=dtype, batched=batched)
+        take_steps(muon, [*stacked, *others], gradients)
+        results.append([*stacked, *others])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for plain, batched, first in zip(*results, (*start[0], *start[1]), strict=True):
+        assert (plain - batched).norm() <= tolerance * (plain - first).norm()
+
+
+def test_muon_in_batches_skips_matrices_without_a_gradient():
+    """As those of frozen blocks."""
+    matrices = [torch.ones(4, 4, requires_grad=True) for _ in range(3)]
+    matrices[1].grad = torch.eye(4)
+    Muon([], matrices, lr=0.1, weight_decay=0.0, momentum=0.9, batched=True).step()
+    assert [bool((p == 1).all()) for p in matrices] == [True, False, True]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_muon_in_batches_gives_the_same_on_any_number_of_processes(python, processes):
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    output = python(*launch, "tests/training/muon_in_batches.py", PYTHONPATH=".").stdout
+    differences = [float(number) for number in output.split()]
+    assert len(differences) == 2 * processes
+    assert max(differences) < 1e-5
