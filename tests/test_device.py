@@ -170,6 +170,23 @@ def test_a_reduced_precision_keeps_in_float32_what_needs_it(small_run, use_every
         assert run.model(tokens, targets=tokens).loss.dtype == torch.float32
 
 
+def test_deterministic_training_on_a_cpu_gives_the_bits_of_any_training(tiny_run, train, monkeypatch):
+    """Every operator of training, validation and sampling has a deterministic form: otherwise it would raise."""
+    changes = {"optim.name": "muon", "model.dropout": 0.1, "optim.steps": 5, "eval.every": 5, "eval.samples": 1}
+    plain = train(tiny_run("plain", **changes))
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # restored after the test
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    device.make_deterministic()
+    try:
+        again = train(tiny_run("again", **changes))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    files = ("checkpoints/step-000005/model.safetensors", "samples.txt")
+    for name in files:
+        assert (plain / name).read_bytes() == (again / name).read_bytes()
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
 def test_auto_agrees_with_what_the_kernel_says_of_this_cpu(monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)

@@ -141,7 +141,7 @@ def describe_time(config: Config, model: GPTConfig, target: Target, mfu: float |
     flops = flops_per_token(model, n_parameters, config.data.sequence_length) * config.data.batch_tokens
     precision = str(hardware.dtype).removeprefix("torch.")
     peak = card.peak_in(hardware.dtype) if card else None
-    if card is None and hardware.gpu_memory is None:
+    if target.name == "cpu":
         seconds = seconds_on_cpu(config, model, hardware.dtype) / hardware.count
         return [
             f"time        {duration(steps * seconds)}, {duration(seconds)} a step, assuming {CPU_SHARE:.0%} of the "
