@@ -47,13 +47,12 @@ def draw_loss(
 def smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean of the values around each value, over SMOOTHING of their number. (n,) -> (n,)
 
-    The window is centered, and narrower at both ends: a mean of earlier values would lie above a falling curve.
+    The window is centered, and cut at both ends: a mean of earlier values alone would lie above a falling curve.
     """
-    n = len(values)
-    index = np.arange(n)
-    half = np.minimum(round(SMOOTHING * n / 2), np.minimum(index, n - 1 - index))
+    n, half = len(values), round(SMOOTHING * len(values) / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    first, last = np.maximum(0, np.arange(n) - half), np.minimum(n, np.arange(n) + half + 1)
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def late_range(

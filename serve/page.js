@@ -3,7 +3,6 @@ const flow = field("flow"), panel = field("panel"), message = field("message");
 const ALTERNATIVES = 8, NEXT_TOKENS = 20;
 let tokens = [], chosen = -1, stopping = null;
 
-field("prompt").focus();
 document.querySelector(".bar").style.background =
   `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map((p) => shade("mark", p)).join(", ")})`;
 
@@ -92,6 +91,8 @@ field("next").addEventListener("click", () => whileBusy(async (signal) => {
 
 // ---- tokens
 
+// JavaScript puts keys such as "2" before the others, so the order of the answer is restored.
+const ranked = (alternatives) => Object.entries(alternatives).sort((a, b) => b[1] - a[1]);
 const bytesOf = (text) => text.replace(/^bytes:(.*)$/s, (_, bytes) => `⟨${bytes.replaceAll("\\x", " ").trim().toUpperCase()}⟩`);
 
 function addToken(text, logprob, alternatives) {
@@ -113,7 +114,7 @@ function select(i) {
   const description = document.createElement("p");
   description.textContent = `probability ${percent(Math.exp(logprob))}, before temperature, top-k and top-p`;
   panel.append(description);
-  const rows = Object.entries(alternatives);
+  const rows = ranked(alternatives);
   if (!rows.length) return;
   table(panel, ["alternative", "probability"], rows.map(([token, p]) => [quoted(bytesOf(token)), percent(Math.exp(p))]));
   panel.querySelectorAll("tbody tr").forEach((row, n) => row.classList.toggle("own", rows[n][0] === text));
@@ -138,7 +139,7 @@ function showNext(alternatives) {
   const title = document.createElement("h3");
   title.textContent = "Next token after the prompt";
   panel.append(title);
-  table(panel, ["token (click to add it)", "probability"], Object.entries(alternatives).map(([token, p]) => {
+  table(panel, ["token (click to add it)", "probability"], ranked(alternatives).map(([token, p]) => {
     const button = document.createElement("button");
     button.type = "button";
     button.append(quoted(bytesOf(token)));

@@ -48,7 +48,7 @@ function showToken(t) {
   panel.append(description);
   table(panel, ["prediction", "probability"],
     data.alternatives[t].map((token, i) => [quoted(data.labels[token]), percent(data.probabilities[t][i])]));
-  table(panel, ["after", "prediction", "probability", "probability of the actual token"], layerNames.map((name, layer) => [
+  table(panel, ["after", "prediction", "probability", "actual token"], layerNames.map((name, layer) => [
     name, quoted(data.labels[data.lensTokens[layer][t]]), percent(data.lensProbabilities[layer][t]),
     percent(data.lensActual[layer][t]),
   ]));
