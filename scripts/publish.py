@@ -20,10 +20,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from checkpoints import MANIFEST, STATE
 from command import ending
 from data.tokenizer import load_tokenizer
 from model import GPTConfig
-from pretrained import MANIFEST, STATE, resolve_model
+from pretrained import resolve_model
 from report.run_log import RunLog, read_run_log
 from training.estimate import count_parameters
 from weights import read_config

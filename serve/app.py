@@ -185,12 +185,13 @@ async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first
     """Yield server-sent events, one for each part. If the client goes away, the job is cancelled."""
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}
-    n_tokens, event = 0, first
+    n_tokens = 0
+    event: Part | Exception | None = first
     try:
         while isinstance(event, Part):
             n_tokens += event.n_tokens
-            offset = offsets.get(event.index, 0)
-            offsets[event.index] = offset + sum(len(token.text) for token in event.tokens)
+            offset = offsets.get(event.number, 0)
+            offsets[event.number] = offset + sum(len(token.text) for token in event.tokens)
             yield _event(heading | {"choices": [choice(event, with_logprobs=with_logprobs, offset=offset)]})
             event = await job.events.get()
         if event is not None:

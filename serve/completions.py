@@ -66,7 +66,7 @@ class TokenInfo(NamedTuple):
 class Part(NamedTuple):
     """A part of a completion: the whole of it, or what is new in a stream."""
 
-    index: int  # of the completion in the request
+    number: int  # of the completion in the request
     text: str
     tokens: list[TokenInfo]
     n_tokens: int  # new tokens, including the end-of-text that ended the completion
@@ -197,7 +197,7 @@ def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any
             "top_logprobs": [dict(token.alternatives) for token in part.tokens],
             "text_offset": offsets[:-1],
         }
-    return {"text": part.text, "index": part.index, "logprobs": logprobs, "finish_reason": part.finish_reason}
+    return {"text": part.text, "index": part.number, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -213,7 +213,7 @@ def join(parts: Sequence[Part]) -> list[Part]:
     """Return one part for each completion, in the order of their indices."""
     joined: dict[int, list[Part]] = {}
     for part in parts:
-        joined.setdefault(part.index, []).append(part)
+        joined.setdefault(part.number, []).append(part)
     return [
         Part(
             index,

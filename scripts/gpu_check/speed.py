@@ -26,7 +26,7 @@ from scripts.gpu_check.report import Report, Settings
 from scripts.gpu_check.runs import run_train, write_dataset
 from train import accumulate_gradients, train_step
 from training.config import Optim
-from training.estimate import count_parameters, flops_per_token, needed_memory, peak_flops
+from training.estimate import Hardware, count_parameters, flops_per_token, needed_memory, peak_flops
 from training.setup import TrainingRun
 
 LOWEST_MFU = 0.38  # on an H100 at 64 sequences; the goal is 0.45
@@ -74,7 +74,9 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
         run = make_run(config, settings.shape, start_processes(settings.device, "auto"))
         return partial(train_step, run, False, False)
 
-    estimate = sum(needed_memory(config, settings.shape, rows, settings.dtype, 1).values()) / 2**30
+    memory = torch.cuda.get_device_properties(settings.device).total_memory if settings.device == "cuda" else None
+    hardware = Hardware(1, settings.dtype, memory)
+    estimate = sum(needed_memory(config, settings.shape, rows, hardware, sharded=False).values()) / 2**30
     return time_steps(settings, report, rows, what, prepare) | {"estimate, GiB": estimate}
 
 
