@@ -376,7 +376,7 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flag
     try:
         given = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
         given += [path for option, path in itertools.pairwise(arguments) if option == "--config"]
-        files = {path: read_fields(Path(path), names) for path in given}
+        files = {path: read_fields(Path(path), names, set(get_type_hints(Flags))) for path in given}
     except ValueError as error:
         fail(f"train.py: {error}")
     try:

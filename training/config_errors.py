@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -41,8 +42,10 @@ EXPECTED: dict[Any, list[str]] = {
 }
 
 
-def read_fields(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str, Any]:
     """Return the values in a configuration file by "section.field".
+
+    The names in `flags` may stand beside the sections, as in the output of --print_config.
 
     Raises ValueError, which names the file, if it cannot be read, is not a configuration, or has an unknown field.
     """
@@ -68,7 +71,7 @@ def read_fields(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
             {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {str(name): value}
         )
     for name in values:
-        if name not in fields:
+        if name not in fields and name not in flags:
             raise ValueError(f"{path} has an unknown field {name}{suggestion(name, fields)}")
     return values
 
@@ -109,6 +112,8 @@ def expected(kind: Any) -> str:
     """Return the values of a type in words."""
     if get_origin(kind) is list:
         return f"a list of {expected(get_args(kind)[0])}"
+    if is_dataclass(kind):
+        return "{" + ", ".join(f"{name}: {expected(part)}" for name, part in get_type_hints(kind).items()) + "}"
     parts = [kind] if kind in EXPECTED or get_origin(kind) is Literal else get_args(kind)
     words = [word for part in parts for word in (get_args(part) if get_origin(part) is Literal else EXPECTED[part])]
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
