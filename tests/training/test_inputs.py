@@ -79,7 +79,9 @@ def test_the_loss_of_a_masked_run_is_that_of_each_document_alone(tiny_run, prepa
             nats = nats_alone(parts[0].inputs, parts[0].targets)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert (unmasked - expected).abs() > 1e-4
-        assert measure(run, StopSignal(announce=False)).loss.loss == pytest.approx(nats.item() / windows.n_targets, abs=1e-5)
+        assert measure(run, StopSignal(announce=False)).loss.loss == pytest.approx(
+            nats.item() / windows.n_targets, abs=1e-5
+        )
 
 
 @pytest.fixture(scope="session")
