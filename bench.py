@@ -4,6 +4,7 @@
     python bench.py decode --peer transformers
     python bench.py tokenize
     python bench.py hellaswag --peer build-nanogpt=../build-nanogpt
+    python bench.py attention --runs 3
     python bench.py all --json bench.json
     python bench.py all --device cuda --peer transformers --peer nanogpt=../nanoGPT
 
@@ -28,7 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import Call, call_in_process, compare
-from benchmarks.workload import BATCH, DECODED, LOADER_BATCH_TOKENS, LOADER_BATCHES, NEW_TOKENS, QUESTIONS
+from benchmarks.workload import (
+    ATTENTION_TOKENS,
+    ATTENTIONS,
+    BATCH,
+    DECODED,
+    LOADER_BATCH_TOKENS,
+    LOADER_BATCHES,
+    NEW_TOKENS,
+    QUESTIONS,
+)
 from command import at_least_one, ending
 from files import file_sha256
 
@@ -166,6 +176,26 @@ def bench_loader(peers: dict[str, str], runs: int, device: str) -> list[dict[str
     return [report("loader", "Mtokens", LOADER_BATCHES * LOADER_BATCH_TOKENS / 1e6, results)]
 
 
+def bench_attention(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
+    """Time forward and backward pass of a one-layer model on long sequences, with each kind of attention."""
+    print(
+        f"\nforward and backward pass, 1 layer\n  {'tokens':>6}  attention{'seconds':>10}{'spread':>9}{'peak MiB':>10}"
+    )
+    tables = []
+    for tokens in ATTENTION_TOKENS:
+        contestants = {name: Call("benchmarks.ours.attention", "train", (name, tokens)) for name in ATTENTIONS}
+        # A pass with full attention over the longest sequence takes most of a minute: warm up once.
+        results = compare(contestants, runs, warm_up=1)
+        for name, result in results.items():
+            ratio = results["full"]["seconds"] / result["seconds"]
+            spread = (result["highest"] - result["lowest"]) / result["seconds"]
+            cells = f"{result['seconds']:>10.3f}{spread:>9.0%}{result['peak_memory'] / 2**20:>10,.0f}"
+            print(f"  {tokens:>6}  {name:<9}{cells}" + (f"{ratio:>9.2f}x as fast" if name != "full" else ""))
+            result["times_as_fast_as_full"] = ratio
+        tables.append({"title": "attention", "tokens": tokens, "results": results})
+    return tables
+
+
 def bench_startup(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
     """Time how long a command takes to print its help."""
     print()
@@ -187,6 +217,7 @@ BENCHES = {
     "tokenize": bench_tokenize,
     "hellaswag": bench_hellaswag,
     "loader": bench_loader,
+    "attention": bench_attention,
     "startup": bench_startup,
 }
 ON_A_GPU = ("train", "decode", "hellaswag")

@@ -17,8 +17,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from checks import check_ids, check_shape
 from kernels.loss import IGNORE_INDEX
-from model import GPT, GPTConfig, GPTOutput, check_shape
+from model import GPT, GPTConfig, GPTOutput
 from weights import INERT_CONFIG, load_weights, locate, read_config, read_json, save_weights
 
 Strategy = Literal["last", "all", "token"]
@@ -179,7 +180,7 @@ class SequenceClassifier(nn.Module):
         check_shape("labels", labels, shape)
         logits, labels = logits.flatten(0, -2), labels.flatten()
         K = max(2, self.num_labels)
-        self.gpt.check_ids("labels", labels.masked_fill(labels == IGNORE_INDEX, 0), K, "classes")
+        check_ids("labels", labels.masked_fill(labels == IGNORE_INDEX, 0), K, "classes")
         if self.num_labels > 1:
             return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
         counts = labels != IGNORE_INDEX
@@ -285,13 +286,13 @@ class DoubleHeads(nn.Module):
             summary = last_kept(x, mask)
         else:
             check_shape("mc_token_ids", mc_token_ids, (B, N))
-            self.gpt.check_ids("mc_token_ids", mc_token_ids, T, "tokens")
+            check_ids("mc_token_ids", mc_token_ids, T, "tokens")
             summary = x[torch.arange(B * N, device=x.device), mc_token_ids.flatten()]
         mc_logits = self.multiple_choice_head["summary"](self.dropout(summary)).view(B, N)
         mc_loss = None
         if mc_labels is not None:
             check_shape("mc_labels", mc_labels, (B,))
-            self.gpt.check_ids("mc_labels", mc_labels, N, "choices")
+            check_ids("mc_labels", mc_labels, N, "choices")
             mc_loss = F.cross_entropy(mc_logits.float(), mc_labels)
         logits = None if output.logits is None else output.logits.unflatten(0, (B, N))
         return DoubleHeadsOutput(output.loss, mc_loss, logits, mc_logits, x.unflatten(0, (B, N)))

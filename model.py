@@ -1,9 +1,9 @@
-"""GPT-2 from top to bottom: configuration, attention, MLP, block, model, forward pass, loss and key-value cache.
+"""GPT-2 from top to bottom: configuration, attention, MLP, block, model, forward pass and loss.
 
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
 transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
-faster forms of two operations: the loss, and the backward pass of attention on a CPU.
+what makes it faster: the loss, the backward pass of attention on a CPU, attention for long sequences, a cache.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -27,8 +27,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import CausalAttention, fused_attention
+from checks import check_config, check_ids, check_shape
+from kernels.choose_attention import fast_attention
 from kernels.document_attention import DocumentMask
+from kernels.gelu import gelu
+from kernels.long_attention import find_pattern
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
 from weights import load_weights, locate, read_config, save_weights
 
@@ -58,26 +61,21 @@ class GPTConfig:
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
+    # full: each token attends to all earlier ones, as in GPT-2. That takes time proportional to T². For long sequences,
+    # window: to the last window_size tokens; lsh: to tokens whose key has the same hash (kernels/long_attention.py).
+    attention: str = "full"
+    window_size: int = 256
+    lsh_buckets: int = 64
+    lsh_rounds: int = 2
     # Variants of GPT-2 that other trainers made.
     n_inner: int | None = None  # channels of the MLP's hidden layer; None means 4 n_embd
     activation: str = "gelu_new"  # one of ACTIVATIONS
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
-            value = getattr(self, name)
-            if value is None and name == "n_inner":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        check_config(asdict(self))
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        if not isinstance(self.layer_norm_epsilon, float) or not 0 < self.layer_norm_epsilon < 1:
-            raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {self.layer_norm_epsilon!r}")
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
@@ -109,9 +107,11 @@ class Attention(nn.Module):
     With `cross`, keys and values come from an encoder's output, as with transformers' `add_cross_attention`.
     """
 
-    def __init__(self, config: GPTConfig, cross: bool = False) -> None:
+    def __init__(self, config: GPTConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal and not cross
+        # Which earlier keys a query attends to; None: all of them.
+        self.pattern = None if cross else find_pattern(asdict(config), layer)
         if cross:
             self.q_attn = nn.Linear(config.n_embd, config.n_embd)
         # One matrix product computes q, k and v of all heads: a single large product is faster than 3 H small ones.
@@ -145,14 +145,9 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if head_mask is None and not output_weights:
-            # PyTorch's fused kernel computes the plain form below without writing the (T, S) weights to memory
-            # (FlashAttention, Dao et al. 2022), so memory grows with T and not with T².
-            if isinstance(mask, DocumentMask):
-                y = mask.attend(q, k, v, dropout)
-            elif is_causal and not dropout and x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
-                y = CausalAttention.apply(q, k, v)  # same result, and a backward pass that is faster below float32
-            else:
-                y = fused_attention(q, k, v, mask, dropout, is_causal, training=self.training)
+            # Fused kernels compute the plain form below without writing the (T, S) weights to memory (FlashAttention,
+            # Dao et al. 2022), so memory grows with T and not with T².
+            y = fast_attention(q, k, v, mask, dropout, is_causal, self.pattern, training=self.training)
         else:
             # The plain form. A sum of D products has a variance proportional to D. Divided by √D the scores stay near
             # 1; without that, softmax saturates, one key gets all the weight, and the gradient vanishes.
@@ -161,6 +156,8 @@ class Attention(nn.Module):
                 mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
             if isinstance(mask, DocumentMask):
                 mask = mask.dense()
+            if self.pattern is not None:
+                mask = self.pattern.mask(q, k, mask)
             if mask is not None:
                 scores = scores.masked_fill(~mask, float("-inf"))  # exp(-inf) is a weight of exactly 0
             # Dropout here removes some keys of a query at random, so that no token relies on a single other token.
@@ -195,18 +192,6 @@ class MLP(nn.Module):
         return self.c_proj(self.activation(h))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Return x/2 (1 + tanh u) with u = √(2/π) (x + 0.044715 x³) (Hendrycks and Gimpel 2016)."""
-    # OpenAI trained GPT-2 with this approximation. The exact form (with erf) differs from it by up to 5e-4: with it,
-    # the released weights would give other logits than they give in every other implementation.
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    # (1 + tanh u)/2 is sigmoid(2u), and on a CPU the compiler's kernel for sigmoid takes half the time of that for tanh
-    z = x.float()
-    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
-    return (z * torch.sigmoid(2 * u)).to(x.dtype)
-
-
 # GPT-2's first, then those of variants, by transformers' names. `gelu` is the exact form with erf, which nanoGPT uses.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": gelu,
@@ -220,14 +205,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Block(nn.Module):
     """Attention, then MLP. Each one adds its result to the residual stream x (B, T, C)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         # OpenAI's eps is 1e-5: the released weights were trained with it (transformers' BERT, for example, has 1e-12).
         eps = config.layer_norm_epsilon
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         if config.cross_attention:
-            self.crossattention = Attention(config, cross=True)
+            self.crossattention = Attention(config, layer, cross=True)
             self.ln_cross_attn = nn.LayerNorm(config.n_embd, eps=eps)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=eps)
         self.mlp = MLP(config)
@@ -265,7 +250,7 @@ class Transformer(nn.Module):
         # Attention by itself does not know the order of its keys. These learned vectors tell it each token's position.
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # With pre-LayerNorm no block normalizes the stream itself, so the head needs a LayerNorm of its own.
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
@@ -394,7 +379,7 @@ class GPT(nn.Module):
             raise ValueError(f"exactly one of input_ids and inputs_embeds is needed, got {given}")
         if input_ids is not None:
             check_shape("input_ids", input_ids, ("B", "T"))
-            self.check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+            check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
             inputs_embeds = self.transformer.wte(input_ids)
         assert inputs_embeds is not None
         check_shape("inputs_embeds", inputs_embeds, ("B", "T", self.config.n_embd))
@@ -411,7 +396,7 @@ class GPT(nn.Module):
         if targets is not None:
             check_shape("targets", targets, shape)
             real_targets = targets.masked_fill(targets == IGNORE_INDEX, 0)
-            self.check_ids("targets", real_targets, self.config.vocab_size, "vocab_size")
+            check_ids("targets", real_targets, self.config.vocab_size, "vocab_size")
         return targets
 
     def _find_documents(
@@ -421,8 +406,8 @@ class GPT(nn.Module):
         if ids is None:
             return None
         check_shape("document_ids", ids, shape)
-        if attention_mask is not None or cache is not None or not self.config.causal:
-            raise ValueError("document_ids need a model with causal=True, no cache and no attention_mask")
+        if attention_mask is not None or cache is not None or not self.config.causal or self.config.attention != "full":
+            raise ValueError("document_ids need causal=True, attention full, no cache and no attention_mask")
         return DocumentMask.of(ids)
 
     def _find_positions(
@@ -432,7 +417,7 @@ class GPT(nn.Module):
         B, T, _ = embeddings.shape
         if position_ids is not None:
             check_shape("position_ids", position_ids, (B, T), (T,))
-            self.check_ids("position_ids", position_ids, self.config.block_size, "block_size")
+            check_ids("position_ids", position_ids, self.config.block_size, "block_size")
             return position_ids
         if attention_mask is not None:
             # Kept tokens count 0, 1, 2, ... Padding before the first one would get -1, which is no position.
@@ -466,14 +451,6 @@ class GPT(nn.Module):
             raise ValueError("encoder_attention_mask needs the encoder_hidden_states that it masks")
         check_shape("encoder_attention_mask", mask, (batch_size, memory.size(1)))
         return mask.bool()[:, None, None, :]
-
-    def check_ids(self, what: str, ids: Tensor, limit: int, limit_name: str) -> None:
-        """Raise ValueError unless all ids are in 0..limit-1. `forward` says when the check is skipped, and why."""
-        if torch.compiler.is_compiling() or ids.device.type != "cpu":
-            return
-        low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
-        if low < 0 or high >= limit:
-            raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({limit_name} {limit})")
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """Return an empty cache for `max_length` tokens of each sequence, on the model's device and in its dtype."""
@@ -543,17 +520,6 @@ class GPT(nn.Module):
         save_weights(
             self.state_dict(), asdict(self.config), directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
         )
-
-
-def check_shape(what: str, tensor: Tensor, *expected: tuple[int | str, ...]) -> None:
-    """Raise ValueError unless the tensor has one of the expected shapes. A letter in a shape matches any size."""
-    for shape in expected:
-        if len(shape) == tensor.dim() and all(
-            isinstance(n, str) or n == m for n, m in zip(shape, tensor.shape, strict=True)
-        ):
-            return
-    shapes = " or ".join(str(shape).replace("'", "") for shape in expected)
-    raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected {shapes}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

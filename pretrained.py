@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from checkpoints import choose_checkpoint, is_run, list_checkpoints
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -89,3 +91,18 @@ def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> N
     check_vocabulary(model.config.vocab_size, tokenizer, directory)
     if model.config.vocab_size > tokenizer.vocab_size:
         model.resize_token_embeddings(tokenizer.vocab_size)
+
+
+def extend_positions(model: GPT, block_size: int) -> GPT:
+    """Return a model with the same weights for sequences of up to `block_size` tokens, more than `model` has.
+
+    The new position embeddings are interpolated linearly between the learned ones, so that each position lies between
+    positions that the model was trained with (Chen et al. 2023, "Extending context window via position interpolation").
+    A model needs some fine-tuning to read them.
+    """
+    old = model.transformer.wpe.weight.detach()
+    new = F.interpolate(old.T.unsqueeze(0), block_size, mode="linear", align_corners=True)[0].T.contiguous()
+    with torch.device("meta"):  # a new model, because attention lsh depends on the block size
+        longer = GPT(replace(model.config, block_size=block_size))
+    longer.load_state_dict(model.state_dict() | {"transformer.wpe.weight": new}, assign=True)
+    return longer

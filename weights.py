@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints import choose_checkpoint, is_run
+from checks import LARGEST_FIELD, check_attention
 from files import apply_umask
 from openai_checkpoint import convert_hparams, is_openai_checkpoint, read_openai_tensors
 from other_formats import conversion_hint
@@ -78,6 +79,8 @@ CONFIG_FIELDS = {
     "activation_function": "activation",
     "layer_norm_epsilon": "layer_norm_epsilon",
 }
+# Fields of this repository, which are written only if the attention is not full. Other tools ignore them.
+ATTENTION_FIELDS = ("attention", "window_size", "lsh_buckets", "lsh_rounds")
 # Names of the shape's fields, and other names under which transformers reads them. Old files have n_ctx, too.
 SHAPE_ALIASES = {
     "vocab_size": (),
@@ -99,7 +102,6 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 # Building a model of a larger shape could take hours or overflow, before its tensors are found to be missing.
 LARGEST = {"n_layer": 10_000}
-LARGEST_OTHER = 2**24
 
 # OpenAI's names of the released models -> their names on the hub. The first release counted fewer parameters.
 OPENAI_NAMES = {
@@ -175,6 +177,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         warnings.warn(f"{found}: {max(dropouts)} is used for all", stacklevel=2)
     ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
     activation = ACTIVATION_NAMES[fields["activation_function"]]
+    ours |= {name: fields[name] for name in ATTENTION_FIELDS if name in fields}
     return ours | {"dropout": max(dropouts), "causal": fields["causal"], "activation": activation}
 
 
@@ -235,7 +238,7 @@ def query_scale(fields: dict[str, Any], name: str) -> float:
 def check_config(fields: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if a field of a complete config.json has an impossible value or type."""
     for name in (*SHAPE_ALIASES, "n_inner"):
-        value, largest = fields[name], LARGEST.get(name, LARGEST_OTHER)
+        value, largest = fields[name], LARGEST.get(name, LARGEST_FIELD)
         if value is None and name == "n_inner":  # 4 n_embd
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -257,6 +260,7 @@ def check_config(fields: dict[str, Any]) -> None:
     epsilon = fields["layer_norm_epsilon"]
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {epsilon!r}")
+    check_attention(fields | {"dropout": max(fields[name] for name in DROPOUTS)})
 
 
 def find_weight_files(directory: Path) -> list[Path]:
@@ -444,6 +448,8 @@ def save_weights(
     if not config["causal"]:
         # Other programs have no bidirectional GPT-2. With a type of its own they refuse it, instead of masking it.
         fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
+    if config["attention"] != "full":
+        fields |= {name: config[name] for name in ATTENTION_FIELDS}
     if architecture == "GPT2ForSequenceClassification":
         fields["pad_token_id"] = eos_token_id  # without it, transformers refuses batches of more than one row
     generation = special | {"_from_model_config": True, "use_cache": True}

@@ -7,3 +7,4 @@ DECODED = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # sequences that are decoded toge
 QUESTIONS = 32  # of HellaSwag
 VOCAB = 50257  # GPT-2's
 LOADER_BATCHES, LOADER_BATCH_TOKENS = 10, 524288
+ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)  # kinds, lengths of a sequence

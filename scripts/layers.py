@@ -34,7 +34,7 @@ LAYERS = (
     ("processes",),
     ("device", "weights"),
     ("checkpoints", "openai_checkpoint"),
-    ("command", "files", "other_formats"),
+    ("checks", "command", "files", "other_formats"),
     ("openmp",),
 )
 # Downward imports that are forbidden as well: sample.py runs a model and must not depend on how one is trained.

@@ -162,3 +162,16 @@ def test_a_size_that_contradicts_init_from(checkpoint, refused):
     message = refused(**{"model.init_from": str(checkpoint), "model.n_layer": 5})
     assert "model.n_layer is 5" in message
     assert "has 2: omit the field" in message
+
+
+def test_fewer_positions_than_init_from_has(checkpoint, refused):
+    message = refused(**{"model.init_from": str(checkpoint), "model.block_size": 16, "data.sequence_length": 16})
+    assert "model.block_size is 16" in message
+    assert "has 32, and positions can only be added" in message
+
+
+def test_an_attention_that_does_not_exist_or_fit(checkpoint, refused):
+    message = refused(**{"model.init_from": str(checkpoint), "model.attention": "lsh", "model.dropout": 0.1})
+    assert "model.dropout must be 0 with attention lsh" in message
+    message = refused(**{"model.init_from": str(checkpoint), "model.attention": "lsh", "model.lsh_buckets": 3})
+    assert "model.lsh_buckets must be 1 or even, got 3" in message

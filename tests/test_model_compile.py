@@ -8,8 +8,9 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from kernels.gelu import gelu
 from kernels.loss import IGNORE_INDEX
-from model import GPT, GPTConfig, gelu
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
 

@@ -9,7 +9,7 @@ from checkpoints import MANIFEST, OPTIMIZER, STATE, choose_checkpoint, find_newe
 from data.tokenizer import CharacterTokenizer
 from files import file_sha256
 from model import GPT, GPTConfig
-from pretrained import load_model, resolve_model
+from pretrained import extend_positions, load_model, resolve_model
 
 
 def write_checkpoint(run, step):
@@ -189,3 +189,17 @@ def test_a_run_that_does_not_exist_is_answered_with_those_that_do(tmp_path, monk
             resolve_model(name)
     for name in ("runs/notes", "gpt2", "openai-community/gpt2"):
         assert resolve_model(name) == name
+
+
+def test_extended_positions_lie_between_the_learned_ones():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=9, block_size=5, n_layer=1, n_head=1, n_embd=8, attention="lsh", lsh_buckets=2))
+    longer = extend_positions(model, 9)  # each second position is a learned one
+    old, new = model.transformer.wpe.weight, longer.transformer.wpe.weight
+    torch.testing.assert_close(new[::2], old)
+    torch.testing.assert_close(new[1::2], (old[1:] + old[:-1]) / 2)
+    assert longer.config.block_size == 9
+    assert longer.transformer.h[0].attn.pattern.chunk == 9  # twice the keys of a bucket
+    ids = torch.arange(5)[None]
+    expected = model(ids, position_ids=torch.arange(5)).logits
+    torch.testing.assert_close(longer(ids, position_ids=2 * torch.arange(5)).logits, expected)

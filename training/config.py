@@ -19,6 +19,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from command import fail
 from model import PRESETS, GPTConfig
 from training.config_errors import explain, read_fields
+from weights import ATTENTION_FIELDS
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -57,7 +58,18 @@ class Model:
     n_embd: PositiveInt | None = None
     """Width of the residual stream in channels, divisible by n_head."""
     block_size: PositiveInt | None = None
-    """Maximum sequence length of the model, in tokens (default: 1024)."""
+    """Maximum sequence length of the model, in tokens (default: 1024). With init_from, a larger value than that of the
+    model extends its position embeddings by interpolation."""
+    attention: Literal["full", "window", "lsh"] | None = None
+    """Earlier tokens that a token attends to (default: full, or as in init_from). full: all; window: the last
+    window_size; lsh: those whose keys have the hash of its query. See docs/long-context.md."""
+    window_size: PositiveInt | None = None
+    """Tokens that a token attends to with attention window, itself included (default: 256)."""
+    lsh_buckets: PositiveInt | None = None
+    """Hash values of attention lsh, 1 or an even number (default: 64). In each round, a token attends to at most
+    2 block_size / lsh_buckets tokens."""
+    lsh_rounds: PositiveInt | None = None
+    """Rounds of hashing of attention lsh (default: 2). More rounds find more of the tokens that matter."""
     dropout: float = 0.0
     """Probability of setting an activation to zero during training, in [0, 1)."""
 
@@ -284,9 +296,13 @@ class Config:
             if fields[name] is None:
                 raise ValueError(f"model.{name} is required if model.preset is null")
         try:
-            return GPTConfig(vocab_size=vocab_size, dropout=model.dropout, **fields)
+            return GPTConfig(vocab_size=vocab_size, dropout=model.dropout, **fields, **self.attention_fields())
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
+
+    def attention_fields(self) -> dict[str, Any]:
+        """Return the fields of GPTConfig that select the attention, without those that are left at their default."""
+        return {name: value for name in ATTENTION_FIELDS if (value := getattr(self.model, name)) is not None}
 
     def identity(self) -> dict[str, Any]:
         """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""

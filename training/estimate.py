@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from data.loader import ceil_div
 from device import find_card
 from kernels.cuda_loss import padded, rows_at_a_time
+from kernels.long_attention import find_pattern
 from kernels.loss import MATMUL_ROWS
 from model import GPT, GPTConfig
 from training.config import Config
 
 
 def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -> int:
-    """Return the FLOPs of one token's forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B)."""
-    return 6 * n_parameters + 12 * model.n_layer * model.n_embd * sequence_length
+    """Return the FLOPs of one token's forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
+
+    With attention window or lsh, T is the number of tokens that a token attends to at most.
+    """
+    pattern = find_pattern(asdict(model), layer=0)
+    keys = sequence_length if pattern is None else min(sequence_length, pattern.most_keys)
+    return 6 * n_parameters + 12 * model.n_layer * model.n_embd * keys
 
 
 def peak_flops(device: torch.device | str) -> float | None:

@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from eval.reference import losses_to_beat
 from model import GPT, GPTConfig
-from pretrained import check_vocabulary, fit_vocabulary, resolve_model
+from pretrained import check_vocabulary, extend_positions, fit_vocabulary, resolve_model
 from training.config import Config
 from weights import load_weights, locate, read_config
 
@@ -187,14 +187,24 @@ def model_config(config: Config, vocab_size: int, initial: InitialModel | None) 
     if initial is None or asked.init_from == "scratch":
         return config.model_config(vocab_size)
     directory = initial.directory
-    found = dataclasses.replace(GPTConfig(**read_config(directory)), dropout=asked.dropout)
+    found = GPTConfig(**read_config(directory))
     check_vocabulary(found.vocab_size, initial.tokenizer, directory)
-    found = dataclasses.replace(found, vocab_size=vocab_size)
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+    for name in ("n_layer", "n_head", "n_embd"):
         if getattr(asked, name) not in (None, getattr(found, name)):
             raise ValueError(
                 f"model.{name} is {getattr(asked, name)}, but {directory} has {getattr(found, name)}: omit the field"
             )
+    block_size = asked.block_size or found.block_size
+    if block_size < found.block_size:
+        raise ValueError(
+            f"model.block_size is {block_size}, but {directory} has {found.block_size}, and positions can only be "
+            f"added: omit the field, and set data.sequence_length for shorter windows"
+        )
+    changes = config.attention_fields() | {"vocab_size": vocab_size, "block_size": block_size}
+    try:
+        found = dataclasses.replace(found, dropout=asked.dropout, **changes)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
     if asked.freeze_layers > found.n_layer:
         raise ValueError(
             f"model.freeze_layers {asked.freeze_layers} is above the {found.n_layer} layers of {directory}: lower it"
@@ -202,7 +212,7 @@ def model_config(config: Config, vocab_size: int, initial: InitialModel | None) 
     if config.data.sequence_length > found.block_size:
         raise ValueError(
             f"data.sequence_length {config.data.sequence_length} is above the block size {found.block_size} of "
-            f"{directory}: lower it"
+            f"{directory}: lower it, or raise model.block_size"
         )
     return found
 
@@ -212,12 +222,14 @@ def make_model(config: GPTConfig, initial: InitialModel | None, seed: int) -> GP
     if initial is None:
         torch.manual_seed(seed)
         return GPT(config)
-    # The vocabulary of the files may be padded; that of `config` is the tokenizer's.
-    vocab_size = read_config(initial.directory)["vocab_size"]
+    # The vocabulary of the files may be padded; that of `config` is the tokenizer's. They may have fewer positions.
+    found = read_config(initial.directory)
     with torch.device("meta"):
-        model = GPT(dataclasses.replace(config, vocab_size=vocab_size))
+        model = GPT(dataclasses.replace(config, vocab_size=found["vocab_size"], block_size=found["block_size"]))
     load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
     fit_vocabulary(model, initial.tokenizer, initial.directory)
+    if config.block_size > found["block_size"]:
+        model = extend_positions(model, config.block_size)
     return model
 
 

@@ -91,6 +91,8 @@ def test_the_estimate_holds_for_every_precision_emulated_or_not(python, dtype):
 def test_flops_of_a_token():
     assert count_parameters(GPTConfig()) == 124_439_808
     assert flops_per_token(GPTConfig(), 124_439_808, 512) == 6 * 124_439_808 + 12 * 12 * 768 * 512
+    window = GPTConfig(attention="window", window_size=256)
+    assert flops_per_token(window, 124_439_808, 512) == flops_per_token(GPTConfig(), 124_439_808, 256)
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,22 @@ def test_with_a_document_mask_packed_examples_are_learned_as_if_each_had_its_own
     assert (unmasked - alone).abs() > 1e-4
 
 
+def test_a_model_can_be_trained_further_on_longer_windows_with_another_attention(tiny_run, train):
+    start = train(tiny_run("short", **{"optim.steps": 3})) / "checkpoints" / "step-000003"
+    changes = {"model.init_from": str(start), "model.block_size": 64, "data.sequence_length": 64, "optim.steps": 4}
+    changes |= {"model.attention": "window", "model.window_size": 16, "checkpoint.every": 2}
+    config = tiny_run("long", **changes)
+    last = train(config) / "checkpoints" / "step-000004"
+    found = GPT.from_pretrained(last).config
+    assert (found.block_size, found.attention, found.window_size) == (64, "window", 16)
+    weights = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)
+    train(config)  # resumes from step 2, whose checkpoint has all positions
+    assert (last / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ValueError, match=r"model.window_size was 16, is 8"):
+        train(tiny_run("long", **changes | {"model.window_size": 8}))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

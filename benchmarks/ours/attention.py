@@ -1,0 +1,28 @@
+"""The three kinds of attention on long sequences."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.clock import Run
+from model import GPT, GPTConfig
+
+
+def train(attention: str, tokens: int) -> Run:
+    """Set up forward and backward pass of a model with one layer of two heads, over one sequence of random tokens.
+
+    A token sees the last 256 tokens with window, and at most 2 x 128 tokens with lsh.
+    """
+    torch.manual_seed(0)
+    config = GPTConfig(
+        256, tokens, n_layer=1, n_head=2, n_embd=128, attention=attention, window_size=256, lsh_buckets=tokens // 64
+    )
+    model, ids = GPT(config), torch.randint(256, (1, tokens))
+
+    def run() -> None:
+        loss = model(ids, targets=ids).loss
+        assert loss is not None
+        loss.backward()
+        model.zero_grad()
+
+    return run

@@ -1,0 +1,52 @@
+"""Draw what `bench.py attention --json FILE` measured: `python -m benchmarks.plot FILE docs/long-context.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.workload import ATTENTIONS
+from command import ending
+
+
+def draw(tables: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and peak memory of each kind of attention against the number of tokens, and write a PNG file."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = [
+        ("seconds", 1.0, "seconds, forward and backward"),
+        ("peak_memory", 2**20, "peak memory of the process, MiB"),
+    ]
+    for axes, (name, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for attention in ATTENTIONS:
+            values = [table["results"][attention][name] / unit for table in tables]
+            axes.plot([table["tokens"] for table in tables], values, "o-", label=attention)
+        axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
+        ticks = [table["tokens"] for table in tables]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description="Draw time and memory of the three kinds of attention."
+    )
+    parser.add_argument("results", type=Path, help="file that bench.py attention --json wrote")
+    parser.add_argument("png", type=Path, help="file to write")
+    args = parser.parse_args(arguments)
+    with ending(parser):
+        tables = [table for table in json.loads(args.results.read_text())["tables"] if table["title"] == "attention"]
+        if not tables:
+            raise ValueError(f"{args.results} has no results of bench.py attention")
+        draw(tables, args.png)
+
+
+if __name__ == "__main__":
+    main()

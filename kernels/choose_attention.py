@@ -1,0 +1,37 @@
+"""The choice between the fast forms of attention, by what is asked for and on which device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.attention import CausalAttention, fused_attention
+from kernels.document_attention import DocumentMask
+from kernels.long_attention import LSH, Window
+
+
+def fast_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | DocumentMask | None,
+    dropout: float,
+    is_causal: bool,
+    pattern: Window | LSH | None,
+    *,
+    training: bool,
+) -> Tensor:
+    """Return the attention (B, H, T, D) of q (B, H, T, D), k and v (B, H, S, D) in the fastest form for this case.
+
+    Args:
+        mask: booleans (B or 1, 1, T, S), True where a query may attend; or the documents of the tokens.
+        is_causal: each query sees the keys up to its own position; only without a mask.
+        pattern: of the attention on long sequences, or None.
+        training: the model is in training mode, where shapes are fixed.
+    """
+    if isinstance(mask, DocumentMask):
+        return mask.attend(q, k, v, dropout)
+    if pattern is not None:
+        return pattern(q, k, v, mask, dropout)
+    if is_causal and not dropout and q.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
+        return CausalAttention.apply(q, k, v)  # the same result, and below float32 a faster backward pass
+    return fused_attention(q, k, v, mask, dropout, is_causal, training=training)

@@ -1,0 +1,104 @@
+"""Train a small model on a task that needs tokens from far back: `python -m scripts.long_context full window lsh`.
+
+The first half of a sequence is a table: each token holds a place and the symbol at this place, as the sum of their
+embeddings. Each place occurs four times, in random order. The tokens of the second half hold a place alone, and the
+model has to copy its symbol from the table. Each sequence draws its symbols anew. docs/long-context.md has the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from command import at_least_one
+from kernels.loss import IGNORE_INDEX
+from model import GPT, GPTConfig
+from training.config import Optim
+from training.optim import make_optimizers
+
+COPIES = 4  # tokens of the table that hold the same place
+# A sequence uses 4 of the 16 symbols. So the model can learn early which symbols occur at all, which makes it read the
+# table before it has learned where to look.
+SYMBOLS, USED = 16, 4
+
+
+def make_sequence(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places (length,) of a sequence, its symbols, and its targets, which are IGNORE_INDEX in the table.
+
+    Ids 0 to SYMBOLS - 1 are symbols, SYMBOLS stands for the missing symbol of a question, and places follow.
+    """
+    n_places = length // 2 // COPIES
+    used = torch.randperm(SYMBOLS, generator=generator)[:USED]
+    symbol_at = used[torch.randint(USED, (n_places,), generator=generator)]
+    order = [torch.randperm(length // 2, generator=generator) % n_places for _ in range(2)]
+    table, questions = (symbol_at[places] for places in order)
+    symbols = torch.cat([table, torch.full_like(questions, SYMBOLS)])
+    return SYMBOLS + 1 + torch.cat(order), symbols, torch.cat([torch.full_like(table, IGNORE_INDEX), questions])
+
+
+def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the loss of the answers in a new sequence, and the fraction of them that are right."""
+    places, symbols, targets = make_sequence(model.config.block_size, generator)
+    embed = model.transformer.wte
+    output = model(inputs_embeds=(embed(places) + embed(symbols))[None], targets=targets[None], return_logits=True)
+    assert output.logits is not None
+    assert output.loss is not None
+    right = output.logits[0].argmax(dim=-1) == targets
+    return output.loss, right[targets != IGNORE_INDEX].float().mean()
+
+
+def train(attention: str, length: int, steps: int) -> tuple[float, float]:
+    """Train a model, one sequence a step. Return loss and accuracy of the answers in four new sequences."""
+    torch.manual_seed(1337)
+    vocab_size = SYMBOLS + 1 + length // 2 // COPIES
+    model = GPT(GPTConfig(vocab_size, length, n_layer=1, n_head=1, n_embd=64, attention=attention))
+    # What is to be learned is where to look. So the embeddings stay random vectors, and there are no positions.
+    model.freeze()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(10)
+        model.transformer.wpe.weight.zero_()
+        block: Any = model.transformer.h[0]
+        block.attn.c_attn.weight.mul_(4)
+    optimizers = make_optimizers(model, Optim(name="muon", lr=0.003, weight_decay=0.0))
+    generator = torch.Generator().manual_seed(1337)
+    for step in range(1, steps + 1):
+        loss, right = answer(model, generator)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"  step {step:>4}  loss {loss.item():.4f}  right {right.item():.1%}", flush=True)
+    model.eval()
+    with torch.no_grad():
+        final_loss, final_right = torch.tensor([answer(model, generator) for _ in range(4)]).mean(dim=0).tolist()
+    return final_loss, final_right
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.long_context", description="Train a small model to copy symbols from far back."
+    )
+    parser.add_argument("attention", nargs="+", choices=("full", "window", "lsh"), help="kinds of attention")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="sequences to train on (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    at_least_one(parser, args, "length", "steps")
+    if args.length % (2 * COPIES):
+        parser.error(f"--length {args.length} must be divisible by {2 * COPIES}: {COPIES} copies of each place")
+    print(f"one of the {USED} symbols of a sequence at random: loss {math.log(USED):.4f}, right {1 / USED:.1%}")
+    for attention in args.attention:
+        began = time.perf_counter()
+        loss, right = train(attention, args.length, args.steps)
+        seconds = (time.perf_counter() - began) / args.steps
+        print(f"{attention:<8}loss {loss:.4f}  right {right:.1%}  {seconds:.2f} s a step", flush=True)
+
+
+if __name__ == "__main__":
+    main()
