@@ -122,14 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
     with ending(parser, needs_reader=args.command == "predict"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("classify.py runs in a single process: start it without torchrun")
-        # imported after the arguments are checked: importing torch takes seconds
-        if args.command == "pet":
-            from pet import run
-        elif args.command == "train":
-            from classification import train as run
-        else:
-            from classification import predict as run
-        run(args)
+        import pet  # imported after the arguments are checked: importing torch takes seconds
+
+        pet.COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
@@ -272,7 +273,5 @@ def _data(message: dict[int, list[int | bytes]], field: int) -> bytes:
 
 def masked_crc32c(data: bytes | np.ndarray) -> int:
     """Return the CRC32C of read-only bytes in the form in which LevelDB stores it."""
-    from google_crc32c import value  # imported here: no other format needs it
-
-    crc = value(data)
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + CRC_MASK) & 0xFFFFFFFF

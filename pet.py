@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from classification import encode, fit, load_classifier, read_column, train_step
+from classification import encode, fit, load_classifier, predict, read_column, train, train_step
 from cloze import Cloze, Verbalizer, check_pattern, class_scores, make_clozes, read_verbalizer, score_all
 from data.loader import IGNORE_INDEX, permute
 from data.plain_text import read_escapes
@@ -278,3 +278,6 @@ def pattern_loss(
     ids = pad_sequence(rows, batch_first=True).to(scores.device)
     targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORE_INDEX).to(scores.device)
     return (1 - alpha) * loss + alpha * model(ids[:, :-1], targets=targets).loss
+
+
+COMMANDS = {"train": train, "predict": predict, "pet": run}  # what classify.py runs

@@ -89,11 +89,10 @@ def draw_references(axes: Axes, references: Sequence[tuple[str, float]]) -> None
 def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) -> None:
     """Add grid and legend, and write the figure to a PNG file."""
     # Imported here for the same reason as in `new_figure`.
-    from matplotlib.text import Text
-    from matplotlib.ticker import EngFormatter
+    from matplotlib import text, ticker
 
     if x_is_tokens:
-        formatter = EngFormatter(sep="")
+        formatter = ticker.EngFormatter(sep="")
         # Token counts are given in billions (B), not with the SI prefix giga (G).
         formatter.ENG_PREFIXES = {**formatter.ENG_PREFIXES, 9: "B"}
         axes.xaxis.set_major_formatter(formatter)
@@ -105,8 +104,8 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
         # The legend is below the axes: finding the best place among many points takes matplotlib seconds.
         columns = max(1, min(3, 90 // max(map(len, labels))))
         figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # "$" in the name of a run does not begin a formula
+    for part in figure.findobj(text.Text):
+        part.set_parse_math(False)  # "$" in the name of a run does not begin a formula
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)  # atomic, so that an image viewer never reads an incomplete file

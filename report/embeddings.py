@@ -22,8 +22,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # imported here: arguments are checked before torch is imported
-    from pretrained import load_model
-    from report.model_pages import write_embeddings_page
+    from report.model_pages import load_model, write_embeddings_page
 
     model, _, name = load_model(args.model, checkpoint=args.checkpoint)
     write_embeddings_page(model, name, args.out)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model import GPT
+from pretrained import load_model as load_model  # for the commands, which import only this module
 from report.page import pack, plotly_script, token_labels, write_page
 
 MAX_ATTENTION_CHARACTERS = 18_000_000  # limit of the base64 text, so that the page stays under 20 MB

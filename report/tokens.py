@@ -23,8 +23,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # imported here: arguments are checked before torch is imported
-    from pretrained import load_model
-    from report.model_pages import write_tokens_page
+    from report.model_pages import load_model, write_tokens_page
 
     write_tokens_page(*load_model(args.model, checkpoint=args.checkpoint), args.text, args.out)
 

@@ -169,7 +169,7 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
             part = await next_event(job)
     finally:
         watcher.cancel()  # StreamingResponse has a watcher of its own
-    if job.cancelled:
+    if job.canceled:
         raise ClientDisconnect
     if job.request.stream:
         events = stream_events(engine, job, heading, first)
@@ -182,7 +182,7 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
 
 
 async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
-    """Yield server-sent events, one for each part. If the client goes away, the job is cancelled."""
+    """Yield server-sent events, one for each part. If the client goes away, the job is canceled."""
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}
     n_tokens = 0

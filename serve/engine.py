@@ -23,7 +23,7 @@ from serve.completions import CompletionRequest, Part, RequestError, TokenInfo
 MAX_WAITING = 128  # requests in the queue; another one is refused
 
 
-class Cancelled(Exception):
+class Canceled(Exception):
     """The client has gone, so that nobody reads the rest of the completion."""
 
 
@@ -34,7 +34,7 @@ class Job:
         self.request = request
         self.events: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
         self.prompt_tokens = 0
-        self.cancelled = False
+        self.canceled = False
         self._loop = asyncio.get_running_loop()
 
     def send(self, event: Part | Exception | None) -> None:
@@ -63,7 +63,7 @@ class Engine:
         with self._changed:
             self._stopping = True
             for job in (*self._queue, *filter(None, [self._current])):
-                job.cancelled = True
+                job.canceled = True
                 job.send(None)
             self._changed.notify()
         self._thread.join()
@@ -81,7 +81,7 @@ class Engine:
     def cancel(self, job: Job) -> None:
         """Remove a request from the queue, or end its generation after the current token."""
         with self._changed:
-            job.cancelled = True
+            job.canceled = True
             if job in self._queue:
                 self._queue.remove(job)
         job.send(None)
@@ -103,7 +103,7 @@ class Engine:
             try:
                 for part in self._complete(job):
                     job.send(part)
-            except Cancelled:
+            except Canceled:
                 pass
             except ValueError as error:  # the request is impossible for this model
                 job.send(RequestError(str(error)))
@@ -141,8 +141,8 @@ class Engine:
         held: list[TokenInfo] = []
         tokens = stream(self.model, self.tokenizer, prompt, max_new_tokens=request.max_tokens, **options)
         for count, streamed in enumerate(tokens, 1):
-            if job.cancelled:
-                raise Cancelled
+            if job.canceled:
+                raise Canceled
             text += streamed.text
             ended = streamed.token == self.tokenizer.eot
             if not ended and request.logprobs is not None:
@@ -161,8 +161,8 @@ class Engine:
         request = job.request
 
         def check(ids: Tensor, scores: Tensor) -> Tensor:
-            if job.cancelled:
-                raise Cancelled
+            if job.canceled:
+                raise Canceled
             return scores
 
         results = generate_text(

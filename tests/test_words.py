@@ -47,7 +47,7 @@ _IZE = (
 )
 BRITISH_SPELLINGS = (
     rf"({'|'.join(_IZE.split())})is(e|ed|er|ers|es|ing|able|ation|ations)(?![a-z])",
-    r"(behavi|col|fav|flav|harb|hon|lab|neighb|rum)our(?!ly)",
+    r"(behavi|col|fav|flav|harb|hon|lab|neighb|rum)our(?!ly|=)",  # colour= is a parameter of tqdm
     r"(?<![a-z])(centre|centred|centring|fibre|(kilo|centi|milli)?metres?)(?![a-z])",
     r"(cancel|channel|label|level|model|signal|total|travel|fuel)l(ed|ing)(?![a-z])",
     r"(?<![a-z])(analys(e|ed|er|ing)|artefacts?|catalogues?|defence|fulfil|fulfils|fulfilment|grey|judgement|learnt)(?![a-z])",

@@ -90,29 +90,29 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
         raise OSError(f"{error}; run the same command again to continue") from error
 
 
-def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
+def datatrove_executors() -> Any:
+    """Return datatrove's module of executors."""
     # imported here: it is not installed with this project, and only executors need it
-    from datatrove.executor import LocalPipelineExecutor
+    import datatrove.executor
 
+    return datatrove.executor
+
+
+def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
     at_once = min(tasks, max(1, available_cores() // workers))
     # A part finds by itself that it is complete. What datatrove remembers of it would be wrong if it were deleted.
-    LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
+    datatrove_executors().LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
 
 
 def _run_on_ray(step: RunCommand, tasks: int, workers: int) -> None:
-    # imported here: they are not installed with this project, and only executors need them
-    import ray
-    from datatrove.executor import RayPipelineExecutor
+    import ray  # imported here: it is not installed with this project, and only this executor needs it
 
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, ignore_reinit_error=True)
     options = {"logging_dir": str(step.logs), "skip_completed": False}
-    RayPipelineExecutor([step], tasks, cpus_per_task=workers, **options).run()
+    datatrove_executors().RayPipelineExecutor([step], tasks, cpus_per_task=workers, **options).run()
 
 
 def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: int, slurm: SlurmOptions) -> None:
-    # imported here: it is not installed with this project, and only executors need it
-    from datatrove.executor import SlurmPipelineExecutor
-
     merge.logs.mkdir(exist_ok=True)
     bin_directory = Path(sys.executable).parent
     common = {
@@ -123,7 +123,9 @@ def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: i
         # Slurm starts a command of datatrove, which imports this module.
         "env_command": f'export PATH="{bin_directory}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"',
     }
-    parts = SlurmPipelineExecutor(
+    parts = datatrove_executors().SlurmPipelineExecutor(
         [step], tasks, cpus_per_task=workers, job_name="prepare", logging_dir=str(step.logs), **common
     )
-    SlurmPipelineExecutor([merge], 1, job_name="merge", logging_dir=str(merge.logs), depends=parts, **common).run()
+    datatrove_executors().SlurmPipelineExecutor(
+        [merge], 1, job_name="merge", logging_dir=str(merge.logs), depends=parts, **common
+    ).run()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import sqlite3
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,12 +55,11 @@ class Filters:
 
 def find_language(text: bytes) -> str:
     """Return the ISO 639 code of the most probable language of the beginning of a document."""
-    return classifier()(text[:LANGUAGE_BYTES].decode(errors="ignore"))[0]
+    return languages().classify(text[:LANGUAGE_BYTES].decode(errors="ignore"))[0]
 
 
-@functools.cache
-def classifier() -> Callable[[str], tuple[str, float]]:
-    """Return the function of py3langid (Lui & Baldwin 2012) that returns the language of a text and its score.
+def languages() -> Any:
+    """Return the module py3langid (Lui and Baldwin 2012), which recognizes the language of a text.
 
     Raises ValueError when the package is missing.
     """
@@ -70,18 +68,14 @@ def classifier() -> Callable[[str], tuple[str, float]]:
         import py3langid
     except ImportError:
         raise ValueError("--language needs the package py3langid: pip install py3langid") from None
-    return py3langid.classify
+    return py3langid
 
 
 def check_languages(codes: tuple[str, ...]) -> None:
     """Raise ValueError for a code that py3langid does not know, or when it is missing."""
     if not codes:
         return
-    classifier()
-    # imported here: it is not installed with this project, and only a filter of languages needs it
-    import py3langid
-
-    known = sorted(code for code, _ in py3langid.rank(""))
+    known = sorted(code for code, _ in languages().rank(""))
     if unknown := [code for code in codes if code not in known]:
         raise ValueError(f"--language {unknown[0]} is not known: expected {', '.join(known)}")
 

@@ -191,11 +191,11 @@ def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
         optimizer = statistics.median(seconds(partial(step_optimizers, run)) for _ in range(3))
         # The batch of GPT-2's recipe has 512 sequences, for which the optimizer steps once.
         whole = step + (512 / rows - 1) * (step - optimizer)
-        table.append({"optimizer": name, "ms": 1000 * optimizer, "share of 512 sequences": optimizer / whole})
+        table.append({"optimizer": name, "ms": 1000 * optimizer, "part of 512 sequences": optimizer / whole})
     report.table(f"optimizer step, after micro-batches of {rows}", table)
     if settings.is_timed:
-        share = table[1]["share of 512 sequences"]
-        report.at_most("Muon's share of a step of 512 sequences on one GPU", share, 0.05)
+        fraction = table[1]["part of 512 sequences"]
+        report.at_most("Muon's part of a step of 512 sequences on one GPU", fraction, 0.05)
     check_micro_batch(settings, report)
 
 

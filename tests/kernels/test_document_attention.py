@@ -166,7 +166,7 @@ def test_document_ids_with_other_masks_or_a_wrong_shape_are_refused():
     model = make_model()
     ids = torch.zeros(1, 8, dtype=torch.long)
     for options in ({"attention_mask": torch.ones(1, 8)}, {"cache": model.new_cache(1, 8)}):
-        with pytest.raises(ValueError, match="document_ids need a model with causal=True, no cache and no"):
+        with pytest.raises(ValueError, match="document_ids need causal=True, attention full, no cache and no"):
             model(ids, document_ids=ids, **options)
     with pytest.raises(ValueError, match=r"document_ids has shape \(1, 7\), expected \(1, 8\)"):
         model(ids, document_ids=ids[:, 1:])
