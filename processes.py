@@ -84,7 +84,8 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
         deterministic: `system.deterministic` of the configuration, see `device.make_deterministic`.
 
     Raises:
-        ValueError: this machine does not have the device, or the environment variables of torchrun are incomplete.
+        ValueError: this machine does not have the device, several processes cannot use it, or the environment variables
+            of torchrun are incomplete.
         TimeoutError: another process did not connect within JOIN_TIMEOUT.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -93,6 +94,8 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
     if deterministic:
         make_deterministic()
     device = find_device(device_name, "system.device")
+    if world_size > 1 and device.type not in ("cuda", "cpu"):
+        raise ValueError(f"{world_size} processes cannot exchange tensors on {device.type}: start one, or use the cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that autocast leaves in float32

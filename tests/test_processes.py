@@ -61,6 +61,13 @@ def test_the_others_name_the_main_process_and_its_address(alone):
         start_processes("cpu", "float32")
 
 
+def test_several_processes_on_a_device_without_collective_operations_are_refused(alone, monkeypatch):
+    alone(0)
+    monkeypatch.setattr(processes, "find_device", lambda *_: torch.device("mps"))
+    with pytest.raises(ValueError, match="3 processes cannot exchange tensors on mps: start one, or use the cpu"):
+        start_processes("mps", "float32")
+
+
 def test_processes_that_do_not_answer_after_a_failure_are_lost(monkeypatch):
     monkeypatch.setattr(processes, "ANSWER_TIMEOUT", timedelta(seconds=0.2))
     assert name_lost_processes() == "another process"
