@@ -14,7 +14,7 @@ from generation.fixed_step import FixedStep
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
 
-MIN_GRAPH_TOKENS = 8  # capturing a CUDA graph takes about as long as this many steps without one
+MIN_GRAPH_TOKENS = 8  # for fewer, capturing a CUDA graph would probably take longer than it saves
 
 
 def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:

@@ -123,9 +123,8 @@ def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: i
         # Slurm starts a command of datatrove, which imports this module.
         "env_command": f'export PATH="{bin_directory}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"',
     }
-    parts = datatrove_executors().SlurmPipelineExecutor(
-        [step], tasks, cpus_per_task=workers, job_name="prepare", logging_dir=str(step.logs), **common
-    )
+    executor = datatrove_executors().SlurmPipelineExecutor
+    parts = executor([step], tasks, cpus_per_task=workers, job_name="prepare", logging_dir=str(step.logs), **common)
     datatrove_executors().SlurmPipelineExecutor(
         [merge], 1, job_name="merge", logging_dir=str(merge.logs), depends=parts, **common
     ).run()

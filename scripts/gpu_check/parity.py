@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils.logging import disable_progress_bar
 
 from device import DTYPES
 from generation import generate
@@ -38,6 +39,7 @@ def check_parity(settings: Settings, report: Report) -> None:
 
 def make_twins(shape: GPTConfig, spread: float, device: str) -> tuple[Any, GPT]:
     """Return a GPT-2 of transformers with random weights of this standard deviation, and our copy of it."""
+    disable_progress_bar()  # of save_pretrained
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=shape.vocab_size,

@@ -7,21 +7,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from data.shards import DatasetMeta, ShardWriter
+from data.tokenizer import train_tokenizer
 from scripts.gpu_check.report import Settings
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
+SHARD_TOKENS = 100_000_000  # as data.prepare's
 
 
-def write_dataset(directory: Path, settings: Settings) -> Path:
-    """Write a dataset with characters as tokens, from the documentation of this repository."""
-    texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    out = directory / "dataset"
-    command = ["data.prepare", "text", *map(str, texts), "--out", str(out), "--tokenizer", "char"]
-    result = run_module(*command, "--val-tokens", str(20 * settings.small_shape.block_size))
-    if result.returncode:
-        raise RuntimeError(f"data.prepare failed: {result.stderr.strip()}")
+def write_dataset(directory: Path) -> Path:
+    """Write a dataset with characters as tokens: the documentation of this repository, without a validation split.
+
+    `python -m data.prepare` would need packages that are not needed for training.
+    """
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text, out = "\n\n".join(path.read_text(encoding="utf-8") for path in documents), directory / "dataset"
+    tokenizer = train_tokenizer("char", [text])
+    out.mkdir()
+    tokenizer.save(out)
+    writer = ShardWriter(out, "train", SHARD_TOKENS, tokenizer.eot)
+    writer.write(np.array([tokenizer.eot, *tokenizer.encode(text)], np.uint16))
+    meta = DatasetMeta(
+        tokenizer=tokenizer.kind,
+        tokenizer_sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        source="the documentation of this repository",
+        revision="",
+        filter="",
+        validation="none",
+        shard_tokens=SHARD_TOKENS,
+        shards={"train": writer.finish()},
+        tokens={"train": writer.n_tokens},
+        documents={"train": writer.n_documents},
+        text_bytes={"train": len(text.encode())},
+    )
+    meta.save(out)
     return out
 
 
@@ -32,13 +55,17 @@ def write_config(settings: Settings, directory: Path, dataset: Path, name: str, 
         "run": {"name": name, "dir": str(directory / "runs")},
         "model": {"preset": None, "block_size": shape.block_size}
         | {field: getattr(shape, field) for field in ("n_layer", "n_head", "n_embd")},
-        "data": {"dir": str(dataset), "batch_tokens": 8 * shape.block_size, "sequence_length": shape.block_size},
+        "data": {
+            "dir": str(dataset),
+            "batch_tokens": 8 * shape.block_size,
+            "sequence_length": shape.block_size,
+            "micro_batch": 4,
+        },
         "optim": {"lr": 1e-3, "warmup_steps": 2, "steps": 40},
         "eval": {"every": 0, "samples": 0, "hellaswag": False},
         "checkpoint": {"every": 8},
         "system": {"device": settings.device, "compile": False},
     }
-    config["data"]["micro_batch"] = 4
     for section, fields in changes.items():
         config[section] |= fields
     path = directory / f"{name}.yaml"
@@ -46,20 +73,19 @@ def write_config(settings: Settings, directory: Path, dataset: Path, name: str, 
     return path
 
 
-def run_train(
-    settings: Settings, directory: Path, dataset: Path, name: str, changes: dict[str, Any], windows: int
-) -> subprocess.CompletedProcess[str]:
-    """Run train.py for one step of `windows` sequences with the model of `settings.shape`."""
+def run_one_step(settings: Settings, directory: Path, *, windows: int) -> subprocess.CompletedProcess[str]:
+    """Run train.py for one step of a micro-batch of `windows` sequences with the model of `settings.shape`."""
     shape = settings.shape
-    model = {field: getattr(shape, field) for field in ("n_layer", "n_head", "n_embd", "block_size")}
-    base = {
-        "model": model,
-        "data": {"batch_tokens": windows * shape.block_size, "sequence_length": shape.block_size},
+    changes = {
+        "model": {field: getattr(shape, field) for field in ("n_layer", "n_head", "n_embd", "block_size")},
+        "data": {
+            "batch_tokens": windows * shape.block_size,
+            "sequence_length": shape.block_size,
+            "micro_batch": windows,
+        },
         "optim": {"steps": 1, "warmup_steps": 0},
     }
-    for section, fields in changes.items():
-        base[section] = base.get(section, {}) | fields
-    path = write_config(settings, directory, dataset, name, base)
+    path = write_config(settings, directory, write_dataset(directory), "one-step", changes)
     return subprocess.run([sys.executable, "train.py", "--config", str(path)], cwd=ROOT, capture_output=True, text=True)
 
 

@@ -67,7 +67,8 @@ def check_curves(settings: Settings, report: Report) -> None:
 
 def compare(report: Report, name: str, found: list[float], expected: list[float], limit: float) -> None:
     """Check the largest difference of two loss curves, and show the ends of both."""
-    rows = [{"step": i + 1, "loss": found[i], "expected": expected[i]} for i in (0, len(found) // 2, len(found) - 1)]
+    shown = (0, len(found) // 2, len(found) - 1)
+    rows = [{"step": i + 1, "loss": f"{found[i]:.5f}", "expected": f"{expected[i]:.5f}"} for i in shown]
     report.table(name, rows)
     report.at_most(name, max(abs(a - b) for a, b in zip(found, expected, strict=True)), limit)
 
@@ -77,7 +78,7 @@ def check_resume(settings: Settings, report: Report) -> None:
     kills = 1 if settings.tiny else 4
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        dataset = write_dataset(directory, settings)
+        dataset = write_dataset(directory)
         for deterministic in (False, True) if DETERMINISTIC_EXISTS else (False,):
             name = "deterministic" if deterministic else "default"
             report.say(f"a run that is killed {kills} times: {name}")
