@@ -82,7 +82,7 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format that torch.distributed.elastic.multiprocessing.errors reads.
         info = {"py_callstack": message, "timestamp": str(int(time.time()) + 60 * consequence)}
-        with open(path, "w", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": info}}, file)
     sys.exit(status)
 

@@ -104,6 +104,13 @@ def test_an_error_under_torchrun_is_also_given_to_torchrun(tmp_path, monkeypatch
     assert int(second["extraInfo"]["timestamp"]) > int(first["extraInfo"]["timestamp"]) + 30
 
 
+def test_an_error_file_that_cannot_be_written_does_not_hide_the_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "error.json"))
+    with pytest.raises(SystemExit) as stopped:
+        fail("a.py: no such dataset")
+    assert (stopped.value.code, capsys.readouterr().err) == (2, "a.py: no such dataset\n")
+
+
 def test_a_number_below_one_is_refused_with_the_name_of_the_option(parser, capsys):
     at_least_one(parser, Namespace(limit=None, runs=1), "limit", "runs", "of_another_subcommand")
     with pytest.raises(SystemExit) as stopped:
