@@ -25,7 +25,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model import ACTIVATIONS, GPT, GPTConfig
 from other_formats import LLM_C_MAGIC, conversion_hint, is_llm_c
 from pretrained import PADDING_LIMIT, fit_vocabulary
-from weights import STALE_BUFFER, unpickle
+from weights import STALE_BUFFER, check_pickled, unpickle
 
 GPT2_VOCAB_SIZE = GPTConfig.vocab_size
 HEADER_BYTES = 1024
@@ -87,6 +87,7 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
             f"{path} is not a checkpoint of nanoGPT, a dictionary with model and model_args: load it with the program "
             f"that wrote it, and save a dictionary like this one"
         )
+    check_pickled(path, checkpoint["model"])
     try:
         shape = {name: fields[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
         config = GPTConfig(**shape, dropout=fields.get("dropout", 0.0), activation=activation)
@@ -97,6 +98,9 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
     # torch.compile adds the prefix. The head is the token embedding, and each of them is stored.
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     state = {name: tensor for name, tensor in state.items() if not STALE_BUFFER.search(name)}
+    n_layer = sum(name.endswith(".ln_1.weight") for name in state)
+    if n_layer != config.n_layer:  # building a model of a wrong depth could take hours
+        raise ValueError(f"{path}: model_args has n_layer {config.n_layer}, but there are tensors of {n_layer} blocks")
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state.get("transformer.wte.weight", head)):
         raise ValueError(f"{path}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties them")

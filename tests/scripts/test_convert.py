@@ -139,7 +139,9 @@ def test_a_file_that_executes_code_is_refused(tmp_path):
         ({"model_args": {"n_layer": 2}}, "model_args lacks 'vocab_size'"),
         ({"model_args": SHAPE | {"vocab_size": 65, "n_head": 3}}, r"model_args: n_embd \(8\) must be divisible"),
         ({"model_args": SHAPE | {"vocab_size": 64}}, "do not match its configuration"),
-        ({"model": {"transformer.wte.weight": 3}}, "do not match its configuration"),
+        ({"model_args": SHAPE | {"vocab_size": 65, "n_layer": 10**9}}, "n_layer 1000000000, but .* of 2 blocks"),
+        ({"model": {"transformer.wte.weight": 3}}, "holds a int under the key 'transformer.wte.weight'"),
+        ({"model": {5: torch.zeros(2)}}, "holds a Tensor under the key 5"),
     ],
     ids=str,
 )
