@@ -29,9 +29,9 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	$(PYTHON) -m report --all runs/shakespeare
 	@echo
 	@echo "Finished. Open runs/shakespeare/report.html in a browser. What to try next:"
-	@echo "  write with it:  $(PYTHON) sample.py --model runs/shakespeare --interactive"
-	@echo "  in a browser:   $(PYTHON) sample.py --model runs/shakespeare --serve"
-	@echo "  your own text:  $(PYTHON) -m data.prepare text FILE --out data/mine"
+	@echo "  write with it  $(PYTHON) sample.py --model runs/shakespeare --interactive"
+	@echo "  in a browser   $(PYTHON) sample.py --model runs/shakespeare --serve"
+	@echo "  your own text  $(PYTHON) -m data.prepare text FILE --out data/mine"
 
 test: $(READY) ## the quick tests, in two processes
 	$(PYTHON) -m pytest -n 2 --dist worksteal
