@@ -15,6 +15,7 @@ from pathlib import Path
 from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
 from data.plain_text import read_escapes
 
+SERVER_OPTIONS = {"model", "checkpoint", "serve", "host", "port", "dtype", "device"}
 DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 
 
@@ -73,6 +74,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     add_arguments(parser)
     args = parser.parse_args(arguments)
     at_least_one(parser, args, "num_samples", "batch_size", "num_beams", "max_new_tokens", "show_probs")
+    if args.serve:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        if others := [f"--{name.replace('_', '-')}" for name in given if name not in SERVER_OPTIONS]:
+            parser.error(f"each request to the server has options of its own: --serve not with {', '.join(others)}")
     args.default_new_tokens = DEFAULT_NEW_TOKENS
     args.sampling = not args.greedy and args.num_beams == 1
     if not args.sampling and (args.temperature, args.top_k, args.top_p) != (None, None, None):
@@ -104,7 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
     with ending(parser, needs_reader=True):
         # imported after the arguments are checked: importing torch takes seconds
         if args.serve:
-            from serve.app import run
+            try:
+                from serve.app import run
+            except ModuleNotFoundError as error:
+                parser.exit(2, f"sample.py: --serve needs {error.name}: pip install starlette uvicorn\n")
         elif args.interactive:
             from generation.interactive import run
         else:

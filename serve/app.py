@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import html
 import json
+import logging
 import socket
 import time
 import uuid
@@ -265,5 +266,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"page: http://{shown}:{listening.getsockname()[1]}/    OpenAI's protocol: the same with /v1    Ctrl-C ends")
     if not local:
         print("Every machine that reaches this address can use the model: there is no password.")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about each client that goes away
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

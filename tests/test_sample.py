@@ -206,6 +206,7 @@ def test_without_a_model_and_without_runs_the_error_says_so(checkpoint, tmp_path
         (["--show-probs", "200"], "more than the vocabulary of 99"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--prompt", "a", "--interactive"], "not allowed with argument"),
+        (["--serve", "--top-k", "5"], "--serve not with --max-new-tokens, --top-k"),
     ],
     ids=str,
 )
@@ -478,6 +479,16 @@ def test_ctrl_c_ends_an_answer_and_commands_change_settings(checkpoint, run):
     assert terminal.expect("\n> ") == more
     terminal.type(":quit\n")
     assert terminal.exit_code() == 0
+
+
+def test_a_server_without_its_packages_is_refused_by_their_names(run, monkeypatch, capsys, checkpoint):
+    monkeypatch.delitem(sys.modules, "serve.app", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--model", str(checkpoint), "--serve"])
+    assert stop.value.code == 2
+    assert "--serve needs uvicorn: pip install starlette uvicorn" in capsys.readouterr().err
 
 
 def test_a_prompt_is_read_from_a_pipe(checkpoint, run):
