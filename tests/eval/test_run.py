@@ -91,7 +91,8 @@ def test_table_json_and_examples(tiny, tmp_path, capsys):
         *["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
     ]
     row = results(tmp_path / "f.json")[("hellaswag", "completion", "acc_norm")]
-    assert set(row) == {"task", "convention", "metric", "value", "stderr", "count", "published"}
+    assert set(row) == {"task", "convention", "metric", "value", "stderr", "count", "checkpoint", "published"}
+    assert row["checkpoint"] == tiny
     assert row["count"] == 4
     assert row["published"] == {"gpt2": 0.2955, "gpt2-medium": 0.3752, "gpt2-large": 0.432, "gpt2-xl": 0.4893}
     lines = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text("utf-8").splitlines()]
