@@ -1,0 +1,109 @@
+"""All checks of report/doctor.py: those on the curves (report/symptoms.py), and those on the dataset of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints import list_checkpoints
+from data.shards import TOKEN, Split, open_split
+from data.tokenizer import Tokenizer, load_tokenizer
+from report.run_log import read_run_log
+from report.symptoms import CHECKS, Curves, Finding, read_curves
+from training.run_directory import RunDirectory
+from weights import read_config
+
+READ_TOKENS = 10_000_000  # of the training split, to look for the validation text
+PASSAGE = 32  # tokens of the passages that the splits are compared by
+SAMPLE_TOKENS = 4096  # whose text is encoded again
+
+
+def diagnose(directory: Path) -> list[Finding]:
+    """Return what the checks found in a run: problems first, then notes.
+
+    Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if the run has too few steps.
+    """
+    run = RunDirectory(directory)
+    if not run.metrics_path.is_file():
+        raise FileNotFoundError(f"{directory} is not a run: it has no metrics.jsonl. Give a directory made by train.py")
+    checkpoints = list_checkpoints(run.checkpoints)
+    model = read_config(checkpoints[-1]) if checkpoints else {}
+    curves = read_curves(run, model.get("vocab_size"), model.get("n_embd"))
+    findings = [finding for check in CHECKS if (finding := check(curves))]
+    findings += dataset_findings(curves.config)
+    findings += beside_references(curves, read_run_log(directory, directory.name).reference_losses)
+    return sorted(findings, key=lambda finding: not finding.problem)
+
+
+def dataset_findings(config: dict[str, Any]) -> list[Finding]:
+    """Return the findings on the token shards of a run; none if they do not exist anymore."""
+    data = config.get("data", {})
+    directory = Path(data.get("dir", ""))
+    if data.get("format", "tokens") != "tokens" or not data.get("dir"):
+        return []
+    try:
+        train, val = open_split(directory, "train"), open_split(directory, "val")
+        tokenizer = load_tokenizer(directory if train.meta else "gpt2")
+    except OSError:
+        return [Finding("the dataset was not checked", f"it is not in {directory}", problem=False)]
+    epochs = config.get("optim", {}).get("steps", 0) * data.get("batch_tokens", 0) / train.n_tokens
+    found = [encoding(train, tokenizer), shared_text(train, val)]
+    if epochs > 4:
+        evidence = f"{epochs:.1f} epochs of {train.n_tokens:,} tokens"
+        advice = "more than four epochs teach little (Muennighoff et al. 2023): use more text or fewer steps"
+        found.append(Finding("the text is repeated often", evidence, advice, problem=False))
+    return [finding for finding in found if finding]
+
+
+def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
+    """Decode tokens and encode their text again: a tokenizer reproduces its own tokens, and hardly those of others."""
+    tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
+    split.read((split.n_tokens - len(tokens)) // 2, tokens)
+    if int(tokens.max()) >= tokenizer.vocab_size:
+        evidence = f"token {tokens.max()} in a vocabulary of {tokenizer.vocab_size:,}"
+        return Finding("the data was encoded with another tokenizer", evidence, "prepare the text again")
+    text = tokenizer.decode(tokens[tokens != tokenizer.eot].tolist())
+    again = tokenizer.encode(text)
+    expected = int((tokens != tokenizer.eot).sum())
+    if abs(len(again) - expected) <= 0.03 * expected:
+        return None
+    evidence = f"{expected:,} tokens decode to a text that the tokenizer encodes as {len(again):,} tokens"
+    return Finding("the data was encoded with another tokenizer, or is not text", evidence, "prepare the text again")
+
+
+def shared_text(train: Split, val: Split) -> Finding | None:
+    """Look for passages of the validation split in the training split."""
+    n_train, n_val = min(READ_TOKENS, train.n_tokens), min(READ_TOKENS // 10, val.n_tokens)
+    tokens, held_out = np.empty(n_train, TOKEN), np.empty(n_val, TOKEN)
+    train.read(0, tokens)
+    val.read(0, held_out)
+    if min(n_train, n_val) < PASSAGE:
+        return None
+    passages = np.unique(passage_hashes(held_out)[::PASSAGE])
+    common = float(np.isin(passages, passage_hashes(tokens)).mean())
+    if common < 0.05:
+        return None
+    evidence = f"{common:.0%} of the validation passages of {PASSAGE} tokens are also in the training text"
+    return Finding(
+        "the validation text is part of the training text", evidence, "prepare the text again, without copies"
+    )
+
+
+def passage_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Return a hash of each passage of PASSAGE tokens, (n,) uint16 -> (n - PASSAGE + 1,) uint64: a polynomial."""
+    n = len(tokens) - PASSAGE + 1
+    hashes = np.zeros(n, np.uint64)
+    for i in range(PASSAGE):
+        hashes *= np.uint64(6364136223846793005)
+        hashes += tokens[i : i + n]
+    return hashes
+
+
+def beside_references(curves: Curves, references: list[tuple[str, float]]) -> list[Finding]:
+    """Return a note with the last validation loss beside those of other models on the same validation set."""
+    others = ", ".join(f"{name} {loss:.4f}" for name, loss in references)
+    if not others or not len(curves.val["loss"]):
+        return []
+    return [Finding("beside other models", f"validation loss {curves.val['loss'][-1]:.4f}; {others}", problem=False)]
