@@ -1,6 +1,7 @@
 """report.doctor: runs with a known error are found, healthy ones are not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,9 +144,9 @@ def test_a_directory_without_a_run_and_a_short_run_are_refused(tiny_run, train, 
         diagnose(train(tiny_run(**{"optim.steps": 5})))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def speeches(corpora):
-    """Three kinds of sentences; with 12 sentences in the training split, a run of 200 steps repeats it often."""
+    """Three kinds of sentences."""
     kinds = (
         "the sea a storm King ship of night and",
         "sword war blood field drum foe the",
@@ -166,7 +167,6 @@ BROKEN = (
     ({"optim.warmup_steps": 0, "optim.lr": 4e-2}, "the warm-up has 0 steps"),
     ({"optim.lr": 0.2}, "the learning rate is very high"),
     ({"data.batch_tokens": 32, "data.micro_batch": 1}, "the batch is too small"),
-    ({"system.dtype": "float16", "optim.lr": 3.0, "optim.grad_clip": 0.0}, "overflow float16|the learning rate"),
 )
 
 
@@ -180,20 +180,20 @@ def test_a_healthy_run_has_no_problem(changes, speeches, tiny_run, train):
 @pytest.mark.parametrize(("changes", "expected"), BROKEN, ids=str)
 def test_a_broken_configuration_is_named(changes, expected, speeches, tiny_run, train):
     found = problems(train(short_run(tiny_run, speeches, changes)))
-    assert any(title in part for title in found for part in [title] if title.startswith(tuple(expected.split("|")))), (
-        found
-    )
+    assert any(part in title for title in found for part in expected.split("|")), found
 
 
 @pytest.mark.slow
-def test_random_tokens_are_named(speeches, tiny_run, train):
-    for shard in speeches.glob("*.bin"):
+def test_random_tokens_are_named(speeches, tiny_run, train, tmp_path):
+    dataset = tmp_path / "random"
+    shutil.copytree(speeches, dataset)
+    for shard in dataset.glob("*.bin"):
         content = bytearray(shard.read_bytes())
         n = (len(content) - HEADER_BYTES) // 2
         content[HEADER_BYTES:] = np.random.default_rng(0).integers(0, 280, n).astype("<u2").tobytes()
         shard.write_bytes(content)
     assert "the data was encoded with another tokenizer, or is not text" in problems(
-        train(short_run(tiny_run, speeches, {}))
+        train(short_run(tiny_run, dataset, {}))
     )
 
 
