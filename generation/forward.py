@@ -25,7 +25,7 @@ def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     weight = model.transformer.wte.weight
     outputs = options.output_hidden_states or options.output_attentions
     long_enough = options.max_new_tokens >= MIN_GRAPH_TOKENS
-    full, sharded = getattr(model.config, "attention", "full") == "full", hasattr(weight, "full_tensor")
+    full, sharded = model.config.attention == "full", hasattr(weight, "full_tensor")
     return weight.is_cuda and long_enough and not outputs and full and not sharded
 
 

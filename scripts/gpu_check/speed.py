@@ -25,7 +25,8 @@ from scripts.gpu_check.report import Report, Settings
 from scripts.gpu_check.runs import run_one_step
 from train import accumulate_gradients, train_step
 from training.config import Optim
-from training.estimate import Hardware, count_parameters, flops_per_token, needed_memory, peak_flops
+from training.estimate import count_parameters, flops_per_token, needed_memory, peak_flops
+from training.plan import hardware_of
 from training.setup import TrainingRun
 
 LOWEST_MFU = 0.38  # on an H100 at 64 sequences; the goal is 0.45
@@ -69,13 +70,13 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
     """Return a row of the table for our training step."""
     config = settings.config(rows, settings.shape, compiled=compiled)
 
-    def prepare() -> Run:
-        run = make_run(config, settings.shape, start_processes(settings.device, "auto"))
-        return partial(train_step, run, False, False)
+    processes = start_processes(settings.device, "auto")
 
-    memory = torch.cuda.get_device_properties(settings.device).total_memory if settings.device == "cuda" else None
-    hardware = Hardware(1, settings.dtype, memory)
-    estimate = sum(needed_memory(config, settings.shape, rows, hardware, sharded=False).values()) / 2**30
+    def prepare() -> Run:
+        return partial(train_step, make_run(config, settings.shape, processes), False, False)
+
+    needed = needed_memory(config, settings.shape, rows, hardware_of(processes), sharded=False)
+    estimate = sum(needed.values()) / 2**30
     return time_steps(settings, report, rows, what, prepare) | {"estimate, GiB": estimate}
 
 

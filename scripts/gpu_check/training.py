@@ -17,11 +17,9 @@ from model import GPT, GPTConfig
 from scripts.gpu_check.report import Report, Settings, relative_difference
 from scripts.gpu_check.runs import run_module, write_config, write_dataset
 from train import train_step
-from training.config import Optim, System
+from training.config import Optim
 from training.distributed import distribute
 from training.metrics import Progress
-
-DETERMINISTIC_EXISTS = any(field.name == "deterministic" for field in dataclasses.fields(System))
 
 
 class LossRecorder(Progress):
@@ -79,7 +77,7 @@ def check_resume(settings: Settings, report: Report) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         dataset = write_dataset(directory)
-        for deterministic in (False, True) if DETERMINISTIC_EXISTS else (False,):
+        for deterministic in (False, True):
             name = "deterministic" if deterministic else "default"
             report.say(f"a run that is killed {kills} times: {name}")
             changes: dict[str, Any] = {"optim": {"steps": (16 if settings.tiny else 100) * kills}}
