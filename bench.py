@@ -184,8 +184,8 @@ def bench_attention(peers: dict[str, str], runs: int, device: str) -> list[dict[
     tables = []
     for tokens in ATTENTION_TOKENS:
         contestants = {name: Call("benchmarks.ours.attention", "train", (name, tokens)) for name in ATTENTIONS}
-        # A pass with full attention over the longest sequence takes most of a minute: warm up once.
-        results = compare(contestants, runs, warm_up=1)
+        # A pass with full attention over the longest sequence takes most of a minute: it has no warm-up.
+        results = compare(contestants, runs, warm_up=int(tokens < max(ATTENTION_TOKENS)))
         for name, result in results.items():
             ratio = results["full"]["seconds"] / result["seconds"]
             spread = (result["highest"] - result["lowest"]) / result["seconds"]

@@ -1,7 +1,7 @@
 """Train a small model on a task that needs tokens from far back: `python -m scripts.long_context full window lsh`.
 
 The first half of a sequence is a table: each token holds a place and the symbol at this place, as the sum of their
-embeddings. Each place occurs four times, in random order. The tokens of the second half hold a place alone, and the
+embeddings. Each place occurs 16 times, in random order. The tokens of the second half hold a place alone, and the
 model has to copy its symbol from the table. Each sequence draws its symbols anew. docs/long-context.md has the results.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from model import GPT, GPTConfig
 from training.config import Optim
 from training.optim import make_optimizers
 
-COPIES = 4  # tokens of the table that hold the same place
+COPIES = 16  # tokens of the table that hold the same place
 # A sequence uses 4 of the 16 symbols. So the model can learn early which symbols occur at all, which makes it read the
 # table before it has learned where to look.
 SYMBOLS, USED = 16, 4
@@ -62,8 +61,7 @@ def train(attention: str, length: int, steps: int) -> tuple[float, float]:
     with torch.no_grad():
         model.transformer.wte.weight.mul_(10)
         model.transformer.wpe.weight.zero_()
-        block: Any = model.transformer.h[0]
-        block.attn.c_attn.weight.mul_(4)
+        model.get_parameter("transformer.h.0.attn.c_attn.weight").mul_(4)
     optimizers = make_optimizers(model, Optim(name="muon", lr=0.003, weight_decay=0.0))
     generator = torch.Generator().manual_seed(1337)
     for step in range(1, steps + 1):

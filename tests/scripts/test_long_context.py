@@ -8,13 +8,13 @@ from scripts.long_context import COPIES, SYMBOLS, main, make_sequence
 
 
 def test_each_answer_is_the_symbol_that_the_table_has_at_the_place():
-    places, symbols, targets = (t.tolist() for t in make_sequence(64, torch.Generator().manual_seed(1)))
-    table = dict(zip(places[:32], symbols[:32], strict=True))
-    assert len(table) == 32 // COPIES
-    assert [table[place] for place in places[32:]] == targets[32:]
-    assert set(symbols[32:]) == {SYMBOLS}
-    assert set(targets[:32]) == {IGNORE_INDEX}
-    assert len(set(symbols[:32])) > 1
+    places, symbols, targets = (t.tolist() for t in make_sequence(256, torch.Generator().manual_seed(1)))
+    table = dict(zip(places[:128], symbols[:128], strict=True))
+    assert len(table) == 128 // COPIES
+    assert [table[place] for place in places[128:]] == targets[128:]
+    assert set(symbols[128:]) == {SYMBOLS}
+    assert set(targets[:128]) == {IGNORE_INDEX}
+    assert len(set(symbols[:128])) > 1
 
 
 def test_the_command_reports_loss_and_accuracy_of_each_kind(capsys):
@@ -24,5 +24,5 @@ def test_the_command_reports_loss_and_accuracy_of_each_kind(capsys):
 
 def test_a_length_that_does_not_fit(capsys):
     with pytest.raises(SystemExit):
-        main(["full", "--length", "30"])
-    assert "--length 30 must be divisible by 8" in capsys.readouterr().err
+        main(["full", "--length", "48"])
+    assert "--length 48 must be divisible by 32" in capsys.readouterr().err
