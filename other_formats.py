@@ -7,7 +7,8 @@ from pathlib import Path
 
 LLM_C_MAGIC = 20240326  # the first int32 of a model of llm.c
 
-_TRANSFORMERS_4 = 'with transformers 4 (`pip install "transformers<5"`), run '
+# Version 5 reads no Flax, TensorFlow and Megatron files, and does not save what it reads from GGUF.
+_TRANSFORMERS_4 = 'with transformers 4 (`pip install "transformers<5"{package}`), run '
 _LOAD_AND_SAVE = '`AutoModelForCausalLM.from_pretrained("{directory}", {option}).save_pretrained("NEW")`'
 
 
@@ -30,19 +31,25 @@ def conversion_hint(path: Path) -> str:
 def _recognize(file: Path) -> tuple[str, str] | None:
     """Return the program that wrote a file and the way to convert it, None for a file of an unknown kind."""
     directory = file.parent
-    if file.name == "model_optim_rng.pt" or file.name == "latest_checkpointed_iteration.txt":
-        model = file if file.suffix == ".pt" else directory / "iter_NNNNNNN" / "mp_rank_00" / "model_optim_rng.pt"
-        command = f"`python -m transformers.models.megatron_gpt2.convert_megatron_gpt2_checkpoint {model}`"
-        return "Megatron-LM", _TRANSFORMERS_4 + command
+    if file.name in ("model_optim_rng.pt", "latest_checkpointed_iteration.txt"):
+        # DIR/latest_checkpointed_iteration.txt, DIR/iter_NNNNNNN/mp_rank_NN/model_optim_rng.pt
+        path = directory / "iter_NNNNNNN" if file.suffix == ".txt" else directory.parent
+        command = (
+            "`python -m transformers.models.megatron_gpt2.checkpoint_reshaping_and_interoperability "
+            f"--convert_checkpoint_from_megatron_to_transformers --load_path {path} --save_path NEW`"
+        )
+        return "Megatron-LM", _TRANSFORMERS_4.format(package="") + command
     if file.suffix in (".pt", ".pth"):
         return "PyTorch, such as nanoGPT writes", f"run `python -m scripts.convert {file} --out NEW`"
     if file.suffix == ".bin" and is_llm_c(file):
         return "llm.c", f"run `python -m scripts.convert {file} --out NEW`"
     if file.suffix == ".gguf":
         command = _LOAD_AND_SAVE.format(directory=directory, option=f'gguf_file="{file.name}"')
-        return "llama.cpp", f"with transformers and `pip install gguf`, run {command}, and the same with AutoTokenizer"
+        return "llama.cpp", f"{_TRANSFORMERS_4.format(package=' gguf')}{command}, and the same with AutoTokenizer"
     if file.name == "flax_model.msgpack":
-        return "Flax", _TRANSFORMERS_4 + _LOAD_AND_SAVE.format(directory=directory, option="from_flax=True")
+        command = _LOAD_AND_SAVE.format(directory=directory, option="from_flax=True")
+        return "Flax", _TRANSFORMERS_4.format(package=" flax") + command
     if file.name == "tf_model.h5":
-        return "TensorFlow", _TRANSFORMERS_4 + _LOAD_AND_SAVE.format(directory=directory, option="from_tf=True")
+        command = _LOAD_AND_SAVE.format(directory=directory, option="from_tf=True")
+        return "TensorFlow", _TRANSFORMERS_4.format(package=" tensorflow tf-keras") + command
     return None

@@ -11,11 +11,11 @@ from weights import locate
 FILES = {
     "ckpt.pt": r"is a file of PyTorch, .*: run `python -m scripts.convert .*/ckpt.pt --out NEW`",
     "model_00000010.bin": r"is a file of llm.c: run `python -m scripts.convert .*/model_00000010.bin --out NEW`",
-    "gpt2.gguf": r'from_pretrained\(".*", gguf_file="gpt2.gguf"\).save_pretrained\("NEW"\)',
-    "flax_model.msgpack": r'"transformers<5".*from_pretrained\(".*", from_flax=True\)',
-    "tf_model.h5": r'"transformers<5".*from_pretrained\(".*", from_tf=True\)',
-    "model_optim_rng.pt": r"convert_megatron_gpt2_checkpoint .*/model_optim_rng.pt`",
-    "latest_checkpointed_iteration.txt": r"convert_megatron_gpt2_checkpoint .*/mp_rank_00/model_optim_rng.pt`",
+    "gpt2.gguf": r'"transformers<5" gguf.*from_pretrained\(".*", gguf_file="gpt2.gguf"\).save_pretrained\("NEW"\)',
+    "flax_model.msgpack": r'"transformers<5" flax.*from_pretrained\(".*", from_flax=True\)',
+    "tf_model.h5": r'"transformers<5" tensorflow.*from_pretrained\(".*", from_tf=True\)',
+    "model_optim_rng.pt": r"--load_path .* --save_path NEW`",
+    "latest_checkpointed_iteration.txt": r"--load_path .* --save_path NEW`",
 }
 
 
