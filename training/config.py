@@ -307,8 +307,10 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""
         fields = self.to_dict()
-        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask", "mixture")
+        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
         data = {name: fields["data"][name] for name in names}
+        # Directories may move. What is in them is in the identity of the dataset.
+        data["mixture"] = [part.weight for part in self.data.mixture]
         return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data.shards import open_split
-from training.config import Config, parse_config, refuse_changes
+from training.config import Config, MixturePart, parse_config, refuse_changes
 from training.estimate import count_parameters
 from training.inputs import RECIPES, warnings
 
@@ -266,6 +266,7 @@ def test_each_field_in_a_resumed_run(section, field):
     before, now = Config(), Config()
     value = getattr(getattr(now, section), field)
     changed = (value + 1) if isinstance(value, int | float) and not isinstance(value, bool) else f"not {value}"
+    changed = [MixturePart("a", 1)] if field == "mixture" else changed
     setattr(getattr(now, section), field, changed)
     schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
     recipe = section == "optim" or (section, field) in (
