@@ -18,7 +18,7 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	@echo "2,048 tokens. The loss measures the surprise. For scale, on the held-out plays:"
 	@echo "  an untrained model       8.32 nats per token = 4.07 bits per byte (ln 4,096)"
 	@echo "  gzip -9                                        3.17 bits per byte"
-	@echo "The lines between the validations are the beginning of a text by the model."
+	@echo "After each validation, a line shows the beginning of a text by the model."
 	@echo "Ctrl-C stops after the current step, and \`make demo\` continues from there."
 	$(PYTHON) train.py --config configs/shakespeare.yaml
 	@echo
@@ -29,9 +29,9 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	$(PYTHON) -m report --all runs/shakespeare
 	@echo
 	@echo "Finished. Open runs/shakespeare/report.html in a browser. What to try next:"
-	@echo "  write with it  $(PYTHON) sample.py --model runs/shakespeare --interactive"
-	@echo "  in a browser   $(PYTHON) sample.py --model runs/shakespeare --serve"
-	@echo "  your own text  $(PYTHON) -m data.prepare text FILE --out data/mine"
+	@echo "  write     $(PYTHON) sample.py --model runs/shakespeare --interactive"
+	@echo "  browser   $(PYTHON) sample.py --model runs/shakespeare --serve"
+	@echo "  own text  $(PYTHON) -m data.prepare text FILE --out data/mine"
 
 test: $(READY) ## the quick tests, in two processes
 	$(PYTHON) -m pytest -n 2 --dist worksteal

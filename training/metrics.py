@@ -49,11 +49,11 @@ class Progress:
         described = f"loss {loss:.4f}{bits}  {rate}  {duration(left)} left"
         if sys.stderr.isatty():
             if self._bar is None:  # created at the first step, so that earlier messages stay above it
+                bar = "\x1b[32m{bar}\x1b[0m" if colors_are_welcome() else "{bar}"  # green
                 self._bar = tqdm(
                     total=self.steps,
                     initial=self._first,
-                    bar_format="step {n_fmt}/{total_fmt} {bar} {desc}",
-                    colour="green" if colors_are_welcome() else None,
+                    bar_format=f"step {{n_fmt}}/{{total_fmt}} {bar} {{desc}}",
                     dynamic_ncols=True,
                 )
             self._bar.set_description_str(described, refresh=False)
