@@ -23,16 +23,18 @@ function showPage(text) {
 }
 
 async function refresh() {
+  setTimeout(refresh, 2000);
+  let response, text;
   try {
-    const response = await fetch(location.href, { cache: "no-store", headers: etag ? { "If-None-Match": etag } : {} });
-    if (response.status === 200) {
-      showPage(await response.text());
-      etag = response.headers.get("ETag");
-      live.textContent = `This page follows the training. Last change at ${new Date().toLocaleTimeString()}.`;
-    }
+    response = await fetch(location.href, { cache: "no-store", headers: etag ? { "If-None-Match": etag } : {} });
+    text = await response.text();
   } catch {
     live.textContent = "The server has ended, so this page no longer changes.";
+    return;
   }
-  setTimeout(refresh, 2000);
+  if (response.status !== 200) return;  // 304: nothing has changed
+  etag = response.headers.get("ETag");
+  showPage(text);
+  live.textContent = `This page follows the training. Last change at ${new Date().toLocaleTimeString()}.`;
 }
 setTimeout(refresh, 2000);

@@ -20,9 +20,10 @@ function tracesOf(chart) {
 function draw() {
   data.charts.forEach((chart, number) => {
     const layout = layoutOf({ l: 10, r: 10, t: 30, b: 10 });
-    layout.uirevision = "kept";  // drawing again, with the other theme or new data, keeps the zoom
+    layout.xaxis.uirevision = layout.yaxis.uirevision = "kept";  // drawing again keeps the zoom
     Object.assign(layout.xaxis, { title: { text: chart.xlabel } });
-    Object.assign(layout.yaxis, { title: { text: chart.ylabel }, range: chart.range });
+    Object.assign(layout.yaxis, { title: { text: chart.ylabel } });
+    if (chart.range) layout.yaxis.range = chart.range;
     if (chart.digits.endsWith("e")) layout.yaxis.exponentformat = "e";  // learning rates are written as 3e-4, not as 300µ
     layout.shapes = chart.levels.map((level) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: level.value, y1: level.value,

@@ -112,20 +112,24 @@ def test_the_command_ends_on_ctrl_c_and_names_what_is_missing(serve, tmp_path):
 
 
 @pytest.mark.browser
-def test_the_page_changes_in_the_browser(browser, serve, tmp_path):
-    log(tmp_path / "a", 1, 9.0)
-    server = serve(tmp_path / "a")
+def test_the_page_changes_in_the_browser_and_keeps_what_the_user_chose(browser, serve, tmp_path):
+    for run in ("a", "b"):
+        log(tmp_path / run, 1, 9.0)
+    server = serve(tmp_path / "a", tmp_path / "b")
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(BROWSER_TIMEOUT)
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"http://127.0.0.1:{server.server_port}/")
-    page.get_by_text("text of step 1").wait_for()
+    page.get_by_label("b", exact=True).uncheck()
     log(tmp_path / "a", 2, 4.25)
-    page.get_by_text("text of step 2").wait_for()
+    page.locator("#samples summary", has_text="step 2").wait_for()
     assert "4.2500" in page.locator("#summary").inner_text()
     assert page.evaluate("document.getElementById('chart-0').calcdata[2].map(point => point.y)") == [9.0, 4.25]
+    visible = page.evaluate("document.getElementById('chart-0').data.map(trace => trace.visible)")
+    assert visible == [False, True, True, False, False, False]
+    assert page.locator("#live").inner_text().startswith("This page follows the training. Last change at")
     server.shutdown()
     server.server_close()
     page.get_by_text("The server has ended").wait_for()
