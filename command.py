@@ -141,9 +141,10 @@ def _lasting(stream: TextIO) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
         return stream
     stream.flush()
-    file = _LastingFile(raw.fileno(), "wb", closefd=False)
+    file: Any = _LastingFile(raw.fileno(), "wb", closefd=False)
+    is_buffered = stream.buffer is not raw  # it is not with `python -u` or PYTHONUNBUFFERED
     return io.TextIOWrapper(
-        io.BufferedWriter(file),
+        io.BufferedWriter(file) if is_buffered else file,
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

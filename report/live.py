@@ -136,7 +136,10 @@ def watch(directories: Sequence[Path], port: int) -> None:
     except OSError as error:
         raise OSError(f"port {port} cannot be used ({error.strerror}): choose another one with --port") from error
     with server:
-        print(f"http://{HOST}:{server.server_port} follows {', '.join(map(str, directories))}. Ctrl-C ends the server.")
+        print(
+            f"http://{HOST}:{server.server_port} follows {', '.join(map(str, directories))}. Ctrl-C ends the server.",
+            flush=True,
+        )
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

@@ -262,8 +262,11 @@ def run(args: argparse.Namespace) -> None:
         timeout_graceful_shutdown=2,
     )
     shown = f"[{args.host}]" if family == socket.AF_INET6 else args.host
-    print(description)
-    print(f"page: http://{shown}:{listening.getsockname()[1]}/    OpenAI's protocol: the same with /v1    Ctrl-C ends")
+    print(description, flush=True)
+    print(
+        f"page: http://{shown}:{listening.getsockname()[1]}/    OpenAI's protocol: the same with /v1    Ctrl-C ends",
+        flush=True,
+    )
     if not local:
         print("Every machine that reaches this address can use the model: there is no password.")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about each client that goes away
