@@ -1,6 +1,7 @@
 """American spelling, and none of the names and expressions that were replaced because readers stumbled over them."""
 
 import io
+import json
 import re
 import subprocess
 import tokenize
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.cff", "*.sh", "Makefile", ".ci/run")
+FILES = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.cff", "*.sh", "*.ipynb", "Makefile", ".ci/run")
 
 # Names in code (`share`, but not `share_of_time`), and what to write instead. As words in prose they are allowed.
 OLD_NAMES = {
@@ -67,6 +68,14 @@ def find_names(source):
     return [(t.start[0], t.string) for t in tokens if t.type == tokenize.NAME and t.string in OLD_NAMES]
 
 
+def read(file):
+    """The text of a file. Of a notebook: the text of its cells, without their outputs."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    return text
+
+
 @pytest.fixture(scope="module")
 def documents():
     """The text of each tracked file, without this one, which has to contain the words."""
@@ -74,11 +83,7 @@ def documents():
     if listing.returncode != 0:
         pytest.skip("not a git checkout: there is no list of tracked files")
     files = [ROOT / name for name in listing.stdout.split("\0") if name]
-    return {
-        file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
-        for file in files
-        if file != Path(__file__) and file.exists()
-    }
+    return {file.relative_to(ROOT).as_posix(): read(file) for file in files if file != Path(__file__) and file.exists()}
 
 
 def report(found):
