@@ -298,9 +298,11 @@ def main() -> None:
             with setup(config, processes, verify=flags.verify) as run:
                 train(run, profile=flags.profile)
         else:
-            report = dry_run(config, processes, flags)
+            report, missing = dry_run(config, processes, flags)
             if processes.is_main:
-                print(report)
+                print(report, flush=True)
+            if missing:
+                raise FileNotFoundError(missing)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from eval.hellaswag import hellaswag
 from generation import generate
 from kernels.loss import loss_and_gradients
 from train import train_step, validate
+from training.launch import StopSignal
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KERNELS = {"linear_cross_entropy_sum": loss_and_gradients}
@@ -115,7 +116,7 @@ def use_everything(prepare):
     def use(config, record):
         with prepare(config) as run, record:
             train_step(run, False, False)
-            validate(run)
+            validate(run, StopSignal(announce=False))
             with run.processes.autocast():
                 run.model.eval()
                 generate(run.model, [[1, 2], [3]], max_new_tokens=3, do_sample=True)

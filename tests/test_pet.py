@@ -202,8 +202,10 @@ def test_pseudo_labels_come_from_a_quarter_of_the_models():
 def test_one_hot_soft_labels_give_the_classifier_of_classify_train(directory, files, tmp_path):
     flags = f"--model {directory} --train {files}/few.csv --val {files}/val.csv --device cpu --dtype float32"
     main(["train", *flags.split(), "--out", str(tmp_path / "hard"), "--epochs", "3", "--lr", "3e-3"])
-    args = Namespace(model=str(directory), device="cpu", dtype="float32", seed=1337, max_length=None, strategy="last")
-    vars(args).update(freeze_layers=0, batch_size=16, epochs=3, lr=3e-3, patience=2, out=tmp_path / "soft")
+    args = Namespace(model=str(directory), checkpoint=None, device="cpu", dtype="float32", seed=1337, strategy="last")
+    vars(args).update(
+        max_length=None, freeze_layers=0, batch_size=16, epochs=3, lr=3e-3, patience=2, out=tmp_path / "soft"
+    )
     classifier, tokenizer = load_classifier(args, ["water", "wood"])
     one_hot = {"water": [1.0, 0.0], "wood": [0.0, 1.0]}
     texts, labels = zip(*TEXTS[:8], strict=True)

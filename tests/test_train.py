@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+import checkpoints
 import data.tokenizer
-import pretrained
 import training.setup
 from processes import Processes
 from train import MAX_BAD_STEPS, train_step
@@ -255,7 +255,7 @@ def test_under_other_circumstances_the_micro_batch_is_chosen_again(
     if stored is None:  # as earlier versions saved it
         del state["device"], state["dtype"]
     (checkpoint / "trainer" / "state.json").write_text(json.dumps(state | (stored or {})))
-    monkeypatch.setattr("pretrained.verify", lambda path: None)
+    monkeypatch.setattr("checkpoints.verify", lambda path: None)
     monkeypatch.setattr("training.plan.fit_micro_batch", lambda *arguments, **options: (1, "as patched"))
     with prepare(config) as run:
         assert run.plan.micro_batch == found
@@ -265,8 +265,8 @@ def test_resuming_hashes_each_checkpoint_and_parses_each_tokenizer_once(tiny_run
     config = tiny_run("once", **{"optim.steps": 3})
     checkpoint = train(config) / "checkpoints" / "step-000003"
     verified, parsed = [], []
-    verify, parse = pretrained.verify, data.tokenizer.load_tokenizer
-    monkeypatch.setattr("pretrained.verify", lambda path: (verified.append(path), verify(path))[1])
+    verify, parse = checkpoints.verify, data.tokenizer.load_tokenizer
+    monkeypatch.setattr("checkpoints.verify", lambda path: (verified.append(path), verify(path))[1])
     monkeypatch.setattr("training.inputs.load_tokenizer", lambda name: (parsed.append(str(name)), parse(name))[1])
     train(config)
     assert verified == [checkpoint]

@@ -35,8 +35,10 @@ class Target(NamedTuple):
     budget: float  # bytes of memory that the estimate may use on each device
 
 
-def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
-    """Return what `train.py --dry-run` prints: size, tokens, memory by micro-batch with a verdict, and time.
+def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
+    """Return what `train.py --dry-run` prints, and what is missing for a run here, or "" if nothing is.
+
+    The text has the size, the tokens, the memory by micro-batch with a verdict, and the time.
 
     `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Without a
     dataset, GPT-2's vocabulary is assumed.
@@ -46,6 +48,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
     target = find_target(config, processes, flags.dry_run or "")
     initial = find_initial_model(config, None)
     inputs: Inputs | None = None
+    missing = ""
     try:
         inputs = open_inputs(config, initial, verify=flags.verify)
     except FileNotFoundError as error:
@@ -69,7 +72,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> str:
     ]
     if inputs is not None:
         lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
-    return "\n".join(lines)
+    return "\n".join(lines), "" if flags.dry_run else missing
 
 
 def find_target(config: Config, processes: Processes, name: str) -> Target:

@@ -6,6 +6,7 @@ where it was interrupted, so a task that is killed costs little, and the bytes d
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -93,9 +94,7 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
 def datatrove_executors() -> Any:
     """Return datatrove's module of executors."""
     # imported here: it is not installed with this project, and only executors need it
-    import datatrove.executor
-
-    return datatrove.executor
+    return importlib.import_module("datatrove.executor")
 
 
 def _run_here(step: RunCommand, tasks: int, workers: int) -> None:

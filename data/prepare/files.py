@@ -84,11 +84,6 @@ def _glob(pattern: str) -> list[Path]:
 
 def _walk(directory: Path) -> list[Path]:
     """Return the files of a known type below a directory, without hidden ones; linked directories are not entered."""
-    if (directory / "dataset_info.json").is_file() and any(directory.glob("*.arrow")):
-        raise ValueError(
-            f"{display_name(directory)} was written by save_to_disk of datasets: convert it with "
-            f'`datasets.load_from_disk("{display_name(directory)}").to_parquet("FILE.parquet")`'
-        )
     found: list[Path] = []
     passed_over: list[Path] = []
     for path in sorted(directory.rglob("*")):

@@ -22,7 +22,7 @@ def report(tiny_run):
 
     def run(hardware, config=None, **changes):
         config = config or tiny_run("dry", **{"data.micro_batch": "auto", "system.dtype": "auto"} | changes)
-        return dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=hardware))
+        return dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=hardware))[0]
 
     return run
 
@@ -65,6 +65,15 @@ def test_without_a_dataset_it_still_says_what_a_run_costs(report, tmp_path):
     assert "GPT-2's vocabulary is assumed" in text
     assert re.search(r"^ +ddp .*%   \d+ (min|h) \d+", text, re.M)
     assert "llm.c trains 124M at 468,000 tokens/s on each H100" in text
+
+
+def test_a_missing_dataset_is_an_error_only_on_the_hardware_that_would_train(tmp_path):
+    config = Config()
+    config.data.dir = str(tmp_path / "nothing")
+    for hardware, expected in (("8xH100", ""), ("", f"no dataset at {tmp_path / 'nothing'}")):
+        missing = dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=hardware))[1]
+        assert missing.startswith(expected)
+        assert bool(missing) == bool(expected)
 
 
 def test_on_this_cpu_it_measures_the_rate_of_products(report):

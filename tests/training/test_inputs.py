@@ -125,7 +125,7 @@ def test_a_dry_run_shows_the_epochs_of_each_part(tiny_run, verses, letters):
     mixture = [MixturePart(str(verses), 1), MixturePart(str(letters / "same"), 9)]
     config = tiny_run("dry", **{"data.mixture": mixture, "optim.steps": 200})
     parts = open_inputs(config, None, verify=False).train.parts
-    report = dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=""))
+    report = dry_run(config, start_processes("cpu", "float32"), Flags(dry_run=""))[0]
     windows = 200 * 256 // 32
     assert f"{windows * 0.1 / len(parts[0]):.2f} epochs of {verses}, " in report
     assert f"{(epochs := windows * 0.9 / len(parts[1])):.2f} epochs of {letters / 'same'}, which is complete" in report

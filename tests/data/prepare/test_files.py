@@ -2,7 +2,6 @@
 
 import os
 
-import datasets
 import pytest
 
 from data.prepare.files import display_name, files_revision, find_files
@@ -28,12 +27,6 @@ def test_hidden_files_are_passed_over_and_suffixes_match_in_any_case(run, read_d
     names = [path.name for path in find_files(f"{corpus}/*.txt")]
     assert names == ["a.txt", "b.txt"]
     assert not capsys.readouterr().err
-
-
-def test_a_dataset_of_save_to_disk_is_refused_with_its_conversion(tmp_path):
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"written by save_to_disk of datasets: convert it with `(.*FILE.parquet.*)`"):
-        find_files(str(tmp_path / "saved"))
 
 
 def test_edited_file_of_the_same_size_is_noticed(run, refused, tmp_path):

@@ -5,6 +5,7 @@ import random
 import resource
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_language_is_that_of_the_beginning(run, read_documents, tmp_path, monkey
     def classify(text):
         return ("de" if "der" in text else "en"), 1.0
 
-    monkeypatch.setattr(filters, "classifier", lambda: classify)
+    monkeypatch.setattr(filters, "languages", lambda: SimpleNamespace(classify=classify))
     monkeypatch.setattr("data.prepare.__main__.check_languages", lambda codes: None)
     texts = ["the first", "der zweite", "the third " * 600 + "der"]
     out = tmp_path / "out"
@@ -123,7 +124,6 @@ def test_languages_with_py3langid(refused, tmp_path):
 
 def test_missing_package_and_impossible_filters_are_named(refused, tmp_path, monkeypatch):
     text = write(tmp_path / "a.jsonl", ["a"])
-    filters.classifier.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid", None)
     message = refused("text", text, "--out", tmp_path / "out", "--language", "en")
     assert "--language needs the package py3langid: pip install py3langid" in message
