@@ -243,7 +243,8 @@ def test_the_soft_labels_of_the_command_are_those_of_its_ensemble(directory, fil
 
     monkeypatch.setattr("pet.fit", remember)
     run_pet(directory, files, tmp_path / "out", train=False)
-    args = Namespace(model=str(directory), device="cpu", seed=0, max_length=None, strategy="last", freeze_layers=0)
+    args = Namespace(model=str(directory), checkpoint=None, device="cpu", seed=0, strategy="last")
+    vars(args).update(max_length=None, freeze_layers=0)
     classifier, tokenizer = load_classifier(args, ["water", "wood"])
     verbalizer = read_verbalizer(["tree=wood", "sea=water", "wet=water"])
     scores = [
