@@ -212,4 +212,6 @@ def test_another_initialization_changes_training_from_the_first_loss_on_and_noth
     trained = dict.fromkeys(("adamw-float32", "muon-float32"), "different")
     others = ("datasets", "adamw-float32, resumed", "muon-float32, resumed", "decoding", "evaluation")
     assert statuses(result.stdout) == trained | dict.fromkeys(others, "equal")
-    assert re.search(r"adamw-float32: different\n  val loss, step 0: BASE 6\.\d+, HEAD 6\.\d+\n", result.stdout)
+    # The mean of the first validation may hide a change this small; the first training loss follows.
+    first = r"adamw-float32: different\n  (val loss, step 0|train loss, step 1): BASE 6\.\d+, HEAD 6\.\d+\n"
+    assert re.search(first, result.stdout)
