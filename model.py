@@ -1,9 +1,9 @@
-"""GPT-2 from top to bottom: configuration, attention, MLP, block, model, forward pass and loss.
+"""GPT-2 from top to bottom: configuration, attention, MLP, block, model, forward pass, loss and key-value cache.
 
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
 transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
-what makes it faster: the loss, the backward pass of attention on a CPU, attention for long sequences, a cache.
+faster forms of the loss and of attention, and attention for long sequences and inside documents.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -67,7 +67,7 @@ class GPTConfig:
     window_size: int = 256
     lsh_buckets: int = 64
     lsh_rounds: int = 2
-    # Variants of GPT-2 that other trainers made.
+    # GPT-2 itself has the defaults. Other values are for checkpoints that other trainers made.
     n_inner: int | None = None  # channels of the MLP's hidden layer; None means 4 n_embd
     activation: str = "gelu_new"  # one of ACTIVATIONS
     layer_norm_epsilon: float = 1e-5
@@ -122,7 +122,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        # (B or 1, 1, T or 1, S) booleans, True where a query may attend, or those of documents; None: see is_causal
+        # (B or 1, 1, T or 1, S) booleans, True where a query may attend; or the documents of the tokens; None: see
+        # is_causal
         mask: Tensor | DocumentMask | None,
         head_mask: Tensor | None = None,  # (H,)
         layer_cache: LayerCache | None = None,
@@ -342,7 +343,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(embeddings + self.transformer.wpe(positions))  # (B, T, C), the residual stream
 
         # Decide which keys each query attends to, and which heads take part.
-        mask = self._make_mask(attention_mask, past, x) if documents is None else documents  # (B or 1, 1, T, S)
+        mask = documents if documents is not None else self._make_mask(attention_mask, past, x)
         memory_mask = self._make_memory_mask(encoder_hidden_states, encoder_attention_mask, B)  # (B, 1, 1, M)
         head_masks: Any = [None] * config.n_layer
         if head_mask is not None:
