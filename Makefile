@@ -14,8 +14,9 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	@echo "held out: the model never learns from them, so they show what it has learned."
 	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare --tokenizer bpe:4096
 	@echo
-	@echo "2 of 4: training. The model guesses the next token of the plays, 1,200 times"
-	@echo "2,048 tokens. The loss measures the surprise. For scale, on the held-out plays:"
+	@echo "2 of 4: training. In each of 1,200 steps, the model predicts 2,048 tokens of the"
+	@echo "plays. The loss is the mean of -ln p, where p is the probability that the model"
+	@echo "gave to the right token: lower is better. For scale, on the held-out plays:"
 	@echo "  an untrained model       8.32 nats per token = 4.07 bits per byte (ln 4,096)"
 	@echo "  gzip -9                                        3.17 bits per byte"
 	@echo "After each validation, a line shows the beginning of a text by the model."

@@ -124,7 +124,7 @@ def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: its descriptor was closed before Python started
             with contextlib.suppress(NoReader):
                 stream.flush()
         sys.stdout, sys.stderr = before
@@ -150,6 +150,13 @@ def _lasting(stream: TextIO) -> TextIO:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def port_number(text: str) -> int:
+    """Convert the argument of --port, for argparse."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: use a number in 0..65535 (0: any free port)")
+    return int(text)
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

@@ -12,7 +12,16 @@ import argparse
 import math
 from pathlib import Path
 
-from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from command import (
+    CHECKPOINT_HELP,
+    DEVICE_HELP,
+    DTYPE_CHOICES,
+    DTYPE_HELP,
+    MODEL_HELP,
+    at_least_one,
+    ending,
+    port_number,
+)
 from data.plain_text import read_escapes
 
 SERVER_OPTIONS = {"model", "checkpoint", "serve", "host", "port", "dtype", "device"}
@@ -34,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--serve", action="store_true", help="serve a page and OpenAI's completions on this machine")
     source.add_argument("--interactive", action="store_true", help="ask for prompts; :help lists its commands")
     add("--host", default="127.0.0.1", help="address of --serve (default: 127.0.0.1, only this machine)")
-    add("--port", type=int, default=8000, help="port of --serve; 0: any free one (default: 8000)")
+    add("--port", type=port_number, default=8000, help="port of --serve; 0: any free one (default: 8000)")
     add("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that are continued together (default: 8)")
     add(

@@ -34,7 +34,7 @@ class FixedLayerCache(NamedTuple):
 
 
 class FixedStep:
-    """Read one more token of each row. All state is in tensors that keep their shapes and addresses.
+    """A step that reads one more token of each row. Its state is in tensors that keep their shapes and addresses.
 
     With `capture`, the first call runs the operations one by one, which also warms up the libraries. The second call
     captures them as a CUDA graph, and replays it; later calls replay it. If capturing fails, all calls are like the
@@ -59,9 +59,9 @@ class FixedStep:
         self.position = torch.full((1,), past, device=device)
         self.layers = [FixedLayerCache(k, v, self.position) for k, v in zip(cache.keys, cache.values, strict=True)]
         read = torch.ones(rows, past, dtype=torch.bool, device=device) if mask is None else mask[:, :past].bool()
-        # Padding has no position: the new token's is the number of real tokens before it.
+        # Padding does not count: the position of the new token is the number of real tokens before it.
         self.position_ids = read.sum(dim=1, keepdim=True)  # (N, 1)
-        # The mask is added to the scores. Attention would convert booleans to such numbers in every layer.
+        # 0 and -inf, which are added to the scores. Attention would convert a mask of booleans to them in every layer.
         enabled = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if enabled else weight.dtype
         self.mask = torch.full((rows, 1, 1, cache.max_length), float("-inf"), dtype=dtype, device=device)
@@ -94,7 +94,7 @@ class FixedStep:
         self.position_ids += 1
 
     def _capture(self) -> None:
-        """Capture `_run`, which is not executed by that. If it fails, say so and stop trying."""
+        """Capture `_run` without executing it. If capturing fails, print the reason and do not try again."""
         try:
             self.graph = capture_graph(self._run, self.tokens.device)
         except RuntimeError as error:
@@ -110,7 +110,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
-    """Call `run` on the stream that captures, in order with the current stream."""
+    """Call `run` on the capture stream: after the work of the current stream, which then waits for it."""
     stream, current = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -121,8 +121,8 @@ def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
 def capture_graph(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Return the operations that `run` queues as a CUDA graph. Raises RuntimeError if one of them cannot be captured.
 
-    `torch.cuda.graph` would also empty the allocator's cache, which training needs again at once. Other threads may
-    use CUDA meanwhile: the loader pins memory, and NCCL queries its events.
+    `torch.cuda.graph` would also empty the allocator's cache, which training needs again at once. The capture allows
+    other threads to use CUDA meanwhile: the loader pins memory, and NCCL queries its events.
     """
     graph = torch.cuda.CUDAGraph()
 

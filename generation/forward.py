@@ -125,7 +125,7 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
     mask is (N, T) or longer, 0 for padding, or None. Stop strings are not searched in the text of padding.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # as numbers: the host would wait until a tensor of them has been copied to the device
+    for token in options.eos:  # one by one: the host would wait until a tensor of them is on the device
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

@@ -25,7 +25,7 @@ A line that starts with a colon is a command:
   :quit                  end, as Ctrl-D does
 The arrow keys bring back earlier lines. Ctrl-C ends an answer, and without an answer it ends the program."""
 
-# The settings that a command can change. Some are counts, of which --num-samples and --max-new-tokens start at 1.
+# The settings that a command can change, and their types.
 SETTINGS: dict[str, Callable[[str], float]] = {
     "temperature": float,
     "top_k": int,
@@ -72,7 +72,7 @@ class Session:
                 elif line.strip():
                     self.answer(line)
             except ValueError as error:
-                print(f"{error}", file=sys.stderr)
+                print(error, file=sys.stderr)
             except KeyboardInterrupt:  # during an answer; at the prompt it ends the program
                 print()
 
@@ -100,12 +100,13 @@ class Session:
             raise ValueError(f":{' '.join([name, *values])} is not a command: :help lists them")
 
     def change(self, setting: str, value: str) -> None:
-        """Change a setting, unless its value is impossible. One of sampling also turns greedy decoding off."""
+        """Change a setting, unless its value is impossible. A setting of sampling also turns off greedy decoding."""
         before = dict(vars(self.args))
         try:
             setattr(self.args, setting, SETTINGS[setting](value))
         except ValueError:
-            raise ValueError(f"{value} is not a {SETTINGS[setting].__name__}, as {setting} needs") from None
+            needed = "an int" if SETTINGS[setting] is int else "a float"
+            raise ValueError(f"{setting} needs a number: {value} is not {needed}") from None
         if setting in ("temperature", "top_k", "top_p"):
             self.args.sampling = True
         try:

@@ -127,9 +127,8 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
         options["top_p"] = 0.95 if args.top_p is None else args.top_p
     elif args.num_beams > 1:
         options |= {"num_beams": args.num_beams, "num_return_sequences": args.num_samples}
-    prepare_prompts(
-        model, [longest], None, GenerationOptions(tokenizer=tokenizer, **options)
-    )  # fails before anything is printed
+    # An impossible request fails here, before anything is printed.
+    prepare_prompts(model, [longest], None, GenerationOptions(tokenizer=tokenizer, **options))
     return options
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command import CHECKPOINT_HELP
+from command import CHECKPOINT_HELP, port_number
 from report.arguments import command_line
 
 
@@ -33,7 +33,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--text", help="with --all: the text of the pages about attention and tokens (default: validation text)")
     add("--checkpoint", metavar="best|newest|N", help=f"with --all: {CHECKPOINT_HELP}")
     add("--watch", action="store_true", help="serve a page on 127.0.0.1 that follows the runs, until Ctrl-C")
-    add("--port", type=int, default=8765, help="port of --watch; 0: any free one (default: 8765)")
+    add("--port", type=port_number, default=8765, help="port of --watch; 0: any free one (default: 8765)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,8 @@ from data.shards import open_split
 from data.tokenizer import load_tokenizer
 from pretrained import load_model
 from report.model_pages import write_attention_page, write_embeddings_page, write_tokens_page
+from report.run_log import read_run_log
 from report.runs_page import write_runs_page
-from training.run_directory import RunDirectory
 
 PAGES = ("report", "attention", "tokens", "embeddings")
 EXAMPLE_TOKENS = 48  # few enough for an attention matrix with readable labels
@@ -24,7 +25,8 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 
     Raises ValueError or OSError if the run cannot be read, or if there is no text.
     """
-    text = text or example_text(run)
+    log = read_run_log(run, run.name)
+    text = text or example_text(log.config)
     write_runs_page([run], run / "report.html", PAGES)
     model, tokenizer, name = load_model(str(run), checkpoint=checkpoint)
     write_attention_page(model, tokenizer, name, text, run / "attention.html", PAGES)
@@ -32,12 +34,12 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
     write_embeddings_page(model, name, run / "embeddings.html", PAGES)
 
 
-def example_text(run: Path) -> str:
-    """Return the beginning of the validation split that a run was validated on.
+def example_text(config: dict[str, Any]) -> str:
+    """Return the beginning of the validation split that a run with this configuration was validated on.
 
     Raises ValueError if the dataset is gone, or is not made of shards.
     """
-    directory = RunDirectory(run).read_config().get("data", {}).get("dir", "")
+    directory = config.get("data", {}).get("dir", "")
     try:
         split = open_split(directory, "val")
         tokenizer = load_tokenizer(directory)

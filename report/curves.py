@@ -97,7 +97,7 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
         formatter.ENG_PREFIXES = {**formatter.ENG_PREFIXES, 9: "B"}
         axes.xaxis.set_major_formatter(formatter)
     axes.grid(alpha=0.3)
-    # Not get_legend_handles_labels, which omits names that begin with "_": only lines without a label are "_child0".
+    # get_legend_handles_labels would omit names that begin with "_". matplotlib names lines without a label "_child0".
     lines = [line for line in axes.get_lines() if not re.fullmatch(r"_child\d+", str(line.get_label()))]
     if lines:
         labels = [str(line.get_label()) for line in lines]

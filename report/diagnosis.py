@@ -11,7 +11,7 @@ from checkpoints import list_checkpoints
 from data.shards import TOKEN, Split, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from report.run_log import read_run_log
-from report.symptoms import CHECKS, Curves, Finding, read_curves
+from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
 from weights import read_config
 
@@ -25,20 +25,18 @@ def diagnose(directory: Path) -> list[Finding]:
 
     Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if the run has too few steps.
     """
-    run = RunDirectory(directory)
-    if not run.metrics_path.is_file():
-        raise FileNotFoundError(f"{directory} is not a run: it has no metrics.jsonl. Give a directory made by train.py")
-    checkpoints = list_checkpoints(run.checkpoints)
+    log = read_run_log(directory, directory.name)
+    checkpoints = list_checkpoints(RunDirectory(directory).checkpoints)
     model = read_config(checkpoints[-1]) if checkpoints else {}
-    curves = read_curves(run, model.get("vocab_size"), model.get("n_embd"))
+    curves = find_curves(log, model.get("vocab_size"), model.get("n_embd"))
     findings = [finding for check in CHECKS if (finding := check(curves))]
     findings += dataset_findings(curves.config)
-    findings += beside_references(curves, read_run_log(directory, directory.name).reference_losses)
+    findings += beside_references(curves, log.reference_losses)
     return sorted(findings, key=lambda finding: not finding.problem)
 
 
 def dataset_findings(config: dict[str, Any]) -> list[Finding]:
-    """Return the findings on the token shards of a run; none if they do not exist anymore."""
+    """Return the findings on the token shards of a run, or a note if they no longer exist."""
     data = config.get("data", {})
     directory = Path(data.get("dir", ""))
     if data.get("format", "tokens") != "tokens" or not data.get("dir"):
@@ -58,15 +56,14 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 
 
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
-    """Decode tokens and encode their text again: a tokenizer reproduces its own tokens, and hardly those of others."""
+    """Decode tokens and encode their text again. A tokenizer returns about as many tokens only if they were its own."""
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
     if int(tokens.max()) >= tokenizer.vocab_size:
         evidence = f"token {tokens.max()} in a vocabulary of {tokenizer.vocab_size:,}"
         return Finding("the data was encoded with another tokenizer", evidence, "prepare the text again")
-    text = tokenizer.decode(tokens[tokens != tokenizer.eot].tolist())
-    again = tokenizer.encode(text)
-    expected = int((tokens != tokenizer.eot).sum())
+    tokens = tokens[tokens != tokenizer.eot]
+    again, expected = tokenizer.encode(tokenizer.decode(tokens.tolist())), len(tokens)
     if abs(len(again) - expected) <= 0.03 * expected:
         return None
     evidence = f"{expected:,} tokens decode to a text that the tokenizer encodes as {len(again):,} tokens"
@@ -92,7 +89,10 @@ def shared_text(train: Split, val: Split) -> Finding | None:
 
 
 def passage_hashes(tokens: np.ndarray) -> np.ndarray:
-    """Return a hash of each passage of PASSAGE tokens, (n,) uint16 -> (n - PASSAGE + 1,) uint64: a polynomial."""
+    """Return a hash of each passage of PASSAGE tokens, (n,) uint16 -> (n - PASSAGE + 1,) uint64.
+
+    It is a polynomial of the tokens, modulo 2^64.
+    """
     n = len(tokens) - PASSAGE + 1
     hashes = np.zeros(n, np.uint64)
     for i in range(PASSAGE):

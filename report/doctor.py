@@ -22,7 +22,8 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from report.diagnosis import diagnose  # imported here: arguments are checked before torch is imported
+    # imported here: arguments are checked before torch is imported
+    from report.diagnosis import diagnose
 
     findings = diagnose(args.run)
     problems = [finding for finding in findings if finding.problem]
@@ -33,11 +34,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{'problem' if finding.problem else 'note'}: {finding.title}\n    seen: {finding.evidence}")
             if finding.advice:
                 print(f"    try:  {finding.advice}")
-        print(
-            f"{args.run}: {len(problems)} problem{'s' * (len(problems) != 1)} found"
-            if problems
-            else f"{args.run}: no problem found"
-        )
+        print(f"{args.run}: {len(problems) or 'no'} problem{'s' * (len(problems) > 1)} found")
     if problems:
         sys.exit(1)
 

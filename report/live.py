@@ -6,40 +6,43 @@ It answers only requests from this machine, reads the files of the runs and writ
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from report.charts import make_charts
 from report.page import render_page
 from report.runs_page import page_values, read_logs
+from training.run_directory import RunDirectory
 
 HOST = "127.0.0.1"
+# Accepted in the Host header. Another name means DNS rebinding: a foreign page reached the server through a domain of
+# its own that resolves to 127.0.0.1.
+HOST_NAMES = (HOST, "localhost")
 RENDER_SHARE = 0.1  # largest fraction of the time that is spent on making the page
 REQUEST_SECONDS = 30  # a client that is silent for longer is disconnected
 
 
 class LivePage:
-    """The page about the runs, made anew when a file of a run has changed."""
+    """The page about the runs. It is rendered again when a file or the status of a run has changed."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self.directories = directories
         self._lock = threading.Lock()
-        self._made_from: list[tuple[Path, int, int]] | None = None
+        self._made_from: object = None
         self._not_before = 0.0
         self._page = b""
 
     def get(self) -> bytes:
         """Return the page. Several clients share it."""
         with self._lock:
-            files = sorted(path for run in self.directories for path in run.glob("*.*") if path.suffix != ".partial")
-            state = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
+            state = [run_state(run) for run in self.directories]
             began = time.monotonic()
             if state != self._made_from and began >= self._not_before:
                 self._page = self._make()
@@ -59,15 +62,28 @@ class LivePage:
         return page.encode()
 
 
-def _stat(path: Path) -> Any:
+def run_state(directory: Path) -> object:
+    """Return what the page of a run depends on: the time and size of each file, and the status of the run.
+
+    A run that was killed has changed no file: its status changes because its lock is free.
+    """
+    files = sorted(path for path in directory.glob("*.*") if path.suffix != ".partial")
+    stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
+    try:
+        return stats, RunDirectory(directory).read_status()
+    except (OSError, ValueError):  # the page shows the reason
+        return stats, ""
+
+
+def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except OSError:  # replaced at this moment
+    except OSError:  # the file was replaced after it was listed
         return None
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Serves `/`, the page, and `/plotly.js`, its charts."""
+    """Serves the page `/` and the library of its charts, `/plotly.js`."""
 
     daemon_threads = True
 
@@ -75,13 +91,8 @@ class LiveServer(ThreadingHTTPServer):
         self.page, self.plotly = page, get_plotlyjs().encode()
         super().__init__((HOST, port), Handler)
 
-    @property
-    def hosts(self) -> set[str]:
-        """The names of this server. Another one means that a foreign page reached it through a name of its own."""
-        return {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
-
     def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that went away or fell silent; print other errors."""
+        """Ignore clients that disconnected or timed out; print other errors."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
@@ -93,29 +104,31 @@ class Handler(BaseHTTPRequestHandler):
     timeout = REQUEST_SECONDS
 
     def do_GET(self) -> None:
-        """Send the page, the charts' library, or an error."""
+        """Send the page, the library of its charts, or an error."""
         path = self.path.partition("?")[0]
-        if self.headers.get("Host") not in self.server.hosts:
+        if self.headers.get("Host", "").partition(":")[0] not in HOST_NAMES:
             self.send_error(403, "This server answers only requests to 127.0.0.1 or localhost")
         elif path == "/":
-            page = self.server.page.get()
-            etag = f'"{hashlib.sha256(page).hexdigest()[:16]}"'
-            self._send(b"" if self.headers.get("If-None-Match") == etag else page, "text/html; charset=utf-8", etag)
+            self._send(self.server.page.get(), "text/html; charset=utf-8")
         elif path == "/plotly.js":
-            self._send(self.server.plotly, "text/javascript; charset=utf-8", '"plotly"')
+            self._send(self.server.plotly, "text/javascript; charset=utf-8")
         else:
             self.send_error(404, "This server has only the page /")
 
-    def _send(self, body: bytes, kind: str, etag: str) -> None:
-        self.send_response(200 if body else 304)
+    def _send(self, body: bytes, kind: str) -> None:
+        """Send a body, or status 304 if the client has the same one already."""
+        etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+        changed = self.headers.get("If-None-Match") != etag
+        self.send_response(200 if changed else 304)
         self.send_header("ETag", etag)
         self.send_header("Cache-Control", "no-cache")
-        if body:
+        if changed:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
-        self.wfile.write(body)
+        if changed:
+            self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Print nothing: the page is requested every two seconds."""

@@ -16,7 +16,7 @@ from eval.reference import losses_to_beat, published, published_losses
 from files import file_sha256
 from training.run_directory import RunDirectory, read_file
 
-TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second")
+TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
 
 
 class ValidationSet(NamedTuple):

@@ -1,8 +1,8 @@
 """The checks of report/doctor.py on the curves of a run. Each looks for one problem in metrics.jsonl.
 
 The thresholds were chosen on runs of models with 0.1 to 1.2 million parameters, healthy ones and ones with a known
-error (tests/report/test_doctor.py has some of both). They are wide: a finding deserves a look, and no finding does not
-prove that a run is right.
+error (tests/report/test_doctor.py has some of both). A finding is a reason to look at the run. A run without findings
+can still be wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.run_directory import RunDirectory
+from report.run_log import RunLog
 
 WIDTH = 20  # steps of the running median that separates the trend of a loss curve from its noise
 
@@ -64,20 +64,13 @@ class Curves:
         return self.config.get("optim", {}).get(name, default)
 
 
-def read_curves(run: RunDirectory, vocab_size: int | None, n_embd: int | None) -> Curves:
-    """Read the metrics of a run. Raises ValueError if it has too few steps to say anything."""
-    records = run.read_metrics()
-    names = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
-    train, val = (columns([r for r in records if r["split"] == split], names) for split in ("train", "val"))
-    if len(train["step"]) < 2 * WIDTH:
-        raise ValueError(f"{run.metrics_path} has {len(train['step'])} training steps: at least {2 * WIDTH} are needed")
-    resumed = [start["resumed_at_step"] for start in run.read_provenance() if start.get("resumed_at_step")]
-    return Curves(run.read_config(), train, val, resumed, vocab_size, n_embd)
-
-
-def columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return the columns of records by name, (n,) each. Missing values and null become NaN."""
-    return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
+def find_curves(log: RunLog, vocab_size: int | None, n_embd: int | None) -> Curves:
+    """Return the curves of a run. Raises ValueError if it has too few steps for the checks."""
+    train, val = log.splits["train"], log.splits["val"]
+    if (n := int(np.isfinite(train["loss"]).sum())) < 2 * WIDTH:
+        raise ValueError(f"{log.directory} has {n} training steps with a finite loss: at least {2 * WIDTH} are needed")
+    resumed = [start["resumed_at_step"] for start in log.provenance if start.get("resumed_at_step")]
+    return Curves(log.config, train, val, resumed, vocab_size, n_embd)
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
@@ -87,7 +80,7 @@ def running_median(values: np.ndarray) -> np.ndarray:
 
 
 def first_loss(curves: Curves) -> Finding | None:
-    """A model without training predicts all tokens with nearly the same probability: its loss is about ln V."""
+    """Compare the first loss with ln V: an untrained model predicts all tokens with nearly the same probability."""
     if curves.vocab_size is None:
         return None
     at_start = len(curves.val["step"]) and curves.val["step"][0] == 0
@@ -104,7 +97,7 @@ def first_loss(curves: Curves) -> Finding | None:
 
 
 def no_learning(curves: Curves) -> Finding | None:
-    """The loss of a model that learns falls by more than its noise."""
+    """Check that the loss falls by more than its noise."""
     fall = curves.trend[0] - curves.trend.min()
     if fall > max(4 * curves.noise / math.sqrt(WIDTH), 0.02 * curves.trend[0]):
         return None
@@ -114,7 +107,7 @@ def no_learning(curves: Curves) -> Finding | None:
 
 
 def rising_loss(curves: Curves) -> Finding | None:
-    """A training loss that rises far above its lowest value means that the steps are too large."""
+    """Look for a training loss that ends far above its lowest value. Then the steps are too large."""
     low = int(curves.trend.argmin())
     rise = float(curves.trend[-WIDTH:].min() - curves.trend[low])
     if rise < max(6 * curves.noise / math.sqrt(WIDTH), 0.1):
@@ -128,7 +121,7 @@ def rising_loss(curves: Curves) -> Finding | None:
 
 
 def early_instability(curves: Curves) -> Finding | None:
-    """Adam's first steps are as large as the learning rate allows, whatever the gradient is. A warm-up limits them."""
+    """Look for a rise at the start. Without a warm-up, Adam's first steps have the full size of the learning rate."""
     end = max(2 * WIDTH, int(0.1 * len(curves.losses)))
     early = curves.losses[:end]
     peak = int(early.argmax())
@@ -165,7 +158,7 @@ def learning_rate(curves: Curves) -> Finding | None:
 
 
 def spikes(curves: Curves) -> Finding | None:
-    """Single steps with a far higher loss than their neighbors."""
+    """Look for single steps with a far higher loss than their neighbors."""
     high = curves.residuals > max(8 * curves.noise, 0.3)
     high[: 2 * WIDTH] = False  # the loss falls too fast there to have a meaningful median
     if not high.any():
@@ -173,11 +166,11 @@ def spikes(curves: Curves) -> Finding | None:
     where = ", ".join(f"{step:.0f}" for step in curves.steps[high][:8])
     evidence = f"{high.sum()} of {len(high):,} steps are more than 8 standard deviations above the trend: steps {where}"
     advice = "look at the text of these steps; if there are many, lower the learning rate or optim.grad_clip"
-    return Finding("the loss has spikes", evidence, advice, problem=high.sum() > 3)
+    return Finding("the loss has spikes", evidence, advice, problem=int(high.sum()) > 3)
 
 
 def skipped_steps(curves: Curves) -> Finding | None:
-    """Steps without a finite loss were skipped by the training loop."""
+    """Count the steps without a finite loss, which the training loop skips."""
     skipped = int(np.isnan(curves.train["loss"]).sum())
     if not skipped:
         return None
@@ -189,7 +182,7 @@ def skipped_steps(curves: Curves) -> Finding | None:
 
 
 def float16_overflows(curves: Curves) -> Finding | None:
-    """The gradient scaler halves its scale at each overflow. More than a few mean that float16 does not suffice."""
+    """Count the overflows of float16, at which the gradient scaler halves its scale. A few of them are normal."""
     scale = curves.train["loss_scale"]
     scale = scale[np.isfinite(scale)]
     if len(scale) < 2:
@@ -205,7 +198,7 @@ def float16_overflows(curves: Curves) -> Finding | None:
 
 
 def noisy_batches(curves: Curves) -> Finding | None:
-    """The loss of a small batch varies from step to step, and so does the direction of its gradient."""
+    """Look for a loss that varies much from step to step, as that of small batches does. Their gradients vary too."""
     if curves.noise < 0.15:
         return None
     batch = curves.config.get("data", {}).get("batch_tokens", 0)
@@ -217,10 +210,12 @@ def noisy_batches(curves: Curves) -> Finding | None:
 
 
 def gradient_growth(curves: Curves) -> Finding | None:
-    """A gradient norm that grows without a fall of the loss announces divergence."""
+    """Look for a gradient norm that grows during training, which often comes before divergence."""
     norm = curves.train["grad_norm"]
     norm = norm[np.isfinite(norm)]
     quarter = len(norm) // 4
+    if not quarter:
+        return None
     before, after = float(np.median(norm[quarter : 2 * quarter])), float(np.median(norm[-quarter:]))
     if after < 5 * max(before, 1e-12):
         return None
@@ -232,7 +227,7 @@ def gradient_growth(curves: Curves) -> Finding | None:
 
 
 def periodic_loss(curves: Curves) -> Finding | None:
-    """Text that is read in its order, or repeats, makes a loss whose noise repeats with a period."""
+    """Look for a period in the loss. Text that is not shuffled, or that is repeated, causes one."""
     x = curves.residuals[2 * WIDTH :]
     if len(x) < 4 * WIDTH or not x.std():
         return None
@@ -255,7 +250,7 @@ def periodic_loss(curves: Curves) -> Finding | None:
 
 
 def jump_at_resume(curves: Curves) -> Finding | None:
-    """A run that resumes with its optimizer state continues its curve. Without that state, the loss jumps."""
+    """Look for a jump of the loss where the run was resumed, as without the optimizer's state."""
     for step in curves.resumed:
         before, after = (
             curves.losses[(curves.steps > first) & (curves.steps <= first + 5)] for first in (step - 5, step)
@@ -273,7 +268,7 @@ def jump_at_resume(curves: Curves) -> Finding | None:
 
 
 def missing_steps(curves: Curves) -> Finding | None:
-    """Every step is logged once."""
+    """Check that every step is logged exactly once."""
     gaps = np.flatnonzero(np.diff(curves.train["step"]) != 1)
     if not len(gaps):
         return None
@@ -286,7 +281,7 @@ def missing_steps(curves: Curves) -> Finding | None:
 
 
 def slower_steps(curves: Curves) -> Finding | None:
-    """The rate of a healthy run is constant."""
+    """Check that the throughput stays about constant."""
     rate = curves.train["tokens_per_second"]
     rate = rate[np.isfinite(rate)]
     if len(rate) < 4 * WIDTH:
@@ -303,7 +298,7 @@ def slower_steps(curves: Curves) -> Finding | None:
 
 
 def overfitting(curves: Curves) -> Finding | None:
-    """On text that is repeated too often, the training loss falls and the validation loss rises."""
+    """Look for a validation loss that rises again, as on text that is repeated too often."""
     loss = curves.val["loss"]
     if len(loss) < 3 or not np.isfinite(loss).all():
         return None
@@ -319,7 +314,7 @@ def overfitting(curves: Curves) -> Finding | None:
 
 
 def validation_gap(curves: Curves) -> Finding | None:
-    """Validation and training loss of a run in its first epochs are close."""
+    """Compare validation and training loss, which are close in the first epochs."""
     if not len(curves.val["loss"]) or not np.isfinite(curves.val["loss"][-1]):
         return None
     step, loss = curves.val["step"][-1], float(curves.val["loss"][-1])

@@ -44,8 +44,8 @@ CONTENT_SECURITY_POLICY = (
 def make_app(engine: Engine, name: str, description: str, *, local: bool = True) -> Starlette:
     """Return the application for a model called `name`.
 
-    With `local`, requests must be addressed to a name of this machine. Otherwise a foreign page could reach the server
-    through a name of its own that stands for 127.0.0.1.
+    With `local`, the Host header of a request must be a name of this machine. This prevents DNS rebinding: a foreign
+    page could otherwise reach the server through a domain of its own that resolves to 127.0.0.1.
     """
 
     @contextlib.asynccontextmanager
@@ -68,9 +68,8 @@ def make_app(engine: Engine, name: str, description: str, *, local: bool = True)
         return JSONResponse(model)
 
     async def completions(request: Request) -> Response:
-        body = await read_body(request)
-        wanted = parse_request(body)
-        check_model(json.loads(body).get("model"), name)
+        wanted = parse_request(await read_body(request))
+        check_model(wanted.model, name)
         return await answer(request, engine, engine.submit(wanted), name)
 
     routes = [
@@ -107,8 +106,8 @@ def make_page(name: str, description: str) -> str:
 async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
-    Raises RequestError if it is not JSON by its content type, too large, or not sent in time. The type is required
-    because a browser lets a foreign page send other types without asking this server.
+    Raises RequestError if its content type is not JSON, if it is too large, or if it does not arrive in time. The type
+    is required because a browser lets a foreign page send some other types without asking this server first.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body, size = bytearray(), 0
@@ -143,8 +142,8 @@ async def next_event(job: Job) -> Part | None:
     return event
 
 
-async def cancel_when_gone(request: Request, engine: Engine, job: Job) -> None:
-    """Cancel a job as soon as its client has closed the connection."""
+async def cancel_on_disconnect(request: Request, engine: Engine, job: Job) -> None:
+    """Cancel a job when its client closes the connection."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
     engine.cancel(job)
@@ -153,16 +152,16 @@ async def cancel_when_gone(request: Request, engine: Engine, job: Job) -> None:
 async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
     """Return the response to a request in the queue: a stream of events, or one object.
 
-    Raises RequestError if the model cannot answer it, ClientDisconnect if the client has gone.
+    Raises RequestError if the model cannot answer it, ClientDisconnect if the client has disconnected.
     """
     heading: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
+        "model": name,
     }
-    heading["model"] = name
     parts: list[Part] = []
-    watcher = asyncio.create_task(cancel_when_gone(request, engine, job))
+    watcher = asyncio.create_task(cancel_on_disconnect(request, engine, job))
     try:
         part = first = await next_event(job)  # an impossible request fails here, before a stream begins
         while part is not None and not job.request.stream:
@@ -183,7 +182,7 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
 
 
 async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
-    """Yield server-sent events, one for each part. If the client goes away, the job is canceled."""
+    """Yield server-sent events, one for each part. If the client disconnects, the job is canceled."""
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}
     n_tokens = 0
@@ -195,7 +194,9 @@ async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first
             offsets[event.number] = offset + sum(len(token.text) for token in event.tokens)
             yield _event(heading | {"choices": [choice(event, with_logprobs=with_logprobs, offset=offset)]})
             event = await job.events.get()
-        if event is not None:
+        if isinstance(event, RequestError):
+            yield _event(error_body(str(event)))
+        elif event is not None:
             yield _event(error_body("the server failed while it generated this text", "server_error"))
         elif job.request.include_usage:
             yield _event(heading | {"choices": [], "usage": usage(job.prompt_tokens, n_tokens)})
@@ -218,19 +219,19 @@ def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, A
 
 
 async def refuse(request: Request, error: RequestError) -> Response:
-    """Answer an impossible request."""
+    """Return the response to an impossible request."""
     return JSONResponse(error_body(str(error)), error.status)
 
 
 async def refuse_http(request: Request, error: HTTPException) -> Response:
-    """Answer a request to another path, or with another method."""
+    """Return the response to a request for an unknown path, or with a method that the path does not have."""
     asked = f"{request.method} {request.url.path}"
     message = f"{asked} does not exist: this server has GET /, GET /v1/models and POST /v1/completions"
     return JSONResponse(error_body(message), error.status_code, headers=error.headers)
 
 
 async def ignore(request: Request, error: ClientDisconnect) -> Response:
-    """Answer a client that has gone: nobody reads this."""
+    """Return a response for a client that has disconnected. It is not sent."""
     return Response(status_code=499)
 
 
@@ -248,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
         listening = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
         raise OSError(
-            f"--host {args.host} --port {args.port} cannot be used ({error.strerror}): choose another port"
+            f"--host {args.host} --port {args.port} cannot be used ({error.strerror}): choose another port or host"
         ) from error
     model, tokenizer, description = load(args)
     local = args.host in ("127.0.0.1", "localhost", "::1")
@@ -262,13 +263,11 @@ def run(args: argparse.Namespace) -> None:
         timeout_graceful_shutdown=2,
     )
     shown = f"[{args.host}]" if family == socket.AF_INET6 else args.host
-    print(description, flush=True)
-    print(
-        f"page: http://{shown}:{listening.getsockname()[1]}/    OpenAI's protocol: the same with /v1    Ctrl-C ends",
-        flush=True,
-    )
+    url = f"http://{shown}:{listening.getsockname()[1]}/"
+    lines = [description, f"page: {url}    OpenAI's protocol: {url}v1    Ctrl-C ends"]
     if not local:
-        print("Every machine that reaches this address can use the model: there is no password.")
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about each client that goes away
+        lines.append("Every machine that reaches this address can use the model: there is no password.")
+    print(*lines, sep="\n", flush=True)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about each client that disconnects
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

@@ -16,15 +16,14 @@ MAX_STOPS = 8
 MAX_STOP_LENGTH = 200  # characters
 MAX_LOGPROBS = 20
 MAX_BEAMS = 16
-# Fields that are accepted with a value that changes nothing. Any other value is refused, because it would be ignored.
+# Fields that are not supported, with the values that have no effect. A request with another value is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
     "presence_penalty": (None, 0),
     "suffix": (None, ""),
 }
-IGNORED = {"model", "user"}  # `model` is checked by the application, `user` says who asks
+IGNORED = {"user"}  # the name that the client gives to its own user
 
 
 class RequestError(ValueError):
@@ -40,6 +39,7 @@ class CompletionRequest:
     """A valid request. The fields have the names and the meaning of OpenAI's."""
 
     prompts: list[str | list[int]]
+    model: Any = None  # the application compares it with the name of its model
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
@@ -52,7 +52,7 @@ class CompletionRequest:
     stream: bool = False
     include_usage: bool = False  # a stream ends with the number of tokens
     echo: bool = False
-    sliding: bool = False  # more tokens than the model can see: it sees the last ones
+    sliding: bool = False  # allow more tokens than block_size; the model sees the last block_size of them
 
 
 class TokenInfo(NamedTuple):
@@ -64,7 +64,7 @@ class TokenInfo(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a completion: the whole of it, or what is new in a stream."""
+    """A whole completion, or the next part of its stream."""
 
     number: int  # of the completion in the request
     text: str
@@ -81,13 +81,15 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RequestError(f"the body is a JSON {type(fields).__name__}, expected an object with a prompt")
-    for name, neutral in NEUTRAL.items():
-        if fields.pop(name, None) not in (*neutral, fields.get("n") if name == "best_of" else None):
+    best_of = (None, 1, fields.get("n"))  # the best n of best_of completions are returned
+    for name, neutral in (NEUTRAL | {"best_of": best_of}).items():
+        if fields.pop(name, None) not in neutral:
             raise RequestError(f"{name} is not supported: omit it")
     read = _Reader({name: value for name, value in fields.items() if value is not None and name not in IGNORED})
     options = read.pop("stream_options", dict, {})
     request = CompletionRequest(
         prompts=_prompts(read.fields.pop("prompt", "")),
+        model=read.fields.pop("model", None),
         max_tokens=read.number("max_tokens", int, 16, 1, MAX_TOKENS),
         temperature=read.number("temperature", float, 1.0, 0, 100),
         top_p=read.number("top_p", float, 1.0, 1e-9, 1),

@@ -1,7 +1,8 @@
 const field = (id) => document.getElementById(id);
-const flow = field("flow"), panel = field("panel"), message = field("message");
+const panel = field("panel"), message = field("message");
+const flow = tokenFlow(field("flow"), [], showToken);
 const ALTERNATIVES = 8, NEXT_TOKENS = 20;
-let tokens = [], chosen = -1, stopping = null;
+let tokens = [], stopping = null;
 
 document.querySelector(".bar").style.background =
   `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map((p) => shade("mark", p)).join(", ")})`;
@@ -16,7 +17,7 @@ function requestOf(changes) {
   return { ...fields, logprobs: ALTERNATIVES, sliding: true, stream: true, ...changes };
 }
 
-// Calls `take` with each choice of a stream. Throws an Error with the server's sentence if the request is refused.
+// Calls `take` with each choice of a stream. Throws an Error with the server's message if the request is refused.
 async function complete(fields, take, signal) {
   const response = await fetch("v1/completions", {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(fields), signal,
@@ -61,13 +62,12 @@ field("form").addEventListener("submit", (event) => {
   event.preventDefault();
   whileBusy(async (signal) => {
     tokens = [];
-    chosen = -1;
     panel.replaceChildren();
-    flow.replaceChildren();
+    flow.clear();
     const prompt = document.createElement("span");
     prompt.className = "prompt";
     prompt.textContent = field("prompt").value;
-    flow.append(prompt);
+    field("flow").append(prompt);
     const began = performance.now();
     let reason = "";
     await complete(requestOf({}), (part) => {
@@ -91,24 +91,17 @@ field("next").addEventListener("click", () => whileBusy(async (signal) => {
 
 // ---- tokens
 
-// JavaScript puts keys such as "2" before the others, so the order of the answer is restored.
+// JavaScript puts keys such as "2" before the others, so the tokens are sorted by probability again.
 const ranked = (alternatives) => Object.entries(alternatives).sort((a, b) => b[1] - a[1]);
 const bytesOf = (text) => text.replace(/^bytes:(.*)$/s, (_, bytes) => `⟨${bytes.replaceAll("\\x", " ").trim().toUpperCase()}⟩`);
 
 function addToken(text, logprob, alternatives) {
-  const span = document.createElement("span");
-  span.textContent = visible(bytesOf(text));
-  span.style.background = shade("mark", Math.exp(logprob));
-  span.dataset.token = tokens.length;
-  tokens.push({ text, logprob, alternatives, span });
-  flow.append(span);
+  flow.add(bytesOf(text)).style.background = shade("mark", Math.exp(logprob));
+  tokens.push({ text, logprob, alternatives });
 }
 
-function select(i) {
-  tokens[chosen]?.span.removeAttribute("aria-current");
-  chosen = i;
-  const { text, logprob, alternatives, span } = tokens[i];
-  span.setAttribute("aria-current", "true");
+function showToken(i) {
+  const { text, logprob, alternatives } = tokens[i];
   panel.replaceChildren();
   heading(panel, `Token ${i}`, bytesOf(text));
   const description = document.createElement("p");
@@ -120,20 +113,7 @@ function select(i) {
   panel.querySelectorAll("tbody tr").forEach((row, n) => row.classList.toggle("own", rows[n][0] === text));
 }
 
-function chooseUnder(event) {
-  const i = event.target.dataset.token;
-  if (i !== undefined) select(Number(i));
-}
-flow.addEventListener("pointerover", chooseUnder);
-flow.addEventListener("click", chooseUnder);
-flow.addEventListener("keydown", (event) => {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!step || !tokens.length) return;
-  event.preventDefault();
-  select(Math.min(tokens.length - 1, Math.max(0, chosen + step)));
-});
-
-// The table of next tokens. A click on one adds it to the prompt and looks again.
+// Shows the table of next tokens. A click on a token adds it to the prompt and requests the tokens after it.
 function showNext(alternatives) {
   panel.replaceChildren();
   const title = document.createElement("h3");

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command import at_least_one, ending, fail
+from command import at_least_one, ending, fail, port_number
 
 
 @pytest.fixture
@@ -109,6 +109,24 @@ def test_an_error_file_that_cannot_be_written_does_not_hide_the_error(tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         fail("a.py: no such dataset")
     assert (stopped.value.code, capsys.readouterr().err) == (2, "a.py: no such dataset\n")
+
+
+def test_a_command_may_be_started_without_an_output():
+    """With `>&-`, sys.stdout is None."""
+    source = "import argparse, command\nwith command.ending(argparse.ArgumentParser()): pass"
+    shell = f'exec "{sys.executable}" -c "{source}" >&-'
+    result = subprocess.run(shell, shell=True, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_impossible_port_is_refused(parser, capsys):
+    parser.add_argument("--port", type=port_number)
+    assert parser.parse_args(["--port", "65535"]).port == 65535
+    for port in ("65536", "-1", "http"):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args([f"--port={port}"])
+        assert stopped.value.code == 2
+        assert f"{port} is not a port: use a number in 0..65535" in capsys.readouterr().err
 
 
 def test_a_number_below_one_is_refused_with_the_name_of_the_option(parser, capsys):

@@ -137,6 +137,6 @@ for (let at = 0; at < data.layers; at++) {
     pictures.push({ button, at, head });
   }
 }
-showChoice();
 flow.select(T - 1);
+showChoice();
 drawAndFollowTheme(drawMatrix);

@@ -1,33 +1,43 @@
-// A text as a sequence of tokens. Hovering, a tap or an arrow key chooses a token; `choose` is called with its index.
+// A text as a sequence of tokens, to which `add` appends one. Hovering, a tap or an arrow key chooses a token; `choose` is
+// called with its index.
 function tokenFlow(element, tokens, choose) {
-  const spans = tokens.map((token) => {
+  const spans = [];
+  let chosen = -1;
+  function add(token) {
     const span = document.createElement("span");
     span.textContent = visible(token);
     if (token.startsWith("⟨")) span.dir = "ltr";  // bytes keep their order in right-to-left text
+    span.dataset.token = spans.length;
+    spans.push(span);
     element.append(span);
     return span;
-  });
-  let chosen = 0;
+  }
+  function clear() {
+    element.replaceChildren();
+    spans.length = 0;
+    chosen = -1;
+  }
   function select(i) {
-    spans[chosen].removeAttribute("aria-current");
+    spans[chosen]?.removeAttribute("aria-current");
     chosen = i;
     spans[i].setAttribute("aria-current", "true");
     choose(i);
   }
   element.tabIndex = 0;
   const chooseUnder = (event) => {
-    const i = spans.indexOf(event.target);
-    if (i >= 0) select(i);
+    const i = event.target.dataset.token;
+    if (i !== undefined) select(Number(i));
   };
   element.addEventListener("pointerover", chooseUnder);
   element.addEventListener("click", chooseUnder);
   element.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step) return;
+    if (!step || !spans.length) return;
     event.preventDefault();
     select(Math.min(spans.length - 1, Math.max(0, chosen + step)));
   });
-  return { spans, select, chosen: () => chosen };
+  tokens.forEach(add);
+  return { spans, add, clear, select, chosen: () => chosen };
 }
 
 function visible(token) {

@@ -1,15 +1,15 @@
-// The live page: it fetches itself again, and replaces the data of the charts and the sections that changed.
+// The live page: it requests itself every two seconds, and replaces the data of the charts and the sections that changed.
 const sections = ["summary", "tables", "samples"].map((id) => document.getElementById(id));
 const live = document.getElementById("live");
 let etag = "";
 
 function replaceSection(section, next) {
   if (section.innerHTML === next.innerHTML) return;
-  const open = new Map([...section.querySelectorAll("details")].map((one) => [one.firstElementChild.textContent, one.open]));
+  const open = new Map([...section.querySelectorAll("details")].map((one) => [one.dataset.name, one.open]));
   section.innerHTML = next.innerHTML;
   for (const one of section.querySelectorAll("details")) {
-    const was = open.get(one.firstElementChild.textContent);
-    if (was !== undefined) one.open = was;  // the newest samples are open, and what the user has opened or closed
+    const was = open.get(one.dataset.name);
+    if (was !== undefined) one.open = was;  // as the user left it; new samples are open
   }
 }
 
@@ -23,7 +23,6 @@ function showPage(text) {
 }
 
 async function refresh() {
-  setTimeout(refresh, 2000);
   let response, text;
   try {
     response = await fetch(location.href, { cache: "no-store", headers: etag ? { "If-None-Match": etag } : {} });
@@ -37,4 +36,7 @@ async function refresh() {
   showPage(text);
   live.textContent = `This page follows the training. Last change at ${new Date().toLocaleTimeString()}.`;
 }
-setTimeout(refresh, 2000);
+
+// The next request is sent after the answer to the last one, so that a slow server never has two of them.
+const refreshLater = () => setTimeout(() => refresh().finally(refreshLater), 2000);
+refreshLater();

@@ -74,7 +74,10 @@ def broken_curves(rng):
     yield "validation and training loss differ", curves(base, val={"step": np.array([400.0]), "loss": np.array([2.0])})
 
 
-@pytest.mark.parametrize("number", range(19))
+N_BROKEN = 19
+
+
+@pytest.mark.parametrize("number", range(N_BROKEN))
 def test_each_error_is_named(number):
     for seed in range(5):
         title, broken = list(broken_curves(np.random.default_rng(seed)))[number]
@@ -82,10 +85,14 @@ def test_each_error_is_named(number):
 
 
 def test_all_checks_have_a_broken_curve():
-    named = {title for title, _ in broken_curves(np.random.default_rng(0))}
-    found = {title for _, broken in broken_curves(np.random.default_rng(0)) for title in titles(broken)}
-    assert named <= found
-    assert len(named) == 19
+    broken = [curves for _, curves in broken_curves(np.random.default_rng(0))]
+    assert len(broken) == N_BROKEN
+    assert [check.__name__ for check in CHECKS if not any(map(check, broken))] == []
+
+
+def test_all_findings_can_be_printed_as_json():
+    for _, broken in broken_curves(np.random.default_rng(0)):
+        json.dumps([finding._asdict() for check in CHECKS if (finding := check(broken))])
 
 
 def test_passages_are_equal_exactly_if_their_hashes_are():
@@ -140,7 +147,7 @@ def test_the_command_prints_findings_and_exits_with_status_1(tiny_run, train, py
 
 def test_a_directory_without_a_run_and_a_short_run_are_refused(tiny_run, train, python, tmp_path):
     assert "is not a run" in python("-m", "report.doctor", tmp_path, check=False).stderr
-    with pytest.raises(ValueError, match="has 5 training steps: at least 40 are needed"):
+    with pytest.raises(ValueError, match="has 5 training steps with a finite loss: at least 40 are needed"):
         diagnose(train(tiny_run(**{"optim.steps": 5})))
 
 
@@ -180,7 +187,7 @@ def test_a_healthy_run_has_no_problem(changes, speeches, tiny_run, train):
 @pytest.mark.parametrize(("changes", "expected"), BROKEN, ids=str)
 def test_a_broken_configuration_is_named(changes, expected, speeches, tiny_run, train):
     found = problems(train(short_run(tiny_run, speeches, changes)))
-    assert any(part in title for title in found for part in expected.split("|")), found
+    assert any(expected in title for title in found), found
 
 
 @pytest.mark.slow

@@ -1,20 +1,18 @@
 """The live page: it follows a run, answers only this machine, writes nothing, and ends cleanly."""
 
+import fcntl
 import http.client
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from report.live import LivePage, LiveServer, watch
 from tests.conftest import BROWSER_TIMEOUT
-
-ROOT = Path(__file__).parent.parent.parent
+from training.run_directory import RunDirectory
 
 
 def log(run, step, loss):
@@ -89,26 +87,40 @@ def test_only_this_machine_is_answered_and_nothing_is_written(serve, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
 
-def test_the_command_ends_on_ctrl_c_and_names_what_is_missing(serve, tmp_path):
+def test_the_page_shows_that_a_run_was_killed(serve, tmp_path):
+    """Its process has changed no file: the lock of its directory is free."""
+    run = RunDirectory(tmp_path / "a")
+    log(run.path, 1, 9.0)
+    (run.path / "status.json").write_text('{"status": "running"}')
+    server = serve(run.path)
+    with open(run.path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "<td>running</td>" in request(server)[1]
+    assert "<td>killed</td>" in request(server)[1]
+
+
+def test_the_library_of_the_charts_is_sent_once(serve, tmp_path):
+    log(tmp_path / "a", 1, 9.0)
+    server = serve(tmp_path / "a")
+    first, library = request(server, "/plotly.js")
+    assert len(library) > 1e6
+    again, nothing = request(server, "/plotly.js", If_None_Match=first.headers["ETag"])
+    assert (again.status, nothing) == (304, "")
+
+
+def test_the_command_ends_on_ctrl_c_and_names_what_is_missing(serve, tmp_path, launch):
     with pytest.raises(FileNotFoundError, match="start the training first"):
         watch([tmp_path / "missing"], 0)
     log(tmp_path / "a", 1, 9.0)
     with pytest.raises(OSError, match="choose another one with --port"):
         watch([tmp_path / "a"], serve(tmp_path / "a").server_port)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "report", tmp_path / "a", "--watch", "--port", "0"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = launch(sys.executable, "-m", "report", tmp_path / "a", "--watch", "--port", "0")
     line = process.stdout.readline()
-    address = type("Address", (), {"server_port": int(re.search(r"127.0.0.1:(\d+)", line)[1])})
+    address = SimpleNamespace(server_port=int(re.search(r"127.0.0.1:(\d+)", line)[1]))
     assert request(address)[0].status == 200
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "\n", "")
+    assert process.wait(timeout=60) == 0
+    assert process.stdout.read() == "\n"
 
 
 @pytest.mark.browser
@@ -123,12 +135,15 @@ def test_the_page_changes_in_the_browser_and_keeps_what_the_user_chose(browser, 
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"http://127.0.0.1:{server.server_port}/")
     page.get_by_label("b", exact=True).uncheck()
+    page.locator("#samples summary", has_text="step 1").last.click()
     log(tmp_path / "a", 2, 4.25)
     page.locator("#samples summary", has_text="step 2").wait_for()
     assert "4.2500" in page.locator("#summary").inner_text()
     assert page.evaluate("document.getElementById('chart-0').calcdata[2].map(point => point.y)") == [9.0, 4.25]
     visible = page.evaluate("document.getElementById('chart-0').data.map(trace => trace.visible)")
     assert visible == [False, True, True, False, False, False]
+    opened = page.locator("#samples details").evaluate_all("all => all.map(one => [one.dataset.name, one.open])")
+    assert opened == [["a, step 1", False], ["a, step 2", False], ["b, step 1", True]]
     assert page.locator("#live").inner_text().startswith("This page follows the training. Last change at")
     server.shutdown()
     server.server_close()

@@ -187,6 +187,8 @@ def test_all_needs_one_run_and_a_text(finished_run, tmp_path, capsys):
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     assert report("--all", copy) == 2
     assert "give one with --text" in capsys.readouterr().err
+    assert report("--all", tmp_path / "missing") == 2
+    assert "is not a run" in capsys.readouterr().err
     assert report("--all", copy, "--text", "ox of Kent", "--checkpoint", "10") is None
 
 

@@ -3,12 +3,10 @@
 import concurrent.futures
 import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +14,6 @@ import torch
 
 from generation import generate_text
 
-ROOT = Path(__file__).parent.parent.parent
 LONG = {"prompt": "a", "max_tokens": 4096, "sliding": True, "logprobs": 1, "stream": True}
 
 
@@ -118,6 +115,14 @@ def test_impossible_requests_get_a_4xx_with_a_sentence(server, openai):
     assert post(server, "{}", host="evil.example")[0] == 400
 
 
+@pytest.mark.parametrize("changes", [{"echo": True, "prompt": "a"}, {"prompt": ["a", "b" * 60]}], ids=str)
+def test_an_impossible_request_is_refused_before_its_stream_begins(server, changes):
+    """The first part could be the prompt, or a completion of an earlier prompt."""
+    tokens = 10 if isinstance(changes["prompt"], list) else 65
+    status, content = post(server, json.dumps({"stream": True, "max_tokens": tokens} | changes))
+    assert (status, "block_size 64" in message(content)) == (400, True)
+
+
 def test_a_prompt_of_10_mb_is_refused(server, openai):
     with pytest.raises(openai.errors.APIStatusError, match="more than 1,048,576 bytes: shorten the prompt") as error:
         openai.completions.create(model="tiny", prompt="x" * 10_000_000)
@@ -153,7 +158,7 @@ def cut_off(server, request):
         else:
             connection.settimeout(0.2)  # the server works on it, and has not answered
             with pytest.raises(TimeoutError):
-                print(connection.recv(1000))
+                connection.recv(1000)
 
 
 @pytest.mark.parametrize("changes", [{}, {"stream": False}, {"stream": False, "num_beams": 16}], ids=str)
@@ -177,44 +182,29 @@ def test_a_slow_request_is_refused_in_time(server, monkeypatch):
 
 
 @pytest.fixture
-def command(tmp_path, tiny_model):
-    """`command(*arguments)`: start `sample.py --serve` on a free port; the process, and its first two lines."""
+def command(tmp_path, tiny_model, launch):
+    """`command(port)`: a process of `sample.py --serve`."""
     model, tokenizer = tiny_model
     model.save_pretrained(tmp_path, eos_token_id=tokenizer.eot)
     tokenizer.save(tmp_path)
-    started = []
+    return lambda port: launch(sys.executable, "sample.py", "--model", tmp_path, "--serve", "--port", port)
 
-    def start(*arguments):
-        process = subprocess.Popen(
-            [sys.executable, "sample.py", "--model", tmp_path, "--serve", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def read_address(process):
+    """Read the two lines that the command prints. Return the second one's port as `post` expects it."""
+    assert "5,920 parameters" in process.stdout.readline()
+    return SimpleNamespace(port=int(process.stdout.readline().split("127.0.0.1:")[1].split("/")[0]))
 
 
 def test_the_command_ends_on_ctrl_c_and_names_a_port_that_is_in_use(server, command):
-    refused = command("--port", server.port)
-    process = command("--port", 0)
-    assert "5,920 parameters" in process.stdout.readline()
-    line = process.stdout.readline()
-    port = int(line.split("127.0.0.1:")[1].split("/")[0])
-    server_like = type("Address", (), {"port": port})
-    assert post(server_like, json.dumps({"prompt": "a", "temperature": 0}))[0] == 200
+    refused = command(server.port)
+    process = command(0)
+    assert post(read_address(process), json.dumps({"prompt": "a", "temperature": 0}))[0] == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0
-    assert process.stderr.read() == ""
+    assert process.stdout.read() == ""
     assert refused.wait(timeout=60) == 2
-    assert "choose another port" in refused.stderr.read()
+    assert "choose another port" in refused.stdout.read()
 
 
 @pytest.mark.slow
@@ -223,10 +213,8 @@ def test_memory_stays_bounded_over_2000_requests(command):
 
     The server has a process of its own: the memory of 20 threads that send requests is not its memory.
     """
-    process = command("--port", 0)
-    process.stdout.readline()
-    port = int(process.stdout.readline().split("127.0.0.1:")[1].split("/")[0])
-    address = type("Address", (), {"port": port})
+    process = command(0)
+    address = read_address(process)
 
     def one(i):
         kind = i % 10
@@ -247,5 +235,5 @@ def test_memory_stays_bounded_over_2000_requests(command):
             memory.append(psutil.Process(process.pid).memory_info().rss)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0
-    assert process.stderr.read() == ""
+    assert process.stdout.read() == ""
     assert memory[-1] - memory[1] < 16 * 2**20, [round(m / 2**20) for m in memory]

@@ -1,12 +1,15 @@
 """Which requests are accepted, and the sentences for the others."""
 
+import copy
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from serve.completions import CompletionRequest, Part, RequestError, TokenInfo, choice, join, parse_request
-from serve.engine import find_stop, stop_overlap
+from serve.engine import Engine, find_stop, stop_overlap
 
 
 def parse(**fields):
@@ -78,6 +81,16 @@ def test_text_that_may_begin_a_stop_text_is_held_back():
         for end in range(ends[0] if ends else len(text)):
             so_far = text[:end]
             assert expected.startswith(so_far[: len(so_far) - stop_overlap(so_far, stops)])
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"num_beams": 2}], ids=str)
+def test_the_end_of_text_counts_as_a_new_token(tiny_model, fields):
+    model, tokenizer = copy.deepcopy(tiny_model)
+    with torch.no_grad():  # end-of-text is the most probable token
+        model.transformer.wte.weight[tokenizer.eot] = 10.0
+    job = SimpleNamespace(request=parse(prompt="a", **fields), canceled=False)
+    (part,) = join(list(Engine(model, tokenizer)._complete(job)))
+    assert (part.text, part.n_tokens, part.finish_reason) == ("", 1, "stop")
 
 
 def test_parts_are_joined_and_formatted():
