@@ -8,7 +8,7 @@
     python bench.py all --json bench.json
     python bench.py all --device cuda --peer transformers --peer nanogpt=../nanoGPT
 
-Each contestant lives in a process of its own. The contestants run in turn, so that changes of the machine's speed
+Each contestant runs in a process of its own. The contestants run in turn, so that changes of the machine's speed
 affect all of them, and the medians are reported. A peer that is not a package is given as a directory with a clone of
 its repository. tiktoken is always compared with. With --device cuda all contestants run on the GPU, and work that only
 a CPU does is left out.
@@ -37,6 +37,7 @@ from benchmarks.workload import (
     LOADER_BATCH_TOKENS,
     LOADER_BATCHES,
     NEW_TOKENS,
+    PARAMETERS,
     QUESTIONS,
 )
 from command import at_least_one, ending
@@ -65,19 +66,24 @@ def check_shards(directory: Path) -> None:
     print(f"  every run wrote the same {len(hashes[0])} shards, byte by byte")
 
 
+def spread(result: dict[str, float]) -> float:
+    """Return the difference between the slowest and the fastest run, as a fraction of the median."""
+    return (result["highest"] - result["lowest"]) / result["seconds"]
+
+
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Print a table, and return it: the rate of each contestant in `unit` per second, and our speed relative to it."""
     print(f"\n{title}")
     print(f"  {'':<14}{unit + '/s':>12}{'spread':>9}{'peak MiB':>10}{'ours is':>10}")
     ours = results["ours"]["seconds"]
     for name, result in results.items():
-        spread = (result["highest"] - result["lowest"]) / result["seconds"]
         ratio = result["seconds"] / ours
+        rate = amount / result["seconds"]
         print(
-            f"  {name:<14}{amount / result['seconds']:>12,.1f}{spread:>9.0%}{result['peak_memory'] / 2**20:>10,.0f}"
+            f"  {name:<14}{rate:>12,.1f}{spread(result):>9.0%}{result['peak_memory'] / 2**20:>10,.0f}"
             + (f"{ratio:>9.2f}x" if name != "ours" else "")
         )
-        result |= {"rate": amount / result["seconds"], "ours_is": ratio}
+        result |= {"rate": rate, "ours_is": ratio}
     return {"title": title, "unit": unit, "results": results}
 
 
@@ -92,7 +98,7 @@ def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str,
         contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "train", (peers["nanogpt"], *work))
     results = compare(contestants, runs)
     table = report(f"training step, 124M, {rows} x {tokens} tokens", "tokens", rows * tokens, results)
-    flops = rows * tokens * (6 * 124_439_808 + 12 * 12 * 768 * tokens)
+    flops = rows * tokens * (6 * PARAMETERS + 12 * 12 * 768 * tokens)  # as estimate.flops_per_token
     for dtype in native_dtypes(device):
         rate = call_in_process("benchmarks.machine", "matmul_rate", dtype, device)
         table[f"matmul_{dtype}"] = rate
@@ -117,7 +123,7 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
         title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
         table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
         # A step reads each weight once, except the position embeddings, of which it needs one row.
-        bytes_read = (124_439_808 - 1024 * 768) * (4 if dtype == "float32" else 2)
+        bytes_read = (PARAMETERS - 1024 * 768) * (4 if dtype == "float32" else 2)
         bytes_per_second = bytes_read * table["results"]["ours"]["rate"] / batch
         fraction = bytes_per_second / call_in_process("benchmarks.machine", "read_bandwidth", device)
         print(
@@ -188,8 +194,7 @@ def bench_attention(peers: dict[str, str], runs: int, device: str) -> list[dict[
         results = compare(contestants, runs, warm_up=int(tokens < max(ATTENTION_TOKENS)))
         for name, result in results.items():
             ratio = results["full"]["seconds"] / result["seconds"]
-            spread = (result["highest"] - result["lowest"]) / result["seconds"]
-            cells = f"{result['seconds']:>10.3f}{spread:>9.0%}{result['peak_memory'] / 2**20:>10,.0f}"
+            cells = f"{result['seconds']:>10.3f}{spread(result):>9.0%}{result['peak_memory'] / 2**20:>10,.0f}"
             print(f"  {tokens:>6}  {name:<9}{cells}" + (f"{ratio:>9.2f}x as fast" if name != "full" else ""))
             result["times_as_fast_as_full"] = ratio
         tables.append({"title": "attention", "tokens": tokens, "results": results})

@@ -89,8 +89,11 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
         TimeoutError: another process did not connect within JOIN_TIMEOUT.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and "RANK" not in os.environ:
-        raise ValueError(f"WORLD_SIZE is {world_size}, but RANK is not set: start several processes with torchrun")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ():
+        if name not in os.environ:
+            raise ValueError(
+                f"WORLD_SIZE is {world_size}, but {name} is not set: start several processes with torchrun"
+            )
     if deterministic:
         make_deterministic()
     device = find_device(device_name, "system.device")
@@ -123,7 +126,7 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
 
     Raises TimeoutError, which names the missing processes, if the others do not connect within JOIN_TIMEOUT.
     """
-    host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun does not hold the store
             # `dist.rendezvous` would wait for the others here, and could not name those that are missing.
@@ -174,8 +177,9 @@ def lost_process(error: RuntimeError) -> bool:
 def name_lost_processes() -> str:
     """Return "process 3" or "processes [3, 5]" for those that do not answer, after a collective operation has failed.
 
-    Every process that is alive has failed too and calls this function, which announces it. Those that have not done so
-    after ANSWER_TIMEOUT have ended, or they hang. If the store is gone, it was process 0 or torchrun, which held it.
+    The collective operation fails in every process, and each process that is alive calls this function, which announces
+    it in the store. A process that has not announced itself after ANSWER_TIMEOUT has ended or hangs. If the store does
+    not answer, the process that held it has ended: process 0 or torchrun.
     """
     try:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()

@@ -48,22 +48,21 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
     contestant uses one, otherwise that of its processes.
     """
     pipes: dict[str, Connection] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    durations: dict[str, list[float]] = {name: [] for name in contestants}
     for name, setup in contestants.items():
         pipes[name] = start_process(serve, setup, warm_up)
         receive(pipes[name])  # wait for its warm-up to end before the next contestant starts
     for _ in range(runs):
         for name, pipe in pipes.items():
             pipe.send(True)
-            seconds[name].append(receive(pipe))
+            durations[name].append(receive(pipe))
     results = {}
     for name, pipe in pipes.items():
         pipe.send(False)
-        values = seconds[name]
         results[name] = {
-            "seconds": statistics.median(values),
-            "lowest": min(values),
-            "highest": max(values),
+            "seconds": statistics.median(durations[name]),
+            "lowest": min(durations[name]),
+            "highest": max(durations[name]),
             "peak_memory": receive(pipe),
         }
     return results
@@ -113,13 +112,9 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         pipe.send(None)
         while pipe.recv():
             running.set()
-            synchronize()
-            began = time.perf_counter()
-            run()
-            synchronize()
-            seconds = time.perf_counter() - began
+            duration = seconds(run)
             running.clear()
-            pipe.send(seconds)
+            pipe.send(duration)
         gpu = used_gpu()
         pipe.send(max(own_peak(), peak[0]) if gpu is None else gpu.max_memory_allocated())
     except Exception as error:
@@ -128,6 +123,15 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         pipe.send(error)
     except KeyboardInterrupt:
         pass  # the parent process is interrupted too, and reports it
+
+
+def seconds(run: Run) -> float:
+    """Return the duration of one call, up to the end of the work that it queues on a GPU."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def used_gpu() -> Any:

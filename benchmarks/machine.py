@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 import device
-from benchmarks.clock import synchronize
+from benchmarks.clock import seconds
 from benchmarks.workload import BATCH, VOCAB
 from kernels.cuda_loss import HEAD_MULTIPLE
 from training.metrics import hardware
@@ -27,15 +25,6 @@ def native_dtypes(where: str) -> tuple[list[str], str]:
     native = device.native_dtypes(torch.device(where))
     name = torch.cuda.get_device_name() if where == "cuda" else device.cpu_instruction_set()
     return [str(dtype).removeprefix("torch.") for dtype in native], name
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return the duration of one call, up to the end of the work that it queues on a GPU."""
-    synchronize()
-    began = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - began
 
 
 def matmul_rate(dtype_name: str, where: str) -> float:

@@ -42,9 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("png", type=Path, help="file to write")
     args = parser.parse_args(arguments)
     with ending(parser):
-        tables = [table for table in json.loads(args.results.read_text())["tables"] if table["title"] == "attention"]
+        content = json.loads(args.results.read_text())
+        found = content.get("tables", []) if isinstance(content, dict) else []
+        tables = [table for table in found if table["title"] == "attention"]
         if not tables:
-            raise ValueError(f"{args.results} has no results of bench.py attention")
+            raise ValueError(
+                f"{args.results} has no results of bench.py attention: write them with `bench.py attention --json FILE`"
+            )
         draw(tables, args.png)
 
 

@@ -6,5 +6,6 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 256  # of each sequence that is decoded
 DECODED = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # sequences that are decoded together
 QUESTIONS = 32  # of HellaSwag
 VOCAB = 50257  # GPT-2's
+PARAMETERS = 124_439_808  # of GPT-2 124M
 LOADER_BATCHES, LOADER_BATCH_TOKENS = 10, 524288
 ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)  # kinds, lengths of a sequence

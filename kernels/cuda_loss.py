@@ -83,7 +83,8 @@ def cuda_loss_and_gradients(
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dhead = torch.zeros_like(head, dtype=torch.float32) if weight_grad else x.new_empty(0)
     # Chunks have equal sizes where possible, so that the compiled function is called with few different shapes.
-    parts = math.ceil(len(x) / rows_at_a_time(device_memory(x.device), vocab_size, dtype.itemsize))
+    # An empty batch is one part, because `tensor_split` needs at least one.
+    parts = max(1, math.ceil(len(x) / rows_at_a_time(device_memory(x.device), vocab_size, dtype.itemsize)))
     for x_rows, part_targets, part_dx in zip(
         x.tensor_split(parts), targets.tensor_split(parts), (dx if x_grad else x).tensor_split(parts), strict=True
     ):

@@ -21,11 +21,14 @@ def test_one_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
 
 
-def test_an_environment_without_a_rank_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_incomplete_environment_is_refused(monkeypatch, missing):
+    """Without an address, the main process would wait for the others until JOIN_TIMEOUT."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
     with pytest.raises(
-        ValueError, match=r"WORLD_SIZE is 2, but RANK is not set: start several processes with torchrun"
+        ValueError, match=f"WORLD_SIZE is 2, but {missing} is not set: start several processes with torchrun"
     ):
         start_processes("cpu", "float32")
 

@@ -80,7 +80,7 @@ def check_finite(tensors: dict[str, Tensor], step: int) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run. A thread writes them, so that training continues meanwhile.
+    """The checkpoints of one run. A thread writes them while training continues.
 
     Args:
         directory: runs/<name>/checkpoints.
@@ -169,8 +169,11 @@ class Checkpoints:
     def wait(self, *, last: bool = False) -> None:
         """Wait until the last `save` is on the disk.
 
-        Raises FloatingPointError if its weights were not finite. Raises OSError if it could not be written, unless
-        `on_error` is "continue" and more checkpoints follow: not with `last`.
+        Args:
+            last: no other checkpoint follows, so that an error is raised for either value of `on_error`.
+
+        Raises FloatingPointError if its weights or optimizer state were not finite. Raises OSError if it could not be
+        written and `on_error` is "stop" or `last` is True.
         """
         if self._thread is not None:
             self._thread.join()

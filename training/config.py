@@ -352,6 +352,12 @@ class Flags:
     verify: bool = False
     profile: bool = False
 
+    def __post_init__(self) -> None:
+        if self.mfu is not None and self.dry_run is None:
+            raise ValueError("--mfu is for the estimate of --dry-run: add --dry-run, or omit --mfu")
+        if self.mfu is not None and self.mfu > 1:
+            raise ValueError(f"--mfu {self.mfu:g} is above 1: use a fraction, such as 0.4 for 40%")
+
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Return the configuration that `parse_command_line` reads, without the flags."""

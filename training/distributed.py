@@ -41,7 +41,7 @@ def recomputing_forward(block: Block, *inputs: Any) -> Any:
 
 
 def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
-    """Compile `forward`, the forward pass of a block, in training. What lies between the blocks runs uncompiled.
+    """Compile `forward`, the forward pass of a block, in training. Operations outside of the blocks run uncompiled.
 
     Blocks are also the units of communication. FSDP gathers the weights of a block before it and shards them after it,
     in hooks that cannot be part of a graph. DDP averages the gradients of a block while the backward pass of the

@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
     name: str  # of each device, such as H100
     hardware: Hardware
-    card: Card | None  # None if its data sheet is not known here
+    card: Card | None  # None if it is not in device.CARDS
     budget: float  # bytes of memory that the estimate may use on each device
 
 

@@ -27,14 +27,12 @@ def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -
     return 6 * n_parameters + 12 * model.n_layer * model.n_embd * keys
 
 
-def peak_flops(device: torch.device | str) -> float | None:
-    """Return the peak rate of matrix products in FLOP/s of a device or of a GPU name; None if it is not known.
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak rate of matrix products of a device in FLOP/s; None if it is not known.
 
     The rate is that of the card's 16-bit precision in `device.CARDS`.
     """
-    if isinstance(device, torch.device):
-        device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    card = find_card(device)
+    card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if card is None else card.peak_flops
 
 
@@ -157,9 +155,9 @@ def most_windows(config: Config, world_size: int) -> int:
 def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:
     """Return the number of rows of a micro-batch for `windows` windows in a step; None if not even one row fits.
 
-    Sizes that divide the windows into nearly equal parts are tried, because a small rest would waste a pass. Of the
-    sizes near the largest that fits, one that divides them exactly is preferred: then all micro-batches have the same
-    shape, and the loss is compiled once and not twice.
+    Sizes that divide the windows into nearly equal parts are tried, because a small remainder would waste a pass. The
+    largest exact divisor that fits is preferred if it is at least half of the largest size that fits: then all
+    micro-batches have the same shape, and the loss is compiled once instead of twice.
     """
     sizes = sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True)
     largest = next((rows for rows in sizes if fits(rows)), None)

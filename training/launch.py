@@ -21,8 +21,8 @@ from training.config import Config, Flags, parse_command_line
 class StopSignal:
     """Records SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C, so that the loop can stop after the current step.
 
-    A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP comes when the terminal is closed; under nohup it is
-    ignored, and stays so.
+    A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP is sent when the terminal is closed; if it is ignored at
+    the start, as under nohup, it stays ignored.
 
     Args:
         announce: print on stderr that the request was received: True on the main process.
@@ -62,8 +62,8 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
             if not lost_process(error):
                 raise
             reason, lost = str(error).splitlines()[0], name_lost_processes()
-            message = f"train.py: {who}lost {lost}, whose own message states the cause ({reason})"
-            fail(message, 1, consequence=True)
+            cause = "its own message states the cause, unless it was killed or hangs"
+            fail(f"train.py: {who}lost {lost}: {cause} ({reason})", 1, consequence=True)
         except KeyboardInterrupt:
             print(
                 f"\ntrain.py: {who}stopped; run the same command to resume from the newest checkpoint", file=sys.stderr

@@ -49,7 +49,7 @@ class Progress:
         described = f"loss {loss:.4f}{bits}  {rate}  {duration(left)} left"
         if sys.stderr.isatty():
             if self._bar is None:  # created at the first step, so that earlier messages stay above it
-                bar = "\x1b[32m{bar}\x1b[0m" if colors_are_welcome() else "{bar}"  # green
+                bar = "\x1b[32m{bar}\x1b[0m" if use_colors() else "{bar}"  # green
                 self._bar = tqdm(
                     total=self.steps,
                     initial=self._first,
@@ -81,8 +81,8 @@ class Progress:
             self._bar.close()
 
 
-def colors_are_welcome() -> bool:
-    """Return whether a terminal may get colors: see https://no-color.org."""
+def use_colors() -> bool:
+    """Return whether to print colors on a terminal: not if NO_COLOR is set (https://no-color.org) or TERM is dumb."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

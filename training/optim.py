@@ -93,7 +93,7 @@ class Muon(Optimizer):
         parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _step_in_batches(self) -> None:
-        """Process all matrices of a shape together. While the results of one shape travel, the next is computed."""
+        """Process all matrices of a shape together. While the results of one shape are sent, the next is computed."""
         waiting: Callable[[], None] | None = None
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
@@ -187,14 +187,14 @@ def rank_and_world_size() -> tuple[int, int]:
 def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None:
     """Replace each tensor of the list by its `newton_schulz`; process r of n computes elements r, r + n, r + 2n, ..."""
     rank, world_size = rank_and_world_size()
-    messages = []
+    broadcasts = []
     for i, update in enumerate(updates):
         owner = i % world_size
         updates[i] = newton_schulz(update, dtype) if owner == rank else torch.empty_like(update, dtype=dtype)
         if world_size > 1:
-            messages.append(dist.broadcast(updates[i], src=owner, async_op=True))
-    for message in messages:
-        message.wait()
+            broadcasts.append(dist.broadcast(updates[i], src=owner, async_op=True))
+    for broadcast in broadcasts:
+        broadcast.wait()
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,8 +29,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from checkpoints import list_checkpoints
 from files import PARTIAL_SUFFIX, discard, write_json
-from pretrained import list_checkpoints
 from training.config import Config
 from training.trackers import Tracker, start_trackers
 
@@ -208,8 +208,8 @@ class RunDirectory:
             with self._tracker_errors(name):
                 tracker.finish(failed=failed)
         self._trackers.clear()
-        if self._log is not None:
-            self._log.close()
+        if self._log is not None and (lost := self._log.close()):
+            self._say(f"the last {lost} records of {self.metrics_path} could not be written and are lost")
         if self._lock is not None:
             self._lock.release()
 
@@ -257,8 +257,7 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._waiting += json.dumps({"split": split, "step": step, **clean}).encode() + b"\n"
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._write_waiting()
         except OSError as error:
             if not self._continue_on_error:
                 raise OSError(
@@ -266,9 +265,17 @@ class MetricsLog:
                     f"resume from the last checkpoint"
                 ) from error
 
-    def close(self) -> None:
-        """Close the file."""
+    def _write_waiting(self) -> None:
+        """Write the records that wait. Raises OSError, and keeps what was not written, if the disk is full."""
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> int:
+        """Write the records that wait, close the file, and return the number of records that could not be written."""
+        with contextlib.suppress(OSError):
+            self._write_waiting()
         self._file.close()
+        return self._waiting.count(b"\n")
 
 
 def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:

@@ -95,7 +95,7 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         """Write a failure to status.json, stop the loader's thread, and close the run's directory.
 
-        Raises ValueError, which says what would fit, instead of an error because memory is exhausted.
+        If the error is that memory is exhausted, raises ValueError instead, with the micro-batch that would fit.
         """
         if kind is not None:
             with contextlib.suppress(OSError):  # must not hide the error that ended the run
@@ -192,7 +192,10 @@ def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoin
     if processes.is_main:
         newest = None if resume == "never" else checkpoints.newest()
         if resume == "must" and newest is None:
-            raise FileNotFoundError(f"run.resume is must, but there is no checkpoint in {checkpoints.directory}")
+            raise FileNotFoundError(
+                f"run.resume is must, but there is no checkpoint in {checkpoints.directory}: correct run.name and "
+                f"run.dir, or set run.resume to auto to start a new run"
+            )
         if resume == "never" and checkpoints.existing():
             raise ValueError(
                 f"run.resume is never, but {checkpoints.directory.parent} has checkpoints: choose another run.name, or "

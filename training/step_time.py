@@ -34,9 +34,9 @@ LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation besi
 # the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients of
 # biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
-HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU worse
+HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU less well
 TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 3e-3  # decoding time depends on the number of kernels, not on the card
-SLOW_STEP, SLOWEST_CPU = 60.0, 1e10  # seconds of a step worth a warning; FLOP/s that any CPU reaches
+SLOW_STEP, SLOWEST_CPU = 60.0, 1e10  # a step of more seconds gives a warning; FLOP/s that any CPU reaches
 CPU_SHARE = 0.75  # of a CPU's measured rate of matrix products: 78% to 81% were measured for 124M
 
 
@@ -175,7 +175,7 @@ def seconds_on_cpu(config: Config, model: GPTConfig, dtype: torch.dtype) -> floa
 def warn_of_slow_cpu(config: Config, model: GPTConfig, processes: Processes) -> list[str]:
     """Return a warning if the configuration is one for a GPU, and this is a CPU on which a step takes minutes."""
     flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
-    if processes.device.type != "cpu" or flops / processes.world_size < 60 * SLOWEST_CPU:
+    if processes.device.type != "cpu" or flops / processes.world_size < SLOW_STEP * SLOWEST_CPU:
         return []
     seconds = seconds_on_cpu(config, model, processes.dtype) / processes.world_size
     if seconds < SLOW_STEP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import secrets
 from collections.abc import Callable
@@ -20,7 +21,7 @@ class Tracker(Protocol):
         """Take the metrics of a step by "split/name"."""
 
     def finish(self, *, failed: bool) -> Any:
-        """Send or write what is waiting, and whether the run has failed."""
+        """Send or write the metrics that are still waiting, and record whether the run has failed."""
 
 
 def chosen(log: Log) -> list[str]:
@@ -34,8 +35,13 @@ def check_packages(log: Log) -> None:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"the configuration sends metrics to {name}, but the package is missing: `pip install {name}`, or "
-                f"remove it from log.to{' and log.wandb' if name == 'wandb' else ''}"
+                f"{how_to_remove(name)}"
             )
+
+
+def how_to_remove(name: str) -> str:
+    """Return how the configuration is changed so that it does not ask for a tracker any more."""
+    return "remove it from log.to" + (" and set log.wandb to disabled" if name == "wandb" else "")
 
 
 def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str, Tracker]:
@@ -45,7 +51,7 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
         directory: the run's directory.
         last_step: the step from which the run resumes, -1 for a new run.
 
-    Raises ValueError if one does not start.
+    Raises ValueError if one does not start; those that have started are finished first.
     """
     starters: dict[str, Callable[[Config, Path, int], Tracker]] = {
         "wandb": WeightsAndBiases,
@@ -57,8 +63,11 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
         try:
             trackers[name] = starters[name](config, directory, last_step)
         except Exception as error:  # each package has exceptions of its own
+            for started in trackers.values():
+                with contextlib.suppress(Exception):  # must not hide the error that ends the run
+                    started.finish(failed=True)
             login = "run `wandb login`, check the network, set log.wandb to offline, or " if name == "wandb" else ""
-            raise ValueError(f"{name} did not start ({error}): {login}remove it from log.to") from error
+            raise ValueError(f"{name} did not start ({error}): {login}{how_to_remove(name)}") from error
     return trackers
 
 
@@ -139,9 +148,10 @@ class Trackio:
 
 
 def run_id(path: Path) -> str:
-    """Return the id in a file, or create both.
+    """Return the id in a file. If there is no file, write one with a random id.
 
-    The id belongs to the directory: a resumed run continues its curves, a new run of the same name has its own.
+    The id belongs to the run's directory: a resumed run keeps it, and a run of the same name in another directory has
+    another id.
     """
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")

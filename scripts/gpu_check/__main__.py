@@ -11,6 +11,7 @@ the others. It needs no network. The last command is a rehearsal: it runs every 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -74,12 +75,14 @@ def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outc
         else:
             reason = f"not finished after {limit:.0f} seconds"
             for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended meanwhile
+                    child.kill()
             process.kill()
     except EOFError:
         process.join()
         reason = f"the process ended with status {process.exitcode}"
     process.join()
+    here.close()
     failed = [check["name"] for check in checks if not check["passed"]]
     reason = reason or "; ".join(failed)
     return Outcome(not reason, reason, time.monotonic() - began, checks, tables)
@@ -112,8 +115,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args(arguments)
-    args.numbers = list(PARTS) if args.parts == "all" else []
-    for number in () if args.parts == "all" else args.parts.split(","):
+    args.numbers = []
+    for number in map(str, PARTS) if args.parts == "all" else args.parts.split(","):
         if not number.isdecimal() or int(number) not in PARTS:
             parser.error(f"--parts {args.parts}: expected numbers from 1 to {len(PARTS)}, separated by commas")
         args.numbers.append(int(number))

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 import generation.fixed_step
-from benchmarks.machine import seconds
+from benchmarks.clock import seconds
 from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, QUESTIONS
 from device import autocast
 from eval.likelihood import Request, log_likelihoods

@@ -58,11 +58,11 @@ def make_twins(shape: GPTConfig, spread: float, device: str) -> tuple[Any, GPT]:
     return theirs.to(device), ours
 
 
-def gradients(settings: Settings, device: str, dtype: str, *, compiled: bool, rows: int = 2) -> list[Tensor]:
+def gradients(settings: Settings, device: str, dtype: str, *, compiled: bool) -> list[Tensor]:
     """Return the gradient of a training step's loss, by parameter."""
     torch.manual_seed(1)
     model = GPT(settings.shape).train()
-    ids = torch.randint(settings.shape.vocab_size, (rows, settings.tokens + 1)).to(device)
+    ids = torch.randint(settings.shape.vocab_size, (2, settings.tokens + 1)).to(device)
     here = Settings(device="cuda" if device == "cuda" else "cpu", tiny=settings.tiny)
     processes = here.processes(DTYPES[dtype])
     loss_function = distribute(

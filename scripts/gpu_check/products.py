@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.machine import seconds
+from benchmarks.clock import seconds
 from device import autocast
 from kernels.loss import add_product, linear_cross_entropy, plain_linear_cross_entropy
 from scripts.gpu_check.report import Report, Settings, relative_difference

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.clock import Run, synchronize
-from benchmarks.machine import seconds
+from benchmarks.clock import Run, seconds, synchronize
 from benchmarks.ours.train import make_run
 from processes import start_processes
 from scripts.gpu_check.products import reset_peak
@@ -69,7 +68,6 @@ def check_speed(settings: Settings, report: Report) -> None:
 def measure(settings: Settings, report: Report, rows: int, what: str, *, compiled: bool = True) -> dict[str, Any]:
     """Return a row of the table for our training step."""
     config = settings.config(rows, settings.shape, compiled=compiled)
-
     processes = start_processes(settings.device, "auto")
 
     def prepare() -> Run:
@@ -81,14 +79,17 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
 
 
 def measure_peer(settings: Settings, report: Report, rows: int, name: str, directory: str) -> dict[str, Any]:
-    """Return a row of the table for the training step of a peer of bench.py: 124M, whatever the size of ours."""
+    """Return a row of the table for the training step of a peer of bench.py, which is of 124M even if ours is tiny."""
     module = importlib.import_module(f"benchmarks.peers.{name}")  # its libraries are loaded only if it is asked for
     arguments = (*([directory] if directory else []), settings.device, rows, settings.tokens)
     return time_steps(settings, report, rows, name, partial(module.train, *arguments)) | {"estimate, GiB": None}
 
 
 def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare: Callable[[], Run]) -> dict[str, Any]:
-    """Time the steps that `prepare()` returns, and measure their peak memory. Too large is a result as well."""
+    """Time the steps that `prepare()` returns, and measure their peak memory.
+
+    If they do not fit into the memory, all results are None.
+    """
     report.say(f"training steps of {rows} x {settings.tokens} tokens: {what}")
     result = {"what": what, "rows": rows} | dict.fromkeys(("ms", "tokens/s", "MFU", "peak, GiB"))
     torch.set_float32_matmul_precision("high")
@@ -103,13 +104,13 @@ def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare
         report.say(f"{what} does not fit into the memory at {rows} sequences")
         return result
     finally:
-        step = None  # releases the model
+        step = None  # releases the model, also after an error, so that the next one has the memory
         gc.collect()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
     peak = torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else None
     flops = flops_per_token(settings.shape, count_parameters(settings.shape), settings.tokens)
     rate, best = rows * settings.tokens / duration, peak_flops(torch.device(settings.device))
-    if settings.device == "cuda":
-        torch.cuda.empty_cache()
     return result | {
         "ms": 1000 * duration,
         "tokens/s": rate,
@@ -207,7 +208,7 @@ def step_optimizers(run: TrainingRun) -> None:
 
 
 def check_micro_batch(settings: Settings, report: Report) -> None:
-    """Train one step with `data.micro_batch auto`; with one that does not fit, train.py must end in a sentence."""
+    """Train a step with `data.micro_batch auto`. If one is too large, train.py must say so without a traceback."""
     report.say("one step with data.micro_batch auto")
     config = settings.config(16 if settings.tiny else 512, settings.shape, compiled=False)
     config.data.micro_batch = "auto"
@@ -223,4 +224,4 @@ def check_micro_batch(settings: Settings, report: Report) -> None:
         result = run_one_step(settings, Path(directory), windows=512)
     message = (result.stderr.strip().splitlines() or ["no message"])[-1]
     in_words = "Traceback" not in result.stderr and (result.returncode == 0 or "micro_batch" in result.stderr)
-    report.check("a micro-batch of 512 works or ends in a sentence that names it", in_words, message)
+    report.check("a micro-batch of 512 works or ends with a message that names it", in_words, message)

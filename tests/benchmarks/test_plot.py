@@ -23,8 +23,12 @@ def test_results_are_drawn(tmp_path):
     assert (width, height) == (900, 400)
 
 
-def test_results_of_another_benchmark_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("content", [None, "[]", "{}"])
+def test_results_of_another_benchmark_are_refused(tmp_path, capsys, content):
+    path = write_results(tmp_path / "bench.json", "loader")
+    if content is not None:
+        (tmp_path / "bench.json").write_text(content)
     with pytest.raises(SystemExit) as stopped:
-        main([write_results(tmp_path / "bench.json", "loader"), str(tmp_path / "a.png")])
+        main([path, str(tmp_path / "a.png")])
     assert stopped.value.code == 2
     assert "has no results of bench.py attention" in capsys.readouterr().err

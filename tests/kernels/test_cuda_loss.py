@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cuda_loss
 from kernels.cuda_loss import HEAD_MULTIPLE, cuda_loss_and_gradients, softmax_gradient
-from kernels.loss import IGNORE_INDEX, linear_cross_entropy_sum, plain_linear_cross_entropy
+from kernels.loss import IGNORE_INDEX, linear_cross_entropy_sum, loss_and_gradients, plain_linear_cross_entropy
 
 
 @pytest.fixture(params=["eager", "compiled"])
@@ -60,6 +60,17 @@ def test_targets_that_are_all_ignored_give_zero(few_rows):
     )
     assert not total
     assert not dx.any()
+    assert not dweight.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("function", [cuda_loss_and_gradients, loss_and_gradients])
+def test_a_batch_without_tokens_has_no_loss(monkeypatch, function):
+    monkeypatch.setattr(cuda_loss, "compiled_softmax_gradient", lambda: softmax_gradient)
+    x, weight, targets = (t[:0] if t.size(0) == 70 else t for t in example(70, 101))
+    total, dx, dweight = function(x, weight, targets, torch.float32, True, True)
+    assert not total
+    assert dx.shape == x.shape
     assert not dweight.any()
 
 

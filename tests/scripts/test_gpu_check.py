@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripts.gpu_check import __main__ as gpu_check
-from scripts.gpu_check.report import Report, Settings, relative_difference
+from scripts.gpu_check.report import Settings, relative_difference
 from scripts.gpu_check.speed import LOSS, kind_of, sum_by_kind
 
 REHEARSAL = ("-m", "scripts.gpu_check", "--device", "cpu", "--tiny")
@@ -151,4 +151,3 @@ def test_kernels_of_the_loss_count_as_the_loss_and_all_others_by_their_name():
 
 def test_speed_is_compared_with_targets_on_a_gpu_and_in_full_size_only():
     assert [Settings(device=d, tiny=t).is_timed for d in ("cpu", "cuda") for t in (True, False)] == [0, 0, 0, 1]
-    assert Report().checks == []

@@ -273,10 +273,7 @@ def test_another_initial_model_is_refused(run, tiny_run, train):
 
 
 def test_a_failed_save_stops_the_run_at_once(run, tiny_run, train, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("training.checkpoint.save_file", full)
+    fail_at(monkeypatch, 200)
     longer = {"optim.steps": 400, "checkpoint.every": 200, "run.allow_changes": True}
     with pytest.raises(OSError, match="No space left on device"):
         train(tiny_run("run", **longer))
@@ -303,11 +300,8 @@ def test_a_second_process_in_the_directory_is_refused_while_the_first_runs(tiny_
     assert "is in use by a run that has not ended" in result.stderr
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_earlier_checkpoints(run, tiny_run, train, monkeypatch, capsys):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("training.checkpoint.save_file", full)
+def test_a_full_disk_stops_the_run_and_keeps_the_earlier_checkpoints(run, tiny_run, train, monkeypatch):
+    fail_at(monkeypatch, 12, 14)
     longer = {"optim.steps": 14, "checkpoint.every": 2, "run.allow_changes": True}
     with pytest.raises(OSError, match=r"could not be written .*No space left on device.*earlier ones are complete"):
         train(tiny_run("run", **longer))

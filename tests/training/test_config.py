@@ -187,6 +187,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--model.preset", "gpt3"], "model.preset: expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or null, got gpt3"),
         (["--optim.lr", "fast"], "optim.lr: expected a number above 0, got 'fast'"),
         (["--system.compile", "maybe"], "system.compile: expected auto, true or false, got maybe"),
+        (["--mfu", "40", "--dry-run", "8xH100"], "--mfu 40 is above 1: use a fraction, such as 0.4 for 40%"),
+        (["--mfu", "0.4"], "--mfu is for the estimate of --dry-run: add --dry-run"),
         (["--log.to", "[paper]"], "log.to: expected a list of wandb, tensorboard or trackio"),
     ],
 )

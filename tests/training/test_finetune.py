@@ -139,7 +139,7 @@ def test_a_long_prompt_loses_its_beginning_and_never_its_completion(tokenizer, t
     assert tokenizer.decode([i for i in targets[0].tolist() if i not in (IGNORE_INDEX, tokenizer.eot)]) == " Paris."
 
 
-def test_validation_is_the_same_on_any_number_of_processes(untrained, pairs, tokenizer):
+def test_validation_is_the_same_on_any_number_of_processes(pairs, tokenizer):
     windows = CompletionWindows(pairs / "train.jsonl", tokenizer, 64, pack=False)
     seen = []
     for world_size in (1, 2, 4, 7):

@@ -123,7 +123,7 @@ def test_newton_schulz_moves_singular_values_to_about_one(shape, dtype, scale):
     assert (values > 0.5).float().mean() > 0.9  # a value near zero stays small
 
 
-def test_frozen_parameters_do_not_change(tmp_path):
+def test_frozen_parameters_do_not_change():
     model = GPT(SMALL)
     model.freeze(1)
     optimizers = make_optimizers(model, Optim(lr=0.1))

@@ -60,31 +60,25 @@ def test_a_micro_batch_divides_the_windows_where_it_can(windows, limit, expected
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(config, prepare, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("too_many", "advice"),
+    [
+        (8, ": set data.micro_batch to 4, which is estimated to fit"),
+        (1, ", and less is not estimated to fit: use a shorter data.sequence_length"),
+    ],
+)
+def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(
+    config, prepare, monkeypatch, too_many, advice, error
+):
+    def needed(config, model, rows, hardware, sharded):
+        return {"all": 0 if rows < too_many else 2**60}
+
     def exhausted(*arguments):
         raise error
 
-    def fits_below(limit):
-        needed = lambda config, model, rows, hardware, sharded: {"all": 0 if rows < limit else 2**60}  # noqa: E731
-        monkeypatch.setattr("training.plan.needed_memory", needed)
-
-    fits_below(8)
-    with (
-        pytest.raises(
-            ValueError, match=r"out of memory on cpu with micro-batches of 8 windows: set data.micro_batch to 4"
-        ),
-        prepare(config) as run,
-    ):
-        run.loss_function.forward = exhausted
-        train_step(run, False, False)
-    config.run.name = "less"
-    fits_below(1)
-    with (
-        pytest.raises(
-            ValueError, match=r"8 windows, and less is not estimated to fit: use a shorter data.sequence_length"
-        ),
-        prepare(config) as run,
-    ):
+    monkeypatch.setattr("training.plan.needed_memory", needed)
+    expected = f"out of memory on cpu with micro-batches of 8 windows{advice}"
+    with pytest.raises(ValueError, match=expected), prepare(config) as run:
         run.loss_function.forward = exhausted
         train_step(run, False, False)
 

@@ -85,6 +85,29 @@ def test_lines_of_metrics_wait_for_space_if_the_run_continues(tiny_run, tmp_path
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("has_space", "lost", "written"), [(True, 0, [1, 2, 3]), (False, 2, [1])])
+def test_lines_of_metrics_that_wait_are_written_or_counted_at_the_end(tiny_run, tmp_path, has_space, lost, written):
+    log = MetricsLog(tmp_path / "metrics.jsonl", -1, tiny_run(**{"checkpoint.on_error": "continue"}))
+    log.write("train", 1, loss=1.0)
+    with open("/dev/full", "wb", buffering=0) as full:
+        log._file, real = full, log._file
+        log.write("train", 2, loss=2.0)
+        log.write("train", 3, loss=3.0)
+        if has_space:
+            log._file = real
+        assert log.close() == lost
+    real.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == written
+
+
+def test_records_that_are_lost_at_the_end_are_announced(tmp_path):
+    said = []
+    directory = RunDirectory(tmp_path)
+    directory._say, directory._log = said.append, SimpleNamespace(close=lambda: 2)
+    directory.close()
+    assert said == [f"the last 2 records of {tmp_path / 'metrics.jsonl'} could not be written and are lost"]
+
+
 HEADING = "==== step 999, sample 1"
 
 

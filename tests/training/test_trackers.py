@@ -42,6 +42,24 @@ def test_a_run_whose_tracker_does_not_start_has_failed(tiny_run, train, monkeypa
     assert status == {"status": "failed", "step": 0}
 
 
+def test_trackers_that_have_started_are_finished_if_another_one_does_not_start(tiny_run, train, monkeypatch):
+    finished = []
+
+    def finish(exit_code):
+        finished.append(exit_code)
+        raise RuntimeError("cannot finish")
+
+    def refuse(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr("training.trackers.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(wandb, "init", lambda **options: SimpleNamespace(finish=finish))
+    monkeypatch.setattr("training.trackers.TensorBoard", refuse)
+    with pytest.raises(ValueError, match=r"tensorboard did not start \(no space\): remove it from log.to"):
+        train(tiny_run("logged", **{"log.to": ["wandb", "tensorboard"]}))
+    assert finished == [1]
+
+
 def test_wandb_identifies_a_run_by_its_directory(tiny_run, train, monkeypatch, tmp_path):
     """A resumed run keeps its id; a run of the same name in another directory has another id."""
     ids = []
