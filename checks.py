@@ -16,12 +16,25 @@ def check_config(config: dict[str, Any]) -> None:
         value = config[name]
         if value is None and name == "n_inner":
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if config["n_embd"] % config["n_head"]:
-        raise ValueError(f"n_embd ({config['n_embd']}) must be divisible by n_head ({config['n_head']})")
+        check_positive(name, value)
     if not isinstance(config["dropout"], (int, float)) or not 0.0 <= config["dropout"] < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {config['dropout']!r}")
+    check_shared_fields(config)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless the field `name` is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_shared_fields(config: dict[str, Any]) -> None:
+    """Check the fields that have the same name in GPTConfig and in transformers' config.json.
+
+    The sizes must be positive integers already. Raises ValueError, naming the field.
+    """
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError(f"n_embd ({config['n_embd']}) must be divisible by n_head ({config['n_head']})")
     epsilon = config["layer_norm_epsilon"]
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {epsilon!r}")

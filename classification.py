@@ -1,4 +1,4 @@
-"""The work of classify.py after its arguments are checked: fine-tune a GPT-2 to classify texts, and classify texts."""
+"""Fine-tune a GPT-2 to classify texts, and classify texts. classify.py checks the arguments and calls this module."""
 
 from __future__ import annotations
 

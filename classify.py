@@ -90,7 +90,7 @@ def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         type=Path,
         metavar="FILE",
-        help="labeled texts (default: none, the model labels the others by itself)",
+        help="labeled texts (default: none; the model itself labels the unlabeled texts)",
     )
     add("--unlabeled", type=Path, required=True, metavar="FILE", help="texts without labels")
     add(
@@ -98,18 +98,18 @@ def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="PATTERN",
-        help="a text with {text} and {label} that shows the class of a text; \\n is a line break. May be repeated",
+        help="a text with the fields {text} and {label}; \\n is a line break. May be repeated",
     )
     add(
         "--verbalizer",
         action="append",
         required=True,
         metavar="WORD=CLASS",
-        help="a word or words for {label} that stand for a class. Repeated: at least one for each class",
+        help="a word or words that {label} stands for in texts of a class. Repeat it: at least once for each class",
     )
     add("--alpha", type=float, default=1e-4, help="weight of the language-modeling loss (default: 1e-4)")
     add("--temperature", type=float, default=2.0, help="divides the scores of unlabeled texts (default: 2)")
-    add("--pattern-epochs", type=int, default=10, metavar="N", help="epochs of the models of a pattern (default: 10)")
+    add("--pattern-epochs", type=int, default=10, metavar="N", help="epochs of each pattern's models (default: 10)")
     add("--models-per-pattern", type=int, default=3, metavar="N", help="models for each pattern (default: 3)")
     add("--generations", type=int, default=1, metavar="N", help="generations of models, above 1 iPET (default: 1)")
 

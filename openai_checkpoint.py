@@ -188,7 +188,8 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = data[-FOOTER_SIZE:]
     if len(footer) < FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != MAGIC:
         raise ValueError(f"its {len(data):,} bytes do not end like a TensorFlow index")
-    _, end = _read_handle(footer, 0)  # of the block of statistics, which TensorFlow leaves empty
+    statistics, end = _read_handle(footer, 0)
+    list(read_block(data, *statistics))  # TensorFlow leaves this block empty; its checksum is compared
     handle, _ = _read_handle(footer, end)
     for _, value in read_block(data, *handle):  # its values are the handles of the other blocks
         yield from read_block(data, *_read_handle(value, 0)[0])

@@ -1,12 +1,12 @@
 """Pattern-exploiting training: a classifier from a few labeled texts and many unlabeled ones, the work of
 `classify.py pet` (Schick and Schütze 2021, arXiv:2001.07676). cloze.py explains patterns and verbalizers.
 
-1. For each pattern, some models learn to fill the blank of the labeled texts, and the language of the unlabeled ones.
-2. Together they give each unlabeled text a probability for each class (soft labels).
+1. For each pattern, some models are trained to fill the blank of the labeled texts, and to continue the unlabeled ones.
+2. Together the models assign each unlabeled text a probability for each class (soft labels).
 3. A classifier is trained on the unlabeled texts with these probabilities.
 
-Iterated (iPET), step 1 is repeated: each model of the next generation learns from more texts, which a random part of
-the models of the previous generation has labeled. Without labeled texts, the first generation is the model itself.
+iPET (iterated) repeats step 1: each model of the next generation learns from more texts, which are labeled by a random
+part of the models of the previous generation. Without labeled texts, the first generation is the model itself.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def label_texts(task: Task) -> Tensor:
 def first_generation(task: Task) -> tuple[list[float], list[Member]]:
     """Return the weight of each pattern, and the ensemble before training: one member for each pattern.
 
-    The weight is the accuracy on the labeled texts before training; without labeled texts all patterns weigh the same.
+    The weight is the accuracy on the labeled texts before training; without labeled texts all weights are 1.
     """
     weights, ensemble = [], []
     for i, labeled in enumerate(task.train):
@@ -166,11 +166,11 @@ def measure(task: Task, model: GPT, labeled: Labeled) -> float:
 
 
 def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
-    """Return the probabilities (N, K) that models give together: softmax of their weighted mean score / temperature.
+    """Return the combined probabilities (N, K) of models: softmax(weighted mean of their scores / temperature).
 
     Args:
         scores: (N, K) of each model.
-        weights: of each model; if all of them are 0, the models weigh the same.
+        weights: of each model; if all of them are 0, the models have equal weights.
     """
     if not any(weights):
         weights = [1.0] * len(scores)
@@ -209,7 +209,7 @@ def pseudo_label(
     generation: int,
     seed: int,
 ) -> dict[int, int]:
-    """Return the class of some unlabeled texts by index, as a random part of the `others` gives it (iPET).
+    """Choose unlabeled texts and label them by a random part of the `others` (iPET). Return the class of each by index.
 
     The number of texts grows by GROWTH with each generation, in the proportion of the classes in `labels`. Texts for
     which the models are more certain are drawn more often.

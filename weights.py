@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints import choose_checkpoint, is_run
-from checks import LARGEST_FIELD, check_attention
+from checks import LARGEST_FIELD, check_positive, check_shared_fields
 from files import apply_umask
 from openai_checkpoint import convert_hparams, is_openai_checkpoint, read_openai_tensors
 from other_formats import conversion_hint
@@ -132,7 +132,7 @@ def locate(name_or_dir: str | Path) -> Path:
         return choose_checkpoint(path) if is_run(path) else path
     name = OPENAI_NAMES.get(str(name_or_dir), str(name_or_dir))
     if path.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"no such model directory: {name}{conversion_hint(path) if path.is_file() else ''}")
+        raise FileNotFoundError(f"no such model directory: {name}{conversion_hint(path)}")
     from huggingface_hub import snapshot_download  # imported here: a local directory does not need the hub's client
 
     try:
@@ -241,8 +241,7 @@ def check_config(fields: dict[str, Any]) -> None:
         value, largest = fields[name], LARGEST.get(name, LARGEST_FIELD)
         if value is None and name == "n_inner":  # 4 n_embd
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_positive(name, value)
         if value > largest:
             raise ValueError(f"{name} must be at most {largest:,}, got {value:,}")
     for name in DROPOUTS:
@@ -252,15 +251,10 @@ def check_config(fields: dict[str, Any]) -> None:
     for name in ("add_cross_attention", "causal", *ATTENTION_CONFIG):
         if not isinstance(fields[name], bool):
             raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
-    if fields["n_embd"] % fields["n_head"]:
-        raise ValueError(f"n_embd ({fields['n_embd']}) must be divisible by n_head ({fields['n_head']})")
     if fields["activation_function"] not in tuple(ACTIVATION_NAMES):  # a tuple: the value may be a list
         found, expected = fields["activation_function"], ", ".join(ACTIVATION_NAMES)
         raise ValueError(f"activation_function is {found!r}, expected one of {expected}")
-    epsilon = fields["layer_norm_epsilon"]
-    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {epsilon!r}")
-    check_attention(fields | {"dropout": max(fields[name] for name in DROPOUTS)})
+    check_shared_fields(fields | {"dropout": max(fields[name] for name in DROPOUTS)})
 
 
 def find_weight_files(directory: Path) -> list[Path]:
@@ -326,17 +320,17 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a file that torch.save wrote, without executing code that it contains."""
-    state = unpickle(path)
+    state = unpickle_weights_only(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors by name")
     check_pickled(path, state)  # a function of its own, because a variable here would keep its tensor in memory
     for name in sorted(state, key=lambda name: -state[name].numel()):
         yield name, state.pop(name)
         if zipfile.is_zipfile(path):  # reopened for each tensor, for the reason given in read_safetensors
-            state = unpickle(path)
+            state = unpickle_weights_only(path)
 
 
-def unpickle(path: Path) -> Any:
+def unpickle_weights_only(path: Path) -> Any:
     """Return the object in a file that torch.save wrote, without executing code that it contains.
 
     Its tensors are on the CPU, and memory-mapped unless PyTorch before 1.6 wrote the file. Raises ValueError if the
@@ -348,7 +342,7 @@ def unpickle(path: Path) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} cannot be read as plain tensors ({reason}), and no other pickle is loaded, because it could "
-            f"execute code: use safetensors"
+            f"execute code: save its state_dict() as model.safetensors with the program that wrote it"
         ) from error
 
 

@@ -1,12 +1,12 @@
 """Windows that begin at documents, filled by best-fit packing instead of cutting the text every T tokens.
 
-Windows that are cut anywhere begin in the middle of a document, and end in the middle of one. Here each document stays
-whole if it has at most T tokens, and documents are put together so that they fill windows ("Fewer Truncations Improve
-Language Modeling", Ding et al. 2024). Three exceptions keep all tokens and waste little computation:
+If the text is cut every T tokens, most windows begin and end in the middle of a document. Here each document of at most
+T tokens stays whole, and documents are combined so that they fill windows ("Fewer Truncations Improve Language
+Modeling", Ding et al. 2024). Three exceptions keep all tokens and waste little computation:
 
-- A document of more than T tokens is cut every T tokens, and its rest is packed like a document.
-- Where no document fits the rest of a window, and the rest is more than T / 32, the shortest document is cut to fit.
-- A smaller rest is padding.
+- A document of more than T tokens is cut every T tokens, and its last piece is packed like a document.
+- If no document fits into the gap at the end of a window, and the gap is more than T / 32, the shortest one is cut.
+- A smaller gap is padding.
 
 Every token of the split is an input once in an epoch. The target of the last token of a document is the end-of-text
 that follows it, in this window or another. So the targets are those of `data.loader.TokenWindows`.
@@ -36,9 +36,9 @@ from files import PARTIAL_SUFFIX
 
 # The documents that begin within GROUP_TOKENS tokens are packed together, at most GROUP_DOCUMENTS of them.
 GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
-MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window stay empty, except in the last one of a group
+MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window are padding, except in the last window of a group
 HEADER_BYTES = 1024
-VERSION = 1  # of the file and of the packing: an index of another version is made again
+VERSION = 1  # of the file format and of the packing; an index of another version is replaced
 WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # the window's first piece, and its number of targets
 PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # tokens of the split
 
@@ -51,10 +51,10 @@ class AlignedWindows(TrainingWindows):
         sequence_length: T.
         vocab_size: a token id of this size or larger raises an error that names the shard.
         eot: the id of end-of-text, with which each document begins.
-        document_mask: tokens should see their own document only.
+        document_mask: each token attends to its own document only.
 
     Attributes:
-        summary: how many documents are cut, and how much is padding, for people.
+        summary: a line for the screen: how many documents are cut, and how much is padding.
 
     Raises:
         ValueError: when the split has fewer than two tokens.
@@ -79,7 +79,7 @@ class AlignedWindows(TrainingWindows):
 
     @property
     def summary(self) -> str:
-        """How many documents are cut, and how much is padding, for people."""
+        """A line for the screen: how many documents are cut, and how much is padding."""
         header, T = self._header, self.sequence_length
         padding = 1 - (self.split.n_tokens - 1) / (len(self) * T)
         return (
@@ -138,10 +138,10 @@ def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dic
                 header = _write_index(path, split, wanted)
     except OSError as error:
         if error.filename is None and error.errno is None:
-            raise  # of a shard, and it names it
+            raise  # an error of the shards, which names the shard
         raise OSError(
             f"cannot write {path}: {error.strerror}; data.windows aligned stores an index beside the shards: make "
-            f"room, or start once with a user who may write there"
+            f"room, or start the run once as a user with write permission"
         ) from error
     return header
 
@@ -224,13 +224,13 @@ def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
 def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
-    A window takes the longest piece that is left, and then, again and again, the longest that fits. Documents that
-    begin in a window come first in it, before the rests of others.
+    A window takes the longest remaining piece, then repeatedly the longest one that fits. Documents that begin in a
+    window come first in it, before the last pieces of other documents.
 
     Args:
         bounds: (documents + 1,) where each document begins and the last ends.
     """
-    starts: list[list[int]] = [[] for _ in range(T + 1)]  # of the pieces that are left, by length
+    starts: list[list[int]] = [[] for _ in range(T + 1)]  # of the remaining pieces, by length
     available = 0  # bit n is set if there is a piece of length n
 
     def put(start: int, length: int) -> None:

@@ -27,9 +27,9 @@ class CompletionWindows(TrainingWindows):
         path: a .jsonl file.
         tokenizer: encodes prompts and completions.
         sequence_length: T. A longer example loses the beginning of its prompt, never a part of its completion.
-        pack: put as many consecutive examples into a window as fit; later ones see the earlier ones, as documents do
+        pack: put as many consecutive examples into a window as fit; later ones attend to earlier ones, as documents do
             in pretraining. Otherwise each example has its own window. The rest of a window is padding.
-        document_mask: packed examples should not see the earlier ones.
+        document_mask: packed examples do not attend to earlier ones.
 
     Attributes:
         prompts: the tokens of the first prompts.

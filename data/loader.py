@@ -49,7 +49,7 @@ class Windows(Protocol):
     sequence_length: T;
     fingerprint: a hash that is equal for equal data;
     source: where the text comes from, or "" when that is not known;
-    document_mask: whether tokens should see their own document only, so that `read` needs an array for documents.
+    document_mask: whether each token attends to its own document only, so that `read` needs an array for documents.
     """
 
     sequence_length: int
@@ -93,7 +93,8 @@ class TokenWindows(TrainingWindows):
         tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
             it is not full. With None, use full windows only, as training does.
         shift: cut the split at other places in each epoch. Window w of epoch e is then called e * len(self) + w.
-        mask_eot: the id of end-of-text, with which each document begins, if tokens should see their own document only.
+        mask_eot: the id of end-of-text, with which each document begins. Each token then attends to its own document
+            only. None: no mask.
 
     Raises:
         ValueError: when the split is shorter than one window.

@@ -1,9 +1,9 @@
 """Several datasets in one run: each has a fixed fraction of the windows, spread evenly.
 
-A schedule of about 10,000 windows at most, in which each dataset has exactly its fraction, is repeated without end.
-After any number of windows, the number from one dataset is its fraction of them, rounded up or down. Over any range as
-long as the schedule it is exact, and so over any 100 steps if the weights are percentages. Which window comes at a
-place in the run follows from the place and the seed alone, so the state of a run is still one integer.
+A schedule of at most about 10,000 windows, in which each dataset has exactly its fraction, is repeated without end.
+After any number of windows, the number from one dataset is its fraction of them, rounded up or down. It is exact over
+any range as long as the schedule, so over any 100 steps if the weights are percentages. The window at a place in the
+run is a function of the place and the seed alone, so the state of a run is still one integer.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
 def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
     """Return the dataset of each place, (n,), for the smallest n of which every fraction is a whole number.
 
-    Window k = 1, 2, ... of a dataset with fraction f may come at place p = 1, 2, ... if f p > k - 1, and must come by
-    place k / f. The window that must come first is taken (the quota method of Balinski & Young 1975).
+    Window k = 1, 2, ... of a dataset with fraction f may come at place p = 1, 2, ... if f p > k - 1. Its deadline is
+    place k / f, and the window with the earliest deadline is taken (the quota method of Balinski & Young 1975).
     """
     n = math.lcm(*(fraction.denominator for fraction in fractions))
     counts = [int(fraction * n) for fraction in fractions]

@@ -1,4 +1,4 @@
-"""Tables as people have them: JSON lines and CSV. The only readers of these two formats."""
+"""Read tables: JSON lines and CSV. No other module parses these two formats."""
 
 from __future__ import annotations
 

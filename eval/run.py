@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the validation split of --data (default: 10485760, as in training)",
     )
     texts.add_argument(
-        "--document-mask", action="store_true", help="loss: each token sees its own document of --data only"
+        "--document-mask", action="store_true", help="loss: each token attends to its own document of --data only"
     )
     texts.add_argument(
         "--save-reference",

@@ -187,15 +187,19 @@ def _slide(
 ) -> TaskResult:
     """Compute the perplexity of `tokens`. If given, `text` is the text of the tokens, and has `n_words` words.
 
-    A tokenizer of another model may drop what it has no token for, or replace it by an unknown token. There is then no
-    figure per byte or per word: it would count a text that was not scored.
+    The tokenizer of another model may drop text that it has no token for, or replace it by an unknown token. There is
+    then no figure per byte or per word, because it would count text that was not scored.
     """
     block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
     covered = tokens if args.limit is None else tokens[: args.limit * stride]
     if text is not None and evaluator.tokenizer.decode(tokens) != text:
         if evaluator.processes.is_main:
-            print(f"{evaluator.name}: its tokenizer does not give the text back: no figure per byte", file=sys.stderr)
+            print(
+                f"{evaluator.name}: decoding the tokens does not give the original text, so there is no figure per "
+                "byte or per word",
+                file=sys.stderr,
+            )
         n_bytes = n_words = 0
     elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]

@@ -25,12 +25,12 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model import ACTIVATIONS, GPT, GPTConfig
 from other_formats import LLM_C_MAGIC, conversion_hint, is_llm_c
 from pretrained import PADDING_LIMIT, fit_vocabulary
-from weights import STALE_BUFFER, check_pickled, unpickle
+from weights import STALE_BUFFER, check_pickled, unpickle_weights_only
 
 GPT2_VOCAB_SIZE = GPTConfig.vocab_size
 HEADER_BYTES = 1024
-# The version in the header of a model of llm.c -> the dtype of its tensors, as NumPy reads it and as it is. NumPy has
-# no bfloat16. Version 1 has no padding of the vocabulary and is not written any more.
+# Version in the header of a model of llm.c -> the dtype in which NumPy reads the tensors, and their dtype. NumPy has no
+# bfloat16, so its bytes are read as int16. llm.c no longer writes version 1, whose vocabulary has no padding.
 LLM_C_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}
 # The parameters of a block in the order of llm.c's file, each of them for all blocks.
 LLM_C_BLOCK = (
@@ -56,7 +56,7 @@ def read_llm_c(path: Path) -> GPT:
         config = GPTConfig(padded, block_size, n_layer, n_head, n_embd)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    # Compared first: building a model of an impossible shape could take hours.
+    # Compare the size before the model is built: an impossible shape could take hours.
     n_parameters = (padded + block_size + n_layer * (12 * n_embd + 13) + 2) * n_embd
     size = HEADER_BYTES + n_parameters * dtype.itemsize
     if path.stat().st_size != size or not 0 < vocab_size <= padded:
@@ -80,7 +80,7 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
 
     Raises ValueError if the file holds something else.
     """
-    checkpoint = unpickle(path)
+    checkpoint = unpickle_weights_only(path)
     fields: Any = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if not isinstance(fields, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(
@@ -95,16 +95,17 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
         raise ValueError(f"{path}: model_args lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: model_args: {error}") from None
-    # torch.compile adds the prefix. The head is the token embedding, and each of them is stored.
+    # torch.compile adds the prefix to the names.
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     state = {name: tensor for name, tensor in state.items() if not STALE_BUFFER.search(name)}
     n_layer = sum(name.endswith(".ln_1.weight") for name in state)
     if n_layer != config.n_layer:  # building a model of a wrong depth could take hours
         raise ValueError(f"{path}: model_args has n_layer {config.n_layer}, but there are tensors of {n_layer} blocks")
+    # nanoGPT stores the tied head in addition to the token embedding.
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state.get("transformer.wte.weight", head)):
         raise ValueError(f"{path}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties them")
-    if not fields.get("bias", True):  # a bias of 0 is none
+    if not fields.get("bias", True):  # a model without biases equals one whose biases are 0
         biases = {name: shape for name, shape in parameter_shapes(config).items() if name.endswith(".bias")}
         state = {name: torch.zeros(shape) for name, shape in biases.items()} | state
     return build(config, state, path)
@@ -152,9 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with ending(parser):
         if not args.file.is_file():
-            raise FileNotFoundError(
-                f"no such file: {args.file}{conversion_hint(args.file) if args.file.is_dir() else ''}"
-            )
+            raise FileNotFoundError(f"no such file: {args.file}{conversion_hint(args.file)}")
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"{args.out} is not empty: choose another directory")
         model = read_llm_c(args.file) if is_llm_c(args.file) else read_nanogpt(args.file, args.activation)

@@ -57,7 +57,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def zero_shot(model_name: str, test: Sequence[Row]) -> float:
-    """Return the accuracy of the untrained model with all patterns, which weigh the same."""
+    """Return the accuracy of the model before fine-tuning, with all patterns at equal weight."""
     model, tokenizer, _ = load_model(model_name)
     verbalizer = read_verbalizer(WORDS)
     texts = [text for text, _ in test]
@@ -70,9 +70,10 @@ def zero_shot(model_name: str, test: Sequence[Row]) -> float:
 def fine_tune(command: str, model_name: str, directory: Path, seed: int, flags: Sequence[str]) -> Path:
     """Run `classify.py train` or `classify.py pet`, and return the directory of its result."""
     out = directory / command
-    given = f"--model {model_name} --train {directory}/few.csv --val {directory}/few.csv --out {out} --seed {seed}"
+    few = str(directory / "few.csv")
+    given = ["--model", model_name, "--train", few, "--val", few, "--out", str(out), "--seed", str(seed)]
     fixed = f"--max-length {LENGTH} --dtype float32 --device cpu --patience 100"
-    classify([command, *given.split(), *fixed.split(), *flags])
+    classify([command, *given, *fixed.split(), *flags])
     return out
 
 

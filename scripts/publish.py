@@ -1,11 +1,12 @@
-"""Upload the newest checkpoint of a run to the Hugging Face hub, with a model card:
+"""Upload a checkpoint of a run to the Hugging Face hub, with a model card:
 
     python -m scripts.publish runs/gpt2-124m --repo NAME/gpt2-124m --dry-run > card.md     # no network; edit the card
     python -m scripts.publish runs/gpt2-124m --repo NAME/gpt2-124m --card card.md
 
-The optimizer state and the manifest are left out. Without --card, the card is made from the files of the run:
-architecture, data, losses, the evaluations in RUN/*.json (`eval.run --json`), and the command. The license is yours to
-choose: --license adds it, and without one nobody else may use the model. `hf auth login` stores the token.
+The checkpoint is the newest one, or the best one if eval.patience ended the run. The optimizer state and the manifest
+are not uploaded. Without --card, the card is made from the files of the run: architecture, data, losses, the
+evaluations of this checkpoint in RUN/*.json (`eval.run --json`), and the command. Choose a license with --license:
+without one, nobody else may use the model. `hf auth login` stores the token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from checkpoints import MANIFEST, STATE
+from checkpoints import MANIFEST, read_state
 from command import ending
 from data.tokenizer import load_tokenizer
 from model import GPTConfig
@@ -53,12 +54,12 @@ def model_card(log: RunLog, checkpoint: Path, repo: str, license: str | None) ->
         "## Model",
         table(("", ""), architecture(config, load_tokenizer(checkpoint).kind).items()),
         "## Training",
-        table(("", ""), training(log, json.loads((checkpoint / STATE).read_text(encoding="utf-8"))).items()),
+        table(("", ""), training(log, read_state(checkpoint)).items()),
         "The command of the last start:",
         f"```\n{command(log)}\n```",
     ]
-    if log.evaluations:
-        parts += ["## Evaluation", table(("task", "convention", "metric", "value"), map(evaluation, log.evaluations))]
+    if rows := [evaluation(row) for row in log.evaluations if is_of_checkpoint(row, checkpoint)]:
+        parts += ["## Evaluation", table(("task", "convention", "metric", "value"), rows)]
     parts += ["## License", license or "The author has not chosen a license yet."]
     return "\n\n".join(parts) + "\n"
 
@@ -98,6 +99,13 @@ def command(log: RunLog) -> str:
     return shlex.join(["python", *arguments])
 
 
+def is_of_checkpoint(row: dict[str, Any], checkpoint: Path) -> bool:
+    """Return whether an evaluation is of this checkpoint, or does not name the checkpoint that was evaluated."""
+    step = int(checkpoint.name.removeprefix("step-"))
+    evaluated = row.get("checkpoint")
+    return evaluated is None or evaluated == f"step {step}" or Path(evaluated).name == checkpoint.name
+
+
 def evaluation(row: dict[str, Any]) -> tuple[str, ...]:
     """Return a row of the evaluation table from a result of eval.run."""
     error = f" ± {row['stderr']:.4f}" if row.get("stderr") else ""
@@ -135,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Upload the newest undamaged checkpoint of a run and its card, or print what would be uploaded."""
+    """Upload an undamaged checkpoint of a run and its card, or print what would be uploaded."""
     log = read_run_log(args.run, args.run.name)
     checkpoint = Path(resolve_model(str(args.run)))
     files = published_files(checkpoint)

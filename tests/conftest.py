@@ -54,6 +54,19 @@ def tokenizer():
     return load_tokenizer("gpt2")
 
 
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory):
+    """`save_model(model, tokenizer)`: a new directory with both."""
+
+    def save(model, tokenizer):
+        directory = tmp_path_factory.mktemp("model")
+        model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+        tokenizer.save(directory)
+        return directory
+
+    return save
+
+
 VERSES = [
     f"{name}:\nThe {thing} of {place} is {number} leagues away,\nand no {thing} shall stay me on the way.\n"
     for number in range(40)

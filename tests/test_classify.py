@@ -26,14 +26,11 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("untrained")
+def untrained(save_model):
     tokenizer = train_tokenizer("char", [text for text, _ in TEXTS])
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32))
-    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
-    tokenizer.save(directory)
-    return directory
+    return save_model(model, tokenizer)
 
 
 @pytest.fixture(scope="module")

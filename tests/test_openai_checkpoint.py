@@ -357,6 +357,7 @@ def tensors():
 
 
 @hypothesis.given(BYTES)
+@hypothesis.example((INDEX, SIZES[INDEX] - 48 - 33, 1))  # in the block of statistics
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_a_changed_byte_changes_no_tensor_or_is_reported_with_the_file(scratch, tensors, change):
     name, place, flip = change
@@ -372,7 +373,7 @@ def test_a_changed_byte_changes_no_tensor_or_is_reported_with_the_file(scratch, 
     if error is not None:
         assert name in str(error)
     else:
-        # Only the padding of the footer and the handle of the empty block of statistics have no checksum.
+        # Only the padding of the footer is not checked.
         assert name == INDEX
         assert place >= SIZES[INDEX] - 48
         assert found.keys() == tensors.keys()
@@ -399,8 +400,10 @@ def test_any_bytes_are_an_index_or_a_value_error(data):
         read_index(data)
     for valid_block in (data, field(2, data)):
         written, handle = block([(b"", field(1, 1)), (b"name", valid_block)], 0)
+        statistics, statistics_handle = block([], len(written))
+        written += statistics
         index, index_handle = block([(b"name", handle)], len(written))
-        footer = (varint(0) * 2 + index_handle).ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+        footer = (statistics_handle + index_handle).ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
         with pytest.raises(ValueError, match=r"."):
             read_index(written + index + footer)
 

@@ -41,11 +41,8 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, tokenizer, model):
-    directory = tmp_path_factory.mktemp("model")
-    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
-    tokenizer.save(directory)
-    return directory
+def directory(save_model, tokenizer, model):
+    return save_model(model, tokenizer)
 
 
 @pytest.fixture(scope="module")

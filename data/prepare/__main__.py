@@ -182,7 +182,7 @@ def _shared_options() -> argparse.ArgumentParser:
 def _job(args: argparse.Namespace) -> Job:
     """Build the job from the options. Raises ValueError for options that do not fit each other or the source."""
     if args.add_end_of_text and not Path(args.tokenizer).is_dir():
-        raise ValueError("--add-end-of-text is for the tokenizer in a directory, --tokenizer DIR: the others have one")
+        raise ValueError("--add-end-of-text needs --tokenizer DIR: the other tokenizers have an end-of-text token")
     given = None
     if Path(args.tokenizer).is_dir():
         given = load_tokenizer(args.tokenizer, add_end_of_text=args.add_end_of_text)
@@ -197,7 +197,7 @@ def _job(args: argparse.Namespace) -> Job:
     else:
         source = _source(args)
     source = _filtered(source, args)
-    part = args.part or (1, args.tasks or 1)  # with an executor, the first part stands for all
+    part = args.part or (1, args.tasks or 1)  # with an executor, part 1 serves to check the options
     count = part[1]
     if count > len(source.files):
         raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")
@@ -227,7 +227,7 @@ def _source(args: argparse.Namespace) -> Source:
         source = text_source(args.files, ParseOptions(args.text_key, args.separator, args.strict))
         if names := unused_separators(source):
             print(
-                f"notice: {names[0]} has {END_OF_TEXT} in its text, where it is ordinary characters. If it separates "
+                f"notice: {names[0]} contains {END_OF_TEXT}, which is read as ordinary text. If it separates "
                 f"documents, use --separator '{END_OF_TEXT}'",
                 file=sys.stderr,
             )
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
             meta = download(args.tokenized, out)
         else:
             if (args.executor is None) != (args.tasks is None):
-                raise ValueError("--executor and --tasks N need each other")
+                raise ValueError("--executor and --tasks N belong together: give both")
             job = _job(args)
             if args.executor and args.part is None:
                 given = sys.argv[1:] if arguments is None else arguments

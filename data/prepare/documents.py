@@ -67,7 +67,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
             documents.invalid_utf8 += 1
             plain = _SURROGATE.sub("\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
             text = plain.encode()
-        # A part of a document is not judged: the rest of it may be in the dataset already.
+        # Keep every part of a document: earlier parts of it may be in the dataset already.
         if filtering and chunk.split_key is None and (reason := options.filters.reject(text)):
             documents.filtered[reason] = documents.filtered.get(reason, 0) + 1
             continue

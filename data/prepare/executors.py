@@ -1,4 +1,4 @@
-"""The parts of a dataset as tasks on this machine, on a Slurm cluster or on Ray: datatrove's executors run them.
+"""Prepare the parts of a dataset as tasks of datatrove's executors: on this machine, on a Slurm cluster or on Ray.
 
 A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. A part continues
 where it was interrupted, so a task that is killed costs little, and the bytes do not depend on how often that happens.
@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]  # from where `python -m data.prepare
 
 
 class SlurmOptions(NamedTuple):
-    """What Slurm needs to know about a task: the partition, and the time limit as HH:MM:SS."""
+    """Options of a Slurm job: the partition, and the time limit of a task as HH:MM:SS."""
 
     partition: str | None
     time: str
 
 
 def _python_path() -> str:
-    """Return a PYTHONPATH with which a task imports this module, from anywhere."""
+    """Return a PYTHONPATH with which a task can import this module in any working directory."""
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
@@ -99,7 +99,8 @@ def datatrove_executors() -> Any:
 
 def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
     at_once = min(tasks, max(1, available_cores() // workers))
-    # A part finds by itself that it is complete. What datatrove remembers of it would be wrong if it were deleted.
+    # A part itself checks whether it is complete. datatrove's record of finished tasks would skip a part that was
+    # deleted.
     datatrove_executors().LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
 
 
@@ -124,6 +125,4 @@ def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: i
     }
     executor = datatrove_executors().SlurmPipelineExecutor
     parts = executor([step], tasks, cpus_per_task=workers, job_name="prepare", logging_dir=str(step.logs), **common)
-    datatrove_executors().SlurmPipelineExecutor(
-        [merge], 1, job_name="merge", logging_dir=str(merge.logs), depends=parts, **common
-    ).run()
+    executor([merge], 1, job_name="merge", logging_dir=str(merge.logs), depends=parts, **common).run()

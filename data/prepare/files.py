@@ -124,8 +124,8 @@ def display_name(path: str | Path) -> str:
 def files_revision(paths: Iterable[str | Path]) -> str:
     """Return a revision for files that have none of their own.
 
-    It changes when the name, size, modification time, beginning or end of a file changes, or what an object store tells
-    about it.
+    It changes when the name, size, modification time, beginning or end of a file changes, or the version that an object
+    store reports for it.
     """
     names = [str(path) for path in paths]
     if any(map(is_remote, names)):

@@ -1,4 +1,4 @@
-"""Which documents are kept: by length, by language, and each only once."""
+"""Choose which documents are kept, by length and by language, and remove duplicates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Filters:
 
     @property
     def by_text(self) -> bool:
-        """Whether a document has to be looked at, without comparing it with others."""
+        """Whether a condition depends on the text of each document alone."""
         return bool(self.min_chars or self.max_chars is not None or self.languages)
 
     def describe(self) -> str:
@@ -41,7 +41,7 @@ class Filters:
         return "; ".join([*conditions, "without duplicates"] if self.deduplicate else conditions)
 
     def reject(self, text: bytes) -> str | None:
-        """Return why a document is left out, as `meta.json` counts it under `skipped`, or None to keep it."""
+        """Return why a document is omitted, by the name under `skipped` in `meta.json`, or None if it is kept."""
         if self.min_chars or self.max_chars is not None:
             n = len(text.decode())
             if n < self.min_chars:
@@ -83,8 +83,8 @@ def check_languages(codes: tuple[str, ...]) -> None:
 class SeenDocuments:
     """The hashes of all documents so far, in a file, so that memory does not grow with their number.
 
-    Each has the number of the document that came first. A run that was interrupted may have stored documents that it
-    sees again when it continues: these have their own number and are no duplicates.
+    Each hash is stored with the number of the first document that has it. After an interruption, the file may contain
+    documents that the continued run reads again: they have their own numbers, so they do not count as duplicates.
 
     Raises OSError when the file cannot be read or written.
     """
@@ -125,14 +125,14 @@ class SeenDocuments:
         return OSError(f"cannot write {self.path}: {error}; make room and run the same command again")
 
     def flush(self) -> None:
-        """Write everything so far to the disk. Later documents are forgotten if the process dies."""
+        """Write all hashes to the disk. If the process dies, the hashes after the last call are lost."""
         try:
             self._database.commit()
         except sqlite3.Error as error:
             raise self._explain(error) from error
 
     def clear(self) -> None:
-        """Forget all documents."""
+        """Delete all hashes."""
         self._execute("DELETE FROM seen")
 
     def remove(self) -> None:

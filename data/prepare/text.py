@@ -1,4 +1,4 @@
-"""Text files cut into chunks: .txt, .jsonl, .csv, .parquet and .arrow, each plain, .gz or .zst, here or on the hub.
+"""Text files cut into chunks: .txt, .jsonl, .csv, .parquet and .arrow, each plain, .gz or .zst, local or remote.
 
 `data.prepare.documents` turns the chunks into documents, in the worker processes.
 """
@@ -74,8 +74,10 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
     """
     sizes: dict[str, int] = {}
     for pattern in patterns:
-        here = {} if is_remote(pattern) else {str(path): path.stat().st_size for path in find_files(pattern)}
-        sizes |= here or find_remote_files(pattern)
+        if is_remote(pattern):
+            sizes |= find_remote_files(pattern)
+        else:
+            sizes |= {str(path): path.stat().st_size for path in find_files(pattern)}
     files = tuple(SourceFile(name, size) for name, size in sizes.items())
     described = f"{len(files)} file{'s' if len(files) > 1 else ''}: {display_name(Path(files[0].name).name)}"
     read = functools.partial(read_chunks, options=options)

@@ -1,7 +1,7 @@
 """Documents that other tools have already tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index.
 
-Their tokens are taken as they are. Only end-of-text moves: these tools write it after a document, and it precedes one
-here. Documents without any other token are omitted.
+Only end-of-text is moved: these tools write it after each document, and here it precedes each document. The other
+tokens are not changed. Documents without any other token are omitted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data.shards import TOKEN
 from data.tokenizer import Tokenizer
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-# Its codes of the types of tokens. Signed and unsigned integers that can hold a token id are accepted.
+# Megatron-LM's codes of the integer types that can hold a token id.
 MEGATRON_DTYPES = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 

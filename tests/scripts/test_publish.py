@@ -85,6 +85,19 @@ def test_a_dry_run_shows_files_and_card_and_needs_no_network(run, monkeypatch, c
     assert output.out.startswith("---\nlibrary_name")
 
 
+def test_the_card_has_no_evaluation_of_another_checkpoint(run, capsys):
+    row = {"task": "lambada", "convention": "harness", "metric": "acc"}
+    rows = [row | {"value": step / 10, "checkpoint": str(run / "checkpoints" / f"step-{step:06d}")} for step in (2, 4)]
+    (run / "lambada.json").write_text(json.dumps(rows))
+    with open(run / "metrics.jsonl", "a") as file:  # as if the best checkpoint were published, not the newest
+        file.write(json.dumps({"split": "val", "step": 6, "tokens": 1536, "loss": 99.0, "bits_per_byte": 9.0}) + "\n")
+    publish.main([str(run), "--repo", "me/mine", "--dry-run"])
+    card = capsys.readouterr().out
+    assert "| lambada | harness | acc | 0.4000 |" in card
+    assert "0.2000" not in card
+    assert "99.0" not in card
+
+
 def test_an_edited_card_is_uploaded_as_it_is(run, uploads, tmp_path):
     (tmp_path / "card.md").write_text("# Mine\n")
     publish.main([str(run), "--repo", "me/mine", "--card", str(tmp_path / "card.md")])

@@ -69,7 +69,7 @@ def test_a_command_that_is_killed_is_repeated_and_one_that_fails_is_reported(tmp
 
 def test_missing_packages_and_options_are_named(refused, corpus, tmp_path, monkeypatch):
     out = ("--out", tmp_path / "out")
-    assert "--executor and --tasks N need each other" in refused("text", corpus, *out, "--executor", "local")
+    assert "--executor and --tasks N belong together: give both" in refused("text", corpus, *out, "--executor", "local")
     message = refused("text", corpus, *out, "--executor", "local", "--tasks", 9)
     assert "8 files cannot make 9 parts" in message
     monkeypatch.setattr(executors.importlib.util, "find_spec", lambda name: None)

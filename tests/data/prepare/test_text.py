@@ -245,7 +245,7 @@ def test_a_literal_end_of_text_without_a_separator_is_noticed(run, capsys, tmp_p
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     options = ("--val-fraction", 0, "--tokenizer", "char")
     run("text", tmp_path / "a.txt.gz", "--out", tmp_path / "a", *options)
-    assert "a.txt.gz has <|endoftext|> in its text" in capsys.readouterr().err
+    assert "a.txt.gz contains <|endoftext|>, which is read as ordinary text" in capsys.readouterr().err
     run("text", tmp_path / "a.txt.gz", "--out", tmp_path / "b", *options, "--separator", "<|endoftext|>")
     run("text", tmp_path / "a.jsonl", "--out", tmp_path / "c", *options)
     assert "notice" not in capsys.readouterr().err
