@@ -198,7 +198,7 @@ def test_a_tokenizer_without_end_of_text_gets_one_on_request(run, refused, jsonl
     assert "--tokenizer DIR --add-end-of-text" in refused("text", jsonl, "--out", out, "--tokenizer", own)
     run("text", jsonl, "--out", out, "--tokenizer", own, "--add-end-of-text")
     assert load_tokenizer(out) == tokenizer
-    assert "the others have one" in refused("text", jsonl, "--out", out, "--add-end-of-text")
+    assert "the other tokenizers have an end-of-text token" in refused("text", jsonl, "--out", out, "--add-end-of-text")
 
 
 def test_lock_file_stays_and_links_are_not_written_through(run, refused, jsonl, tmp_path):
