@@ -43,7 +43,7 @@ class Answers(NamedTuple):
     choice: np.ndarray  # (N,) index of the choice with the highest log-probability
     choice_norm: np.ndarray  # (N,) index of the choice with the highest log-probability divided by its length
     scores: list[list[float]]  # summed log-probability of each choice, in nats
-    bits_per_byte: np.ndarray  # (N,) negative log2-probability of the correct choice per UTF-8 byte
+    bits_per_byte: np.ndarray | None  # (N,) negative log2-probability of the correct choice per UTF-8 byte
 
 
 def same_context(context: str, choices: Sequence[str], gold: int) -> Question:
@@ -107,24 +107,30 @@ def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convent
 
 
 def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, convention: Convention) -> Answers:
-    """Score every choice of every question, and choose the most probable one."""
+    """Score every choice of every question, and choose the most probable one.
+
+    The tokenizer of another model may drop text that it has no token for, or replace it by an unknown token. There are
+    then no bits per byte, because they would count text that was not scored.
+    """
     requests = make_requests(tuple(questions), tokenizer, convention)
     log_probs = score(requests).log_probs
     ends = np.cumsum([len(question.choices) for question in questions])
     by_question = np.split(log_probs, ends[:-1])
     request = iter(requests)
-    chosen, chosen_norm, bits = [], [], []
+    chosen, chosen_norm, bits, complete = [], [], [], True
     for question, sums in zip(questions, by_question, strict=True):
-        n_tokens = [len(next(request).continuation) for _ in question.choices]
+        continuations = [next(request).continuation for _ in question.choices]
+        n_tokens = [len(continuation) for continuation in continuations]
         lengths = n_tokens if convention == "completion" else [len(choice) for choice in question.choices]
         chosen.append(int(sums.argmax()))
         chosen_norm.append(int((sums / np.maximum(lengths, 1)).argmax()))
-        n_bytes = len(question.choices[question.gold].encode())
+        correct = question.choices[question.gold]
+        complete = complete and tokenizer.decode(list(continuations[question.gold])).strip() == correct.strip()
+        n_bytes = len(correct.encode())
         bits.append(-sums[question.gold] / math.log(2) / max(n_bytes, 1))
     gold = np.array([question.gold for question in questions])
-    return Answers(
-        gold, np.array(chosen), np.array(chosen_norm), [sums.tolist() for sums in by_question], np.array(bits)
-    )
+    scores = [sums.tolist() for sums in by_question]
+    return Answers(gold, np.array(chosen), np.array(chosen_norm), scores, np.array(bits) if complete else None)
 
 
 def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:

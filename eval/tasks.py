@@ -136,8 +136,11 @@ def _answer_questions(
     metrics = {
         "acc": mean_and_stderr(answers.choice == answers.gold),
         "acc_norm": mean_and_stderr(answers.choice_norm == answers.gold),
-        "bits_per_byte": mean_and_stderr(answers.bits_per_byte),
     }
+    if answers.bits_per_byte is None:
+        _report_dropped_text(evaluator)
+    else:
+        metrics["bits_per_byte"] = mean_and_stderr(answers.bits_per_byte)
     columns = (answers.gold.tolist(), answers.choice.tolist(), answers.choice_norm.tolist(), answers.scores)
     names = ("gold", "choice", "choice_norm", "scores")
     examples = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -194,12 +197,7 @@ def _slide(
     stride = args.stride or max(1, block_size // 2)
     covered = tokens if args.limit is None else tokens[: args.limit * stride]
     if text is not None and evaluator.tokenizer.decode(tokens) != text:
-        if evaluator.processes.is_main:
-            print(
-                f"{evaluator.name}: decoding the tokens does not give the original text, so there is no figure per "
-                "byte or per word",
-                file=sys.stderr,
-            )
+        _report_dropped_text(evaluator)
         n_bytes = n_words = 0
     elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
@@ -210,6 +208,16 @@ def _slide(
         n_bytes = len(text.encode())
     result = perplexity(covered, evaluator.tokenizer.eot, block_size, stride, evaluator.score)
     return TaskResult(f"stride {stride}", perplexity_metrics(result, n_bytes, n_words), result.tokens)
+
+
+def _report_dropped_text(evaluator: Evaluator) -> None:
+    """Say on stderr that the tokenizer does not represent all of the text."""
+    if evaluator.processes.is_main:
+        print(
+            f"{evaluator.name}: decoding the tokens does not give the original text, so there is no figure per byte or "
+            "per word",
+            file=sys.stderr,
+        )
 
 
 def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:

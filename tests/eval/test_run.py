@@ -371,6 +371,9 @@ def test_bytes_that_another_tokenizer_drops_are_not_counted(tmp_path, capsys):
     assert found["complete"][key]["value"] == found["dropped"][key]["value"]
     assert {metric for _, _, metric in found["complete"]} == {"perplexity", "bits_per_byte", "word_perplexity"}
     assert {metric for _, _, metric in found["dropped"]} == {"perplexity"}
+    main(["--model", str(tmp_path), "--tasks", "copa", "--limit", "3", "--json", str(tmp_path / "f.json")])
+    assert {metric for _, _, metric in results(tmp_path / "f.json")} == {"acc", "acc_norm"}
+    assert "does not give the original text" in capsys.readouterr().err
 
 
 @pytest.mark.slow
