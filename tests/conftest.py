@@ -17,6 +17,7 @@ import yaml
 
 from data.tokenizer import load_tokenizer
 from processes import start_processes
+from tests import forked
 from train import train as train_run
 from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, System
 from training.setup import setup
@@ -29,14 +30,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub has th
 
 def run_python(*arguments, check=True, timeout=300, **environment):
     """Run `python ...` in the repository and capture its output. With `check`, fail if the exit status is not 0."""
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command = [str(argument) for argument in arguments]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    if environment or (command[0].startswith("-") and command[0] != "-m"):
+        python = [sys.executable, *command]
+        result = subprocess.run(python, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout)
+    else:
+        result = forked.run(command, variables, timeout)
     if check and result.returncode != 0:
         pytest.fail(f"{arguments} exited with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     return result
