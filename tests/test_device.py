@@ -24,12 +24,12 @@ AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 def cpu(monkeypatch):
     """`cpu("avx512_bf16", isa="AVX2")`: this machine's CPU has the features named, and oneDNN's limit."""
 
-    def pretend(*features, isa=None):
+    def pretend(*features, isa=None, name="AMD EPYC"):
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
         monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
         if isa is not None:
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True) | {"cpu_name": name})
         return native_dtypes(CPU)
 
     return pretend
@@ -53,6 +53,20 @@ def cpu(monkeypatch):
 )
 def test_a_cpu_has_the_precisions_of_its_effective_instruction_set(cpu, features, isa, expected):
     assert cpu(*features, isa=isa) == expected
+
+
+@pytest.mark.parametrize(
+    ("features", "isa", "expected"),
+    [
+        (["avx512_bf16", "avx512_fp16"], None, [torch.float32, torch.bfloat16, torch.float16]),
+        (["avx512_bf16"], "avx2", [torch.float32]),
+        (["avx512_bf16", "amx_bf16"], None, [torch.bfloat16, torch.float32]),
+        (["avx512_bf16", "amx_bf16"], "AVX512_CORE_BF16", [torch.float32, torch.bfloat16]),
+    ],
+)
+def test_intel_cpus_without_amx_prefer_float32(cpu, features, isa, expected):
+    assert cpu(*features, isa=isa, name="Intel Xeon") == expected
+    assert find_dtype("auto", CPU) == expected[0]
 
 
 @pytest.mark.parametrize(("ampere", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -192,7 +206,7 @@ def test_deterministic_training_on_a_cpu_gives_the_bits_of_any_training(tiny_run
 def test_auto_agrees_with_what_the_kernel_says_of_this_cpu(monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     flags = Path("/proc/cpuinfo").read_text().split()
-    if "avx512_bf16" in flags or "amx_bf16" in flags:
+    if "amx_bf16" in flags or ("avx512_bf16" in flags and "GenuineIntel" not in flags):
         assert find_dtype("auto", CPU) == torch.bfloat16
     elif "avx2" in flags:
         assert find_dtype("auto", CPU) == torch.float32

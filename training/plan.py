@@ -83,7 +83,7 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
     compiled, why_compiled = should_compile(config, model, device)
     reasons = {
-        "dtype": "as configured" if config.system.dtype != "auto" else f"native on this {device.type}",
+        "dtype": "as configured" if config.system.dtype != "auto" else f"fastest on this {device.type}",
         "sharded": why_sharded,
         "micro_batch": why_micro_batch,
         "compiled": why_compiled,
