@@ -85,8 +85,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | None:
     """Return the lowest validation loss of the existing checkpoints, and the checkpoint it belongs to.
 
-    A checkpoint stores its own validation loss and the best loss so far with its step. The second is needed for a
-    checkpoint that was saved on a stop request: its validation ran only after the run had resumed.
+    A checkpoint stores its own validation loss, and the best loss so far with its step. A checkpoint that was saved on
+    a stop request lacks its own loss, because its validation ran only after the run had resumed. If this loss is the
+    best so far, later checkpoints store it.
 
     directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored; those without a readable
     trainer/state.json are named on stderr and added to it.

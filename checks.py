@@ -44,7 +44,7 @@ def check_shared_fields(config: dict[str, Any]) -> None:
 def check_attention(config: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if the fields of GPTConfig ask for an attention that does not exist.
 
-    Fields may be missing: a config.json has those of attention only if it is not full.
+    Fields may be missing: a config.json has the attention fields only if attention is not full.
     """
     attention = config.get("attention", "full")
     if attention not in ("full", "window", "lsh"):

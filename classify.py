@@ -32,7 +32,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     add("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
     training = argparse.ArgumentParser(add_help=False, parents=[shared])
     add = training.add_argument
-    add("--val", type=Path, required=True, metavar="FILE", help="texts that select the best epoch")
+    add("--val", type=Path, required=True, metavar="FILE", help="texts with labels that select the best epoch")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write the best classifier to")
     add("--label-key", default="label", metavar="KEY", help="column with the classes (default: label)")
     add(
@@ -105,13 +105,13 @@ def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="WORD=CLASS",
-        help="a word or words that {label} stands for in texts of a class. Repeat it: at least once for each class",
+        help="a word or words that replace {label} in texts of a class; give at least one for each class",
     )
     add("--alpha", type=float, default=1e-4, help="weight of the language-modeling loss (default: 1e-4)")
     add("--temperature", type=float, default=2.0, help="divides the scores of unlabeled texts (default: 2)")
     add("--pattern-epochs", type=int, default=10, metavar="N", help="epochs of each pattern's models (default: 10)")
     add("--models-per-pattern", type=int, default=3, metavar="N", help="models for each pattern (default: 3)")
-    add("--generations", type=int, default=1, metavar="N", help="generations of models, above 1 iPET (default: 1)")
+    add("--generations", type=int, default=1, metavar="N", help="generations of models; iPET: more than 1 (default: 1)")
 
 
 def main(arguments: list[str] | None = None) -> None:

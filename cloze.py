@@ -4,9 +4,9 @@ A pattern, such as "{text} It was {label}.", turns a text into a text with a bla
 stand for each class, such as "good" and "bad". The score of a class is the log-probability of the whole text with the
 word in the blank, or its mean over the words of the class (Schick et al. 2020, arXiv:2010.13641).
 
-All texts that result from one text begin with the same tokens. Their log-probability is the same in every score, so
-that it changes neither a difference of scores nor their softmax. It is not computed. If the blank is last, the score is
-therefore the log-probability of the words alone. Shapes: N texts, W words, K classes.
+All texts that result from one text begin with the same tokens. The log-probability of these tokens is the same in every
+score, so it changes neither a difference of scores nor their softmax, and it is not computed. If the blank is last, the
+score is therefore the log-probability of the words alone. Shapes: N texts, W words, K classes.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
     """Print an error on stderr and end the process.
 
     torchrun surrounds the errors of its processes with a long report of its own. The message is also given to torchrun,
-    which repeats the message of the process that failed first at the end of this report, where it is seen.
+    which repeats the message of the process that failed first at the end of this report, where the user sees it.
 
     Args:
         status: the exit status.

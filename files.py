@@ -35,7 +35,7 @@ def write_json(path: Path, value: Any) -> None:
 def discard(path: Path) -> None:
     """Delete a directory that is not needed any more. If `path` is a link, only the link is deleted.
 
-    An error is printed on stderr and not raised: what remains takes space, but does no other harm.
+    An error is printed on stderr and not raised: the files that remain only use space.
     """
     try:
         if path.is_symlink() or not path.is_dir():
@@ -53,7 +53,7 @@ def apply_umask(path: Path) -> None:
     Libraries that write through a temporary file, such as safetensors, leave it readable by its owner alone.
     """
     probe = path.with_name(path.name + ".mode")
-    probe.touch()  # os.umask would change the umask of all threads to return it
+    probe.touch()  # os.umask can return the umask only by changing it, for all threads
     path.chmod(probe.stat().st_mode)
     probe.unlink()
 

@@ -104,8 +104,8 @@ class SequenceClassifier(nn.Module):
         gpt: the language model whose hidden states are classified.
         num_labels: K.
         strategy: the input of the classifier. `last` (Texar's cls_time): the state of each sequence's last kept token.
-            `all` (all_time): the states of all its tokens, concatenated. `token` (time_wise): the state of each token,
-            which gets classes of its own.
+            `all` (all_time): the states of all its tokens, concatenated. `token` (time_wise): the state of one token;
+            each token is classified separately.
         max_length: the longest sequence in tokens; None means block_size. It is a limit only for `all`.
 
     The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean

@@ -61,8 +61,9 @@ class GPTConfig:
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
-    # full: each token attends to all earlier ones, as in GPT-2. That takes time proportional to T². For long sequences,
-    # window: to the last window_size tokens; lsh: to tokens whose key has the same hash (kernels/long_attention.py).
+    # full: each token attends to all earlier ones, as in GPT-2, in time proportional to T². The others are for long
+    # sequences (kernels/long_attention.py). window: each token attends to the last window_size tokens. lsh: each token
+    # attends to earlier tokens whose keys have the same hash as its query.
     attention: str = "full"
     window_size: int = 256
     lsh_buckets: int = 64
@@ -304,8 +305,8 @@ class GPT(nn.Module):
         """Process T tokens of B sequences, which follow the `past` tokens that the cache holds.
 
         Args:
-            input_ids: (B, T) token ids. Exactly one of these and `inputs_embeds` (B, T, C), which replaces the token
-                embeddings, is needed.
+            input_ids: (B, T) token ids. Give either these or `inputs_embeds` (B, T, C), which replaces their
+                embeddings, but not both.
             targets: (B, T) ids aligned with the inputs: the token that follows each, or IGNORE_INDEX.
             labels: (B, T) ids that are shifted here (usually the inputs themselves), as in transformers.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
@@ -389,7 +390,7 @@ class GPT(nn.Module):
     def _align_targets(self, targets: Tensor | None, labels: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """Return the target of each input token, (B, T), or None without targets and labels."""
         if targets is not None and labels is not None:
-            raise ValueError("targets (aligned) and labels (shifted here) exclude each other, got both")
+            raise ValueError("got both targets (aligned) and labels (shifted here): give one of them")
         if labels is not None:
             check_shape("labels", labels, shape)
             # Token t predicts token t + 1, and no token follows the last one.

@@ -61,7 +61,7 @@ def is_openai_checkpoint(directory: Path) -> bool:
 
 
 def convert_hparams(hparams: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the fields of config.json that say the same as those of the hparams.json at `path`.
+    """Return the fields of config.json that correspond to those of the hparams.json at `path`.
 
     Raises ValueError naming a field that is missing, or one that GPT-2's file does not have.
     """
@@ -77,7 +77,7 @@ def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, truncated or written in another way than TensorFlow does. It is named.
+        ValueError: a file is damaged, truncated or not in TensorFlow's format. The message names it.
     """
     prefix = find_prefix(directory)
     index = prefix.with_name(f"{prefix.name}.index")
@@ -140,7 +140,7 @@ def read_tensor(file: Path, name: str, place: Place) -> Tensor:
     """
     mapped = np.memmap(file, np.uint8, "c", place.offset, place.size)  # "c": writable, because torch requires it
     view = mapped.view()
-    view.flags.writeable = False  # the checksum accepts no other array
+    view.flags.writeable = False  # the function for the checksum accepts only read-only arrays
     if masked_crc32c(view) != place.crc:
         raise ValueError(f"{file} is damaged: the checksum of {name} is wrong; download or copy it again")
     tensor = torch.from_numpy(mapped).view(DTYPES[place.dtype]).view(place.shape)
@@ -169,7 +169,7 @@ def read_index(data: bytes) -> tuple[int, dict[str, Place]]:
         if place.shard >= n_shards:
             raise ValueError(f"{name} is in data file {place.shard}, but there are only {n_shards}")
         if not 0 < place.size == math.prod(place.shape) * DTYPES[place.dtype].itemsize:
-            raise ValueError(f"{name} with the shape {place.shape} has {place.size:,} bytes")
+            raise ValueError(f"{name} has {place.size:,} bytes, which do not match its shape {place.shape}")
     return n_shards, places
 
 
@@ -199,7 +199,7 @@ def read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byt
     """Yield the keys and values of a block of a table, after its checksum was compared.
 
     A key is stored without the beginning that it has in common with the previous key. The block ends with the offsets
-    of keys that are stored completely, and their number; they serve searching and are not needed here.
+    of keys that are stored completely, and their number. They are only needed to search a key.
     """
     block, trailer = data[offset : offset + size + 1], data[offset + size + 1 : offset + size + TRAILER_SIZE]
     if len(trailer) < TRAILER_SIZE - 1 or int.from_bytes(trailer, "little") != masked_crc32c(block):
@@ -261,13 +261,13 @@ def read_message(data: bytes) -> dict[int, list[int | bytes]]:
 
 
 def _number(message: dict[int, list[int | bytes]], field: int) -> int:
-    """Return a number of a protocol buffer; one that is 0 is not stored."""
+    """Return a number of a protocol buffer. If the field is missing, the number is 0: protocol buffers omit zeros."""
     value = message.get(field, [0])[-1]
     return value if isinstance(value, int) else 0
 
 
 def _data(message: dict[int, list[int | bytes]], field: int) -> bytes:
-    """Return a part of a protocol buffer; one that is empty is not stored."""
+    """Return the bytes in a field of a protocol buffer. If the field is missing, they are empty."""
     value = message.get(field, [b""])[-1]
     return value if isinstance(value, bytes) else b""
 

@@ -1,4 +1,6 @@
-"""How the threads of PyTorch's CPU operators wait for work: import this before torch, as OpenMP then reads the setting.
+"""How the threads of PyTorch's CPU operators wait for work. Import this module before torch, which loads OpenMP.
+
+OpenMP reads the setting when it is loaded.
 
 OpenMP's threads wait for the next operator by spinning. On a quiet machine that is fastest: sleeping threads would have
 to be woken hundreds of times in a training step. On a busy machine a spinning thread occupies the core that another

@@ -1,12 +1,14 @@
-"""Pattern-exploiting training: a classifier from a few labeled texts and many unlabeled ones, the work of
-`classify.py pet` (Schick and Schütze 2021, arXiv:2001.07676). cloze.py explains patterns and verbalizers.
+"""Pattern-exploiting training (`classify.py pet`): train a classifier on a few labeled texts and many unlabeled ones.
 
-1. For each pattern, some models are trained to fill the blank of the labeled texts, and to continue the unlabeled ones.
+The method is that of Schick and Schütze 2021, arXiv:2001.07676. cloze.py explains patterns and verbalizers.
+
+1. For each pattern, one or more models are trained to fill the blank in the labeled texts, and as language models on
+   the unlabeled texts.
 2. Together the models assign each unlabeled text a probability for each class (soft labels).
 3. A classifier is trained on the unlabeled texts with these probabilities.
 
 iPET (iterated) repeats step 1: each model of the next generation learns from more texts, which are labeled by a random
-part of the models of the previous generation. Without labeled texts, the first generation is the model itself.
+subset of the models of the previous generation. Without labeled texts, the first generation is the model itself.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from model import GPT
 from training.config import Optim
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 
-UNLABELED_PER_LABELED = 3  # as in the paper: a step's language-modeling loss reads three times as many texts
-PART_OF_OTHERS = 0.25  # iPET: the fraction of the other models that labels the texts for a model
-GROWTH = 5  # iPET: a generation has this many times the labeled texts of the previous one
+UNLABELED_PER_LABELED = 3  # as in the paper: unlabeled texts of a step for each labeled one
+PART_OF_OTHERS = 0.25  # iPET: the fraction of the other patterns' models that label the texts for a model
+GROWTH = 5  # iPET: each generation has this many times as many labeled texts as the previous one
 FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: texts of each class in the second generation
 
 
@@ -64,7 +66,7 @@ class Task:
     train: list[Labeled]
     unlabeled: list[list[Cloze]]
     val: list[Labeled]
-    unlabeled_tokens: list[list[int]]  # of the texts alone, for the language-modeling loss
+    unlabeled_tokens: list[list[int]]  # each text without a pattern, for the language-modeling loss
     dtype: torch.dtype
     args: argparse.Namespace
 
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(args, verbalizer, unlabeled, val_texts, val_labels)
     args.out.mkdir(parents=True, exist_ok=True)  # fail before the training, not after it
     probabilities = label_texts(task)
-    # Loaded only now, so that the random numbers of the training are those of `classify.py train`.
+    # Load the classifier only now, so that its training uses the same random numbers as `classify.py train`.
     classifier, tokenizer = load_classifier(args, verbalizer.classes)
     train_examples = encode(unlabeled, probabilities.tolist(), tokenizer, classifier.max_length)
     val_examples = encode(val_texts, val_labels, tokenizer, classifier.max_length)
@@ -137,7 +139,7 @@ def label_texts(task: Task) -> Tensor:
     """Train all generations of the ensemble, and return the probabilities of the unlabeled texts (N, K)."""
     weights, ensemble = first_generation(task)
     for generation in range(1, task.args.generations + 1):
-        # The first generation learns from the labeled texts alone. Without any, it is the model itself.
+        # The first generation learns from the labeled texts alone. Without labeled texts, it is the model itself.
         if generation > 1 or task.train[0].labels:
             ensemble = train_generation(task, ensemble, weights, generation)
     return soft_labels([m.scores for m in ensemble], [weights[m.pattern] for m in ensemble], task.args.temperature)
@@ -209,7 +211,7 @@ def pseudo_label(
     generation: int,
     seed: int,
 ) -> dict[int, int]:
-    """Choose unlabeled texts and label them by a random part of the `others` (iPET). Return the class of each by index.
+    """Choose unlabeled texts, and label them with a random subset of `others` (iPET). Return {index of text: class}.
 
     The number of texts grows by GROWTH with each generation, in the proportion of the classes in `labels`. Texts for
     which the models are more certain are drawn more often.
@@ -234,7 +236,7 @@ def pseudo_label(
 
 
 def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
-    """Fine-tune a copy of the model on the blanks of labeled texts and on the language of the unlabeled texts."""
+    """Return a copy of the model, fine-tuned to fill the blanks of labeled texts and to predict the unlabeled texts."""
     args, n = task.args, len(labeled.labels)
     torch.manual_seed(seed)
     model = copy.deepcopy(task.base).train()
@@ -269,7 +271,7 @@ def pattern_loss(
     verbalizer: Verbalizer,
     alpha: float,
 ) -> Tensor:
-    """Return (1 - alpha) times the cross-entropy of the classes plus alpha times the loss of the language model, ()."""
+    """Return the loss (): (1 - alpha) * cross-entropy of the classes + alpha * language-modeling loss."""
     scores = class_scores(model, clozes, verbalizer)
     loss = torch.nn.functional.cross_entropy(scores, torch.tensor(labels, device=scores.device))
     if alpha == 0:

@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 from weights import locate
 
-PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed: by fewer entries than this
+PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed, with fewer tokens than this
 
 
 def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str | None = None) -> str:
@@ -23,7 +23,7 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     `choose_checkpoint`), which is named on stderr. Any other value is returned unchanged.
 
     Raises:
-        FileNotFoundError: there is no run, no such run beside the others, or the run has no such checkpoint.
+        FileNotFoundError: there is no run, the run does not exist, or it has no such checkpoint.
         ValueError: the checkpoint is damaged, or `checkpoint` is given and the model is not a run.
     """
     if name_or_dir is None:
@@ -81,10 +81,10 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Pat
 
 
 def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Remove the tokens that a tokenizer lacks from a model in place.
+    """Remove from a model, in place, the tokens that a tokenizer lacks.
 
-    Many trainers pad the vocabulary, from 50,257 to 50,304 tokens for example. An id beyond the tokenizer has no text:
-    without its row, it can neither be chosen nor take a part of the probability.
+    Many trainers pad the vocabulary, from 50,257 to 50,304 tokens for example. The ids that are added have no text.
+    Their rows are removed, so that they cannot be chosen and get no probability.
 
     Raises ValueError if the tokenizer does not belong to the model in `directory`.
     """
@@ -98,7 +98,7 @@ def extend_positions(model: GPT, block_size: int) -> GPT:
 
     The new position embeddings are interpolated linearly between the learned ones, so that each position lies between
     positions that the model was trained with (Chen et al. 2023, "Extending context window via position interpolation").
-    A model needs some fine-tuning to read them.
+    A model needs some fine-tuning to use them.
     """
     old = model.transformer.wpe.weight.detach()
     new = F.interpolate(old.T.unsqueeze(0), block_size, mode="linear", align_corners=True)[0].T.contiguous()

@@ -79,20 +79,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line. Ends the process if options exclude each other."""
+    """Parse the command line. Ends the process if options cannot be combined."""
     add_arguments(parser)
     args = parser.parse_args(arguments)
     at_least_one(parser, args, "num_samples", "batch_size", "num_beams", "max_new_tokens", "show_probs")
     if args.serve:
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         if others := [f"--{name.replace('_', '-')}" for name in given if name not in SERVER_OPTIONS]:
-            parser.error(f"each request to the server has options of its own: --serve not with {', '.join(others)}")
+            parser.error(f"--serve cannot be combined with {', '.join(others)}: each request has its own options")
     args.default_new_tokens = DEFAULT_NEW_TOKENS
     args.sampling = not args.greedy and args.num_beams == 1
     if not args.sampling and (args.temperature, args.top_k, args.top_p) != (None, None, None):
-        parser.error("--temperature, --top-k and --top-p affect only sampling: not with --greedy or --num-beams")
+        parser.error("--temperature, --top-k and --top-p affect only sampling: omit them with --greedy or --num-beams")
     if args.greedy and args.num_beams > 1:
-        parser.error("--greedy and --num-beams exclude each other")
+        parser.error("--greedy and --num-beams cannot be combined: omit one of them")
     if args.temperature is not None and not 0 < args.temperature < math.inf:
         parser.error(f"--temperature must be above 0, got {args.temperature}: --greedy chooses the most probable token")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -100,11 +100,11 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     if 1 < args.num_beams < args.num_samples:
         parser.error(f"--num-beams {args.num_beams} is too small: it must be at least --num-samples {args.num_samples}")
     if args.greedy and args.num_samples > 1:
-        parser.error("--greedy has one result per prompt: not with --num-samples")
+        parser.error("--greedy has one result per prompt: it cannot be combined with --num-samples")
     if "" in (args.stop or ()):
         parser.error("--stop needs a text that is not empty")
     if (args.stream or args.interactive) and args.num_beams > 1:
-        parser.error("beam search has no text before it ends: not with --stream or --interactive")
+        parser.error("beam search has no text before it ends: it cannot be combined with --stream or --interactive")
     if args.json and (args.stream or args.interactive or args.show_probs):
         parser.error("--json cannot be used with --stream, --interactive or --show-probs")
     return args

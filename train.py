@@ -10,7 +10,7 @@ The same command again resumes from the newest checkpoint. README.md describes w
 
 from __future__ import annotations
 
-# Imported before torch: it imports openmp, whose setting torch reads when it is imported.
+# This module comes before torch: it imports openmp, which sets a variable that torch reads when it is imported.
 from training.launch import StopSignal, training_process
 
 # isort: split

@@ -32,14 +32,14 @@ CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 # Buffers that hold the causal mask in old checkpoints. They are not parameters.
 STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
-# The parameters that compute queries. Those of self-attention compute keys and values after them, in the other rows.
+# The parameters that compute queries. In self-attention their other rows compute keys and values.
 QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_attn)\.(weight|bias)$")
 
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
 FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
 BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and so no GPT-2
-# Fields about the scores of attention, with GPT-2's values. The scales of other values become a part of the weights:
-# see `query_scale`. reorder_and_upcast_attn computes the scores in float32, as our attention always does.
+# Fields about the scores of attention, with GPT-2's values. Other values scale the scores: `query_scale` makes these
+# scales a part of the weights. reorder_and_upcast_attn computes the scores in float32, as our attention always does.
 ATTENTION_CONFIG = {
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
@@ -207,7 +207,7 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is {found!r}, but only GPT-2's {value!r} is implemented")
     for name, values in ABSENT_CONFIG.items():
         if fields.get(name) not in values:
-            raise ValueError(f"{path}: {name} is {fields[name]!r}, but it is not implemented: expected none")
+            raise ValueError(f"{path}: {name} is {fields[name]!r}, which is not implemented: expected no such field")
     if missing := [name for name in ("model_type", *CONFIG_FIELDS) if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     try:
@@ -440,7 +440,8 @@ def save_weights(
     fields["n_ctx"] = fields["n_positions"]  # the name that llama.cpp and mlx-lm read
     fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if not config["causal"]:
-        # Other programs have no bidirectional GPT-2. With a type of its own they refuse it, instead of masking it.
+        # Other programs have no bidirectional GPT-2. Because of its own type they refuse it; otherwise they would load
+        # it and apply the causal mask.
         fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     if config["attention"] != "full":
         fields |= {name: config[name] for name in ATTENTION_FIELDS}

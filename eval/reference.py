@@ -66,8 +66,8 @@ EVALUATIONS: dict[tuple[str, str, str], Published] = {
 
 def published(task: str, convention: str, metric: str) -> dict[str, float]:
     """Return the published values of a metric by model; empty if none are known."""
-    # The paper states neither its stride nor how it split a text into context and continuation, so its results have no
-    # other convention than "paper".
+    # The paper states neither its stride nor how it split a text into context and continuation, so its results have a
+    # convention of their own, "paper".
     family = "paper" if convention.startswith("paper, ") else convention
     found = EVALUATIONS.get((task, family, metric))
     return dict(found.values) if found else {}

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help=DEVICE_HELP)
     add("--dtype", choices=DTYPE_CHOICES, default="auto", help=f"{DTYPE_HELP}. The weights stay float32")
     add("--batch-size", type=int, metavar="B", help="sequences per forward pass (default: 8 on CPU, 64 elsewhere)")
-    add("--transformers", action="store_true", help="also load GPT-2 models with transformers, as other architectures")
+    add("--transformers", action="store_true", help="load every model with transformers, GPT-2 models too")
     add("--json", type=Path, metavar="FILE", help="write the results to this file")
     add("--examples", type=Path, metavar="FILE", help="write one line of JSON per example to this file")
     texts = parser.add_argument_group("perplexity and loss")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the validation split of --data (default: 10485760, as in training)",
     )
     texts.add_argument(
-        "--document-mask", action="store_true", help="loss: each token attends to its own document of --data only"
+        "--document-mask", action="store_true", help="for --tasks loss: each token attends to its own document only"
     )
     texts.add_argument(
         "--save-reference",

@@ -82,7 +82,10 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
 
 
 def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
-    """Return the running beams before the first step, of which only the first counts, and no finished ones."""
+    """Return the beams before the first step: the running ones, of which only the first counts, and the finished ones.
+
+    There are no finished hypotheses yet: their scores are IMPOSSIBLE.
+    """
     n_prompts, K = len(ids), options.num_beams
     fill = options.eos[0] if options.eos else 0
     blank = torch.zeros(n_prompts, K, options.max_new_tokens, device=ids.device)
@@ -96,7 +99,7 @@ def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
 def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: GenerationOptions) -> Beams:
     """Return the candidates of a step: the best (or sampled) pairs of a running beam and a next token.
 
-    scores and logprobs are (B * K, V), processed and unprocessed; new is the number of tokens that beams have already.
+    scores and logprobs are (B * K, V), processed and unprocessed; new is the number of new tokens in each beam.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
     # For each end-of-text id, K candidates may end in this step. With K more, there are always K that continue.

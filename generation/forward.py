@@ -1,4 +1,4 @@
-"""Functions of both sampling and beam search: the cached forward pass, stop conditions, and recorded outputs."""
+"""What sampling and beam search share: the cached forward pass, stop conditions, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ MIN_GRAPH_TOKENS = 8  # for fewer, capturing a CUDA graph would probably take lo
 
 
 def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
-    """Return whether single tokens are read by a `FixedStep`: on CUDA, unless a step has to return more than logits.
+    """Return whether single tokens are read by a `FixedStep`, which needs CUDA and returns only logits.
 
-    Its mask is that of full attention. FSDP gathers sharded weights only in a pass through the whole model.
+    A FixedStep cannot compute attention window or lsh, because its mask is that of full attention. It cannot use
+    weights that FSDP has sharded, because FSDP gathers them only in a forward pass through the whole model.
     """
     weight = model.transformer.wte.weight
     outputs = options.output_hidden_states or options.output_attentions
@@ -110,7 +111,8 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether the last token completes a stop string. The token's text may continue after the stop string.
 
-    The text begins after the last end-of-text before that token: an empty prompt consists of it, and it is no text.
+    The text begins after the last end-of-text token before the last token, because end-of-text itself is not text. An
+    empty prompt, for example, consists of it.
     """
     tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]  # each token has at least one byte
     tail = tail[max((i + 1 for i, token in enumerate(tail[:-1]) if token == tokenizer.eot), default=0) :]
@@ -125,7 +127,7 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
     mask is (N, T) or longer, 0 for padding, or None. Stop strings are not searched in the text of padding.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # one by one: the host would wait until a tensor of them is on the device
+    for token in options.eos:  # one by one: to copy a tensor of them to the device, the host would have to wait
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

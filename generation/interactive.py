@@ -22,8 +22,8 @@ A line that starts with a colon is a command:
   :show-probs 5          first print the 5 most probable next tokens (0: do not)
   :more                  continue the last text
   :help                  print this
-  :quit                  end, as Ctrl-D does
-The arrow keys bring back earlier lines. Ctrl-C ends an answer, and without an answer it ends the program."""
+  :quit                  end the program, as Ctrl-D does
+The arrow keys bring back earlier lines. Ctrl-C stops an answer; at the prompt, it ends the program."""
 
 # The settings that a command can change, and their types.
 SETTINGS: dict[str, Callable[[str], float]] = {
@@ -57,7 +57,7 @@ class Session:
         self.seed, self.last_text = first_seed(args), ""
 
     def run(self) -> None:
-        """Ask for lines until end of file or `:quit`. An impossible prompt prints its error and asks again."""
+        """Ask for lines until end of file or `:quit`. For an impossible prompt, print the error and ask again."""
         while True:
             try:
                 line = input("> ")

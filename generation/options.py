@@ -28,7 +28,7 @@ class GenerationOptions:
     """The options of `generate`, where each one is explained.
 
     Raises:
-        ValueError: an option has an impossible value, or two options exclude each other.
+        ValueError: an option has an impossible value, or two options cannot be combined.
     """
 
     max_new_tokens: int
@@ -88,7 +88,7 @@ class GenerationOptions:
             raise ValueError("stop_strings contain an empty string, which would end every text at once: remove it")
 
     def n_choices(self, vocab_size: int) -> int:
-        """Return the number of tokens that may be chosen: those of a model that its tokenizer, if it is known, has."""
+        """Return the number of tokens that may be chosen: at most the model's `vocab_size` and the tokenizer's size."""
         return vocab_size if self.tokenizer is None else min(vocab_size, self.tokenizer.vocab_size)
 
     def check_token_ids(self, vocab_size: int) -> None:
@@ -110,9 +110,9 @@ class GenerationOptions:
 class GenerateOutput(NamedTuple):
     """The result of `generate` with return_dict=True. Outputs that were not requested are None. S = number of steps."""
 
-    sequences: Tensor  # (N, prompt + S); eos from the end of a row on
+    sequences: Tensor  # (N, prompt + S); filled with eos after the end of a row
     logprobs: Tensor  # (N, S), of the chosen tokens under the unprocessed logits; 0 after the end of a row
-    sequences_scores: Tensor  # (N,), sum of log-probabilities / new tokens ** length_penalty; processed in beam search
+    sequences_scores: Tensor  # (N,), sum of logprobs (beam search: of scores) / new tokens ** length_penalty
     lengths: Tensor  # (N,), new tokens of each row, including the token that ended it
     logits: list[Tensor] | None = None  # S of (N, V), float32, unprocessed
     scores: list[Tensor] | None = None  # S of (N, V), processed; log-probabilities in beam search

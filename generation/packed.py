@@ -1,4 +1,4 @@
-"""Store a model's weights in a layout that makes decoding faster, where each matrix multiplies only a few rows."""
+"""Store a model's weights in a layout that makes decoding faster: there, each matrix multiplies only a few rows."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def ban_repeated_ngrams(ids: Tensor, scores: Tensor, n: int) -> Tensor:
     if ids.size(1) < n:
         return scores
     ngrams = ids.unfold(1, n, 1)  # (N, T - n + 1, n)
-    repeats = (ngrams[:, :, :-1] == ids[:, None, ids.size(1) - n + 1 :]).all(dim=-1)  # begins as the row ends
+    repeats = (ngrams[:, :, :-1] == ids[:, None, ids.size(1) - n + 1 :]).all(dim=-1)  # starts like the row's end
     return scores.masked_fill(_tokens_to_mask(ngrams[:, :, -1].masked_fill(~repeats, -1), scores), BANNED)
 
 
@@ -93,7 +93,7 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
             scores = scores.clone()
-            for token in options.eos:  # one by one: the host would wait until a tensor of them is on the device
+            for token in options.eos:  # one by one: to copy a tensor of them to the device, the host would have to wait
                 scores[:, token] = BANNED
         for processor in custom:
             scores = processor(ids, scores)

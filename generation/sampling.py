@@ -71,8 +71,8 @@ def sample_steps(
 ) -> Iterator[Step]:
     """Continue ids (N, T) greedily or by sampling, and yield each step as soon as its tokens are chosen.
 
-    mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. Whether all rows have ended is looked up
-    after every `check_every` steps only, so that there may be further steps in which no row is running.
+    mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. The function checks only after every
+    `check_every` steps whether all rows have ended, so the last steps may have no running row.
     """
     rows, prompt_length = ids.shape
     length = prompt_length + options.max_new_tokens
@@ -106,7 +106,7 @@ def sample_steps(
 
 
 def steps_between_checks(device: torch.device, options: GenerationOptions) -> int:
-    """Return after how many steps to look whether all rows have ended. Stop strings need the tokens of each step."""
+    """Return after how many steps to check whether all rows have ended. Stop strings need a check after each step."""
     return STEPS_BETWEEN_CHECKS if device.type == "cuda" and not options.stop_strings else 1
 
 

@@ -170,7 +170,7 @@ def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, optio
 def complete(
     args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str], seed: int, options: dict[str, Any]
 ) -> list[Completion]:
-    """Return all samples of all prompts. On a terminal, several batches have a progress bar."""
+    """Return all samples of all prompts. On a terminal, show a progress bar if there are several batches."""
     if args.num_beams == 1:  # each sample is a prompt of its own, so that the batch size limits the number of samples
         prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     hide = True if len(prompts) <= args.batch_size else None  # None hides the bar if stderr is not a terminal

@@ -125,7 +125,7 @@ def _completion(
     tokenizer: Tokenizer,
     options: GenerationOptions,
 ) -> Completion:
-    """Return the completion for the new tokens of one row, of which eos may be the last."""
+    """Return the completion for the new tokens of one row. The last of them may be eos."""
     ended = bool(find_ended(torch.tensor([prompt_tokens + tokens]), None, options))
     length = len(tokens) - (tokens[-1] in options.eos)
     reason: Literal["stop", "length"] = "stop" if ended else "length"

@@ -53,7 +53,8 @@ def fused_attention(
 def use_newer_flash_attention(device: torch.device, dropout: float) -> str | None:
     """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card; return its name, or None.
 
-    cuDNN is then switched off, because PyTorch may prefer it. Neither of the two supports dropout of attention weights.
+    cuDNN is then switched off, because PyTorch may prefer it. FlashAttention 3 and 4 do not support dropout of
+    attention weights.
     """
     if device.type != "cuda" or dropout:
         return None

@@ -1,4 +1,4 @@
-"""The choice between the fast forms of attention, by what is asked for and on which device."""
+"""Choose between the fast forms of attention: by the device, and by the requested mask, pattern and dropout."""
 
 from __future__ import annotations
 

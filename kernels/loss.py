@@ -81,7 +81,7 @@ def loss_and_gradients(
     # Softmax needs float32, and a few rows at a time need little memory. On a CPU, 64 rows nearly fit into the cache.
     # On a GPU, one launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
-    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # half: also for small batches, not all logits are in memory
+    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # half: the logits of a small batch are not all in memory either
     buffer = head.new_empty(rows, len(weight))
     for first in range(0, len(x), rows or 1):
         chunk = slice(first, first + rows)

@@ -38,9 +38,9 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.all and (args.watch or args.out or len(args.runs) != 1):
-        raise ValueError("--all writes the pages of one run to its directory: not with --watch, --out or several runs")
+        raise ValueError("--all cannot be combined with --watch, --out or several runs: it writes to a run's directory")
     if args.watch and args.out:
-        raise ValueError("--watch writes no file: not with --out")
+        raise ValueError("--watch cannot be combined with --out: it writes no file")
     # imported here: arguments are checked before torch is imported
     if args.watch:
         from report.live import watch

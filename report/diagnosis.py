@@ -15,9 +15,9 @@ from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
 from weights import read_config
 
-READ_TOKENS = 10_000_000  # of the training split, to look for the validation text
-PASSAGE = 32  # tokens of the passages that the splits are compared by
-SAMPLE_TOKENS = 4096  # whose text is encoded again
+READ_TOKENS = 10_000_000  # tokens of the training split in which passages of the validation split are searched
+PASSAGE = 32  # tokens of each of these passages
+SAMPLE_TOKENS = 4096  # tokens that are decoded and encoded again
 
 
 def diagnose(directory: Path) -> list[Finding]:
@@ -56,7 +56,7 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 
 
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
-    """Decode tokens and encode their text again. A tokenizer returns about as many tokens only if they were its own."""
+    """Decode tokens and encode their text again. Only the tokenizer that made them returns about as many tokens."""
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
     if int(tokens.max()) >= tokenizer.vocab_size:

@@ -1,6 +1,6 @@
-"""A page about training runs that follows them: a server on this machine, with Python's own http.server.
+"""Serve a page about training runs that is updated while they train, with Python's http.server.
 
-It answers only requests from this machine, reads the files of the runs and writes none.
+The server answers only requests from this machine. It reads the files of the runs and writes none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOST = "127.0.0.1"
 # Accepted in the Host header. Another name means DNS rebinding: a foreign page reached the server through a domain of
 # its own that resolves to 127.0.0.1.
 HOST_NAMES = (HOST, "localhost")
-RENDER_SHARE = 0.1  # largest fraction of the time that is spent on making the page
+RENDER_SHARE = 0.1  # largest fraction of the time in which the page is rendered
 REQUEST_SECONDS = 30  # a client that is silent for longer is disconnected
 
 
@@ -63,7 +63,7 @@ class LivePage:
 
 
 def run_state(directory: Path) -> object:
-    """Return what the page of a run depends on: the time and size of each file, and the status of the run.
+    """Return what the page of a run depends on: the modification time and size of each file, and the run's status.
 
     A run that was killed has changed no file: its status changes because its lock is free.
     """

@@ -65,8 +65,8 @@ def page_values(logs: Sequence[RunLog], charts: Sequence[Chart]) -> dict[str, An
 def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Return a table of tokens and time to each loss for each validation set.
 
-    Of adjacent losses that all runs reached at the same validations, only the lowest and those with a name are listed.
-    Tables without two different rows say nothing that the curves do not show, and are left out.
+    If each run reached several adjacent losses at the same validation, only the lowest of them and those with a name
+    are listed. Tables without two different rows are left out, because the curves show the same.
     """
     tables = []
     for number, members in enumerate(groups, 1):

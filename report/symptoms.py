@@ -198,7 +198,7 @@ def float16_overflows(curves: Curves) -> Finding | None:
 
 
 def noisy_batches(curves: Curves) -> Finding | None:
-    """Look for a loss that varies much from step to step, as that of small batches does. Their gradients vary too."""
+    """Look for a loss that varies much from step to step. Small batches cause this, and their gradients vary too."""
     if curves.noise < 0.15:
         return None
     batch = curves.config.get("data", {}).get("batch_tokens", 0)
@@ -236,7 +236,7 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # Fewer pairs have a long distance: divide by their fraction.
+    # Fewer pairs of steps have a long distance: divide by the fraction of pairs that exist.
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -250,7 +250,7 @@ def periodic_loss(curves: Curves) -> Finding | None:
 
 
 def jump_at_resume(curves: Curves) -> Finding | None:
-    """Look for a jump of the loss where the run was resumed, as without the optimizer's state."""
+    """Look for a jump of the loss where the run was resumed. A missing optimizer state causes one."""
     for step in curves.resumed:
         before, after = (
             curves.losses[(curves.steps > first) & (curves.steps <= first + 5)] for first in (step - 5, step)
@@ -298,7 +298,7 @@ def slower_steps(curves: Curves) -> Finding | None:
 
 
 def overfitting(curves: Curves) -> Finding | None:
-    """Look for a validation loss that rises again, as on text that is repeated too often."""
+    """Look for a validation loss that rises again. Text that is repeated too often causes this."""
     loss = curves.val["loss"]
     if len(loss) < 3 or not np.isfinite(loss).all():
         return None

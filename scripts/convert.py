@@ -84,8 +84,8 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
     fields: Any = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if not isinstance(fields, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(
-            f"{path} is not a checkpoint of nanoGPT, a dictionary with model and model_args: load it with the program "
-            f"that wrote it, and save a dictionary like this one"
+            f"{path} is not a checkpoint of nanoGPT: expected a dictionary with model and model_args. Load the file "
+            f"with the program that wrote it, and save such a dictionary"
         )
     check_pickled(path, checkpoint["model"])
     try:

@@ -4,7 +4,7 @@
 
 The texts are the 872 of SST-2's validation split in the pinned package. Each seed orders them differently: 400 are the
 test texts, the next ones are labeled, and the last 372 are used without labels. The labeled texts also select the
-epoch, so that no method sees more labels than their number. docs/recipes.md has the results.
+epoch, so no method uses more labels than these. docs/recipes.md has the results.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a run, or another model")
     add("--sizes", type=int, nargs="+", default=[32, 100], metavar="N", help="labeled texts (default: 32 100)")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="(default: 1 2 3 4 5)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="random seeds (default: 1 2 3 4 5)")
     add("--lr", type=float, default=1e-3, help="learning rate of all fine-tuning (default: 1e-3)")
     add("--epochs", type=int, default=10, metavar="N", help="epochs over the labeled texts (default: 10)")
-    add("--final-epochs", type=int, default=5, metavar="N", help="epochs of PET's last step (default: 5)")
+    add("--final-epochs", type=int, default=5, metavar="N", help="epochs of the last step of pet (default: 5)")
     add("--models-per-pattern", type=int, default=1, metavar="N", help="as for classify.py (default: 1)")
     add("--generations", type=int, default=1, metavar="N", help="as for classify.py (default: 1)")
     args = parser.parse_args(arguments)

@@ -15,7 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-# The rooms from top to bottom. A module may import modules of its own room and of the rows below, and no others.
+# The rows from top to bottom, each with its rooms: a room is a package or a module. A module may import modules of its
+# own room and of the rows below, and no others.
 LAYERS = (
     ("scripts", "bench"),
     ("benchmarks",),

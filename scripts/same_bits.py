@@ -435,7 +435,7 @@ def find_commit(revision: str, repository: Path) -> str:
         return git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", directory=repository)
     except ValueError:
         raise ValueError(
-            f"{revision!r} is no commit of {repository}: give a branch, a tag or a hash, or `.` for the working tree"
+            f"{revision!r} is not a commit of {repository}: give a branch, a tag or a hash, or `.` for the working tree"
         ) from None
 
 

@@ -29,7 +29,7 @@ from serve.completions import Part, RequestError, choice, join, parse_request, u
 from serve.engine import Engine, Job
 
 MAX_BODY = 1 << 20  # bytes; far more than any prompt that fits into a GPT-2
-MAX_DISCARDED = 64 << 20  # bytes of a larger body that are read and discarded, so that the client reads the answer
+MAX_DISCARDED = 64 << 20  # bytes of a larger body that are read and discarded, so that the client reads the error
 BODY_SECONDS = 30  # for a client to send its request
 MAX_CONNECTIONS = 512
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
@@ -129,7 +129,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def check_model(asked: Any, name: str) -> None:
-    """Raise RequestError if a request names another model than the only one."""
+    """Raise RequestError if a request names another model than the one that is served."""
     if asked not in (None, name):
         raise RequestError(f"there is no model {str(asked)[:100]!r} here, only {name!r}", 404)
 

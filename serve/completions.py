@@ -111,7 +111,7 @@ def parse_request(body: bytes) -> CompletionRequest:
 
 
 def _check(request: CompletionRequest) -> None:
-    """Raise RequestError if fields cannot be combined."""
+    """Raise RequestError if the values of two fields cannot be combined."""
     if len(request.prompts) * request.n > MAX_CHOICES:
         raise RequestError(
             f"{len(request.prompts)} prompts times n {request.n} is more than {MAX_CHOICES}: send several requests"
@@ -123,7 +123,7 @@ def _check(request: CompletionRequest) -> None:
 
 
 class _Reader:
-    """Takes typed values from a request. What remains in `fields` is unknown."""
+    """Takes values from a request and checks their types. Fields that are left in `fields` are unknown."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields

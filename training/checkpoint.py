@@ -72,7 +72,7 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
 
 
 def check_finite(tensors: dict[str, Tensor], step: int) -> None:
-    """Raise FloatingPointError, which names the first such tensor, if a value after `step` is NaN or infinite."""
+    """Raise FloatingPointError if a value after `step` is NaN or infinite. The message names the first such tensor."""
     for name, tensor in tensors.items():
         # The smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, this needs no memory.
         if tensor.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
@@ -200,7 +200,7 @@ class Checkpoints:
                 for path in files
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            # Everything must be on the disk before the rename: a power failure may not leave an incomplete checkpoint.
+            # Everything must be on the disk before the rename: a power failure must not leave an incomplete checkpoint.
             for path in (*files, partial / MANIFEST):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())

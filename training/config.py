@@ -81,7 +81,7 @@ class MixturePart:
     dir: str
     """Directory of the dataset."""
     weight: PositiveFloat
-    """Share of the windows, relative to the other weights."""
+    """Fraction of the windows, relative to the other weights."""
 
 
 @dataclass
@@ -89,7 +89,8 @@ class Data:
     """Settings of the training data."""
 
     dir: str = "data/fineweb-edu-10b"
-    """Directory of the dataset: token shards and meta.json, as `python -m data.prepare` writes them; or see format."""
+    """Directory of the dataset: token shards and meta.json, as `python -m data.prepare` writes them; for prompts and
+    completions, see format."""
     format: Literal["tokens", "completions"] = "tokens"
     """tokens: one long text, cut into windows. completions: train.jsonl and val.jsonl with a "prompt" and a
     "completion" per line; only the completion is learned."""
@@ -106,7 +107,7 @@ class Data:
     windows: Literal["packed", "aligned"] = "packed"
     """packed: cut the text every sequence_length tokens. aligned: begin windows at documents, and cut few documents."""
     shift: bool = False
-    """Cut packed windows at other places in each epoch, so that repeated text has other contexts."""
+    """Cut packed windows at different places in each epoch, so that repeated text has different contexts."""
     document_mask: bool = False
     """Tokens see their own document (or packed example) only, and positions begin at 0 in each."""
     mixture: list[MixturePart] = field(default_factory=list)
@@ -124,7 +125,8 @@ class Optim:
     min_lr_ratio: ClosedUnitInterval = 0.1
     """Learning rate at the end, as a fraction of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up. cosine: down to the end; wsd: constant, then linear in the last decay_fraction; constant."""
+    """Learning rate after the warm-up. cosine: falls along a cosine curve until the last step; wsd: is constant, then
+    falls linearly in the last decay_fraction of the steps; constant: does not fall."""
     warmup_steps: NonNegativeInt = 715
     """Steps in which the learning rate rises linearly from zero."""
     steps: PositiveInt = 19073
@@ -158,8 +160,8 @@ class Eval:
     hellaswag: bool = True
     """Score HellaSwag (completion convention) during training."""
     hellaswag_every: PositiveInt = 1000
-    """Steps between scores of HellaSwag, which takes longer than the other parts of a validation. It is scored at the
-    first validation after each multiple, and at the last step."""
+    """Steps between evaluations on HellaSwag, which take longer than the other parts of a validation. HellaSwag is
+    scored at the first validation after each multiple of this number, and at the last step."""
     samples: NonNegativeInt = 4
     """Number of texts to sample at each validation, written to samples.txt."""
     patience: NonNegativeInt = 0
@@ -240,7 +242,7 @@ class Config:
                 f"{data.sequence_length}: use {nearest}"
             )
         if data.pack and data.format != "completions":
-            raise ValueError("data.pack needs data.format completions: with tokens, one text fills every window")
+            raise ValueError("data.pack needs data.format completions: with data.format tokens, every window is full")
         if data.document_mask and data.format == "completions" and not data.pack:
             raise ValueError("data.document_mask needs data.pack: otherwise each window has one example only")
         self._check_mixture()
@@ -248,7 +250,7 @@ class Config:
             raise ValueError("data.windows aligned and data.shift need data.format tokens: examples are never cut")
         if data.shift and data.windows == "aligned":
             raise ValueError(
-                "data.shift moves the cuts of packed windows, and aligned ones begin at documents: omit one"
+                "data.shift moves the cuts of packed windows, but aligned windows begin at documents: omit one of them"
             )
         if optim.schedule != "constant" and optim.warmup_steps >= optim.steps:
             raise ValueError(
@@ -268,7 +270,7 @@ class Config:
         if model.init_from == "scratch":
             if model.freeze_layers:
                 raise ValueError(
-                    "model.freeze_layers would freeze untrained weights: set model.init_from, or set it to 0"
+                    "model.freeze_layers would freeze untrained weights: set model.init_from, or freeze no layers"
                 )
             shape = self.model_config(vocab_size=1)  # raises the errors of GPTConfig
             if data.sequence_length > shape.block_size:
@@ -283,7 +285,7 @@ class Config:
         if directories and self.data.format == "completions":
             raise ValueError("data.mixture needs data.format tokens: write the examples into one file to mix them")
         if twice := next((name for name in directories if directories.count(name) > 1), None):
-            raise ValueError(f"data.mixture has {twice} twice: add its weights up, and give it once")
+            raise ValueError(f"data.mixture has {twice} twice: list it once, with the sum of its weights")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """Return the GPTConfig of a model from scratch, with the vocabulary size of the dataset's tokenizer."""

@@ -1,4 +1,4 @@
-"""Errors in a configuration in words: the field, the file that sets it, what was expected, and similar names.
+"""Explain errors in a configuration: the field, the file that sets it, what was expected, and similar names.
 
 `fields` is always the type of each field of the configuration by "section.field".
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Names of fields in other trainers that have no similar spelling here.
+# Fields of other trainers that have a different name here. A similar spelling is found without this table.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
@@ -91,7 +91,7 @@ def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
 
 
 def explain(message: str, arguments: list[str], fields: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
-    """Return jsonargparse's message about a command line in words. `files` are the values in each file by field."""
+    """Return jsonargparse's message about a command line in plain words. `files` has each file's values by field."""
     if unknown := re.search(r"unrecognized arguments: (--)?([^\s=]+)", message):
         option, name = unknown.groups()
         if option is None and name.endswith((".yaml", ".yml")):
@@ -109,7 +109,7 @@ def explain(message: str, arguments: list[str], fields: dict[str, Any], files: d
 
 
 def expected(kind: Any) -> str:
-    """Return the values of a type in words."""
+    """Describe the values of a type in words."""
     if get_origin(kind) is list:
         return f"a list of {expected(get_args(kind)[0])}"
     if is_dataclass(kind):

@@ -23,7 +23,7 @@ from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 
-GPT2_VOCABULARY = 50257  # assumed where there is no dataset yet, which would name its tokenizer
+GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
 
 
 class Target(NamedTuple):

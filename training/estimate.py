@@ -20,7 +20,7 @@ from training.config import Config
 def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
 
-    With attention window or lsh, T is the number of tokens that a token attends to at most.
+    With attention window or lsh, T is the largest number of tokens that a token attends to.
     """
     pattern = find_pattern(asdict(model), layer=0)
     keys = sequence_length if pattern is None else min(sequence_length, pattern.most_keys)
@@ -100,7 +100,7 @@ def estimate_memory(
     if shards > 1:
         copied, gathered = embeddings, 4 * embeddings + size * 2 * (n_parameters - embeddings) // model.n_layer
     copies = size * copied if hardware.dtype != torch.float32 else 0
-    # DDP has memory for averaging all gradients, and gradients that were not averaged yet are outside of it.
+    # DDP has buffers for averaging all gradients. Gradients that were not averaged yet are outside of these buffers.
     buckets = count > 1 and not sharded and accumulates
     return {
         "weights": 4 * n_parameters // shards + gathered + copies,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Imported before torch, because it imports openmp, whose setting torch reads when it is imported.
+# `command` comes before torch, because it imports openmp, which sets a variable that torch reads when it is imported.
 from command import fail, lasting_output
 
 # isort: split

@@ -15,7 +15,7 @@ from processes import Processes
 from training.config import Config
 from training.estimate import Hardware, count_parameters, largest_micro_batch, most_windows, needed_memory
 
-GPU_SHARE = 0.8  # of a GPU's free memory, which the memory estimate may use
+GPU_SHARE = 0.8  # fraction of a GPU's free memory that the memory estimate may use
 SAVE_MEMORY = (
     "use a shorter data.sequence_length, a smaller model, system.activation_checkpointing true, or system.parallel "
     "fsdp on more processes"
@@ -163,7 +163,7 @@ def explain_out_of_memory(config: Config, model: GPTConfig, processes: Processes
     rows = largest_micro_batch(most_windows(config, processes.world_size), fits)
     too_large = f"out of memory on {processes.device} with micro-batches of {plan.micro_batch} windows"
     if rows is None:
-        return f"{too_large}, and less is not estimated to fit: {SAVE_MEMORY}"
+        return f"{too_large}, and by the estimate no smaller micro-batch fits either: {SAVE_MEMORY}"
     return f"{too_large}: set data.micro_batch to {rows}, which is estimated to fit"
 
 

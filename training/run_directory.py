@@ -319,14 +319,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iterate_metrics(path))
 
 
-# In samples.txt, a backslash precedes a line of a text that looks like a heading, or like such a line with backslashes.
+# In samples.txt, a line of a text that looks like a heading gets a backslash before it. So does a line that looks like
+# a heading after backslashes, so that the text can be restored.
 HEADING = re.compile(rb"^==== step (\d+), sample ", re.MULTILINE)
 NEEDS_ESCAPE = re.compile(r"^(?=\\*==== )", re.MULTILINE)
 ESCAPED = re.compile(r"^\\(?=\\*==== )", re.MULTILINE)
 
 
 def format_sample(step: int, number: int, text: str) -> str:
-    """Return a sampled text as samples.txt has it: `split_samples` cannot take a line of the text for a heading."""
+    """Return a sampled text for samples.txt. Lines that look like headings are escaped for `split_samples`."""
     escaped = NEEDS_ESCAPE.sub(r"\\", text)
     return f"==== step {step}, sample {number}\n{escaped}\n\n"
 

@@ -29,15 +29,15 @@ PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
 FAST_CARD = 700e12  # FLOP/s
 BANDWIDTH, LINK = 0.9, 0.8  # fractions of the bytes/s of memory, and of the connection between GPUs
 NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to others: eight adapters of 400 Gbit/s
-LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation besides its bytes
-# Bytes of memory traffic for each token and channel of a block, besides the products, with 2 bytes per number: 40 in
+LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in addition to the transfer
+# Bytes of memory traffic for each token and channel of a block, without the products, with 2 bytes per number: 40 in
 # the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients of
 # biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU less well
 TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 3e-3  # decoding time depends on the number of kernels, not on the card
 SLOW_STEP, SLOWEST_CPU = 60.0, 1e10  # a step of more seconds gives a warning; FLOP/s that any CPU reaches
-CPU_SHARE = 0.75  # of a CPU's measured rate of matrix products: 78% to 81% were measured for 124M
+CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
 
 
 class StepTime(NamedTuple):
@@ -45,9 +45,9 @@ class StepTime(NamedTuple):
 
     compute: float  # blocks, forward and backward
     loss: float  # head and cross-entropy, forward and backward
-    communication: float  # the part of it that does not overlap with computation
+    communication: float  # only the seconds that do not overlap with computation
     optimizer: float
-    evaluation: float  # validation, HellaSwag and samples, divided over the steps between them
+    evaluation: float  # validation, HellaSwag and samples, divided by the number of steps between them
 
     @property
     def total(self) -> float:
@@ -167,13 +167,13 @@ def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
 
 
 def seconds_on_cpu(config: Config, model: GPTConfig, dtype: torch.dtype) -> float:
-    """Estimate the seconds of a step on this CPU, all of whose cores compute now."""
+    """Estimate the seconds of a step on this CPU. To measure its speed, all of its cores compute for a moment."""
     flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
     return flops / (CPU_SHARE * measure_matmul_rate(dtype))
 
 
 def warn_of_slow_cpu(config: Config, model: GPTConfig, processes: Processes) -> list[str]:
-    """Return a warning if the configuration is one for a GPU, and this is a CPU on which a step takes minutes."""
+    """Return a warning if the device is a CPU on which a step takes more than SLOW_STEP seconds."""
     flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
     if processes.device.type != "cpu" or flops / processes.world_size < SLOW_STEP * SLOWEST_CPU:
         return []

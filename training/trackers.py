@@ -1,4 +1,4 @@
-"""Programs that show metrics, beside metrics.jsonl: Weights & Biases, TensorBoard and Trackio."""
+"""Send metrics to other programs that show them: Weights & Biases, TensorBoard and Trackio."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tracker(Protocol):
     """What receives the metrics of a run. Any exception of a method ends the use of the tracker, not the run."""
 
     def log(self, values: dict[str, Any], step: int) -> Any:
-        """Take the metrics of a step by "split/name"."""
+        """Receive the metrics of a step. Their keys are "split/name"."""
 
     def finish(self, *, failed: bool) -> Any:
         """Send or write the metrics that are still waiting, and record whether the run has failed."""
@@ -40,7 +40,7 @@ def check_packages(log: Log) -> None:
 
 
 def how_to_remove(name: str) -> str:
-    """Return how the configuration is changed so that it does not ask for a tracker any more."""
+    """Return how to change the configuration so that it no longer uses a tracker."""
     return "remove it from log.to" + (" and set log.wandb to disabled" if name == "wandb" else "")
 
 

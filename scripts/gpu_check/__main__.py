@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outcome:
-    """Run a part in a process of its own. A part that takes too long is ended, with all that it started.
+    """Run a part in a process of its own. A part that takes too long is killed with its child processes.
 
     The process is forked, so that it has all modules. This process never uses the GPU: CUDA does not survive a fork.
     """
@@ -109,7 +109,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     )
     parser.add_argument("--parts", default="all", help="numbers of parts such as 1,3,8 (default: all)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: whether everything runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: check that everything runs, not how fast")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME[=DIR]", help="transformers or nanogpt=DIR; repeatable"
     )

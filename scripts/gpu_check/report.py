@@ -77,7 +77,7 @@ class Settings:
 
 
 class Report:
-    """What a part found. Everything is printed at once."""
+    """What a part found. Each result is printed immediately."""
 
     def __init__(self) -> None:
         self.checks: list[dict[str, Any]] = []

@@ -31,7 +31,7 @@ from training.setup import TrainingRun
 LOWEST_MFU = 0.38  # on an H100 at 64 sequences; the goal is 0.45
 WORST_ESTIMATE = 0.15  # relative error of the estimate of the peak memory
 LOSS = "gpt2::linear_cross_entropy_sum"
-# What a kernel of CUDA, or an operator of a CPU, is counted as. The first match counts.
+# The kind of a CUDA kernel or of a CPU operator: the first pattern that matches its name.
 KINDS = {
     "elementwise": r"^triton",  # the compiler's kernels, whose names list all operators that they were made from
     "attention": r"flash|fmha|attention|sdpa",
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def check_speed(settings: Settings, report: Report) -> None:
-    """Time training steps at several micro-batches, compiled or not, with cuDNN or not, and of the peers."""
+    """Time our training step at several micro-batches, with and without compiling and cuDNN, and that of each peer."""
     sizes, middle = ((2, 4), 4) if settings.tiny else ((16, 32, 64, 128), 64)
     table = [measure(settings, report, rows, "ours") for rows in sizes]
     table.append(measure(settings, report, middle, "ours, not compiled", compiled=False))
@@ -79,8 +79,8 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
 
 
 def measure_peer(settings: Settings, report: Report, rows: int, name: str, directory: str) -> dict[str, Any]:
-    """Return a row of the table for the training step of a peer of bench.py, which is of 124M even if ours is tiny."""
-    module = importlib.import_module(f"benchmarks.peers.{name}")  # its libraries are loaded only if it is asked for
+    """Return a row of the table for a peer of bench.py, whose model has 124M parameters even if ours is tiny."""
+    module = importlib.import_module(f"benchmarks.peers.{name}")  # imported here: a peer has its own libraries
     arguments = (*([directory] if directory else []), settings.device, rows, settings.tokens)
     return time_steps(settings, report, rows, name, partial(module.train, *arguments)) | {"estimate, GiB": None}
 

@@ -92,7 +92,7 @@ def check_resume(settings: Settings, report: Report) -> None:
                 continue
             counts = json.loads(lines[-1])
             found = "equal bit for bit" if not counts["differences"] else "; ".join(counts["differences"])
-            # On a GPU, the default forms of some operators add in another order in every run.
+            # On a GPU, some operators by default add numbers in a different order in every run.
             if deterministic or settings.device == "cpu":
                 report.check(f"{counts['kills']} kills, {name}", not counts["differences"], found)
             else:
@@ -114,7 +114,7 @@ def check_distributed(settings: Settings, report: Report) -> None:
 
 def gradients(settings: Settings, *, sharded: bool | None) -> list[Tensor]:
     """Return the gradient by parameter: without distribution (None), under DDP (False) or under FSDP (True)."""
-    # `distribute` uses DDP only for several processes, so it is told that there are two.
+    # `distribute` uses DDP only for several processes, so this description has two.
     processes = settings.processes(torch.float32, world_size=1 if sharded is None else 2)
     torch.manual_seed(0)
     model = GPT(settings.shape).to(settings.device).train()

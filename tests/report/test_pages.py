@@ -180,7 +180,7 @@ def test_all_writes_pages_that_link_to_each_other(finished_run):
 
 def test_all_needs_one_run_and_a_text(finished_run, tmp_path, capsys):
     assert report("--all", finished_run, finished_run) == 2
-    assert "--all writes the pages of one run" in capsys.readouterr().err
+    assert "--all cannot be combined with --watch" in capsys.readouterr().err
     copy = shutil.copytree(finished_run, tmp_path / "copy")
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["data"]["dir"] = str(tmp_path / "gone")

@@ -135,7 +135,7 @@ def test_a_file_that_executes_code_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_args": None}, "is not a checkpoint of nanoGPT, a dictionary with model and model_args"),
+        ({"model_args": None}, "is not a checkpoint of nanoGPT: expected a dictionary with model and model_args"),
         ({"model_args": {"n_layer": 2}}, "model_args lacks 'vocab_size'"),
         ({"model_args": SHAPE | {"vocab_size": 65, "n_head": 3}}, r"model_args: n_embd \(8\) must be divisible"),
         ({"model_args": SHAPE | {"vocab_size": 64}}, "do not match its configuration"),

@@ -186,7 +186,7 @@ def test_arguments_that_cannot_be_used_end_with_a_sentence(repository, tmp_path,
         assert end.value.code == 2
         return capsys.readouterr().err
 
-    assert "'HEAD~9' is no commit of" in refused("HEAD~9", "HEAD")
+    assert "'HEAD~9' is not a commit of" in refused("HEAD~9", "HEAD")
     assert "give a branch, a tag or a hash, or `.` for the working tree" in refused("HEAD", "nowhere")
     assert "exists already: name a new directory" in refused("HEAD", ".", "--keep", tmp_path)
     monkeypatch.chdir(tmp_path)

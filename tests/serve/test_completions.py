@@ -71,7 +71,7 @@ def test_an_impossible_request_is_refused_with_a_sentence(body, message):
 
 
 def test_text_that_may_begin_a_stop_text_is_held_back():
-    """A stream with stop texts shows the same text as a search in the whole text."""
+    """A stream with stop strings shows the same text as a search in the whole text."""
     source = random.Random(0)
     for _ in range(2000):
         text = "".join(source.choices("ab\n", k=source.randrange(1, 12)))

@@ -168,7 +168,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         ),
         (
             ["--data.mixture", '[{"dir": "a", "weight": 1}, {"dir": "a", "weight": 2}]'],
-            "data.mixture has a twice: add its weights up",
+            "data.mixture has a twice: list it once",
         ),
         (["--data.mixture", '[{"dir": "a", "weight": 0}]'], "data.mixture"),
         (["--data.format", "completions", "--data.document_mask", "true"], "data.document_mask needs data.pack"),

@@ -64,7 +64,7 @@ def test_a_micro_batch_divides_the_windows_where_it_can(windows, limit, expected
     ("too_many", "advice"),
     [
         (8, ": set data.micro_batch to 4, which is estimated to fit"),
-        (1, ", and less is not estimated to fit: use a shorter data.sequence_length"),
+        (1, ", and by the estimate no smaller micro-batch fits either: use a shorter data.sequence_length"),
     ],
 )
 def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(
