@@ -132,7 +132,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
 def score_all(
     model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer, batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the scores (N, K) of N texts, computed in eval mode in batches of similar length, on the CPU."""
+    """Return the scores (N, K) of N texts, in CPU memory. Computes in eval mode, in batches of similar length."""
     order = sorted(range(len(clozes)), key=lambda i: len(clozes[i].fillings[0]))
     scores = torch.empty(len(clozes), len(verbalizer.classes))
     model.eval()

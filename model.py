@@ -7,7 +7,7 @@ faster forms of the loss and of attention, and attention for long sequences and 
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
-    T  tokens of each in this pass         L  n_layer
+    T  tokens of a sequence in this pass   L  n_layer
     C  channels, n_embd                    S  keys that a query attends to: cached tokens and the T new ones
     H  attention heads, n_head             M  tokens of an encoder's output (cross-attention only)
     D  channels of each head, C / H
@@ -49,7 +49,7 @@ PRESETS = {
 class GPTConfig:
     """The shape of a GPT-2. An impossible value raises a ValueError that names the field."""
 
-    # The tokenizer is byte-pair encoding: 256 bytes + 50,000 merges of two tokens into one + 1 for <|endoftext|>.
+    # The tokenizer is a byte-pair encoding: 256 bytes + 50,000 merges of two tokens into one + 1 for <|endoftext|>.
     vocab_size: int = 50257
     # The longest sequence, in tokens. Each position has a learned vector, and there is none for position 1024.
     block_size: int = 1024
@@ -176,8 +176,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        # Attention moves information between positions; the MLP processes it at each position. A hidden layer of 4 C
-        # channels is the ratio of Vaswani et al. 2017. It holds two thirds of a block's parameters: 8 C² of 12 C².
+        # Attention moves information between positions; the MLP processes it at each position. Its hidden layer has 4 C
+        # channels, as in Vaswani et al. 2017. The MLP holds two thirds of a block's parameters: 8 C² of 12 C².
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, n_inner)
         self.c_proj = nn.Linear(n_inner, config.n_embd)

@@ -166,7 +166,7 @@ def find_config(directory: str | Path) -> Path:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """Return the keyword arguments of `GPTConfig` for the model that a directory's `find_config` describes.
+    """Return the keyword arguments of `GPTConfig` for the model that the file `find_config(directory)` describes.
 
     Raises what `read_fields` raises.
     """
@@ -182,7 +182,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_fields(directory: str | Path) -> dict[str, Any]:
-    """Return the fields of a directory's `find_config`, complete and checked, by transformers' names.
+    """Return the fields of the file `find_config(directory)`, complete and checked, by transformers' names.
 
     Raises:
         FileNotFoundError: the directory has no such file.

@@ -106,7 +106,7 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
-        # The Gumbel form can also draw n_candidates where fewer tokens are allowed.
+        # With Gumbel noise, n_candidates can be drawn even if fewer tokens are allowed. torch.multinomial cannot do so.
         chosen = draw(totals, n_candidates, options.generator, gumbel=True)
     else:
         chosen = totals.topk(n_candidates).indices

@@ -105,7 +105,7 @@ class FixedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for capturing, one for all calls: cuBLAS keeps a workspace for each stream."""
+    """Return the stream for capturing: the same one for all calls, because cuBLAS keeps memory for each stream."""
     return torch.cuda.Stream(device)
 
 

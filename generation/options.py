@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """The options of `generate`, where each one is explained.
+    """The options of `generate`, whose docstring explains them.
 
     Raises:
         ValueError: an option has an impossible value, or two options cannot be combined.

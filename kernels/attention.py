@@ -42,9 +42,9 @@ def attention_backends(device: torch.device, *, fixed_shapes: bool) -> AbstractC
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, *, training: bool
 ) -> Tensor:
-    """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D), from the `attention_backends`.
+    """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D), by a kernel for these shapes.
 
-    A mask means padding, so the next batch probably has another shape.
+    A mask means padding, so the next batch probably has another shape (see `attention_backends`).
     """
     with attention_backends(q.device, fixed_shapes=training and mask is None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

@@ -28,7 +28,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, template: str, *, links: Sequence[str] = (), **values: Any) -> None:
-    """Render a page and write it to `path`. It links to the pages of `links`, names of files in the same directory.
+    """Render a page with links to the pages `links`, which are files in the same directory, and write it to `path`.
 
     Raises OSError if the file cannot be written.
     """

@@ -87,7 +87,7 @@ def training(log: RunLog, state: dict[str, Any]) -> dict[str, str]:
     }
     val = log.splits["val"]
     for step, loss, bits in zip(val["step"], val["loss"], val["bits_per_byte"], strict=True):
-        if step <= state["step"]:  # the last validation up to this step stays
+        if step <= state["step"]:  # later validations overwrite the rows of earlier ones
             rows["validation loss"] = f"{loss:.4f} nats per token after step {step:,.0f}, on {log.validation}"
             rows["bits per byte"] = f"{bits:.4f}"
     return {name: value for name, value in rows.items() if value}

@@ -81,7 +81,7 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RequestError(f"the body is a JSON {type(fields).__name__}, expected an object with a prompt")
-    best_of = (None, 1, fields.get("n"))  # the best n of best_of completions are returned
+    best_of = (None, 1, fields.get("n"))  # with best_of = n, all completions are returned
     for name, neutral in (NEUTRAL | {"best_of": best_of}).items():
         if fields.pop(name, None) not in neutral:
             raise RequestError(f"{name} is not supported: omit it")

@@ -62,7 +62,7 @@ class Model:
     model extends its position embeddings by interpolation."""
     attention: Literal["full", "window", "lsh"] | None = None
     """Earlier tokens that a token attends to (default: full, or as in init_from). full: all; window: the last
-    window_size; lsh: those whose keys have the hash of its query. See docs/long-context.md."""
+    window_size; lsh: those whose keys have the same hash as its query. See docs/long-context.md."""
     window_size: PositiveInt | None = None
     """Tokens that a token attends to with attention window, itself included (default: 256)."""
     lsh_buckets: PositiveInt | None = None

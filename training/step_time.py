@@ -156,7 +156,7 @@ def seconds_of_optimizer(
 
 
 def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
-    """Return the FLOP/s of this CPU for products of the size of a model's, measured in a fraction of a second."""
+    """Return the FLOP/s of this CPU for matrix products of a model's size, measured in a fraction of a second."""
     a, b = torch.ones(1024, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
     durations = []
     for _ in range(3):

@@ -15,7 +15,7 @@ from data.tokenizer import train_tokenizer
 from scripts.gpu_check.report import Settings
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
-SHARD_TOKENS = 100_000_000  # as data.prepare's
+SHARD_TOKENS = 100_000_000  # the default of data.prepare
 
 
 def write_dataset(directory: Path) -> Path:

@@ -64,7 +64,7 @@ def check_curves(settings: Settings, report: Report) -> None:
 
 
 def compare(report: Report, name: str, found: list[float], expected: list[float], limit: float) -> None:
-    """Check the largest difference of two loss curves, and show the ends of both."""
+    """Check the largest difference of two loss curves, and show their first, middle and last step."""
     shown = (0, len(found) // 2, len(found) - 1)
     rows = [{"step": i + 1, "loss": f"{found[i]:.5f}", "expected": f"{expected[i]:.5f}"} for i in shown]
     report.table(name, rows)
