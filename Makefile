@@ -2,8 +2,8 @@
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
-# PyTorch's own index has a build for the CPU. The one of the package index for Linux contains CUDA. `make CPU_INDEX=`
-# installs the latter in any case.
+# PyTorch's own index has a build for the CPU. The build for Linux on the package index contains CUDA: `make CPU_INDEX=`
+# always installs this one.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-slow lint bench clean help

@@ -1,10 +1,9 @@
 """How the threads of PyTorch's CPU operators wait for work. Import this module before torch, which loads OpenMP.
 
-OpenMP reads the setting when it is loaded.
-
-OpenMP's threads wait for the next operator by spinning. On a quiet machine that is fastest: sleeping threads would have
-to be woken hundreds of times in a training step. On a busy machine a spinning thread occupies the core that another
-thread of the same operator needs. Measured on two cores in tokens/s of the demo's training (bfloat16):
+OpenMP reads its settings when it is loaded. Its threads wait for the next operator by spinning. On a quiet machine that
+is fastest: sleeping threads would have to be woken hundreds of times in a training step. On a busy machine a spinning
+thread occupies the core that another thread of the same operator needs. Measured on two cores in tokens/s of the demo's
+training (bfloat16):
 
     GOMP_SPINCOUNT               not set     1000       0
     nothing else running          21,010   19,726   14,090
