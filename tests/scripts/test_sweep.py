@@ -50,7 +50,7 @@ def test_impossible_sweeps_are_refused(sweep):
 
 
 def test_a_value_that_diverges_has_a_row(sweep):
-    arguments = ("--seeds", 1, "--vary", "optim.lr=1e-4,1e38", "--losses", 1.0)
+    arguments = ("--seeds", 1, "--vary", "optim.lr=1e38", "--losses", 1.0)
     rows = [line for line in sweep(*arguments, **{"optim.steps": 20}).stdout.splitlines() if "optim.lr=" in line]
-    assert len(rows) == 2
-    assert rows[1].startswith("| inf | inf | never |")
+    assert len(rows) == 1
+    assert rows[0].startswith("| inf | inf | never |")

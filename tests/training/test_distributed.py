@@ -81,16 +81,25 @@ def matrix(same_run, processes, micro_batches, **changes):
 
 
 def test_two_processes_with_both_strategies_give_the_run_of_one(same_run, in_turn):
-    """One process then resumes from what two saved after step 12. Muon and bfloat16 are compared, too."""
     one, with_muon = in_turn(1, [same_run("one", "auto", 30), same_run("muon", "auto", 30, **MUON)])
-    configs = matrix(same_run, 2, (4,), **{"checkpoint.every": 12})
-    others = matrix(same_run, 2, (8,), **MUON) + matrix(same_run, 2, (3,), **{"system.dtype": "bfloat16"})
-    *runs, muon_ddp, muon_fsdp, rough_ddp, rough_fsdp = in_turn(2, configs + others)
-    assert_same_muon_run(with_muon, muon_ddp)
-    assert_same_muon_run(with_muon, muon_fsdp)
-    assert_same_run(rough_ddp, rough_fsdp)  # both round the same tensors to bfloat16
-    for run in runs:
+    ddp, fsdp, muon_ddp, muon_fsdp = in_turn(2, matrix(same_run, 2, (4,)) + matrix(same_run, 2, (8,), **MUON))
+    for run in (ddp, fsdp):
         assert_same_run(one, run)
+    for run in (muon_ddp, muon_fsdp):
+        assert_same_muon_run(with_muon, run)
+
+
+@pytest.mark.slow
+def test_bfloat16_gives_the_same_run_with_both_strategies(same_run, in_turn):
+    """Both round the same tensors."""
+    assert_same_run(*in_turn(2, matrix(same_run, 2, (3,), **{"system.dtype": "bfloat16"})))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_resumes_on_one(same_run, in_turn):
+    configs = matrix(same_run, 2, (4,), **{"checkpoint.every": 12})
+    one, *runs = in_turn(1, [same_run("one", "auto", 30)]) + in_turn(2, configs)
+    for run in runs:
         for step in (24, 30):
             shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
     in_turn(1, configs)
@@ -163,6 +172,7 @@ def long_run(tiny_run, name, steps=120):
     return tiny_run(name, **changes)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_the_processes_after_a_kill(tiny_run, write_config, launch, wait_for_step):
     """Twice: first the second process is killed, then, after the restart, the main process."""
     config = long_run(tiny_run, "elastic")

@@ -66,7 +66,7 @@ def assert_estimate(python, shape, rows, length, dtype, recompute=False):
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "recompute"),
     [
-        pytest.param(WIDE, 8, "default", False, id="wide"),
+        pytest.param(WIDE, 8, "default", False, id="wide", marks=pytest.mark.slow),
         pytest.param(WIDE, 8, "float32", False, id="wide-float32", marks=pytest.mark.slow),
         pytest.param(WIDE, 2, "default", False, id="mostly-parameters", marks=pytest.mark.slow),
         pytest.param(VOCABULARY, 4, "float32", False, id="vocabulary-float32", marks=pytest.mark.slow),
@@ -81,8 +81,9 @@ def test_the_memory_estimate_is_within_15_percent_of_the_measured_peak(python, s
     assert_estimate(python, shape, rows, 256, dtype, recompute)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16"))]
+)
 def test_the_estimate_holds_for_every_precision_emulated_or_not(python, dtype):
     """With few tokens, because emulated products are slow; weights, their copies in `dtype` and logits dominate."""
     assert_estimate(python, WIDE, 1, 32, dtype)
