@@ -154,7 +154,7 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
         try:
             verify(chosen)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{chosen} is damaged ({error}): choose another one with --checkpoint") from None
+            raise ValueError(f"{chosen} is damaged ({error}): choose another checkpoint") from None
     if os.environ.get("RANK", "0") == "0":  # once, not once per process
         print(f"loaded {chosen}, {description}", file=sys.stderr)
     return chosen

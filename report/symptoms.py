@@ -59,6 +59,11 @@ class Curves:
     def from_scratch(self) -> bool:
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
+    @property
+    def is_branch(self) -> bool:
+        """True if the run begins with the weights of another run (run.branch_from)."""
+        return self.config.get("run", {}).get("branch_from") is not None
+
     def optim(self, name: str, default: Any) -> Any:
         """Return a field of the section `optim`."""
         return self.config.get("optim", {}).get(name, default)
@@ -81,7 +86,7 @@ def running_median(values: np.ndarray) -> np.ndarray:
 
 def first_loss(curves: Curves) -> Finding | None:
     """Compare the first loss with ln V: an untrained model predicts all tokens with nearly the same probability."""
-    if curves.vocab_size is None:
+    if curves.vocab_size is None or curves.is_branch:
         return None
     at_start = len(curves.val["step"]) and curves.val["step"][0] == 0
     loss = float(curves.val["loss"][0] if at_start else curves.train["loss"][0])
@@ -97,7 +102,9 @@ def first_loss(curves: Curves) -> Finding | None:
 
 
 def no_learning(curves: Curves) -> Finding | None:
-    """Check that the loss falls by more than its noise."""
+    """Check that the loss falls by more than its noise, except in a branch, which may begin near its lowest loss."""
+    if curves.is_branch:
+        return None
     fall = curves.trend[0] - curves.trend.min()
     if fall > max(4 * curves.noise / math.sqrt(WIDTH), 0.02 * curves.trend[0]):
         return None

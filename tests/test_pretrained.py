@@ -163,7 +163,7 @@ def test_an_impossible_checkpoint_is_refused(worse_at_the_end):
     with pytest.raises(ValueError, match="gpt2 is not a run"):
         resolve_model("gpt2", checkpoint="best")
     (worse_at_the_end / "checkpoints" / "step-000900" / "config.json").write_text("")
-    with pytest.raises(ValueError, match=r"step-000900 is damaged .*: choose another one with --checkpoint"):
+    with pytest.raises(ValueError, match=r"step-000900 is damaged .*: choose another checkpoint"):
         resolve_model(name, checkpoint="best")
 
 

@@ -39,6 +39,9 @@ class Run:
     there is one."""
     allow_changes: bool = False
     """Allow a resumed run to change optim.steps, learning rates and the schedule."""
+    branch_from: str | None = None
+    """RUN@STEP, such as runs/stable@1000: start after this step of another run, with its optimizer state, and change
+    only what allow_changes permits. RUN alone: its newest checkpoint. See docs/branches.md."""
 
 
 @dataclass
@@ -313,18 +316,20 @@ class Config:
         data = {name: fields["data"][name] for name in names}
         # Directories may move. What is in them is in the identity of the dataset.
         data["mixture"] = [part.weight for part in self.data.mixture]
-        return {"run": {"seed": self.run.seed}, "data": data, "optim": fields["optim"]}
+        run = {name: fields["run"][name] for name in ("seed", "branch_from")}
+        return {"run": run, "data": data, "optim": fields["optim"]}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested plain values, as in the YAML file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool) -> None:
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, is_parent: bool = False) -> None:
     """Raise a ValueError that lists the differences between two identities of a run, with old and new values.
 
     With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ. A checkpoint
-    that lacks a setting is older than the setting, and was made with its default.
+    that lacks a setting is older than the setting, and was made with its default. With `is_parent`, `before`
+    is the identity of the run that a new run branches from.
     """
     defaults = Config().to_dict()
 
@@ -338,6 +343,11 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool) 
         for name, value in fields.items()
         if earlier(section, name) != value and not (allow and section == "optim" and name in schedule)
     ]
+    if changed and is_parent:
+        raise ValueError(
+            f"the run of run.branch_from has another configuration: {'; '.join(changed)}. Restore these values: a "
+            f"branch may change only optim.steps, learning rates and the schedule"
+        )
     if changed:
         raise ValueError(
             f"this run was started with another configuration: {'; '.join(changed)}. Restore these values, or choose "

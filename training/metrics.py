@@ -135,15 +135,19 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{days} d {hours % 24:02} h"
 
 
-def provenance(config: Config, processes: Processes, resumed_at: int | None) -> dict[str, Any]:
+def provenance(
+    config: Config, processes: Processes, resumed_at: int | None, branched_from: Path | None
+) -> dict[str, Any]:
     """Describe a start of a run: the command, the version of the code and of its libraries, and the hardware.
 
-    resumed_at is the step of the checkpoint from which the run resumes, None for a new run.
+    resumed_at is the step of the checkpoint from which the run resumes, None for a new run. branched_from is the
+    checkpoint of another run from which a new run starts, None for a run that does not branch.
     """
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_at_step": resumed_at,
+        "branched_from": str(branched_from.resolve()) if branched_from else None,
         "command": [sys.executable, *sys.argv],
         "allow_changes": config.run.allow_changes,
         "git_commit": _git("rev-parse", "HEAD"),

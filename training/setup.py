@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +14,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoints import read_state
+from checkpoints import choose_checkpoint, is_run, read_state
 from data.loader import Loader, MicroBatch
 from device import fast_dtype, gradient_scaler
 from kernels.attention import use_newer_flash_attention
 from model import GPT, GPTConfig
 from processes import Processes
 from training.checkpoint import Checkpoints, load_optimizers
-from training.config import Config, refuse_changes
+from training.config import Config, Optim, refuse_changes
 from training.distributed import distribute
 from training.dry_run import dry_run as dry_run  # for train.py, which imports only this module to prepare a run
 from training.estimate import flops_per_token, peak_flops
 from training.inputs import Inputs, describe_epochs, find_initial_model, make_model, model_config, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
-from training.optim import make_optimizers
+from training.optim import learning_rate_factor, make_optimizers
 from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
 from training.step_time import warn_of_slow_cpu
@@ -114,7 +115,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def setup(config: Config, processes: Processes, *, verify: bool = False) -> TrainingRun:
-    """Prepare a new run, or resume one from its newest undamaged checkpoint.
+    """Prepare a new run, from scratch or from a checkpoint of another run, or resume one from its newest checkpoint.
 
     With `verify`, every shard of the dataset is compared with its hash first.
 
@@ -126,14 +127,18 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         if directory.path.is_dir():
             directory.lock()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
-    checkpoint = find_checkpoint(config, processes, checkpoints)
+    resumed = find_checkpoint(config, processes, checkpoints)
+    parent = find_branch_point(config, processes) if resumed is None else None
+    checkpoint = resumed or parent
     initial = find_initial_model(config, checkpoint)
     # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
     # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
     inputs = open_inputs(config, initial, verify=verify)
     shape = model_config(config, inputs.tokenizer.vocab_size, initial)
     identity = run_identity(config, shape, inputs)
-    saved = {} if checkpoint is None else read_resumable_state(checkpoint, config, identity)
+    saved = (
+        {} if checkpoint is None else read_resumable_state(checkpoint, config, identity, is_parent=parent is not None)
+    )
     state = TrainingState(**{f.name: saved[f.name] for f in dataclasses.fields(TrainingState) if f.name in saved})
 
     model = make_model(shape, initial, config.run.seed)
@@ -176,8 +181,8 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
     )
     if processes.is_main:
-        open_directory(run, resumed=checkpoint is not None)
-    run.progress.say(greeting(run, n_parameters, checkpoint))
+        open_directory(run, resumed=resumed is not None, parent=parent)
+    run.progress.say(greeting(run, n_parameters, resumed, parent))
     return run
 
 
@@ -206,6 +211,26 @@ def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoin
     return None if step < 0 else checkpoints.path(step)
 
 
+def find_branch_point(config: Config, processes: Processes) -> Path | None:
+    """Return the checkpoint that run.branch_from names, which the main process chooses and verifies, or None.
+
+    Raises ValueError or FileNotFoundError if there is no such run or no such step.
+    """
+    name = config.run.branch_from
+    if name is None:
+        return None
+    run, at, step = name.rpartition("@") if "@" in name else (name, "", "newest")
+    directory = Path(run)
+    if at and not step.isdecimal():
+        raise ValueError(f"run.branch_from {name}: expected RUN or RUN@STEP, such as runs/stable@1000")
+    if not is_run(directory):
+        raise FileNotFoundError(
+            f"run.branch_from {name}: {run} is not the directory of a run with checkpoints, such as runs/stable"
+        )
+    found = read_state(choose_checkpoint(directory, step))["step"] if processes.is_main else -1
+    return directory / "checkpoints" / f"step-{processes.broadcast(found):06d}"
+
+
 def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
     """Return what may not change when a run resumes, by section: the training recipe, the model and the dataset."""
     return config.identity() | {
@@ -220,8 +245,13 @@ def same_model(init_from: str, *others: str | None) -> bool:
     return any(other is not None and Path(other).resolve() == Path(init_from).resolve() for other in others)
 
 
-def read_resumable_state(checkpoint: Path, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's trainer/state.json. Raises ValueError if the checkpoint is not one of this run."""
+def read_resumable_state(
+    checkpoint: Path, config: Config, identity: dict[str, Any], *, is_parent: bool
+) -> dict[str, Any]:
+    """Return a checkpoint's trainer/state.json. Raises ValueError if the checkpoint is not one of this run.
+
+    With `is_parent`, it is a checkpoint of the run that this one branches from.
+    """
     state, steps = read_state(checkpoint), config.optim.steps
     before, now = state["identity"]["dataset"], identity["dataset"]
     if None in (before.get("validation_sha256"), now["validation_sha256"]):  # trained without validation, now or before
@@ -231,7 +261,15 @@ def read_resumable_state(checkpoint: Path, config: Config, identity: dict[str, A
     places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older ones store neither
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
-    refuse_changes(state["identity"], identity, allow=config.run.allow_changes)
+    if is_parent:
+        state["identity"]["run"]["branch_from"] = config.run.branch_from  # the parent may itself be a branch
+        state["val_loss"] = None  # measured again, so that the validation curve of the branch begins here
+    refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
+    if is_parent and state["step"] >= steps:
+        raise ValueError(
+            f"run.branch_from: {checkpoint} is after step {state['step']:,}, and optim.steps {steps:,} includes these "
+            f"steps: raise optim.steps, or branch from an earlier step"
+        )
     if state["step"] > steps:
         raise ValueError(
             f"{checkpoint} is after step {state['step']:,}, past optim.steps {steps:,}: raise optim.steps, or move the "
@@ -262,13 +300,13 @@ def prepare_model(
     return loss_function, optimizers, gradient_scaler(device, plan.dtype)
 
 
-def open_directory(run: TrainingRun, *, resumed: bool) -> None:
+def open_directory(run: TrainingRun, *, resumed: bool, parent: Path | None) -> None:
     """Create the run's directory, or remove what was written after the step from which the run resumes."""
     step = run.state.step
     last_step = step if resumed else -1
     # If this attempt starts with a validation that was skipped, an earlier attempt may have logged it: remove that.
     last_validation = last_step - 1 if resumed and run.lacks_validation else last_step
-    start = provenance(run.config, run.processes, resumed_at=step if resumed else None)
+    start = provenance(run.config, run.processes, resumed_at=step if resumed else None, branched_from=parent)
     run.directory.open(run.config, start, last_step, last_validation, run.progress.say)
 
 
@@ -279,7 +317,21 @@ def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, process
     return flops / (peak * processes.world_size) if peak else None
 
 
-def greeting(run: TrainingRun, n_parameters: int, checkpoint: Path | None) -> str:
+def describe_branch(parent: Path, optim: Optim) -> list[str]:
+    """Return the checkpoint that a run branches from, and a warning if its learning rate is not continued."""
+    state = read_state(parent)
+    before = dataclasses.replace(optim, **state["identity"]["optim"])
+    old, new = (o.lr * learning_rate_factor(state["step"] - 1, o) for o in (before, optim))
+    lines = [f"branching from {parent}"]
+    if not math.isclose(old, new):
+        lines.append(
+            f"warning: {parent} was trained with a learning rate of {old:.3g} in its last step, where the schedule of "
+            f"this run has {new:.3g}: branch from an earlier step, or change optim.steps or the schedule"
+        )
+    return lines
+
+
+def greeting(run: TrainingRun, n_parameters: int, resumed: Path | None, parent: Path | None) -> str:
     """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
     config = run.config
     lines = [
@@ -290,6 +342,8 @@ def greeting(run: TrainingRun, n_parameters: int, checkpoint: Path | None) -> st
     lines += run.inputs.notes
     slow = warn_of_slow_cpu(config, run.model.config, run.processes)
     lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
-    if checkpoint is not None:
-        lines.append(f"resuming from {checkpoint}")
+    if resumed is not None:
+        lines.append(f"resuming from {resumed}")
+    if parent is not None:
+        lines += describe_branch(parent, config.optim)
     return "\n".join(lines)

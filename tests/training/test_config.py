@@ -272,8 +272,9 @@ def test_each_field_in_a_resumed_run(section, field):
     setattr(getattr(now, section), field, changed)
     schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
     recipe = section == "optim" or (section, field) in (
-        ("run", "seed"), ("data", "format"), ("data", "batch_tokens"), ("data", "sequence_length"), ("data", "shuffle"),
-        ("data", "windows"), ("data", "shift"), ("data", "mixture"), ("data", "document_mask"),
+        ("run", "seed"), ("run", "branch_from"), ("data", "format"), ("data", "batch_tokens"),
+        ("data", "sequence_length"), ("data", "shuffle"), ("data", "windows"), ("data", "shift"), ("data", "mixture"),
+        ("data", "document_mask"),
     )  # fmt: skip
     for allow in (False, True):
         if recipe and not (allow and section == "optim" and field in schedule):

@@ -1,0 +1,139 @@
+"""run.branch_from: a run that continues a checkpoint of another run with its own schedule."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import OPTIMIZER, read_state
+from report.diagnosis import diagnose
+from train import train_step
+from training.run_directory import read_metrics
+
+STABLE = {"optim.schedule": "constant", "optim.steps": 16, "checkpoint.every": 7, "checkpoint.keep": 9}
+DECAY = {"optim.schedule": "wsd", "optim.decay_fraction": 0.3, "optim.min_lr_ratio": 0.0}  # of 20 steps: from step 14
+
+
+def records(run, first_step=0):
+    """The records of metrics.jsonl from `first_step`, without the columns that depend on time."""
+    names = ("split", "step", "tokens", "loss", "lr", "grad_norm")
+    return [[r.get(name) for name in names] for r in read_metrics(run / "metrics.jsonl") if r["step"] >= first_step]
+
+
+def tensors(run, step):
+    checkpoint = run / "checkpoints" / f"step-{step:06d}"
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / OPTIMIZER)
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def stable(tiny_run, train):
+    """`stable(**changes)`: a run of 16 steps with a constant learning rate and checkpoints after 7, 14 and 16."""
+    return lambda **changes: train(tiny_run("stable", **STABLE | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model.dropout": 0.2}, {"optim.name": "muon", "data.shift": True}, {"system.dtype": "float16"}],
+    ids=["adamw-dropout", "muon", "float16"],
+)
+def test_a_branch_equals_a_run_that_decayed_in_place_bit_for_bit(stable, tiny_run, train, changes):
+    changes = {"eval.every": 7, **changes}
+    parent = stable(**changes)
+    before = (parent / "metrics.jsonl").read_bytes()
+    for steps, step in ((20, 14), (10, 7)):  # two budgets
+        in_place = train(tiny_run(f"in-place-{steps}", **changes | DECAY | {"optim.steps": steps}))
+        branch = tiny_run(f"{steps}", **changes | DECAY | {"optim.steps": steps, "run.branch_from": f"{parent}@{step}"})
+        branch = train(branch)
+        assert same_bits(tensors(branch, steps), tensors(in_place, steps))
+        # Its own metrics begin with the validation at the branch point.
+        assert records(branch)[0][:2] == ["val", step]
+        assert records(branch) == [r for r in records(in_place, step) if r[:2] != ["train", step]]
+        states = [read_state(run / "checkpoints" / f"step-{steps:06d}") for run in (branch, in_place)]
+        assert states[0]["scaler"] == states[1]["scaler"]
+        assert states[0]["best"] == states[1]["best"]
+        (start,) = json.loads((branch / "provenance.json").read_text())
+        assert start["branched_from"] == str(parent / "checkpoints" / f"step-{step:06d}")
+        assert start["resumed_at_step"] is None
+    assert (parent / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_killed_branch_resumes_from_its_own_checkpoints(stable, tiny_run, train):
+    parent = stable()
+    options = DECAY | {"optim.steps": 20, "checkpoint.every": 4, "run.branch_from": f"{parent}@14"}
+    whole = train(tiny_run("whole", **options))
+
+    def killed_at_18(run, *requests):
+        if run.state.step == 18:
+            raise KeyboardInterrupt
+        return train_step(run, *requests)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run("killed", **options), train_step=killed_at_18)
+    shutil.rmtree(parent)  # is not needed any more
+    with pytest.raises(ValueError, match=r"run.branch_from was '.*stable@14', is '.*stable@7'. Restore these values"):
+        train(tiny_run("killed", **options | {"run.branch_from": f"{parent}@7"}))
+    with pytest.raises(ValueError, match=r"optim.steps was 20, is 24"):  # as in any resumed run
+        train(tiny_run("killed", **options | {"optim.steps": 24}))
+    killed = train(tiny_run("killed", **options | {"run.resume": "must"}))
+    assert same_bits(tensors(killed, 20), tensors(whole, 20))
+    assert records(killed) == records(whole)
+    starts = json.loads((killed / "provenance.json").read_text())
+    assert [(s["resumed_at_step"], s["branched_from"] is None) for s in starts] == [(None, False), (16, True)]
+
+
+def test_a_run_alone_is_its_newest_checkpoint_and_a_branch_can_be_branched_from(stable, tiny_run, train):
+    parent = stable()
+    first = train(tiny_run("first", **STABLE | {"optim.steps": 18, "run.branch_from": str(parent)}))
+    assert records(first)[0][1] == 17
+    second = train(tiny_run("second", **STABLE | {"optim.steps": 20, "run.branch_from": f"{first}@18"}))
+    whole = train(tiny_run("whole", **STABLE | {"optim.steps": 20}))
+    assert same_bits(tensors(second, 20), tensors(whole, 20))
+
+
+def test_a_branch_point_inside_the_decay_gives_a_warning(stable, tiny_run, prepare, capsys):
+    parent = stable()
+    for step, warned in ((14, False), (16, True)):
+        with prepare(tiny_run(str(step), **DECAY | {"run.branch_from": f"{parent}@{step}"})):
+            pass
+        output = capsys.readouterr().out
+        assert f"branching from {parent}/checkpoints/step-0000{step}" in output
+        message = (
+            "was trained with a learning rate of 0.01 in its last step, where the schedule of this run has 0.00833"
+        )
+        assert (message in output) == warned
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run.branch_from": "{stable}@15"}, r"stable has no checkpoint of step 15, only of 7, 14, 16"),
+        ({"run.branch_from": "{stable}s@7"}, r"run.branch_from .*stables@7: .*stables is not the directory of a run"),
+        ({"run.branch_from": "{stable}@last"}, r"run.branch_from .*@last: expected RUN or RUN@STEP"),
+        ({"run.resume": "must"}, r"run.resume is must, but there is no checkpoint in .*branch"),
+        ({"model.init_from": "{stable}"}, r"model.init_from was 'scratch', is '.*stable'. Restore these values: a b"),
+        ({"model.n_layer": 1}, r"the run of run.branch_from has another configuration: model.n_layer was 2, is 1\. R"),
+        ({"run.seed": 1, "data.batch_tokens": 512}, r"run.seed was 1337, is 1; data.batch_tokens was 256, is 512"),
+        ({"optim.weight_decay": 0.0}, r"optim.weight_decay was 0.1, is 0.0"),
+        ({"optim.steps": 14}, r"step-000014 is after step 14, and optim.steps 14 includes these steps: raise"),
+    ],
+)  # fmt: skip
+def test_a_branch_that_cannot_be_is_refused_before_anything_is_created(stable, tiny_run, train, changes, message):
+    parent = stable()
+    changes = {"run.branch_from": "{stable}@14"} | changes
+    changes = {name: v.format(stable=parent) if isinstance(v, str) else v for name, v in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(tiny_run("branch", **changes))
+    assert not (parent.parent / "branch").exists()
+
+
+def test_the_doctor_does_not_expect_the_beginning_of_a_run_in_a_branch(stable, tiny_run, train):
+    parent = stable(**{"optim.steps": 100, "checkpoint.every": 60})
+    branch = train(tiny_run("branch", **DECAY | {"optim.steps": 110, "run.branch_from": f"{parent}@60"}))
+    beginning = {"the first loss is too low for an untrained model", "the model does not learn"}
+    assert not beginning & {finding.title for finding in diagnose(branch)}
