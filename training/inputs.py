@@ -38,6 +38,7 @@ class InitialModel(NamedTuple):
 
     directory: Path
     tokenizer: Tokenizer
+    config: GPTConfig  # of the files, whose vocabulary may be padded
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def find_initial_model(config: Config, checkpoint: Path | None) -> InitialModel 
     """Return the checkpoint to resume from, otherwise the model that model.init_from names, or None for scratch."""
     if checkpoint is None and config.model.init_from != "scratch":
         checkpoint = locate(resolve_model(config.model.init_from))
-    return None if checkpoint is None else InitialModel(checkpoint, load_tokenizer(checkpoint))
+    if checkpoint is None:
+        return None
+    tokenizer, shape = load_tokenizer(checkpoint), GPTConfig(**read_config(checkpoint))
+    check_vocabulary(shape.vocab_size, tokenizer, checkpoint)
+    return InitialModel(checkpoint, tokenizer, shape)
 
 
 def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -> Inputs:
@@ -186,9 +191,7 @@ def model_config(config: Config, vocab_size: int, initial: InitialModel | None) 
     asked = config.model
     if initial is None or asked.init_from == "scratch":
         return config.model_config(vocab_size)
-    directory = initial.directory
-    found = GPTConfig(**read_config(directory))
-    check_vocabulary(found.vocab_size, initial.tokenizer, directory)
+    directory, found = initial.directory, initial.config
     for name in ("n_layer", "n_head", "n_embd"):
         if getattr(asked, name) not in (None, getattr(found, name)):
             raise ValueError(
@@ -222,13 +225,13 @@ def make_model(config: GPTConfig, initial: InitialModel | None, seed: int) -> GP
     if initial is None:
         torch.manual_seed(seed)
         return GPT(config)
-    # The vocabulary of the files may be padded; that of `config` is the tokenizer's. They may have fewer positions.
-    found = read_config(initial.directory)
+    # The files may have a padded vocabulary, and fewer positions than `config`.
+    found = initial.config
     with torch.device("meta"):
-        model = GPT(dataclasses.replace(config, vocab_size=found["vocab_size"], block_size=found["block_size"]))
+        model = GPT(dataclasses.replace(config, vocab_size=found.vocab_size, block_size=found.block_size))
     load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
     fit_vocabulary(model, initial.tokenizer, initial.directory)
-    if config.block_size > found["block_size"]:
+    if config.block_size > found.block_size:
         model = extend_positions(model, config.block_size)
     return model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,22 +13,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoints import choose_checkpoint, is_run, read_state
 from data.loader import Loader, MicroBatch
 from device import fast_dtype, gradient_scaler
 from kernels.attention import use_newer_flash_attention
 from model import GPT, GPTConfig
 from processes import Processes
 from training.checkpoint import Checkpoints, load_optimizers
-from training.config import Config, Optim, refuse_changes
+from training.config import Config
 from training.distributed import distribute
 from training.dry_run import dry_run as dry_run  # for train.py, which imports only this module to prepare a run
 from training.estimate import flops_per_token, peak_flops
-from training.inputs import Inputs, describe_epochs, find_initial_model, make_model, model_config, open_inputs, warnings
+from training.inputs import Inputs, describe_epochs, make_model, model_config, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
-from training.optim import learning_rate_factor, make_optimizers
+from training.optim import make_optimizers
 from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
+from training.start import Start, describe_start, find_start, read_saved_state, run_identity
 from training.step_time import warn_of_slow_cpu
 from training.trackers import check_packages
 
@@ -127,29 +126,24 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         if directory.path.is_dir():
             directory.lock()
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
-    resumed = find_checkpoint(config, processes, checkpoints)
-    parent = find_branch_point(config, processes) if resumed is None else None
-    checkpoint = resumed or parent
-    initial = find_initial_model(config, checkpoint)
+    start = find_start(config, processes, checkpoints)
     # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
     # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
-    inputs = open_inputs(config, initial, verify=verify)
-    shape = model_config(config, inputs.tokenizer.vocab_size, initial)
+    inputs = open_inputs(config, start.model, verify=verify)
+    shape = model_config(config, inputs.tokenizer.vocab_size, start.model)
     identity = run_identity(config, shape, inputs)
-    saved = (
-        {} if checkpoint is None else read_resumable_state(checkpoint, config, identity, is_parent=parent is not None)
-    )
+    saved = read_saved_state(start, config, identity)
     state = TrainingState(**{f.name: saved[f.name] for f in dataclasses.fields(TrainingState) if f.name in saved})
 
-    model = make_model(shape, initial, config.run.seed)
+    model = make_model(shape, start.model, config.run.seed)
     plan = make_plan(config, shape, processes, saved)
     n_parameters = model.num_parameters()
     try:
         loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     except torch.OutOfMemoryError:
         raise ValueError(explain_out_of_memory(config, shape, processes, plan)) from None
-    if checkpoint is not None:
-        load_optimizers(model, optimizers, checkpoint)
+    if start.checkpoint is not None:
+        load_optimizers(model, optimizers, start.checkpoint)
     if scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])
     loader = Loader(
@@ -181,101 +175,9 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
     )
     if processes.is_main:
-        open_directory(run, resumed=resumed is not None, parent=parent)
-    run.progress.say(greeting(run, n_parameters, resumed, parent))
+        open_directory(run, start)
+    run.progress.say(greeting(run, n_parameters, start))
     return run
-
-
-def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoints) -> Path | None:
-    """Return the checkpoint to resume from according to run.resume, or None to start a new run.
-
-    The main process chooses it, because the other nodes may lack access to the checkpoints. All processes return it.
-
-    Raises ValueError or FileNotFoundError if run.resume contradicts what exists.
-    """
-    resume, step = config.run.resume, -1
-    if processes.is_main:
-        newest = None if resume == "never" else checkpoints.newest()
-        if resume == "must" and newest is None:
-            raise FileNotFoundError(
-                f"run.resume is must, but there is no checkpoint in {checkpoints.directory}: correct run.name and "
-                f"run.dir, or set run.resume to auto to start a new run"
-            )
-        if resume == "never" and checkpoints.existing():
-            raise ValueError(
-                f"run.resume is never, but {checkpoints.directory.parent} has checkpoints: choose another run.name, or "
-                f"set run.resume to auto"
-            )
-        step = -1 if newest is None else read_state(newest)["step"]
-    step = processes.broadcast(step)
-    return None if step < 0 else checkpoints.path(step)
-
-
-def find_branch_point(config: Config, processes: Processes) -> Path | None:
-    """Return the checkpoint that run.branch_from names, which the main process chooses and verifies, or None.
-
-    Raises ValueError or FileNotFoundError if there is no such run or no such step.
-    """
-    name = config.run.branch_from
-    if name is None:
-        return None
-    run, at, step = name.rpartition("@") if "@" in name else (name, "", "newest")
-    directory = Path(run)
-    if at and not step.isdecimal():
-        raise ValueError(f"run.branch_from {name}: expected RUN or RUN@STEP, such as runs/stable@1000")
-    if not is_run(directory):
-        raise FileNotFoundError(
-            f"run.branch_from {name}: {run} is not the directory of a run with checkpoints, such as runs/stable"
-        )
-    found = read_state(choose_checkpoint(directory, step))["step"] if processes.is_main else -1
-    return directory / "checkpoints" / f"step-{processes.broadcast(found):06d}"
-
-
-def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return what may not change when a run resumes, by section: the training recipe, the model and the dataset."""
-    return config.identity() | {
-        "model": dataclasses.asdict(model)
-        | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
-        "dataset": {"sha256": inputs.train.fingerprint, "validation_sha256": inputs.validation_fingerprint},
-    }
-
-
-def same_model(init_from: str, *others: str | None) -> bool:
-    """Return whether model.init_from is the same name, or the same directory, as one of `others`."""
-    return any(other is not None and Path(other).resolve() == Path(init_from).resolve() for other in others)
-
-
-def read_resumable_state(
-    checkpoint: Path, config: Config, identity: dict[str, Any], *, is_parent: bool
-) -> dict[str, Any]:
-    """Return a checkpoint's trainer/state.json. Raises ValueError if the checkpoint is not one of this run.
-
-    With `is_parent`, it is a checkpoint of the run that this one branches from.
-    """
-    state, steps = read_state(checkpoint), config.optim.steps
-    before, now = state["identity"]["dataset"], identity["dataset"]
-    if None in (before.get("validation_sha256"), now["validation_sha256"]):  # trained without validation, now or before
-        before["validation_sha256"] = now["validation_sha256"]
-    # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
-    model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]
-    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older ones store neither
-    if same_model(config.model.init_from, *places):
-        model["init_from"] = config.model.init_from
-    if is_parent:
-        state["identity"]["run"]["branch_from"] = config.run.branch_from  # the parent may itself be a branch
-        state["val_loss"] = None  # measured again, so that the validation curve of the branch begins here
-    refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
-    if is_parent and state["step"] >= steps:
-        raise ValueError(
-            f"run.branch_from: {checkpoint} is after step {state['step']:,}, and optim.steps {steps:,} includes these "
-            f"steps: raise optim.steps, or branch from an earlier step"
-        )
-    if state["step"] > steps:
-        raise ValueError(
-            f"{checkpoint} is after step {state['step']:,}, past optim.steps {steps:,}: raise optim.steps, or move the "
-            f"later checkpoints away to resume from an earlier one"
-        )
-    return state
 
 
 def prepare_model(
@@ -300,14 +202,15 @@ def prepare_model(
     return loss_function, optimizers, gradient_scaler(device, plan.dtype)
 
 
-def open_directory(run: TrainingRun, *, resumed: bool, parent: Path | None) -> None:
+def open_directory(run: TrainingRun, start: Start) -> None:
     """Create the run's directory, or remove what was written after the step from which the run resumes."""
-    step = run.state.step
-    last_step = step if resumed else -1
+    step = run.state.step if start.resumes else None
+    last_step = -1 if step is None else step
     # If this attempt starts with a validation that was skipped, an earlier attempt may have logged it: remove that.
-    last_validation = last_step - 1 if resumed and run.lacks_validation else last_step
-    start = provenance(run.config, run.processes, resumed_at=step if resumed else None, branched_from=parent)
-    run.directory.open(run.config, start, last_step, last_validation, run.progress.say)
+    last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
+    branched_from = start.checkpoint if start.branches else None
+    described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)
+    run.directory.open(run.config, described, last_step, last_validation, run.progress.say)
 
 
 def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, processes: Processes) -> float | None:
@@ -317,21 +220,7 @@ def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, process
     return flops / (peak * processes.world_size) if peak else None
 
 
-def describe_branch(parent: Path, optim: Optim) -> list[str]:
-    """Return the checkpoint that a run branches from, and a warning if its learning rate is not continued."""
-    state = read_state(parent)
-    before = dataclasses.replace(optim, **state["identity"]["optim"])
-    old, new = (o.lr * learning_rate_factor(state["step"] - 1, o) for o in (before, optim))
-    lines = [f"branching from {parent}"]
-    if not math.isclose(old, new):
-        lines.append(
-            f"warning: {parent} was trained with a learning rate of {old:.3g} in its last step, where the schedule of "
-            f"this run has {new:.3g}: branch from an earlier step, or change optim.steps or the schedule"
-        )
-    return lines
-
-
-def greeting(run: TrainingRun, n_parameters: int, resumed: Path | None, parent: Path | None) -> str:
+def greeting(run: TrainingRun, n_parameters: int, start: Start) -> str:
     """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
     config = run.config
     lines = [
@@ -342,8 +231,5 @@ def greeting(run: TrainingRun, n_parameters: int, resumed: Path | None, parent: 
     lines += run.inputs.notes
     slow = warn_of_slow_cpu(config, run.model.config, run.processes)
     lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
-    if resumed is not None:
-        lines.append(f"resuming from {resumed}")
-    if parent is not None:
-        lines += describe_branch(parent, config.optim)
+    lines += describe_start(start, config.optim)
     return "\n".join(lines)
