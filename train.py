@@ -17,7 +17,7 @@ from training.launch import StopSignal, training_process
 import math
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -135,10 +135,15 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
     tokens = state.step * run.config.data.batch_tokens
     bits = result.loss.bits_per_byte
     parts = {name: part.loss for name, part in result.parts.items()}  # of the datasets of a mixture
-    run.directory.log(
-        "val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits, **({"parts": parts} if parts else {})
-    )
+    more: dict[str, Any] = {"parts": parts} if parts else {}
+    if (final := result.final) is not None:
+        more |= {"final_loss": final.loss, "final_bits_per_byte": final.bits_per_byte, "final_tokens": final.tokens}
+    run.directory.log("val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits, **more)
     run.progress.say(f"step {state.step:>6}  validation loss {loss:.4f}, {bits:.4f} bits per byte")
+    if final is not None:
+        run.progress.say(
+            f"             on {final.tokens:,} tokens: {final.loss:.4f}, {final.bits_per_byte:.4f} bits per byte"
+        )
     for name, part_loss in parts.items():
         run.progress.say(f"             {name}: {part_loss:.4f}")
     run.progress.show_sample(result.texts)

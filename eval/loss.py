@@ -25,7 +25,9 @@ class SplitLoss(NamedTuple):
 
 
 def joined(losses: Collection[SplitLoss]) -> SplitLoss:
-    """Return the loss over all targets of several splits."""
+    """Return the loss over all targets of several splits; of a single one, its loss unchanged."""
+    if len(losses) == 1:
+        return next(iter(losses))
     tokens = sum(part.tokens for part in losses)
     nats = sum(part.loss * part.tokens for part in losses)
     n_bytes = sum(part.loss * part.tokens / math.log(2) / part.bits_per_byte for part in losses if part.bits_per_byte)

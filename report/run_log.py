@@ -81,7 +81,7 @@ def read_run_log(directory: Path, name: str) -> RunLog:
         raise ValueError(f"{path} has no complete record yet: wait until the run has finished a step")
     splits = {
         "train": _columns(records, "train", ("step", "tokens", "seconds", *TRAIN_FIELDS)),
-        "val": _columns(records, "val", ("step", "tokens", "loss", "bits_per_byte")),
+        "val": _columns(records, "val", ("step", "tokens", "loss", "bits_per_byte", "final_loss", "final_tokens")),
         "hellaswag": _columns(records, "hellaswag", ("step", "tokens", "acc", "acc_norm", "count")),
     }
     conventions = [record["convention"] for record in records if record["split"] == "hellaswag"]
@@ -144,9 +144,12 @@ def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
     val, hellaswag = log.splits["val"], log.splits["hellaswag"]
     if len(val["step"]):
         released = {name.removesuffix(", published"): loss for name, loss in log.reference_losses}
-        convention = f"{log.source}, {log.validation}"
-        row = {"task": "validation", "convention": convention, "metric": "loss", "value": val["loss"][-1]}
-        yield row | {"checkpoint": f"step {int(val['step'][-1])}", "published": released}
+        losses = [(val["loss"][-1], log.validation)]
+        if np.isfinite(val["final_loss"][-1]):
+            losses.append((val["final_loss"][-1], log.validation._replace(tokens=int(val["final_tokens"][-1]))))
+        for loss, validation in losses:
+            row = {"task": "validation", "convention": f"{log.source}, {validation}", "metric": "loss", "value": loss}
+            yield row | {"checkpoint": f"step {int(val['step'][-1])}", "published": released}
     for metric in ("acc", "acc_norm") if len(hellaswag["step"]) else ():
         row = {"task": "hellaswag", "convention": log.convention, "metric": metric, "value": hellaswag[metric][-1]}
         row["published"] = published("hellaswag", log.convention, metric)

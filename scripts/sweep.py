@@ -71,7 +71,7 @@ def table(args: argparse.Namespace) -> str:
                 print(f"{name}: {error}", file=sys.stderr)
                 diverged = True
             records = read_metrics(Path(args.dir) / name / "metrics.jsonl")
-            final = next((r["loss"] for r in reversed(records) if r["split"] == "val"), None)
+            final = next((r.get("final_loss", r["loss"]) for r in reversed(records) if r["split"] == "val"), None)
             finals.append(math.inf if diverged or final is None else final)
             seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
             reached.append([first_below(records, loss) for loss in args.losses])

@@ -160,6 +160,9 @@ class Eval:
     """Also validate before the first step, which shows the loss of an untrained model."""
     tokens: PositiveInt = 10485760
     """Tokens to score, from the beginning of the validation split (completions: all of them are scored)."""
+    final_tokens: PositiveInt | None = None
+    """After the last step, also score this many tokens, so that eval.tokens, on which losses are compared during the
+    run, can be few; null: do not."""
     hellaswag: bool = True
     """Score HellaSwag (completion convention) during training."""
     hellaswag_every: PositiveInt = 1000
@@ -266,6 +269,7 @@ class Config:
             raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must be in [0, 1): with 1, nothing is learned")
         if self.eval.patience and not self.eval.every:
             raise ValueError("eval.patience counts validations, but with eval.every 0 there are none: set eval.every")
+        self._check_final_tokens()
         if self.run.seed >= 2**64:
             raise ValueError(f"run.seed {self.run.seed} is too large: PyTorch's generators need a seed below 2^64")
         if self.run.name in ("", ".", "..") or Path(self.run.name).name != self.run.name:
@@ -281,6 +285,23 @@ class Config:
                     f"data.sequence_length {data.sequence_length} is above model.block_size {shape.block_size}: "
                     f"lower data.sequence_length or raise model.block_size"
                 )
+
+    def _check_final_tokens(self) -> None:
+        """Raise ValueError if eval.final_tokens is given, but would score nothing or no more than eval.tokens."""
+        final, tokens = self.eval.final_tokens, self.eval.tokens
+        if final is None:
+            return
+        if not self.eval.every:
+            raise ValueError("eval.final_tokens needs validations, and eval.every 0 has none: set eval.every")
+        if self.data.format == "completions":
+            raise ValueError(
+                "eval.final_tokens needs data.format tokens: completions are all scored at each validation"
+            )
+        if final <= tokens:
+            raise ValueError(
+                f"eval.final_tokens {final} is not above eval.tokens {tokens}: lower eval.tokens, or set "
+                f"eval.final_tokens to null"
+            )
 
     def _check_mixture(self) -> None:
         """Raise ValueError if data.mixture has a dataset twice, or is combined with completions."""

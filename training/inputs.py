@@ -51,6 +51,7 @@ class Inputs:
     prompts: list[list[int]]  # token ids to continue when sampling at validation
     notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
     n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
+    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; empty without it
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
     bytes_per_token: float | None = None  # mean of the training split in UTF-8, if it is known
 
@@ -131,14 +132,19 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
     eot = tokenizer.eot if config.data.document_mask else None
     return Inputs(
         windows,
-        {dataset: TokenWindows(val, length, tokenizer.vocab_size, tokens=config.eval.tokens, mask_eot=eot)}
-        if val
-        else {},
+
+    def validation_windows(tokens: int | None) -> dict[str, Windows]:
+        if val is None or tokens is None:
+            return {}
+        return {dataset: TokenWindows(val, length, tokenizer.vocab_size, tokens=tokens, mask_eot=eot)}
+
+        validation_windows(config.eval.tokens),
         tokenizer,
         [[tokenizer.eot]],
         [f"{dataset}: {windows.summary}"] if isinstance(windows, AlignedWindows) else [],
         bytes_per_token=train.meta.text_bytes["train"] / train.meta.tokens["train"] if train.meta else None,
     )
+        final_val=validation_windows(config.eval.final_tokens),
 
 
 def open_mixture(config: Config, *, verify: bool) -> Inputs:
@@ -159,6 +165,7 @@ def open_mixture(config: Config, *, verify: bool) -> Inputs:
         [note for opened in parts for note in opened.notes],
     )
 
+        final_val={name: windows for opened in parts for name, windows in opened.final_val.items()},
 
 def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
     """Return the windows of the train split that data.windows, data.shift and data.document_mask ask for."""

@@ -81,6 +81,7 @@ def estimate_step(
         if config.eval.samples:
             validation += TOKENS_OF_SAMPLES * SECONDS_OF_A_TOKEN
         evaluation += validation / config.eval.every
+        evaluation += (config.eval.final_tokens or 0) / count * forward / config.optim.steps
         if config.eval.hellaswag:
             hellaswag = HELLASWAG_TOKENS / count * forward * HELLASWAG_SLOWDOWN
             evaluation += hellaswag / max(config.eval.every, config.eval.hellaswag_every)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data.loader import Windows
 from eval.hellaswag import hellaswag
 from eval.loss import SplitLoss, joined, split_loss
 from generation import generate
@@ -27,6 +28,7 @@ class Validation(NamedTuple):
 
     loss: SplitLoss
     parts: dict[str, SplitLoss]  # of each dataset, only if there are several
+    final: SplitLoss | None  # on eval.final_tokens, after the last step
     hellaswag: dict[str, Any] | None  # None if it was not scored
     texts: list[str]  # samples; only the main process's are used
 
@@ -64,7 +66,8 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
     model.eval()
     try:
         with interrupt_if(model, stop_requested):
-            loss, parts, answers = score(run)
+            loss, parts, final = score_split(run)
+            answers = score_hellaswag(run)
         # Nothing can be sampled from weights that are not finite. Under FSDP all processes take part in a forward pass,
         # so all of them sample, and only the main process writes its texts. Otherwise the main process samples alone.
         texts: list[str] = []
@@ -72,7 +75,7 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
             requested = stop_requested if run.plan.sharded else lambda: signal.received
             with suppress(Interrupted), interrupt_if(model, requested):
                 texts = sample_texts(run)
-        return None if stop_requested() else Validation(loss, parts, answers, texts)
+        return None if stop_requested() else Validation(loss, parts, final, answers, texts)
     except Interrupted:
         return None
     finally:
@@ -80,35 +83,50 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
         model.train()
 
 
-def score(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], dict[str, Any] | None]:
-    """Return the validation loss, that of each part of a mixture, and HellaSwag's results if eval.hellaswag is set."""
-    config, processes, model, inputs = run.config, run.processes, run.model, run.inputs
-    assert inputs.val  # open_inputs refuses eval.every without a validation split
-    losses = {
+def score_split(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], SplitLoss | None]:
+    """Return the loss on eval.tokens, that of each part of a mixture and, after the last step, that on final_tokens.
+
+    The latter is a pass of its own, so it has the same bits as a validation on that many tokens.
+    """
+    assert run.inputs.val  # open_inputs refuses eval.every without a validation split
+    losses = split_losses(run, run.inputs.val)
+    is_last = run.state.step == run.config.optim.steps
+    final = split_losses(run, run.inputs.final_val) if is_last else {}
+    parts = losses if len(losses) > 1 else {}
+    return joined(losses.values()), parts, joined(final.values()) if final else None
+
+
+def split_losses(run: TrainingRun, val: dict[str, Windows]) -> dict[str, SplitLoss]:
+    """Return the loss on the validation windows of each dataset."""
+    processes = run.processes
+    return {
         name: split_loss(
-            model,
+            run.model,
             windows,
-            inputs.tokenizer.token_bytes(),
+            run.inputs.tokenizer.token_bytes(),
             micro_batch=run.plan.micro_batch,
             rank=processes.rank,
             world_size=processes.world_size,
             reduce=processes.all_reduce_sum,
             autocast=processes.autocast,
         )
-        for name, windows in inputs.val.items()
+        for name, windows in val.items()
     }
-    loss = joined(losses.values()) if len(losses) > 1 else next(iter(losses.values()))
-    answers = None
-    if config.eval.hellaswag and hellaswag_is_due(run.state.step, config):
-        with processes.autocast():
-            answers = hellaswag(
-                model,
-                inputs.tokenizer,
-                rank=processes.rank,
-                world_size=processes.world_size,
-                reduce=processes.all_reduce_sum,
-            )
-    return loss, losses if len(losses) > 1 else {}, answers
+
+
+def score_hellaswag(run: TrainingRun) -> dict[str, Any] | None:
+    """Return HellaSwag's results, or None if eval.hellaswag is not set or this validation does not include it."""
+    processes = run.processes
+    if not (run.config.eval.hellaswag and hellaswag_is_due(run.state.step, run.config)):
+        return None
+    with processes.autocast():
+        return hellaswag(
+            run.model,
+            run.inputs.tokenizer,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            reduce=processes.all_reduce_sum,
+        )
 
 
 def hellaswag_is_due(step: int, config: Config) -> bool:

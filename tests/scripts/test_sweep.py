@@ -37,9 +37,13 @@ def test_each_combination_is_a_row_with_the_results_of_its_runs(sweep, tmp_path)
 
 def test_values_can_contain_slashes_and_lists(sweep, verses, tmp_path):
     arguments = ("--seeds", 1, "--vary", f"data.dir={verses}", "optim.betas=[0.9,0.95],[0.8,0.99]")
-    rows = [line for line in sweep(*arguments, **{"optim.steps": 3}).stdout.splitlines() if "data.dir" in line]
+    changes = {"optim.steps": 3, "eval.tokens": 70, "eval.final_tokens": 10**6}
+    rows = [line for line in sweep(*arguments, **changes).stdout.splitlines() if "data.dir" in line]
     assert [row.rpartition("optim.betas=")[2] for row in rows] == ["[0.9,0.95]` |", "[0.8,0.99]` |"]
-    assert len([path for path in (tmp_path / "swept").iterdir() if (path / "metrics.jsonl").exists()]) == 2
+    runs = [read_metrics(path) for path in (tmp_path / "swept").glob("*/metrics.jsonl")]
+    finals = {f"{next(r['final_loss'] for r in reversed(run) if r['split'] == 'val'):.4f}" for run in runs}
+    assert {row.split(" | ")[1] for row in rows} == finals  # of all tokens, if eval.final_tokens is set
+    assert len(runs) == 2
 
 
 def test_impossible_sweeps_are_refused(sweep):
