@@ -101,7 +101,8 @@ def explain(message: str, arguments: list[str], fields: dict[str, Any], files: d
     if found is None or found[1] not in fields:
         return message.strip()
     name = found[1]
-    given = re.search(r"(?:Given value|Got value|convert \w+ to \w+): (.*)", message)
+    given = re.search(r"(?:Given value|Got value|convert \w+ to \w+|with base \d+): (.*)", message)
+    given = given or re.search(r"Not of type \w+: (.*) does not conform", message)
     setting = [path for path, values in files.items() if name in values]
     overridden = any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
     where = f" in {setting[-1]}" if setting and not overridden else ""
