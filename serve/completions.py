@@ -24,6 +24,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
 }
 IGNORED = {"user"}  # the name that the client gives to its own user
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # these have no effect in beam search, and are refused there
 
 
 class RequestError(ValueError):
@@ -86,6 +87,7 @@ def parse_request(body: bytes) -> CompletionRequest:
         if fields.pop(name, None) not in neutral:
             raise RequestError(f"{name} is not supported: omit it")
     read = _Reader({name: value for name, value in fields.items() if value is not None and name not in IGNORED})
+    sampling = [name for name in SAMPLING if name in read.fields]
     options = read.pop("stream_options", dict, {})
     request = CompletionRequest(
         prompts=_prompts(read.fields.pop("prompt", "")),
@@ -106,6 +108,8 @@ def parse_request(body: bytes) -> CompletionRequest:
     )
     if read.fields:
         raise RequestError(f"unknown field {', '.join(sorted(read.fields))}: omit it, or correct its name")
+    if request.num_beams > 1 and sampling:
+        raise RequestError(f"{', '.join(sampling)} affect only sampling, not beam search: omit them, or num_beams")
     _check(request)
     return request
 

@@ -2,6 +2,7 @@ const field = (id) => document.getElementById(id);
 const panel = field("panel"), message = field("message");
 const flow = tokenFlow(field("flow"), [], showToken);
 const ALTERNATIVES = 8, NEXT_TOKENS = 20;
+const SAMPLING = ["temperature", "top_k", "top_p", "seed"];
 let tokens = [], stopping = null;
 
 document.querySelector(".bar").style.background =
@@ -12,10 +13,19 @@ document.querySelector(".bar").style.background =
 function requestOf(changes) {
   const number = (id) => Number(field(id).value);
   const fields = { prompt: field("prompt").value, num_beams: number("num_beams"), max_tokens: number("max_tokens") };
-  Object.assign(fields, { temperature: number("temperature"), top_k: number("top_k"), top_p: number("top_p") });
-  if (field("seed").value !== "") fields.seed = number("seed");
-  return { ...fields, logprobs: ALTERNATIVES, sliding: true, stream: true, ...changes };
+  Object.assign(fields, { logprobs: ALTERNATIVES, sliding: true, stream: true, ...changes });
+  if (fields.num_beams > 1) return fields;
+  const sampling = Object.fromEntries(SAMPLING.filter((id) => field(id).value !== "").map((id) => [id, number(id)]));
+  return { ...sampling, ...fields };
 }
+
+// Beam search does not sample: the settings of sampling have no effect on it.
+function showSettings() {
+  for (const id of SAMPLING) field(id).disabled = Number(field("num_beams").value) > 1;
+}
+
+field("num_beams").addEventListener("input", showSettings);
+showSettings(); // a browser may keep the values when the page is loaded again
 
 // Calls `take` with each choice of a stream. Throws an Error with the server's message if the request is refused.
 async function complete(fields, take, signal) {

@@ -52,6 +52,12 @@ def test_prompts_and_stops_may_be_lists():
         (b'{"n": 17}', "n is 17, expected a whole number from 1 to 16"),
         (b'{"n": 9, "prompt": ["a", "b"]}', "2 prompts times n 9 is more than 16"),
         (b'{"n": 3, "num_beams": 2}', "n 3 is more than num_beams 2"),
+        (
+            b'{"num_beams": 2, "temperature": 1, "seed": 3}',
+            "temperature, seed affect only sampling, not beam search: omit them, or num_beams",
+        ),
+        (b'{"num_beams": 2, "top_p": 0.9}', "top_p affect"),
+        (b'{"num_beams": 2, "top_k": 5}', "top_k affect"),
         (b'{"stream": 1}', "stream is 1, expected true or false"),
         (b'{"stop": [""]}', 'stop is [""], expected a text or a list'),
         (b'{"stop": 5}', "stop is 5, expected a text or a list"),

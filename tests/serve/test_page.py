@@ -57,6 +57,22 @@ def test_next_tokens_can_be_added_to_the_prompt(server, page):
     page.wait_for_function("text => document.getElementById('prompt').value === text", arg=text)
 
 
+def test_beam_search_is_sent_without_the_settings_of_sampling(server, page):
+    expected = generate_text(server.model, server.tokenizer, ["Hello"], max_new_tokens=9, num_beams=3)[0].text
+    page.get_by_label("Prompt").fill("Hello")
+    page.get_by_label("seed").fill("1")
+    page.get_by_label("beams").fill("3")
+    page.get_by_label("new tokens").fill("9")
+    for label in ("temperature", "top-k", "top-p", "seed"):
+        assert page.get_by_label(label).is_disabled()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("9 tokens in").wait_for()
+    shown = "".join(page.locator("#flow span[data-token]").all_text_contents())
+    assert shown.replace("⏎\n", "\n") == expected
+    page.get_by_label("beams").fill("1")
+    assert page.get_by_label("temperature").is_enabled()
+
+
 def test_stop_ends_a_text_and_an_impossible_prompt_shows_the_reason(server, page):
     page.get_by_label("new tokens").fill("4096")
     page.get_by_role("button", name="Generate").click()
