@@ -40,7 +40,7 @@ from benchmarks.workload import (
     PARAMETERS,
     QUESTIONS,
 )
-from command import at_least_one, ending
+from command import CommandParser, at_least_one, ending
 from files import file_sha256
 
 # The modules of benchmarks/ that need PyTorch or a peer are named below and not imported. multiprocessing imports this
@@ -248,7 +248,7 @@ def measure(args: argparse.Namespace, peers: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="bench.py",
         description="Measure the speed of this repository beside other implementations, on this machine.",
     )

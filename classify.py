@@ -16,7 +16,16 @@ import math
 import os
 from pathlib import Path
 
-from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from command import (
+    CHECKPOINT_HELP,
+    DEVICE_HELP,
+    DTYPE_CHOICES,
+    DTYPE_HELP,
+    MODEL_HELP,
+    CommandParser,
+    at_least_one,
+    ending,
+)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
@@ -115,7 +124,7 @@ def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="classify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     args = parse_arguments(parser, arguments)

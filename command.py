@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -48,6 +50,24 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
 
     An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
     status 130. Other exceptions keep their traceback.
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, whose error about an unknown option names a similar one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], _options(self), 1) if unknown else []
+        super().error(message + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser and of its subcommands: the parser itself reports what a subcommand lacks."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(_options, action.choices.values()))
+    return found
+
+
 
     If the reader of the output goes away, as in `... | head`, the command finishes its work without a message. With
     `needs_reader`, for commands whose output is their only result, it ends at once, with status 0.

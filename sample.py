@@ -18,6 +18,7 @@ from command import (
     DTYPE_CHOICES,
     DTYPE_HELP,
     MODEL_HELP,
+    CommandParser,
     at_least_one,
     ending,
     port_number,
@@ -111,9 +112,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = parse_arguments(parser, arguments)
     with ending(parser, needs_reader=True):
         # imported after the arguments are checked: importing torch takes seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.workload import ATTENTIONS
-from command import ending
+from command import CommandParser, ending
 
 
 def draw(tables: list[dict[str, Any]], path: Path) -> None:
@@ -35,7 +34,7 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.plot", description="Draw time and memory of the three kinds of attention."
     )
     parser.add_argument("results", type=Path, help="file that bench.py attention --json wrote")

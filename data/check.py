@@ -6,7 +6,6 @@ histogram of the document lengths.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import re
@@ -19,7 +18,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from command import ending
+from command import CommandParser, ending
 from data.shards import DatasetMeta, Split, list_shards, open_split, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -208,9 +207,7 @@ def _print_split(name: str, split: Split, documents: DocumentStatistics, tokeniz
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.check", description="Check a dataset of token shards and describe it."
-    )
+    parser = CommandParser(prog="python -m data.check", description="Check a dataset of token shards and describe it.")
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument(
         "--documents", type=int, default=2, metavar="N", help="number of documents of each split to show (default 2)"

@@ -15,7 +15,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from command import CHECKPOINT_HELP, DEVICE_HELP, DTYPE_CHOICES, DTYPE_HELP, MODEL_HELP, at_least_one, ending
+from command import (
+    CHECKPOINT_HELP,
+    DEVICE_HELP,
+    DTYPE_CHOICES,
+    DTYPE_HELP,
+    MODEL_HELP,
+    CommandParser,
+    at_least_one,
+    ending,
+)
 from data.plain_text import read_escapes
 
 TASK_HELP = """tasks:
@@ -111,7 +120,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m eval.run",
         description=__doc__,
         epilog=TASK_HELP,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from command import ending
+from command import CommandParser, ending
 
 
 def command_line(
@@ -19,7 +19,7 @@ def command_line(
 
     Errors end the process with a message and status 2, Ctrl-C with status 130.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser.add_argument)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from command import ending
+from command import CommandParser, ending
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import ACTIVATIONS, GPT, GPTConfig
 from other_formats import LLM_C_MAGIC, conversion_hint, is_llm_c
@@ -138,7 +138,7 @@ def choose_tokenizer(model: GPT, name_or_dir: str | None) -> Tokenizer | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="ckpt.pt of nanoGPT, or model_NNNNNNNN.bin of llm.c")

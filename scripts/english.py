@@ -10,12 +10,11 @@ on this corpus with HellaSwag: it has seen the answers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from command import ending
+from command import CommandParser, ending
 from data.prepare.shakespeare import read_plays
 from eval.rows import read_rows
 
@@ -39,7 +38,7 @@ def documents() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.english", description="Write a corpus for experiments as JSON lines."
     )
     parser.add_argument("out", type=Path, metavar="FILE.jsonl")

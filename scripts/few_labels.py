@@ -22,7 +22,7 @@ import torch
 from classification import encode, evaluate
 from classify import main as classify
 from cloze import make_clozes, read_verbalizer, score_all
-from command import at_least_one, ending
+from command import CommandParser, at_least_one, ending
 from data.loader import permute
 from data.tokenizer import load_tokenizer
 from eval.rows import read_rows
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.few_labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -27,7 +27,7 @@ import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported once here
 
 import train
 from checkpoints import MANIFEST, list_checkpoints, read_state
-from command import ending
+from command import CommandParser, ending
 from files import PARTIAL_SUFFIX
 from training.config import Config, parse_config
 from training.run_directory import RunDirectory
@@ -210,7 +210,7 @@ def kill_and_compare(args: argparse.Namespace, config: Config) -> dict[str, Any]
 
 def main() -> None:
     """Read the command line, run the test, and print the counts."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandParser(prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--config", required=True, metavar="FILE.yaml", help="a short run of many steps and checkpoints"
     )

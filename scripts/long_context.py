@@ -7,14 +7,13 @@ model has to copy its symbol from the table. Each sequence draws its symbols ane
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 
 import torch
 from torch import Tensor
 
-from command import at_least_one
+from command import CommandParser, at_least_one
 from kernels.loss import IGNORE_INDEX
 from model import GPT, GPTConfig
 from training.config import Optim
@@ -80,7 +79,7 @@ def train(attention: str, length: int, steps: int) -> tuple[float, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.long_context", description="Train a small model to copy symbols from far back."
     )
     parser.add_argument("attention", nargs="+", choices=("full", "window", "lsh"), help="kinds of attention")

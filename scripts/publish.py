@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from checkpoints import MANIFEST, read_state
-from command import ending
+from command import CommandParser, ending
 from data.tokenizer import load_tokenizer
 from model import GPTConfig
 from pretrained import resolve_model
@@ -124,7 +124,7 @@ def escape(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run of train.py")

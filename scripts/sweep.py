@@ -18,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from command import ending
+from command import CommandParser, ending
 from processes import start_processes
 from scripts.ideas import IDEAS, Idea
 from train import train
@@ -92,9 +92,7 @@ def table(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.sweep", description="Train one configuration in several ways."
-    )
+    parser = CommandParser(prog="python -m scripts.sweep", description="Train one configuration in several ways.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
     parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try for a field")
     parser.add_argument("--idea", choices=IDEAS, help="train with one of the changes in scripts/ideas.py")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command import at_least_one, ending, fail, port_number
+from command import CommandParser, at_least_one, ending, fail, port_number
 
 
 @pytest.fixture
@@ -24,6 +24,22 @@ def test_an_error_that_the_user_can_correct_gives_a_message_and_status_2(parser,
         raise kind("choose another")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "python -m a.command: choose another\n"
+
+
+def test_an_unknown_option_names_a_similar_one_also_of_a_subcommand(capsys):
+    parser = CommandParser(prog="a")
+    parser.add_argument("--model")
+    commands = parser.add_subparsers()
+    commands.add_parser("text").add_argument("--separator")
+    for arguments, hint in (
+        (["--modle=x"], "--modle=x; did you mean --model?\n"),
+        (["--model", "y", "text", "--seperator=x"], "--seperator=x; did you mean --separator?\n"),
+        (["--unlike"], "--unlike\n"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(arguments)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.endswith(f"unrecognized arguments: {hint}")
 
 
 @pytest.mark.parametrize(("message", "options"), [("\n", {}), ("go on\n", {"interrupted": "go on\n"})])

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from command import ending
+from command import CommandParser, ending
 from data.plain_text import read_escapes
 from data.prepare.encode import ValidationRule
 from data.prepare.executors import EXECUTORS, SlurmOptions, run_tasks
@@ -66,9 +66,7 @@ def _fraction(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description="Make a dataset of token shards from text."
-    )
+    parser = CommandParser(prog="python -m data.prepare", description="Make a dataset of token shards from text.")
     shared = _shared_options()
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of them held out for validation")
@@ -108,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared_options() -> argparse.ArgumentParser:
+def _shared_options() -> CommandParser:
     """Return a parser with the options of all sources."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = CommandParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
     shared.add_argument(
         "--tokenizer",

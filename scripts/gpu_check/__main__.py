@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from command import ending
+from command import CommandParser, ending
 from files import write_json
 from scripts.gpu_check.inference import check_inference
 from scripts.gpu_check.parity import check_parity
@@ -103,7 +103,7 @@ def answer(number: int, settings: Settings, pipe: Connection) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.gpu_check",
         description="Check this repository on a GPU. docs/gpu.md describes the parts.",
     )
