@@ -12,6 +12,9 @@ results that eval.run wrote to .json files in the directory of a run:
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m report")
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -6,6 +6,9 @@ and what to try. The exit status is 1 if something is wrong, 0 if not, and 2 if 
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m report.doctor")
+
 import argparse
 import json
 import sys

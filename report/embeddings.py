@@ -5,6 +5,9 @@ python -m report.embeddings --model runs/shakespeare
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m report.embeddings")
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -5,6 +5,9 @@ python -m report.tokens --model runs/shakespeare --text "To be, or not to be"
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m report.tokens")
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path

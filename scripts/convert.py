@@ -10,6 +10,9 @@ padding. The directory gets GPT-2's tokenizer if the vocabulary has its size, or
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.convert")
+
 import argparse
 import dataclasses
 import sys

@@ -9,6 +9,9 @@ epoch, so no method uses more labels than these. docs/recipes.md has the results
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.few_labels")
+
 import argparse
 import csv
 import statistics

@@ -11,6 +11,9 @@ remains.
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.kill_test")
+
 import argparse
 import json
 import os

@@ -7,6 +7,9 @@ model has to copy its symbol from the table. Each sequence draws its symbols ane
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.long_context")
+
 import math
 import time
 

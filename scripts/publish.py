@@ -11,6 +11,9 @@ without one, nobody else may use the model. `hf auth login` stores the token.
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.publish")
+
 import argparse
 import json
 import shlex

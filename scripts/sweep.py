@@ -10,6 +10,9 @@ in scripts/ideas.py. docs/recipes.md has such tables.
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.sweep")
+
 import argparse
 import itertools
 import math

@@ -42,6 +42,23 @@ def test_an_unknown_option_names_a_similar_one_also_of_a_subcommand(capsys):
         assert capsys.readouterr().err.endswith(f"unrecognized arguments: {hint}")
 
 
+def commands_in_packages():
+    """Return the files of the commands that are run with `python -m`."""
+    root = Path(__file__).parent.parent
+    others = {"tests", ".venv", "build"}
+    files = [path for path in root.glob("*/**/*.py") if path.relative_to(root).parts[0] not in others]
+    return [path for path in files if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")]
+
+
+def test_a_command_that_is_started_by_its_path_says_how_to_start_it():
+    found = commands_in_packages()
+    assert len(found) >= 18
+    for path in found:
+        result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+        assert "Traceback" not in result.stderr, path
+        assert "python -m " in result.stderr + result.stdout, path
+
+
 @pytest.mark.parametrize(("message", "options"), [("\n", {}), ("go on\n", {"interrupted": "go on\n"})])
 def test_control_c_gives_status_130(parser, capsys, message, options):
     with pytest.raises(SystemExit) as stopped, ending(parser, **options):

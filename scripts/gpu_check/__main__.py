@@ -10,6 +10,9 @@ the others. It needs no network. The last command is a rehearsal: it runs every 
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.gpu_check")
+
 import argparse
 import contextlib
 import multiprocessing
