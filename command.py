@@ -29,7 +29,13 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, traceback:
 
 sys.excepthook = _report_uncaught  # now: the imports that follow take a second or more
 
-import openmp  # noqa: E402, F401 (the commands import this module before torch)
+try:
+    import openmp  # noqa: F401 (the commands import this module before torch)
+except ModuleNotFoundError as error:  # usually, .venv was not activated
+    raise SystemExit(
+        f"{sys.executable} lacks the package {error.name}: run `source .venv/bin/activate`, or "
+        f"`pip install -r requirements.txt`"
+    ) from None
 
 MODEL_HELP = "directory of a run, a checkpoint or a Hugging Face model, or a name on the hub"
 CHECKPOINT_HELP = (
@@ -44,12 +50,6 @@ DTYPE_HELP = (
 )
 
 
-@contextmanager
-def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_reader: bool = False) -> Iterator[None]:
-    """Turn exceptions in the `with` block into the end of the process.
-
-    An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
-    status 130. Other exceptions keep their traceback.
 class CommandParser(argparse.ArgumentParser):
     """argparse's parser, whose error about an unknown option names a similar one."""
 
@@ -68,6 +68,12 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
+@contextmanager
+def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_reader: bool = False) -> Iterator[None]:
+    """Turn exceptions in the `with` block into the end of the process.
+
+    An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
+    status 130. Other exceptions keep their traceback.
 
     If the reader of the output goes away, as in `... | head`, the command finishes its work without a message. With
     `needs_reader`, for commands whose output is their only result, it ends at once, with status 0.
@@ -80,11 +86,18 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
         try:
             yield
         except (ValueError, OSError, FloatingPointError) as error:
-            fail(f"{parser.prog}: {error}")
+            fail(f"{parser.prog}: {described(error)}")
         except KeyboardInterrupt:
             parser.exit(130, interrupted)
         except NoReader:
             sys.exit(0)
+
+
+def described(error: Exception) -> str:
+    """Return the message of an error. One of the operating system has no number, and begins with the file."""
+    if isinstance(error, OSError) and error.strerror and error.filename2 is None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoReturn:

@@ -26,6 +26,13 @@ def test_an_error_that_the_user_can_correct_gives_a_message_and_status_2(parser,
     assert capsys.readouterr().err == "python -m a.command: choose another\n"
 
 
+def test_an_error_of_the_operating_system_begins_with_the_file(parser, capsys, tmp_path):
+    for path, reason in ((tmp_path / "none", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(SystemExit), ending(parser):
+            path.read_text()
+        assert capsys.readouterr().err == f"python -m a.command: {path}: {reason}\n"
+
+
 def test_an_unknown_option_names_a_similar_one_also_of_a_subcommand(capsys):
     parser = CommandParser(prog="a")
     parser.add_argument("--model")
@@ -70,6 +77,16 @@ def test_control_c_gives_status_130(parser, capsys, message, options):
 def test_another_exception_keeps_its_traceback(parser):
     with pytest.raises(KeyError), ending(parser):
         raise KeyError("a bug")
+
+
+def test_a_python_without_the_packages_gets_a_sentence():
+    for name in ("sample.py", "train.py"):
+        source = f"import sys, runpy; sys.modules['psutil'] = None; runpy.run_path({name!r}, run_name='__main__')"
+        root = Path(__file__).parent.parent
+        result = subprocess.run([sys.executable, "-c", source], cwd=root, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert "lacks the package psutil: run `source .venv/bin/activate`, or `pip install" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 PRINTING = """

@@ -197,7 +197,7 @@ def test_without_a_model_and_without_runs_the_error_says_so(checkpoint, tmp_path
         (["--stop", ""], "--stop needs a text that is not empty"),
         (["--temperature", "0", "--show-probs", "3"], "temperature must be above 0"),
         (["--temperature", "0", "--stream"], "temperature must be above 0"),
-        (["--file", "missing.txt"], "missing.txt"),
+        (["--file", "missing.txt"], "sample.py: missing.txt: No such file or directory"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--greedy", "--temperature", "1"], "omit them with --greedy"),
         (["--greedy", "--num-samples", "2"], "--greedy has one result"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # `command` comes before torch, because it imports openmp, which sets a variable that torch reads when it is imported.
-from command import fail, lasting_output
+from command import described, fail, lasting_output
 
 # isort: split
 import contextlib
@@ -57,7 +57,7 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
             system = config.system
             yield config, flags, start_processes(system.device, system.dtype, deterministic=system.deterministic)
         except (ValueError, OSError, FloatingPointError) as error:
-            fail(f"train.py: {who}{error}")
+            fail(f"train.py: {who}{described(error)}")
         except RuntimeError as error:
             if not lost_process(error):
                 raise
