@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from checkpoints import choose_checkpoint, is_run, list_checkpoints
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
-from weights import locate
+from weights import find_config, locate, read_fields
 
 PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed, with fewer tokens than this
 
@@ -37,8 +37,14 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     if is_run(directory):
         return str(choose_checkpoint(directory, checkpoint))
     beside = sorted(run.parent.name for run in directory.parent.glob("*/checkpoints"))
-    if beside and not directory.exists() and directory.parent != Path():  # "gpt2" may be a name on the hub
-        raise FileNotFoundError(f"{name_or_dir} does not exist; the runs in {directory.parent} are {', '.join(beside)}")
+    names_a_run = directory.parent != Path() and (beside or directory.parent == Path(runs))  # "gpt2" does not
+    if names_a_run and not directory.exists():
+        others = f"the runs in {directory.parent} are {', '.join(beside)}" if beside else "there are no runs beside it"
+        raise FileNotFoundError(f"{name_or_dir} does not exist; {others}")
+    inside = [run.parent.name for run in directory.glob("*/checkpoints")]
+    if (inside or list_checkpoints(directory)) and not find_config(directory).is_file():
+        held = f"runs: {', '.join(sorted(inside))}" if inside else f"the checkpoints of {directory.parent}"
+        raise FileNotFoundError(f"{name_or_dir} is not a model, but holds {held}; give one of them")
     if checkpoint is not None:
         raise ValueError(f"--checkpoint selects a checkpoint of a run, but {name_or_dir} is not a run: omit it")
     return name_or_dir
@@ -62,6 +68,7 @@ def load_model(
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
     directory = locate(name)
+    read_fields(directory)  # first, because a directory without a model usually lacks a tokenizer, too
     tokenizer = load_tokenizer(directory)
     model = GPT.from_pretrained(directory, dtype=dtype, device=device)
     fit_vocabulary(model, tokenizer, directory)

@@ -131,8 +131,11 @@ def locate(name_or_dir: str | Path) -> Path:
     if path.is_dir():
         return choose_checkpoint(path) if is_run(path) else path
     name = OPENAI_NAMES.get(str(name_or_dir), str(name_or_dir))
-    if path.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"no such model directory: {name}{conversion_hint(path)}")
+    if path.is_file():
+        expected = "expected a directory that holds config.json and model.safetensors"
+        raise FileNotFoundError(f"{name} is a file, {expected}{conversion_hint(path)}")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download  # imported here: a local directory does not need the hub's client
 
     try:

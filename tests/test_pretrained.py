@@ -179,14 +179,30 @@ def test_a_tokenizer_of_another_size_is_refused(run):
         load_model(str(checkpoint))
 
 
+def test_a_file_and_a_directory_without_a_model_are_refused_as_what_they_are(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("text")
+    with pytest.raises(FileNotFoundError, match=r"notes\.txt is a file, expected a directory that holds config\.json"):
+        load_model(str(file))
+    with pytest.raises(FileNotFoundError, match=r"is not a model directory: it has no config\.json"):
+        load_model(str(tmp_path))
+
+
 def test_a_run_that_does_not_exist_is_answered_with_those_that_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="runs/nope does not exist; there are no runs beside it"):
+        resolve_model("runs/nope")
     for name in ("b", "a"):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "notes").mkdir()
     for name in ("runs/nope", "runs/nope/", str(tmp_path / "runs" / "nope")):
         with pytest.raises(FileNotFoundError, match=r"nope/? does not exist; the runs in .*runs are a, b"):
             resolve_model(name)
+    with pytest.raises(FileNotFoundError, match="runs is not a model, but holds runs: a, b; give one of them"):
+        resolve_model("runs")
+    (tmp_path / "runs" / "a" / "checkpoints" / "step-000002").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds the checkpoints of runs/a; give one of them"):
+        resolve_model("runs/a/checkpoints")
     for name in ("runs/notes", "gpt2", "openai-community/gpt2"):
         assert resolve_model(name) == name
 

@@ -73,7 +73,8 @@ def find_initial_model(config: Config, checkpoint: Path | None) -> InitialModel 
         checkpoint = locate(resolve_model(config.model.init_from))
     if checkpoint is None:
         return None
-    tokenizer, shape = load_tokenizer(checkpoint), GPTConfig(**read_config(checkpoint))
+    shape = GPTConfig(**read_config(checkpoint))  # first: a directory without a model usually lacks a tokenizer, too
+    tokenizer = load_tokenizer(checkpoint)
     check_vocabulary(shape.vocab_size, tokenizer, checkpoint)
     return InitialModel(checkpoint, tokenizer, shape)
 
