@@ -95,9 +95,10 @@ def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -
     else:
         inputs = open_tokens(config, config.data.dir, verify=verify)
     if initial is not None and initial.tokenizer != inputs.tokenizer:
+        resumes = config.model.init_from == "scratch"
         raise ValueError(
             f"{initial.directory} and {data_names(config)} have different tokenizers: prepare the text again with the "
-            f"tokenizer that the model was trained with"
+            f"tokenizer that the model was trained with{', or choose another run.name' if resumes else ''}"
         )
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
@@ -131,21 +132,21 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
         )
     length, windows = config.data.sequence_length, training_windows(config, train, tokenizer)
     eot = tokenizer.eot if config.data.document_mask else None
-    return Inputs(
-        windows,
 
     def validation_windows(tokens: int | None) -> dict[str, Windows]:
         if val is None or tokens is None:
             return {}
         return {dataset: TokenWindows(val, length, tokenizer.vocab_size, tokens=tokens, mask_eot=eot)}
 
+    return Inputs(
+        windows,
         validation_windows(config.eval.tokens),
         tokenizer,
         [[tokenizer.eot]],
         [f"{dataset}: {windows.summary}"] if isinstance(windows, AlignedWindows) else [],
+        final_val=validation_windows(config.eval.final_tokens),
         bytes_per_token=train.meta.text_bytes["train"] / train.meta.tokens["train"] if train.meta else None,
     )
-        final_val=validation_windows(config.eval.final_tokens),
 
 
 def open_mixture(config: Config, *, verify: bool) -> Inputs:
@@ -164,9 +165,9 @@ def open_mixture(config: Config, *, verify: bool) -> Inputs:
         parts[0].tokenizer,
         parts[0].prompts,
         [note for opened in parts for note in opened.notes],
+        final_val={name: windows for opened in parts for name, windows in opened.final_val.items()},
     )
 
-        final_val={name: windows for opened in parts for name, windows in opened.final_val.items()},
 
 def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
     """Return the windows of the train split that data.windows, data.shift and data.document_mask ask for."""
