@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from data.prepare.documents import Documents, parse
 from data.prepare.encode import Encoder, ValidationRule, encode_in_order, read_batches
+from data.prepare.held_out import SHORT_TEXT, has_few_documents
 from data.prepare.source import Source
 from data.prepare.writer import SPLITS, DatasetWriter, PrepareProgress, refuse_links
 from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
@@ -242,6 +243,11 @@ def _refuse_empty(job: Job, dataset: DatasetWriter) -> None:
     if len(empty) == len(SPLITS):
         raise ValueError(
             f"no text in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: every document is empty"
+        )
+    if has_few_documents(job.source):  # `hold_out_end` found no border
+        raise ValueError(
+            f"the text cannot be divided: its end is held out for validation, from the border of a line, or of a word "
+            f"if it has at least {SHORT_TEXT:,} bytes. Give more text, or use --val-fraction 0 for no validation split"
         )
     raise ValueError(
         f"none of {sum(documents.values())} documents is in the {empty[0]} split ({job.validation.description}), and "

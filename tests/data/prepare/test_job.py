@@ -89,9 +89,12 @@ def test_impossible_options_are_refused(refused, jsonl, tmp_path):
     out = ("--out", tmp_path / "out")
     one = tmp_path / "one.txt"
     one.write_text("only one")
+    document = tmp_path / "one.jsonl"
+    document.write_text('{"text": "only one"}')
     for arguments, message in [
         (("text", tmp_path / "nothing*.txt", *out), "no such file, directory or pattern"),
-        (("text", one, *out), "none of 1 documents is in the val split"),
+        (("text", one, *out), "the text cannot be divided: its end is held out"),
+        (("text", document, *out), "none of 1 documents is in the val split"),
         (("text", jsonl, *out, "--tokenizer", "bpe:70000"), "65,536"),
         (("text", jsonl, *out, "--tokenizer", "words"), "expected gpt2, char, bpe:N"),
         (("text", one, *out, "--tokenizer", "bpe:999"), "too little text for bpe:999"),
