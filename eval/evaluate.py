@@ -43,7 +43,10 @@ def evaluate(args: argparse.Namespace) -> None:
         rows: list[dict[str, Any]] = []
         examples: list[dict[str, Any]] = []
         for task, function in tasks.items():
-            result = function(args, evaluator)
+            try:
+                result = function(args, evaluator)
+            except ValueError as error:
+                raise ValueError(f"{task}: {error}") from error
             rows += result_rows(task, result, name)
             heading = {"task": task, "convention": result.convention}
             examples += [heading | {"index": i} | example for i, example in enumerate(result.examples)]
@@ -86,15 +89,12 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         stderr = _format_number(row["stderr"]) if row["stderr"] else ""
         value = _format_number(row["value"])
         cells.append([row["task"], row["convention"], row["metric"], value, stderr, f"{row['count']:,}", *known])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    columns = []
+    for i, column in enumerate(zip(*cells, strict=True)):
+        if any(column[1:]):  # a column without an entry is left out
+            width = max(map(len, column))
+            columns.append([cell.ljust(width) if i < 3 else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def _format_number(value: float) -> str:

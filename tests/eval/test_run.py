@@ -13,6 +13,7 @@ import torch
 from data.loader import TokenWindows
 from data.shards import ShardWriter, open_split
 from data.tokenizer import load_tokenizer, train_tokenizer
+from eval.evaluate import format_table
 from eval.evaluator import ScoreCache
 from eval.likelihood import Request, Scores, log_likelihoods
 from eval.loss import ArrayWindows
@@ -102,6 +103,21 @@ def test_table_json_and_examples(tiny, tmp_path, capsys):
     assert row["value"] == np.mean([line["choice_norm"] == line["gold"] for line in lines[:4]])
     assert lines[0]["choice"] == int(np.argmax(lines[0]["scores"]))
     assert not (tmp_path / "f.json.partial").exists()
+
+
+def test_a_table_has_no_column_without_an_entry():
+    row = {"task": "perplexity", "convention": "stride 64", "metric": "perplexity", "value": 20.7, "stderr": None}
+    row |= {"count": 1200, "published": {}}
+    known = row | {"value": 9.0, "published": {"gpt2-xl": 8.5}}
+    assert format_table([row]).splitlines() == [
+        "task        convention  metric        value  count",
+        "perplexity  stride 64   perplexity  20.7000  1,200",
+    ]
+    assert [line.split()[-2:] for line in format_table([known, row]).splitlines()] == [
+        ["count", "gpt2-xl"],
+        ["1,200", "8.5"],
+        ["20.7000", "1,200"],
+    ]
 
 
 def test_an_interrupted_evaluation_continues_where_it_stopped(tiny, tmp_path, monkeypatch):
@@ -324,7 +340,7 @@ def test_errors_explain_what_is_wrong(tiny, text, tmp_path, capsys):
     nowhere = str(tmp_path / "none" / "f.json")
     assert "there is no directory" in error_of(capsys, "--model", tiny, "--tasks", "copa", "--json", nowhere)
     options = ["--model", tiny, "--tasks", "perplexity", "--text", str(text), "--stride", "129"]
-    assert "stride 129: expected 1..128" in error_of(capsys, *options)
+    assert "eval.run: perplexity: stride 129: expected 1..128" in error_of(capsys, *options)  # it names the task
 
 
 def test_a_model_with_the_tokenizer_of_another_is_refused(tmp_path, capsys):
