@@ -26,6 +26,7 @@ from command import (
 from data.plain_text import read_escapes
 
 SERVER_OPTIONS = {"model", "checkpoint", "serve", "host", "port", "dtype", "device"}
+HOST, PORT = "127.0.0.1", 8000  # of the server
 DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 
 
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--serve", action="store_true", help="serve a page and OpenAI's completions on this machine")
     source.add_argument("--interactive", action="store_true", help="ask for prompts; :help lists its commands")
-    add("--host", default="127.0.0.1", help="address of --serve (default: 127.0.0.1, only this machine)")
-    add("--port", type=port_number, default=8000, help="port of --serve; 0: any free one (default: 8000)")
+    add("--host", help=f"address of --serve (default: {HOST}, only this machine)")
+    add("--port", type=port_number, help=f"port of --serve; 0: any free one (default: {PORT})")
     add("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts that are continued together (default: 8)")
     add(
@@ -88,6 +89,9 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         if others := [f"--{name.replace('_', '-')}" for name in given if name not in SERVER_OPTIONS]:
             parser.error(f"--serve cannot be combined with {', '.join(others)}: each request has its own options")
+        args.host, args.port = args.host or HOST, PORT if args.port is None else args.port
+    elif (args.host, args.port) != (None, None):
+        parser.error("--host and --port are the address of the server: add --serve, or omit them")
     args.default_new_tokens = DEFAULT_NEW_TOKENS
     args.sampling = not args.greedy and args.num_beams == 1
     if not args.sampling and (args.temperature, args.top_k, args.top_p) != (None, None, None):
@@ -96,6 +100,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
         parser.error("--greedy and --num-beams cannot be combined: omit one of them")
     if args.temperature is not None and not 0 < args.temperature < math.inf:
         parser.error(f"--temperature must be above 0, got {args.temperature}: --greedy chooses the most probable token")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if args.top_k is not None and args.top_k < 0:
+        parser.error(f"--top-k must be at least 1, or 0 for all tokens, got {args.top_k}")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be in 0..2^63 - 1, got {args.seed}")
     if 1 < args.num_beams < args.num_samples:
