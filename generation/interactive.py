@@ -14,7 +14,7 @@ from model import GPT
 
 HELP = """\
 A line that starts with a colon is a command:
-  :temperature 0.7       below 1 favors probable tokens, above 1 improbable ones
+  :temperature 0.7       below 1 favors probable tokens, above 1 improbable ones (0: always the most probable)
   :top-k 50              sample from the 50 most probable tokens (0: from all)
   :top-p 0.9             sample from the most probable tokens whose probabilities sum to 0.9
   :max-new-tokens 100    tokens to generate
@@ -100,7 +100,10 @@ class Session:
             raise ValueError(f":{' '.join([name, *values])} is not a command: :help lists them")
 
     def change(self, setting: str, value: str) -> None:
-        """Change a setting, unless its value is impossible. A setting of sampling also turns off greedy decoding."""
+        """Change a setting, unless its value is impossible.
+
+        A setting of sampling also turns off greedy decoding, and a temperature of 0 turns it on.
+        """
         before = dict(vars(self.args))
         try:
             setattr(self.args, setting, SETTINGS[setting](value))
@@ -108,7 +111,7 @@ class Session:
             needed = "an int" if SETTINGS[setting] is int else "a float"
             raise ValueError(f"{setting} needs a number: {value} is not {needed}") from None
         if setting in ("temperature", "top_k", "top_p"):
-            self.args.sampling = True
+            self.args.sampling = self.args.temperature != 0
         try:
             if setting in ("max_new_tokens", "num_samples") and getattr(self.args, setting) < 1:
                 raise ValueError(f"{setting} must be at least 1, got {value}")

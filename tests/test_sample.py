@@ -469,7 +469,7 @@ def test_ctrl_c_ends_an_answer_and_commands_change_settings(checkpoint, run):
         terminal.type(f"{line}\n")
         terminal.expect(f"{line}\n")
         assert shown in terminal.expect("\n> ")
-    for line in (":num-samples 1", ":top-k 1", ":max-new-tokens 12"):
+    for line in (":num-samples 1", ":temperature 0", ":top-k 9", ":max-new-tokens 12"):  # 0 means greedy
         terminal.type(f"{line}\n")
         terminal.expect("> ")
     greedy = run("--prompt", "Hello", "--greedy")[1].removesuffix("\n").removeprefix("Hello")
