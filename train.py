@@ -286,14 +286,15 @@ def conclude(run: TrainingRun, status: str) -> None:
     directory.write_status(status, state.step)
     directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
     if run.processes.is_main:
-        print(f"{status} after step {state.step}, {duration(state.seconds)} of training: {directory.path}")
+        say = run.progress.say
+        say(f"{status} after step {state.step}, {duration(state.seconds)} of training: {directory.path}")
         if status == "preempted":
-            print("run the same command to resume")
+            say("run the same command to resume")
         elif state.best is not None and state.step < run.config.optim.steps:
             loss, step = state.best
-            print(f"eval.patience ended the run: the validation loss has not been below {loss:.4f} since step {step}")
+            say(f"eval.patience ended the run: the validation loss has not been below {loss:.4f} since step {step}")
         if best := run.checkpoints.best():
-            print(f"checkpoint with the lowest validation loss, {best[0]:.4f}: {best[1]}")
+            say(f"checkpoint with the lowest validation loss, {best[0]:.4f}: {best[1]}")
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -70,6 +72,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a message, above the bar if there is one."""
+        message = wrapped(message)
         if self._bar is not None:
             self._bar.write(message)
         elif self.enabled:
@@ -79,6 +82,17 @@ class Progress:
         """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
+
+
+def wrapped(message: str) -> str:
+    """Return a message whose lines are divided between words to fit the terminal; unchanged if there is none."""
+    if not sys.stdout.isatty():
+        return message
+    width = shutil.get_terminal_size().columns
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+    return "\n".join(wrapper.fill(line) for line in message.split("\n"))
 
 
 def use_colors() -> bool:

@@ -36,6 +36,22 @@ def test_without_a_terminal_progress_is_plain_lines(capsys):
     assert err == ""
 
 
+def test_a_message_is_divided_between_words_only_on_a_terminal(monkeypatch, capsys):
+    message = "1 x cpu, float32 (as configured), micro-batches of 8 x 256\n             a line that fits"
+    progress = Progress(0, 40, 3, enabled=True)
+    progress.say(message)
+    assert capsys.readouterr().out == message + "\n"
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    progress.say(message + "\n" + "/a-long/path" * 4)
+    assert sys.stdout.getvalue().splitlines() == [
+        "1 x cpu, float32 (as configured),",
+        "    micro-batches of 8 x 256",
+        "             a line that fits",
+        "/a-long/path" * 4,
+    ]
+
+
 @pytest.mark.parametrize(
     ("no_color", "term", "colored"), [("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)]
 )
