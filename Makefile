@@ -32,7 +32,10 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	@echo "Finished. Open runs/shakespeare/report.html in a browser. What to try next:"
 	@echo "  write     $(PYTHON) sample.py --model runs/shakespeare --interactive"
 	@echo "  browser   $(PYTHON) sample.py --model runs/shakespeare --serve"
-	@echo "  own text  $(PYTHON) -m data.prepare text FILE --out data/mine"
+	@echo "  own text  $(PYTHON) -m data.prepare text FILE --out data/mine \\"
+	@echo "                --tokenizer bpe:4096"
+	@echo "            $(PYTHON) train.py --config configs/shakespeare.yaml \\"
+	@echo "                --data.dir data/mine --run.name mine"
 
 test: $(READY) ## the quick tests, in two processes
 	$(PYTHON) -m pytest -n 2 --dist worksteal
