@@ -12,7 +12,8 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	@echo
 	@echo "1 of 4: data. The plays of Shakespeare are cut into tokens, and three plays are"
 	@echo "held out: the model never learns from them, so they show what it has learned."
-	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare --tokenizer bpe:4096
+	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare \
+		--tokenizer bpe:4096
 	@echo
 	@echo "2 of 4: training. In each of 1,200 steps, the model predicts 2,048 tokens of the"
 	@echo "plays. The loss is the mean of -ln p, where p is the probability that the model"
@@ -24,7 +25,8 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	$(PYTHON) train.py --config configs/shakespeare.yaml
 	@echo
 	@echo "3 of 4: samples. The model continues a prompt, token by token."
-	$(PYTHON) sample.py --model runs/shakespeare --prompt "HAMLET:" --num-samples 3 --max-new-tokens 120 --seed 1
+	$(PYTHON) sample.py --model runs/shakespeare --prompt "HAMLET:" \
+		--num-samples 3 --max-new-tokens 120 --seed 1
 	@echo
 	@echo "4 of 4: pages. They show the curves, and how the model reads a text."
 	$(PYTHON) -m report --all runs/shakespeare
