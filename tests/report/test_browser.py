@@ -213,6 +213,8 @@ def test_pages_fit_on_a_phone_screen(pages, open_page, scheme):
     for path in sorted(pages.glob("*.html")):
         page = open_page(path, color_scheme=scheme, viewport={"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        for text in page.locator("pre").all():  # nothing is below a border that shows no scroll bar
+            assert text.evaluate("pre => pre.scrollHeight <= pre.clientHeight + 1")
         background, color = page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
         )
