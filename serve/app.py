@@ -88,6 +88,7 @@ def make_page(name: str, description: str) -> str:
     page = (HERE / "page.html").read_text(encoding="utf-8")
     values = {
         "name": html.escape(name),
+        "heading": html.escape(name).replace("/", "/<wbr>"),  # a path may be wider than the screen of a phone
         "description": html.escape(description),
         "style": (REPORT_TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "script": "".join(
@@ -253,7 +254,8 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     model, tokenizer, description = load(args)
     local = args.host in ("127.0.0.1", "localhost", "::1")
-    app = make_app(Engine(model, tokenizer), description.partition(": ")[0], description, local=local)
+    name, _, size = description.partition(": ")
+    app = make_app(Engine(model, tokenizer), name, size, local=local)
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -196,10 +196,14 @@ def read_address(process):
     return SimpleNamespace(port=int(process.stdout.readline().split("127.0.0.1:")[1].split("/")[0]))
 
 
-def test_the_command_ends_on_ctrl_c_and_names_a_port_that_is_in_use(server, command):
+def test_the_command_ends_on_ctrl_c_and_names_a_port_that_is_in_use(server, command, tmp_path):
     refused = command(server.port)
     process = command(0)
-    assert post(read_address(process), json.dumps({"prompt": "a", "temperature": 0}))[0] == 200
+    address = read_address(process)
+    assert post(address, json.dumps({"prompt": "a", "temperature": 0}))[0] == 200
+    page = post(address, None, path="/", method="GET")[1].decode()
+    assert f"<h1>{str(tmp_path).replace('/', '/<wbr>')}</h1>" in page
+    assert page.count(str(tmp_path)) == 1  # the title
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0
     assert process.stdout.read() == ""
