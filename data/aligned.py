@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,6 +73,7 @@ class AlignedWindows(TrainingWindows):
         self._path = split.paths[0].parent / f"aligned-{split.name}-{sequence_length}.index"
         self._header = _find_index(self._path, split, sequence_length, eot)
         self._file = open(self._path, "rb")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._read = np.empty(sequence_length + 1, np.uint16)
 
     def __len__(self) -> int:

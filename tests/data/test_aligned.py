@@ -40,6 +40,13 @@ def open_windows(dataset, sequence_length=T):
     return AlignedWindows(open_split(dataset, "train"), sequence_length, VOCAB, EOT)
 
 
+def test_the_index_is_closed_when_its_windows_are_not_used_anymore(dataset):
+    windows = open_windows(dataset)
+    file = windows._file
+    del windows
+    assert file.closed
+
+
 def read_windows(windows):
     """Return all windows in order: inputs and targets (windows, T)."""
     rows = np.empty((2, len(windows), windows.sequence_length), np.int64)
