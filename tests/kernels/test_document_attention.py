@@ -8,6 +8,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from kernels import document_attention
 from kernels.attention import plain_causal_attention
 from kernels.document_attention import DocumentAttention, DocumentMask, find_documents, make_block_mask
 from kernels.loss import IGNORE_INDEX
@@ -66,7 +67,9 @@ def test_flex_attention_gives_the_same_with_the_block_mask():
     torch.testing.assert_close(found, alone(q, k, v), atol=1e-6, rtol=1e-5)
 
 
-def test_gradients_in_bfloat16_are_as_accurate_as_those_of_each_document_alone():
+@pytest.mark.parametrize("short", [0, 20, 256])
+def test_gradients_in_bfloat16_are_as_accurate_as_those_of_each_document_alone(short, monkeypatch):
+    monkeypatch.setattr(document_attention, "SHORT", short)
     inputs = random_inputs(torch.bfloat16)
     exact = value_and_gradients(alone, [t.double() for t in inputs])
     ids = make_ids()
