@@ -87,7 +87,7 @@ class AlignedWindows(TrainingWindows):
         return (
             f"{len(self):,} aligned windows, {padding:.2%} padding: {header['long']:,} of {header['documents']:,} "
             f"documents are longer than {T} tokens, {header['cut']:,} others are cut, and {header['inside']:,} windows "
-            f"have only parts of longer documents"
+            f"begin inside a document"
         )
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
