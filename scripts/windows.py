@@ -1,0 +1,74 @@
+"""Train with each way of cutting text into windows, and score all models on the same held-out documents:
+
+    python -m scripts.windows --config configs/shakespeare.yaml --held-out data/shakespeare --seeds 1 2 3 4 5
+
+Other options are train.py's. The table has means and standard deviations over the seeds. Each model is scored twice:
+in windows of the held-out text, where tokens see the documents before their own, and with each document by itself.
+A run that has finished already is read and not repeated. docs/data.md has the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from command import ending
+from eval.run import main as evaluate
+from scripts.sweep import finish
+
+WAYS = {
+    "packed": [],
+    "packed, shift": ["--data.shift", "true"],
+    "aligned": ["--data.windows", "aligned"],
+    "packed, mask": ["--data.document_mask", "true"],
+    "aligned, mask": ["--data.windows", "aligned", "--data.document_mask", "true"],
+}
+SCORES = {"with context across borders": [], "each document by itself": ["--document-mask"]}
+
+
+def score(run: Path, held_out: str, flags: list[str]) -> float:
+    """Return the loss of a run on the validation split of a dataset, as `eval.run` measures it with these flags."""
+    results = run / f"loss{''.join(flags)}.json"
+    if not results.exists():
+        files = ["--model", str(run), "--data", held_out, "--json", str(results)]
+        evaluate([*files, "--tasks", "loss", "--dtype", "float32", *flags])
+    return next(row["value"] for row in json.loads(results.read_text()) if row["metric"] == "loss")
+
+
+def table(args: argparse.Namespace, flags: list[str]) -> str:
+    """Train and score what is missing, and return the table in Markdown. `flags` are train.py's."""
+    rows = [["windows", *SCORES], ["---"] * (1 + len(SCORES))]
+    losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    for seed in args.seeds:  # one seed after the other, so that an interrupted comparison is still a fair one
+        for way, settings in WAYS.items():
+            run = Path(args.dir) / f"{way.replace(', ', '-')}-seed_{seed}"
+            names = ["--run.dir", args.dir, "--run.name", run.name, "--run.seed", str(seed)]
+            finish(["--config", args.config, *flags, *settings, *names], None)
+            losses[way].append([score(run, args.held_out, options) for options in SCORES.values()])
+    for way, found in losses.items():
+        cells = (
+            f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+            for values in zip(*found, strict=True)
+        )
+        rows.append([way, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.windows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file of train.py")
+    add("--held-out", required=True, metavar="DIR", help="dataset with the same tokenizer, whose validation is scored")
+    add("--seeds", nargs="+", type=int, default=[1337], help="seeds of each setting (default: 1337)")
+    add("--dir", default="runs/windows", help="directory of the runs (default: %(default)s)")
+    args, flags = parser.parse_known_args(arguments)
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; continue with the same command\n"):
+        print(table(args, flags))
+
+
+if __name__ == "__main__":
+    main()
