@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HASH_SEED = 2020  # the hashes are constants of the architecture: equal in every run, process and attempt
-CHUNK_QUERIES = 128  # queries that share two blocks of keys. Fewer: smaller products. More: more padding
-SLICE_SCORES = 2**20  # attention scores that are in memory at a time, as in kernels/attention.py
+MOST_DIRECTIONS = 64  # a hash with more random vectors than this is made of two smaller ones
+CHUNK_QUERIES = 64  # queries that share two blocks of keys. Fewer: smaller products. More: more padding
+SLICE_SCORES = 2**18  # attention scores that are computed in one call
 
 
 class Window(NamedTuple):
@@ -122,201 +123,275 @@ def find_pattern(config: dict[str, Any], layer: int) -> Window | LSH | None:
     return LSH(config["lsh_buckets"], config["lsh_rounds"], chunk, layer)
 
 
+def factors(buckets: int) -> list[int]:
+    """Return the sizes of the hashes that together make `buckets` buckets: [64] for 64, [32, 32] for 1024.
+
+    A single hash multiplies each vector by `buckets` / 2 others. The number of buckets should grow with the length of
+    the sequence, so for long sequences the hash would take longer than the attention.
+    """
+    if buckets == 1:
+        return []
+    if buckets > 2 * MOST_DIRECTIONS and buckets % 4 == 0:
+        half = next(n for n in range(math.isqrt(buckets // 4), 0, -1) if buckets // 4 % n == 0)
+        return [2 * half, buckets // (2 * half)]
+    return [buckets]
+
+
 @functools.lru_cache(maxsize=256)
-def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torch.device) -> Tensor:
-    """Return the random vectors (rounds, D, buckets / 2) that define the hashes of a layer."""
+def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torch.device) -> list[list[Tensor]]:
+    """Return the random matrices (D, n / 2) of each round, one for each of the `factors` n: the hashes of a layer."""
     generator = torch.Generator().manual_seed(HASH_SEED + layer)  # PyTorch's global generator is not used
-    return torch.randn(rounds, head_dim, buckets // 2, generator=generator).to(device)
+    sizes = factors(buckets)
+    return [[torch.randn(head_dim, n // 2, generator=generator).to(device) for n in sizes] for _ in range(rounds)]
 
 
-def find_buckets(x: Tensor, rotation: Tensor) -> Tensor:
-    """Return the buckets (...) of vectors x (..., D): argmax of [x R; -x R], with R = `rotation` (D, buckets / 2).
+def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
+    """Return the buckets (...) of vectors x (..., D): argmax of [x R; -x R] for each matrix R (D, n / 2) of a round.
 
     This is the hash of Andoni et al. 2015, "Practical and optimal LSH for angular distance". Vectors need not be
-    normalized for it: their length does not change which of the products is the largest.
+    normalized for it: their length does not change which of the products is the largest. With two matrices, vectors
+    are in the same bucket if both argmax are equal.
     """
-    half = rotation.size(1)
     buckets = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
-    if half == 0:
-        return buckets
-    rows = max(1, SLICE_SCORES // half)
-    for part, vectors in zip(buckets.view(-1).split(rows), x.detach().flatten(0, -2).split(rows), strict=True):
-        products = vectors.float() @ rotation
-        (high, positive), (low, negative) = products.max(dim=1), products.min(dim=1)
-        part.copy_(torch.where(high >= -low, positive, negative + half))
+    for directions in rotation:
+        half = directions.size(1)
+        rows = max(1, SLICE_SCORES // half)
+        for part, vectors in zip(buckets.view(-1).split(rows), x.detach().flatten(0, -2).split(rows), strict=True):
+            products = vectors.float() @ directions
+            (high, positive), (low, negative) = products.max(dim=1), products.min(dim=1)
+            part.mul_(2 * half).add_(torch.where(high >= -low, positive, negative + half))
     return buckets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The fast form of LSH
 #
-# All sequences and heads are one list of N queries and one of M keys. In each round the keys are sorted by sequence and
-# head, then by bucket, then by position. Then the keys that a query sees are neighbors: a range of at most `chunk` of
-# them. The sorted keys are cut into blocks of `chunk`, and a range lies in at most two neighboring blocks. The queries
-# whose ranges end in the same block are processed together: one matrix product computes their scores with two blocks.
+# All sequences and heads are one list of N queries and one of M keys. In each round, queries and keys are sorted by
+# sequence and head, then by bucket, then by position. Then the keys that a query sees are neighbors: a range of at most
+# `chunk` of them. The sorted keys are cut into blocks of `chunk`, and a range lies in at most two neighboring blocks.
+# Queries whose ranges end in the same block are processed together, in groups of one size, with two blocks of keys.
 
 
 class Round(NamedTuple):
-    """The keys of one round in sorted order, and the range of them that each query sees."""
+    """The queries and keys of one round in sorted order, and the range of keys that each query sees."""
 
-    keys: Tensor  # (M,) the number of each key in the order of the input
-    first: Tensor  # (N,) query i sees the sorted keys first[i]..last[i] - 1
+    keys: Tensor  # (M,) the number of each sorted key in the order of the input
+    queries: Tensor  # (N,) the number of each sorted query
+    first: Tensor  # (N,) int32: query i in the order of the input sees the sorted keys first[i]..last[i] - 1
     last: Tensor
 
 
-class Slice(NamedTuple):
-    """The scores of c chunks of s queries each."""
+class Groups(NamedTuple):
+    """The queries of a round in c groups of s."""
 
-    queries: Tensor  # (c, s), numbers of queries; N stands for padding
-    blocks: Tensor  # (c, 2), the two blocks of sorted keys
-    scores: Tensor  # (c, s, 2 chunk) in float32, -inf where a query does not see the key
-    keys: Tensor  # (c, 2 chunk, D)
-    values: Tensor
+    queries: Tensor  # (c s,) the number of each query; N stands for padding
+    blocks: Tensor  # (c,) the block of sorted keys in which the ranges end
+    places: Tensor  # (N,) where `queries` has each query
 
 
-def sort_keys(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
+def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
     """Return a round for the buckets of queries (G, T) and keys (G, S). A query does not see its own key here."""
     (G, T), S, device = q_bucket.shape, k_bucket.size(1), q_bucket.device
     row = torch.arange(G, device=device).unsqueeze(1) * (buckets + 1)
-    sorted_codes, keys = ((row + k_bucket) * S + torch.arange(S, device=device)).flatten().sort()
-    bucket_codes = (row + q_bucket) * S
-    last = torch.searchsorted(sorted_codes, (bucket_codes + torch.arange(S - T, S, device=device)).flatten())
-    first = torch.searchsorted(sorted_codes, bucket_codes.flatten()).maximum(last - chunk)
-    return Round(keys, first, last)
+    position = torch.arange(S, device=device)
+    key_codes, keys = ((row + k_bucket) * S + position).flatten().sort()
+    query_codes, queries = ((row + q_bucket) * S + position[S - T :]).flatten().sort()
+    last = torch.searchsorted(key_codes, query_codes)
+    first = torch.searchsorted(key_codes, query_codes - query_codes % S).maximum(last - chunk)
+    return Round(keys, queries, unsort(queries, first.int()), unsort(queries, last.int()))
 
 
-def group_queries(order: Round, chunk: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return chunks (c, size) of queries whose ranges end in the same block, N for padding, and that block (c,)."""
-    queries = (order.last > order.first).nonzero().flatten()  # the others see no key in this round
-    block, by_block = ((order.last[queries] - 1) // chunk).sort(stable=True)
+def unsort(order: Tensor, values: Tensor) -> Tensor:
+    """Return the values (n,) of sorted elements in the order of the input; order (n,) has the number of each."""
+    return torch.empty_like(values).index_copy_(0, order, values)
+
+
+def group_queries(order: Round, chunk: int) -> Groups:
+    """Divide the queries of a round into groups of one size, whose ranges end in the same block."""
+    size = min(CHUNK_QUERIES, chunk, len(order.queries))
+    block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending
     counts = block.bincount()
-    n_chunks = (counts + size - 1) // size
-    # A query's place: the first chunk of its block, and its number among the queries of this block.
-    place = (n_chunks.cumsum(0) - n_chunks)[block] * size
-    place += torch.arange(len(block), device=block.device) - (counts.cumsum(0) - counts)[block]
-    chunks = queries.new_full((int(n_chunks.sum()), size), len(order.last))
-    chunks.view(-1)[place] = queries[by_block]
-    return chunks, torch.arange(len(counts), device=block.device).repeat_interleave(n_chunks)
+    n_groups = (counts + size - 1) // size
+    # A query's place: the first group of its block, and its number among the queries of this block.
+    shift = (n_groups.cumsum(0) - n_groups) * size - (counts.cumsum(0) - counts)
+    places = torch.arange(len(block), device=block.device) + shift[block]
+    blocks = torch.arange(len(counts), device=block.device).repeat_interleave(n_groups)
+    queries = block.new_full((len(blocks) * size,), len(block)).index_copy_(0, places, order.queries)
+    return Groups(queries, blocks, unsort(order.queries, places))
 
 
-def into_blocks(sorted_keys: Tensor, chunk: int) -> Tensor:
-    """Return blocks (1 + ceil(M / chunk), chunk, ...) of the rows of a tensor (M, ...), after a block of zeros."""
-    padded = sorted_keys.new_zeros(chunk + math.ceil(len(sorted_keys) / chunk) * chunk, *sorted_keys.shape[1:])
-    padded[chunk : chunk + len(sorted_keys)] = sorted_keys
-    return padded.unflatten(0, (-1, chunk))
+def into_blocks(sorted_keys: Tensor, chunk: int, fill: int) -> Tensor:
+    """Return blocks (1 + ceil(M / chunk), chunk) of a tensor (M,). The first block and the end of the last are `fill`."""
+    return F.pad(sorted_keys, (chunk, -len(sorted_keys) % chunk), value=fill).unflatten(0, (-1, chunk))
 
 
-def score_slices(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], chunk: int) -> Iterator[Slice]:
-    """Yield the scores of the last of `rounds`, without those of pairs that an earlier round has.
+class Part(NamedTuple):
+    """c of the groups of a round, s queries each, with the two blocks of keys that each group needs."""
 
-    q (N + 1, D), the last row is padding; k and v (M, D). The union of the rounds is what the paper's appendix A
-    computes by giving a key that a query sees in n rounds the weight 1/n in each.
+    places: slice  # where `Groups.queries` has these queries
+    queries: Tensor  # (c s,) their numbers, any for padding
+    pairs: Tensor  # (2 c,) the numbers of the blocks
+    q: Tensor  # (c, s, D)
+    k: Tensor  # (c, 2 chunk, D)
+    v: Tensor
+    bias: (
+        Tensor  # (c, s, 2 chunk), added to the scores: 0 where a query sees the key, otherwise a large negative number
+    )
+
+
+def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
+    """Yield the groups of the last of `rounds`, without the pairs of query and key that an earlier round has.
+
+    q (N, D), k and v (M, D). The union of the rounds is what the paper's appendix A computes by giving a key that a
+    query sees in n rounds the weight 1/n in each.
     """
-    (*earlier, order), N, scale = rounds, len(q) - 1, 1 / math.sqrt(q.size(1))
-    keys, values = into_blocks(k[order.keys], chunk), into_blocks(v[order.keys], chunk)
-    places = [into_blocks(torch.argsort(other.keys)[order.keys], chunk) for other in earlier]
+    (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
+    sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
+    keys, values = (t.index_select(0, sorted_keys).view(-1, chunk, D) for t in (k, v))
+    place = torch.arange(len(k), dtype=torch.int32, device=k.device)  # of the sorted keys, in this and earlier rounds
+    places = [into_blocks(each, chunk, -1) for each in (place, *(unsort(o.keys, place)[order.keys] for o in earlier))]
     # The padding query N sees no key.
-    ranges = [(F.pad(each.first, (0, 1)), F.pad(each.last, (0, 1))) for each in rounds]
-    size = min(CHUNK_QUERIES, chunk, max(1, N))
-    all_chunks, all_blocks = group_queries(order, chunk, size)
-    within = torch.arange(-chunk, chunk, device=q.device)
-    count = max(1, SLICE_SCORES // (2 * chunk * size))
-    for queries, block in zip(all_chunks.split(count), all_blocks.split(count), strict=True):
-        blocks = torch.stack([block, block + 1], dim=1)  # block - 1 and block, after the block of zeros
-        place = (block.unsqueeze(1) * chunk + within).unsqueeze(1)  # (c, 1, 2 chunk)
-        first, last = (bound[queries].unsqueeze(2) for bound in ranges[-1])  # (c, s, 1)
-        hidden = (place < first) | (place >= last)
-        for other, (other_first, other_last) in zip(places, ranges[:-1], strict=True):
-            place = other[blocks].flatten(1).unsqueeze(1)
-            hidden |= (place >= other_first[queries].unsqueeze(2)) & (place < other_last[queries].unsqueeze(2))
-        part = keys[blocks].flatten(1, 2)
-        scores = (q[queries].float() * scale) @ part.float().mT
-        yield Slice(queries, blocks, scores.masked_fill_(hidden, float("-inf")), part, values[blocks].flatten(1, 2))
+    ranges = [(F.pad(each.first, (0, 1)), F.pad(each.last, (0, 1))) for each in (order, *earlier)]
+    hide = torch.finfo(q.dtype).min / 2  # not -inf, with which the softmax of a query that sees no key would be NaN
+    begin, count = 0, max(1, SLICE_SCORES // (2 * chunk * size))
+    for block in groups.blocks.split(count):
+        part = slice(begin, begin + len(block) * size)
+        begin, queries = part.stop, groups.queries[part]
+        pairs = torch.stack([block, block + 1], dim=1).flatten()  # block - 1 and block, after the block of padding
+        # Integer arithmetic instead of comparisons, which take several times as long on a CPU
+        inside = []  # for each round, (c, s, 2 chunk): not negative if the range of the query contains the key
+        for each, (first, last) in zip(places, ranges, strict=True):
+            key = each.index_select(0, pairs).view(-1, 1, 2 * chunk)
+            low, high = (bound.index_select(0, queries).view(-1, size, 1) for bound in (first, last))
+            distance = key - low
+            inside.append(torch.minimum(distance, (high - 1) - key, out=distance))
+        seen = inside[0]
+        for again in inside[1:]:
+            torch.minimum(seen, again.bitwise_not_(), out=seen)
+        bias = seen.clamp_(-1, 0).to(q.dtype).mul_(-hide)
+        queries = queries.clamp(max=N - 1)
+        part_k, part_v = (t.index_select(0, pairs).view(-1, 2 * chunk, D) for t in (keys, values))
+        yield Part(part, queries, pairs, q.index_select(0, queries).view(-1, size, D), part_k, part_v, bias)
 
 
-# A custom operator, because torch.compile treats it as a single operation: the number of chunks depends on the data.
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the attention (c, s, D) of q (c, s, D), k and v (c, n, D), and the log of softmax's denominator (c, s).
+
+    bias (c, s, n) is added to the scores.
+    """
+    if q.device.type == "cpu":  # the kernel of F.scaled_dot_product_attention, which returns the first result only
+        y, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(t.unsqueeze(1) for t in (q, k, v)), attn_mask=bias.unsqueeze(1)
+        )
+        return y.squeeze(1), log_total.squeeze(1)
+    scores = (q.float() / math.sqrt(q.size(2))) @ k.float().mT + bias
+    log_total = scores.logsumexp(dim=-1)
+    return scores.sub_(log_total.unsqueeze(2)).exp_().to(v.dtype) @ v, log_total
+
+
+def attend_gradients(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients with respect to q, k and v, for keys that are a part of those that the queries attend to.
+
+    y (c, s, D) and log_total (c, s) are of all these keys, and the rest as in `attend`.
+    """
+    if q.device.type == "cpu":
+        inputs = (t.unsqueeze(1) for t in (dy, q, k, v, y, log_total))
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *inputs, 0.0, False, attn_mask=bias.unsqueeze(1)
+        )
+        return dq.squeeze(1), dk.squeeze(1), dv.squeeze(1)
+    scale = 1 / math.sqrt(q.size(2))
+    weights = ((q.float() * scale) @ k.float().mT + bias).sub_(log_total.unsqueeze(2)).exp_()
+    mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)  # of the weights' gradients, with these weights
+    dscores = (dy @ v.mT).float().sub_(mean).mul_(weights).mul_(scale).to(q.dtype)
+    return dscores @ k, dscores.mT @ q, weights.to(q.dtype).mT @ dy
+
+
+# A custom operator, because torch.compile treats it as a single operation: the number of groups depends on the data.
 @torch.library.custom_op("gpt2::lsh_attention", mutates_args=())
 def lsh_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, buckets: int, rounds: int, chunk: int, layer: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the result (B, H, T, D) of LSH attention, and what its backward pass needs.
 
-    These are the log of softmax's denominator (N,), and for each round the sorted keys (rounds, M) and the first and
-    last one (rounds, N) that a query sees. keep (B, S) is False for a key that is padding.
+    These are the log of softmax's denominator (N,), and the four fields of all rounds: keys (rounds, M), queries,
+    first and last (rounds, N). keep (B, S) is False for a key that is padding.
     """
     (_, _, T, D), S = q.shape, k.size(2)
     chunk = min(chunk, S)
     with torch.autocast(q.device.type, enabled=False):
-        orders = []
+        flat = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+        # The result so far, and the log of its denominator. They begin with a query's own key.
+        y = v[:, :, S - T :].flatten(0, 2).to(torch.float32, copy=True)
+        log_total = (q.float() * k[:, :, S - T :]).sum(dim=-1).flatten() / math.sqrt(D)
+        orders: list[Round] = []
         for rotation in rotations(buckets, rounds, layer, D, q.device):
             q_bucket, k_bucket = find_buckets(q, rotation), find_buckets(k, rotation)
             if keep is not None:
                 k_bucket = k_bucket.masked_fill(~keep.unsqueeze(1), buckets)  # a bucket that no query is in
-            orders.append(sort_keys(q_bucket.flatten(0, 1), k_bucket.flatten(0, 1), buckets, chunk))
-        own_k, own_v = k[:, :, S - T :], v[:, :, S - T :]
-        # As in FlashAttention: the highest score so far, the sum of exp(score - highest), and the sum of the values
-        # with these weights. They begin with a query's own key. The last row of each is for the padding queries.
-        highest = F.pad(((q.float() * own_k).sum(dim=-1) / math.sqrt(D)).flatten(), (0, 1))
-        total, y = torch.ones_like(highest), F.pad(own_v.flatten(0, 2).float(), (0, 0, 0, 1))
-        flat = F.pad(q.flatten(0, 2), (0, 0, 0, 1)), k.flatten(0, 2), v.flatten(0, 2)
-        for r in range(rounds):
-            for queries, _, scores, _, values in score_slices(*flat, orders[: r + 1], chunk):
-                new = highest[queries].maximum(scores.amax(dim=-1))  # (c, s)
-                weights = scores.sub_(new.unsqueeze(2)).exp_()
-                shrink = (highest[queries] - new).exp()
-                total[queries] = total[queries] * shrink + weights.sum(dim=-1)
-                y[queries] = y[queries] * shrink.unsqueeze(2) + weights.to(v.dtype) @ values
-                highest[queries] = new
-        result = (y / total.unsqueeze(1))[:-1].to(v.dtype).view(q.shape)
-        keys, first, last = (torch.stack(parts) for parts in zip(*orders, strict=True))
-        return result, (highest + total.log())[:-1], keys, first, last
+            orders.append(sort_round(q_bucket.flatten(0, 1), k_bucket.flatten(0, 1), buckets, chunk))
+            groups = group_queries(orders[-1], chunk)
+            round_y, round_total = y.new_empty(len(groups.queries), D), y.new_empty(len(groups.queries))
+            for part in split_groups(*flat, orders, groups, chunk):
+                part_y, part_total = attend(part.q, part.k, part.v, part.bias)
+                round_y[part.places], round_total[part.places] = part_y.flatten(0, 1), part_total.flatten()
+            # Join two softmaxes over different keys, as FlashAttention does.
+            round_total = round_total.index_select(0, groups.places)
+            y.lerp_(round_y.index_select(0, groups.places), (round_total - log_total).sigmoid_().unsqueeze(1))
+            log_total = torch.logaddexp(log_total, round_total)
+        keys, queries, first, last = (torch.stack(parts) for parts in zip(*orders, strict=True))
+        return y.to(v.dtype).view(q.shape), log_total, keys, queries, first, last
 
 
 @torch.library.custom_op("gpt2::lsh_attention_gradients", mutates_args=())
 def lsh_attention_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor,
-    keys: Tensor, first: Tensor, last: Tensor, chunk: int,
+    keys: Tensor, queries: Tensor, first: Tensor, last: Tensor, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients with respect to q, k and v, given that of the output and what `lsh_attention` returned."""
     (_, _, T, D), S = q.shape, k.size(2)
     chunk, scale = min(chunk, S), 1 / math.sqrt(D)
-    orders = [Round(*parts) for parts in zip(keys, first, last, strict=True)]
+    orders = [Round(*fields) for fields in zip(keys, queries, first, last, strict=True)]
+    # A query's own key
     own_q, own_k, own_v, own_dy = (t.flatten(0, 2).float() for t in (q, k[:, :, S - T :], v[:, :, S - T :], dy))
     mean = (own_dy * y.flatten(0, 2)).sum(dim=-1)  # the mean of the weights' gradients, with the weights
-    # A query's own key
     weight = ((own_q * own_k).sum(dim=-1) * scale - log_total).exp()
     dscore = (weight * ((own_dy * own_v).sum(dim=-1) - mean) * scale).unsqueeze(1)
-    dq = F.pad(dscore * own_k, (0, 0, 0, 1))
+    dq = dscore * own_k
     dk, dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     dk[:, :, S - T :] = (dscore * own_q).view(q.shape)
     dv[:, :, S - T :] = (weight.unsqueeze(1) * own_dy).view(q.shape)
     dk, dv = dk.flatten(0, 2), dv.flatten(0, 2)
     # The keys of the rounds
-    flat = F.pad(q.flatten(0, 2), (0, 0, 0, 1)), k.flatten(0, 2), v.flatten(0, 2)
-    dy, log_total, mean = F.pad(dy.flatten(0, 2), (0, 0, 0, 1)), F.pad(log_total, (0, 1)), F.pad(mean, (0, 1))
+    flat_dy, flat_q, flat_k, flat_v, flat_y = (t.flatten(0, 2) for t in (dy, q, k, v, y))
     for r, order in enumerate(orders):
-        dk_blocks, dv_blocks = (into_blocks(torch.zeros_like(dk), chunk) for _ in range(2))
-        for queries, blocks, scores, part, values in score_slices(*flat, orders[: r + 1], chunk):
-            weights = scores.sub_(log_total[queries].unsqueeze(2)).exp_()
-            part_dy = dy[queries]  # (c, s, D)
-            dscores = (part_dy @ values.mT).float().sub_(mean[queries].unsqueeze(2)).mul_(weights).mul_(scale)
-            weights, dscores = weights.to(q.dtype), dscores.to(q.dtype)
-            dq[queries] += dscores @ part
-            for total, gradient in ((dk_blocks, dscores.mT @ flat[0][queries]), (dv_blocks, weights.mT @ part_dy)):
-                total.index_add_(0, blocks.flatten(), gradient.float().unflatten(1, (2, chunk)).flatten(0, 1))
-        dk[order.keys] += dk_blocks.flatten(0, 1)[chunk : chunk + len(dk)]
-        dv[order.keys] += dv_blocks.flatten(0, 1)[chunk : chunk + len(dv)]
-    return dq[:-1].view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+        groups = group_queries(order, chunk)
+        round_dq = dq.new_empty(len(groups.queries), D)
+        blocks = [dk.new_zeros(1 + math.ceil(len(dk) / chunk), chunk, D) for _ in range(2)]
+        for part in split_groups(flat_q, flat_k, flat_v, orders[: r + 1], groups, chunk):
+            part_dy, part_y = (t.index_select(0, part.queries).view(part.q.shape) for t in (flat_dy, flat_y))
+            part_total = log_total.index_select(0, part.queries).view(part.q.shape[:2])
+            part_dq, *parts = attend_gradients(part_dy, part.q, part.k, part.v, part_y, part_total, part.bias)
+            round_dq[part.places] = part_dq.flatten(0, 1)
+            for total, gradient in zip(blocks, parts, strict=True):
+                total.index_add_(0, part.pairs, gradient.float().view(-1, chunk, D))
+        dq += round_dq.index_select(0, groups.places)
+        place = unsort(order.keys, torch.arange(chunk, chunk + len(dk), device=dk.device))
+        dk += blocks[0].flatten(0, 1).index_select(0, place)
+        dv += blocks[1].flatten(0, 1).index_select(0, place)
+    return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
 
 @lsh_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, buckets: int, rounds: int, chunk: int, layer: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_queries, n_keys = q.shape[:-1].numel(), k.shape[:-1].numel()
-    keys, ranges = (q.new_empty(rounds, n, dtype=torch.long) for n in (n_keys, n_queries))
-    log_total = q.new_empty(n_queries, dtype=torch.float32)
-    return v.new_empty(q.shape), log_total, keys, ranges, torch.empty_like(ranges)
+    keys, queries = (q.new_empty(rounds, n, dtype=torch.long) for n in (n_keys, n_queries))
+    first, last = (q.new_empty(rounds, n_queries, dtype=torch.int32) for _ in range(2))
+    return v.new_empty(q.shape), q.new_empty(n_queries, dtype=torch.float32), keys, queries, first, last
 
 
 @lsh_attention_gradients.register_fake

@@ -8,9 +8,18 @@ from torch.nn import functional as F
 
 from kernels import long_attention
 from kernels.attention import plain_causal_attention
-from kernels.long_attention import LSH, Window, find_buckets, lsh_attention, rotations
+from kernels.long_attention import LSH, Window, factors, find_buckets, lsh_attention, rotations
 
-PATTERNS = [Window(1), Window(7), Window(64), LSH(1, 2, 10, 0), LSH(4, 1, 9, 0), LSH(8, 3, 5, 1), LSH(4, 2, 200, 2)]
+PATTERNS = [
+    Window(1),
+    Window(7),
+    Window(64),
+    LSH(1, 2, 10, 0),
+    LSH(4, 1, 9, 0),
+    LSH(8, 3, 5, 1),
+    LSH(4, 2, 200, 2),
+    LSH(132, 2, 9, 0),
+]
 # Queries, keys, and the first key of the second sequence that is not padding
 SHAPES = [(1, 1, 0), (50, 50, 0), (64, 64, 0), (13, 50, 0), (1, 50, 0), (50, 50, 11), (13, 50, 11)]
 
@@ -60,17 +69,18 @@ def test_a_window_or_bucket_over_the_sequence_is_full_attention(pattern):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("T", [16, 50])
-def test_the_plain_form_of_lsh_is_its_definition(T):
+@pytest.mark.parametrize(("T", "buckets"), [(16, 6), (50, 6), (50, 132)])
+def test_the_plain_form_of_lsh_is_its_definition(T, buckets):
     """Token by token: itself, and in each round the last keys before it in the bucket of its query."""
-    lsh = LSH(buckets=6, rounds=2, chunk=4, layer=3)
+    lsh = LSH(buckets, rounds=2, chunk=4, layer=3)
     q, k, *_ = random_inputs(T, T)
     seen = lsh.mask(q, k, None)
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(T)).tolist():
         expected = {i}
-        for rotation in rotations(6, 2, 3, 16, q.device):
-            products = [torch.cat([x @ rotation, -x @ rotation]) for x in (q[b, h, i], *k[b, h, :i])]
-            bucket, *others = (int(p.argmax()) for p in products)
+        for rotation in rotations(buckets, 2, 3, 16, q.device):
+            bucket, *others = (
+                [int(torch.cat([x @ r, -x @ r]).argmax()) for r in rotation] for x in (q[b, h, i], *k[b, h, :i])
+            )
             expected.update([j for j, other in enumerate(others) if other == bucket][-4:])
         assert set(seen[b, h, i].nonzero().flatten().tolist()) == expected
 
@@ -103,7 +113,7 @@ def test_equals_the_reformer_of_transformers():
     for seed in range(1000):
         torch.manual_seed(seed)
         rotation = torch.randn(1, D, rounds, 4).permute(0, 2, 1, 3)[0]
-        buckets = [find_buckets(x, r) for r in rotation]
+        buckets = [find_buckets(x, [r]) for r in rotation]
         if all(len(set(zip(cluster.tolist(), b.tolist(), strict=True))) == len(b.unique()) == 4 for b in buckets):
             break
     config = ReformerConfig(
@@ -117,7 +127,7 @@ def test_equals_the_reformer_of_transformers():
     q, k = x[None, None], F.normalize(x, dim=-1)[None, None] * math.sqrt(D)
     v = theirs.value(x)[None, None].detach()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_attention, "rotations", lambda *_: rotation)
+        patch.setattr(long_attention, "rotations", lambda *_: [[r] for r in rotation])
         y, log_total, *_ = lsh_attention(q, k, v, None, 8, rounds, chunk, 0)
     own = ((q * k).sum(dim=-1) / math.sqrt(D) - log_total.view(1, 1, T)).exp().unsqueeze(-1)  # weight of a token itself
     others = own[0, 0, :, 0] < 0.999  # the first token of a cluster sees only itself
@@ -129,13 +139,24 @@ def test_hashes_are_constants_that_differ_between_layers_and_rounds():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     rotations.cache_clear()
-    first = rotations(8, 2, 0, 4, torch.device("cpu"))
+    [(first,), (second,)] = rotations(8, 2, 0, 4, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     rotations.cache_clear()
-    assert torch.equal(first, rotations(8, 2, 0, 4, torch.device("cpu")))
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, rotations(8, 2, 1, 4, torch.device("cpu")))
+    assert torch.equal(first, rotations(8, 2, 0, 4, torch.device("cpu"))[0][0])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, rotations(8, 2, 1, 4, torch.device("cpu"))[0][0])
+
+
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [(1, []), (6, [6]), (128, [128]), (130, [130]), (132, [6, 22]), (1024, [32, 32]), (2048, [32, 64])],
+)
+def test_a_hash_into_many_buckets_is_made_of_two(buckets, expected):
+    assert factors(buckets) == expected
+    found = find_buckets(torch.randn(20000, 64), rotations(buckets, 1, 0, 64, torch.device("cpu"))[0])
+    assert 0 <= found.min() <= found.max() < buckets
+    assert len(found.unique()) > buckets * 0.9
 
 
 @pytest.mark.parametrize("pattern", [Window(7), LSH(4, 2, 8, 0)], ids=str)
