@@ -190,8 +190,7 @@ def bench_attention(peers: dict[str, str], runs: int, device: str) -> list[dict[
     tables = []
     for tokens in ATTENTION_TOKENS:
         contestants = {name: Call("benchmarks.ours.attention", "train", (name, tokens)) for name in ATTENTIONS}
-        # A pass with full attention over the longest sequence takes most of a minute: it has no warm-up.
-        results = compare(contestants, runs, warm_up=int(tokens < max(ATTENTION_TOKENS)))
+        results = compare(contestants, runs, warm_up=1)
         for name, result in results.items():
             ratio = results["full"]["seconds"] / result["seconds"]
             cells = f"{result['seconds']:>10.3f}{spread(result):>9.0%}{result['peak_memory'] / 2**20:>10,.0f}"

@@ -221,7 +221,7 @@ def group_queries(order: Round, chunk: int) -> Groups:
 
 
 def into_blocks(sorted_keys: Tensor, chunk: int, fill: int) -> Tensor:
-    """Return blocks (1 + ceil(M / chunk), chunk) of a tensor (M,). The first block and the end of the last are `fill`."""
+    """Return blocks (1 + ceil(M / chunk), chunk) of a tensor (M,), the first block and the end of the last `fill`."""
     return F.pad(sorted_keys, (chunk, -len(sorted_keys) % chunk), value=fill).unflatten(0, (-1, chunk))
 
 
@@ -234,9 +234,7 @@ class Part(NamedTuple):
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
     v: Tensor
-    bias: (
-        Tensor  # (c, s, 2 chunk), added to the scores: 0 where a query sees the key, otherwise a large negative number
-    )
+    bias: Tensor  # (c, s, 2 chunk), added to the scores: 0 where a query sees the key, otherwise hugely negative
 
 
 def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
@@ -259,7 +257,7 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
         begin, queries = part.stop, groups.queries[part]
         pairs = torch.stack([block, block + 1], dim=1).flatten()  # block - 1 and block, after the block of padding
         # Integer arithmetic instead of comparisons, which take several times as long on a CPU
-        inside = []  # for each round, (c, s, 2 chunk): not negative if the range of the query contains the key
+        inside = []  # for each round, (c, s, 2 chunk): negative where the range of the query does not have the key
         for each, (first, last) in zip(places, ranges, strict=True):
             key = each.index_select(0, pairs).view(-1, 1, 2 * chunk)
             low, high = (bound.index_select(0, queries).view(-1, size, 1) for bound in (first, last))
@@ -267,7 +265,7 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
             inside.append(torch.minimum(distance, (high - 1) - key, out=distance))
         seen = inside[0]
         for again in inside[1:]:
-            torch.minimum(seen, again.bitwise_not_(), out=seen)
+            torch.minimum(seen, again.bitwise_not_(), out=seen)  # ~n is negative if n is not
         bias = seen.clamp_(-1, 0).to(q.dtype).mul_(-hide)
         queries = queries.clamp(max=N - 1)
         part_k, part_v = (t.index_select(0, pairs).view(-1, 2 * chunk, D) for t in (keys, values))
@@ -279,11 +277,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
     bias (c, s, n) is added to the scores.
     """
-    if q.device.type == "cpu":  # the kernel of F.scaled_dot_product_attention, which returns the first result only
-        y, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(t.unsqueeze(1) for t in (q, k, v)), attn_mask=bias.unsqueeze(1)
-        )
-        return y.squeeze(1), log_total.squeeze(1)
+    if q.device.type != "cpu":
+        return plain_attend(q, k, v, bias)
+    # The kernel of F.scaled_dot_product_attention, which itself returns the first result only
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(t.unsqueeze(1) for t in (q, k, v)), attn_mask=bias.unsqueeze(1)
+    )
+    return found[0].squeeze(1), found[1].squeeze(1)
+
+
+def plain_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     scores = (q.float() / math.sqrt(q.size(2))) @ k.float().mT + bias
     log_total = scores.logsumexp(dim=-1)
     return scores.sub_(log_total.unsqueeze(2)).exp_().to(v.dtype) @ v, log_total
@@ -291,20 +294,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 def attend_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to q, k and v, for keys that are a part of those that the queries attend to.
+) -> tuple[Tensor, ...]:
+    """Return the gradients with respect to q, k and v, where k and v are a part of what the queries attend to.
 
-    y (c, s, D) and log_total (c, s) are of all these keys, and the rest as in `attend`.
+    y (c, s, D) and log_total (c, s) are the results for all of it. The rest is as in `attend`.
     """
-    if q.device.type == "cpu":
-        inputs = (t.unsqueeze(1) for t in (dy, q, k, v, y, log_total))
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, 0.0, False, attn_mask=bias.unsqueeze(1)
-        )
-        return dq.squeeze(1), dk.squeeze(1), dv.squeeze(1)
+    if q.device.type != "cpu":
+        return plain_attend_gradients(dy, q, k, v, y, log_total, bias)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(t.unsqueeze(1) for t in (dy, q, k, v, y, log_total)), 0.0, False, attn_mask=bias.unsqueeze(1)
+    )
+    return tuple(gradient.squeeze(1) for gradient in found)
+
+
+def plain_attend_gradients(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
     scale = 1 / math.sqrt(q.size(2))
     weights = ((q.float() * scale) @ k.float().mT + bias).sub_(log_total.unsqueeze(2)).exp_()
-    mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)  # of the weights' gradients, with these weights
+    mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)  # the mean of the weights' gradients, with the weights
     dscores = (dy @ v.mT).float().sub_(mean).mul_(weights).mul_(scale).to(q.dtype)
     return dscores @ k, dscores.mT @ q, weights.to(q.dtype).mT @ dy
 

@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor
 
-from command import CommandParser, at_least_one
+from command import CommandParser, at_least_one, ending
 from kernels.loss import IGNORE_INDEX
 from model import GPT, GPTConfig
 from training.config import Optim
@@ -53,17 +53,38 @@ def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return output.loss, right[targets != IGNORE_INDEX].float().mean()
 
 
-def train(attention: str, length: int, steps: int) -> tuple[float, float]:
-    """Train a model, one sequence a step. Return loss and accuracy of the answers in four new sequences."""
-    torch.manual_seed(1337)
+def share_keys(model: GPT) -> None:
+    """Make the keys equal to the queries, as in the Reformer, and keep them so: both get the sum of their gradients."""
+
+    def add(gradient: Tensor) -> Tensor:
+        query, key, value = gradient.chunk(3)
+        return torch.cat([query + key, query + key, value])
+
+    for name in ("weight", "bias"):
+        parameter = model.get_parameter(f"transformer.h.0.attn.c_attn.{name}")
+        query, key, _ = parameter.detach().chunk(3)
+        key.copy_(query)
+        parameter.register_hook(add)
+
+
+def make_model(attention: str, length: int, buckets: int, rounds: int, shared: bool) -> GPT:
+    """Return a model with one layer of one head, of which only this layer is trained."""
     vocab_size = SYMBOLS + 1 + length // 2 // COPIES
-    model = GPT(GPTConfig(vocab_size, length, n_layer=1, n_head=1, n_embd=64, attention=attention))
+    config = GPTConfig(vocab_size, length, 1, 1, 64, attention=attention, lsh_buckets=buckets, lsh_rounds=rounds)
+    model = GPT(config)
     # What is to be learned is where to look. So the embeddings stay random vectors, and there are no positions.
     model.freeze()
     with torch.no_grad():
         model.transformer.wte.weight.mul_(10)
         model.transformer.wpe.weight.zero_()
         model.get_parameter("transformer.h.0.attn.c_attn.weight").mul_(4)
+    if shared:
+        share_keys(model)
+    return model
+
+
+def train(model: GPT, steps: int) -> tuple[float, float]:
+    """Train on one sequence a step. Return loss and accuracy of the answers in four new sequences."""
     optimizers = make_optimizers(model, Optim(name="muon", lr=0.003, weight_decay=0.0))
     generator = torch.Generator().manual_seed(1337)
     for step in range(1, steps + 1):
@@ -72,7 +93,7 @@ def train(attention: str, length: int, steps: int) -> tuple[float, float]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 25 == 0:
             print(f"  step {step:>4}  loss {loss.item():.4f}  right {right.item():.1%}", flush=True)
     model.eval()
     with torch.no_grad():
@@ -88,16 +109,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("attention", nargs="+", choices=("full", "window", "lsh"), help="kinds of attention")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="sequences to train on (default: %(default)s)")
+    parser.add_argument("--buckets", type=int, default=64, help="lsh_buckets (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="lsh_rounds (default: %(default)s)")
+    parser.add_argument("--shared", action="store_true", help="keys are equal to queries, as in the Reformer")
     args = parser.parse_args(arguments)
-    at_least_one(parser, args, "length", "steps")
+    at_least_one(parser, args, "length", "steps", "rounds")
     if args.length % (2 * COPIES):
         parser.error(f"--length {args.length} must be divisible by {2 * COPIES}: {COPIES} copies of each place")
     print(f"one of the {USED} symbols of a sequence at random: loss {math.log(USED):.4f}, right {1 / USED:.1%}")
     for attention in args.attention:
-        began = time.perf_counter()
-        loss, right = train(attention, args.length, args.steps)
-        seconds = (time.perf_counter() - began) / args.steps
-        print(f"{attention:<8}loss {loss:.4f}  right {right:.1%}  {seconds:.2f} s a step", flush=True)
+        torch.manual_seed(1337)
+        with ending(parser):
+            model = make_model(attention, args.length, args.buckets, args.rounds, args.shared)
+        began = time.process_time()
+        loss, right = train(model, args.steps)
+        seconds = (time.process_time() - began) / args.steps
+        print(f"{attention:<8}loss {loss:.4f}  right {right:.1%}  {seconds:.2f} CPU seconds a step", flush=True)
 
 
 if __name__ == "__main__":

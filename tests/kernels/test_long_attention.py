@@ -8,7 +8,18 @@ from torch.nn import functional as F
 
 from kernels import long_attention
 from kernels.attention import plain_causal_attention
-from kernels.long_attention import LSH, Window, factors, find_buckets, lsh_attention, rotations
+from kernels.long_attention import (
+    LSH,
+    Window,
+    attend,
+    attend_gradients,
+    factors,
+    find_buckets,
+    lsh_attention,
+    plain_attend,
+    plain_attend_gradients,
+    rotations,
+)
 
 PATTERNS = [
     Window(1),
@@ -57,6 +68,23 @@ def test_results_and_gradients_equal_the_plain_form(pattern, shape, monkeypatch)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     gradients = (torch.autograd.grad(y, qkv, dy) for y in (found, expected))
     for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_groups_are_attended_to_in_the_same_way_on_a_gpu():
+    """There the plain forms run, which must equal the fused ones also for a query that sees no key."""
+    torch.manual_seed(0)
+    q, k, v, dy = (torch.randn(5, n, 16) for n in (7, 12, 12, 7))
+    bias = torch.where(torch.rand(5, 7, 12) < 0.5, 0.0, torch.finfo(torch.float32).min / 2)
+    bias[0, 0] = torch.finfo(torch.float32).min / 2
+    y, log_total = attend(q, k, v, bias)
+    plain_y, plain_total = plain_attend(q, k, v, bias)
+    torch.testing.assert_close(y, plain_y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log_total, plain_total, atol=1e-5, rtol=1e-5)
+    total = log_total.clamp(min=0) + 1  # more than these keys have: there are others
+    for one, other in zip(
+        *(f(dy, q, k, v, y, total, bias) for f in (attend_gradients, plain_attend_gradients)), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 

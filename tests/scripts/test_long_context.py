@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.loss import IGNORE_INDEX
-from scripts.long_context import COPIES, SYMBOLS, main, make_sequence
+from scripts.long_context import COPIES, SYMBOLS, main, make_model, make_sequence, train
 
 
 def test_each_answer_is_the_symbol_that_the_table_has_at_the_place():
@@ -22,7 +22,25 @@ def test_the_command_reports_loss_and_accuracy_of_each_kind(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["full", "window", "lsh"]
 
 
-def test_a_length_that_does_not_fit(capsys):
+def test_shared_keys_stay_equal_to_the_queries():
+    torch.manual_seed(0)
+    models = [make_model("full", 64, buckets=64, rounds=2, shared=shared) for shared in (False, True)]
+    for model in models:
+        train(model, steps=3)
+    layers = [model.transformer.h[0].attn.c_attn for model in models]
+    equal = [[torch.equal(*p.chunk(3)[:2]) for p in (layer.weight, layer.bias)] for layer in layers]
+    assert equal == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "48"], "--length 48 must be divisible by 32"),
+        (["--buckets", "3"], "lsh_buckets must be 1 or even, got 3"),
+        (["--rounds", "0"], "--rounds"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        main(["full", "--length", "48"])
-    assert "--length 48 must be divisible by 32" in capsys.readouterr().err
+        main(["full", *arguments])
+    assert message in capsys.readouterr().err
