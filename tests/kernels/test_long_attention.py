@@ -187,6 +187,16 @@ def test_a_hash_into_many_buckets_is_made_of_two(buckets, expected):
     assert len(found.unique()) > buckets * 0.9
 
 
+def test_two_small_hashes_find_a_little_less_than_a_large_one():
+    """The figures of docs/long-context.md: how often vectors with a cosine of 0.8 share one of 1,024 buckets."""
+    torch.manual_seed(0)
+    x, other = (F.normalize(torch.randn(20000, 64), dim=1) for _ in range(2))
+    y = 0.8 * x + 0.6 * F.normalize(other - (x * other).sum(dim=1, keepdim=True) * x, dim=1)
+    single, double = [torch.randn(64, 512)], [torch.randn(64, 16), torch.randn(64, 16)]
+    found = [(find_buckets(x, r) == find_buckets(y, r)).float().mean().item() for r in (single, double)]
+    assert found == pytest.approx([0.22, 0.16], abs=0.01)
+
+
 @pytest.mark.parametrize("pattern", [Window(7), LSH(4, 2, 8, 0)], ids=str)
 def test_both_compile_to_one_graph(pattern):
     *qkv, dy = random_inputs(40, 40)
