@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from benchmarks.workload import ATTENTIONS
 from command import CommandParser, ending
 
 
-def draw(tables: list[dict[str, Any]], path: Path) -> None:
-    """Draw seconds and peak memory of each kind of attention against the number of tokens, and write a PNG file."""
+def draw(tables: list[dict[str, Any]]) -> Figure:
+    """Draw seconds and peak memory of each kind of attention against the number of tokens."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = [
         ("seconds", 1.0, "seconds, forward and backward"),
@@ -30,9 +31,12 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
         ticks = [table["tokens"] for table in tables]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
+        # By default only the powers of ten have numbers, of which there may be none.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(
                 f"{args.results} has no results of bench.py attention: write them with `bench.py attention --json FILE`"
             )
-        draw(tables, args.png)
+        draw(tables).savefig(args.png, dpi=100)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 HASH_SEED = 2020  # the hashes are constants of the architecture: equal in every run, process and attempt
 MOST_DIRECTIONS = 64  # a hash with more random vectors than this is made of two smaller ones
 CHUNK_QUERIES = 64  # queries that share two blocks of keys. Fewer: smaller products. More: more padding
-SLICE_SCORES = 2**18  # attention scores that are computed in one call
+# Attention scores that are computed in one call: on a CPU, as many as fit into its cache with their queries and keys
+CPU_SCORES, GPU_SCORES = 2**18, 2**22
 
 
 class Window(NamedTuple):
@@ -155,7 +156,7 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
     buckets = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
     for directions in rotation:
         half = directions.size(1)
-        rows = max(1, SLICE_SCORES // half)
+        rows = max(1, CPU_SCORES // half)
         for part, vectors in zip(buckets.view(-1).split(rows), x.detach().flatten(0, -2).split(rows), strict=True):
             products = vectors.float() @ directions
             (high, positive), (low, negative) = products.max(dim=1), products.min(dim=1)
@@ -251,7 +252,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     # The padding query N sees no key.
     ranges = [(F.pad(each.first, (0, 1)), F.pad(each.last, (0, 1))) for each in (order, *earlier)]
     hide = torch.finfo(q.dtype).min / 2  # not -inf, with which the softmax of a query that sees no key would be NaN
-    begin, count = 0, max(1, SLICE_SCORES // (2 * chunk * size))
+    scores = CPU_SCORES if q.device.type == "cpu" else GPU_SCORES
+    begin, count = 0, max(1, scores // (2 * chunk * size))
     for block in groups.blocks.split(count):
         part = slice(begin, begin + len(block) * size)
         begin, queries = part.stop, groups.queries[part]

@@ -60,7 +60,7 @@ def plain(pattern, q, k, v, mask):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_results_and_gradients_equal_the_plain_form(pattern, shape, monkeypatch):
-    monkeypatch.setattr(long_attention, "SLICE_SCORES", 100)  # several slices, of blocks of a few queries
+    monkeypatch.setattr(long_attention, "CPU_SCORES", 100)  # several slices, of blocks of a few queries
     monkeypatch.setattr(long_attention, "CHUNK_QUERIES", 3)
     *qkv, dy = random_inputs(*shape[:2])
     mask = make_mask(*shape)
