@@ -1,4 +1,4 @@
-"""Measure the speed of this repository beside other implementations, as ratios on one machine.
+"""Compare the speed of this repository with that of other implementations on one machine, as ratios.
 
     python bench.py train --peer transformers --peer nanogpt=../nanoGPT
     python bench.py decode --peer transformers
@@ -10,7 +10,7 @@
 
 Each contestant runs in a process of its own. The contestants run in turn, so that changes of the machine's speed
 affect all of them, and the medians are reported. A peer that is not a package is given as a directory with a clone of
-its repository. tiktoken is always compared with. With --device cuda all contestants run on the GPU, and work that only
+its repository. tiktoken is always included. With --device cuda all contestants run on the GPU, and work that only
 a CPU does is left out.
 """
 
@@ -50,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def native_dtypes(device: str) -> list[str]:
-    """Return the precisions that the device computes in, its default first. Say so if bfloat16 is not among them."""
+    """Return the precisions that the device computes in, its default first. Print a note if bfloat16 is not among them."""
     native, name = call_in_process("benchmarks.machine", "native_dtypes", device)
     if "bfloat16" not in native:
         print(f"\n  no rows in bfloat16: this {'CPU' if device == 'cpu' else 'card'} ({name}) emulates it")
@@ -148,7 +148,7 @@ def bench_hellaswag(peers: dict[str, str], runs: int, device: str) -> list[dict[
 def bench_tokenize(
     peers: dict[str, str], runs: int, device: str, corpus: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Time the way from text to shards, for two corpora.
+    """Time `data.prepare`, from text to shards, for two corpora.
 
     One consists of the files in the directories `corpus` (default: the Python installation, /usr/share and
     /usr/include), the other of the plays of Shakespeare, repeated.
@@ -252,7 +252,7 @@ def main() -> None:
         description="Measure the speed of this repository beside other implementations, on this machine.",
     )
     parser.add_argument("what", help="the benchmark to run", choices=[*BENCHES, "all"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all contestants (default: cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of all contestants (default: cpu)")
     parser.add_argument(
         "--peer",
         action="append",
@@ -279,7 +279,7 @@ def main() -> None:
             parser.error(f"no {PEER_FILES[name]} in {directory or 'no directory'}: give the repository's, {name}=DIR")
     for directory in args.corpus or ():
         if not Path(directory).is_dir():
-            parser.error(f"--corpus {directory} is no directory")
+            parser.error(f"--corpus {directory} is not a directory")
     at_least_one(parser, args, "runs")
     if args.json and not args.json.parent.is_dir():  # now, not after all measurements
         parser.error(f"cannot write {args.json}: there is no directory {args.json.parent}")

@@ -141,7 +141,7 @@ def used_gpu() -> Any:
 
 
 def synchronize() -> None:
-    """Wait until the GPU has done all work, if this process uses one: its operations run later than their calls."""
+    """Wait until the GPU has done all work, if this process uses one: calls return before their operations have run."""
     if gpu := used_gpu():
         gpu.synchronize()
 

@@ -23,12 +23,12 @@ SAMPLE_BYTES = 20e6  # of the documents whose words are counted
 
 
 def write_files(roots: list[str], path: Path) -> tuple[float, float]:
-    """Write the text files under `roots` to a .jsonl file; return the two numbers of `write_corpus`."""
+    """Write the text files under `roots` to a .jsonl file; return what `write_corpus` returns."""
     return write_corpus(text_files(roots), path)
 
 
 def write_plays(path: Path) -> tuple[float, float]:
-    """Write PLAYS_BYTES bytes of repeated plays to a .jsonl file; return the two numbers of `write_corpus`."""
+    """Write PLAYS_BYTES bytes of repeated plays to a .jsonl file; return what `write_corpus` returns."""
     return write_corpus(repeated_plays(PLAYS_BYTES), path)
 
 

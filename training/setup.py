@@ -69,7 +69,7 @@ class TrainingRun:
 
     @property
     def lacks_validation(self) -> bool:
-        """True if a validation is due after this step and has no result yet: also after the last step of the run."""
+        """True if a validation is due after this step, or after the last step of the run, and has no result yet."""
         step, every = self.state.step, self.config.eval.every
         is_last = every > 0 and step == self.config.optim.steps
         return self.state.val_loss is None and (is_last or is_due(step, every))

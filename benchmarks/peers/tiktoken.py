@@ -1,4 +1,4 @@
-"""tiktoken on all cores, with the same writing of shards as this repository's."""
+"""tiktoken on all cores. Shards are written with this repository's code."""
 
 from __future__ import annotations
 
