@@ -50,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def native_dtypes(device: str) -> list[str]:
-    """Return the precisions that the device computes in, its default first. Print a note if bfloat16 is not among them."""
+    """Return the precisions that the device computes in, its default first. Print a note if they lack bfloat16."""
     native, name = call_in_process("benchmarks.machine", "native_dtypes", device)
     if "bfloat16" not in native:
         print(f"\n  no rows in bfloat16: this {'CPU' if device == 'cpu' else 'card'} ({name}) emulates it")
@@ -252,7 +252,9 @@ def main() -> None:
         description="Measure the speed of this repository beside other implementations, on this machine.",
     )
     parser.add_argument("what", help="the benchmark to run", choices=[*BENCHES, "all"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of all contestants (default: cpu)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="device of all contestants (default: cpu)"
+    )
     parser.add_argument(
         "--peer",
         action="append",

@@ -122,7 +122,7 @@ def test_invalid_arguments_are_reported(monkeypatch, capsys, tmp_path):
     for arguments, message in [
         (["train", "--peer", "megatron"], "unknown peer 'megatron'"),
         (["hellaswag", "--peer", f"build-nanogpt={tmp_path}"], f"no hellaswag.py in {tmp_path}"),
-        (["tokenize", "--corpus", f"{tmp_path}/none"], "is no directory"),
+        (["tokenize", "--corpus", f"{tmp_path}/none"], "is not a directory"),
         (["startup", "--runs", "0"], "--runs must be at least 1, got 0"),
         (["startup", "--json", f"{tmp_path}/none/b.json"], f"there is no directory {tmp_path}/none"),
     ]:
