@@ -281,10 +281,11 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
             )
     for name, epochs in count_epochs(config, inputs).items():
         if epochs > MAX_EPOCHS:
+            steps = int(optim.steps * MAX_EPOCHS / epochs)
+            fewer = f"optim.steps to {steps:,}" if steps > optim.warmup_steps else "data.batch_tokens and optim.steps"
             found.append(
-                f"{optim.steps:,} steps repeat {name} {epochs:.1f} times, and after about {MAX_EPOCHS} repetitions a "
-                f"text teaches little more: prepare more text, or lower optim.steps to "
-                f"{int(optim.steps * MAX_EPOCHS / epochs):,}"
+                f"{optim.steps:,} steps repeat {name} {epochs:,.1f} times, and after about {MAX_EPOCHS} repetitions a "
+                f"text teaches little more: prepare more text, or lower {fewer}"
             )
     if inputs.n_cut:
         found.append(

@@ -99,6 +99,8 @@ def test_more_than_four_epochs_give_a_warning():
     (warning,) = warnings(config, inputs_of(tokens // 5))
     assert "repeat data/fineweb-edu-10b 5.0 times" in warning
     assert "lower optim.steps to 15,258" in warning
+    (warning,) = warnings(config, inputs_of(10_000))  # not even the warm-up fits
+    assert warning.endswith("prepare more text, or lower data.batch_tokens and optim.steps")
     assert not warnings(config, inputs_of(tokens // 4 + 1))
 
 
