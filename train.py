@@ -140,12 +140,12 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
         more |= {"final_loss": final.loss, "final_bits_per_byte": final.bits_per_byte, "final_tokens": final.tokens}
     run.directory.log("val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits, **more)
     run.progress.say(f"step {state.step:>6}  validation loss {loss:.4f}, {bits:.4f} bits per byte")
-    if final is not None:
+    for name, part_loss in parts.items():
+        run.progress.say(f"             {name}: {part_loss:.4f}")
+    if final is not None and final.tokens > result.loss.tokens:
         run.progress.say(
             f"             on {final.tokens:,} tokens: {final.loss:.4f}, {final.bits_per_byte:.4f} bits per byte"
         )
-    for name, part_loss in parts.items():
-        run.progress.say(f"             {name}: {part_loss:.4f}")
     run.progress.show_sample(result.texts)
     if (answers := result.hellaswag) is not None:
         run.directory.log("hellaswag", state.step, tokens=tokens, **answers)

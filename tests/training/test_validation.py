@@ -51,6 +51,8 @@ def test_the_last_validation_also_scores_final_tokens_and_changes_nothing_else(t
     assert (
         f"on {n:,} tokens: {last['final_loss']:.4f}, {last['final_bits_per_byte']:.4f} bits" in capsys.readouterr().out
     )
+    train(tiny_run("short", **options | {"eval.tokens": n, "eval.final_tokens": n + 1}))  # the split has no more tokens
+    assert "tokens: " not in capsys.readouterr().out
     rows = [row for row in read_run_log(run, "both").evaluations if row["task"] == "validation"]
     assert [row["value"] for row in rows] == [last["loss"], last["final_loss"]]
     assert [f" {count:,} tokens" in row["convention"] for count, row in zip((70, n), rows, strict=True)] == [True] * 2
