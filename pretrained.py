@@ -23,7 +23,8 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     `choose_checkpoint`), which is named on stderr. Any other value is returned unchanged.
 
     Raises:
-        FileNotFoundError: there is no run, the run does not exist, or it has no such checkpoint.
+        FileNotFoundError: there is no run, the run does not exist, or it has no such checkpoint; or a directory is not
+            a model, but holds runs or checkpoints.
         ValueError: the checkpoint is damaged, or `checkpoint` is given and the model is not a run.
     """
     if name_or_dir is None:
