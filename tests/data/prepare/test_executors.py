@@ -34,17 +34,17 @@ def corpus(documents, tmp_path):
     return folder
 
 
-def kill_tasks(main: subprocess.Popen, times: int) -> list[int]:
-    """Send SIGKILL to tasks of a running command, `times` in all. Returns the list of what was killed."""
-    killed: list[int] = []
+def kill_tasks(main: subprocess.Popen, times: int) -> list[str]:
+    """Send SIGKILL to `times` different tasks of a running command, once to each. Returns the parts they prepared."""
+    killed: list[str] = []
     chosen = random.Random(0)
     while main.poll() is None and len(killed) < times:
         for child in psutil.Process(main.pid).children(recursive=True):
             try:
-                is_task = "--part" in child.cmdline() and child.pid not in killed
-                if is_task and len(killed) < times and chosen.random() < 0.3:
+                _, option, part = " ".join(child.cmdline()).partition("--part ")
+                if option and part not in killed and len(killed) < times and chosen.random() < 0.3:
                     child.send_signal(signal.SIGKILL)
-                    killed.append(child.pid)
+                    killed.append(part)
             except psutil.Error:  # it has ended
                 continue
         time.sleep(0.1)
@@ -82,10 +82,10 @@ def test_missing_packages_and_options_are_named(refused, corpus, tmp_path, monke
     assert "--executor slurm needs the name of a partition: --slurm-partition NAME" in message
 
 
-def run_with_kills(arguments: list[object], kills: int) -> tuple[subprocess.CompletedProcess[str], list[int]]:
+def run_with_kills(arguments: list[object], kills: int) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     command = [sys.executable, "-m", "data.prepare", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    killed: list[int] = []
+    killed: list[str] = []
     thread = threading.Thread(target=lambda: killed.extend(kill_tasks(process, kills)))
     thread.start()
     output, _ = process.communicate()
