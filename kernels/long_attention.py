@@ -229,8 +229,8 @@ def into_blocks(sorted_keys: Tensor, chunk: int, fill: int) -> Tensor:
 class Part(NamedTuple):
     """c of the groups of a round, s queries each, with the two blocks of keys that each group needs."""
 
-    places: slice  # where `Groups.queries` has these queries
-    queries: Tensor  # (c s,) their numbers, any for padding
+    rows: slice  # where `Groups.queries` has these queries
+    queries: Tensor  # (c s,) their numbers; for padding, that of any query
     pairs: Tensor  # (2 c,) the numbers of the blocks
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
@@ -255,8 +255,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     scores = CPU_SCORES if q.device.type == "cpu" else GPU_SCORES
     begin, count = 0, max(1, scores // (2 * chunk * size))
     for block in groups.blocks.split(count):
-        part = slice(begin, begin + len(block) * size)
-        begin, queries = part.stop, groups.queries[part]
+        rows = slice(begin, begin + len(block) * size)
+        begin, queries = rows.stop, groups.queries[rows]
         pairs = torch.stack([block, block + 1], dim=1).flatten()  # block - 1 and block, after the block of padding
         # Integer arithmetic instead of comparisons, which take several times as long on a CPU
         inside = []  # for each round, (c, s, 2 chunk): negative where the range of the query does not have the key
@@ -271,7 +271,7 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
         bias = seen.clamp_(-1, 0).to(q.dtype).mul_(-hide)
         queries = queries.clamp(max=N - 1)
         part_k, part_v = (t.index_select(0, pairs).view(-1, 2 * chunk, D) for t in (keys, values))
-        yield Part(part, queries, pairs, q.index_select(0, queries).view(-1, size, D), part_k, part_v, bias)
+        yield Part(rows, queries, pairs, q.index_select(0, queries).view(-1, size, D), part_k, part_v, bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,7 +346,7 @@ def lsh_attention(
             round_y, round_total = y.new_empty(len(groups.queries), D), y.new_empty(len(groups.queries))
             for part in split_groups(*flat, orders, groups, chunk):
                 part_y, part_total = attend(part.q, part.k, part.v, part.bias)
-                round_y[part.places], round_total[part.places] = part_y.flatten(0, 1), part_total.flatten()
+                round_y[part.rows], round_total[part.rows] = part_y.flatten(0, 1), part_total.flatten()
             # Join two softmaxes over different keys, as FlashAttention does.
             round_total = round_total.index_select(0, groups.places)
             y.lerp_(round_y.index_select(0, groups.places), (round_total - log_total).sigmoid_().unsqueeze(1))
@@ -384,7 +384,7 @@ def lsh_attention_gradients(
             part_dy, part_y = (t.index_select(0, part.queries).view(part.q.shape) for t in (flat_dy, flat_y))
             part_total = log_total.index_select(0, part.queries).view(part.q.shape[:2])
             part_dq, *parts = attend_gradients(part_dy, part.q, part.k, part.v, part_y, part_total, part.bias)
-            round_dq[part.places] = part_dq.flatten(0, 1)
+            round_dq[part.rows] = part_dq.flatten(0, 1)
             for total, gradient in zip(blocks, parts, strict=True):
                 total.index_add_(0, part.pairs, gradient.float().view(-1, chunk, D))
         dq += round_dq.index_select(0, groups.places)
