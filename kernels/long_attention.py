@@ -30,7 +30,7 @@ from torch.nn import functional as F
 HASH_SEED = 2020  # the hashes are constants of the architecture: equal in every run, process and attempt
 MOST_DIRECTIONS = 64  # a hash with more random vectors than this is made of two smaller ones
 CHUNK_QUERIES = 64  # queries that share two blocks of keys. Fewer: smaller products. More: more padding
-# Attention scores that are computed in one call: on a CPU, as many as fit into its cache with their queries and keys
+# Attention scores that are computed in one call. On a CPU: for each thread, as many as fit into the cache of its core.
 CPU_SCORES, GPU_SCORES = 2**18, 2**22
 
 
@@ -252,7 +252,7 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     # The padding query N sees no key.
     ranges = [(F.pad(each.first, (0, 1)), F.pad(each.last, (0, 1))) for each in (order, *earlier)]
     hide = torch.finfo(q.dtype).min / 2  # not -inf, with which the softmax of a query that sees no key would be NaN
-    scores = CPU_SCORES if q.device.type == "cpu" else GPU_SCORES
+    scores = CPU_SCORES * torch.get_num_threads() if q.device.type == "cpu" else GPU_SCORES
     begin, count = 0, max(1, scores // (2 * chunk * size))
     for block in groups.blocks.split(count):
         rows = slice(begin, begin + len(block) * size)
