@@ -115,7 +115,8 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any]) -> 
         model["init_from"] = config.model.init_from
     if is_parent:
         state["identity"]["run"]["branch_from"] = config.run.branch_from  # the parent may itself be a branch
-        state["val_loss"] = None  # measured again, so that the validation curve of the branch begins here
+        # Measured again: the validation curve of the branch begins here, and eval.patience counts from here.
+        state["val_loss"] = state["best"] = None
     refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
     if is_parent and state["step"] >= steps:
         raise ValueError(
