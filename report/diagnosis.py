@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from checkpoints import list_checkpoints
 from data.shards import TOKEN, Split, open_split
@@ -13,7 +14,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from report.run_log import read_run_log
 from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
-from weights import read_config
+from weights import read_config, read_tensors
 
 READ_TOKENS = 10_000_000  # tokens of the training split in which passages of the validation split are searched
 PASSAGE = 32  # tokens of each of these passages
@@ -30,9 +31,32 @@ def diagnose(directory: Path) -> list[Finding]:
     model = read_config(checkpoints[-1]) if checkpoints else {}
     curves = find_curves(log, model.get("vocab_size"), model.get("n_embd"))
     findings = [finding for check in CHECKS if (finding := check(curves))]
+    frozen = frozen_weights(checkpoints, curves.config.get("model", {}).get("freeze_layers", 0))
+    findings += [frozen] if frozen else []
     findings += dataset_findings(curves.config)
     findings += beside_references(curves, log.reference_losses)
     return sorted(findings, key=lambda finding: not finding.problem)
+
+
+def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | None:
+    """Look for matrices that are equal in the first and the last checkpoint that exist, bit for bit.
+
+    Vectors are left out: a step at the end of a schedule may be too small to change the ones of a LayerNorm.
+    """
+    if len(checkpoints) < 2 or freeze_layers:  # with model.freeze_layers, it is intended
+        return None
+    first, last = checkpoints[0], checkpoints[-1]
+    pairs = zip(read_tensors(first), read_tensors(last), strict=True)
+    equal = {name: torch.equal(before, after) for (name, before), (_, after) in pairs if before.dim() > 1}
+    frozen = sorted(name for name in equal if equal[name])
+    if not frozen:
+        return None
+    shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
+    return Finding(
+        "weights do not change",
+        f"{len(frozen)} of {len(equal)} matrices are equal in {first.name} and {last.name}: {shown}",
+        "check that the optimizer has these parameters, that they have a gradient, and the learning rate",
+    )
 
 
 def dataset_findings(config: dict[str, Any]) -> list[Finding]:

@@ -274,6 +274,24 @@ def jump_at_resume(curves: Curves) -> Finding | None:
     return None
 
 
+def sudden_rise(curves: Curves) -> Finding | None:
+    """Look for a step after which the loss stays higher, as after a resume that metrics.jsonl does not record."""
+    if len(curves.losses) < 3 * WIDTH or jump_at_resume(curves):
+        return None
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(curves.losses, 5), axis=1)
+    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]  # of five losses over the five before them
+    first = int(rises.argmax())
+    if rises[first] < max(6 * curves.noise, 0.15):  # above jump_at_resume's limit, because all steps are candidates
+        return None
+    step = curves.steps[first + 2 * WIDTH]
+    return Finding(
+        "the loss suddenly rises",
+        f"the median of the five losses from step {step:.0f} is {rises[first]:.3f} above that of the five before",
+        "if the run was resumed there, weights, optimizer state or position in the data were lost: resume from an "
+        "earlier checkpoint; otherwise look at the text of these steps",
+    )
+
+
 def missing_steps(curves: Curves) -> Finding | None:
     """Check that every step is logged exactly once."""
     gaps = np.flatnonzero(np.diff(curves.train["step"]) != 1)
@@ -349,6 +367,7 @@ CHECKS = (
     gradient_growth,
     periodic_loss,
     jump_at_resume,
+    sudden_rise,
     missing_steps,
     slower_steps,
     overfitting,

@@ -5,11 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from checkpoints import OPTIMIZER
 from data.shards import HEADER_BYTES, open_split
 from data.tokenizer import load_tokenizer
 from report.diagnosis import diagnose, encoding, passage_hashes, shared_text
 from report.symptoms import CHECKS, Curves
+from train import train as train_run
 
 STEPS = 400
 
@@ -68,13 +72,14 @@ def broken_curves(rng):
     yield "the gradient grows", curves(base, grad_norm=np.exp(n / 50))
     yield "the loss repeats with a period", curves(base + 0.2 * np.sin(2 * np.pi * n / 37))
     yield "the loss jumps where the run was resumed", curves(base + 0.6 * (n >= 200), resumed=[200])
+    yield "the loss suddenly rises", curves(base + 0.6 * (n >= 200))
     yield "steps are missing or repeated in metrics.jsonl", curves(base, step=np.where(n < 200, n + 1.0, n + 9.0))
     yield "training became slower", curves(base, tokens_per_second=fast_then_slow)
     yield "the model overfits", curves(base, val=validation)
     yield "validation and training loss differ", curves(base, val={"step": np.array([400.0]), "loss": np.array([2.0])})
 
 
-N_BROKEN = 19
+N_BROKEN = 20
 
 
 @pytest.mark.parametrize("number", range(N_BROKEN))
@@ -192,8 +197,7 @@ def test_a_broken_configuration_is_named(changes, expected, speeches, tiny_run, 
 
 @pytest.mark.slow
 def test_random_tokens_are_named(speeches, tiny_run, train, tmp_path):
-    dataset = tmp_path / "random"
-    shutil.copytree(speeches, dataset)
+    dataset = shutil.copytree(speeches, tmp_path / "random")
     for shard in dataset.glob("*.bin"):
         content = bytearray(shard.read_bytes())
         n = (len(content) - HEADER_BYTES) // 2
@@ -202,6 +206,82 @@ def test_random_tokens_are_named(speeches, tiny_run, train, tmp_path):
     assert "the data was encoded with another tokenizer, or is not text" in problems(
         train(short_run(tiny_run, dataset, {}))
     )
+
+
+def change_meta(dataset, **changes):
+    meta = json.loads((dataset / "meta.json").read_text())
+    (dataset / "meta.json").write_text(json.dumps(meta | changes))
+
+
+@pytest.mark.slow
+def test_tokens_of_another_tokenizer_are_named_in_a_run(corpora, tiny_run, train, tmp_path):
+    other = corpora("other-words", sentences(1, words="xylophone quartz jazz 1 22 333 fjord zebra / ( ) { } ++"))
+    dataset = shutil.copytree(corpora("words", sentences(0)), tmp_path / "swapped")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(other / name, dataset)
+    change_meta(dataset, tokenizer_sha256=json.loads((other / "meta.json").read_text())["tokenizer_sha256"])
+    found = problems(train(short_run(tiny_run, dataset, {})))
+    assert any("the data was encoded with another tokenizer" in title for title in found), found
+
+
+@pytest.mark.slow
+def test_text_in_an_order_with_a_period_is_named(corpora, tiny_run, train):
+    kinds = ("the sea a storm King ship of night and", "sword war drum", "love rose eyes moon the of")
+    texts = [text for i in range(20) for kind in kinds for text in sentences(i, 60, kind)]
+    changes = {"data.shuffle": False, "optim.steps": 400}
+    found = problems(train(short_run(tiny_run, corpora("acts", texts), changes)))
+    assert "the loss repeats with a period" in found
+
+
+@pytest.mark.slow
+def test_training_on_the_validation_text_is_named(speeches, tiny_run, train, tmp_path):
+    dataset = shutil.copytree(speeches, tmp_path / "copied")
+    meta = json.loads((dataset / "meta.json").read_text())
+    shutil.copy(dataset / "train_000000.bin", dataset / "val_000000.bin")
+    (shard,) = meta["shards"]["train"]
+    parts = {name: meta[name] | {"val": meta[name]["train"]} for name in ("tokens", "text_bytes", "documents")}
+    change_meta(dataset, shards=meta["shards"] | {"val": [shard | {"file": "val_000000.bin"}]}, **parts)
+    found = problems(train(short_run(tiny_run, dataset, {"eval.tokens": 10_000})))
+    assert "the validation text is part of the training text" in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recorded", "title"),
+    [(True, "the loss jumps where the run was resumed"), (False, "the loss suddenly rises")],
+    ids=["recorded", "not-recorded"],
+)
+def test_a_resume_without_the_optimizer_state_is_named(speeches, tiny_run, train, monkeypatch, recorded, title):
+    """The error of many training scripts: they save the weights alone."""
+    config = short_run(tiny_run, speeches, {"optim.schedule": "constant", "checkpoint.every": 100, "optim.lr": 3e-2})
+    run = train(config)
+    shutil.rmtree(run / "checkpoints" / "step-000200")
+    state = run / "checkpoints" / "step-000100" / OPTIMIZER
+    save_file({name: torch.zeros_like(value) for name, value in load_file(state).items()}, state)
+    monkeypatch.setattr("checkpoints.verify", lambda path: None)
+    train(config)
+    if not recorded:
+        (run / "provenance.json").unlink()
+    assert title in problems(run)
+
+
+@pytest.mark.slow
+def test_weights_that_the_optimizer_does_not_change_are_named(speeches, tiny_run, prepare, train):
+    with prepare(short_run(tiny_run, speeches, {"checkpoint.every": 100})) as run:
+        run.model.transformer.h[1].requires_grad_(False)
+        train_run(run)
+    (finding,) = (f for f in diagnose(run.directory.path) if f.title == "weights do not change")
+    assert finding.evidence.startswith(
+        "4 of 10 matrices are equal in step-000100 and step-000200: transformer.h.1.attn"
+    )
+
+
+@pytest.mark.slow
+def test_overflows_of_float16_are_named(speeches, tiny_run, prepare, train):
+    with prepare(short_run(tiny_run, speeches, {"system.dtype": "float16"})) as run:
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # most of the halvings of a diverging run
+        train_run(run)
+    assert "gradients overflow float16 too often" in problems(run.directory.path)
 
 
 def short_run(tiny_run, dataset, changes):
