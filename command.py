@@ -45,8 +45,8 @@ CHECKPOINT_HELP = (
 DEVICE_HELP = "cuda, cuda:1, mps or cpu (default: the first of these that is available)"
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = (
-    "precision of the matrix products. auto: bfloat16 where the processor computes in it (AVX512-BF16, AMX, Arm BF16, "
-    "CUDA from Ampere on), float16 on older CUDA cards, float32 elsewhere. Use float32 for exact comparisons"
+    "precision of the matrix products. auto: bfloat16 where it is faster than float32, float16 on CUDA cards before "
+    "Ampere, float32 elsewhere. Use float32 for exact comparisons"
 )
 
 

@@ -108,20 +108,27 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
     # Of Intel's units, only AMX multiplies 16-bit numbers faster than float32. A Xeon with AVX-512 for all three, but
     # without AMX, reaches 323 GFLOP/s in float32, 316 in float16 and 170 in bfloat16 (`bench.py train`, 2 cores).
     has_amx = limit not in ISA_WITHOUT_AMX and any(has.get(name) for name in ("amx_bf16", "amx_fp16"))
-    if has.get("cpu_name", "").startswith("Intel") and not has_amx:
+    if is_intel_cpu() and not has_amx:
         return [torch.float32, *reduced]
     return [*reduced, torch.float32]
 
 
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
+def is_intel_cpu() -> bool:
+    """Return whether this computer has a CPU by Intel."""
+    return torch.cpu.get_capabilities().get("cpu_name", "").startswith("Intel")
+
+
+def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> torch.dtype:
     """Return the precision that `auto`, `float32`, `bfloat16` or `float16` means on a device.
 
-    `auto` is the first of `native_dtypes`. If the processor has to emulate the requested precision, the function warns
-    on stderr and returns it nevertheless.
+    `auto` is the first of `native_dtypes`. With `decoding`, it is a native precision of 16 bits on a CPU even if its
+    products are not faster than float32's: a new token reads all weights, and these are half as many bytes.
+
+    If the processor has to emulate the requested precision, the function warns on stderr and returns it nevertheless.
     """
     native = native_dtypes(device)
     if name == "auto":
-        return native[0]
+        return min(native, key=lambda dtype: dtype.itemsize) if decoding and device.type == "cpu" else native[0]
     dtype = DTYPES[name]
     if dtype not in native and os.environ.get("RANK", "0") == "0":  # once, not once per process
         others = " or ".join(str(other).removeprefix("torch.") for other in native)

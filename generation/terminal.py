@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str]:
     """Load the model that the arguments select, ready to decode. Returns it, its tokenizer and its description."""
     device = find_device(args.device, "--device")
-    dtype = find_dtype(args.dtype, device)
+    dtype = find_dtype(args.dtype, device, decoding=True)
     model, tokenizer, name = load_model(args.model, checkpoint=args.checkpoint, dtype=dtype, device=device)
     # pack_weights replaces modules, so the parameters are counted before.
     description = f"{name}: {model.num_parameters():,} parameters, sees up to {model.config.block_size:,} tokens"

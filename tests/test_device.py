@@ -67,6 +67,8 @@ def test_a_cpu_has_the_precisions_of_its_effective_instruction_set(cpu, features
 def test_intel_cpus_without_amx_prefer_float32(cpu, features, isa, expected):
     assert cpu(*features, isa=isa, name="Intel Xeon") == expected
     assert find_dtype("auto", CPU) == expected[0]
+    native = [dtype for dtype in expected if dtype != torch.float32]
+    assert find_dtype("auto", CPU, decoding=True) == (native or expected)[0]
 
 
 @pytest.mark.parametrize(("ampere", "expected"), [(True, torch.bfloat16), (False, torch.float16)])

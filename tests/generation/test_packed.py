@@ -2,19 +2,24 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Generator
 
 from generation import generate, pack_weights
+from generation.packed import PackedLinear
 from model import GPT, GPTConfig
 from tests.generation.twins import SHAPES, make_pair, ragged_batch
 
 
-def test_packed_weights_choose_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("intel", [False, True])
+def test_packed_weights_choose_the_same_tokens(tmp_path, monkeypatch, intel):
+    monkeypatch.setattr("generation.packed.is_intel_cpu", lambda: intel)
     _, model = make_pair(SHAPES[2], tmp_path)
     ids, mask = ragged_batch(500)
     expected = generate(model, ids, attention_mask=mask, max_new_tokens=40, return_dict=True, output_logits=True)
     pack_weights(model)
+    assert any(isinstance(module, PackedLinear) for module in model.modules()) == (not intel)
     output = generate(model, ids, attention_mask=mask, max_new_tokens=40, return_dict=True, output_logits=True)
     assert torch.equal(output.sequences, expected.sequences)
     torch.testing.assert_close(output.logits[-1], expected.logits[-1], atol=1e-3, rtol=1e-4)
