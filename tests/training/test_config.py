@@ -54,6 +54,8 @@ def test_the_command_in_a_configuration_file_makes_its_dataset(path, tmp_path):
     commands = re.findall(r"data\.prepare (.+) --out \S+(.*)", path.read_text())
     assert commands or path.stem == "finetune-jsonl"  # its pairs are the user's own
     for source, options in commands:
+        if source.startswith("text "):  # the user's own text: the message cannot know its name
+            continue
         with pytest.raises(FileNotFoundError, match=f"`python -m data.prepare {source}{options} --out {missing}`"):
             open_split(missing, "train")
 
