@@ -2,11 +2,13 @@
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --idea averaged
 
-docs/recipes.md has the results. A run with an idea uses one process and starts at step 0, because checkpoints do not
-store what an idea keeps.
+Several ideas are combined with a plus sign: `--idea per-head+normuon`. docs/recipes.md has the results. A run with an
+idea uses one process and starts at step 0, because checkpoints do not store what an idea keeps.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,15 @@ from data.loader import MicroBatch
 from model import GPT
 from train import StepResult
 from training.launch import StopSignal
-from training.optim import learning_rate_factor
+from training.optim import Muon, learning_rate_factor
 from training.setup import TrainingRun
 
 
 class Idea:
-    """Changes a run before its first step, in `__init__`, or replaces functions of train.py."""
+    """Changes a run before its first step, in `__init__`, or replaces functions of train.py.
+
+    Every method of an idea calls the one of `super()`, so that several ideas can be combined, see `find_idea`.
+    """
 
     def __init__(self, run: TrainingRun) -> None:
         """Change the run. Raises ValueError if the idea cannot be combined with its configuration."""
@@ -39,6 +44,7 @@ class UndecayedEmbeddings(Idea):
     """No weight decay for token and position embeddings. With Muon, AdamW then decays nothing."""
 
     def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         for group in run.optimizers[-1].param_groups:
             group["weight_decay"] = 0.0
 
@@ -47,6 +53,7 @@ class SmallPositions(Idea):
     """Position embeddings are initialized with N(0, 0.01) as in OpenAI's code, not with N(0, 0.02)."""
 
     def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         with torch.no_grad():
             run.model.transformer.wpe.weight.mul_(0.5)
 
@@ -55,6 +62,7 @@ class ZLoss(Idea):
     """Adds 1e-4 times the mean squared logarithm of softmax's denominator (Chowdhery et al. 2022, PaLM)."""
 
     def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         run.loss_function = _LossWithZ(run.model)
 
 
@@ -71,12 +79,16 @@ class _LossWithZ(nn.Module):
 class Averaged(Idea):
     """The last validation uses the mean of the weights after each step in which the learning rate decreased."""
 
+    first = 0.0  # fraction of the steps before the first that is averaged
+
     def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         self.sums, self.count = [torch.zeros_like(p) for p in run.model.parameters()], 0
 
     def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
         step, optim = run.state.step, run.config.optim
         decreased = step > 0 and learning_rate_factor(step, optim) < learning_rate_factor(step - 1, optim)
+        decreased = decreased and step >= self.first * optim.steps
         result = super().train_step(run, stop_requested, save_requested)
         if decreased:
             self.count += 1
@@ -96,6 +108,7 @@ class MomentumWarmUp(Idea):
     """Muon's momentum grows from 0.85 during the first 300 steps (as in modded-nanogpt), or all steps if fewer."""
 
     def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         if run.config.optim.name != "muon":
             raise ValueError(f"momentum-warm-up needs optim.name muon, got {run.config.optim.name}")
 
@@ -126,6 +139,200 @@ class SmallBatchesFirst(Idea):
         return result
 
 
+class ZeroProjections(Idea):
+    """The projections into the residual stream start at zero, as in modded-nanogpt."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        with torch.no_grad():
+            for name, parameter in run.model.transformer.h.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    parameter.zero_()
+
+
+class FanInInit(Idea):
+    """The matrices of the blocks start with a standard deviation of 1/sqrt(fan-in) and not 0.02."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        with torch.no_grad():
+            for name, parameter in run.model.transformer.h.named_parameters():
+                if parameter.dim() == 2 and "c_proj" not in name:
+                    parameter.mul_(parameter.size(1) ** -0.5 / 0.02)
+
+
+class SlowVectors(Idea):
+    """Biases and LayerNorms are trained with 0.3 times AdamW's learning rate."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        run.optimizers[-1].param_groups[1]["peak_lr"] *= 0.3
+
+
+class RootDecay(Idea):
+    """The learning rate decays as 1 - sqrt(progress) and not linearly (Haegele et al. 2024, arXiv 2405.18392)."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self.peaks = [(group, group["peak_lr"]) for optimizer in run.optimizers for group in optimizer.param_groups]
+
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        step, optim = run.state.step, run.config.optim
+        left = learning_rate_factor(step, optim)
+        wanted = left if step < optim.warmup_steps else 1 - (1 - left) ** 0.5
+        for group, peak in self.peaks:
+            group["peak_lr"] = peak * wanted / left
+        return super().train_step(run, stop_requested, save_requested)
+
+
+class ScheduledDecay(Idea):
+    """The weight decay has the schedule of the learning rate, so that their product decays with its square."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self.peaks = [(g, g["weight_decay"]) for optimizer in run.optimizers for g in optimizer.param_groups]
+
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        factor = learning_rate_factor(run.state.step, run.config.optim)
+        for group, peak in self.peaks:
+            group["weight_decay"] = peak * factor
+        return super().train_step(run, stop_requested, save_requested)
+
+
+class TailAverage(Averaged):
+    """The last validation uses the mean of the weights after each of the last steps, a tenth of the run."""
+
+    first = 0.9
+
+
+class OuterNesterov(Idea):
+    """Every 10 steps, Nesterov momentum for the sum of their updates (Kallusky et al. 2025, SNOO, arXiv 2510.15830)."""
+
+    period, rate, momentum = 10, 0.8, 0.5
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self.start = [p.detach().clone() for p in run.model.parameters()]
+        self.sums = [torch.zeros_like(p) for p in self.start]
+
+    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
+        result = super().train_step(run, stop_requested, save_requested)
+        if run.state.step % self.period == 0:
+            with torch.no_grad():
+                for start, total, parameter in zip(self.start, self.sums, run.model.parameters(), strict=True):
+                    moved = parameter - start
+                    total.mul_(self.momentum).add_(moved)
+                    start.add_(moved.add(total, alpha=self.momentum), alpha=self.rate)
+                    parameter.copy_(start)
+        return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other forms of Muon's update
+
+
+class ChangedMuon(Idea):
+    """Adds the methods of `change` to the run's Muon."""
+
+    change: type[Muon]
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        muon = run.optimizers[0]
+        if not isinstance(muon, Muon):
+            raise ValueError(f"this idea changes Muon: it needs optim.name muon, got {run.config.optim.name}")
+        muon.batched = True  # the form in which one method orthogonalizes all matrices of a shape
+        changes = [vars(idea)["change"] for idea in type(self).__mro__ if "change" in vars(idea)]
+        muon.__class__ = type("Muon", (*changes, Muon), {"heads": run.model.config.n_head})
+
+
+class _PerHead(Muon):
+    heads: int
+
+    def _orthogonalize_all(self, group: dict[str, Any], updates: Tensor) -> Tensor:
+        n, rows, columns = updates.shape
+        if group["stacked"]:  # (N, 3C, C): the queries of a head are neighboring rows, as are its keys and values
+            heads = updates.reshape(-1, columns // self.heads, columns)
+            return self._orthogonalize(heads, self.dtype).view(updates.shape)
+        if rows == columns:  # c_proj, (N, C, C): what a head writes depends on neighboring columns
+            heads = updates.view(n, rows, self.heads, -1).transpose(1, 2).flatten(0, 1)
+            heads = self._orthogonalize(heads, self.dtype)
+            return heads.view(n, self.heads, rows, -1).transpose(1, 2).reshape(updates.shape)
+        return super()._orthogonalize_all(group, updates)
+
+
+class PerHead(ChangedMuon):
+    """Muon orthogonalizes the queries, keys, values and outputs of each head as matrices of their own."""
+
+    change = _PerHead
+
+
+class _NorMuon(Muon):
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        dim = 1 if group["stacked"] or shape[0] >= shape[1] else 0
+        squares = update.square().mean(dim, keepdim=True)
+        average = self.state[parameter].setdefault("second_moment", torch.zeros_like(squares)).lerp_(squares, 0.05)
+        normalized = update * average.clamp(min=1e-12).rsqrt()
+        super()._apply(group, parameter, normalized * (update.norm() / normalized.norm()), shape)
+
+
+class NorMuon(ChangedMuon):
+    """Each neuron's part of an update is divided by the root of the mean of its squares (Li et al. 2025, NorMuon).
+
+    The norm of the whole update stays. A neuron is a row of a tall matrix, and a column of a wide one, as in
+    modded-nanogpt: the rows of an orthogonal wide matrix have equal norms already. https://arxiv.org/abs/2510.05491
+    """
+
+    change = _NorMuon
+
+
+class _CautiousDecay(Muon):
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        decay = group["weight_decay"]
+        parameter.addcmul_(parameter, (update * parameter > 0).to(parameter.dtype), value=-group["lr"] * decay)
+        super()._apply({**group, "weight_decay": 0.0}, parameter, update, shape)
+
+
+class CautiousDecay(ChangedMuon):
+    """Only weights that the update makes smaller decay (Chen et al. 2025, https://arxiv.org/abs/2510.12402)."""
+
+    change = _CautiousDecay
+
+
+# The first five steps, for singular values above 0.001 and a safety factor of 1.02, as in modded-nanogpt.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `newton_schulz` returns, with the polynomials of Amsel et al. 2025 (arXiv 2505.16932)."""
+    x = matrices.float()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02).clamp(min=1e-7)).to(dtype)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).contiguous()
+
+
+class _PolarExpress(Muon):
+    def _orthogonalize_all(self, group: dict[str, Any], updates: Tensor) -> Tensor:
+        self._orthogonalize = polar_express
+        return super()._orthogonalize_all(group, updates)
+
+
+class PolarExpress(ChangedMuon):
+    """Muon's iteration has other polynomials, after which all singular values are closer to 1."""
+
+    change = _PolarExpress
+
+
 IDEAS: dict[str, type[Idea]] = {
     "undecayed-embeddings": UndecayedEmbeddings,
     "small-positions": SmallPositions,
@@ -133,4 +340,22 @@ IDEAS: dict[str, type[Idea]] = {
     "averaged": Averaged,
     "momentum-warm-up": MomentumWarmUp,
     "small-batches-first": SmallBatchesFirst,
+    "zero-projections": ZeroProjections,
+    "fan-in-init": FanInInit,
+    "slow-vectors": SlowVectors,
+    "root-decay": RootDecay,
+    "scheduled-decay": ScheduledDecay,
+    "tail-average": TailAverage,
+    "outer-nesterov": OuterNesterov,
+    "per-head": PerHead,
+    "normuon": NorMuon,
+    "cautious-decay": CautiousDecay,
+    "polar-express": PolarExpress,
 }
+
+
+def find_idea(names: str) -> type[Idea]:
+    """Return the idea of this name, or the combination of ideas whose names are joined by plus signs."""
+    if unknown := [name for name in names.split("+") if name not in IDEAS]:
+        raise ValueError(f"there is no idea {', '.join(unknown)}: choose from {', '.join(IDEAS)}")
+    return type(names, tuple(IDEAS[name] for name in names.split("+")), {})

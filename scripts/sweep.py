@@ -23,7 +23,7 @@ from pathlib import Path
 
 from command import CommandParser, ending
 from processes import start_processes
-from scripts.ideas import IDEAS, Idea
+from scripts.ideas import IDEAS, Idea, find_idea
 from train import train
 from training.config import parse_config
 from training.run_directory import read_metrics
@@ -44,6 +44,19 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
         changed = (idea or Idea)(run)
         if train(run, train_step=changed.train_step, validate=changed.validate) != "finished":
             raise KeyboardInterrupt
+
+
+def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
+    """Train a run as `finish` does; return its last validation loss, inf if it diverged, and its metrics."""
+    run, diverged = parse_config(arguments).run, False
+    try:
+        finish(arguments, idea)
+    except FloatingPointError as error:
+        print(f"{run.name}: {error}", file=sys.stderr)
+        diverged = True
+    records = read_metrics(Path(run.dir) / run.name / "metrics.jsonl")
+    final = next((r["loss"] for r in reversed(records) if r["split"] == "val"), None)
+    return math.inf if diverged or final is None else final, records
 
 
 def first_below(records: list[dict], loss: float) -> int | None:
@@ -67,15 +80,8 @@ def table(args: argparse.Namespace) -> str:
             name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)]).replace("/", "-")
             flags = [part for n, v in fields for part in (f"--{n}", v)]
             arguments = ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags]
-            diverged = False
-            try:
-                finish(arguments, IDEAS.get(args.idea))
-            except FloatingPointError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                diverged = True
-            records = read_metrics(Path(args.dir) / name / "metrics.jsonl")
-            final = next((r.get("final_loss", r["loss"]) for r in reversed(records) if r["split"] == "val"), None)
-            finals.append(math.inf if diverged or final is None else final)
+            final, records = train_to_end(arguments, args.idea and find_idea(args.idea))
+            finals.append(final)
             seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
             reached.append([first_below(records, loss) for loss in args.losses])
         tokens = [
@@ -98,7 +104,9 @@ def main() -> None:
     parser = CommandParser(prog="python -m scripts.sweep", description="Train one configuration in several ways.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
     parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try for a field")
-    parser.add_argument("--idea", choices=IDEAS, help="train with one of the changes in scripts/ideas.py")
+    parser.add_argument(
+        "--idea", metavar="NAME[+NAME]", help=f"train with changes of scripts/ideas.py: {', '.join(IDEAS)}"
+    )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[1337], help="seeds of each combination (default: 1337)"
     )

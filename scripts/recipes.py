@@ -1,0 +1,279 @@
+"""Compare training recipes at fixed model, data order and batch, by the steps that they need to a loss:
+
+    python -m scripts.recipes --size characters --recipes present tuned --fractions 1 0.85 0.75 --seeds 1 2 3
+
+Each recipe is trained with each seed, once for each length: a fraction of the size's steps. The learning rate decays to
+zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that the file of
+results has already are not repeated. The tables and the figure of docs/recipes.md come from that file:
+
+    python -m scripts.recipes --figure docs/recipes.png
+
+A recipe changes fields of a configuration, and the training loop by ideas of scripts/ideas.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from command import ending
+from files import write_json
+from scripts.ideas import find_idea
+from scripts.sweep import train_to_end
+
+Losses = dict[int, dict[int, float]]  # steps -> seed -> validation loss
+Results = dict[str, dict[str, Losses]]  # size -> recipe -> losses
+
+
+class Size(NamedTuple):
+    """A model, a dataset, a batch, and the number of steps of the present recipe."""
+
+    config: str
+    steps: int
+    fields: str = ""
+
+
+class Recipe(NamedTuple):
+    """Fields of the configuration that differ from the present recipe, and names of ideas joined by plus signs."""
+
+    fields: str = ""
+    idea: str = ""
+
+    def describe(self) -> str:
+        """Return the change as options of scripts/sweep.py."""
+        return " ".join(filter(None, (self.fields, self.idea and f"--idea {self.idea}")))
+
+
+SHORT_WINDOWS = "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4"
+SIZES = {  # parameters without embeddings: 0.8M, 3.2M, 7.9M
+    "characters": Size("configs/shakespeare-char.yaml", 666),
+    "plays": Size("configs/shakespeare.yaml", 240, f"model.n_layer=4 model.n_embd=256 {SHORT_WINDOWS}"),
+    "english": Size(
+        "configs/shakespeare.yaml", 240, f"data.dir=data/english model.n_layer=10 model.n_embd=256 {SHORT_WINDOWS}"
+    ),
+}
+COMMON = "eval.at_start=false eval.tokens=65536 eval.samples=0 checkpoint.every=0 log.every=100"
+PRESENT = (
+    "optim.name=muon optim.muon_lr=0.02 optim.muon_momentum=0.95 optim.lr=1e-2 optim.betas=[0.9,0.95] "
+    "optim.weight_decay=0.1 optim.grad_clip=1.0 optim.schedule=wsd optim.warmup_steps=20 optim.decay_fraction=0.6 "
+    "optim.min_lr_ratio=0.0"
+)
+RECIPES = {
+    "present": Recipe(),
+    "lr-3e-3": Recipe("optim.lr=3e-3"),
+    "lr-2e-2": Recipe("optim.lr=2e-2"),
+    "lr-3e-2": Recipe("optim.lr=3e-2"),
+    "muon-0.03": Recipe("optim.muon_lr=0.03"),
+    "muon-0.014": Recipe("optim.muon_lr=0.014"),
+    "warm-up-5": Recipe("optim.warmup_steps=5"),
+    "momentum-0.9": Recipe("optim.muon_momentum=0.9"),
+    "momentum-0.85": Recipe("optim.muon_momentum=0.85"),
+    "momentum-warm-up": Recipe(idea="momentum-warm-up"),
+    "betas-0.8": Recipe("optim.betas=[0.8,0.95]"),
+    "betas-0.99": Recipe("optim.betas=[0.9,0.99]"),
+    "no-clipping": Recipe("optim.grad_clip=0"),
+    "decay-0.4": Recipe("optim.decay_fraction=0.4"),
+    "decay-0.8": Recipe("optim.decay_fraction=0.8"),
+    "decay-1.0": Recipe("optim.decay_fraction=1.0"),
+    "root-decay": Recipe(idea="root-decay"),
+    "weight-decay-0": Recipe("optim.weight_decay=0"),
+    "weight-decay-0.3": Recipe("optim.weight_decay=0.3"),
+    "undecayed-embeddings": Recipe(idea="undecayed-embeddings"),
+    "scheduled-decay": Recipe(idea="scheduled-decay"),
+    "cautious-decay": Recipe(idea="cautious-decay"),
+    "per-head": Recipe(idea="per-head"),
+    "normuon": Recipe(idea="normuon"),
+    "polar-express": Recipe(idea="polar-express"),
+    "tail-average": Recipe(idea="tail-average"),
+    "outer-nesterov": Recipe(idea="outer-nesterov"),
+    "slow-vectors": Recipe(idea="slow-vectors"),
+    "zero-projections": Recipe(idea="zero-projections"),
+    "fan-in-init": Recipe(idea="fan-in-init"),
+}
+
+
+def train_recipe(size: Size, recipe: Recipe, steps: int, seed: int) -> float:
+    """Train one run in a temporary directory, in float32 on the CPU, and return its last validation loss."""
+    fields = " ".join((size.fields, COMMON, PRESENT, recipe.fields)).split()
+    fields += [f"optim.steps={steps}", f"eval.every={steps}", f"run.seed={seed}"]
+    fields += ["system.device=cpu", "system.dtype=float32", "system.compile=false"]
+    flags = [part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = ["--config", size.config, "--run.dir", directory, *flags]
+        return train_to_end(arguments, find_idea(recipe.idea) if recipe.idea else None)[0]
+
+
+def read_results(path: Path) -> Results:
+    """Return the losses of all runs so far. JSON has text as keys, so the numbers are converted back."""
+    if not path.exists():
+        return {}
+    return {
+        size: {
+            recipe: {int(steps): {int(seed): loss for seed, loss in seeds.items()} for steps, seeds in losses.items()}
+            for recipe, losses in recipes.items()
+        }
+        for size, recipes in json.loads(path.read_text(encoding="utf-8")).items()
+    }
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Return the one-sided p-value of paired differences that should be negative, by the exact sign-flip test.
+
+    If a recipe has no influence, each seed's difference is as likely with the other sign (Fisher 1935, The Design of
+    Experiments, section 21). The p-value is the fraction of all 2^n choices of signs whose sum is as low as the one
+    found. It assumes no distribution. With 8 seeds its smallest value is 1/256 = 0.0039.
+    """
+    sizes = [abs(d) for d in differences]
+    sums = [
+        math.fsum(s * d for s, d in zip(signs, sizes, strict=True))
+        for signs in itertools.product((-1, 1), repeat=len(sizes))
+    ]
+    return sum(s <= math.fsum(differences) + 1e-12 for s in sums) / len(sums)
+
+
+def compare(losses: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Return the differences of the losses with the same seed."""
+    return [losses[seed] - others[seed] for seed in sorted(losses.keys() & others.keys())]
+
+
+def steps_to(target: float, losses: Losses, seed: int) -> float | None:
+    """Return the steps with which a recipe's final loss is `target`, None if it is not between two lengths of a seed.
+
+    The loss is interpolated between neighboring lengths, linearly in the logarithm of the steps.
+    """
+    points = sorted((steps, of_seed[seed]) for steps, of_seed in losses.items() if seed in of_seed)
+    for (short, high), (long, low) in itertools.pairwise(points):
+        if low <= target <= high:
+            part = (high - target) / (high - low)
+            return math.exp((1 - part) * math.log(short) + part * math.log(long))
+    return None
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation as text, and only the value if there is one."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def loss_table(size: str, recipes: dict[str, Losses]) -> str:
+    """Return the table that compares each recipe with the present one after the same number of steps."""
+    rows = []
+    for steps in sorted({steps for losses in recipes.values() for steps in losses}, reverse=True):
+        base = recipes.get("present", {}).get(steps, {})
+        found = {name: losses[steps] for name, losses in recipes.items() if steps in losses}
+        for name, losses in sorted(found.items(), key=lambda item: statistics.mean(item[1].values())):
+            differences = compare(losses, base) if name != "present" else []
+            cells = [spread(differences), f"{p_value(differences):.4f}"] if differences else ["", ""]
+            seeds = " ".join(map(str, sorted(losses)))
+            options = f"`--size {size} --recipes {name} --fractions {steps / SIZES[size].steps:.4g} --seeds {seeds}`"
+            change = f"`{RECIPES[name].describe()}`" if name != "present" else "none"
+            rows.append([f"{steps}", spread(list(losses.values())), *cells, change, options])
+    return markdown(["steps", "nats per token", "difference", "p", "change", "rerun with"], rows)
+
+
+def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[float]]:
+    """Return the steps of each seed to the present recipe's mean final loss, for recipes trained with several lengths.
+
+    Recipes for which a seed has this loss outside of its lengths are left out.
+    """
+    finals = recipes.get("present", {}).get(SIZES[size].steps)
+    found = {}
+    for name, losses in recipes.items():
+        seeds = set.intersection(*(set(of_seed) for of_seed in losses.values()))
+        if finals and len(losses) > 1 and name != "present":
+            steps = [steps_to(statistics.mean(finals.values()), losses, seed) for seed in sorted(seeds)]
+            if steps and None not in steps:
+                found[name] = [s for s in steps if s is not None]
+    return found
+
+
+def steps_table(size: str, recipes: dict[str, Losses]) -> str:
+    """Return the table of the steps to the present recipe's final loss.
+
+    Each p-value is that of a loss as high as the present recipe's after all steps: below 0.01, fewer steps are enough.
+    """
+    full = SIZES[size].steps
+    base = recipes.get("present", {}).get(full, {})
+    rows = []
+    for name, steps in sorted(steps_to_present(size, recipes).items(), key=lambda item: statistics.mean(item[1])):
+        lengths = [
+            f"{length / full:.0%}: {spread(differences)}, p = {p_value(differences):.4f}"
+            for length, losses in sorted(recipes[name].items())
+            if (differences := compare(losses, base))
+        ]
+        mean, deviation = statistics.mean(steps), statistics.stdev(steps) if len(steps) > 1 else 0.0
+        cells = [f"{mean:.0f} ± {deviation:.0f}", f"{1 - mean / full:.0%}", f"{len(steps)}", "; ".join(lengths)]
+        rows.append([name, *cells])
+    heads = ["recipe", f"steps to {statistics.mean(base.values()):.4f}", "fewer", "seeds", "loss less that of present"]
+    return markdown(heads, rows) if rows else ""
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the steps to the present recipe's final loss, as fractions of its steps, with two standard errors."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    panels = {size: found for size, recipes in results.items() if (found := steps_to_present(size, recipes))}
+    for axes, (size, found) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        fractions = {name: np.array(steps) / SIZES[size].steps for name, steps in found.items()}
+        means = [values.mean() for values in fractions.values()]
+        errors = [2 * values.std(ddof=1) / len(values) ** 0.5 for values in fractions.values()]
+        axes.errorbar(means, list(fractions), xerr=errors, fmt="o", capsize=3)
+        axes.axvline(1.0, color="gray", linestyle="--")
+        axes.set(title=f"{size}: {SIZES[size].steps} steps", xlabel="fraction of the present recipe's steps")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def run_all(args: argparse.Namespace) -> Results:
+    """Train what the file of results lacks, add each result to the file, and return all results."""
+    results = read_results(args.results)
+    for fraction, seed, name in itertools.product(args.fractions, args.seeds, args.recipes):
+        size = SIZES[args.size]
+        steps = round(fraction * size.steps)
+        seeds = results.setdefault(args.size, {}).setdefault(name, {}).setdefault(steps, {})
+        if seed not in seeds:
+            seeds[seed] = train_recipe(size, RECIPES[name], steps, seed)
+            print(f"{args.size} {name} {steps} steps, seed {seed}: {seeds[seed]:.4f}", file=sys.stderr)
+            write_json(args.results, results)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.recipes", description="Compare recipes by the steps that they need to a loss."
+    )
+    parser.add_argument("--size", choices=SIZES, default="characters", help="model and data (default: %(default)s)")
+    parser.add_argument(
+        "--recipes", nargs="*", choices=RECIPES, default=[], metavar="NAME", help=f"{', '.join(RECIPES)}"
+    )
+    parser.add_argument("--fractions", nargs="+", type=float, default=[1.0], help="lengths of the runs (default: 1)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds (default: 1 2 3)")
+    parser.add_argument("--results", type=Path, default="docs/recipes.json", metavar="FILE", help="losses of all runs")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the steps to the present recipe's loss")
+    args = parser.parse_args(arguments)
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):
+        results = run_all(args)
+        for size, recipes in results.items():
+            print(f"## {size}\n", *filter(None, (steps_table(size, recipes), loss_table(size, recipes))), sep="\n\n")
+        if args.figure:
+            draw(results, args.figure)
+
+
+if __name__ == "__main__":
+    main()
