@@ -8,6 +8,7 @@ idea uses one process and starts at step 0, because checkpoints do not store wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,15 +201,15 @@ class ScheduledDecay(Idea):
 
 
 class TailAverage(Averaged):
-    """The last validation uses the mean of the weights after each of the last steps, a tenth of the run."""
+    """The last validation uses the mean of the weights after each step of the last quarter of the run."""
 
-    first = 0.9
+    first = 0.75
 
 
 class OuterNesterov(Idea):
-    """Every 10 steps, Nesterov momentum for the sum of their updates (Kallusky et al. 2025, SNOO, arXiv 2510.15830)."""
+    """Every 5 steps, Nesterov momentum for the sum of their updates (Kallusky et al. 2025, SNOO, arXiv 2510.15830)."""
 
-    period, rate, momentum = 10, 0.8, 0.5
+    period, rate, momentum = 5, 0.8, 0.5
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -299,6 +300,38 @@ class CautiousDecay(ChangedMuon):
     change = _CautiousDecay
 
 
+class _LargerWide(Muon):
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        wide = not group["stacked"] and shape[0] < shape[1]
+        super()._apply(group, parameter, update * (shape[1] / shape[0]) ** 0.5 if wide else update, shape)
+
+
+class LargerWide(ChangedMuon):
+    """The elements of all updates have the same size, also in wide matrices (Liu et al. 2025, arXiv 2502.16982)."""
+
+    change = _LargerWide
+
+
+class _Mars(Muon):
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad.clone()
+                previous = self.state[parameter].get("previous_gradient", gradient)
+                change = 0.025 * group["momentum"] / (1 - group["momentum"])
+                parameter.grad.add_(gradient - previous, alpha=change)
+                self.state[parameter]["previous_gradient"] = gradient
+        super().step(closure)
+
+
+class Mars(ChangedMuon):
+    """Momentum takes gradients to which a part of their change is added (Yuan et al. 2024, MARS, arXiv 2411.10438)."""
+
+    change = _Mars
+
+
 # The first five steps, for singular values above 0.001 and a safety factor of 1.02, as in modded-nanogpt.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -351,6 +384,8 @@ IDEAS: dict[str, type[Idea]] = {
     "normuon": NorMuon,
     "cautious-decay": CautiousDecay,
     "polar-express": PolarExpress,
+    "larger-wide": LargerWide,
+    "mars": Mars,
 }
 
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import train as train_module
-from scripts.ideas import IDEAS, Idea
+from model import GPT, GPTConfig
+from scripts.ideas import IDEAS, Idea, find_idea, polar_express
+from training.config import Optim
+from training.optim import make_optimizers, newton_schulz
 
 MUON = {
     "optim.name": "muon",
@@ -28,7 +31,7 @@ def trained(tiny_run, prepare, monkeypatch):
 
     def run(name, **changes):
         with prepare(tiny_run(name, **MUON | changes)) as prepared:
-            idea = IDEAS.get(name, Idea)(prepared)
+            idea = (Idea if name == "plain" else find_idea(name))(prepared)
             train_module.train(prepared, train_step=idea.train_step, validate=idea.validate)
         return prepared
 
@@ -70,6 +73,74 @@ def test_each_small_batch_is_a_step(trained):
     halves = trained("small-batches-first", **{"optim.schedule": "constant"})
     steps = logged(halves, "train", "step")
     assert steps == [1, 1, 2, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture
+def first_updates():
+    """`first_updates("normuon", weight=0.3)`: what a step of Muon with an idea subtracts from weights, by name."""
+
+    def run(ideas, weight=0.0):
+        config = Optim(name="muon", muon_lr=1.0, weight_decay=0.5)
+        model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=4, n_embd=32))
+        prepared = SimpleNamespace(
+            model=model, optimizers=make_optimizers(model, config), config=SimpleNamespace(optim=config)
+        )
+        find_idea(ideas)(prepared)
+        weights = dict(model.transformer.h.named_parameters())
+        matrices = {name: p for name, p in weights.items() if p.dim() == 2}
+        generator = torch.Generator().manual_seed(0)
+        for parameter in matrices.values():
+            parameter.data.fill_(weight)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        prepared.optimizers[0].step()
+        return {name.removeprefix("0."): weight - p.detach() for name, p in matrices.items()}
+
+    return run
+
+
+def test_per_head_orthogonalizes_the_matrices_of_each_head(first_updates):
+    torch.manual_seed(0)
+    plain, changed = first_updates("small-positions"), first_updates("per-head")
+    torch.testing.assert_close(changed["mlp.c_fc.weight"], plain["mlp.c_fc.weight"])
+    for name, heads in (
+        ("attn.c_attn.weight", changed["attn.c_attn.weight"].split(8)),
+        ("attn.c_proj.weight", changed["attn.c_proj.weight"].split(8, dim=1)),
+    ):
+        for head in heads:
+            values = torch.linalg.svdvals(head)
+            assert 0.6 < values.min() <= values.max() < 1.3, name
+
+
+def test_normuon_gives_neurons_updates_of_equal_size(first_updates):
+    plain, changed = first_updates("small-positions"), first_updates("normuon")
+    for name, dim in (("mlp.c_fc.weight", 1), ("mlp.c_proj.weight", 0), ("attn.c_proj.weight", 1)):
+        sizes = changed[name].norm(dim=dim)
+        torch.testing.assert_close(sizes, sizes.mean().expand_as(sizes))
+        assert plain[name].norm(dim=dim).std() > 0.01
+        torch.testing.assert_close(changed[name].norm(), plain[name].norm())
+
+
+def test_cautious_decay_spares_weights_that_the_update_makes_larger(first_updates):
+    plain, changed = first_updates("small-positions", weight=0.3), first_updates("cautious-decay", weight=0.3)
+    for name, moved in plain.items():
+        update = moved - 0.5 * 0.3
+        torch.testing.assert_close(changed[name], torch.where(update > 0, moved, update))
+
+
+def test_polar_express_moves_singular_values_closer_to_one():
+    matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    errors = [
+        (torch.linalg.svdvals(function(matrix[None], torch.float32)[0]) - 1).abs().max()
+        for function in (newton_schulz, polar_express)
+    ]
+    assert errors[1] < 0.1 < errors[0]
+
+
+def test_ideas_are_combined(trained):
+    both, one = trained("per-head+normuon"), trained("per-head")
+    assert logged(both, "val")[-1] != logged(one, "val")[-1]
+    with pytest.raises(ValueError, match="there is no idea none, normuons: choose from undecayed"):
+        find_idea("none+per-head+normuons")
 
 
 def test_impossible_combinations_are_refused(trained, tiny_run, write_config, python, tmp_path):
