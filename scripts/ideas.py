@@ -19,7 +19,7 @@ from data.loader import MicroBatch
 from model import GPT
 from train import StepResult
 from training.launch import StopSignal
-from training.optim import Muon, learning_rate_factor
+from training.optim import Muon, learning_rate_factor, newton_schulz
 from training.setup import TrainingRun
 
 
@@ -332,6 +332,60 @@ class Mars(ChangedMuon):
     change = _Mars
 
 
+class _Soap(Muon):
+    orthogonal = False
+
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                columns = parameter.size(1)
+                gradient = parameter.grad.view(-1, columns, columns) if group["stacked"] else parameter.grad[None]
+                update = self._adam(self.state[parameter], gradient, group["momentum"])
+                if self.orthogonal:
+                    update = newton_schulz(update, self.dtype)
+                else:  # so that the elements are as large as those of Muon if Adam's are about 1
+                    update *= max(gradient.shape[1:]) ** -0.5
+                with torch.no_grad():
+                    self._apply(group, parameter, update.view_as(parameter), parameter.shape)
+
+    def _adam(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
+        """Return Adam's update (N, rows, columns) in the eigenbasis of the gradient's two covariances."""
+        covariances = {"left": gradient @ gradient.mT, "right": gradient.mT @ gradient}
+        if "second" not in state:
+            state["average"], state["second"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            state["count"] = torch.zeros(())
+            for side, covariance in covariances.items():
+                state[side], state[f"{side}_basis"] = covariance, torch.linalg.eigh(covariance).eigenvectors
+        state["count"] += 1
+        for side, covariance in covariances.items():
+            state[side].lerp_(covariance, 0.05)
+            if state["count"] % 10 == 0:  # a step of the power iteration
+                state[f"{side}_basis"] = torch.linalg.qr(state[side] @ state[f"{side}_basis"]).Q
+        left, right, count = state["left_basis"], state["right_basis"], float(state["count"])
+        state["second"].lerp_((left.mT @ gradient @ right).square(), 0.05)
+        average = gradient.lerp(state["average"].lerp_(gradient, 1 - momentum), momentum) / (1 - momentum**count)
+        root = (state["second"] / (1 - 0.95**count)).sqrt() + 1e-8  # as in Adam
+        return left @ (left.mT @ average @ right / root) @ right.mT
+
+
+class Soap(ChangedMuon):
+    """SOAP instead of Muon (Vyas et al. 2024, https://arxiv.org/abs/2409.11321)."""
+
+    change = _Soap
+
+
+class _SoapMuon(_Soap):
+    orthogonal = True
+
+
+class SoapMuon(ChangedMuon):
+    """Muon orthogonalizes the update of SOAP instead of the momentum."""
+
+    change = _SoapMuon
+
+
 # The first five steps, for singular values above 0.001 and a safety factor of 1.02, as in modded-nanogpt.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -386,6 +440,8 @@ IDEAS: dict[str, type[Idea]] = {
     "polar-express": PolarExpress,
     "larger-wide": LargerWide,
     "mars": Mars,
+    "soap": Soap,
+    "soap-muon": SoapMuon,
 }
 
 
