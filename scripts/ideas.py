@@ -201,9 +201,9 @@ class ScheduledDecay(Idea):
 
 
 class TailAverage(Averaged):
-    """The last validation uses the mean of the weights after each step of the last quarter of the run."""
+    """The last validation uses the mean of the weights after each step of the last third of the run."""
 
-    first = 0.75
+    first = 2 / 3
 
 
 class OuterNesterov(Idea):
@@ -269,12 +269,12 @@ class PerHead(ChangedMuon):
 
 
 class _NorMuon(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        dim = 1 if group["stacked"] or shape[0] >= shape[1] else 0
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
+        dim = 1 if parameter.size(0) >= parameter.size(1) else 0
         squares = update.square().mean(dim, keepdim=True)
         average = self.state[parameter].setdefault("second_moment", torch.zeros_like(squares)).lerp_(squares, 0.05)
         normalized = update * average.clamp(min=1e-12).rsqrt()
-        super()._apply(group, parameter, normalized * (update.norm() / normalized.norm()), shape)
+        super()._apply(group, parameter, normalized * (update.norm() / normalized.norm()))
 
 
 class NorMuon(ChangedMuon):
@@ -288,10 +288,10 @@ class NorMuon(ChangedMuon):
 
 
 class _CautiousDecay(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
         decay = group["weight_decay"]
         parameter.addcmul_(parameter, (update * parameter > 0).to(parameter.dtype), value=-group["lr"] * decay)
-        super()._apply({**group, "weight_decay": 0.0}, parameter, update, shape)
+        super()._apply({**group, "weight_decay": 0.0}, parameter, update)
 
 
 class CautiousDecay(ChangedMuon):
@@ -301,9 +301,9 @@ class CautiousDecay(ChangedMuon):
 
 
 class _LargerWide(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        wide = not group["stacked"] and shape[0] < shape[1]
-        super()._apply(group, parameter, update * (shape[1] / shape[0]) ** 0.5 if wide else update, shape)
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
+        rows, columns = parameter.shape
+        super()._apply(group, parameter, update * max(1, columns / rows) ** 0.5)
 
 
 class LargerWide(ChangedMuon):
@@ -348,7 +348,7 @@ class _Soap(Muon):
                 else:  # so that the elements are as large as those of Muon if Adam's are about 1
                     update *= max(gradient.shape[1:]) ** -0.5
                 with torch.no_grad():
-                    self._apply(group, parameter, update.view_as(parameter), parameter.shape)
+                    self._apply(group, parameter, update.view_as(parameter))
 
     def _adam(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
         """Return Adam's update (N, rows, columns) in the eigenbasis of the gradient's two covariances."""

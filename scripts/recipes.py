@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
 
 SHORT_WINDOWS = "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4"
 SIZES = {  # parameters without embeddings: 0.8M, 3.2M, 7.9M
-    "characters": Size("configs/shakespeare-char.yaml", 666),
+    "characters": Size("configs/shakespeare-char.yaml", 333),
     "plays": Size("configs/shakespeare.yaml", 240, f"model.n_layer=4 model.n_embd=256 {SHORT_WINDOWS}"),
     "english": Size(
         "configs/shakespeare.yaml", 240, f"data.dir=data/english model.n_layer=10 model.n_embd=256 {SHORT_WINDOWS}"
@@ -69,6 +69,8 @@ PRESENT = (
     "optim.weight_decay=0.1 optim.grad_clip=1.0 optim.schedule=wsd optim.warmup_steps=20 optim.decay_fraction=0.6 "
     "optim.min_lr_ratio=0.0"
 )
+QUICK = "optim.warmup_steps=5 optim.muon_momentum=0.9"
+FAST = f"{QUICK} optim.muon_lr=0.03"
 RECIPES = {
     "present": Recipe(),
     "lr-3e-3": Recipe("optim.lr=3e-3"),
@@ -105,6 +107,34 @@ RECIPES = {
     "slow-vectors": Recipe(idea="slow-vectors"),
     "zero-projections": Recipe(idea="zero-projections"),
     "fan-in-init": Recipe(idea="fan-in-init"),
+    "quick-plain": Recipe(QUICK),
+    "quick": Recipe(QUICK, "normuon"),
+    "quick-momentum-0.85": Recipe(f"{QUICK} optim.muon_momentum=0.85", "normuon"),
+    "quick-muon-0.03": Recipe(f"{QUICK} optim.muon_lr=0.03", "normuon"),
+    "quick-muon-0.04": Recipe(f"{QUICK} optim.muon_lr=0.04", "normuon"),
+    "fast": Recipe(FAST),
+    "fast-normuon": Recipe(f"{FAST} optim.muon_beta2=0.95"),
+    "fast-muon-0.04": Recipe(f"{FAST} optim.muon_lr=0.04"),
+    "fast-muon-0.05": Recipe(f"{FAST} optim.muon_lr=0.05"),
+    "fast-lr-2e-2": Recipe(f"{FAST} optim.lr=2e-2"),
+    "fast-betas-0.8": Recipe(f"{FAST} optim.betas=[0.8,0.95]"),
+    "fast-decay-0.8": Recipe(f"{FAST} optim.decay_fraction=0.8"),
+    "fast-decay-1.0": Recipe(f"{FAST} optim.decay_fraction=1.0"),
+    "fast-root-decay": Recipe(FAST, "root-decay"),
+    "fast-no-clipping": Recipe(f"{FAST} optim.grad_clip=0"),
+    "fast-momentum-0.8": Recipe(f"{FAST} optim.muon_momentum=0.8"),
+    "fast-larger-wide": Recipe(FAST, "larger-wide"),
+    "fast-polar-express": Recipe(FAST, "polar-express"),
+    "fast-outer-nesterov": Recipe(FAST, "outer-nesterov"),
+    "fast-soap-muon": Recipe(FAST, "soap-muon"),
+    "quick-betas-0.8": Recipe(f"{QUICK} optim.betas=[0.8,0.95]", "normuon"),
+    "quick-no-clipping": Recipe(f"{QUICK} optim.grad_clip=0", "normuon"),
+    "quick-decay-0.8": Recipe(f"{QUICK} optim.decay_fraction=0.8", "normuon"),
+    "quick-lr-2e-2": Recipe(f"{QUICK} optim.lr=2e-2", "normuon"),
+    "quick-polar-express": Recipe(QUICK, "normuon+polar-express"),
+    "quick-larger-wide": Recipe(QUICK, "normuon+larger-wide"),
+    "quick-soap-muon": Recipe(QUICK, "soap-muon"),
+    "quick-outer-nesterov": Recipe(QUICK, "normuon+outer-nesterov"),
 }
 
 
