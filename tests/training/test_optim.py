@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training.config import Optim
+from training.config import Config, Optim, refuse_changes
 from training.optim import Muon, learning_rate_factor, make_optimizers, newton_schulz, set_learning_rate
 
 SMALL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
@@ -131,6 +131,19 @@ def test_normuon_equals_its_formula():
         results.append(matrix)
     for found, expected in zip(ours, [torch.cat(results[:3]), *results[3:]], strict=True):
         torch.testing.assert_close(found.detach(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_of_muon_resumes_with_muon_and_is_refused_with_normuon():
+    """A checkpoint that is older than the field lacks it."""
+    muon = Config(optim=Optim(name="muon"))
+    before = muon.identity()
+    del before["optim"]["muon_beta2"]
+    refuse_changes(before, muon.identity(), allow=False)
+    normuon = Config(optim=Optim(name="muon", muon_beta2=0.95))
+    with pytest.raises(ValueError, match=r"optim\.muon_beta2 was 0\.0, is 0\.95\. Restore these values, or choose"):
+        refuse_changes(before, normuon.identity(), allow=True)
+    with pytest.raises(ValueError, match=r"optim\.muon_beta2 1\.0 must be in \[0, 1\)"):
+        Config(optim=Optim(muon_beta2=1.0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])  # the elements of a real gradient are this small
