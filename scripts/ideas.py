@@ -269,29 +269,43 @@ class PerHead(ChangedMuon):
 
 
 class _NorMuon(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
-        dim = 1 if parameter.size(0) >= parameter.size(1) else 0
-        squares = update.square().mean(dim, keepdim=True)
-        average = self.state[parameter].setdefault("second_moment", torch.zeros_like(squares)).lerp_(squares, 0.05)
-        normalized = update * average.clamp(min=1e-12).rsqrt()
-        super()._apply(group, parameter, normalized * (update.norm() / normalized.norm()))
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        # The mean square of the elements of an orthogonal matrix. The average starts there, and needs no correction.
+        expected = 1 / (shape[1] if group["stacked"] else max(shape))
+        average = self.state[parameter].setdefault("second_moment", torch.full_like(update[:, :1], expected))
+        average.lerp_(update.square().mean(dim=1, keepdim=True), 0.05)
+        super()._apply(group, parameter, update * (expected / average.clamp(min=1e-20)).sqrt(), shape)
 
 
 class NorMuon(ChangedMuon):
-    """Each neuron's part of an update is divided by the root of the mean of its squares (Li et al. 2025, NorMuon).
+    """Each row of an update is divided by the root of a running mean of its squares (Li et al. 2025, NorMuon).
 
-    The norm of the whole update stays. A neuron is a row of a tall matrix, and a column of a wide one, as in
-    modded-nanogpt: the rows of an orthogonal wide matrix have equal norms already. https://arxiv.org/abs/2510.05491
+    The rows of an orthogonal square or wide matrix have equal norms already, so this changes the tall ones most.
+    https://arxiv.org/abs/2510.05491
     """
 
     change = _NorMuon
 
 
+class _NorMuonColumns(Muon):
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        squares = update.square().mean(1 if shape[0] >= shape[1] else 0, keepdim=True)
+        average = self.state[parameter].setdefault("second_moment", torch.zeros_like(squares)).lerp_(squares, 0.05)
+        normalized = update * average.clamp(min=1e-20).rsqrt()
+        super()._apply(group, parameter, normalized * (update.norm() / normalized.norm()), shape)
+
+
+class NorMuonColumns(ChangedMuon):
+    """NorMuon as in modded-nanogpt: wide matrices are normalized by columns, and the norm of each update is kept."""
+
+    change = _NorMuonColumns
+
+
 class _CautiousDecay(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
         decay = group["weight_decay"]
         parameter.addcmul_(parameter, (update * parameter > 0).to(parameter.dtype), value=-group["lr"] * decay)
-        super()._apply({**group, "weight_decay": 0.0}, parameter, update)
+        super()._apply({**group, "weight_decay": 0.0}, parameter, update, shape)
 
 
 class CautiousDecay(ChangedMuon):
@@ -301,9 +315,8 @@ class CautiousDecay(ChangedMuon):
 
 
 class _LargerWide(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
-        rows, columns = parameter.shape
-        super()._apply(group, parameter, update * max(1, columns / rows) ** 0.5)
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        super()._apply(group, parameter, update * max(1, shape[1] / shape[0]) ** 0.5, shape)
 
 
 class LargerWide(ChangedMuon):
@@ -348,7 +361,7 @@ class _Soap(Muon):
                 else:  # so that the elements are as large as those of Muon if Adam's are about 1
                     update *= max(gradient.shape[1:]) ** -0.5
                 with torch.no_grad():
-                    self._apply(group, parameter, update.view_as(parameter))
+                    self._apply(group, parameter, update.view_as(parameter), parameter.shape)
 
     def _adam(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
         """Return Adam's update (N, rows, columns) in the eigenbasis of the gradient's two covariances."""
@@ -436,6 +449,7 @@ IDEAS: dict[str, type[Idea]] = {
     "outer-nesterov": OuterNesterov,
     "per-head": PerHead,
     "normuon": NorMuon,
+    "normuon-columns": NorMuonColumns,
     "cautious-decay": CautiousDecay,
     "polar-express": PolarExpress,
     "larger-wide": LargerWide,

@@ -148,8 +148,6 @@ class Optim:
     """Peak learning rate of Muon."""
     muon_momentum: ClosedUnitInterval = 0.95
     """Nesterov momentum of Muon, in [0, 1)."""
-    muon_beta2: ClosedUnitInterval = 0.0
-    """NorMuon's decay rate of the average by which each neuron's update is normalized, in [0, 1). 0: plain Muon."""
 
 
 @dataclass
@@ -267,9 +265,8 @@ class Config:
             )
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise ValueError(f"optim.betas {list(optim.betas)} must be in [0, 1)")
-        for name in ("muon_momentum", "muon_beta2"):
-            if getattr(optim, name) >= 1:
-                raise ValueError(f"optim.{name} {getattr(optim, name)} must be in [0, 1): with 1, nothing is learned")
+        if optim.muon_momentum >= 1:
+            raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must be in [0, 1): with 1, nothing is learned")
         if self.eval.patience and not self.eval.every:
             raise ValueError("eval.patience counts validations, but with eval.every 0 there are none: set eval.every")
         self._check_final_tokens()

@@ -24,8 +24,6 @@ class Muon(Optimizer):
     gradients agree, including rare ones. It differs from torch.optim.Muon in two points. Queries, keys and values,
     which c_attn computes in one product, are three matrices here. And the processes divide the work: each
     orthogonalizes some of the matrices for all.
-
-    With `beta2`, it is NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491), see `_normalize`.
     """
 
     def __init__(
@@ -37,30 +35,24 @@ class Muon(Optimizer):
         momentum: float,
         dtype: torch.dtype = torch.float32,
         *,
-        beta2: float = 0.0,
         batched: bool = False,
         orthogonalize: Callable[[Tensor, torch.dtype], Tensor] | None = None,
     ) -> None:
-        """Create momentum buffers, and with `beta2` the averages of NorMuon.
+        """Create momentum buffers.
 
         Args:
             stacked: parameters that are square matrices on top of each other, (2C or 3C, C).
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
-            beta2: decay rate of NorMuon's averages; 0: no normalization.
             batched: process all matrices of a shape together. On a GPU, one matrix is too small a task. On a CPU it is
                 not, and there matrices are processed one by one.
             orthogonalize: `newton_schulz` (the default), or a compiled form of it.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
         self.dtype, self.batched, self._orthogonalize = dtype, batched, orthogonalize or newton_schulz
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                if beta2:  # (rows, 1), in the shards of the parameter
-                    expected = expected_square(group, parameter.shape)
-                    self.state[parameter]["second_moment"] = torch.full_like(parameter.detach()[:, :1], expected)
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
@@ -80,9 +72,10 @@ class Muon(Optimizer):
                     # imported here: it takes a second, and few runs shard
                     from torch.distributed.tensor import DTensor, Replicate
 
-                    whole = DTensor.from_local(update, parameter.device_mesh, [Replicate()])
-                    update = whole.redistribute(placements=parameter.placements).to_local()
-                self._apply(group, parameter, update)
+                    update = DTensor.from_local(update, parameter.device_mesh, [Replicate()]).redistribute(
+                        placements=parameter.placements
+                    )
+                self._apply(group, parameter, update, parameter.shape)
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """Return the Nesterov momentum of a parameter's gradient, gathered from all processes if it is sharded."""
@@ -92,27 +85,12 @@ class Muon(Optimizer):
         update = gradient.lerp(average, momentum)
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> None:
-        """Move this process's rows of a parameter, which are all rows without FSDP, against their update."""
-        rows, columns = parameter.shape
+    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
+        """Move a parameter, or this process's part of one, against its update. `shape` is that of the whole."""
+        rows, columns = shape
         rows = columns if group["stacked"] else rows
-        if group["beta2"]:
-            update = self._normalize(group, parameter, update)
-        own = local(parameter)
-        own.mul_(1 - group["lr"] * group["weight_decay"])
-        own.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-
-    def _normalize(self, group: dict[str, Any], parameter: Tensor, update: Tensor) -> Tensor:
-        """Divide each row of an update by the root of the running mean of its squared elements (NorMuon).
-
-        The rows of an orthogonal square or wide matrix have the same norm, those of a tall matrix have not: without
-        this, some neurons learn faster than others. Multiplication by the root of the mean square of an orthogonal
-        matrix's elements keeps the size of the whole update. The average starts there, so it needs no bias correction.
-        """
-        average = local(self.state[parameter]["second_moment"])
-        average.lerp_(update.float().square().mean(dim=1, keepdim=True), 1 - group["beta2"])
-        # A row of zeros stays zero.
-        return update * (expected_square(group, parameter.shape) / average.clamp(min=1e-20)).sqrt()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _step_in_batches(self) -> None:
         """Process all matrices of a shape together. While the results of one shape are sent, the next is computed."""
@@ -154,7 +132,7 @@ class Muon(Optimizer):
             if work is not None:
                 work.wait()
             for parameter, update in zip(parameters, results, strict=False):
-                self._apply(group, parameter, update)
+                self._apply(group, parameter, update, parameter.shape)
 
         return finish
 
@@ -168,10 +146,11 @@ class Muon(Optimizer):
         part = ceil_div(len(parameters), world_size)
         rows, columns = parameters[0].shape
         shard_rows = ceil_div(rows, world_size)  # rows of each process; the last ones may have fewer
+        local = [p.to_local() for p in parameters]
         gradients = [p.grad.to_local() for p in parameters]
         averages = [self.state[p]["momentum_buffer"].to_local() for p in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        sent = gradients[0].new_zeros(world_size * part, shard_rows, columns)
+        sent = local[0].new_zeros(world_size * part, shard_rows, columns)
         for row, update in zip(sent, torch._foreach_lerp(gradients, averages, group["momentum"]), strict=False):
             row[: len(update)] = update
         received = torch.empty_like(sent)
@@ -188,8 +167,8 @@ class Muon(Optimizer):
 
         def finish() -> None:
             work.wait()
-            for parameter, update in zip(parameters, received.flatten(0, 1), strict=False):
-                self._apply(group, parameter, update[: len(local(parameter))])
+            for parameter, shard, update in zip(parameters, local, received.flatten(0, 1), strict=False):
+                self._apply(group, shard, update[: len(shard)], parameter.shape)
 
         return finish
 
@@ -198,16 +177,6 @@ class Muon(Optimizer):
         columns = updates.size(2)
         batch = updates.view(-1, columns, columns) if group["stacked"] else updates
         return self._orthogonalize(batch, self.dtype).view(updates.shape)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor, which without FSDP is the tensor itself. It shares its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def expected_square(group: dict[str, Any], shape: torch.Size) -> float:
-    """Return the mean square of the elements of orthogonal matrices, of which a parameter of this shape consists."""
-    return 1 / (shape[1] if group["stacked"] else max(shape))
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -270,7 +239,6 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
                     config.weight_decay,
                     config.muon_momentum,
                     dtype,
-                    beta2=config.muon_beta2,
                     batched=on_gpu,
                     orthogonalize=Compiled(newton_schulz, "Muon's iteration") if on_gpu else newton_schulz,
                 )

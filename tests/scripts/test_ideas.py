@@ -111,8 +111,20 @@ def test_per_head_orthogonalizes_the_matrices_of_each_head(first_updates):
             assert 0.6 < values.min() <= values.max() < 1.3, name
 
 
-def test_normuon_gives_neurons_updates_of_equal_size(first_updates):
+def test_normuon_divides_rows_by_the_root_of_their_running_mean_square(first_updates):
     plain, changed = first_updates("small-positions"), first_updates("normuon")
+    for name, expected in (
+        ("mlp.c_fc.weight", 1 / 128),
+        ("mlp.c_proj.weight", 1 / 128),
+        ("attn.c_attn.weight", 1 / 32),
+    ):
+        squares = (plain[name] / max(1, len(plain[name]) / 32 if "mlp" in name else 1) ** 0.5).square()
+        average = 0.95 * expected + 0.05 * squares.mean(dim=1, keepdim=True)
+        torch.testing.assert_close(changed[name], plain[name] * (expected / average).sqrt())
+
+
+def test_normuon_by_columns_gives_neurons_updates_of_equal_size(first_updates):
+    plain, changed = first_updates("small-positions"), first_updates("normuon-columns")
     for name, dim in (("mlp.c_fc.weight", 1), ("mlp.c_proj.weight", 0), ("attn.c_proj.weight", 1)):
         sizes = changed[name].norm(dim=dim)
         torch.testing.assert_close(sizes, sizes.mean().expand_as(sizes))

@@ -64,7 +64,7 @@ def assert_same_run(one, run, train_error=1e-4, val_error=1e-6):
     assert len(losses(run, "val")) == 3
 
 
-MUON = {"optim.name": "muon", "optim.muon_lr": 0.02, "optim.muon_beta2": 0.9}
+MUON = {"optim.name": "muon", "optim.muon_lr": 0.02}
 
 
 def assert_same_muon_run(one, run):
