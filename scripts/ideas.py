@@ -8,7 +8,6 @@ idea uses one process and starts at step 0, because checkpoints do not store wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from data.loader import MicroBatch
 from model import GPT
 from train import StepResult
 from training.launch import StopSignal
-from training.optim import Muon, learning_rate_factor, newton_schulz
+from training.optim import Muon, learning_rate_factor
 from training.setup import TrainingRun
 
 
@@ -138,52 +137,6 @@ class SmallBatchesFirst(Idea):
         result = super().train_step(run, stop_requested, save_requested)
         run.loader = loader
         return result
-
-
-class ZeroProjections(Idea):
-    """The projections into the residual stream start at zero, as in modded-nanogpt."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        super().__init__(run)
-        with torch.no_grad():
-            for name, parameter in run.model.transformer.h.named_parameters():
-                if name.endswith("c_proj.weight"):
-                    parameter.zero_()
-
-
-class FanInInit(Idea):
-    """The matrices of the blocks start with a standard deviation of 1/sqrt(fan-in) and not 0.02."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        super().__init__(run)
-        with torch.no_grad():
-            for name, parameter in run.model.transformer.h.named_parameters():
-                if parameter.dim() == 2 and "c_proj" not in name:
-                    parameter.mul_(parameter.size(1) ** -0.5 / 0.02)
-
-
-class SlowVectors(Idea):
-    """Biases and LayerNorms are trained with 0.3 times AdamW's learning rate."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        super().__init__(run)
-        run.optimizers[-1].param_groups[1]["peak_lr"] *= 0.3
-
-
-class RootDecay(Idea):
-    """The learning rate decays as 1 - sqrt(progress) and not linearly (Haegele et al. 2024, arXiv 2405.18392)."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        super().__init__(run)
-        self.peaks = [(group, group["peak_lr"]) for optimizer in run.optimizers for group in optimizer.param_groups]
-
-    def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
-        step, optim = run.state.step, run.config.optim
-        left = learning_rate_factor(step, optim)
-        wanted = left if step < optim.warmup_steps else 1 - (1 - left) ** 0.5
-        for group, peak in self.peaks:
-            group["peak_lr"] = peak * wanted / left
-        return super().train_step(run, stop_requested, save_requested)
 
 
 class ScheduledDecay(Idea):
@@ -325,80 +278,6 @@ class LargerWide(ChangedMuon):
     change = _LargerWide
 
 
-class _Mars(Muon):
-    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad.clone()
-                previous = self.state[parameter].get("previous_gradient", gradient)
-                change = 0.025 * group["momentum"] / (1 - group["momentum"])
-                parameter.grad.add_(gradient - previous, alpha=change)
-                self.state[parameter]["previous_gradient"] = gradient
-        super().step(closure)
-
-
-class Mars(ChangedMuon):
-    """Momentum takes gradients to which a part of their change is added (Yuan et al. 2024, MARS, arXiv 2411.10438)."""
-
-    change = _Mars
-
-
-class _Soap(Muon):
-    orthogonal = False
-
-    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                columns = parameter.size(1)
-                gradient = parameter.grad.view(-1, columns, columns) if group["stacked"] else parameter.grad[None]
-                update = self._adam(self.state[parameter], gradient, group["momentum"])
-                if self.orthogonal:
-                    update = newton_schulz(update, self.dtype)
-                else:  # so that the elements are as large as those of Muon if Adam's are about 1
-                    update *= max(gradient.shape[1:]) ** -0.5
-                with torch.no_grad():
-                    self._apply(group, parameter, update.view_as(parameter), parameter.shape)
-
-    def _adam(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
-        """Return Adam's update (N, rows, columns) in the eigenbasis of the gradient's two covariances."""
-        covariances = {"left": gradient @ gradient.mT, "right": gradient.mT @ gradient}
-        if "second" not in state:
-            state["average"], state["second"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-            state["count"] = torch.zeros(())
-            for side, covariance in covariances.items():
-                state[side], state[f"{side}_basis"] = covariance, torch.linalg.eigh(covariance).eigenvectors
-        state["count"] += 1
-        for side, covariance in covariances.items():
-            state[side].lerp_(covariance, 0.05)
-            if state["count"] % 10 == 0:  # a step of the power iteration
-                state[f"{side}_basis"] = torch.linalg.qr(state[side] @ state[f"{side}_basis"]).Q
-        left, right, count = state["left_basis"], state["right_basis"], float(state["count"])
-        state["second"].lerp_((left.mT @ gradient @ right).square(), 0.05)
-        average = gradient.lerp(state["average"].lerp_(gradient, 1 - momentum), momentum) / (1 - momentum**count)
-        root = (state["second"] / (1 - 0.95**count)).sqrt() + 1e-8  # as in Adam
-        return left @ (left.mT @ average @ right / root) @ right.mT
-
-
-class Soap(ChangedMuon):
-    """SOAP instead of Muon (Vyas et al. 2024, https://arxiv.org/abs/2409.11321)."""
-
-    change = _Soap
-
-
-class _SoapMuon(_Soap):
-    orthogonal = True
-
-
-class SoapMuon(ChangedMuon):
-    """Muon orthogonalizes the update of SOAP instead of the momentum."""
-
-    change = _SoapMuon
-
-
 # The first five steps, for singular values above 0.001 and a safety factor of 1.02, as in modded-nanogpt.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -440,10 +319,6 @@ IDEAS: dict[str, type[Idea]] = {
     "averaged": Averaged,
     "momentum-warm-up": MomentumWarmUp,
     "small-batches-first": SmallBatchesFirst,
-    "zero-projections": ZeroProjections,
-    "fan-in-init": FanInInit,
-    "slow-vectors": SlowVectors,
-    "root-decay": RootDecay,
     "scheduled-decay": ScheduledDecay,
     "tail-average": TailAverage,
     "outer-nesterov": OuterNesterov,
@@ -453,9 +328,6 @@ IDEAS: dict[str, type[Idea]] = {
     "cautious-decay": CautiousDecay,
     "polar-express": PolarExpress,
     "larger-wide": LargerWide,
-    "mars": Mars,
-    "soap": Soap,
-    "soap-muon": SoapMuon,
 }
 
 
