@@ -63,7 +63,10 @@ SIZES = {  # parameters without embeddings: 0.8M, 3.2M, 7.9M
         "configs/shakespeare.yaml", 240, f"data.dir=data/english model.n_layer=10 model.n_embd=256 {SHORT_WINDOWS}"
     ),
 }
-COMMON = "eval.at_start=false eval.tokens=65536 eval.samples=0 checkpoint.every=0 log.every=100"
+COMMON = (
+    "eval.at_start=false eval.tokens=65536 eval.samples=0 checkpoint.every=0 log.every=100 "
+    "system.device=cpu system.dtype=float32 system.compile=false"
+)
 PRESENT = (
     "optim.name=muon optim.muon_lr=0.02 optim.muon_momentum=0.95 optim.lr=1e-2 optim.betas=[0.9,0.95] "
     "optim.weight_decay=0.1 optim.grad_clip=1.0 optim.schedule=wsd optim.warmup_steps=20 optim.decay_fraction=0.6 "
@@ -104,14 +107,18 @@ RECIPES = {
 }
 
 
-def train_recipe(size: Size, recipe: Recipe, steps: int, seed: int) -> float:
-    """Train one run in a temporary directory, in float32 on the CPU, and return its last validation loss."""
+def arguments_of(size: Size, recipe: Recipe, steps: int, seed: int, directory: str) -> list[str]:
+    """Return train.py's arguments for a run in float32 on the CPU, with one validation after the last step."""
     fields = " ".join((size.fields, COMMON, PRESENT, recipe.fields)).split()
-    fields += [f"optim.steps={steps}", f"eval.every={steps}", f"run.seed={seed}"]
-    fields += ["system.device=cpu", "system.dtype=float32", "system.compile=false"]
+    fields += [f"optim.steps={steps}", f"eval.every={steps}", f"run.seed={seed}", f"run.dir={directory}"]
     flags = [part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)]
+    return ["--config", size.config, *flags]
+
+
+def train_recipe(size: Size, recipe: Recipe, steps: int, seed: int) -> float:
+    """Train one run in a temporary directory, and return its last validation loss."""
     with tempfile.TemporaryDirectory() as directory:
-        arguments = ["--config", size.config, "--run.dir", directory, *flags]
+        arguments = arguments_of(size, recipe, steps, seed, directory)
         return train_to_end(arguments, find_idea(recipe.idea) if recipe.idea else None)[0]
 
 

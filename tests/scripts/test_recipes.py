@@ -7,7 +7,20 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import recipes
-from scripts.recipes import Recipe, Size, draw, main, p_value, read_results, steps_table, steps_to, steps_to_present
+from scripts.ideas import find_idea
+from scripts.recipes import (
+    Recipe,
+    Size,
+    arguments_of,
+    draw,
+    main,
+    p_value,
+    read_results,
+    steps_table,
+    steps_to,
+    steps_to_present,
+)
+from training.config import parse_config
 from training.run_directory import read_metrics
 
 
@@ -25,6 +38,19 @@ def test_steps_are_interpolated_in_their_logarithm():
         assert steps_to(5.0 - 0.3 * math.log(steps), losses, 1) == pytest.approx(steps)
     assert steps_to(5.0 - 0.3 * math.log(601), losses, 1) is None
     assert steps_to(5.0 - 0.3 * math.log(450), losses, 2) is None
+
+
+def test_each_size_and_recipe_is_a_configuration():
+    for size in recipes.SIZES.values():
+        config = parse_config(arguments_of(size, recipes.RECIPES["present"], size.steps, 7, "runs"))
+        assert (config.optim.steps, config.eval.every, config.run.seed) == (size.steps, size.steps, 7)
+        assert config.optim.muon_momentum == 0.95
+    size, present = recipes.SIZES["characters"], recipes.RECIPES["present"]
+    for name, recipe in recipes.RECIPES.items():
+        config = parse_config(arguments_of(size, recipe, 100, 7, "runs"))
+        changed = config.optim != parse_config(arguments_of(size, present, 100, 7, "runs")).optim
+        assert changed == bool(recipe.fields), name
+        assert not recipe.idea or find_idea(recipe.idea)
 
 
 @pytest.fixture
