@@ -20,6 +20,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +52,10 @@ class Recipe(NamedTuple):
     idea: str = ""
 
     def describe(self) -> str:
-        """Return the change as options of scripts/sweep.py."""
-        return " ".join(filter(None, (self.fields, self.idea and f"--idea {self.idea}")))
+        """Return the change as options of scripts/sweep.py. Of a field that is given twice, the last value counts."""
+        fields = dict(field.split("=", 1) for field in self.fields.split())
+        options = [f"{name}={value}" for name, value in fields.items()]
+        return " ".join([*options, f"--idea {self.idea}"] if self.idea else options)
 
 
 SHORT_WINDOWS = "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4"
@@ -196,17 +199,18 @@ def loss_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[float]]:
-    """Return the steps of each seed to the present recipe's mean final loss, for recipes trained with several lengths.
+    """Return the steps to the present recipe's mean final loss, for each seed with which a recipe has several lengths.
 
-    Recipes for which a seed has this loss outside of its lengths are left out.
+    Recipes for which such a seed has this loss outside of its lengths are left out.
     """
     finals = recipes.get("present", {}).get(SIZES[size].steps)
     found = {}
     for name, losses in recipes.items():
-        seeds = set.intersection(*(set(of_seed) for of_seed in losses.values()))
-        if finals and len(losses) > 1 and name != "present":
-            steps = [steps_to(statistics.mean(finals.values()), losses, seed) for seed in sorted(seeds)]
-            if steps and None not in steps:
+        lengths = Counter(seed for of_seed in losses.values() for seed in of_seed)
+        seeds = sorted(seed for seed, count in lengths.items() if count > 1)
+        if finals and seeds and name != "present":
+            steps = [steps_to(statistics.mean(finals.values()), losses, seed) for seed in seeds]
+            if None not in steps:
                 found[name] = [s for s in steps if s is not None]
     return found
 
