@@ -171,10 +171,10 @@ def steps_to(target: float, losses: Losses, seed: int) -> float | None:
     return None
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """Return mean and standard deviation as text, and only the value if there is one."""
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
@@ -216,23 +216,27 @@ def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[fl
 
 
 def steps_table(size: str, recipes: dict[str, Losses]) -> str:
-    """Return the table of the steps to the present recipe's final loss.
+    """Return the table of the recipes with shorter runs than the present one, which has its full length.
 
-    Each p-value is that of a loss as high as the present recipe's after all steps: below 0.01, fewer steps are enough.
+    A p-value is that of a loss as high as the present recipe's after all steps: below 0.01, fewer steps are enough.
     """
-    full = SIZES[size].steps
+    full, found = SIZES[size].steps, steps_to_present(size, recipes)
     base = recipes.get("present", {}).get(full, {})
     rows = []
-    for name, steps in sorted(steps_to_present(size, recipes).items(), key=lambda item: statistics.mean(item[1])):
-        lengths = [
-            f"{length / full:.0%}: {spread(differences)}, p = {p_value(differences):.4f}"
-            for length, losses in sorted(recipes[name].items())
-            if (differences := compare(losses, base))
-        ]
-        mean, deviation = statistics.mean(steps), statistics.stdev(steps) if len(steps) > 1 else 0.0
-        cells = [f"{mean:.0f} ± {deviation:.0f}", f"{1 - mean / full:.0%}", f"{len(steps)}", "; ".join(lengths)]
-        rows.append([name, *cells])
-    heads = ["recipe", f"steps to {statistics.mean(base.values()):.4f}", "fewer", "seeds", "loss less that of present"]
+    for name, losses in recipes.items():
+        lengths = [(steps, compare(of_seed, base)) for steps, of_seed in sorted(losses.items()) if name != "present"]
+        cells = [f"{n} steps: {spread(d)}, p = {p_value(d):.4f}, n = {len(d)}" for n, d in lengths if d]
+        if cells and min(losses) < full:
+            steps = found.get(name, [])
+            fewer = f"{1 - statistics.mean(steps) / full:.0%}" if steps else ""
+            rows.append([name, spread(steps, 0) if steps else "", fewer, f"{len(steps)}", "; ".join(cells)])
+    heads = [
+        "recipe",
+        "steps to that loss",
+        "fewer",
+        "seeds",
+        f"difference from the loss of present after {full} steps",
+    ]
     return markdown(heads, rows) if rows else ""
 
 

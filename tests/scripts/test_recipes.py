@@ -69,8 +69,8 @@ def test_a_recipe_is_compared_with_the_present_recipe(results, tmp_path):
     found = steps_to_present("small", results["small"])
     assert found["faster"] == pytest.approx([80 * math.exp(d / 0.3) for d in (-0.005, 0.005)])
     row = steps_table("small", results["small"]).splitlines()[-1]
-    assert row.startswith("| faster | 80 ± 2 | 20% | 2 | 70%: ")
-    assert f"90%: {0.3 * math.log(80 / 90):.4f} ± 0.0000, p = 0.2500" in row
+    assert row.startswith("| faster | 80 ± 2 | 20% | 2 | 70 steps: ")
+    assert f"90 steps: {0.3 * math.log(80 / 90):.4f} ± 0.0000, p = 0.2500, n = 2" in row
     draw(results, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
