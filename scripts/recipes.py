@@ -1,6 +1,6 @@
 """Compare training recipes at fixed model, data order and batch, by the steps that they need to a loss:
 
-    python -m scripts.recipes --size characters --recipes present tuned --fractions 1 0.85 0.75 --seeds 1 2 3
+    python -m scripts.recipes --size characters --recipes present fast --fractions 1 0.85 0.75 --seeds 1 2 3
 
 Each recipe is trained with each seed, once for each length: a fraction of the size's steps. The learning rate decays to
 zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that the file of
@@ -241,17 +241,21 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the steps to the present recipe's final loss, as fractions of its steps, with two standard errors."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    panels = {size: found for size, recipes in results.items() if (found := steps_to_present(size, recipes))}
-    for axes, (size, found) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        fractions = {name: np.array(steps) / SIZES[size].steps for name, steps in found.items()}
-        means = [values.mean() for values in fractions.values()]
-        errors = [2 * values.std(ddof=1) / len(values) ** 0.5 for values in fractions.values()]
-        axes.errorbar(means, list(fractions), xerr=errors, fmt="o", capsize=3)
-        axes.axvline(1.0, color="gray", linestyle="--")
-        axes.set(title=f"{size}: {SIZES[size].steps} steps", xlabel="fraction of the present recipe's steps")
+    """Draw the loss against the steps of the recipes with shorter runs, with two standard errors of the mean."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    for axes, (size, recipes) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        full = SIZES[size].steps
+        for name, losses in recipes.items():
+            if name == "present" or min(losses) < full:
+                values = [np.array(list(losses[steps].values())) for steps in sorted(losses)]
+                errors = [2 * v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in values]
+                means = [v.mean() for v in values]
+                line = axes.errorbar(sorted(losses), means, yerr=errors, fmt="o-", capsize=3, label=name)
+                if name == "present":
+                    axes.axhline(means[-1], color=line[0].get_color(), linestyle="--", linewidth=1)
+        axes.set(title=size, xlabel="steps of the run", ylabel="loss after the last step, nats per token")
         axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 
@@ -281,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fractions", nargs="+", type=float, default=[1.0], help="lengths of the runs (default: 1)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds (default: 1 2 3)")
     parser.add_argument("--results", type=Path, default="docs/recipes.json", metavar="FILE", help="losses of all runs")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the steps to the present recipe's loss")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of shorter runs")
     args = parser.parse_args(arguments)
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):
         results = run_all(args)
