@@ -232,7 +232,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
             rows.append([name, spread(steps, 0) if steps else "", fewer, f"{len(steps)}", "; ".join(cells)])
     heads = [
         "recipe",
-        "steps to that loss",
+        "steps to the loss of present",
         "fewer",
         "seeds",
         f"difference from the loss of present after {full} steps",
