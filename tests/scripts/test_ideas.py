@@ -145,7 +145,7 @@ def test_polar_express_moves_singular_values_closer_to_one():
         (torch.linalg.svdvals(function(matrix[None], torch.float32)[0]) - 1).abs().max()
         for function in (newton_schulz, polar_express)
     ]
-    assert errors[1] < 0.1 < errors[0]
+    assert errors[1] < 0.15 < 0.3 < errors[0]
 
 
 def test_ideas_are_combined(trained):
