@@ -13,6 +13,9 @@ A recipe changes fields of a configuration, and the training loop by ideas of sc
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.recipes")
+
 import argparse
 import itertools
 import json
@@ -28,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from command import ending
+from command import CommandParser, ending
 from files import write_json
 from scripts.ideas import find_idea
 from scripts.sweep import train_to_end
@@ -275,7 +278,7 @@ def run_all(args: argparse.Namespace) -> Results:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.recipes", description="Compare recipes by the steps that they need to a loss."
     )
     parser.add_argument("--size", choices=SIZES, default="characters", help="model and data (default: %(default)s)")

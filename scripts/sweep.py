@@ -55,7 +55,7 @@ def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, 
         print(f"{run.name}: {error}", file=sys.stderr)
         diverged = True
     records = read_metrics(Path(run.dir) / run.name / "metrics.jsonl")
-    final = next((r["loss"] for r in reversed(records) if r["split"] == "val"), None)
+    final = next((r.get("final_loss", r["loss"]) for r in reversed(records) if r["split"] == "val"), None)
     return math.inf if diverged or final is None else final, records
 
 

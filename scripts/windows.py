@@ -9,12 +9,15 @@ A run that has finished already is read and not repeated. docs/data.md has the r
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.windows")
+
 import argparse
 import json
 import statistics
 from pathlib import Path
 
-from command import ending
+from command import CommandParser, ending
 from eval.run import main as evaluate
 from scripts.sweep import finish
 
@@ -57,7 +60,7 @@ def table(args: argparse.Namespace, flags: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.windows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
