@@ -356,7 +356,7 @@ def test_resize_token_embeddings(small):
     ours.resize_token_embeddings(105)
     assert ours.config.vocab_size == 105
     assert torch.equal(ours.transformer.wte.weight[:101], rows)
-    assert torch.equal(ours(ids).logits[..., :101], before)
+    torch.testing.assert_close(ours(ids).logits[..., :101], before, atol=1e-6, rtol=0)  # a product of another width
     assert 0.01 < ours.transformer.wte.weight[101:].std() < 0.03
     ours(torch.full((1, 3), 104), targets=torch.full((1, 3), 103)).loss.backward()
     assert ours.transformer.wte.weight.grad[104].abs().sum() > 0

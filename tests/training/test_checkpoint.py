@@ -223,7 +223,7 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(prepare, tiny_ru
         run.state.best = best
         for step, loss in enumerate([float("nan"), 5.0, float("nan"), 4.0, float("inf"), 4.5]):
             run.state.step = step
-            result = Validation(SplitLoss(loss, loss, 1), {}, None, [])
+            result = Validation(SplitLoss(loss, loss, 1), {}, None, None, [])
             monkeypatch.setattr("train.measure", lambda *arguments, result=result: result)
             validate(run, StopSignal(announce=False))
         assert run.state.best == (4.0, 3)
