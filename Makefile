@@ -20,7 +20,8 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	@echo "gave to the right token: lower is better. For scale, on the held-out plays:"
 	@echo "  an untrained model       8.32 nats per token = 4.07 bits per byte (ln 4,096)"
 	@echo "  gzip -9                                        3.17 bits per byte"
-	@echo "After each validation, a line shows the beginning of a text by the model."
+	@echo "Six times, the loss on a part of the held-out plays is measured, and a line"
+	@echo "shows the beginning of a text by the model. The last time, also on all of them."
 	@echo "Ctrl-C stops after the current step, and \`make demo\` continues from there."
 	$(PYTHON) train.py --config configs/shakespeare.yaml
 	@echo
