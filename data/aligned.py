@@ -45,7 +45,7 @@ PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # tokens of the split
 
 
 class AlignedWindows(TrainingWindows):
-    """Windows of whole documents. Window w is some pieces of the split, one after the other, and padding.
+    """Windows of whole documents. A window consists of pieces of the split, one after the other, and padding.
 
     Args:
         split: the tokens.
@@ -187,7 +187,7 @@ def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, cou
     begins = set(bounds.tolist())
     rows: list[tuple[int, int]] = []
     packed: list[tuple[int, int]] = []
-    found = 0  # documents of at most T tokens that are whole
+    found = 0  # documents of at most T tokens that were not cut
     lengths = np.diff(bounds)
     for window in pack(bounds, T):
         rows.append((counts["pieces"] + len(packed), sum(length for _, length in window)))
@@ -247,7 +247,7 @@ def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
             available ^= 1 << length
         return start
 
-    rests: set[int] = set()  # where pieces begin that continue a document
+    rests: set[int] = set()  # starts of the pieces that continue a document
     for start, end in itertools.pairwise(bounds.tolist()):
         for begin in range(start, end - T, T):
             yield [(begin, T)]

@@ -92,7 +92,7 @@ class TokenWindows(TrainingWindows):
         vocab_size: a token id of this size or larger raises an error that names the shard.
         tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
             it is not full. With None, use full windows only, as training does.
-        shift: cut the split at other places in each epoch. Window w of epoch e is then called e * len(self) + w.
+        shift: cut the split at different places in each epoch. Window w of epoch e has the number e * len(self) + w.
         mask_eot: the id of end-of-text, with which each document begins. Each token then attends to its own document
             only. None: no mask.
 
@@ -151,7 +151,7 @@ class TokenWindows(TrainingWindows):
         return int(np.minimum(self.sequence_length, self.n_targets - places * self.sequence_length).sum())
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the windows at consecutive places (k,); with `shift` their names have the epoch in them."""
+        """Return the windows at consecutive places (k,). With `shift`, the numbers of the windows include the epoch."""
         windows = super().order(places, seed, shuffle)
         return windows + places // len(self) * len(self) if self.shift else windows
 
@@ -320,7 +320,7 @@ class Loader:
         return self._divide(self._in_use, weights)
 
     def _parts(self) -> list[range]:
-        """Return which rows of this rank each micro-batch of a step has: nearly equal numbers."""
+        """Return the rows of this rank in each micro-batch of a step. Micro-batches have nearly equal sizes."""
         n = self.micro_batches_per_step
         return [split_evenly(len(self.rows), part, n) for part in range(n)]
 

@@ -22,7 +22,7 @@ MAX_SCHEDULE = 10_000  # fractions that need a longer schedule are rounded to mu
 
 def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
     """Return weights (above 0) as fractions of their sum, with a common denominator of about MAX_SCHEDULE at most."""
-    exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
+    exact = [Fraction(str(weight)) for weight in weights]  # exact decimal values: 0.1 means 1/10
     fractions = [weight / sum(exact) for weight in exact]
     if math.lcm(*(fraction.denominator for fraction in fractions)) > MAX_SCHEDULE:
         rounded = [max(1, round(fraction * MAX_SCHEDULE)) for fraction in fractions]
@@ -31,7 +31,7 @@ def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
 
 
 def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
-    """Return the dataset of each place, (n,), for the smallest n of which every fraction is a whole number.
+    """Return the dataset of each place, (n,). n is the smallest length that gives each a whole number of places.
 
     Window k = 1, 2, ... of a dataset with fraction f may come at place p = 1, 2, ... if f p > k - 1. Its deadline is
     place k / f, and the window with the earliest deadline is taken (the quota method of Balinski & Young 1975).
@@ -49,7 +49,7 @@ def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
 
 
 class MixtureWindows(TrainingWindows):
-    """The windows of several datasets. Window w of dataset i is called w * n + i, for n datasets.
+    """The windows of several datasets. Window w of dataset i has the number w * n + i, for n datasets.
 
     Args:
         parts: the windows of each dataset, all of the same length T.
@@ -64,7 +64,7 @@ class MixtureWindows(TrainingWindows):
         self.document_mask = parts[0].document_mask
         self.fractions = exact_fractions(weights)
         self._schedule = make_schedule(self.fractions)
-        # For each place of the schedule, how many windows of the same dataset come before it.
+        # For each place of the schedule, the number of windows of the same dataset before it.
         self._earlier = np.zeros_like(self._schedule)
         for i in range(len(parts)):
             own = self._schedule == i

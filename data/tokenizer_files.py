@@ -2,9 +2,8 @@
 
 OpenAI's names of the latter two are encoder.json and vocab.bpe.
 
-A tokenizer.json can describe many steps that `data.tokenizer` does not have. Each field is either one that is
-understood, with a value that is understood, or the file is refused with the field named: the ids would otherwise be
-wrong without notice.
+A tokenizer.json can describe many steps that `data.tokenizer` does not have. If a field or its value is not understood,
+the file is refused, and the message names the field. Otherwise, the ids could be wrong without notice.
 """
 
 from __future__ import annotations
@@ -89,7 +88,8 @@ def read_tokenizer_json(path: Path) -> Described:
         if described.get("post_processor") is not None:
             _refuse("post_processor", described["post_processor"], "null")
     try:
-        # It requires fields that change nothing, and other tools read the file with it.
+        # The library also requires fields that do not change the ids. Other tools read the file with this library, so
+        # it must accept the file.
         tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no other class
         raise ValueError(f"the library tokenizers cannot read it ({error})") from None

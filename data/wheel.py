@@ -30,7 +30,7 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):  # an existing directory may not be writable either
+        with tempfile.TemporaryFile(dir=cache):  # an existing directory is not always writable
             pass
     except OSError as error:
         raise OSError(

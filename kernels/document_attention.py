@@ -1,4 +1,4 @@
-"""Causal attention inside documents: of several texts in one sequence, each token sees its own text only.
+"""Causal attention inside documents: if a sequence has several texts, each token attends to its own text only.
 
 On a CPU, each document is a call of its own, so that a sequence of short documents costs less than one long text. On
 CUDA, FlexAttention (Dong et al. 2024) skips the blocks of keys that no query of a block may see.

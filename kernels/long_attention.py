@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 HASH_SEED = 2020  # the hashes are constants of the architecture: equal in every run, process and attempt
 MOST_DIRECTIONS = 64  # a hash with more random vectors than this is made of two smaller ones
-CHUNK_QUERIES = 64  # queries that share two blocks of keys. Fewer: smaller products. More: more padding
+CHUNK_QUERIES = 64  # queries that share two blocks of keys; fewer make the products small, more add padding
 # Attention scores that are computed in one call. On a CPU: for each thread, as many as fit into the cache of its core.
 CPU_SCORES, GPU_SCORES = 2**18, 2**22
 
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
     @property
     def most_keys(self) -> int:
-        """Number of tokens that a token attends to at most."""
+        """Maximum number of tokens that a token attends to."""
         return self.size
 
     def mask(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,7 +86,7 @@ class LSH(NamedTuple):
 
     @property
     def most_keys(self) -> int:
-        """Number of tokens that a token attends to at most."""
+        """Maximum number of tokens that a token attends to."""
         return 1 + self.rounds * self.chunk
 
     def mask(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -176,9 +176,9 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
 class Round(NamedTuple):
     """The queries and keys of one round in sorted order, and the range of keys that each query sees."""
 
-    keys: Tensor  # (M,) the number of each sorted key in the order of the input
-    queries: Tensor  # (N,) the number of each sorted query
-    first: Tensor  # (N,) int32: query i in the order of the input sees the sorted keys first[i]..last[i] - 1
+    keys: Tensor  # (M,) the index of each sorted key in the input
+    queries: Tensor  # (N,) the index of each sorted query in the input
+    first: Tensor  # (N,) int32: query i of the input sees the sorted keys first[i]..last[i] - 1
     last: Tensor
 
 
@@ -314,7 +314,8 @@ def plain_attend_gradients(
 ) -> tuple[Tensor, ...]:
     scale = 1 / math.sqrt(q.size(2))
     weights = ((q.float() * scale) @ k.float().mT + bias).sub_(log_total.unsqueeze(2)).exp_()
-    mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)  # the mean of the weights' gradients, with the weights
+    # The mean of the gradients of the attention weights, weighted by these weights
+    mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)
     dscores = (dy @ v.mT).float().sub_(mean).mul_(weights).mul_(scale).to(q.dtype)
     return dscores @ k, dscores.mT @ q, weights.to(q.dtype).mT @ dy
 
@@ -366,7 +367,7 @@ def lsh_attention_gradients(
     orders = [Round(*fields) for fields in zip(keys, queries, first, last, strict=True)]
     # A query's own key
     own_q, own_k, own_v, own_dy = (t.flatten(0, 2).float() for t in (q, k[:, :, S - T :], v[:, :, S - T :], dy))
-    mean = (own_dy * y.flatten(0, 2)).sum(dim=-1)  # the mean of the weights' gradients, with the weights
+    mean = (own_dy * y.flatten(0, 2)).sum(dim=-1)  # as in `plain_attend_gradients`
     weight = ((own_q * own_k).sum(dim=-1) * scale - log_total).exp()
     dscore = (weight * ((own_dy * own_v).sum(dim=-1) - mean) * scale).unsqueeze(1)
     dq = dscore * own_k

@@ -2,7 +2,7 @@
 
 The first half of a sequence is a table: each token holds a place and the symbol at this place, as the sum of their
 embeddings. Each place occurs 16 times, in random order. The tokens of the second half hold a place alone, and the
-model has to copy its symbol from the table. Each sequence draws its symbols anew. docs/long-context.md has the results.
+model has to copy its symbol from the table. Each sequence has new random symbols. docs/long-context.md has the results.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def share_keys(model: GPT) -> None:
-    """Make the keys equal to the queries, as in the Reformer, and keep them so: both get the sum of their gradients."""
+    """Make the keys equal to the queries, as in the Reformer. They stay equal: both get the sum of their gradients."""
 
     def add(gradient: Tensor) -> Tensor:
         query, key, value = gradient.chunk(3)
@@ -68,11 +68,11 @@ def share_keys(model: GPT) -> None:
 
 
 def make_model(attention: str, length: int, buckets: int, rounds: int, shared: bool) -> GPT:
-    """Return a model with one layer of one head, of which only this layer is trained."""
+    """Return a model with one layer of one head. Only this layer is trained."""
     vocab_size = SYMBOLS + 1 + length // 2 // COPIES
     config = GPTConfig(vocab_size, length, 1, 1, 64, attention=attention, lsh_buckets=buckets, lsh_rounds=rounds)
     model = GPT(config)
-    # What is to be learned is where to look. So the embeddings stay random vectors, and there are no positions.
+    # The model only has to learn where to look. So the embeddings stay random vectors, and there are no positions.
     model.freeze()
     with torch.no_grad():
         model.transformer.wte.weight.mul_(10)
@@ -84,7 +84,7 @@ def make_model(attention: str, length: int, buckets: int, rounds: int, shared: b
 
 
 def train(model: GPT, steps: int) -> tuple[float, float]:
-    """Train on one sequence a step. Return loss and accuracy of the answers in four new sequences."""
+    """Train on one sequence per step. Return loss and accuracy of the answers in four new sequences."""
     optimizers = make_optimizers(model, Optim(name="muon", lr=0.003, weight_decay=0.0))
     generator = torch.Generator().manual_seed(1337)
     for step in range(1, steps + 1):

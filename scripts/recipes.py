@@ -1,10 +1,10 @@
-"""Compare training recipes at fixed model, data order and batch, by the steps that they need to a loss:
+"""Compare training recipes by the steps that they need to reach a loss, with the same model, data order and batch:
 
     python -m scripts.recipes --size characters --recipes present fast --fractions 1 0.85 0.75 --seeds 1 2 3
 
 Each recipe is trained with each seed, once for each length: a fraction of the size's steps. The learning rate decays to
-zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that the file of
-results has already are not repeated. The tables and the figure of docs/recipes.md come from that file:
+zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that are
+already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from that file:
 
     python -m scripts.recipes --figure docs/recipes.png
 
@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
     idea: str = ""
 
     def describe(self) -> str:
-        """Return the change as options of scripts/sweep.py. Of a field that is given twice, the last value counts."""
+        """Return the change as options of scripts/sweep.py. If a field is given twice, the last value counts."""
         fields = dict(field.split("=", 1) for field in self.fields.split())
         options = [f"{name}={value}" for name, value in fields.items()]
         return " ".join([*options, f"--idea {self.idea}"] if self.idea else options)
@@ -129,7 +129,7 @@ def train_recipe(size: Size, recipe: Recipe, steps: int, seed: int) -> float:
 
 
 def read_results(path: Path) -> Results:
-    """Return the losses of all runs so far. JSON has text as keys, so the numbers are converted back."""
+    """Return the losses of all runs so far. JSON has only text as keys, so steps and seeds are converted to numbers."""
     if not path.exists():
         return {}
     return {
@@ -144,9 +144,10 @@ def read_results(path: Path) -> Results:
 def p_value(differences: Sequence[float]) -> float:
     """Return the one-sided p-value of paired differences that should be negative, by the exact sign-flip test.
 
-    If a recipe has no influence, each seed's difference is as likely with the other sign (Fisher 1935, The Design of
-    Experiments, section 21). The p-value is the fraction of all 2^n choices of signs whose sum is as low as the one
-    found. It assumes no distribution. With 8 seeds its smallest value is 1/256 = 0.0039.
+    If a recipe has no influence, each seed's difference is equally likely with the opposite sign (Fisher 1935, The
+    Design of Experiments, section 21). The p-value is the fraction of all 2^n choices of signs for which the sum of the
+    differences is at most the measured sum. It assumes no distribution. With 8 seeds its smallest value is 1/256 =
+    0.0039.
     """
     sizes = [abs(d) for d in differences]
     sums = [
@@ -157,12 +158,12 @@ def p_value(differences: Sequence[float]) -> float:
 
 
 def compare(losses: dict[int, float], others: dict[int, float]) -> list[float]:
-    """Return the differences of the losses with the same seed."""
+    """Return `losses` minus `others`, for each seed that both have."""
     return [losses[seed] - others[seed] for seed in sorted(losses.keys() & others.keys())]
 
 
 def steps_to(target: float, losses: Losses, seed: int) -> float | None:
-    """Return the steps with which a recipe's final loss is `target`, None if it is not between two lengths of a seed.
+    """Return the steps after which a recipe's final loss is `target`, or None if no two lengths of the seed enclose it.
 
     The loss is interpolated between neighboring lengths, linearly in the logarithm of the steps.
     """
@@ -175,7 +176,7 @@ def steps_to(target: float, losses: Losses, seed: int) -> float | None:
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Return mean and standard deviation as text, and only the value if there is one."""
+    """Return mean and standard deviation as text, or the value alone if there is only one."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -202,9 +203,9 @@ def loss_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[float]]:
-    """Return the steps to the present recipe's mean final loss, for each seed with which a recipe has several lengths.
+    """Return the steps of each recipe to the present recipe's mean final loss, for each seed with several lengths.
 
-    Recipes for which such a seed has this loss outside of its lengths are left out.
+    A recipe is left out if, for one of these seeds, this loss is not between the losses of two lengths.
     """
     finals = recipes.get("present", {}).get(SIZES[size].steps)
     found = {}
@@ -219,9 +220,10 @@ def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[fl
 
 
 def steps_table(size: str, recipes: dict[str, Losses]) -> str:
-    """Return the table of the recipes with shorter runs than the present one, which has its full length.
+    """Return the table of the recipes that have runs with fewer steps than the full length of the present recipe.
 
-    A p-value is that of a loss as high as the present recipe's after all steps: below 0.01, fewer steps are enough.
+    All lengths are compared with the present recipe at its full length. If a shorter run has a p-value below 0.01, its
+    loss is lower, so fewer steps are enough.
     """
     full, found = SIZES[size].steps, steps_to_present(size, recipes)
     base = recipes.get("present", {}).get(full, {})
@@ -244,7 +246,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the loss against the steps of the recipes with shorter runs, with two standard errors of the mean."""
+    """Draw loss against steps for `present` and the recipes with shorter runs, with two standard errors of the mean."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     for axes, (size, recipes) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         full = SIZES[size].steps
@@ -263,7 +265,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def run_all(args: argparse.Namespace) -> Results:
-    """Train what the file of results lacks, add each result to the file, and return all results."""
+    """Train the runs that the file of results lacks, add each result to the file, and return all results."""
     results = read_results(args.results)
     for fraction, seed, name in itertools.product(args.fractions, args.seeds, args.recipes):
         size = SIZES[args.size]
@@ -279,7 +281,7 @@ def run_all(args: argparse.Namespace) -> Results:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandParser(
-        prog="python -m scripts.recipes", description="Compare recipes by the steps that they need to a loss."
+        prog="python -m scripts.recipes", description="Compare recipes by the steps that they need to reach a loss."
     )
     parser.add_argument("--size", choices=SIZES, default="characters", help="model and data (default: %(default)s)")
     parser.add_argument(

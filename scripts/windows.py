@@ -2,9 +2,9 @@
 
     python -m scripts.windows --config configs/shakespeare.yaml --held-out data/shakespeare --seeds 1 2 3 4 5
 
-Other options are train.py's. The table has means and standard deviations over the seeds. Each model is scored twice:
-in windows of the held-out text, where tokens see the documents before their own, and with each document by itself.
-A run that has finished already is read and not repeated. docs/data.md has the results.
+Other options are passed to train.py. The table has means and standard deviations over the seeds. Each model is scored
+twice: in windows of the held-out text, where tokens see the documents before their own, and with each document by
+itself. Runs and scores that exist already are not repeated. docs/data.md has the results.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def score(run: Path, held_out: str, flags: list[str]) -> float:
 
 
 def table(args: argparse.Namespace, flags: list[str]) -> str:
-    """Train and score what is missing, and return the table in Markdown. `flags` are train.py's."""
+    """Train and score what is missing, and return the table in Markdown. `flags` are options of train.py."""
     rows = [["windows", *SCORES], ["---"] * (1 + len(SCORES))]
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for seed in args.seeds:  # one seed after the other, so that an interrupted comparison is still a fair one
+    for seed in args.seeds:  # outer loop: an interrupted comparison has all settings of each seed but the last
         for way, settings in WAYS.items():
             run = Path(args.dir) / f"{way.replace(', ', '-')}-seed_{seed}"
             names = ["--run.dir", args.dir, "--run.name", run.name, "--run.seed", str(seed)]
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML file of train.py")
-    add("--held-out", required=True, metavar="DIR", help="dataset with the same tokenizer, whose validation is scored")
+    add("--held-out", required=True, metavar="DIR", help="dataset with the same tokenizer; its validation is scored")
     add("--seeds", nargs="+", type=int, default=[1337], help="seeds of each setting (default: 1337)")
     add("--dir", default="runs/windows", help="directory of the runs (default: %(default)s)")
     args, flags = parser.parse_known_args(arguments)

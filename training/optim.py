@@ -93,7 +93,7 @@ class Muon(Optimizer):
         parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _step_in_batches(self) -> None:
-        """Process all matrices of a shape together. While the results of one shape are sent, the next is computed."""
+        """Process all matrices of a shape together. While the results of a shape are sent, process the next."""
         waiting: Callable[[], None] | None = None
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
@@ -180,7 +180,7 @@ class Muon(Optimizer):
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return the number of this process and the number of all processes."""
+    """Return the rank of this process and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

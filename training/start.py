@@ -1,4 +1,4 @@
-"""Where a run starts: with new weights, with a given model, or where it or another run was stopped."""
+"""Where a run starts: with new weights, with a given model, or from a checkpoint of its own or of another run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Start(NamedTuple):
     """Where a run starts."""
 
     checkpoint: Path | None  # its training state is loaded; None for a new run
-    branches: bool  # the checkpoint is one of another run
+    branches: bool  # True if the checkpoint belongs to another run
     model: InitialModel | None  # the model of the checkpoint or of model.init_from; None for new weights
 
     @property
@@ -32,7 +32,7 @@ class Start(NamedTuple):
 def find_start(config: Config, processes: Processes, checkpoints: Checkpoints) -> Start:
     """Return where a run starts according to run.resume, run.branch_from and model.init_from.
 
-    Raises ValueError or OSError if the three contradict each other or what exists.
+    Raises ValueError or OSError if these fields contradict each other or the files that exist.
     """
     checkpoint, branches = find_checkpoint(config, processes, checkpoints), False
     if checkpoint is None and config.run.branch_from is not None:
@@ -45,7 +45,7 @@ def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoin
 
     The main process chooses it, because the other nodes may lack access to the checkpoints. All processes return it.
 
-    Raises ValueError or FileNotFoundError if run.resume contradicts what exists.
+    Raises ValueError or FileNotFoundError if run.resume contradicts the checkpoints that exist.
     """
     resume, step = config.run.resume, -1
     if processes.is_main:
@@ -99,7 +99,7 @@ def same_model(init_from: str, *others: str | None) -> bool:
 def read_saved_state(start: Start, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer/state.json of the checkpoint that a run starts from, or {} if there is none.
 
-    Raises ValueError if the checkpoint is not one of this run or, if the run branches, of one that it can branch from.
+    Raises ValueError if this run cannot resume from the checkpoint or, for a branch, cannot branch from it.
     """
     checkpoint, is_parent, steps = start.checkpoint, start.branches, config.optim.steps
     if checkpoint is None:
@@ -132,7 +132,7 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any]) -> 
 
 
 def describe_start(start: Start, optim: Optim) -> list[str]:
-    """Return lines that name the checkpoint, and warn if a branch does not continue its learning rate."""
+    """Return lines that name the checkpoint, and warn if a branch starts with another learning rate."""
     if start.checkpoint is None:
         return []
     if start.resumes:

@@ -1,4 +1,4 @@
-"""Makes a dataset of token shards from text: `python -m data.prepare SOURCE --out DIR`. This is its command line."""
+"""Make a dataset of token shards from text: `python -m data.prepare SOURCE --out DIR`. This is the command line."""
 
 from __future__ import annotations
 

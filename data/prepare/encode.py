@@ -30,7 +30,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 # least this many documents per shard.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
-# Check at least this many bytes of a document; of a longer one only as much as is still needed.
+# Check at least this many bytes of a document. Of a longer document, check only as many bytes as are still needed.
 CHECKED_PREFIX = 1 << 10
 # Bytes of text per worker that may be waiting or being encoded: this bounds the memory.
 IN_FLIGHT_BYTES = 1 << 27
@@ -87,7 +87,7 @@ class Encoded:
     filtered: dict[str, int] = field(default_factory=dict)
 
     def only(self, kept: np.ndarray) -> Encoded:
-        """Return these documents without those that are not `kept`, (documents,) bool."""
+        """Return the documents for which `kept`, (documents,) bool, is True."""
         arrays = {name: getattr(self, name)[kept] for name in ("lengths", "candidate", "text_bytes", "whole")}
         return replace(self, tokens=self.tokens[np.repeat(kept, self.lengths)], **arrays)
 

@@ -24,7 +24,8 @@ HASHED_BYTES = 1 << 16  # at each end of a file, for the revision
 def find_files(pattern: str) -> list[Path]:
     """Return the files that one file name, directory or glob matches, sorted, and print how many were skipped.
 
-    Raises FileNotFoundError when there is none, ValueError for a file of an unknown type that is not in a directory.
+    Raises FileNotFoundError when there is none, ValueError when a file has an unknown type. In a directory, files of an
+    unknown type are skipped instead.
     """
     path = Path(pattern)
     if path.is_dir():
@@ -56,13 +57,14 @@ def file_system(address: str) -> Any:
 def find_remote_files(address: str) -> dict[str, int]:
     """Return address and size of the files that one address, directory or pattern matches, sorted.
 
-    Raises FileNotFoundError when there is none, ValueError for a file of an unknown type that is not in a directory.
+    Raises FileNotFoundError when there is none, ValueError when a file has an unknown type. In a directory, files of an
+    unknown type are skipped instead.
     """
     system = file_system(address)
     try:
         is_directory = system.isdir(address)
         found = system.find(address, detail=True) if is_directory else system.glob(address, detail=True)
-    except Exception as error:  # of the network, or access that is denied: every store has its own
+    except Exception as error:  # the network failed, or access was denied: each store has its own exceptions
         raise OSError(f"{address} cannot be listed: {error}") from error
     sizes = {}
     for path, status in sorted(found.items()):

@@ -18,9 +18,9 @@ SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
 class Filters:
     """Conditions that a document has to meet. A text file that is divided into several chunks is always kept.
 
-    min_chars, max_chars: limits of its length in characters;
-    languages: ISO 639 codes, one of which the language of its beginning must have; empty accepts every language;
-    deduplicate: it does not equal an earlier one.
+    min_chars, max_chars: limits of the document's length in characters;
+    languages: ISO 639 codes; the beginning of the document must be in one of them; empty accepts every language;
+    deduplicate: omit a document that equals an earlier one.
     """
 
     min_chars: int = 0

@@ -1,4 +1,4 @@
-"""The validation split of few documents: the end of the text, since whole documents would be too coarse."""
+"""The validation split of a source with few documents: the end of the text, as whole documents would be too large."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from data.prepare.source import Source, SourceFile
 from data.prepare.text import named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
 
-MANY_DOCUMENTS = 20  # from this number on, a hash of each document decides
-SEARCHED_BYTES = 1 << 20  # around the size asked for, the text is searched for a border
+MANY_DOCUMENTS = 20  # with this number or more, a hash of each document decides
+SEARCHED_BYTES = 1 << 20  # a border is searched up to this far before and after the requested place
 # A text of fewer bytes that has no line border is not divided.
 SHORT_TEXT = 1_000
-# Bytes per token of a tokenizer that is made from the text, which does not exist yet: for the size of the split only.
+# Bytes per token, for a tokenizer that is made from the text and does not exist yet. It only determines the size of the
+# split.
 BYTES_PER_TOKEN = 3.0
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
@@ -30,7 +31,7 @@ _BORDERS = {
 
 
 def has_few_documents(source: Source) -> bool:
-    """Return whether the source is text files, each one document, fewer than MANY_DOCUMENTS."""
+    """Return whether the source has fewer than MANY_DOCUMENTS files, all of them text files of one document each."""
     return (
         len(source.files) < MANY_DOCUMENTS
         and not source.options.separator
@@ -41,10 +42,10 @@ def has_few_documents(source: Source) -> bool:
 def hold_out_end(
     source: Source, rule: ValidationRule, kind: str, tokenizer: Tokenizer | None
 ) -> tuple[Source, ValidationRule]:
-    """Return the source with the end of its text as the validation split, and the rule that says so.
+    """Return the source with the end of its text as the validation split, and the rule that describes the split.
 
     The split has about the size that `rule` asks for, and begins at the border of a paragraph, else of a line, else
-    of a word. Returns both as they are when the text has no border.
+    of a word. Returns both unchanged when the text has no border.
 
     Args:
         source: for which `has_few_documents` is true.
@@ -111,8 +112,9 @@ def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
 def _find_border(source: Source, lengths: list[int], target: int, size: int) -> tuple[int, int, str] | None:
     """Return file, offset in it and kind of the border nearest to byte `target` of all text, None when there is none.
 
-    A border of a paragraph or a file is taken when the split has from half to twice the size, or up to a tenth of the
-    text. Otherwise the border of a line, and where there is none, that of a word.
+    A border of a paragraph or a file is chosen if the split then has at least half the requested size, and at most the
+    larger of twice this size and a tenth of the text. Otherwise, the border of a line is chosen; if there is none, any
+    border of a paragraph or a file; if there is none, the border of a word.
     """
     total, begin = sum(lengths), 0
     candidates: dict[str, list[tuple[int, int, int]]] = {"paragraph": [], "line": [], "word": []}

@@ -122,7 +122,8 @@ def prepare_dataset(job: Job, workers: int | None = None) -> DatasetMeta:
     try:
         return _run(job, workers)
     finally:
-        # The file stays: a process that has opened it and waits would lock a file that no other process finds.
+        # Do not delete the lock file: a process that has already opened it would then lock a file that later processes
+        # cannot see.
         lock.release()
 
 
@@ -210,8 +211,8 @@ def _encode(
     """Encode the source from the recorded position on, and save the state now and then."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The encoder is checked on a number of documents per shard, and on as many if the dataset is smaller than a shard.
-    # The dataset has at least total // 8 tokens, since few texts have more than 8 bytes per token.
+    # The encoder is checked on a fixed number of documents per shard, and on the same number if the dataset is smaller
+    # than a shard. The dataset has at least total // 8 tokens, since few texts have more than 8 bytes per token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()

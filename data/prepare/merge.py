@@ -18,7 +18,7 @@ BLOCK_TOKENS = 1 << 22  # read at once
 
 
 def merge_parts(directory: Path) -> DatasetMeta:
-    """Merge the parts in `directory` into one dataset, with the same bytes as from a single run. Keeps the parts.
+    """Merge the parts in `directory` into one dataset. It has the same bytes as from a single run. Keeps the parts.
 
     Raises ValueError when a part is missing, damaged, or made with other settings than the first.
     """
@@ -35,7 +35,7 @@ def merge_parts(directory: Path) -> DatasetMeta:
     # Each part is without duplicates, but a document may be in several parts.
     seen = SeenDocuments(directory) if "without duplicates" in first.filter.split("; ") else None
     if seen is not None:
-        seen.clear()  # what an interrupted merge may have left
+        seen.clear()  # deletes what an interrupted merge may have left
     repeated, repeated_bytes, n_documents = 0, dict.fromkeys(SPLITS, 0), 0
     for split, writer in writers.items():
         writer.restore(writer.state())

@@ -38,7 +38,7 @@ BLOCK_BYTES = 1 << 20  # read at once
 FILES_EXAMINED = 100  # for a notice about a missing separator
 # A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
-# The place where a chunk may end is searched backward in steps of this size.
+# Search backward for the place where a chunk may end, in steps of this size.
 SEARCH_BYTES = 1 << 16
 # The main process reads a row group with more text than this itself and cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
@@ -253,7 +253,7 @@ def _cut_stream(
 
 
 def _context(marks: re.Pattern[bytes] | None) -> int:
-    """Return how many bytes to search again after the end of a search: what matches is not longer than this."""
+    """Return how many bytes to search again after the end of a search: no match is longer than this."""
     return len(marks.pattern) if marks else _CUT_CONTEXT
 
 
@@ -278,7 +278,7 @@ def _last_cut(
 def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int:
     """Return the last place in `text` where a chunk may end, 0 when there is none."""
     if marks:
-        # The lookahead also finds matches that overlap: of three empty lines, a chunk may end after each.
+        # The lookahead also finds matches that overlap: a chunk may end after each of three empty lines.
         overlapping = re.compile(b"(?=(%b))" % marks.pattern)
         return max((match.end(1) for match in overlapping.finditer(text)), default=0)
     for pattern in (_FILE_CUT, _WORD_CUT):
@@ -382,7 +382,10 @@ def _check_text_column(schema: Any, name: str, text_key: str) -> None:
 
 
 def _row_groups(file: SourceFile, raw: Any, limit: int, text_key: str, read_here_above: int) -> Iterator[Chunk]:
-    """One chunk per row group, which a worker reads; several for a row group of more than `read_here_above` bytes."""
+    """Yield one chunk for each row group, which a worker then reads.
+
+    A row group with more than `read_here_above` bytes of text is read in this process and gives several chunks.
+    """
     parquet = open_parquet(raw, file.name)
     _check_text_column(parquet.schema_arrow, file.name, text_key)
     first = 1

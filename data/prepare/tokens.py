@@ -1,7 +1,7 @@
 """Documents that other tools have already tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index.
 
 Only end-of-text is moved: these tools write it after each document, and here it precedes each document. The other
-tokens are not changed. Documents without any other token are omitted.
+tokens are not changed. Documents that are empty or contain only end-of-text are omitted.
 """
 
 from __future__ import annotations
