@@ -91,8 +91,9 @@ def test_two_processes_with_both_strategies_give_the_run_of_one(same_run, in_tur
 
 @pytest.mark.slow
 def test_bfloat16_gives_the_same_run_with_both_strategies(same_run, in_turn):
-    """Both round the same tensors."""
-    assert_same_run(*in_turn(2, matrix(same_run, 2, (3,), **{"system.dtype": "bfloat16"})))
+    """To 1e-4: a difference in the last bit of a float32 number can become one of a bfloat16 number."""
+    ddp, fsdp = in_turn(2, matrix(same_run, 2, (3,), **{"system.dtype": "bfloat16"}))
+    assert_same_run(ddp, fsdp, val_error=1e-4)
 
 
 @pytest.mark.slow
