@@ -16,29 +16,18 @@ import math
 import os
 from pathlib import Path
 
-from command import (
-    CHECKPOINT_HELP,
-    DEVICE_HELP,
-    DTYPE_CHOICES,
-    DTYPE_HELP,
-    MODEL_HELP,
-    CommandParser,
-    at_least_one,
-    ending,
-)
+from command import CommandParser, add_device_options, add_model_options, at_least_one, ending
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|pet|predict")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--model", required=True, help=MODEL_HELP)
-    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
+    add_model_options(add, note="", required=True)
     add("--text-key", default="text", metavar="KEY", help="column with the texts (default: text)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch (default: 16)")
     add("--max-length", type=int, metavar="N", help="tokens to read of each text (default: as many as the model can)")
-    add("--device", default="auto", help=DEVICE_HELP)
-    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
+    add_device_options(add)
     training = argparse.ArgumentParser(add_help=False, parents=[shared])
     add = training.add_argument
     add("--val", type=Path, required=True, metavar="FILE", help="texts with labels that select the best epoch")

@@ -13,7 +13,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -37,16 +37,9 @@ except ModuleNotFoundError as error:  # usually, .venv was not activated
         f"`pip install -r requirements.txt`"
     ) from None
 
-MODEL_HELP = "directory of a run, a checkpoint or a Hugging Face model, or a name on the hub"
 CHECKPOINT_HELP = (
     "which checkpoint of a run: best (lowest validation loss), newest, or a step (default: best if eval.patience ended "
     "the run, otherwise newest)"
-)
-DEVICE_HELP = "cuda, cuda:1, mps or cpu (default: the first of these that is available)"
-DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
-DTYPE_HELP = (
-    "precision of the matrix products. auto: bfloat16 where it is faster than float32, float16 on CUDA cards before "
-    "Ampere, float32 elsewhere. Use float32 for exact comparisons"
 )
 
 
@@ -66,6 +59,23 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
         if isinstance(action, argparse._SubParsersAction):
             found = found.union(*map(_options, action.choices.values()))
     return found
+
+
+def add_model_options(add: Callable[..., Any], note: str = " (default: the newest run)", **options: Any) -> None:
+    """Add --model, whose help ends with `note`, and --checkpoint. `options` are passed to `add` for --model."""
+    help_text = f"directory of a run, a checkpoint or a Hugging Face model, or a name on the hub{note}"
+    add("--model", help=help_text, **options)
+    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
+
+
+def add_device_options(add: Callable[..., Any], note: str = "") -> None:
+    """Add --device, and --dtype, whose help ends with `note`."""
+    help_text = (
+        "precision of the matrix products. auto: bfloat16 where it is faster than float32, float16 on CUDA cards "
+        f"before Ampere, float32 elsewhere. Use float32 for exact comparisons{note}"
+    )
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these that is available)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=help_text)
 
 
 @contextmanager

@@ -12,17 +12,7 @@ import argparse
 import math
 from pathlib import Path
 
-from command import (
-    CHECKPOINT_HELP,
-    DEVICE_HELP,
-    DTYPE_CHOICES,
-    DTYPE_HELP,
-    MODEL_HELP,
-    CommandParser,
-    at_least_one,
-    ending,
-    port_number,
-)
+from command import CommandParser, add_device_options, add_model_options, at_least_one, ending, port_number
 from data.plain_text import read_escapes
 
 SERVER_OPTIONS = {"model", "checkpoint", "serve", "host", "port", "dtype", "device"}
@@ -32,8 +22,7 @@ DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help=f"{MODEL_HELP} (default: the newest run)")
-    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
+    add_model_options(add)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt",
@@ -76,8 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print objects with prompt, text, tokens, logprobs and finish_reason")
     add("--show-probs", type=int, metavar="K", help="first print the K most probable next tokens")
-    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=f"{DTYPE_HELP}. The weights are converted to it too")
-    add("--device", default="auto", help=DEVICE_HELP)
+    add_device_options(add, ". The weights are converted to it too")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

@@ -18,16 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from command import (
-    CHECKPOINT_HELP,
-    DEVICE_HELP,
-    DTYPE_CHOICES,
-    DTYPE_HELP,
-    MODEL_HELP,
-    CommandParser,
-    at_least_one,
-    ending,
-)
+from command import CommandParser, add_device_options, add_model_options, at_least_one, ending
 from data.plain_text import read_escapes
 
 TASK_HELP = """tasks:
@@ -47,8 +38,7 @@ TASK_HELP = """tasks:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    add("--model", help=f"{MODEL_HELP}; other architectures are also supported (default: the newest run)")
-    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
+    add_model_options(add, "; other architectures are also supported (default: the newest run)")
     add("--tasks", required=True, metavar="A,B,C", help="tasks to evaluate; see the list below")
     add(
         "--convention",
@@ -64,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="seed for drawing the solved examples (default: 0)")
     add("--limit", type=int, metavar="N", help="evaluate only the first N examples, or windows of a text, of each task")
-    add("--device", default="auto", help=DEVICE_HELP)
-    add("--dtype", choices=DTYPE_CHOICES, default="auto", help=f"{DTYPE_HELP}. The weights stay float32")
+    add_device_options(add, ". The weights stay float32")
     add("--batch-size", type=int, metavar="B", help="sequences per forward pass (default: 8 on CPU, 64 elsewhere)")
     add("--transformers", action="store_true", help="load every model with transformers, GPT-2 models too")
     add("--json", type=Path, metavar="FILE", help="write the results to this file")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from device import is_intel_cpu
+from device import packing_is_faster
 from kernels.loss import centered_head
 from model import GPT
 
@@ -47,18 +47,12 @@ class DecodingHead(nn.Module):
 
 
 def pack_weights(model: GPT) -> None:
-    """Prepare a model for decoding, in place: add a `DecodingHead`, and pack all linear layers if oneDNN supports it.
+    """Prepare a model for decoding, in place: add a `DecodingHead`, and pack all linear layers if that is faster.
 
     Afterwards the model can only decode: it cannot be trained, saved or moved to another device.
     """
     weight = model.transformer.wte.weight
-    pack = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if weight.dtype == torch.float32:
-        # F.linear uses Intel's MKL, which multiplies a single row faster on Intel's CPUs: on a Xeon, the 124M model
-        # decodes 40 tokens/s with it and 34 with packed weights.
-        pack = pack and not is_intel_cpu()
-    else:
-        pack = pack and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    pack = packing_is_faster(weight)
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     for module, name, child in linears if pack else ():
         if isinstance(child, nn.Linear):

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command import CHECKPOINT_HELP, MODEL_HELP
+from command import add_model_options
 from report.arguments import command_line
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
-    add("--model", help=f"{MODEL_HELP} (default: the newest run)")
-    add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
+    add_model_options(add)
     add("--text", required=True, help="input text of the model")
     add("--out", type=Path, default=Path("tokens.html"), metavar="FILE", help="default: tokens.html")
 

@@ -161,8 +161,8 @@ class Eval:
     tokens: PositiveInt = 10485760
     """Tokens to score, from the beginning of the validation split (completions: all of them are scored)."""
     final_tokens: PositiveInt | None = None
-    """After the last step, also score this many tokens, so that eval.tokens, on which losses are compared during the
-    run, can be few; null: do not."""
+    """Tokens to score in addition after the last step (null: none). eval.tokens, which every validation scores, can
+    then be small."""
     hellaswag: bool = True
     """Score HellaSwag (completion convention) during training."""
     hellaswag_every: PositiveInt = 1000

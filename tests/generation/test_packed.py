@@ -14,7 +14,7 @@ from tests.generation.twins import SHAPES, make_pair, ragged_batch
 
 @pytest.mark.parametrize("intel", [False, True])
 def test_packed_weights_choose_the_same_tokens(tmp_path, monkeypatch, intel):
-    monkeypatch.setattr("generation.packed.is_intel_cpu", lambda: intel)
+    monkeypatch.setattr("device.is_intel_cpu", lambda: intel)
     _, model = make_pair(SHAPES[2], tmp_path)
     ids, mask = ragged_batch(500)
     expected = generate(model, ids, attention_mask=mask, max_new_tokens=40, return_dict=True, output_logits=True)
