@@ -25,7 +25,7 @@ from training.setup import TrainingRun
 class Idea:
     """Changes a run before its first step, in `__init__`, or replaces functions of train.py.
 
-    Every method of an idea calls the one of `super()`, so that several ideas can be combined, see `find_idea`.
+    Every method of an idea calls the same method of `super()`, so that `find_idea` can combine several ideas.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -79,7 +79,7 @@ class _LossWithZ(nn.Module):
 class Averaged(Idea):
     """The last validation uses the mean of the weights after each step in which the learning rate decreased."""
 
-    first = 0.0  # fraction of the steps before the first that is averaged
+    first = 0.0  # fraction of the steps that is left out at the start
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -133,7 +133,7 @@ class SmallBatchesFirst(Idea):
         halves = zip(batch.inputs.chunk(2), batch.targets.chunk(2), strict=True)
         run.loader = iter([[MicroBatch(*half, weight=batch.weight)] for half in halves])
         super().train_step(run, stop_requested, save_requested)
-        run.state.step -= 1
+        run.state.step -= 1  # both halves have the same step number, and so the same learning rate
         result = super().train_step(run, stop_requested, save_requested)
         run.loader = loader
         return result
@@ -154,7 +154,7 @@ class ScheduledDecay(Idea):
 
 
 class TailAverage(Averaged):
-    """The last validation uses the mean of the weights after each step of the last third of the run."""
+    """As `averaged`, but the mean is only over steps in the last third of the run."""
 
     first = 2 / 3
 
@@ -186,7 +186,7 @@ class OuterNesterov(Idea):
 
 
 class ChangedMuon(Idea):
-    """Adds the methods of `change` to the run's Muon."""
+    """Overrides methods of the run's Muon with those of `change`, if the idea has one."""
 
     change: type[Muon]
 
@@ -196,7 +196,9 @@ class ChangedMuon(Idea):
         if not isinstance(muon, Muon):
             raise ValueError(f"this idea changes Muon: it needs optim.name muon, got {run.config.optim.name}")
         muon.batched = True  # the form in which one method orthogonalizes all matrices of a shape
+        # Each of several combined ideas has its own `change`; the attribute of the class is only that of the first.
         changes = [vars(idea)["change"] for idea in type(self).__mro__ if "change" in vars(idea)]
+        self.muon = muon
         muon.__class__ = type("Muon", (*changes, Muon), {"heads": run.model.config.n_head})
 
 
@@ -300,16 +302,12 @@ def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).contiguous()
 
 
-class _PolarExpress(Muon):
-    def _orthogonalize_all(self, group: dict[str, Any], updates: Tensor) -> Tensor:
-        self._orthogonalize = polar_express
-        return super()._orthogonalize_all(group, updates)
-
-
 class PolarExpress(ChangedMuon):
     """Muon's iteration has other polynomials, after which all singular values are closer to 1."""
 
-    change = _PolarExpress
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self.muon._orthogonalize = polar_express
 
 
 IDEAS: dict[str, type[Idea]] = {

@@ -56,7 +56,7 @@ def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def share_keys(model: GPT) -> None:
     """Make the keys equal to the queries, as in the Reformer. They stay equal: both get the sum of their gradients."""
 
-    def add(gradient: Tensor) -> Tensor:
+    def sum_gradients(gradient: Tensor) -> Tensor:
         query, key, value = gradient.chunk(3)
         return torch.cat([query + key, query + key, value])
 
@@ -64,13 +64,22 @@ def share_keys(model: GPT) -> None:
         parameter = model.get_parameter(f"transformer.h.0.attn.c_attn.{name}")
         query, key, _ = parameter.detach().chunk(3)
         key.copy_(query)
-        parameter.register_hook(add)
+        parameter.register_hook(sum_gradients)
 
 
 def make_model(attention: str, length: int, buckets: int, rounds: int, shared: bool) -> GPT:
     """Return a model with one layer of one head. Only this layer is trained."""
     vocab_size = SYMBOLS + 1 + length // 2 // COPIES
-    config = GPTConfig(vocab_size, length, 1, 1, 64, attention=attention, lsh_buckets=buckets, lsh_rounds=rounds)
+    config = GPTConfig(
+        vocab_size,
+        block_size=length,
+        n_layer=1,
+        n_head=1,
+        n_embd=64,
+        attention=attention,
+        lsh_buckets=buckets,
+        lsh_rounds=rounds,
+    )
     model = GPT(config)
     # The model only has to learn where to look. So the embeddings stay random vectors, and there are no positions.
     model.freeze()

@@ -8,7 +8,7 @@ already in the file of results are not repeated. The tables and the figure of do
 
     python -m scripts.recipes --figure docs/recipes.png
 
-A recipe changes fields of a configuration, and the training loop by ideas of scripts/ideas.py.
+A recipe changes fields of a configuration, and may change the training loop with ideas of scripts/ideas.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from command import CommandParser, ending
 from files import write_json
 from scripts.ideas import find_idea
-from scripts.sweep import train_to_end
+from scripts.sweep import markdown, train_to_end
 
 Losses = dict[int, dict[int, float]]  # steps -> seed -> validation loss
 Results = dict[str, dict[str, Losses]]  # size -> recipe -> losses
@@ -149,11 +149,11 @@ def p_value(differences: Sequence[float]) -> float:
     differences is at most the measured sum. It assumes no distribution. With 8 seeds its smallest value is 1/256 =
     0.0039.
     """
-    sizes = [abs(d) for d in differences]
     sums = [
-        math.fsum(s * d for s, d in zip(signs, sizes, strict=True))
-        for signs in itertools.product((-1, 1), repeat=len(sizes))
+        math.fsum(sign * difference for sign, difference in zip(signs, differences, strict=True))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
     ]
+    # Equal sums can differ by rounding, because the losses are floating-point numbers.
     return sum(s <= math.fsum(differences) + 1e-12 for s in sums) / len(sums)
 
 
@@ -179,11 +179,6 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     """Return mean and standard deviation as text, or the value alone if there is only one."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def loss_table(size: str, recipes: dict[str, Losses]) -> str:
@@ -266,9 +261,8 @@ def draw(results: Results, path: Path) -> None:
 
 def run_all(args: argparse.Namespace) -> Results:
     """Train the runs that the file of results lacks, add each result to the file, and return all results."""
-    results = read_results(args.results)
+    results, size = read_results(args.results), SIZES[args.size]
     for fraction, seed, name in itertools.product(args.fractions, args.seeds, args.recipes):
-        size = SIZES[args.size]
         steps = round(fraction * size.steps)
         seeds = results.setdefault(args.size, {}).setdefault(name, {}).setdefault(steps, {})
         if seed not in seeds:
@@ -284,13 +278,17 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m scripts.recipes", description="Compare recipes by the steps that they need to reach a loss."
     )
     parser.add_argument("--size", choices=SIZES, default="characters", help="model and data (default: %(default)s)")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=[], metavar="NAME", help=", ".join(RECIPES))
     parser.add_argument(
-        "--recipes", nargs="*", choices=RECIPES, default=[], metavar="NAME", help=f"{', '.join(RECIPES)}"
+        "--fractions",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="lengths of the runs, as fractions of the steps of the size (default: 1)",
     )
-    parser.add_argument("--fractions", nargs="+", type=float, default=[1.0], help="lengths of the runs (default: 1)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds (default: 1 2 3)")
     parser.add_argument("--results", type=Path, default="docs/recipes.json", metavar="FILE", help="losses of all runs")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of shorter runs")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the last losses of runs of several lengths")
     args = parser.parse_args(arguments)
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):
         results = run_all(args)

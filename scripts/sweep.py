@@ -34,7 +34,7 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
     """Train the run that these arguments of train.py describe until its last step, with `idea` if it is given."""
     config = parse_config(arguments)
     if not config.eval.every:
-        raise ValueError("eval.every is 0: without a validation, runs cannot be compared")
+        raise ValueError("eval.every is 0: set it, because runs without a validation cannot be compared")
     with setup(config, start_processes(config.system.device, config.system.dtype)) as run:
         if idea is not None and 0 < run.state.step < config.optim.steps:
             raise ValueError(
@@ -65,6 +65,11 @@ def first_below(records: list[dict], loss: float) -> int | None:
     return next(reached, None)
 
 
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
 def table(args: argparse.Namespace) -> str:
     """Train what has not been trained yet, and return the table in Markdown."""
     choices = [  # split at commas outside brackets: betas=[0.9,0.95],[0.9,0.99] are two values
@@ -75,7 +80,7 @@ def table(args: argparse.Namespace) -> str:
     for combination in itertools.product(*choices):
         finals, seconds, reached = [], [], []
         for seed in args.seeds:
-            fields = [(name, value) for name, value in combination] + [("run.seed", str(seed))]
+            fields = [*combination, ("run.seed", str(seed))]
             parts = [Path(args.config).stem, *([args.idea] if args.idea else [])]
             name = "-".join([*parts, *(f"{n.rpartition('.')[2]}_{v}" for n, v in fields)]).replace("/", "-")
             flags = [part for n, v in fields for part in (f"--{n}", v)]
@@ -97,10 +102,11 @@ def table(args: argparse.Namespace) -> str:
             ]
         )
     heads = ["final loss", "each seed", *(f"tokens to {loss}" for loss in args.losses), "seconds", "varied"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+    return markdown(heads, rows)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = CommandParser(prog="python -m scripts.sweep", description="Train one configuration in several ways.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of train.py")
     parser.add_argument("--vary", nargs="*", default=[], metavar="FIELD=V,V", help="values to try for a field")

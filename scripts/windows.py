@@ -19,7 +19,7 @@ from pathlib import Path
 
 from command import CommandParser, ending
 from eval.run import main as evaluate
-from scripts.sweep import finish
+from scripts.sweep import finish, markdown
 
 WAYS = {
     "packed": [],
@@ -42,7 +42,7 @@ def score(run: Path, held_out: str, flags: list[str]) -> float:
 
 def table(args: argparse.Namespace, flags: list[str]) -> str:
     """Train and score what is missing, and return the table in Markdown. `flags` are options of train.py."""
-    rows = [["windows", *SCORES], ["---"] * (1 + len(SCORES))]
+    rows = []
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     for seed in args.seeds:  # outer loop: an interrupted comparison has all settings of each seed but the last
         for way, settings in WAYS.items():
@@ -56,7 +56,7 @@ def table(args: argparse.Namespace, flags: list[str]) -> str:
             for values in zip(*found, strict=True)
         )
         rows.append([way, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["windows", *SCORES], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

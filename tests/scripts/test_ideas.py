@@ -77,7 +77,10 @@ def test_each_small_batch_is_a_step(trained):
 
 @pytest.fixture
 def first_updates():
-    """`first_updates("normuon", weight=0.3)`: what a step of Muon with an idea subtracts from weights, by name."""
+    """`first_updates("normuon", weight=0.3)`: what a step of Muon with an idea subtracts from weights, by name.
+
+    The idea small-positions does not change Muon, so it stands for Muon without an idea.
+    """
 
     def run(ideas, weight=0.0):
         config = Optim(name="muon", muon_lr=1.0, weight_decay=0.5)
@@ -99,7 +102,6 @@ def first_updates():
 
 
 def test_per_head_orthogonalizes_the_matrices_of_each_head(first_updates):
-    torch.manual_seed(0)
     plain, changed = first_updates("small-positions"), first_updates("per-head")
     torch.testing.assert_close(changed["mlp.c_fc.weight"], plain["mlp.c_fc.weight"])
     for name, heads in (
@@ -146,6 +148,12 @@ def test_polar_express_moves_singular_values_closer_to_one():
         for function in (newton_schulz, polar_express)
     ]
     assert errors[1] < 0.15 < 0.3 < errors[0]
+
+
+def test_the_order_of_combined_ideas_does_not_matter(first_updates):
+    first, second = first_updates("per-head+polar-express"), first_updates("polar-express+per-head")
+    for name, update in first.items():
+        assert torch.equal(update, second[name]), name
 
 
 def test_ideas_are_combined(trained):

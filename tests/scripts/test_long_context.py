@@ -37,7 +37,7 @@ def test_shared_keys_stay_equal_to_the_queries():
     [
         (["--length", "48"], "--length 48 must be divisible by 32"),
         (["--buckets", "3"], "lsh_buckets must be 1 or even, got 3"),
-        (["--rounds", "0"], "--rounds"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, capsys):
