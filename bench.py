@@ -141,7 +141,7 @@ def bench_hellaswag(peers: dict[str, str], runs: int, device: str) -> list[dict[
         contestants[f"ours, {dtype}"] = Call("benchmarks.ours.hellaswag", "evaluate", (dtype, device))
     if directory := peers.get("build-nanogpt"):
         contestants["build-nanogpt"] = Call("benchmarks.peers.build_nanogpt", "evaluate", (directory, device))
-    title = f"HellaSwag, 124M, {QUESTIONS} questions; ours is in {default}, as eval.run is by itself, peers in float32"
+    title = f"HellaSwag, 124M, {QUESTIONS} questions; ours in {default}, the default of eval.run, peers in float32"
     return [report(title, "questions", QUESTIONS, compare(contestants, runs, warm_up=1))]
 
 
@@ -278,7 +278,8 @@ def main() -> None:
         if name in PEER_PACKAGES and importlib.util.find_spec(name) is None:
             parser.error(f"--peer {name}: the package is not installed, run: pip install {name}")
         if name in PEER_FILES and not (Path(directory) / PEER_FILES[name]).is_file():
-            parser.error(f"no {PEER_FILES[name]} in {directory or 'no directory'}: give the repository's, {name}=DIR")
+            found = f"no {PEER_FILES[name]} in {directory}" if directory else f"--peer {name} has no directory"
+            parser.error(f"{found}: give the clone of its repository, --peer {name}=DIR")
     for directory in args.corpus or ():
         if not Path(directory).is_dir():
             parser.error(f"--corpus {directory} is not a directory")

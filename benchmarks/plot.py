@@ -23,15 +23,15 @@ def draw(tables: list[dict[str, Any]]) -> Figure:
         ("seconds", 1.0, "seconds, forward and backward"),
         ("peak_memory", 2**20, "peak memory of the process, MiB"),
     ]
+    tokens = [table["tokens"] for table in tables]
     for axes, (name, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for attention in ATTENTIONS:
             values = [table["results"][attention][name] / unit for table in tables]
-            axes.plot([table["tokens"] for table in tables], values, "o-", label=attention)
+            axes.plot(tokens, values, "o-", label=attention)
         axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
-        ticks = [table["tokens"] for table in tables]
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
         axes.minorticks_off()
-        # By default only the powers of ten have numbers, of which there may be none.
+        # By default only powers of ten have labels, and the range of the axis may contain none.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)

@@ -88,7 +88,7 @@ class GenerationOptions:
             raise ValueError("stop_strings contain an empty string, which would end every text at once: remove it")
 
     def n_choices(self, vocab_size: int) -> int:
-        """Return the number of tokens that may be chosen: at most the model's `vocab_size` and the tokenizer's size."""
+        """Return how many tokens may be chosen: the smaller of the model's `vocab_size` and the tokenizer's."""
         return vocab_size if self.tokenizer is None else min(vocab_size, self.tokenizer.vocab_size)
 
     def check_token_ids(self, vocab_size: int) -> None:

@@ -241,8 +241,8 @@ class Part(NamedTuple):
 def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
     """Yield the groups of the last of `rounds`, without the pairs of query and key that an earlier round has.
 
-    q (N, D), k and v (M, D). The union of the rounds is what the paper's appendix A computes by giving a key that a
-    query sees in n rounds the weight 1/n in each.
+    q (N, D), k and v (M, D). The paper's appendix A computes the same union of the rounds: a key that a query sees in
+    n rounds has the weight 1/n in each of them.
     """
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
@@ -289,6 +289,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 
 def plain_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `attend` returns, on any device."""
     scores = (q.float() / math.sqrt(q.size(2))) @ k.float().mT + bias
     log_total = scores.logsumexp(dim=-1)
     return scores.sub_(log_total.unsqueeze(2)).exp_().to(v.dtype) @ v, log_total
@@ -297,9 +298,10 @@ def plain_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor,
 def attend_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor, bias: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the gradients with respect to q, k and v, where k and v are a part of what the queries attend to.
+    """Return the gradients with respect to q, k and v, where k and v belong to some of the keys that the queries see.
 
-    y (c, s, D) and log_total (c, s) are the results for all of it. The rest is as in `attend`.
+    y (c, s, D) and log_total (c, s) are the results over all keys that the queries see. The other arguments are
+    those of `attend`.
     """
     if q.device.type != "cpu":
         return plain_attend_gradients(dy, q, k, v, y, log_total, bias)
@@ -312,6 +314,7 @@ def attend_gradients(
 def plain_attend_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor, bias: Tensor
 ) -> tuple[Tensor, ...]:
+    """Return what `attend_gradients` returns, on any device."""
     scale = 1 / math.sqrt(q.size(2))
     weights = ((q.float() * scale) @ k.float().mT + bias).sub_(log_total.unsqueeze(2)).exp_()
     # The mean of the gradients of the attention weights, weighted by these weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import open_split
+from data.shards import TOKEN, open_split
 from data.tokenizer import load_tokenizer
 from pretrained import load_model
 from report.model_pages import write_attention_page, write_embeddings_page, write_tokens_page
@@ -45,6 +45,6 @@ def example_text(config: dict[str, Any]) -> str:
         tokenizer = load_tokenizer(directory)
     except (OSError, ValueError) as error:
         raise ValueError(f"the run has no text to show ({error}): give one with --text") from None
-    ids = np.empty(min(EXAMPLE_TOKENS, split.n_tokens), np.uint16)
+    ids = np.empty(min(EXAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read(0, ids)
     return tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eot])

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from files import PARTIAL_SUFFIX
+
 if TYPE_CHECKING:  # matplotlib is imported only when something is drawn, see `new_figure`
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -106,6 +108,6 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
         figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
     for part in figure.findobj(text.Text):
         part.set_parse_math(False)  # "$" in the name of a run does not begin a formula
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)  # atomic, so that an image viewer never reads an incomplete file

@@ -31,8 +31,8 @@ def diagnose(directory: Path) -> list[Finding]:
     model = read_config(checkpoints[-1]) if checkpoints else {}
     curves = find_curves(log, model.get("vocab_size"), model.get("n_embd"))
     findings = [finding for check in CHECKS if (finding := check(curves))]
-    frozen = frozen_weights(checkpoints, curves.config.get("model", {}).get("freeze_layers", 0))
-    findings += [frozen] if frozen else []
+    if frozen := frozen_weights(checkpoints, curves.config.get("model", {}).get("freeze_layers", 0)):
+        findings.append(frozen)
     findings += dataset_findings(curves.config)
     findings += beside_references(curves, log.reference_losses)
     return sorted(findings, key=lambda finding: not finding.problem)

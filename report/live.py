@@ -16,6 +16,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from files import PARTIAL_SUFFIX
 from report.charts import make_charts
 from report.page import render_page
 from report.runs_page import page_values, read_logs
@@ -67,7 +68,7 @@ def run_state(directory: Path) -> object:
 
     A run that was killed has changed no file: its status changes because its lock is free.
     """
-    files = sorted(path for path in directory.glob("*.*") if path.suffix != ".partial")
+    files = sorted(path for path in directory.glob("*.*") if path.suffix != PARTIAL_SUFFIX)
     stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
     try:
         return stats, RunDirectory(directory).read_status()

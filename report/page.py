@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from data.tokenizer import Tokenizer
+from files import PARTIAL_SUFFIX
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -33,7 +34,7 @@ def write_page(path: Path, template: str, *, links: Sequence[str] = (), **values
     Raises OSError if the file cannot be written.
     """
     page = render_page(template, page=path.stem, links=links, **values)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         partial.write_text(page, encoding="utf-8")
         partial.replace(path)

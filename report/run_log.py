@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints import list_checkpoints
 from data.shards import read_meta
 from data.tokenizer import load_tokenizer
 from eval.reference import losses_to_beat, published, published_losses
@@ -117,7 +118,7 @@ def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, Valida
     data, limit = config.get("data", {}), config.get("eval", {}).get("tokens", 0)
     directory = Path(data.get("dir", ""))
     if data.get("format") == "completions":
-        file, checkpoints = directory / "val.jsonl", sorted((run / "checkpoints").glob("step-*[0-9]"))
+        file, checkpoints = directory / "val.jsonl", list_checkpoints(RunDirectory(run).checkpoints)
         texts = file_sha256(file) if file.is_file() else str(directory)
         kind = load_tokenizer(checkpoints[-1]).kind if checkpoints else ""
         return directory.name, ValidationSet(texts, 0, data.get("sequence_length", 0), kind), []

@@ -49,14 +49,14 @@ class Curves:
         finite = np.isfinite(self.train["loss"])
         self.steps, self.losses = self.train["step"][finite], self.train["loss"][finite]
         self.trend = running_median(self.losses)
-        residuals = self.losses - self.trend
-        half = len(residuals) // 2
+        self.residuals = self.losses - self.trend
+        later = self.residuals[len(self.residuals) // 2 :]
         # The scaled median of absolute deviations estimates a standard deviation, and some outliers do not change it.
-        self.noise = 1.4826 * float(np.median(np.abs(residuals[half:]))) if len(residuals) else 0.0
-        self.residuals = residuals
+        self.noise = 1.4826 * float(np.median(np.abs(later))) if len(later) else 0.0
 
     @property
     def from_scratch(self) -> bool:
+        """True if model.init_from is scratch, as it also is in a branch."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property

@@ -179,7 +179,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    """Return the texts that end a completion."""
+    """Return the stop strings of a request."""
     stops = [stop] if isinstance(stop, str) else stop
     valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)
     if not valid or len(stops) > MAX_STOPS:

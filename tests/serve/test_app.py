@@ -83,7 +83,7 @@ def test_a_stream_has_the_same_text_and_the_logprobs_of_the_model(server, openai
         assert list(top.values()) == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_a_completion_ends_before_a_stop_text_and_may_begin_with_the_prompt(server, openai):
+def test_a_completion_ends_before_a_stop_string_and_may_begin_with_the_prompt(server, openai):
     whole = generate_text(server.model, server.tokenizer, ["Hello"], max_new_tokens=20)[0].text
     stop = whole[5:7]
     cut = whole[: whole.index(stop)]

@@ -76,7 +76,7 @@ def test_an_impossible_request_is_refused_with_a_sentence(body, message):
     assert error.value.status == 400
 
 
-def test_text_that_may_begin_a_stop_text_is_held_back():
+def test_text_that_may_begin_a_stop_string_is_held_back():
     """A stream with stop strings shows the same text as a search in the whole text."""
     source = random.Random(0)
     for _ in range(2000):
