@@ -10,12 +10,14 @@ import argparse
 import hashlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 TOUR = Path(__file__).parent.parent / "docs" / "tour.ipynb"
 TIMEOUT = 600  # seconds for one cell
@@ -32,14 +34,18 @@ def execute(path: Path, **environment: str) -> NotebookNode:
         CellExecutionError: a cell raised an error, which the message contains.
     """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=TIMEOUT,
-        kernel_name="python3",
-        record_timing=False,  # the stored file then depends on the results alone
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute(env=os.environ | environment)
+    with tempfile.TemporaryDirectory() as sockets:
+        # Not TCP: a port that is free when the client chooses it can be taken when the kernel binds it.
+        connection = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        client = NotebookClient(
+            notebook,
+            timeout=TIMEOUT,
+            kernel_name="python3",
+            record_timing=False,  # the stored file then depends on the results alone
+            resources={"metadata": {"path": str(path.parent)}},
+            config=connection,
+        )
+        client.execute(env=os.environ | environment)
     # The client adds the version of Python, which differs from machine to machine.
     notebook.metadata.language_info = {"name": "python"}
     notebook.metadata.executed_sources = hash_sources(notebook)
