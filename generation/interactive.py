@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     """Load the model that the arguments of sample.py select, and continue prompts from the terminal."""
     with contextlib.suppress(ImportError):  # Windows lacks it; importing it gives input() line editing and a history
         import readline  # noqa: F401
-    model, tokenizer, description = load(args)
-    print(description)
+    model, tokenizer, name, size = load(args)
+    print(f"{name}: {size}")
     print("Each prompt is continued by itself, without the earlier ones. :help lists commands, Ctrl-D ends.")
     Session(args, model, tokenizer).run()
 
