@@ -137,7 +137,7 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
     if not existing:
         raise FileNotFoundError(f"{run} has no checkpoint yet")
     if which is None:
-        which = "best" if _ended_by_patience(run, existing[-1]) else "newest"
+        which = "best" if _ended_by_patience(existing[-1]) else "newest"
     if which == "newest":
         chosen, description = find_newest(directory)[0], "the newest checkpoint"
     elif which == "best":
@@ -163,11 +163,13 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
     return chosen
 
 
-def _ended_by_patience(run: Path, newest: Path) -> bool:
-    """Return whether a run finished before its last step, which only eval.patience causes."""
+def _ended_by_patience(newest: Path) -> bool:
+    """Return whether a run finished before its last step, which only eval.patience causes.
+
+    False if the newest checkpoint was made before checkpoints stored whether the run had finished.
+    """
     try:
-        status = json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
         state = read_state(newest)
-        return status == "finished" and state["step"] < state["identity"]["optim"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):  # an incomplete copy of a run
+        return state.get("finished", False) and state["step"] < state["identity"]["optim"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an incomplete copy of a checkpoint
         return False

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import checkpoints
 import data.tokenizer
 import training.setup
-from checkpoints import MANIFEST, STATE, find_best, read_state
+from checkpoints import MANIFEST, STATE, choose_checkpoint, find_best, read_state
 from files import file_sha256
 from processes import Processes
 from train import MAX_BAD_STEPS, train_step
@@ -364,12 +364,15 @@ def test_a_stop_request_interrupts_a_validation_and_the_resumed_run_does_it_agai
 
 
 def test_a_run_says_that_patience_ended_it(tiny_run, train, capsys):
-    options = {"optim.steps": 50, "eval.every": 1, "eval.patience": 2, "optim.lr": 1e-12}
+    options = {"optim.steps": 50, "eval.every": 1, "eval.patience": 2, "optim.lr": 1e-12, "checkpoint.every": 1}
+    options["eval.at_start"] = False  # so that the best loss has a checkpoint
     run = train(tiny_run("patient", **options))
     best = min(losses(run, "val"))
-    step = losses(run, "val").index(best)
+    step = losses(run, "val").index(best) + 1
     ending = f"eval.patience ended the run: the validation loss has not been below {best:.4f} since step {step}\n"
     assert ending in capsys.readouterr().out
+    (run / "status.json").unlink()  # is not needed to choose a checkpoint
+    assert choose_checkpoint(run).name == f"step-{step:06d}"
     train(tiny_run("longer", **options | {"optim.steps": 3, "eval.patience": 3}))  # the last step comes first
     assert "eval.patience ended" not in capsys.readouterr().out
 
