@@ -407,6 +407,11 @@ def test_the_lowest_loss_is_searched_again_if_eval_tokens_change(tiny_run, train
 
     train(tiny_run("x", **options | {"optim.steps": 12}))  # the same tokens again: nothing begins again
     assert message.partition(":")[0] not in capsys.readouterr().out
+    train(tiny_run("x", **options | {"optim.steps": 12, "eval.tokens": 200}))  # finished: only validated again
+    assert read_state(run / "checkpoints" / "step-000012")["val_tokens"] == 200
+    last = [record for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"][-1]
+    assert (last["step"], last["loss"] == again[12]) == (12, False)
+    capsys.readouterr()
     more = {"eval.tokens": 10**9}
     train(tiny_run("whole", **options | more | {"optim.steps": 4}))
     train(tiny_run("whole", **options | {"eval.tokens": 10**8, "optim.steps": 6}))  # both are the whole split
