@@ -18,9 +18,10 @@ from training.estimate import (
     most_windows,
     needed_memory,
 )
-from training.inputs import Inputs, describe_epochs, find_initial_model, model_config, open_inputs, warnings
+from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
+from training.start import find_initial_model
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 
 GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
@@ -54,7 +55,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
     except FileNotFoundError as error:
         missing = str(error)
     vocab_size = GPT2_VOCABULARY if initial is None else initial.tokenizer.vocab_size
-    model = model_config(config, inputs.tokenizer.vocab_size if inputs else vocab_size, initial)
+    model = config.model_config(inputs.tokenizer.vocab_size if inputs else vocab_size, initial)
     tokens = config.optim.steps * config.data.batch_tokens
     flops = flops_per_token(model, count_parameters(model), config.data.sequence_length)
     if inputs is None:
