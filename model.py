@@ -3,7 +3,8 @@
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
 transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
-faster forms of the loss and of attention, and attention for long sequences and inside documents.
+faster forms of the loss and of attention, attention for long sequences and inside documents, and masks for padding.
+checks.py has the checks of what a model is given.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -16,7 +17,6 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from checks import check_config, check_encoder_output, check_masks, check_tokens
 from kernels.choose_attention import fast_attention
 from kernels.document_attention import DocumentMask
-from kernels.gelu import gelu
+from kernels.gelu import ACTIVATIONS
 from kernels.long_attention import find_pattern
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
 from kernels.masks import find_positions, make_mask
@@ -193,16 +193,6 @@ class MLP(nn.Module):
 
     def _project(self, h: Tensor) -> Tensor:
         return self.c_proj(self.activation(h))
-
-
-# GPT-2's first, then those of variants, by transformers' names. `gelu` is the exact form with erf, which nanoGPT uses.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": gelu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 class Block(nn.Module):
