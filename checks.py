@@ -72,13 +72,103 @@ def check_shape(what: str, tensor: Tensor, *expected: tuple[int | str, ...]) -> 
     raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected {shapes}")
 
 
-def check_ids(what: str, ids: Tensor, limit: int, limit_name: str) -> None:
-    """Raise ValueError unless all ids are in 0..limit-1.
+def check_ids(what: str, ids: Tensor, limit: int, limit_name: str, ignored: int | None = None) -> None:
+    """Raise ValueError unless all ids are in 0..limit-1, or are equal to `ignored`.
 
     Inside torch.compile and on a GPU, the check is skipped: it would make the host wait for the device.
     """
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         return
+    if ignored is not None:
+        ids = ids.masked_fill(ids == ignored, 0)
     low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
     if low < 0 or high >= limit:
         raise ValueError(f"{what} hold {low if low < 0 else high}, outside 0..{limit - 1} ({limit_name} {limit})")
+
+
+def check_tokens(
+    config: Any,
+    past: int,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    targets: Tensor | None,
+    labels: Tensor | None,
+    ignored: int,
+) -> tuple[int, int]:
+    """Check the tokens and targets of `GPT.forward`, and return the sequences and the tokens of each, B and T.
+
+    Args:
+        config: the model's GPTConfig.
+        past: the number of cached tokens, which the new ones follow.
+        ignored: the target of a position without a target.
+
+    Raises ValueError, see `GPT.forward`.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"exactly one of input_ids and inputs_embeds is needed, got {given}")
+    if input_ids is not None:
+        check_shape("input_ids", input_ids, ("B", "T"))
+        check_ids("input_ids", input_ids, config.vocab_size, "vocab_size")
+        B, T = input_ids.shape
+    else:
+        assert inputs_embeds is not None
+        check_shape("inputs_embeds", inputs_embeds, ("B", "T", config.n_embd))
+        B, T, _ = inputs_embeds.shape
+    if not 0 < T <= config.block_size - past:
+        raise ValueError(f"{past} cached + {T} new tokens, expected 1 to block_size {config.block_size} in all")
+    if targets is not None and labels is not None:
+        raise ValueError("got both targets (aligned) and labels (shifted here): give one of them")
+    for name, ids in (("targets", targets), ("labels", labels)):
+        if ids is not None:
+            check_shape(name, ids, (B, T))
+            scored = ids[:, 1:] if name == "labels" else ids
+            check_ids("targets", scored, config.vocab_size, "vocab_size", ignored)
+    return B, T
+
+
+def check_masks(
+    config: Any,
+    cache_length: int | None,
+    B: int,
+    T: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    head_mask: Tensor | None,
+) -> None:
+    """Check the masks and positions of `GPT.forward` for B sequences of T new tokens.
+
+    Args:
+        config: the model's GPTConfig.
+        cache_length: the number of cached tokens, None without a cache.
+
+    Raises ValueError, see `GPT.forward`.
+    """
+    if attention_mask is not None:
+        check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, (cache_length or 0) + T))
+    if position_ids is not None:
+        check_shape("position_ids", position_ids, (B, T), (T,))
+        check_ids("position_ids", position_ids, config.block_size, "block_size")
+    if document_ids is not None:
+        check_shape("document_ids", document_ids, (B, T))
+        masked = attention_mask is not None or cache_length is not None
+        if masked or not config.causal or config.attention != "full":
+            raise ValueError("document_ids need causal=True, attention full, no cache and no attention_mask")
+    if head_mask is not None:
+        check_shape("head_mask (layers, heads)", head_mask, (config.n_head,), (config.n_layer, config.n_head))
+
+
+def check_encoder_output(config: Any, B: int, memory: Tensor | None, mask: Tensor | None) -> None:
+    """Check the encoder's output and its mask, which `GPT.forward` is given for B sequences.
+
+    Raises ValueError, see `GPT.forward`.
+    """
+    if memory is not None:
+        if not config.cross_attention:
+            raise ValueError("encoder_hidden_states needs a model with cross_attention=True")
+        check_shape("encoder_hidden_states", memory, (B, "M", config.n_embd))
+    if mask is not None:
+        if memory is None:
+            raise ValueError("encoder_attention_mask needs the encoder_hidden_states that it masks")
+        check_shape("encoder_attention_mask", mask, (B, memory.size(1)))

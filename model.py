@@ -3,7 +3,8 @@
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
 transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
-faster forms of the loss and of attention, and attention for long sequences and inside documents.
+faster forms of the loss and of attention, attention for long sequences and inside documents, and masks for padding.
+checks.py has the checks of what a model is given.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -16,7 +17,6 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checks import check_config, check_ids, check_shape
+from checks import check_config, check_encoder_output, check_masks, check_tokens
 from kernels.choose_attention import fast_attention
 from kernels.document_attention import DocumentMask
-from kernels.gelu import gelu
+from kernels.gelu import ACTIVATIONS
 from kernels.long_attention import find_pattern
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
+from kernels.masks import find_positions, make_mask
 from weights import load_weights, locate, read_config, save_weights
 
 # The four released sizes: layers, heads, channels. Depth and width grow; each head has 64 channels in all of them.
@@ -194,16 +195,6 @@ class MLP(nn.Module):
         return self.c_proj(self.activation(h))
 
 
-# GPT-2's first, then those of variants, by transformers' names. `gelu` is the exact form with erf, which nanoGPT uses.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": gelu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
-
-
 class Block(nn.Module):
     """Attention, then MLP. Each one adds its result to the residual stream x (B, T, C)."""
 
@@ -328,27 +319,27 @@ class GPT(nn.Module):
         """
         config = self.config
         past = cache.length if cache is not None else 0
+        B, T = check_tokens(config, past, input_ids, inputs_embeds, targets, labels, IGNORE_INDEX)
+        cache_length = None if cache is None else past
+        check_masks(config, cache_length, B, T, attention_mask, position_ids, document_ids, head_mask)
+        check_encoder_output(config, B, encoder_hidden_states, encoder_attention_mask)
 
-        # Embed tokens and positions. Each step below first checks the inputs that it uses.
-        embeddings = self._embed_tokens(input_ids, inputs_embeds)  # (B, T, C)
-        B, T, _ = embeddings.shape
-        if not 0 < T <= config.block_size - past:
-            raise ValueError(f"{past} cached + {T} new tokens, expected 1 to block_size {config.block_size} in all")
-        if attention_mask is not None:
-            check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, past + T))
-        documents = self._find_documents(document_ids, attention_mask, cache, (B, T))
-        targets = self._align_targets(targets, labels, (B, T))  # (B, T)
-        if documents is not None and position_ids is None:
-            position_ids = documents.positions()
-        positions = self._find_positions(position_ids, attention_mask, past, embeddings)  # (B, T) or (T,)
-        x = self.transformer.drop(embeddings + self.transformer.wpe(positions))  # (B, T, C), the residual stream
+        # Embed tokens and positions: their sum is the residual stream x, to which each block adds its results.
+        embeddings = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        documents = None if document_ids is None else DocumentMask.of(document_ids)
+        if position_ids is None and documents is not None:
+            position_ids = documents.positions()  # (B, T)
+        elif position_ids is None:
+            position_ids = find_positions(attention_mask, past, T, embeddings.device)  # (B, T) or (T,)
+        x = self.transformer.drop(embeddings + self.transformer.wpe(position_ids))  # (B, T, C)
 
         # Decide which keys each query attends to, and which heads take part.
-        mask = documents if documents is not None else self._make_mask(attention_mask, past, x)
-        memory_mask = self._make_memory_mask(encoder_hidden_states, encoder_attention_mask, B)  # (B, 1, 1, M)
+        mask: Tensor | DocumentMask | None = documents
+        if mask is None:
+            mask = make_mask(attention_mask, past, T, x.device, causal=config.causal)
+        memory_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
         head_masks: Any = [None] * config.n_layer
         if head_mask is not None:
-            check_shape("head_mask (layers, heads)", head_mask, (config.n_head,), (config.n_layer, config.n_head))
             head_masks = head_mask.expand(config.n_layer, config.n_head)
 
         # Run the blocks. The cache grows only now, so a call that raised an error above leaves it unchanged.
@@ -367,92 +358,14 @@ class GPT(nn.Module):
 
         # Apply the head, the transposed token embedding. The loss is computed without storing all logits.
         loss = logits = None
+        if labels is not None:  # token t predicts token t + 1, and no token follows the last one
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
         if return_logits or (return_logits is None and loss is None):
             logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0: all positions
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
-
-    def _embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Return the token embeddings (B, T, C): looked up, or as given."""
-        if (input_ids is None) == (inputs_embeds is None):
-            given = "neither" if input_ids is None else "both"
-            raise ValueError(f"exactly one of input_ids and inputs_embeds is needed, got {given}")
-        if input_ids is not None:
-            check_shape("input_ids", input_ids, ("B", "T"))
-            check_ids("input_ids", input_ids, self.config.vocab_size, "vocab_size")
-            inputs_embeds = self.transformer.wte(input_ids)
-        assert inputs_embeds is not None
-        check_shape("inputs_embeds", inputs_embeds, ("B", "T", self.config.n_embd))
-        return inputs_embeds
-
-    def _align_targets(self, targets: Tensor | None, labels: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-        """Return the target of each input token, (B, T), or None without targets and labels."""
-        if targets is not None and labels is not None:
-            raise ValueError("got both targets (aligned) and labels (shifted here): give one of them")
-        if labels is not None:
-            check_shape("labels", labels, shape)
-            # Token t predicts token t + 1, and no token follows the last one.
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        if targets is not None:
-            check_shape("targets", targets, shape)
-            real_targets = targets.masked_fill(targets == IGNORE_INDEX, 0)
-            check_ids("targets", real_targets, self.config.vocab_size, "vocab_size")
-        return targets
-
-    def _find_documents(
-        self, ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None, shape: tuple[int, int]
-    ) -> DocumentMask | None:
-        """Return the mask of the documents, or None without document_ids."""
-        if ids is None:
-            return None
-        check_shape("document_ids", ids, shape)
-        if attention_mask is not None or cache is not None or not self.config.causal or self.config.attention != "full":
-            raise ValueError("document_ids need causal=True, attention full, no cache and no attention_mask")
-        return DocumentMask.of(ids)
-
-    def _find_positions(
-        self, position_ids: Tensor | None, attention_mask: Tensor | None, past: int, embeddings: Tensor
-    ) -> Tensor:
-        """Return the position of each token, (B, T) or (T,)."""
-        B, T, _ = embeddings.shape
-        if position_ids is not None:
-            check_shape("position_ids", position_ids, (B, T), (T,))
-            check_ids("position_ids", position_ids, self.config.block_size, "block_size")
-            return position_ids
-        if attention_mask is not None:
-            # Kept tokens count 0, 1, 2, ... Padding before the first one would get -1, which is no position.
-            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
-        return torch.arange(past, past + T, device=embeddings.device)
-
-    def _make_mask(self, attention_mask: Tensor | None, past: int, x: Tensor) -> Tensor | None:
-        """Return booleans (B or 1, 1, T, past + T), True where a query may attend, or None if no mask is needed."""
-        T = x.size(1)
-        # With cached keys, query i has position past + i, but `is_causal` of PyTorch's kernel assumes position i.
-        if attention_mask is None and not (self.config.causal and past > 0 and T > 1):
-            return None
-        everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=x.device)
-        mask = everything.tril(past) if self.config.causal else everything
-        if attention_mask is not None:
-            # Keep the diagonal, so that padding attends at least to itself. A softmax over no key at all is NaN. In the
-            # next layer that NaN is a value with weight 0, and 0 times NaN is NaN: it would spread to all tokens.
-            itself = everything.tril(past).triu(past)
-            mask = mask & attention_mask.bool()[:, None, None, :] | itself
-        return mask
-
-    def _make_memory_mask(self, memory: Tensor | None, mask: Tensor | None, batch_size: int) -> Tensor | None:
-        """Check the encoder's output and mask; return booleans (B, 1, 1, M), True where a token is not padding."""
-        if memory is not None:
-            if not self.config.cross_attention:
-                raise ValueError("encoder_hidden_states needs a model with cross_attention=True")
-            check_shape("encoder_hidden_states", memory, (batch_size, "M", self.config.n_embd))
-        if mask is None:
-            return None
-        if memory is None:
-            raise ValueError("encoder_attention_mask needs the encoder_hidden_states that it masks")
-        check_shape("encoder_attention_mask", mask, (batch_size, memory.size(1)))
-        return mask.bool()[:, None, None, :]
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """Return an empty cache for `max_length` tokens of each sequence, on the model's device and in its dtype."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from checkpoints import choose_checkpoint, is_run, list_checkpoints
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT
-from weights import find_config, locate, read_fields
+from model import GPT, GPTConfig
+from weights import find_config, load_weights, locate, read_config
 
 PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed, with fewer tokens than this
 
@@ -51,6 +52,30 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     return name_or_dir
 
 
+class ModelFiles(NamedTuple):
+    """The files of a trained model, before its weights are loaded. Configuration and tokenizer belong together."""
+
+    name: str  # the directory or hub name, that was given or, without one, the newest run
+    directory: Path
+    config: GPTConfig  # its vocabulary may be padded
+    tokenizer: Tokenizer
+
+
+def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelFiles:
+    """Find the model that the options `--model` and `--checkpoint` select (see `resolve_model`), and read its files.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: the files are damaged, or the tokenizer does not belong to the model (see `check_vocabulary`).
+    """
+    name = resolve_model(name_or_dir, checkpoint=checkpoint)
+    directory = locate(name)
+    config = GPTConfig(**read_config(directory))  # first: a directory without a model usually lacks a tokenizer, too
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(config.vocab_size, tokenizer, directory)
+    return ModelFiles(name, directory, config, tokenizer)
+
+
 def load_model(
     name_or_dir: str | None,
     *,
@@ -58,22 +83,19 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[GPT, Tokenizer, str]:
-    """Load the model that the options `--model` and `--checkpoint` select (see `resolve_model`), in eval mode.
+    """Load the model that the options `--model` and `--checkpoint` select, in eval mode, without a padded vocabulary.
 
     Returns:
         The model, its tokenizer, and the directory or hub name that it was loaded from.
 
-    Raises:
-        OSError: there is no such model.
-        ValueError: the files are damaged, or the tokenizer does not belong to the model (see `fit_vocabulary`).
+    Raises what `find_model` raises, and ValueError if the weights are damaged or missing.
     """
-    name = resolve_model(name_or_dir, checkpoint=checkpoint)
-    directory = locate(name)
-    read_fields(directory)  # first, because a directory without a model usually lacks a tokenizer, too
-    tokenizer = load_tokenizer(directory)
-    model = GPT.from_pretrained(directory, dtype=dtype, device=device)
-    fit_vocabulary(model, tokenizer, directory)
-    return model, tokenizer, name
+    found = find_model(name_or_dir, checkpoint)
+    with torch.device("meta"):  # shapes only: the values come from the files
+        model = GPT(found.config)
+    load_weights(model, found.directory, dtype=dtype, device=device)
+    fit_vocabulary(model, found.tokenizer, found.directory)
+    return model.eval(), found.tokenizer, found.name
 
 
 def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Path) -> None:

@@ -1,8 +1,9 @@
-"""GELU as in GPT-2, in a form that torch.compile turns into a faster kernel on a CPU."""
+"""GELU as in GPT-2, in a form that torch.compile turns into a faster kernel on a CPU, and other activations."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,3 +20,13 @@ def gelu(x: Tensor) -> Tensor:
     z = x.float()
     u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
     return (z * torch.sigmoid(2 * u)).to(x.dtype)
+
+
+# GPT-2's first, then those of variants, by transformers' names. `gelu` is the exact form with erf, which nanoGPT uses.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": gelu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}

@@ -269,7 +269,8 @@ def test_resuming_hashes_each_checkpoint_and_parses_each_tokenizer_once(tiny_run
     verified, parsed = [], []
     verify, parse = checkpoints.verify, data.tokenizer.load_tokenizer
     monkeypatch.setattr("checkpoints.verify", lambda path: (verified.append(path), verify(path))[1])
-    monkeypatch.setattr("training.inputs.load_tokenizer", lambda name: (parsed.append(str(name)), parse(name))[1])
+    for module in ("pretrained", "training.inputs"):
+        monkeypatch.setattr(f"{module}.load_tokenizer", lambda name: (parsed.append(str(name)), parse(name))[1])
     train(config)
     assert verified == [checkpoint]
     assert parsed == [str(checkpoint), config.data.dir]

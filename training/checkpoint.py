@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from checkpoints import MANIFEST, OPTIMIZER, STATE, find_best, find_newest, list_checkpoints
+from checkpoints import MANIFEST, OPTIMIZER, STATE, find_best, list_checkpoints
 from data.tokenizer import Tokenizer
 from files import PARTIAL_SUFFIX, apply_umask, discard, file_sha256, sync_directory
 from model import GPT
@@ -87,35 +87,26 @@ class Checkpoints:
         keep: number of newest checkpoints to keep, in addition to the one with the best validation loss.
         on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
             the error. "continue": the call prints the error on stderr, unless it is `wait(last=True)`.
+        resumed: the checkpoint from which the run resumes, see `find_newest`.
+        damaged: the damaged checkpoints that are newer, which are left unchanged.
 
     A checkpoint whose weights or optimizer state are not finite is not written, and the same call raises
     FloatingPointError: every later step would be lost too.
     """
 
-    def __init__(self, directory: Path, *, keep: int, on_error: str) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int, on_error: str, resumed: Path | None = None, damaged: Sequence[Path] = ()
+    ) -> None:
         self.directory, self.keep, self.on_error = directory, keep, on_error
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._cannot_flush = False
-        self._resumed: Path | None = None  # the checkpoint that `newest` found
-        self._unreadable: set[Path] = set()  # damaged checkpoints, and those without a readable trainer/state.json
+        self._resumed = resumed
+        self._unreadable = set(damaged)  # and those without a readable trainer/state.json
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""
         return self.directory / f"step-{step:06d}"
-
-    def existing(self) -> list[Path]:
-        """Return the existing checkpoints in the order of their steps, without verifying them."""
-        return list_checkpoints(self.directory)
-
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint that matches its manifest. Damaged ones are named on stderr and left unchanged.
-
-        Raises ValueError if there are checkpoints, but all of them are damaged.
-        """
-        self._resumed, damaged = find_newest(self.directory)
-        self._unreadable.update(damaged)
-        return self._resumed
 
     def best(self) -> tuple[float, Path] | None:
         """Return the lowest validation loss of the existing checkpoints, and its checkpoint, see `find_best`."""
@@ -123,7 +114,7 @@ class Checkpoints:
 
     def advice(self) -> str:
         """Return what to do after training has diverged."""
-        good = self.existing()
+        good = list_checkpoints(self.directory)
         return f"Last good checkpoint: {good[-1] if good else 'none'}. Resume from it with a lower optim.lr"
 
     def save(
@@ -238,7 +229,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Delete all checkpoints except the newest `keep`, the best by validation loss, and unreadable ones."""
         best = self.best()  # also finds the checkpoints whose state cannot be read
-        paths = [path for path in self.existing() if path not in self._unreadable]
+        paths = [path for path in list_checkpoints(self.directory) if path not in self._unreadable]
         for path in paths[: -self.keep]:
             if best is None or path != best[1]:
                 discard(path)

@@ -18,6 +18,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from command import fail
 from model import PRESETS, GPTConfig
+from pretrained import ModelFiles
 from training.config_errors import explain, read_fields
 from weights import ATTENTION_FIELDS
 
@@ -312,8 +313,28 @@ class Config:
         if twice := next((name for name in directories if directories.count(name) > 1), None):
             raise ValueError(f"data.mixture has {twice} twice: list it once, with the sum of its weights")
 
-    def model_config(self, vocab_size: int) -> GPTConfig:
-        """Return the GPTConfig of a model from scratch, with the vocabulary size of the dataset's tokenizer."""
+    def model_config(self, vocab_size: int, initial: ModelFiles | None = None) -> GPTConfig:
+        """Return the configuration of the model to train: from scratch, or of the model of model.init_from.
+
+        Args:
+            vocab_size: of the dataset's tokenizer. The files of `initial` may have a padded vocabulary.
+            initial: the model that the run starts from, which may be a checkpoint of a run from scratch.
+
+        Raises ValueError if the run's configuration contradicts the model of model.init_from.
+        """
+        asked = self.model
+        if initial is None or asked.init_from == "scratch":
+            fields = self._shape_from_scratch()
+        else:
+            fields = self._shape_of(initial)
+        fields |= {name: value for name in ATTENTION_FIELDS if (value := getattr(asked, name)) is not None}
+        try:
+            return GPTConfig(**fields | {"vocab_size": vocab_size, "dropout": asked.dropout})
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+
+    def _shape_from_scratch(self) -> dict[str, Any]:
+        """Return the fields of GPTConfig that model.preset and the fields beside it ask for."""
         model = self.model
         fields: dict[str, Any] = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 1024}
         if model.preset is not None:
@@ -322,59 +343,38 @@ class Config:
             fields[name] = getattr(model, name) or fields[name]
             if fields[name] is None:
                 raise ValueError(f"model.{name} is required if model.preset is null")
-        try:
-            return GPTConfig(vocab_size=vocab_size, dropout=model.dropout, **fields, **self.attention_fields())
-        except ValueError as error:
-            raise ValueError(f"model.{error}") from None
+        return fields
 
-    def attention_fields(self) -> dict[str, Any]:
-        """Return the fields of GPTConfig that select the attention, without those that are left at their default."""
-        return {name: value for name in ATTENTION_FIELDS if (value := getattr(self.model, name)) is not None}
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings by section that a resumed run may not change. `run_identity` adds model and dataset."""
-        fields = self.to_dict()
-        names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
-        data = {name: fields["data"][name] for name in names}
-        # Directories may move. What is in them is in the identity of the dataset.
-        data["mixture"] = [part.weight for part in self.data.mixture]
-        run = {name: fields["run"][name] for name in ("seed", "branch_from")}
-        return {"run": run, "data": data, "optim": fields["optim"]}
+    def _shape_of(self, initial: ModelFiles) -> dict[str, Any]:
+        """Return the fields of GPTConfig of the model of model.init_from, with the block size of this run."""
+        model, directory, found = self.model, initial.directory, initial.config
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(model, name) not in (None, getattr(found, name)):
+                raise ValueError(
+                    f"model.{name} is {getattr(model, name)}, but {directory} has {getattr(found, name)}: omit "
+                    f"the field"
+                )
+        block_size = model.block_size or found.block_size
+        if block_size < found.block_size:
+            raise ValueError(
+                f"model.block_size is {block_size}, but {directory} has {found.block_size}, and positions can only be "
+                f"added: omit the field, and set data.sequence_length for shorter windows"
+            )
+        if model.freeze_layers > found.n_layer:
+            raise ValueError(
+                f"model.freeze_layers {model.freeze_layers} is above the {found.n_layer} layers of {directory}: "
+                f"lower it"
+            )
+        if self.data.sequence_length > block_size:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is above the block size {block_size} of "
+                f"{directory}: lower it, or raise model.block_size"
+            )
+        return dataclasses.asdict(found) | {"block_size": block_size}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested plain values, as in the YAML file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, is_parent: bool = False) -> None:
-    """Raise a ValueError that lists the differences between two identities of a run, with old and new values.
-
-    With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ. A checkpoint
-    that lacks a setting is older than the setting, and was made with its default. With `is_parent`, `before`
-    is the identity of the run that a new run branches from.
-    """
-    defaults = Config().to_dict()
-
-    def earlier(section: str, name: str) -> Any:
-        return before.get(section, {}).get(name, defaults.get(section, {}).get(name))
-
-    schedule = {"steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction"}
-    changed = [
-        f"{section}.{name} was {earlier(section, name)!r}, is {value!r}"
-        for section, fields in now.items()
-        for name, value in fields.items()
-        if earlier(section, name) != value and not (allow and section == "optim" and name in schedule)
-    ]
-    if changed and is_parent:
-        raise ValueError(
-            f"the run of run.branch_from has another configuration: {'; '.join(changed)}. Restore these values: a "
-            f"branch may change only optim.steps, learning rates and the schedule"
-        )
-    if changed:
-        raise ValueError(
-            f"this run was started with another configuration: {'; '.join(changed)}. Restore these values, or choose "
-            f"another run.name; run.allow_changes true allows other optim.steps, learning rates and schedules"
-        )
 
 
 @dataclass

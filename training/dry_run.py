@@ -11,7 +11,6 @@ from checkpoints import read_state
 from device import CARDS, DTYPES, Card, find_card
 from model import GPTConfig
 from processes import Processes
-from training.checkpoint import Checkpoints
 from training.config import Config, Flags
 from training.estimate import (
     Hardware,
@@ -21,10 +20,10 @@ from training.estimate import (
     most_windows,
     needed_memory,
 )
-from training.inputs import Inputs, describe_epochs, find_initial_model, model_config, open_inputs, warnings
+from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
-from training.start import Start, describe_start, find_start, read_saved_state, run_identity
+from training.start import Start, describe_start, find_initial_model, find_start, read_saved_state, run_identity
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 
 GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
@@ -61,7 +60,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
     except FileNotFoundError as error:
         missing = str(error)
     vocab_size = GPT2_VOCABULARY if initial is None else initial.tokenizer.vocab_size
-    model = model_config(config, inputs.tokenizer.vocab_size if inputs else vocab_size, initial)
+    model = config.model_config(inputs.tokenizer.vocab_size if inputs else vocab_size, initial)
     tokens = config.optim.steps * config.data.batch_tokens
     flops = flops_per_token(model, count_parameters(model), config.data.sequence_length)
     if inputs is None:
@@ -86,22 +85,24 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
 def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
     """Return where the run would start, without waiting for other processes, and which checkpoint is absent, or ""."""
     directory = Path(config.run.dir) / config.run.name / "checkpoints"
-    checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
     try:
-        return find_start(config, Processes(0, 1, processes.device, processes.dtype), checkpoints), ""
+        return find_start(config, directory, Processes(0, 1, processes.device, processes.dtype)), ""
     except FileNotFoundError as error:
         # If model.init_from is what is absent, this raises the same error again.
-        return Start(None, False, find_initial_model(config, None)), str(error)
+        return Start(None, False, [], find_initial_model(config, None)), str(error)
 
 
 def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs | None) -> list[str]:
     """Return lines about the checkpoint that the run would start from. Raises ValueError if it cannot start from it."""
     if start.checkpoint is None:
         return []
-    if inputs is not None:  # without the dataset, the check is left out
-        read_saved_state(start, config, run_identity(config, model, inputs), inputs.validation_tokens)
-    found, *more = describe_start(start, config.optim, inputs.validation_tokens if inputs else 0)
-    remaining, steps = config.optim.steps - read_state(start.checkpoint)["step"], config.optim.steps
+    if inputs is None:  # the check is left out
+        saved, val_tokens = read_state(start.checkpoint), 0
+    else:
+        val_tokens = inputs.validation_tokens
+        saved = read_saved_state(start, config, run_identity(config, model, inputs), val_tokens)
+    found, *more = describe_start(start, saved, config.optim, val_tokens)
+    remaining, steps = config.optim.steps - saved["step"], config.optim.steps
     return [f"start       {found}: {remaining:,} of {steps:,} steps remain", *(f"            {line}" for line in more)]
 
 

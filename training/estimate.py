@@ -14,6 +14,7 @@ from kernels.cuda_loss import padded, rows_at_a_time
 from kernels.long_attention import find_pattern
 from kernels.loss import MATMUL_ROWS
 from model import GPT, GPTConfig
+from processes import Processes
 from training.config import Config
 
 
@@ -34,6 +35,13 @@ def peak_flops(device: torch.device) -> float | None:
     """
     card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if card is None else card.peak_flops
+
+
+def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, processes: Processes) -> float | None:
+    """Return the seconds of a step if all devices computed at their peak (100% MFU); None if it is not known."""
+    peak = peak_flops(processes.device)
+    flops = config.data.batch_tokens * flops_per_token(model, n_parameters, config.data.sequence_length)
+    return flops / (peak * processes.world_size) if peak else None
 
 
 @functools.cache
@@ -86,13 +94,12 @@ def estimate_memory(
     # The peak is in one of three places. In the backward pass of a block, two tensors of width 4 C exist (the output of
     # GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of the residual
     # stream. In the loss, the tensors of `loss_memory` exist. In the optimizer, those of `muon_memory`.
+    matrices = 12 * width**2 * model.n_layer if muon else 0
+    of_muon = muon_memory(model, hardware, sharded=sharded) if muon else 0
     backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
     loss = loss_memory(model, tokens, hardware)
     head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
-    activations = tokens * width * kept + max(0, backward - loss)
-    matrices = 12 * width**2 * model.n_layer if muon else 0
-    if muon:
-        activations = max(activations, muon_memory(model, hardware, sharded=sharded) - loss - head)
+    activations = max(tokens * width * kept + max(0, backward - loss), of_muon - loss - head)
     # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next one
     # in `dtype`; it gathers embeddings and head in float32. It shards the gradients only after the last micro-batch.
     embeddings = (model.vocab_size + model.block_size) * width
@@ -150,6 +157,21 @@ def needed_memory(config: Config, model: GPTConfig, rows: int, hardware: Hardwar
 def most_windows(config: Config, world_size: int) -> int:
     """Return the largest number of windows of a global batch that one process gets."""
     return max(1, ceil_div(config.data.batch_tokens // config.data.sequence_length, world_size))
+
+
+def fit_rows(
+    config: Config, model: GPTConfig, hardware: Hardware, budget: float, *, sharded: bool, below: int | None = None
+) -> int | None:
+    """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.
+
+    With `below`, it must have fewer rows than that.
+    """
+
+    def fits(rows: int) -> bool:
+        needed = needed_memory(config, model, rows, hardware, sharded=sharded)
+        return (below is None or rows < below) and sum(needed.values()) <= budget
+
+    return largest_micro_batch(most_windows(config, hardware.count), fits)
 
 
 def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:

@@ -1,14 +1,12 @@
-"""The dataset, the tokenizer and the initial weights of a run, checked before anything is created."""
+"""The dataset and the tokenizer of a run, checked before anything is created."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data.aligned import AlignedWindows
 from data.completions import CompletionWindows
@@ -18,10 +16,8 @@ from data.shards import Split, list_shards, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.hellaswag import read_questions
 from eval.reference import losses_to_beat
-from model import GPT, GPTConfig
-from pretrained import check_vocabulary, extend_positions, fit_vocabulary, resolve_model
-from training.config import Config
-from weights import load_weights, locate, read_config
+from pretrained import ModelFiles
+from training.config import Config, Data
 
 # Batch size in tokens and AdamW's peak learning rate for each preset, as in configs/gpt2-*.yaml (a test compares them).
 # They are repeated here because an installation may lack those files.
@@ -32,14 +28,6 @@ RECIPES = {
     "gpt2-xl": (1_048_576, 6e-4),
 }
 MAX_EPOCHS = 4  # each repetition after that teaches much less (Muennighoff et al. 2023, "Data-Constrained LMs")
-
-
-class InitialModel(NamedTuple):
-    """The model that a run starts or resumes from."""
-
-    directory: Path
-    tokenizer: Tokenizer
-    config: GPTConfig  # of the files, whose vocabulary may be padded
 
 
 @dataclass(frozen=True)
@@ -73,19 +61,7 @@ class Inputs:
         return sum(windows.count(np.arange(len(windows))) for windows in self.val.values())
 
 
-def find_initial_model(config: Config, checkpoint: Path | None) -> InitialModel | None:
-    """Return the checkpoint to resume from, otherwise the model that model.init_from names, or None for scratch."""
-    if checkpoint is None and config.model.init_from != "scratch":
-        checkpoint = locate(resolve_model(config.model.init_from))
-    if checkpoint is None:
-        return None
-    shape = GPTConfig(**read_config(checkpoint))  # first: a directory without a model usually lacks a tokenizer, too
-    tokenizer = load_tokenizer(checkpoint)
-    check_vocabulary(shape.vocab_size, tokenizer, checkpoint)
-    return InitialModel(checkpoint, tokenizer, shape)
-
-
-def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -> Inputs:
+def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> Inputs:
     """Open and check the dataset. With `verify`, compare every shard with its hash.
 
     Raises ValueError or OSError if something is missing or damaged; the message says what to do.
@@ -96,15 +72,13 @@ def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -
                 "--verify compares shards with their hashes, and data.format completions has none: omit the option"
             )
         inputs = open_completions(config, initial)
-    elif config.data.mixture:
-        inputs = open_mixture(config, verify=verify)
     else:
-        inputs = open_tokens(config, config.data.dir, verify=verify)
+        inputs = open_datasets(config, verify=verify)
     if initial is not None and initial.tokenizer != inputs.tokenizer:
-        resumes = config.model.init_from == "scratch"
+        names, resumes = ", ".join(dataset_names(config.data)), config.model.init_from == "scratch"
         raise ValueError(
-            f"{initial.directory} and {data_names(config)} have different tokenizers: prepare the text again with the "
-            f"tokenizer that the model was trained with{', or choose another run.name' if resumes else ''}"
+            f"{initial.directory} and {names} have different tokenizers: prepare the text again with the tokenizer "
+            f"that the model was trained with{', or choose another run.name' if resumes else ''}"
         )
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
@@ -114,6 +88,28 @@ def open_inputs(config: Config, initial: InitialModel | None, *, verify: bool) -
         return inputs
     references = losses_to_beat(config.data.dir, inputs.train.source, inputs.tokenizer.kind)
     return dataclasses.replace(inputs, reference_losses=references)
+
+
+def open_datasets(config: Config, *, verify: bool) -> Inputs:
+    """Open the token shards of data.dir or, with data.mixture, of its datasets, which must have the same tokenizer."""
+    mixture, names = config.data.mixture, dataset_names(config.data)
+    parts = [open_tokens(config, name, verify=verify) for name in names]
+    if not mixture:
+        return parts[0]
+    for part, opened in zip(mixture, parts, strict=True):
+        if opened.tokenizer != parts[0].tokenizer:
+            raise ValueError(
+                f"data.mixture: {mixture[0].dir} and {part.dir} have different tokenizers: prepare one of them again "
+                f"with --tokenizer DIR, the directory of the other"
+            )
+    return Inputs(
+        MixtureWindows([opened.train for opened in parts], [part.weight for part in mixture]),
+        {name: windows for opened in parts for name, windows in opened.val.items()},
+        parts[0].tokenizer,
+        parts[0].prompts,
+        [note for opened in parts for note in opened.notes],
+        final_val={name: windows for opened in parts for name, windows in opened.final_val.items()},
+    )
 
 
 def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
@@ -155,26 +151,6 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
     )
 
 
-def open_mixture(config: Config, *, verify: bool) -> Inputs:
-    """Open the datasets of data.mixture, which must have the same tokenizer."""
-    mixture = config.data.mixture
-    parts = [open_tokens(config, part.dir, verify=verify) for part in mixture]
-    for part, opened in zip(mixture, parts, strict=True):
-        if opened.tokenizer != parts[0].tokenizer:
-            raise ValueError(
-                f"data.mixture: {mixture[0].dir} and {part.dir} have different tokenizers: prepare one of them again "
-                f"with --tokenizer DIR, the directory of the other"
-            )
-    return Inputs(
-        MixtureWindows([opened.train for opened in parts], [part.weight for part in mixture]),
-        {name: windows for opened in parts for name, windows in opened.val.items()},
-        parts[0].tokenizer,
-        parts[0].prompts,
-        [note for opened in parts for note in opened.notes],
-        final_val={name: windows for opened in parts for name, windows in opened.final_val.items()},
-    )
-
-
 def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
     """Return the windows of the train split that data.windows, data.shift and data.document_mask ask for."""
     data, n, eot = config.data, tokenizer.vocab_size, tokenizer.eot
@@ -184,7 +160,7 @@ def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> Toke
     return TokenWindows(split, data.sequence_length, n, shift=data.shift, mask_eot=mask_eot)
 
 
-def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
+def open_completions(config: Config, initial: ModelFiles | None) -> Inputs:
     """Open prompts and completions, encoded with the tokenizer of the initial model, or GPT-2's if there is none."""
     directory, length = Path(config.data.dir), config.data.sequence_length
     tokenizer = load_tokenizer("gpt2") if initial is None else initial.tokenizer
@@ -196,64 +172,9 @@ def open_completions(config: Config, initial: InitialModel | None) -> Inputs:
     return Inputs(train, {config.data.dir: val}, tokenizer, val.prompts, n_cut=train.n_cut)
 
 
-def model_config(config: Config, vocab_size: int, initial: InitialModel | None) -> GPTConfig:
-    """Return the configuration of the model of model.init_from, or of the model to train from scratch.
-
-    vocab_size is the tokenizer's. A model of model.init_from may have a padded vocabulary; the padding is removed.
-
-    Raises ValueError if the run's configuration contradicts the model of model.init_from.
-    """
-    asked = config.model
-    if initial is None or asked.init_from == "scratch":
-        return config.model_config(vocab_size)
-    directory, found = initial.directory, initial.config
-    for name in ("n_layer", "n_head", "n_embd"):
-        if getattr(asked, name) not in (None, getattr(found, name)):
-            raise ValueError(
-                f"model.{name} is {getattr(asked, name)}, but {directory} has {getattr(found, name)}: omit the field"
-            )
-    block_size = asked.block_size or found.block_size
-    if block_size < found.block_size:
-        raise ValueError(
-            f"model.block_size is {block_size}, but {directory} has {found.block_size}, and positions can only be "
-            f"added: omit the field, and set data.sequence_length for shorter windows"
-        )
-    changes = config.attention_fields() | {"vocab_size": vocab_size, "block_size": block_size}
-    try:
-        found = dataclasses.replace(found, dropout=asked.dropout, **changes)
-    except ValueError as error:
-        raise ValueError(f"model.{error}") from None
-    if asked.freeze_layers > found.n_layer:
-        raise ValueError(
-            f"model.freeze_layers {asked.freeze_layers} is above the {found.n_layer} layers of {directory}: lower it"
-        )
-    if config.data.sequence_length > found.block_size:
-        raise ValueError(
-            f"data.sequence_length {config.data.sequence_length} is above the block size {found.block_size} of "
-            f"{directory}: lower it, or raise model.block_size"
-        )
-    return found
-
-
-def make_model(config: GPTConfig, initial: InitialModel | None, seed: int) -> GPT:
-    """Return a GPT on the CPU in float32, initialized from `seed` or loaded: the same on every process."""
-    if initial is None:
-        torch.manual_seed(seed)
-        return GPT(config)
-    # The files may have a padded vocabulary, and fewer positions than `config`.
-    found = initial.config
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(config, vocab_size=found.vocab_size, block_size=found.block_size))
-    load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
-    fit_vocabulary(model, initial.tokenizer, initial.directory)
-    if config.block_size > found.block_size:
-        model = extend_positions(model, config.block_size)
-    return model
-
-
-def data_names(config: Config) -> str:
-    """Return the directories of the training data, for messages."""
-    return ", ".join(part.dir for part in config.data.mixture) or config.data.dir
+def dataset_names(data: Data) -> list[str]:
+    """Return the directories of the training data, several only for a mixture."""
+    return [part.dir for part in data.mixture] or [data.dir]
 
 
 def count_epochs(config: Config, inputs: Inputs) -> dict[str, float]:

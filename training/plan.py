@@ -13,7 +13,7 @@ import torch
 from model import GPTConfig
 from processes import Processes
 from training.config import Config
-from training.estimate import Hardware, count_parameters, largest_micro_batch, most_windows, needed_memory
+from training.estimate import Hardware, count_parameters, fit_rows, needed_memory
 
 GPU_SHARE = 0.8  # fraction of a GPU's free memory that the memory estimate may use
 SAVE_MEMORY = (
@@ -33,6 +33,7 @@ class Plan:
     compiled: bool
     planned_for: dict[str, Any]  # settings and hardware that determine the micro-batch; in every checkpoint
     reasons: dict[str, str]  # field of this class -> why it has its value
+    out_of_memory: str  # what to do if memory is exhausted nevertheless
 
     def describe(self, processes: Processes, sequence_length: int) -> str:
         """Return the plan and its reasons as one line, which is printed at the start of a run."""
@@ -60,6 +61,7 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
     Raises ValueError if not even one window fits into the memory.
     """
     device = processes.device
+    compiled, why_compiled = should_compile(config, model, device)
     here, why_sharded = should_shard(config, model, processes)
     sharded = bool(processes.all_reduce_min(here))
     if sharded != here:
@@ -81,14 +83,14 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
         # The state describes the device of the main process only, so only the main process compares.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
-    compiled, why_compiled = should_compile(config, model, device)
+    out_of_memory = explain_out_of_memory(config, model, processes, micro_batch, sharded=sharded)
     reasons = {
         "dtype": "as configured" if config.system.dtype != "auto" else f"fastest on this {device.type}",
         "sharded": why_sharded,
         "micro_batch": why_micro_batch,
         "compiled": why_compiled,
     }
-    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
+    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons, out_of_memory)
 
 
 def should_shard(config: Config, model: GPTConfig, processes: Processes) -> tuple[bool, str]:
@@ -132,17 +134,26 @@ def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, s
     if config.data.micro_batch != "auto":
         return config.data.micro_batch, "as configured"
     (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
-
-    def needed(rows: int) -> int:
-        return sum(needed_memory(config, model, rows, hardware, sharded=sharded).values())
-
-    rows = largest_micro_batch(most_windows(config, processes.world_size), lambda rows: needed(rows) <= part * free)
+    rows = fit_rows(config, model, hardware, part * free, sharded=sharded)
     if rows is not None:
         return rows, f"estimated to fit in {part:.0%} of the {free / 2**30:.1f} GiB that are free"
+    needed = sum(needed_memory(config, model, 1, hardware, sharded=sharded).values())
     raise ValueError(
-        f"one window of {config.data.sequence_length} tokens needs about {needed(1) / 2**30:.1f} GiB, and "
+        f"one window of {config.data.sequence_length} tokens needs about {needed / 2**30:.1f} GiB, and "
         f"{free / 2**30:.1f} GiB are free on {processes.device}: {SAVE_MEMORY}"
     )
+
+
+def explain_out_of_memory(
+    config: Config, model: GPTConfig, processes: Processes, micro_batch: int, *, sharded: bool
+) -> str:
+    """Return what to do if memory is exhausted: the smaller micro-batch that would fit, if there is one."""
+    (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
+    rows = fit_rows(config, model, hardware, part * free, sharded=sharded, below=micro_batch)
+    too_large = f"out of memory on {processes.device} with micro-batches of {micro_batch} windows"
+    if rows is None:
+        return f"{too_large}, and by the estimate no smaller micro-batch fits either: {SAVE_MEMORY}"
+    return f"{too_large}: set data.micro_batch to {rows}, which is estimated to fit"
 
 
 def is_out_of_memory(error: object) -> bool:
@@ -150,21 +161,6 @@ def is_out_of_memory(error: object) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def explain_out_of_memory(config: Config, model: GPTConfig, processes: Processes, plan: Plan) -> str:
-    """Return what to do after memory was exhausted: the micro-batch that would fit, if there is one."""
-    (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
-
-    def fits(rows: int) -> bool:
-        needed = needed_memory(config, model, rows, hardware, sharded=plan.sharded)
-        return rows < plan.micro_batch and sum(needed.values()) <= part * free
-
-    rows = largest_micro_batch(most_windows(config, processes.world_size), fits)
-    too_large = f"out of memory on {processes.device} with micro-batches of {plan.micro_batch} windows"
-    if rows is None:
-        return f"{too_large}, and by the estimate no smaller micro-batch fits either: {SAVE_MEMORY}"
-    return f"{too_large}: set data.micro_batch to {rows}, which is estimated to fit"
 
 
 def should_compile(config: Config, model: GPTConfig, device: torch.device) -> tuple[bool, str]:

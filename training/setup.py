@@ -16,19 +16,19 @@ from torch.optim import Optimizer
 from data.loader import Loader, MicroBatch
 from device import fast_dtype, gradient_scaler
 from kernels.attention import use_newer_flash_attention
-from model import GPT, GPTConfig
+from model import GPT
 from processes import Processes
 from training.checkpoint import Checkpoints, load_optimizers
 from training.config import Config
 from training.distributed import distribute
 from training.dry_run import dry_run as dry_run  # for train.py, which imports only this module to prepare a run
-from training.estimate import flops_per_token, peak_flops
-from training.inputs import Inputs, describe_epochs, make_model, model_config, open_inputs, warnings
+from training.estimate import seconds_at_peak
+from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
-from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
+from training.plan import Plan, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
-from training.start import Start, describe_start, find_start, read_saved_state, run_identity
+from training.start import Start, describe_start, find_start, make_model, read_saved_state, run_identity
 from training.step_time import warn_of_slow_cpu
 from training.trackers import check_packages
 
@@ -105,8 +105,7 @@ class TrainingRun:
             self.loader.close()
         self.directory.close(failed=kind is not None)
         if is_out_of_memory(error):
-            reason = explain_out_of_memory(self.config, self.model.config, self.processes, self.plan)
-            raise ValueError(reason) from None
+            raise ValueError(self.plan.out_of_memory) from None
 
 
 def is_due(step: int, every: int) -> bool:
@@ -121,29 +120,37 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
     Raises ValueError or OSError if the run cannot work. What can be checked is checked before anything is created.
     """
-    directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if processes.is_main:
         check_packages(config.log)
-        if directory.path.is_dir():
-            directory.lock()
-    checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
-    start = find_start(config, processes, checkpoints)
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if processes.is_main and directory.path.is_dir():
+        directory.lock()
+    start = find_start(config, directory.checkpoints, processes)
     # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
     # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
     inputs = open_inputs(config, start.model, verify=verify)
-    shape = model_config(config, inputs.tokenizer.vocab_size, start.model)
+    shape = config.model_config(inputs.tokenizer.vocab_size, start.model)
     identity = run_identity(config, shape, inputs)
     saved = read_saved_state(start, config, identity, inputs.validation_tokens)
+    notes = describe_start(start, saved, config.optim, inputs.validation_tokens)
     state = TrainingState(**{f.name: saved[f.name] for f in dataclasses.fields(TrainingState) if f.name in saved})
     state.val_tokens = inputs.validation_tokens or state.val_tokens
 
-    model = make_model(shape, start.model, config.run.seed)
-    plan = make_plan(config, shape, processes, saved)
+    model = make_model(shape, start.model, config.run.seed, config.model.freeze_layers)
     n_parameters = model.num_parameters()
+    plan = make_plan(config, shape, processes, saved)
+    peak_seconds = seconds_at_peak(config, shape, n_parameters, processes)
     try:
         loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     except torch.OutOfMemoryError:
-        raise ValueError(explain_out_of_memory(config, shape, processes, plan)) from None
+        raise ValueError(plan.out_of_memory) from None
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        keep=config.checkpoint.keep,
+        on_error=config.checkpoint.on_error,
+        resumed=start.checkpoint if start.resumes else None,
+        damaged=start.damaged,
+    )
     if start.checkpoint is not None:
         load_optimizers(model, optimizers, start.checkpoint)
     if scaler.is_enabled() and saved.get("scaler"):
@@ -174,11 +181,12 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         progress=Progress(state.step, config.optim.steps, config.log.every, processes.is_main, inputs.bytes_per_token),
         state=state,
         identity=identity,
-        seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
+        seconds_at_peak=peak_seconds,
     )
+    first_lines = greeting(run, n_parameters, notes)
     if processes.is_main:
         open_directory(run, start)
-    run.progress.say(greeting(run, n_parameters, start))
+    run.progress.say(first_lines)
     return run
 
 
@@ -189,8 +197,6 @@ def prepare_model(
     device = processes.device
     model.to(device).train()
     use_newer_flash_attention(device, model.config.dropout)
-    if config.model.freeze_layers:
-        model.freeze(config.model.freeze_layers)
     loss_function = distribute(
         model,
         processes,
@@ -215,14 +221,7 @@ def open_directory(run: TrainingRun, start: Start) -> None:
     run.directory.open(run.config, described, last_step, last_validation, run.progress.say)
 
 
-def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, processes: Processes) -> float | None:
-    """Return the seconds of a step if all devices computed at their peak (100% MFU); None if it is not known."""
-    peak = peak_flops(processes.device)
-    flops = config.data.batch_tokens * flops_per_token(model, n_parameters, config.data.sequence_length)
-    return flops / (peak * processes.world_size) if peak else None
-
-
-def greeting(run: TrainingRun, n_parameters: int, start: Start) -> str:
+def greeting(run: TrainingRun, n_parameters: int, notes: list[str]) -> str:
     """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
     config = run.config
     lines = [
@@ -233,5 +232,4 @@ def greeting(run: TrainingRun, n_parameters: int, start: Start) -> str:
     lines += run.inputs.notes
     slow = warn_of_slow_cpu(config, run.model.config, run.processes)
     lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
-    lines += describe_start(start, config.optim, run.state.val_tokens)
-    return "\n".join(lines)
+    return "\n".join(lines + notes)

@@ -7,13 +7,16 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints import choose_checkpoint, is_run, read_state
-from model import GPTConfig
+import torch
+
+from checkpoints import choose_checkpoint, find_newest, is_run, list_checkpoints, read_state
+from model import GPT, GPTConfig
+from pretrained import ModelFiles, extend_positions, find_model
 from processes import Processes
-from training.checkpoint import Checkpoints
-from training.config import Config, Optim, refuse_changes
-from training.inputs import InitialModel, Inputs, find_initial_model
+from training.config import Config, Optim
+from training.inputs import Inputs
 from training.optim import learning_rate_factor
+from weights import load_weights
 
 
 class Start(NamedTuple):
@@ -21,7 +24,8 @@ class Start(NamedTuple):
 
     checkpoint: Path | None  # its training state is loaded; None for a new run
     branches: bool  # True if the checkpoint belongs to another run
-    model: InitialModel | None  # the model of the checkpoint or of model.init_from; None for new weights
+    damaged: list[Path]  # newer checkpoints of this run, which were skipped; only the main process knows them
+    model: ModelFiles | None  # of the checkpoint or of model.init_from; None for new weights
 
     @property
     def resumes(self) -> bool:
@@ -29,54 +33,47 @@ class Start(NamedTuple):
         return self.checkpoint is not None and not self.branches
 
 
-def find_start(config: Config, processes: Processes, checkpoints: Checkpoints) -> Start:
+def find_start(config: Config, directory: Path, processes: Processes) -> Start:
     """Return where a run starts according to run.resume, run.branch_from and model.init_from.
+
+    The main process chooses the checkpoint, because the other nodes may lack access to the checkpoints.
+
+    Args:
+        directory: the run's `checkpoints`.
 
     Raises ValueError or OSError if these fields contradict each other or the files that exist.
     """
-    checkpoint, branches = find_checkpoint(config, processes, checkpoints), False
-    if checkpoint is None and config.run.branch_from is not None:
-        checkpoint, branches = find_branch_point(config.run.branch_from, processes), True
-    return Start(checkpoint, branches, find_initial_model(config, checkpoint))
+    checkpoint, branches, damaged = None, False, list[Path]()
+    if processes.is_main:
+        checkpoint, damaged = find_checkpoint(config.run.resume, directory)
+        if checkpoint is None and config.run.branch_from is not None:
+            checkpoint, branches = find_branch_point(config.run.branch_from), True
+    step = processes.broadcast(-1 if checkpoint is None else read_state(checkpoint)["step"])
+    if branches := bool(processes.broadcast(int(branches))):
+        directory = parse_branch_point(str(config.run.branch_from))[0] / "checkpoints"
+    checkpoint = None if step < 0 else directory / f"step-{step:06d}"
+    return Start(checkpoint, branches, damaged, find_initial_model(config, checkpoint))
 
 
-def find_checkpoint(config: Config, processes: Processes, checkpoints: Checkpoints) -> Path | None:
-    """Return the checkpoint to resume from according to run.resume, or None to start a new run.
-
-    The main process chooses it, because the other nodes may lack access to the checkpoints. All processes return it.
+def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Path]]:
+    """Return the checkpoint to resume from according to run.resume, None for a new run, and newer damaged ones.
 
     Raises ValueError or FileNotFoundError if run.resume contradicts the checkpoints that exist.
     """
-    resume, step = config.run.resume, -1
-    if processes.is_main:
-        newest = None if resume == "never" else checkpoints.newest()
-        if resume == "must" and newest is None:
-            raise FileNotFoundError(
-                f"run.resume is must, but there is no checkpoint in {checkpoints.directory}: correct run.name and "
-                f"run.dir, or set run.resume to auto to start a new run"
-            )
-        if resume == "never" and checkpoints.existing():
+    if resume == "never":
+        if list_checkpoints(directory):
             raise ValueError(
-                f"run.resume is never, but {checkpoints.directory.parent} has checkpoints: choose another run.name, or "
-                f"set run.resume to auto"
+                f"run.resume is never, but {directory.parent} has checkpoints: choose another run.name, or set "
+                f"run.resume to auto"
             )
-        step = -1 if newest is None else read_state(newest)["step"]
-    step = processes.broadcast(step)
-    return None if step < 0 else checkpoints.path(step)
-
-
-def find_branch_point(name: str, processes: Processes) -> Path:
-    """Return the checkpoint that run.branch_from names. The main process chooses and verifies it.
-
-    Raises ValueError or FileNotFoundError if there is no such run or no such step.
-    """
-    directory, step = parse_branch_point(name)
-    if not is_run(directory):
+        return None, []
+    newest, damaged = find_newest(directory)
+    if resume == "must" and newest is None:
         raise FileNotFoundError(
-            f"run.branch_from {name}: {directory} is not the directory of a run with checkpoints, such as runs/stable"
+            f"run.resume is must, but there is no checkpoint in {directory}: correct run.name and run.dir, or set "
+            f"run.resume to auto to start a new run"
         )
-    found = read_state(choose_checkpoint(directory, step))["step"] if processes.is_main else -1
-    return directory / "checkpoints" / f"step-{processes.broadcast(found):06d}"
+    return newest, damaged
 
 
 def parse_branch_point(name: str) -> tuple[Path, str]:
@@ -87,17 +84,40 @@ def parse_branch_point(name: str) -> tuple[Path, str]:
     return Path(run), str(int(step)) if at else step
 
 
-def same_branch_point(before: str | None, now: str | None) -> bool:
-    """Return whether two values of run.branch_from name the same step of the same directory."""
-    if before is None or now is None:
-        return before == now
-    (old, old_step), (new, new_step) = parse_branch_point(before), parse_branch_point(now)
-    return (old.resolve(), old_step) == (new.resolve(), new_step)
+def find_branch_point(name: str) -> Path:
+    """Return the checkpoint that run.branch_from names, verified.
+
+    Raises ValueError or FileNotFoundError if there is no such run or no such step.
+    """
+    directory, step = parse_branch_point(name)
+    if not is_run(directory):
+        raise FileNotFoundError(
+            f"run.branch_from {name}: {directory} is not the directory of a run with checkpoints, such as runs/stable"
+        )
+    return choose_checkpoint(directory, step)
+
+
+def find_initial_model(config: Config, checkpoint: Path | None) -> ModelFiles | None:
+    """Return the checkpoint to resume from, otherwise the model that model.init_from names, or None for scratch."""
+    if checkpoint is None and config.model.init_from == "scratch":
+        return None
+    return find_model(str(checkpoint or config.model.init_from))
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Return the settings by section that may not change when a run resumes; `run_identity` adds model and dataset."""
+    fields = config.to_dict()
+    names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
+    data = {name: fields["data"][name] for name in names}
+    # Directories may move. What is in them is in the identity of the dataset.
+    data["mixture"] = [part.weight for part in config.data.mixture]
+    run = {name: fields["run"][name] for name in ("seed", "branch_from")}
+    return {"run": run, "data": data, "optim": fields["optim"]}
 
 
 def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
     """Return what may not change when a run resumes, by section: the training recipe, the model and the dataset."""
-    return config.identity() | {
+    return recipe(config) | {
         "model": dataclasses.asdict(model)
         | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
         "dataset": {"sha256": inputs.train.fingerprint, "validation_sha256": inputs.validation_fingerprint},
@@ -115,6 +135,14 @@ def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
     Both numbers are known only if the run has a validation split, and if its checkpoint is not older than the field.
     """
     return bool(state.get("val_tokens") and val_tokens) and state["val_tokens"] != val_tokens
+
+
+def same_branch_point(before: str | None, now: str | None) -> bool:
+    """Return whether two values of run.branch_from name the same step of the same directory."""
+    if before is None or now is None:
+        return before == now
+    (old, old_step), (new, new_step) = parse_branch_point(before), parse_branch_point(now)
+    return (old.resolve(), old_step) == (new.resolve(), new_step)
 
 
 def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val_tokens: int) -> dict[str, Any]:
@@ -158,26 +186,56 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     return state
 
 
-def describe_start(start: Start, optim: Optim, val_tokens: int) -> list[str]:
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, is_parent: bool = False) -> None:
+    """Raise a ValueError that lists the differences between two identities of a run, with old and new values.
+
+    With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ. A checkpoint
+    that lacks a setting is older than the setting, and was made with its default. With `is_parent`, `before`
+    is the identity of the run that a new run branches from.
+    """
+    defaults = Config().to_dict()
+
+    def earlier(section: str, name: str) -> Any:
+        return before.get(section, {}).get(name, defaults.get(section, {}).get(name))
+
+    schedule = {"steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction"}
+    changed = [
+        f"{section}.{name} was {earlier(section, name)!r}, is {value!r}"
+        for section, fields in now.items()
+        for name, value in fields.items()
+        if earlier(section, name) != value and not (allow and section == "optim" and name in schedule)
+    ]
+    if changed and is_parent:
+        raise ValueError(
+            f"the run of run.branch_from has another configuration: {'; '.join(changed)}. Restore these values: a "
+            f"branch may change only optim.steps, learning rates and the schedule"
+        )
+    if changed:
+        raise ValueError(
+            f"this run was started with another configuration: {'; '.join(changed)}. Restore these values, or choose "
+            f"another run.name; run.allow_changes true allows other optim.steps, learning rates and schedules"
+        )
+
+
+def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens: int) -> list[str]:
     """Return lines that name the checkpoint, and say if another number of validation tokens is scored from now on.
 
-    They warn if a branch starts with another learning rate.
+    They warn if a branch starts with another learning rate. saved: the result of `read_saved_state`.
     """
     if start.checkpoint is None:
         return []
     parent = start.checkpoint
-    state = read_state(parent)
     if start.resumes:
         lines = [f"resuming from {parent}"]
-        if scores_other_tokens(state, val_tokens):
+        if scores_other_tokens(saved, val_tokens):
             lines.append(
                 f"eval.tokens has changed: validations score {val_tokens:,} tokens, and scored "
-                f"{state['val_tokens']:,} before. Their losses cannot be compared, so the search for the lowest one, "
+                f"{saved['val_tokens']:,} before. Their losses cannot be compared, so the search for the lowest one, "
                 f"and eval.patience, begin again"
             )
         return lines
-    before = dataclasses.replace(optim, **state["identity"]["optim"])
-    old, new = (o.lr * learning_rate_factor(state["step"] - 1, o) for o in (before, optim))
+    before = dataclasses.replace(optim, **saved["identity"]["optim"])
+    old, new = (o.lr * learning_rate_factor(saved["step"] - 1, o) for o in (before, optim))
     lines = [f"branching from {parent}"]
     if not math.isclose(old, new):
         lines.append(
@@ -185,3 +243,22 @@ def describe_start(start: Start, optim: Optim, val_tokens: int) -> list[str]:
             f"this run has {new:.3g}: branch from an earlier step, or change optim.steps or the schedule"
         )
     return lines
+
+
+def make_model(config: GPTConfig, initial: ModelFiles | None, seed: int, freeze_layers: int) -> GPT:
+    """Return a GPT on the CPU in float32, initialized from `seed` or loaded: the same on every process."""
+    if initial is None:
+        torch.manual_seed(seed)
+        return GPT(config)
+    # The files may have a padded vocabulary, and fewer positions than `config`.
+    found = initial.config
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(config, vocab_size=found.vocab_size, block_size=found.block_size))
+    load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
+    if config.block_size > found.block_size:
+        model = extend_positions(model, config.block_size)
+    if config.vocab_size < found.vocab_size:
+        model.resize_token_embeddings(config.vocab_size)
+    if freeze_layers:
+        model.freeze(freeze_layers)
+    return model

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data.shards import open_split
-from training.config import Config, MixturePart, parse_config, refuse_changes
+from training.config import Config, parse_config
 from training.estimate import count_parameters
 from training.inputs import RECIPES, warnings
 
@@ -240,64 +240,6 @@ def test_an_error_on_the_command_line_does_not_name_the_file(capsys, tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("model: {preset: gpt2}\n")
     assert "a.yaml" not in refused(capsys, "--config", str(file), "--model.preset", "gpt3")
-
-
-def test_changes_in_a_resumed_run_are_listed_with_old_and_new_values():
-    before = Config().identity()
-    now = Config()
-    now.run.seed, now.optim.weight_decay, now.optim.steps = 1, 0.2, 5000
-    with pytest.raises(
-        ValueError, match=r"run.seed was 1337, is 1; optim.steps was 19073, is 5000; optim.weight_decay"
-    ):
-        refuse_changes(before, now.identity(), allow=False)
-    with pytest.raises(ValueError, match=r"run.seed was 1337, is 1; optim.weight_decay was 0.1, is 0.2"):
-        refuse_changes(before, now.identity(), allow=True)
-
-
-def test_a_setting_that_an_older_checkpoint_lacks_had_its_default():
-    before, now = Config().identity(), Config()
-    del before["data"]["windows"]
-    refuse_changes(before, now.identity(), allow=False)
-    now.data.windows = "aligned"
-    with pytest.raises(ValueError, match=r"data\.windows was 'packed', is 'aligned'"):
-        refuse_changes(before, now.identity(), allow=False)
-
-
-@pytest.mark.parametrize("name", ["steps", "lr", "schedule"])
-def test_length_rate_and_schedule_may_change_with_allow_changes(name):
-    now = Config()
-    setattr(now.optim, name, {"steps": 5, "lr": 1.0, "schedule": "wsd"}[name])
-    refuse_changes(Config().identity(), now.identity(), allow=True)
-    with pytest.raises(ValueError, match=f"optim.{name} was"):
-        refuse_changes(Config().identity(), now.identity(), allow=False)
-
-
-@pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_each_field_in_a_resumed_run(section, field):
-    """The recipe may not change, its schedule only with allow_changes, and hardware and reports may always change."""
-    before, now = Config(), Config()
-    value = getattr(getattr(now, section), field)
-    changed = (value + 1) if isinstance(value, int | float) and not isinstance(value, bool) else f"not {value}"
-    changed = [MixturePart("a", 1)] if field == "mixture" else changed
-    setattr(getattr(now, section), field, changed)
-    schedule = ("steps", "lr", "muon_lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction")
-    recipe = section == "optim" or (section, field) in (
-        ("run", "seed"), ("run", "branch_from"), ("data", "format"), ("data", "batch_tokens"),
-        ("data", "sequence_length"), ("data", "shuffle"), ("data", "windows"), ("data", "shift"), ("data", "mixture"),
-        ("data", "document_mask"),
-    )  # fmt: skip
-    for allow in (False, True):
-        if recipe and not (allow and section == "optim" and field in schedule):
-            with pytest.raises(ValueError, match=rf"{section}\.{field} was"):
-                refuse_changes(before.identity(), now.identity(), allow=allow)
-        else:
-            refuse_changes(before.identity(), now.identity(), allow=allow)
-
-
-def test_other_hardware_and_other_reports_are_the_same_run():
-    now = Config()
-    now.data.micro_batch, now.system.device, now.eval.every, now.checkpoint.keep, now.log.every = 3, "cpu", 7, 9, 1
-    refuse_changes(Config().identity(), now.identity(), allow=False)
 
 
 def test_every_field_has_a_help_text(python):

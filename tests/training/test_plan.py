@@ -37,7 +37,7 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits(config, monkeypatch):
     config.data.micro_batch = "auto"
     assert make_plan(config, SMALL, ONE, {}).micro_batch == 8
     monkeypatch.setattr(
-        "training.plan.needed_memory", lambda config, model, rows, hardware, sharded: {"all": rows * 2**60}
+        "training.estimate.needed_memory", lambda config, model, rows, hardware, sharded: {"all": rows * 2**60}
     )
     with pytest.raises(ValueError, match=r"one window of 32 tokens needs about .* GiB, and .* GiB are free on cpu"):
         make_plan(config, SMALL, ONE, {})
@@ -76,7 +76,7 @@ def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(
     def exhausted(*arguments):
         raise error
 
-    monkeypatch.setattr("training.plan.needed_memory", needed)
+    monkeypatch.setattr("training.estimate.needed_memory", needed)
     expected = f"out of memory on cpu with micro-batches of 8 windows{advice}"
     with pytest.raises(ValueError, match=expected), prepare(config) as run:
         run.loss_function.forward = exhausted
