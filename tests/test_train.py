@@ -159,7 +159,7 @@ def test_a_validation_between_bad_steps_does_not_fail_by_itself(tiny_run, train)
 def test_a_step_reads_from_the_device_once(tiny_run, prepare, monkeypatch):
     """Whatever turns a tensor into Python numbers waits for the device: once per step, never per micro-batch."""
     with prepare(tiny_run("reads", **{"data.micro_batch": 2})) as run:
-        monkeypatch.setattr("model.check_ids", lambda *arguments, **options: None)  # on a CPU it reads every id
+        monkeypatch.setattr("checks.check_ids", lambda *arguments, **options: None)  # on a CPU it reads every id
         reads = []
         for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
             real = getattr(torch.Tensor, name)

@@ -189,7 +189,7 @@ class Reads(TorchDispatchMode):
 def test_a_step_synchronizes_host_and_device_once(tiny_run, prepare, monkeypatch, changes):
     """The host reads the numbers of a step once. All copies to the device are of pinned memory, and do not wait."""
     config = tiny_run("once", **changes, **{"data.micro_batch": 3})
-    monkeypatch.setattr("model.check_ids", lambda *arguments: None)  # skipped in training on a GPU
+    monkeypatch.setattr("checks.check_ids", lambda *arguments: None)  # skipped in training on a GPU
     with prepare(config) as run:
         train_step(run, False, False)
         reads = Reads()
