@@ -25,6 +25,7 @@ from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
 from training.start import Start, describe_start, find_initial_model, find_start, read_saved_state, run_identity
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
+from training.transfer import describe_rates
 
 GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
 
@@ -74,6 +75,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
         *(f"            {note}" for note in (inputs.notes if inputs else [])),
         *([f"start       {absent}"] if absent else check_start(start, config, model, inputs)),
         f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
+        *([f"rates       {describe_rates(config.optim, model)}"] if initial is None else []),
         *describe_memory(config, model, target),
         *describe_time(config, model, target, flags.mfu),
     ]

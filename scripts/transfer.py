@@ -1,0 +1,322 @@
+"""Measure how the best learning rates and weight decay depend on the width and the depth of a model:
+
+    python -m scripts.transfer --sweep muon --shapes 64x4 512x4 --values 0.01 0.014 0.02 0.028 0.04 --seeds 1 2
+
+A sweep varies one field of the configuration and holds all other fields. A shape is WIDTHxLAYERS, or WIDTHxLAYERSxSTEPS
+for a run of another length. Every value is trained with every seed in every shape. Runs that are already in the file of
+results are not repeated. The tables and the figure of docs/transfer.md come from that file:
+
+    python -m scripts.transfer --figure docs/transfer.png
+"""
+
+from __future__ import annotations
+
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.transfer")
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from command import CommandParser, ending
+from files import write_json
+from scripts.recipes import spread
+from scripts.sweep import markdown, train_to_end
+from training.transfer import Size, scale
+
+Losses = dict[float, dict[int, float]]  # value of the swept field -> seed -> validation loss
+HEAD_SIZE = 32  # channels of each head in every shape
+LAYERS, WIDTH = 4, 64  # of the shapes that other shapes are compared with
+STEPS = 100  # optimizer steps of a run whose shape does not name them
+
+
+class Shape(NamedTuple):
+    """The size of a model and the length of its run. Heads have 32 channels in every shape."""
+
+    width: int
+    layers: int
+    steps: int = STEPS
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.layers}" + (f"x{self.steps}" if self.steps != STEPS else "")
+
+
+def parse_shape(text: str) -> Shape:
+    """Return the shape that a text such as 64x4 or 64x4x400 describes. Raises argparse's error for another text."""
+    parts = text.split("x")
+    if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: expected WIDTHxLAYERS such as 64x4, or WIDTHxLAYERSxSTEPS")
+    shape = Shape(*map(int, parts))
+    if shape.width % HEAD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text}: the width must be a multiple of {HEAD_SIZE}, the size of a head")
+    return shape
+
+
+Results = dict[str, dict[Shape, Losses]]  # sweep -> shape -> losses
+
+
+class Sweep(NamedTuple):
+    """An optimizer, the field of `optim` that a sweep varies, and the fields that it holds."""
+
+    optimizer: str
+    field: str
+    held: str
+
+
+BASE = "configs/shakespeare.yaml"
+COMMON = (
+    "model.block_size=128 data.sequence_length=128 data.batch_tokens=1024 data.micro_batch=8 optim.schedule=wsd "
+    "optim.warmup_steps=10 optim.decay_fraction=1.0 optim.min_lr_ratio=0.0 eval.at_start=false eval.tokens=65536 "
+    "eval.final_tokens=null eval.samples=0 checkpoint.every=0 log.every=1000 system.device=cpu system.dtype=bfloat16 "
+    "system.compile=false"
+)
+SWEEPS = {
+    "muon": Sweep("muon", "muon_lr", "optim.weight_decay=0.1 optim.lr=0.01"),
+    "muon-lr": Sweep("muon", "lr", "optim.weight_decay=0.1 optim.muon_lr=0.04"),
+    "muon-decay": Sweep("muon", "weight_decay", "optim.lr=0.01 optim.muon_lr=0.04"),
+    "adamw": Sweep("adamw", "lr", "optim.weight_decay=0.1"),
+}
+
+
+def fields_of(sweep: Sweep, shape: Shape, value: float, seed: int) -> list[str]:
+    """Return the fields of a run in bfloat16 on the CPU, with one validation after the last step, sorted."""
+    fields = [*COMMON.split(), f"optim.name={sweep.optimizer}", *sweep.held.split(), f"optim.{sweep.field}={value:g}"]
+    fields += [f"model.n_embd={shape.width}", f"model.n_layer={shape.layers}", f"run.seed={seed}"]
+    fields += [f"model.n_head={shape.width // HEAD_SIZE}", f"optim.steps={shape.steps}", f"eval.every={shape.steps}"]
+    return sorted(fields)
+
+
+def train_one(fields: list[str]) -> float:
+    """Train one run in a temporary directory, and return its last validation loss."""
+    flags = [part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)]
+    with tempfile.TemporaryDirectory() as directory:
+        return train_to_end(["--config", BASE, "--run.dir", directory, *flags], None)[0]
+
+
+def read_results(path: Path) -> Results:
+    """Return the losses of all runs so far. JSON has only text as keys, so they are converted here."""
+    if not path.exists():
+        return {}
+    return {
+        sweep: {
+            parse_shape(shape): {
+                float(value): {int(seed): loss for seed, loss in seeds.items()} for value, seeds in losses.items()
+            }
+            for shape, losses in shapes.items()
+        }
+        for sweep, shapes in json.loads(path.read_text(encoding="utf-8")).items()
+    }
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write the losses as `read_results` reads them, sorted."""
+    write_json(
+        path,
+        {
+            sweep: {
+                str(shape): {
+                    f"{value:g}": {str(seed): losses[value][seed] for seed in sorted(losses[value])}
+                    for value in sorted(losses)
+                }
+                for shape, losses in sorted(shapes.items())
+            }
+            for sweep, shapes in results.items()
+        },
+    )
+
+
+def predict(name: str, old: Shape, new: Shape, value: float) -> float:
+    """Return the best value of a sweep in shape `new` that follows from the best one in `old` by the rule."""
+    sweep = SWEEPS[name]
+    return value * scale(sweep.optimizer, sweep.field, Size(*old[:2]), Size(*new[:2]))
+
+
+def find_optimum(losses: dict[float, float]) -> float | None:
+    """Return the value with the lowest loss according to a parabola, or None if the values do not enclose a minimum.
+
+    The parabola is a function of the logarithm of the value. It is fitted by least squares to the lowest loss and to
+    the losses of all values within a factor of 2 of its value. There has to be a value on each side of the lowest loss.
+    If the parabola has no minimum between the outermost of these values, the value with the lowest loss is returned.
+    Values of 0 and losses of inf are not fitted, but a loss of inf can be the one on the right side.
+    """
+    points = {value: loss for value, loss in losses.items() if value > 0}
+    if not points:
+        return None
+    best = min(points, key=points.__getitem__)
+    if best in (min(points), max(points)):
+        return None
+    near = {v: loss for v, loss in points.items() if abs(math.log2(v / best)) < 1.1 and math.isfinite(loss)}
+    if len(near) < 3:
+        return best
+    x = np.log2(np.array(list(near)) / best)
+    square, slope, _ = np.polyfit(x, np.array(list(near.values())), 2)
+    minimum = -slope / (2 * square)
+    return best * 2.0**minimum if square > 0 and x.min() <= minimum <= x.max() else best
+
+
+def seeds_of(losses: Losses) -> list[int]:
+    """Return the seeds of all values."""
+    return sorted({seed for seeds in losses.values() for seed in seeds})
+
+
+def of_seed(losses: Losses, seed: int) -> dict[float, float]:
+    """Return the losses of one seed, {value: loss}."""
+    return {value: seeds[seed] for value, seeds in sorted(losses.items()) if seed in seeds}
+
+
+def optima(losses: Losses) -> list[float]:
+    """Return the optimum of each seed whose values enclose one."""
+    found = (find_optimum(of_seed(losses, seed)) for seed in seeds_of(losses))
+    return [best for best in found if best is not None]
+
+
+def excess(losses: Losses, value: float) -> float | None:
+    """Return how much higher the loss is at a value than the lowest measured one, in the mean over seeds.
+
+    The loss is interpolated between the neighboring values, linearly in the logarithm of the value. Seeds without a
+    value on each side are left out; None if there are no others.
+    """
+    found = []
+    for seed in seeds_of(losses):
+        points = {v: loss for v, loss in of_seed(losses, seed).items() if v > 0}
+        if points and min(points) <= value <= max(points):
+            at_value = np.interp(math.log(value), np.log(list(points)), list(points.values()))
+            found.append(float(at_value) - min(points.values()))
+    return statistics.mean(found) if found else None
+
+
+def series(shapes: Iterable[Shape]) -> dict[str, list[Shape]]:
+    """Return the shapes that differ in one thing only, for each thing that at least two shapes differ in."""
+    found = {
+        "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],
+        "layers": [s for s in shapes if (s.width, s.steps) == (WIDTH, STEPS)],
+        "steps": [s for s in shapes if s[:2] == (WIDTH, LAYERS)],
+    }
+    return {name: sorted(members) for name, members in found.items() if len(members) > 1}
+
+
+def optimum_table(results: Results) -> str:
+    """Return the table that compares the optimum of each shape with the prediction from the first of its series."""
+    rows = []
+    for name, shapes in results.items():
+        for varied, members in series(shapes).items():
+            base = optima(shapes[members[0]])
+            for shape in members:
+                found = optima(shapes[shape])
+                cells = [name, varied, str(shape)]
+                if not found:
+                    rows.append([*cells, "not between the values", *[""] * 3])
+                    continue
+                best = statistics.geometric_mean(found)
+                several = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
+                cells.append(f"{best:.3g}{several}")
+                if base and shape != members[0]:
+                    predicted = predict(name, members[0], shape, statistics.geometric_mean(base))
+                    cost = excess(shapes[shape], predicted)
+                    cells += [f"{predicted:.3g}", f"{2 * math.log2(best / predicted):+.1f}"]
+                    cells.append("" if cost is None else f"{cost:.4f}")
+                rows.append(cells + [""] * (7 - len(cells)))
+    heads = ["sweep", "series", "shape", "optimum", "predicted from the first", "steps of √2 from it", "loss there"]
+    return markdown(heads, rows)
+
+
+def loss_table(name: str, shapes: dict[Shape, Losses]) -> str:
+    """Return the table of the mean losses of a sweep: a row for each shape, a column for each value."""
+    values = sorted({value for losses in shapes.values() for value in losses})
+    rows = []
+    for shape, losses in sorted(shapes.items()):
+        cells = [spread(list(losses[value].values())) if value in losses else "" for value in values]
+        rows.append([str(shape), *cells])
+    return f"optim.{SWEEPS[name].field} of sweep {name}:\n\n" + markdown(["shape", *(f"{v:g}" for v in values)], rows)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the mean loss against the swept value: a panel for each series, with each shape's optimum as a star.
+
+    A dashed line shows the optimum that is predicted from the first shape of the series.
+    """
+    panels = [(name, varied, m) for name, shapes in results.items() for varied, m in series(shapes).items()]
+    if not panels:
+        raise ValueError("there is nothing to draw: no two shapes of a sweep differ in one thing only")
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    all_axes = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    for (name, varied, members), axes in zip(panels, all_axes, strict=False):
+        base = optima(results[name][members[0]])
+        for shape in members:
+            losses = results[name][shape]
+            points = [(v, statistics.mean(seeds.values())) for v, seeds in sorted(losses.items()) if v > 0]
+            points = [(v, loss) for v, loss in points if math.isfinite(loss)]
+            (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=str(shape))
+            if found := optima(losses):
+                best = statistics.geometric_mean(found)
+                at_best = np.interp(math.log(best), [math.log(v) for v, _ in points], [loss for _, loss in points])
+                axes.plot(best, at_best, "*", color=line.get_color(), markersize=12)
+            if base:
+                predicted = predict(name, members[0], shape, statistics.geometric_mean(base))
+                axes.axvline(predicted, color=line.get_color(), linestyle="--", linewidth=1)
+        axes.set(title=f"{name}: {varied}", xlabel=f"optim.{SWEEPS[name].field}", ylabel="nats per token", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    for axes in all_axes:  # the rest of the grid has no series
+        axes.remove()
+    figure.savefig(path, dpi=100)
+
+
+def run_all(args: argparse.Namespace) -> Results:
+    """Train the runs that the file of results lacks, add each result to the file, and return all results.
+
+    Two sweeps can contain the same run. It is trained once.
+    """
+    results = read_results(args.results)
+    trained = {
+        tuple(fields_of(SWEEPS[name], shape, value, seed)): loss
+        for name, shapes in results.items()
+        for shape, losses in shapes.items()
+        for value, seeds in losses.items()
+        for seed, loss in seeds.items()
+    }
+    for shape, seed, value in itertools.product(args.shapes, args.seeds, args.values):
+        seeds = results.setdefault(args.sweep, {}).setdefault(shape, {}).setdefault(value, {})
+        fields = fields_of(SWEEPS[args.sweep], shape, value, seed)
+        if seed not in seeds:
+            seeds[seed] = trained[tuple(fields)] if tuple(fields) in trained else train_one(fields)
+            print(f"{args.sweep} {shape} {value:g}, seed {seed}: {seeds[seed]:.4f}", file=sys.stderr)
+            write_results(args.results, results)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = CommandParser(
+        prog="python -m scripts.transfer",
+        description="Measure how the best learning rates and weight decay depend on the size of a model.",
+    )
+    shapes = "sizes of the model, such as 64x4 (width 64, 4 layers), or 64x4x400 for 400 steps"
+    parser.add_argument("--sweep", choices=SWEEPS, default="muon", help="what to vary (default: %(default)s)")
+    parser.add_argument("--shapes", nargs="*", type=parse_shape, default=[], metavar="SHAPE", help=shapes)
+    parser.add_argument("--values", nargs="*", type=float, default=[], metavar="V", help="values of the swept field")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of each value (default: 1)")
+    parser.add_argument("--results", type=Path, default="docs/transfer.json", metavar="FILE", help="losses of all runs")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses and the optima of all series")
+    args = parser.parse_args(arguments)
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):
+        results = run_all(args)
+        print(optimum_table(results), *(loss_table(name, shapes) for name, shapes in results.items()), sep="\n\n")
+        if args.figure:
+            draw(results, args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Learning rates and weight decay of a model from those of a smaller one: the rule of docs/transfer.md.
+
+The rule changes the learning rates and the weight decay only. The initialization is GPT-2's, and the forward pass has
+no multipliers, so a checkpoint is a GPT-2 of any size. `scripts/transfer.py` measured the rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from model import GPTConfig
+from training.config import Optim
+
+
+class Size(NamedTuple):
+    """What the rates depend on: the width of the residual stream in channels, and the number of blocks."""
+
+    width: int
+    layers: int
+
+
+class Powers(NamedTuple):
+    """The powers of the width and of the number of blocks that a learning rate is proportional to."""
+
+    width: float
+    layers: float
+
+
+class Recipe(NamedTuple):
+    """Settings that were tuned for a small model, and its size."""
+
+    size: Size
+    optim: Optim
+
+
+RULE = {  # (optim.name, field of optim)
+    ("muon", "muon_lr"): Powers(0.0, 0.0),
+    ("muon", "lr"): Powers(-0.5, 0.0),
+    ("adamw", "lr"): Powers(-0.5, 0.0),
+}
+# The longest runs of docs/recipes.md in which the rates were varied: 1,200 steps of 2,048 tokens.
+TUNED = {
+    "muon": Recipe(Size(128, 3), Optim(name="muon", muon_lr=0.02, lr=1e-2, weight_decay=0.1)),
+    "adamw": Recipe(Size(128, 3), Optim(name="adamw", lr=2e-3, weight_decay=0.1)),
+}
+
+
+def scale(optimizer: str, field: str, old: Size, new: Size) -> float:
+    """Return the factor from the best value of a field for a model of size `old` to that for one of size `new`.
+
+    The factor of the weight decay is the inverse of that of the learning rate of the matrices in the blocks. So their
+    product, which is the fraction of a weight that decays in a step, is constant (Wang and Aitchison 2024,
+    https://arxiv.org/abs/2405.13698).
+
+    Args:
+        optimizer: adamw or muon, as in `optim.name`.
+        field: muon_lr (with muon only), lr or weight_decay.
+
+    Raises KeyError for another optimizer or field.
+    """
+    if field == "weight_decay":
+        return 1 / scale(optimizer, "muon_lr" if optimizer == "muon" else "lr", old, new)
+    powers = RULE[optimizer, field]
+    return (new.width / old.width) ** powers.width * (new.layers / old.layers) ** powers.layers
+
+
+def transfer(optim: Optim, old: Size, new: Size) -> Optim:
+    """Return settings for a model of size `new` from those that were tuned for a model of size `old`.
+
+    Learning rates and weight decay change, and all other fields are equal.
+    """
+    fields = [*(field for name, field in RULE if name == optim.name), "weight_decay"]
+    values = {field: getattr(optim, field) * scale(optim.name, field, old, new) for field in fields}
+    return dataclasses.replace(optim, **values)
+
+
+def describe_rates(optim: Optim, model: GPTConfig) -> str:
+    """Return the rates that follow for a model from the tuned small one, and those of the configuration, as a line."""
+    tuned = TUNED[optim.name]
+    predicted = transfer(tuned.optim, tuned.size, Size(model.n_embd, model.n_layer))
+    fields = [*(field for name, field in RULE if name == optim.name), "weight_decay"]
+    values = ", ".join(f"optim.{field} {getattr(predicted, field):.2g}" for field in fields)
+    present = ", ".join(f"{getattr(optim, field):g}" for field in fields)
+    return (
+        f"from the rates tuned at width {tuned.size.width}, {tuned.size.layers} layers follow (docs/transfer.md): "
+        f"{values}; the configuration has {present}"
+    )
