@@ -205,6 +205,16 @@ def series(shapes: Iterable[Shape]) -> dict[str, list[Shape]]:
     return {name: sorted(members) for name, members in found.items() if len(members) > 1}
 
 
+def describe_optimum(losses: Losses) -> str:
+    """Return the optimum as text, with its range over seeds, or on which side of the measured values it is."""
+    if found := optima(losses):
+        several = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
+        return f"{statistics.geometric_mean(found):.3g}{several}"
+    points = of_seed(losses, seeds_of(losses)[0])
+    best = min(points, key=points.__getitem__)
+    return f"{'at most' if best == min(points) else 'at least'} {best:.3g}"
+
+
 def optimum_table(results: Results) -> str:
     """Return the table that compares the optimum of each shape with the prediction from the first of its series."""
     rows = []
@@ -212,21 +222,16 @@ def optimum_table(results: Results) -> str:
         for varied, members in series(shapes).items():
             base = optima(shapes[members[0]])
             for shape in members:
-                found = optima(shapes[shape])
-                cells = [name, varied, str(shape)]
-                if not found:
-                    rows.append([*cells, "not between the values", *[""] * 3])
-                    continue
-                best = statistics.geometric_mean(found)
-                several = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
-                cells.append(f"{best:.3g}{several}")
+                cells = [name, varied, str(shape), describe_optimum(shapes[shape])]
                 if base and shape != members[0]:
+                    found = optima(shapes[shape])
                     predicted = predict(name, members[0], shape, statistics.geometric_mean(base))
+                    steps = 2 * math.log2(statistics.geometric_mean(found) / predicted) if found else None
                     cost = excess(shapes[shape], predicted)
-                    cells += [f"{predicted:.3g}", f"{2 * math.log2(best / predicted):+.1f}"]
+                    cells += [f"{predicted:.3g}", "" if steps is None else f"{steps:+.1f}"]
                     cells.append("" if cost is None else f"{cost:.4f}")
                 rows.append(cells + [""] * (7 - len(cells)))
-    heads = ["sweep", "series", "shape", "optimum", "predicted from the first", "steps of √2 from it", "loss there"]
+    heads = ["sweep", "series", "shape", "optimum", "predicted from the first", "steps of √2", "excess loss there"]
     return markdown(heads, rows)
 
 

@@ -11,6 +11,7 @@ from scripts import transfer
 from scripts.transfer import (
     Shape,
     Sweep,
+    describe_optimum,
     draw,
     excess,
     fields_of,
@@ -56,6 +57,18 @@ def test_each_seed_has_its_own_optimum():
         for value, loss in bowl(best, losses).items():
             losses[value][seed] = loss
     assert optima(losses) == pytest.approx([0.018, 0.022])
+
+
+def test_an_optimum_outside_the_values_is_said_to_be_there():
+    def text(best, *seeds):
+        return describe_optimum(
+            {value: dict.fromkeys(seeds, loss) for value, loss in bowl(best, [0.01, 0.02, 0.04]).items()}
+        )
+
+    assert text(0.02, 1) == "0.02"
+    assert text(0.018, 1, 2) == "0.018 (0.018 to 0.018)"
+    assert text(0.005, 1) == "at most 0.01"
+    assert text(0.1, 1) == "at least 0.04"
 
 
 def test_the_excess_is_the_interpolated_loss_above_the_lowest():
