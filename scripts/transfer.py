@@ -272,6 +272,9 @@ def draw(results: Results, path: Path) -> None:
                 predicted = predict(name, members[0], shape, statistics.geometric_mean(base))
                 axes.axvline(predicted, color=line.get_color(), linestyle="--", linewidth=1)
         axes.set(title=f"{name}: {varied}", xlabel=f"optim.{SWEEPS[name].field}", ylabel="nats per token", xscale="log")
+        values = sorted({v for shape in members for v in results[name][shape] if v > 0})
+        axes.set_xticks(values, [f"{v:g}" for v in values], fontsize=8)
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend()
     for axes in all_axes:  # the rest of the grid has no series
