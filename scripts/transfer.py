@@ -71,6 +71,7 @@ class Sweep(NamedTuple):
     optimizer: str
     field: str
     held: str
+    lr: float | None = None  # optim.lr at width 64 with 4 layers; that of other shapes follows by the rule
 
 
 BASE = "configs/shakespeare.yaml"
@@ -82,6 +83,7 @@ COMMON = (
 )
 SWEEPS = {
     "muon": Sweep("muon", "muon_lr", "optim.weight_decay=0.1 optim.lr=0.01"),
+    "muon-joint": Sweep("muon", "muon_lr", "optim.weight_decay=0.1", lr=0.018),  # the optimum of muon-lr at width 64
     "muon-lr": Sweep("muon", "lr", "optim.weight_decay=0.1 optim.muon_lr=0.04"),
     "muon-decay": Sweep("muon", "weight_decay", "optim.lr=0.01 optim.muon_lr=0.04"),
     "adamw": Sweep("adamw", "lr", "optim.weight_decay=0.1"),
@@ -91,6 +93,9 @@ SWEEPS = {
 def fields_of(sweep: Sweep, shape: Shape, value: float, seed: int) -> list[str]:
     """Return the fields of a run in bfloat16 on the CPU, with one validation after the last step, sorted."""
     fields = [*COMMON.split(), f"optim.name={sweep.optimizer}", *sweep.held.split(), f"optim.{sweep.field}={value:g}"]
+    if sweep.lr is not None:
+        factor = scale(sweep.optimizer, "lr", Size(WIDTH, LAYERS), Size(shape.width, shape.layers))
+        fields.append(f"optim.lr={sweep.lr * factor:.4g}")
     fields += [f"model.n_embd={shape.width}", f"model.n_layer={shape.layers}", f"run.seed={seed}"]
     fields += [f"model.n_head={shape.width // HEAD_SIZE}", f"optim.steps={shape.steps}", f"eval.every={shape.steps}"]
     return sorted(fields)
