@@ -5,7 +5,8 @@
 Every combination of the values given with --vary is trained with every seed, one after another. Each is a run of its
 own under --dir. A run that has finished already is read and not repeated; a run that diverges gets a loss of inf. The
 last column of the table, given after `--config ... --vary`, reproduces the row. `--idea` trains with one of the changes
-in scripts/ideas.py. docs/recipes.md has such tables.
+in scripts/ideas.py. With `--best`, the losses are those of the best checkpoints instead of the last ones, and each has
+its step. docs/recipes.md and docs/small-data.md have such tables.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ def first_below(records: list[dict], loss: float) -> int | None:
     return next(reached, None)
 
 
+def lowest(records: list[dict]) -> tuple[float, str]:
+    """Return the lowest validation loss of a run, which the best checkpoint has, and its step as text: " at 748"."""
+    loss, step = min((r["loss"], r["step"]) for r in records if r["split"] == "val" and r["loss"] is not None)
+    return loss, f" at {step:,}"
+
+
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """Return a table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
@@ -83,7 +90,7 @@ def table(args: argparse.Namespace) -> str:
     ]
     rows = []
     for combination in itertools.product(*choices):
-        finals, seconds, reached = [], [], []
+        finals, cells, seconds, reached = [], [], [], []
         for seed in args.seeds:
             fields = [*combination, ("run.seed", str(seed))]
             parts = [Path(args.config).stem, *([args.idea] if args.idea else [])]
@@ -91,7 +98,9 @@ def table(args: argparse.Namespace) -> str:
             flags = [part for n, v in fields for part in (f"--{n}", v)]
             arguments = ["--config", args.config, "--run.dir", args.dir, "--run.name", name, *flags]
             final, records = train_to_end(arguments, args.idea and find_idea(args.idea))
+            final, at = lowest(records) if args.best and final < math.inf else (final, "")
             finals.append(final)
+            cells.append(f"{final:.4f}{at}")
             seconds.append(next(r["seconds"] for r in reversed(records) if r["split"] == "train"))
             reached.append([first_below(records, loss) for loss in args.losses])
         tokens = [
@@ -100,14 +109,14 @@ def table(args: argparse.Namespace) -> str:
         rows.append(
             [
                 f"{statistics.median(finals):.4f}",
-                " ".join(f"{loss:.4f}" for loss in finals),
+                (", " if args.best else " ").join(cells),
                 *tokens,
                 f"{statistics.median(seconds):.0f}",
                 f"`{' '.join(f'{n}={v}' for n, v in combination)}`",
             ]
         )
-    heads = ["final loss", "each seed", *(f"tokens to {loss}" for loss in args.losses), "seconds", "varied"]
-    return markdown(heads, rows)
+    counted = [f"tokens to {loss}" for loss in args.losses]
+    return markdown([f"{'best' if args.best else 'final'} loss", "each seed", *counted, "seconds", "varied"], rows)
 
 
 def main() -> None:
@@ -123,6 +132,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--losses", nargs="*", type=float, default=[], help="validation losses for which to count the tokens needed"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="compare each run's lowest validation loss instead of its last one"
     )
     parser.add_argument("--dir", default="runs/sweep", help="directory of the runs (default: %(default)s)")
     args = parser.parse_args()

@@ -35,6 +35,20 @@ def test_each_combination_is_a_row_with_the_results_of_its_runs(sweep, tmp_path)
     assert (tmp_path / "swept" / "x-lr_1e-4-seed_1" / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_best_loss_can_be_compared_instead_of_the_last(sweep, tmp_path):
+    # The rate is so high that the loss rises, so the lowest loss is not the last one.
+    arguments = ("--best", "--seeds", 1, 2, "--vary", "optim.lr=0.3")
+    changes = {"optim.steps": 6, "eval.every": 1, "optim.warmup_steps": 0}
+    row = [line for line in sweep(*arguments, **changes).stdout.splitlines() if line.startswith("|")][-1]
+    runs = [read_metrics(tmp_path / "swept" / f"x-lr_0.3-seed_{seed}" / "metrics.jsonl") for seed in (1, 2)]
+    curves = [{r["step"]: r["loss"] for r in run if r["split"] == "val"} for run in runs]
+    steps = [min(curve, key=curve.get) for curve in curves]
+    assert any(curve[step] < curve[6] for curve, step in zip(curves, steps, strict=True))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == ", ".join(f"{curve[s]:.4f} at {s}" for curve, s in zip(curves, steps, strict=True))
+    assert cells[0] == f"{statistics.median(curve[s] for curve, s in zip(curves, steps, strict=True)):.4f}"
+
+
 def test_values_can_contain_slashes_and_lists(sweep, verses, tmp_path):
     arguments = ("--seeds", 1, "--vary", f"data.dir={verses}", "optim.betas=[0.9,0.95],[0.8,0.99]")
     changes = {"optim.steps": 3, "eval.tokens": 70, "eval.final_tokens": 10**6}
