@@ -21,6 +21,7 @@ from training.estimate import (
 from training.inputs import Inputs, describe_epochs, find_initial_model, model_config, open_inputs, warnings
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
+from training.prediction import describe_expected_loss
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 
 GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
@@ -38,7 +39,8 @@ class Target(NamedTuple):
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
     """Return what `train.py --dry-run` prints, and what is missing for a run here, or "" if nothing is.
 
-    The text has the size, the tokens, the memory by micro-batch with a verdict, and the time.
+    The text has the size, the tokens, the memory by micro-batch with a verdict, the time and, if
+    smaller runs were fitted (docs/scaling.md), the expected validation loss.
 
     `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Without a
     dataset, GPT-2's vocabulary is assumed.
@@ -69,6 +71,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
         f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
         *describe_memory(config, model, target),
         *describe_time(config, model, target, flags.mfu),
+        *(describe_expected_loss(config, model, inputs) if inputs else []),
     ]
     if inputs is not None:
         lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
