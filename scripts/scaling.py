@@ -18,6 +18,7 @@ if not __package__:  # started by its path, so that the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.scaling")
 
 import argparse
+import functools
 import itertools
 import math
 import re
@@ -72,13 +73,19 @@ class Shape(NamedTuple):
         return f"{self.n_layer}x{self.n_embd}"
 
 
+@functools.cache
+def head_width(path: str) -> int:
+    """Return the channels of each attention head in a configuration."""
+    model = parse_config(["--config", path]).model_config(vocab_size=1)
+    return model.n_embd // model.n_head
+
+
 def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
     """Return train.py's arguments for a run of this size, which validates once, after the last step.
 
     Raises ValueError if the channels are no multiple of the width of the configuration's heads.
     """
-    base = parse_config(["--config", path]).model_config(vocab_size=1)
-    width = base.n_embd // base.n_head
+    width = head_width(path)
     if shape.n_embd % width:
         raise ValueError(f"--shapes {shape}: the channels must be a multiple of {width}, the width of a head in {path}")
     fields = (

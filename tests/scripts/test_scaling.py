@@ -24,7 +24,7 @@ def config(tiny_run, write_config):
 @pytest.fixture
 def options(config, tmp_path, monkeypatch):
     monkeypatch.setattr("train.StopSignal", lambda **options: SimpleNamespace(received=False))
-    grid = ["--shapes", "1x16", "1x32", "2x16", "2x32", "--fractions", "0.2", "0.25", "0.5", "1", "--seeds", "1"]
+    grid = ["--shapes", "1x16", "1x32", "2x16", "2x32", "--fractions", "0.2", "0.5", "1", "--seeds", "1"]
     return ["--config", config, "--results", str(tmp_path / "scaling.json"), *grid]
 
 
@@ -54,13 +54,15 @@ def test_the_command_trains_what_the_file_lacks_and_checks_the_held_out_run(opti
         (2, 32, 16, 2),
     ]
     assert all(run["flops"] * 4 <= large[0]["flops"] for run in small)
-    assert {run["steps"] for run in small} == {3, 4, 8}
-    assert re.search(r"Held out, 4\.0 times the FLOPs .* 2x32, 16 steps\. Predicted .* \(2 seeds\): error [+-]", output)
+    assert {run["steps"] for run in small} == {3, 8, 16}  # 1x16 is small enough for all steps
+    assert re.search(
+        r"Held out, [4-9]\.\d times the FLOPs .* 2x32, 16 steps\. Predicted .* \(2 seeds\): error [+-]", output
+    )
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
-    arguments = arguments_of(options[1], Shape(1, 32), 4, 1)
+    arguments = arguments_of(options[1], Shape(1, 32), 8, 1)
     python("train.py", *arguments, "--run.dir", tmp_path / "runs")
-    (kept,) = (run for run in small if (run["layers"], run["channels"], run["steps"]) == (1, 32, 4))
+    (kept,) = (run for run in small if (run["layers"], run["channels"], run["steps"]) == (1, 32, 8))
     assert read_metrics(tmp_path / "runs/scaling/metrics.jsonl")[-1]["loss"] == kept["loss"]
 
 

@@ -104,7 +104,6 @@ def test_it_says_by_what_factor_it_extrapolates(lines, configure, changes, expec
         {"model.dropout": 0.1},
         {"model.n_head": 4},  # heads of another width
         {"eval.tokens": 400},
-        {"eval.every": 0},
     ],
     ids=str,
 )
