@@ -89,28 +89,31 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
     a stop request lacks its own loss, because its validation ran only after the run had resumed. If this loss is the
     best so far, later checkpoints store it.
 
+    If eval.tokens has changed, losses on different numbers of tokens cannot be compared: only those count that were
+    measured on as many tokens as the last one.
+
     directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored; those without a readable
     trainer/state.json are named on stderr and added to it.
     """
-    own: dict[Path, float] = {}
-    reported: dict[Path, float] = {}
+    measured: list[tuple[int | None, Path, float]] = []  # tokens (None in older checkpoints), checkpoint, loss
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(directory)}
     for path in paths.values():
         if path in unreadable:
             continue
         try:
             state = read_state(path)
-            loss, best = state["val_loss"], state.get("best")  # NaN if the validation loss was not finite
-        except (OSError, ValueError, KeyError, TypeError) as error:  # without trainer/ it is still a GPT-2
+            tokens, loss, best = state.get("val_tokens"), state["val_loss"], state.get("best")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it is still a GPT-2
             print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
             unreadable.add(path)
             continue
-        if loss is not None and math.isfinite(loss):
-            own[path] = loss
         if best is not None and math.isfinite(best[0]) and best[1] in paths:
-            reported[paths[best[1]]] = best[0]
-    losses = {path: loss for path, loss in (reported | own).items() if path not in unreadable}
-    return min(((loss, path) for path, loss in losses.items()), default=None)
+            measured.append((tokens, paths[best[1]], best[0]))
+        if loss is not None and math.isfinite(loss):  # NaN if the validation loss was not finite
+            measured.append((tokens, path, loss))
+    last = measured[-1][0] if measured else None
+    found = [(loss, path) for tokens, path, loss in measured if last is None or tokens in (None, last)]
+    return min((one for one in found if one[1] not in unreadable), default=None)
 
 
 def is_run(directory: Path) -> bool:
@@ -134,7 +137,7 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
     if not existing:
         raise FileNotFoundError(f"{run} has no checkpoint yet")
     if which is None:
-        which = "best" if _ended_by_patience(run, existing[-1]) else "newest"
+        which = "best" if _ended_by_patience(existing[-1]) else "newest"
     if which == "newest":
         chosen, description = find_newest(directory)[0], "the newest checkpoint"
     elif which == "best":
@@ -160,11 +163,13 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
     return chosen
 
 
-def _ended_by_patience(run: Path, newest: Path) -> bool:
-    """Return whether a run finished before its last step, which only eval.patience causes."""
+def _ended_by_patience(newest: Path) -> bool:
+    """Return whether a run finished before its last step, which only eval.patience causes.
+
+    False if the newest checkpoint was made before checkpoints stored whether the run had finished.
+    """
     try:
-        status = json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
         state = read_state(newest)
-        return status == "finished" and state["step"] < state["identity"]["optim"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):  # an incomplete copy of a run
+        return state.get("finished", False) and state["step"] < state["identity"]["optim"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an incomplete copy of a checkpoint
         return False

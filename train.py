@@ -160,8 +160,9 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
 def save(run: TrainingRun) -> None:
     """Copy weights and optimizer state to host memory; a thread writes them while training continues."""
     start = time.perf_counter()
-    state, is_main = run.checkpoint_state(), run.processes.is_main
-    run.checkpoints.save(run.model, run.optimizers, run.inputs.tokenizer, state, write=is_main)
+    # "finished" together with a step before the last one means that eval.patience has ended the run.
+    state = run.checkpoint_state() | {"finished": is_done(run) and not run.lacks_validation}
+    run.checkpoints.save(run.model, run.optimizers, run.inputs.tokenizer, state, write=run.processes.is_main)
     run.state.save_seconds = time.perf_counter() - start
 
 

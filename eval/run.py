@@ -34,6 +34,15 @@ TASK_HELP = """tasks:
   loss                          loss as in training, on the validation split of --data DIR
 """
 
+OPTIONS_OF_TASKS = {  # options that other tasks do not read
+    "data": ("perplexity", "loss"),
+    "document_mask": ("loss",),
+    "file": ("classify",),
+    "train_file": ("classify",),
+    "template": ("classify",),
+    "labels": ("classify",),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -105,6 +114,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
             parser.error(f"--tasks {task} needs {' or '.join('--' + option for option in options)}")
     if "classify" in args.tasks and not (args.template and args.labels):
         parser.error("--tasks classify needs --template and --labels")
+    for name, tasks in OPTIONS_OF_TASKS.items():
+        if getattr(args, name) and not set(tasks) & set(args.tasks):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} is read only by --tasks {' and '.join(tasks)}: add such a task, or omit {option}")
     if args.save_reference and "loss" not in args.tasks:
         parser.error("--save-reference stores the result of --tasks loss: add loss to --tasks")
     return args

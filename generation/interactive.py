@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.tokenizer import Tokenizer
 from generation.terminal import decoding_options, first_seed, load, print_probabilities, print_stream
@@ -25,14 +26,22 @@ A line that starts with a colon is a command:
   :quit                  end the program, as Ctrl-D does
 The arrow keys bring back earlier lines. Ctrl-C stops an answer; at the prompt, it ends the program."""
 
-# The settings that a command can change, and their types.
-SETTINGS: dict[str, Callable[[str], float]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "max_new_tokens": int,
-    "num_samples": int,
-    "show_probs": int,
+
+class Setting(NamedTuple):
+    """A setting that a command can change."""
+
+    convert: Callable[[str], float]  # from what the user types; raises ValueError
+    is_possible: Callable[[float], bool]
+    expected: str  # what is possible, for messages
+
+
+SETTINGS = {
+    "temperature": Setting(float, lambda x: 0 <= x < math.inf, "a number, at least 0"),
+    "top_k": Setting(int, lambda x: x >= 0, "a whole number, at least 0"),
+    "top_p": Setting(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "max_new_tokens": Setting(int, lambda x: x >= 1, "a whole number, at least 1"),
+    "num_samples": Setting(int, lambda x: x >= 1, "a whole number, at least 1"),
+    "show_probs": Setting(int, lambda x: x >= 0, "a whole number, at least 0"),
 }
 
 
@@ -40,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """Load the model that the arguments of sample.py select, and continue prompts from the terminal."""
     with contextlib.suppress(ImportError):  # Windows lacks it; importing it gives input() line editing and a history
         import readline  # noqa: F401
-    model, tokenizer, description = load(args)
-    print(description)
+    model, tokenizer, name, size = load(args)
+    print(f"{name}: {size}")
     print("Each prompt is continued by itself, without the earlier ones. :help lists commands, Ctrl-D ends.")
     Session(args, model, tokenizer).run()
 
@@ -94,29 +103,30 @@ class Session:
             if not self.last_text:
                 raise ValueError("there is no text to continue yet: type a prompt first")
             self.answer(self.last_text)
-        elif setting in SETTINGS and len(values) == 1:
-            self.change(setting, values[0])
+        elif setting in SETTINGS:
+            self.change(setting, " ".join(values))
         else:
             raise ValueError(f":{' '.join([name, *values])} is not a command: :help lists them")
 
-    def change(self, setting: str, value: str) -> None:
-        """Change a setting, unless its value is impossible.
+    def change(self, name: str, value: str) -> None:
+        """Change a setting. Raises ValueError, and changes nothing, if the value is impossible.
 
         A setting of sampling also turns off greedy decoding, and a temperature of 0 turns it on.
         """
-        before = dict(vars(self.args))
+        setting, before, vocab_size = SETTINGS[name], dict(vars(self.args)), self.model.config.vocab_size
+        line = f":{name.replace('_', '-')} {value}".strip()
         try:
-            setattr(self.args, setting, SETTINGS[setting](value))
+            number = setting.convert(value)
         except ValueError:
-            needed = "an int" if SETTINGS[setting] is int else "a float"
-            raise ValueError(f"{setting} needs a number: {value} is not {needed}") from None
-        if setting in ("temperature", "top_k", "top_p"):
+            number = math.nan
+        if not setting.is_possible(number):
+            raise ValueError(f"{line}: expected {setting.expected}; :help has an example")
+        if name == "show_probs" and number > vocab_size:
+            raise ValueError(f"{line}: the vocabulary has only {vocab_size:,} tokens")
+        setattr(self.args, name, number)
+        if name in ("temperature", "top_k", "top_p"):
             self.args.sampling = self.args.temperature != 0
         try:
-            if setting in ("max_new_tokens", "num_samples") and getattr(self.args, setting) < 1:
-                raise ValueError(f"{setting} must be at least 1, got {value}")
-            if setting == "show_probs" and not 0 <= self.args.show_probs <= self.model.config.vocab_size:
-                raise ValueError(f"show_probs must be in 0..{self.model.config.vocab_size}, got {value}")
             self.check("")
         except ValueError:
             vars(self.args).update(before)

@@ -31,7 +31,7 @@ SEPARATOR = "-" * 15  # printed after each sample if there are several
 def run(args: argparse.Namespace) -> None:
     """Generate and print what the arguments of sample.py request."""
     prompts = find_prompts(args)
-    model, tokenizer, _ = load(args)
+    model, tokenizer, *_ = load(args)
     seed = first_seed(args)
     options = decoding_options(args, model, tokenizer, prompts)
     several = len(prompts) * args.num_samples > 1
@@ -54,15 +54,18 @@ def run(args: argparse.Namespace) -> None:
                 print(SEPARATOR)
 
 
-def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str]:
-    """Load the model that the arguments select, ready to decode. Returns it, its tokenizer and its description."""
+def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, str]:
+    """Load the model that the arguments select, ready to decode.
+
+    Returns the model, its tokenizer, the directory or hub name that it was loaded from, and a description of its size.
+    """
     device = find_device(args.device, "--device")
     dtype = find_dtype(args.dtype, device, decoding=True)
     model, tokenizer, name = load_model(args.model, checkpoint=args.checkpoint, dtype=dtype, device=device)
     # pack_weights replaces modules, so the parameters are counted before.
-    description = f"{name}: {model.num_parameters():,} parameters, sees up to {model.config.block_size:,} tokens"
+    size = f"{model.num_parameters():,} parameters, sees up to {model.config.block_size:,} tokens"
     pack_weights(model)
-    return model, tokenizer, description
+    return model, tokenizer, name, size
 
 
 def first_seed(args: argparse.Namespace) -> int:

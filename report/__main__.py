@@ -23,6 +23,8 @@ from typing import Any
 from command import CHECKPOINT_HELP, port_number
 from report.arguments import command_line
 
+PORT = 8765  # of --watch
+
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, made by train.py")
@@ -36,7 +38,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--text", help="with --all: the text of the pages about attention and tokens (default: validation text)")
     add("--checkpoint", metavar="best|newest|N", help=f"with --all: {CHECKPOINT_HELP}")
     add("--watch", action="store_true", help="serve a page on 127.0.0.1 that follows the runs, until Ctrl-C")
-    add("--port", type=port_number, default=8765, help="port of --watch; 0: any free one (default: 8765)")
+    add("--port", type=port_number, help=f"port of --watch; 0: any free one (default: {PORT})")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,11 +46,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--all cannot be combined with --watch, --out or several runs: it writes to a run's directory")
     if args.watch and args.out:
         raise ValueError("--watch cannot be combined with --out: it writes no file")
+    if not args.all and (args.text, args.checkpoint) != (None, None):
+        raise ValueError("--text and --checkpoint choose what the pages of --all show: add --all, or omit them")
+    if not args.watch and args.port is not None:
+        raise ValueError("--port is the port of --watch: add --watch, or omit it")
     # imported here: arguments are checked before torch is imported
     if args.watch:
         from report.live import watch
 
-        watch(args.runs, args.port)
+        watch(args.runs, PORT if args.port is None else args.port)
         return
     if args.all:
         from report.all_pages import write_all_pages

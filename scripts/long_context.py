@@ -125,15 +125,15 @@ def main(arguments: list[str] | None = None) -> None:
     at_least_one(parser, args, "length", "steps", "rounds")
     if args.length % (2 * COPIES):
         parser.error(f"--length {args.length} must be divisible by {2 * COPIES}: {COPIES} copies of each place")
-    print(f"one of the {USED} symbols of a sequence at random: loss {math.log(USED):.4f}, right {1 / USED:.1%}")
-    for attention in args.attention:
-        torch.manual_seed(1337)
-        with ending(parser):
+    with ending(parser):
+        print(f"one of the {USED} symbols of a sequence at random: loss {math.log(USED):.4f}, right {1 / USED:.1%}")
+        for attention in args.attention:
+            torch.manual_seed(1337)
             model = make_model(attention, args.length, args.buckets, args.rounds, args.shared)
-        began = time.process_time()
-        loss, right = train(model, args.steps)
-        seconds = (time.process_time() - began) / args.steps
-        print(f"{attention:<8}loss {loss:.4f}  right {right:.1%}  {seconds:.2f} CPU seconds a step", flush=True)
+            began = time.process_time()
+            loss, right = train(model, args.steps)
+            seconds = (time.process_time() - began) / args.steps
+            print(f"{attention:<8}loss {loss:.4f}  right {right:.1%}  {seconds:.2f} CPU seconds a step", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,19 @@ from pathlib import Path
 from command import CommandParser, ending
 from processes import start_processes
 from scripts.ideas import IDEAS, Idea, find_idea
-from train import train
+from train import is_done, train
 from training.config import parse_config
 from training.run_directory import read_metrics
 from training.setup import setup
 
 
 def finish(arguments: list[str], idea: type[Idea] | None) -> None:
-    """Train the run that these arguments of train.py describe until its last step, with `idea` if it is given."""
+    """Train the run that these arguments of train.py describe until it finishes, with `idea` if it is given."""
     config = parse_config(arguments)
     if not config.eval.every:
         raise ValueError("eval.every is 0: set it, because runs without a validation cannot be compared")
     with setup(config, start_processes(config.system.device, config.system.dtype)) as run:
-        if idea is not None and 0 < run.state.step < config.optim.steps:
+        if idea is not None and run.state.step and (not is_done(run) or run.lacks_validation):
             raise ValueError(
                 f"{run.directory.path} was interrupted at step {run.state.step}, and checkpoints do not store what an "
                 "idea keeps: delete it, to train it again"
@@ -47,15 +47,20 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 
 
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
-    """Train a run as `finish` does; return its last validation loss, inf if it diverged, and its metrics."""
-    run, diverged = parse_config(arguments).run, False
+    """Train a run as `finish` does; return its last validation loss, inf if it diverged, and its metrics.
+
+    With eval.final_tokens, this is the loss on these tokens. But a run that eval.patience ends has not been scored on
+    them. So with eval.patience it is always the loss on eval.tokens: losses on different tokens cannot be compared.
+    """
+    config, diverged = parse_config(arguments), False
+    run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"
     try:
         finish(arguments, idea)
     except FloatingPointError as error:
         print(f"{run.name}: {error}", file=sys.stderr)
         diverged = True
     records = read_metrics(Path(run.dir) / run.name / "metrics.jsonl")
-    final = next((r.get("final_loss", r["loss"]) for r in reversed(records) if r["split"] == "val"), None)
+    final = next((r.get(measured) for r in reversed(records) if r["split"] == "val"), None)
     return math.inf if diverged or final is None else final, records
 
 

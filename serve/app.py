@@ -252,9 +252,8 @@ def run(args: argparse.Namespace) -> None:
         raise OSError(
             f"--host {args.host} --port {args.port} cannot be used ({error.strerror}): choose another port or host"
         ) from error
-    model, tokenizer, description = load(args)
+    model, tokenizer, name, size = load(args)
     local = args.host in ("127.0.0.1", "localhost", "::1")
-    name, _, size = description.partition(": ")
     app = make_app(Engine(model, tokenizer), name, size, local=local)
     config = uvicorn.Config(
         app,
@@ -266,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
     )
     shown = f"[{args.host}]" if family == socket.AF_INET6 else args.host
     url = f"http://{shown}:{listening.getsockname()[1]}/"
-    lines = [description, f"page: {url}    OpenAI's protocol: {url}v1    Ctrl-C ends"]
+    lines = [f"{name}: {size}", f"page: {url}    OpenAI's protocol: {url}v1    Ctrl-C ends"]
     if not local:
         lines.append("Every machine that reaches this address can use the model: there is no password.")
     print(*lines, sep="\n", flush=True)

@@ -120,27 +120,33 @@ def worse_at_the_end(run):
     for step, loss in ((4, 5.0), (900, 3.25), (1_000_000, 3.5)):
         checkpoint = run / "checkpoints" / f"step-{step:06d}"
         state = {"step": step, "val_loss": loss, "identity": {"optim": {"steps": 2_000_000}}}
-        (checkpoint / STATE).write_text(json.dumps(state))
-        write_manifest(checkpoint)
-    (run / "status.json").write_text('{"status": "finished", "step": 1000000}')
+        write_state(checkpoint, state | {"finished": step == 1_000_000})
     return run
 
 
+def write_state(checkpoint, state):
+    (checkpoint / STATE).write_text(json.dumps(state))
+    write_manifest(checkpoint)
+
+
 @pytest.mark.parametrize(
-    ("status", "which", "expected"),
+    ("finished", "which", "expected"),
     [
-        ("finished", None, 900),
-        ("preempted", None, 1_000_000),
-        ("finished", "newest", 1_000_000),
-        ("preempted", "best", 900),
-        ("finished", "4", 4),
-        ("finished", "000004", 4),
+        (True, None, 900),
+        (False, None, 1_000_000),
+        (None, None, 1_000_000),  # as older versions wrote it
+        (True, "newest", 1_000_000),
+        (False, "best", 900),
+        (True, "4", 4),
+        (True, "000004", 4),
     ],
 )
 def test_the_best_checkpoint_is_the_default_after_patience_ended_the_run(
-    worse_at_the_end, capsys, status, which, expected
+    worse_at_the_end, capsys, finished, which, expected
 ):
-    (worse_at_the_end / "status.json").write_text(json.dumps({"status": status, "step": 1_000_000}))
+    newest = worse_at_the_end / "checkpoints" / "step-1000000"
+    state = read_state(newest) | {"finished": finished}
+    write_state(newest, {name: value for name, value in state.items() if value is not None})
     chosen = resolve_model(str(worse_at_the_end), checkpoint=which)
     assert chosen == str(worse_at_the_end / "checkpoints" / f"step-{expected:06d}")
     assert f"loaded {chosen}, the" in capsys.readouterr().err
@@ -148,9 +154,7 @@ def test_the_best_checkpoint_is_the_default_after_patience_ended_the_run(
 
 def test_a_run_that_took_all_its_steps_stands_for_its_newest_checkpoint(worse_at_the_end):
     newest = worse_at_the_end / "checkpoints" / "step-1000000"
-    state = read_state(newest) | {"step": 2_000_000}
-    (newest / STATE).write_text(json.dumps(state))
-    write_manifest(newest)
+    write_state(newest, read_state(newest) | {"step": 2_000_000})
     assert choose_checkpoint(worse_at_the_end) == newest
 
 

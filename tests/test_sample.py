@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -17,10 +18,13 @@ import pytest
 import torch
 
 import sample
+from command import CommandParser
 from data.tokenizer import CharacterTokenizer, load_tokenizer
 from generation import generate
+from generation.interactive import HELP, SETTINGS, Session
 from generation.terminal import SEPARATOR, read_prompts
 from model import GPT, GPTConfig
+from pretrained import load_model
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "éü世"
@@ -461,9 +465,7 @@ def test_ctrl_c_ends_an_answer_and_commands_change_settings(checkpoint, run):
     terminal.expect("\n> ")
     for line, shown in (
         (":help", ":temperature 0.7"),
-        (":temperature warm", "warm is not a float"),
-        (":temperature -1", "temperature must be above 0"),
-        (":num-samples 0", "num_samples must be at least 1"),
+        (":temperature warm", ":temperature warm: expected a number, at least 0; :help has an example"),
         (":joke", ":joke is not a command: :help lists them"),
     ):
         terminal.type(f"{line}\n")
@@ -482,6 +484,42 @@ def test_ctrl_c_ends_an_answer_and_commands_change_settings(checkpoint, run):
     assert terminal.expect("\n> ") == more
     terminal.type(":quit\n")
     assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("temperature -1", "expected a number, at least 0; :help has an example"),
+        ("temperature nan", "expected a number, at least 0; :help has an example"),
+        ("temperature inf", "expected a number, at least 0; :help has an example"),
+        ("temperature", "expected a number, at least 0; :help has an example"),
+        ("temperature 0.7 0.8", "expected a number, at least 0; :help has an example"),
+        ("top-k 1.5", "expected a whole number, at least 0; :help has an example"),
+        ("top-k -1", "expected a whole number, at least 0; :help has an example"),
+        ("top-p 0", "expected a number above 0 and at most 1; :help has an example"),
+        ("top-p 2", "expected a number above 0 and at most 1; :help has an example"),
+        ("max-new-tokens 0", "expected a whole number, at least 1; :help has an example"),
+        ("num-samples few", "expected a whole number, at least 1; :help has an example"),
+        ("show-probs -1", "expected a whole number, at least 0; :help has an example"),
+        ("show-probs 100", "the vocabulary has only 99 tokens"),
+    ],
+)
+def test_an_impossible_setting_changes_nothing_and_is_answered_with_what_is_possible(checkpoint, line, message):
+    args = sample.parse_arguments(CommandParser(), ["--interactive"])
+    before, (model, tokenizer, _) = dict(vars(args)), load_model(str(checkpoint))
+    with pytest.raises(ValueError, match=re.escape(f":{line}: {message}")):
+        Session(args, model, tokenizer).command(*line.split())
+    assert vars(args) == before
+
+
+def test_the_settings_that_the_help_shows_are_possible(checkpoint):
+    args = sample.parse_arguments(CommandParser(), ["--interactive", "--sliding"])
+    model, tokenizer, _ = load_model(str(checkpoint))
+    examples = [line.split()[:2] for line in HELP.splitlines() if re.match(r" +:[a-z-]+ [\d.]+ ", line)]
+    assert {name.lstrip(":").replace("-", "_") for name, _ in examples} == set(SETTINGS)
+    for name, value in examples:
+        Session(args, model, tokenizer).command(name.lstrip(":"), value)
+        assert getattr(args, name.lstrip(":").replace("-", "_")) == float(value)
 
 
 def test_a_server_without_its_packages_is_refused_by_their_names(run, monkeypatch, capsys, checkpoint):

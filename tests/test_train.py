@@ -18,6 +18,8 @@ from torch._dynamo.utils import counters
 import checkpoints
 import data.tokenizer
 import training.setup
+from checkpoints import MANIFEST, STATE, choose_checkpoint, find_best, read_state
+from files import file_sha256
 from processes import Processes
 from train import MAX_BAD_STEPS, train_step
 from train import train as train_run
@@ -362,14 +364,53 @@ def test_a_stop_request_interrupts_a_validation_and_the_resumed_run_does_it_agai
 
 
 def test_a_run_says_that_patience_ended_it(tiny_run, train, capsys):
-    options = {"optim.steps": 50, "eval.every": 1, "eval.patience": 2, "optim.lr": 1e-12}
+    options = {"optim.steps": 50, "eval.every": 1, "eval.patience": 2, "optim.lr": 1e-12, "checkpoint.every": 1}
+    options["eval.at_start"] = False  # so that the best loss has a checkpoint
     run = train(tiny_run("patient", **options))
     best = min(losses(run, "val"))
-    step = losses(run, "val").index(best)
+    step = losses(run, "val").index(best) + 1
     ending = f"eval.patience ended the run: the validation loss has not been below {best:.4f} since step {step}\n"
     assert ending in capsys.readouterr().out
+    (run / "status.json").unlink()  # is not needed to choose a checkpoint
+    assert choose_checkpoint(run).name == f"step-{step:06d}"
     train(tiny_run("longer", **options | {"optim.steps": 3, "eval.patience": 3}))  # the last step comes first
     assert "eval.patience ended" not in capsys.readouterr().out
+
+
+def test_the_lowest_loss_is_searched_again_if_eval_tokens_change(tiny_run, train, capsys):
+    """A loss on other tokens may be lower than all that follow: it must not select a checkpoint or end the run."""
+    options = {"eval.every": 2, "eval.tokens": 40, "eval.patience": 2, "checkpoint.every": 2, "checkpoint.keep": 1}
+    run = train(tiny_run("x", **options | {"optim.steps": 4}))
+    checkpoint = run / "checkpoints" / "step-000004"
+    before = read_state(checkpoint)
+    assert before["val_tokens"] == 40
+    unbeatable = before | {"val_loss": 0.1, "best": [0.1, 4]}
+    (checkpoint / STATE).write_text(json.dumps(unbeatable))
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest[STATE] = {"bytes": (checkpoint / STATE).stat().st_size, "sha256": file_sha256(checkpoint / STATE)}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert find_best(run / "checkpoints", set()) == (0.1, checkpoint)
+
+    capsys.readouterr()
+    options |= {"eval.tokens": 300, "run.allow_changes": True}
+    train(tiny_run("x", **options | {"optim.steps": 12}))
+    message = "eval.tokens has changed: validations score 300 tokens, and scored 40 before. Their losses cannot be"
+    assert capsys.readouterr().out.count(message) == 1
+    records = [record for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"]
+    assert [record["step"] for record in records] == [0, 2, 4, 6, 8, 10, 12]  # step 4 on both numbers of tokens
+    again = {record["step"]: record["loss"] for record in records[2:]}
+    assert again[4] not in (0.1, before["val_loss"])
+    lowest = min((loss, step) for step, loss in again.items())
+    state = read_state(run / "checkpoints" / "step-000012")
+    assert (state["best"], state["val_tokens"]) == ([*lowest], 300)
+    assert find_best(run / "checkpoints", set()) == (lowest[0], run / "checkpoints" / f"step-{lowest[1]:06d}")
+
+    train(tiny_run("x", **options | {"optim.steps": 12}))  # the same tokens again: nothing begins again
+    assert message.partition(":")[0] not in capsys.readouterr().out
+    more = {"eval.tokens": 10**9}
+    train(tiny_run("whole", **options | more | {"optim.steps": 4}))
+    train(tiny_run("whole", **options | {"eval.tokens": 10**8, "optim.steps": 6}))  # both are the whole split
+    assert "eval.tokens has changed" not in capsys.readouterr().out
 
 
 def test_samples_of_repeated_steps_appear_once(tiny_run, train):

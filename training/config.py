@@ -159,7 +159,8 @@ class Eval:
     at_start: bool = True
     """Also validate before the first step, which shows the loss of an untrained model."""
     tokens: PositiveInt = 10485760
-    """Tokens to score, from the beginning of the validation split (completions: all of them are scored)."""
+    """Tokens to score, from the beginning of the validation split (completions: all of them are scored). If a resumed
+    run changes it, the search for the lowest validation loss, and patience, begin again."""
     final_tokens: PositiveInt | None = None
     """Tokens to score in addition after the last step (null: none). eval.tokens, which every validation scores, can
     then be small."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from checkpoints import read_state
 from device import CARDS, DTYPES, Card, find_card
 from model import GPTConfig
 from processes import Processes
+from training.checkpoint import Checkpoints
 from training.config import Config, Flags
 from training.estimate import (
     Hardware,
@@ -22,6 +25,7 @@ from training.inputs import Inputs, describe_epochs, find_initial_model, model_c
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
 from training.prediction import describe_expected_loss
+from training.start import Start, describe_start, find_start, read_saved_state, run_identity
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 
 GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
@@ -39,16 +43,18 @@ class Target(NamedTuple):
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
     """Return what `train.py --dry-run` prints, and what is missing for a run here, or "" if nothing is.
 
-    The text has the size, the tokens, the memory by micro-batch with a verdict, the time and, if
-    smaller runs were fitted (docs/scaling.md), the expected validation loss.
+    The text has the size, the tokens, the checkpoint to start from, the memory by micro-batch with a verdict, the time
+    and, if runs with the same recipe and dataset were fitted (docs/scaling.md), the expected validation loss.
 
     `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Without a
     dataset, GPT-2's vocabulary is assumed.
 
-    Raises ValueError or OSError if the dataset is damaged, or the model or the name of the hardware is wrong.
+    Raises ValueError or OSError if the dataset is damaged, if the model or the name of the hardware is wrong, or if the
+    run cannot start from the checkpoint of run.resume or run.branch_from.
     """
     target = find_target(config, processes, flags.dry_run or "")
-    initial = find_initial_model(config, None)
+    start, absent = find_start_alone(config, processes)
+    initial = start.model
     inputs: Inputs | None = None
     missing = ""
     try:
@@ -68,6 +74,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
         f"{model.n_embd} channels, vocabulary {model.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: {data}",
         *(f"            {note}" for note in (inputs.notes if inputs else [])),
+        *([f"start       {absent}"] if absent else check_start(start, config, model, inputs)),
         f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
         *describe_memory(config, model, target),
         *describe_time(config, model, target, flags.mfu),
@@ -75,7 +82,29 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
     ]
     if inputs is not None:
         lines += [f"warning: {warning}" for warning in warnings(config, inputs)]
-    return "\n".join(lines), "" if flags.dry_run else missing
+    return "\n".join(lines), "" if flags.dry_run else missing or absent
+
+
+def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
+    """Return where the run would start, without waiting for other processes, and which checkpoint is absent, or ""."""
+    directory = Path(config.run.dir) / config.run.name / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, on_error=config.checkpoint.on_error)
+    try:
+        return find_start(config, Processes(0, 1, processes.device, processes.dtype), checkpoints), ""
+    except FileNotFoundError as error:
+        # If model.init_from is what is absent, this raises the same error again.
+        return Start(None, False, find_initial_model(config, None)), str(error)
+
+
+def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs | None) -> list[str]:
+    """Return lines about the checkpoint that the run would start from. Raises ValueError if it cannot start from it."""
+    if start.checkpoint is None:
+        return []
+    if inputs is not None:  # without the dataset, the check is left out
+        read_saved_state(start, config, run_identity(config, model, inputs), inputs.validation_tokens)
+    found, *more = describe_start(start, config.optim, inputs.validation_tokens if inputs else 0)
+    remaining, steps = config.optim.steps - read_state(start.checkpoint)["step"], config.optim.steps
+    return [f"start       {found}: {remaining:,} of {steps:,} steps remain", *(f"            {line}" for line in more)]
 
 
 def find_target(config: Config, processes: Processes, name: str) -> Target:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.aligned import AlignedWindows
@@ -65,6 +66,11 @@ class Inputs:
         """A hash that is equal for equal validation data, or None without any."""
         fingerprints = [windows.fingerprint for windows in self.val.values()]
         return " ".join(fingerprints) or None
+
+    @property
+    def validation_tokens(self) -> int:
+        """Number of targets that each validation scores, 0 without validation data."""
+        return sum(windows.count(np.arange(len(windows))) for windows in self.val.values())
 
 
 def find_initial_model(config: Config, checkpoint: Path | None) -> InitialModel | None:

@@ -43,6 +43,7 @@ class TrainingState:
     overflow_steps: int = 0  # steps whose gradient overflowed float16
     val_loss: float | None = None  # validation loss after this step; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
+    val_tokens: int = 0  # targets that val_loss and best were measured on; 0: the run has no validation split
     save_seconds: float = 0.0  # duration of the training pause for the last checkpoint; logged with the next step
 
 
@@ -132,8 +133,9 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     inputs = open_inputs(config, start.model, verify=verify)
     shape = model_config(config, inputs.tokenizer.vocab_size, start.model)
     identity = run_identity(config, shape, inputs)
-    saved = read_saved_state(start, config, identity)
+    saved = read_saved_state(start, config, identity, inputs.validation_tokens)
     state = TrainingState(**{f.name: saved[f.name] for f in dataclasses.fields(TrainingState) if f.name in saved})
+    state.val_tokens = inputs.validation_tokens or state.val_tokens
 
     model = make_model(shape, start.model, config.run.seed)
     plan = make_plan(config, shape, processes, saved)
@@ -231,5 +233,5 @@ def greeting(run: TrainingRun, n_parameters: int, start: Start) -> str:
     lines += run.inputs.notes
     slow = warn_of_slow_cpu(config, run.model.config, run.processes)
     lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
-    lines += describe_start(start, config.optim)
+    lines += describe_start(start, config.optim, run.state.val_tokens)
     return "\n".join(lines)

@@ -70,16 +70,29 @@ def find_branch_point(name: str, processes: Processes) -> Path:
 
     Raises ValueError or FileNotFoundError if there is no such run or no such step.
     """
-    run, at, step = name.rpartition("@") if "@" in name else (name, "", "newest")
-    directory = Path(run)
-    if at and not step.isdecimal():
-        raise ValueError(f"run.branch_from {name}: expected RUN or RUN@STEP, such as runs/stable@1000")
+    directory, step = parse_branch_point(name)
     if not is_run(directory):
         raise FileNotFoundError(
-            f"run.branch_from {name}: {run} is not the directory of a run with checkpoints, such as runs/stable"
+            f"run.branch_from {name}: {directory} is not the directory of a run with checkpoints, such as runs/stable"
         )
     found = read_state(choose_checkpoint(directory, step))["step"] if processes.is_main else -1
     return directory / "checkpoints" / f"step-{processes.broadcast(found):06d}"
+
+
+def parse_branch_point(name: str) -> tuple[Path, str]:
+    """Return the directory and the step, or "newest", of a value of run.branch_from. Raises ValueError for others."""
+    run, at, step = name.rpartition("@") if "@" in name else (name, "", "newest")
+    if at and not step.isdecimal():
+        raise ValueError(f"run.branch_from {name}: expected RUN or RUN@STEP, such as runs/stable@1000")
+    return Path(run), str(int(step)) if at else step
+
+
+def same_branch_point(before: str | None, now: str | None) -> bool:
+    """Return whether two values of run.branch_from name the same step of the same directory."""
+    if before is None or now is None:
+        return before == now
+    (old, old_step), (new, new_step) = parse_branch_point(before), parse_branch_point(now)
+    return (old.resolve(), old_step) == (new.resolve(), new_step)
 
 
 def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
@@ -96,8 +109,19 @@ def same_model(init_from: str, *others: str | None) -> bool:
     return any(other is not None and Path(other).resolve() == Path(init_from).resolve() for other in others)
 
 
-def read_saved_state(start: Start, config: Config, identity: dict[str, Any]) -> dict[str, Any]:
+def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
+    """Return whether the losses in a trainer/state.json were measured on another number of validation tokens.
+
+    Both numbers are known only if the run has a validation split, and if its checkpoint is not older than the field.
+    """
+    return bool(state.get("val_tokens") and val_tokens) and state["val_tokens"] != val_tokens
+
+
+def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val_tokens: int) -> dict[str, Any]:
     """Return the trainer/state.json of the checkpoint that a run starts from, or {} if there is none.
+
+    It has no validation losses if they cannot be compared with those of this run: those of a parent, and those on
+    another number of tokens than `val_tokens` (eval.tokens).
 
     Raises ValueError if this run cannot resume from the checkpoint or, for a branch, cannot branch from it.
     """
@@ -113,9 +137,12 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any]) -> 
     places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older ones store neither
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
-    if is_parent:
-        state["identity"]["run"]["branch_from"] = config.run.branch_from  # the parent may itself be a branch
-        # Measured again: the validation curve of the branch begins here, and eval.patience counts from here.
+    # A parent may itself be a branch. A run that resumes may spell the same branch point in another way.
+    run = state["identity"]["run"]
+    if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
+        run["branch_from"] = config.run.branch_from
+    if is_parent or scores_other_tokens(state, val_tokens):
+        # Measured again. For a branch, the validation curve begins here. eval.patience counts from here.
         state["val_loss"] = state["best"] = None
     refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
     if is_parent and state["step"] >= steps:
@@ -131,14 +158,24 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any]) -> 
     return state
 
 
-def describe_start(start: Start, optim: Optim) -> list[str]:
-    """Return lines that name the checkpoint, and warn if a branch starts with another learning rate."""
+def describe_start(start: Start, optim: Optim, val_tokens: int) -> list[str]:
+    """Return lines that name the checkpoint, and say if another number of validation tokens is scored from now on.
+
+    They warn if a branch starts with another learning rate.
+    """
     if start.checkpoint is None:
         return []
-    if start.resumes:
-        return [f"resuming from {start.checkpoint}"]
     parent = start.checkpoint
     state = read_state(parent)
+    if start.resumes:
+        lines = [f"resuming from {parent}"]
+        if scores_other_tokens(state, val_tokens):
+            lines.append(
+                f"eval.tokens has changed: validations score {val_tokens:,} tokens, and scored "
+                f"{state['val_tokens']:,} before. Their losses cannot be compared, so the search for the lowest one, "
+                f"and eval.patience, begin again"
+            )
+        return lines
     before = dataclasses.replace(optim, **state["identity"]["optim"])
     old, new = (o.lr * learning_rate_factor(state["step"] - 1, o) for o in (before, optim))
     lines = [f"branching from {parent}"]

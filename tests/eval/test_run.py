@@ -330,6 +330,11 @@ def test_errors_explain_what_is_wrong(tiny, text, tmp_path, capsys):
     assert "--tasks perplexity needs --text or --data" in error_of(capsys, "--tasks", "perplexity")
     assert "--tasks classify needs --template" in error_of(capsys, "--tasks", "classify", "--file", "x.csv")
     assert "add loss to --tasks" in error_of(capsys, "--tasks", "copa", "--save-reference")
+    for option in ("--data", "--file", "--train-file", "--template", "--labels", "--document-mask"):
+        given = [option] if option == "--document-mask" else [option, "x"]
+        message = error_of(capsys, "--tasks", "copa", *given)
+        assert f"{option} is read only by --tasks " in message
+        assert f"add such a task, or omit {option}" in message
     assert "--shots applies to multiple-choice tasks only, not to lambada" in error_of(
         capsys, "--tasks", "copa,lambada", "--shots", "2"
     )

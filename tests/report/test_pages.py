@@ -192,6 +192,24 @@ def test_all_needs_one_run_and_a_text(finished_run, tmp_path, capsys):
     assert report("--all", copy, "--text", "ox of Kent", "--checkpoint", "10") is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "ox"], "--text and --checkpoint choose what the pages of --all show: add --all, or omit them"),
+        (["--checkpoint", "best"], "--text and --checkpoint choose what the pages of --all show: add --all"),
+        (["--watch", "--text", "ox"], "--text and --checkpoint choose what the pages of --all show: add --all"),
+        (["--port", "8765"], "--port is the port of --watch: add --watch, or omit it"),
+        (["--all", "--port", "0"], "--port is the port of --watch: add --watch, or omit it"),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_be_ignored_is_refused(tmp_path, capsys, options, message):
+    run = write_run(tmp_path / "run", 4)
+    assert report(run, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(run.glob("*.html"))
+
+
 @pytest.fixture(scope="module")
 def finished_run(verses, tmp_path_factory, python):
     """The directory of a short run."""

@@ -1,5 +1,6 @@
 """Ideas change what a run learns, and nothing else."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 import train as train_module
+from checkpoints import MANIFEST, STATE
+from files import file_sha256
 from model import GPT, GPTConfig
 from scripts.ideas import IDEAS, Idea, find_idea, polar_express
 from training.config import Optim
@@ -175,6 +178,23 @@ def test_impossible_combinations_are_refused(trained, tiny_run, write_config, py
     result = python(*sweep, check=False)
     assert result.returncode == 2
     assert "interrupted at step 3" in result.stderr
+
+
+def test_a_run_that_was_stopped_in_its_last_validation_is_not_continued(tiny_run, write_config, python, tmp_path):
+    """`averaged` would otherwise validate the weights of the last step, because no checkpoint stores their mean."""
+    config = write_config(tiny_run("x", **MUON))
+    sweep = ("-m", "scripts.sweep", "--config", config, "--dir", tmp_path / "swept", "--idea", "averaged", "--seeds", 1)
+    python(*sweep)
+    run = tmp_path / "swept" / "x-averaged-seed_1"
+    checkpoint = run / "checkpoints" / "step-000006"
+    state = json.loads((checkpoint / STATE).read_text()) | {"val_loss": None}
+    (checkpoint / STATE).write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest[STATE] = {"bytes": (checkpoint / STATE).stat().st_size, "sha256": file_sha256(checkpoint / STATE)}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    result = python(*sweep, check=False)
+    assert result.returncode == 2
+    assert "interrupted at step 6" in result.stderr
 
 
 def test_ideas_change_initialization_decay_and_momentum(trained):

@@ -22,6 +22,17 @@ def test_the_command_reports_loss_and_accuracy_of_each_kind(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["full", "window", "lsh"]
 
 
+def test_control_c_ends_the_training_with_status_130(monkeypatch, capsys):
+    def interrupted(model, steps):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scripts.long_context.train", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["full", "--length", "32"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\n"
+
+
 def test_shared_keys_stay_equal_to_the_queries():
     torch.manual_seed(0)
     models = [make_model("full", 64, buckets=64, rounds=2, shared=shared) for shared in (False, True)]

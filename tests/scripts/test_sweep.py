@@ -46,6 +46,33 @@ def test_values_can_contain_slashes_and_lists(sweep, verses, tmp_path):
     assert len(runs) == 2
 
 
+def test_a_run_that_patience_ended_is_read_and_not_repeated(sweep, tmp_path):
+    changes = {"optim.steps": 30, "optim.lr": 1e-12, "eval.patience": 2}
+    changes |= {"eval.tokens": 70, "eval.final_tokens": 10**6}  # the latter are scored after the last step only
+    arguments = ("--seeds", 1, "--idea", "undecayed-embeddings")
+    table = sweep(*arguments, **changes).stdout.splitlines()[-1]
+    path = tmp_path / "swept" / "x-undecayed-embeddings-seed_1" / "metrics.jsonl"
+    last = read_metrics(path)[-1]
+    assert (last["split"], last["step"] < 30) == ("val", True)
+    assert table.startswith(f"| {last['loss']:.4f} |")
+    before = path.read_bytes()
+    assert sweep(*arguments, **changes).stdout.splitlines()[-1] == table
+    assert path.read_bytes() == before
+    # The same run without eval.patience would be continued, which is impossible.
+    result = sweep(*arguments, check=False, **changes | {"eval.patience": 0})
+    assert result.returncode == 2
+    assert f"was interrupted at step {last['step']}, and checkpoints do not store" in result.stderr
+
+
+def test_one_loss_is_in_a_column_if_patience_ends_only_some_runs(sweep, tmp_path):
+    changes = {"optim.steps": 9, "eval.patience": 2, "eval.tokens": 70, "eval.final_tokens": 10**6}
+    table = sweep("--seeds", 1, "--vary", "optim.lr=1e-12,1e-2", **changes).stdout.splitlines()
+    for line, lr in zip([line for line in table if "optim.lr=" in line], ("1e-12", "1e-2"), strict=True):
+        last = read_metrics(tmp_path / "swept" / f"x-lr_{lr}-seed_1" / "metrics.jsonl")[-1]
+        assert ("final_loss" in last) == (lr == "1e-2")
+        assert line.startswith(f"| {last['loss']:.4f} |")
+
+
 def test_impossible_sweeps_are_refused(sweep):
     assert "expected FIELD=VALUE" in sweep("--vary", "optim.lr", check=False).stderr
     result = sweep(check=False, **{"eval.every": 0})

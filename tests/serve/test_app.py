@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import psutil
@@ -241,3 +242,21 @@ def test_memory_stays_bounded_over_2000_requests(command):
     assert process.wait(timeout=20) == 0
     assert process.stdout.read() == ""
     assert memory[-1] - memory[1] < 16 * 2**20, [round(m / 2**20) for m in memory]
+
+
+def test_a_model_is_served_under_its_whole_name(tiny_model, tmp_path, monkeypatch, capsys):
+    """Also if the name has a colon, as the printed line has after it."""
+    app = pytest.importorskip("serve.app", reason="starlette or uvicorn is not installed")
+    model, tokenizer = tiny_model
+    directory = tmp_path / "try: 2"
+    model.save_pretrained(directory, eos_token_id=tokenizer.eot)
+    tokenizer.save(directory)
+    served = []
+    monkeypatch.setattr(app, "make_app", lambda engine, name, description, local: served.append((name, description)))
+    server = SimpleNamespace(run=lambda sockets: sockets[0].close())
+    monkeypatch.setattr(app.uvicorn, "Server", lambda config: server)
+    options = {"host": "127.0.0.1", "port": 0, "device": "cpu", "dtype": "float32", "checkpoint": None}
+    app.run(Namespace(model=str(directory), **options))
+    size = f"{model.num_parameters():,} parameters, sees up to 64 tokens"
+    assert served == [(str(directory), size)]
+    assert capsys.readouterr().out.startswith(f"{directory}: {size}\n")

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import OPTIMIZER, read_state
+from processes import start_processes
 from report.diagnosis import diagnose
 from train import train_step
+from training.config import Flags
+from training.dry_run import dry_run
 from training.run_directory import read_metrics
 
 STABLE = {"optim.schedule": "constant", "optim.steps": 16, "checkpoint.every": 7, "checkpoint.keep": 9}
@@ -84,6 +87,54 @@ def test_a_killed_branch_resumes_from_its_own_checkpoints(stable, tiny_run, trai
     assert records(killed) == records(whole)
     starts = json.loads((killed / "provenance.json").read_text())
     assert [(s["resumed_at_step"], s["branched_from"] is None) for s in starts] == [(None, False), (16, True)]
+
+
+def test_a_branch_point_can_be_spelled_in_other_ways_when_the_branch_resumes(stable, tiny_run, train, monkeypatch):
+    parent = stable()
+    options = DECAY | {"optim.steps": 17}
+    branch = train(tiny_run("branch", **options | {"run.branch_from": f"{parent}@14"}))
+    shutil.rmtree(parent)
+    monkeypatch.chdir(parent.parent)
+    before = (branch / "metrics.jsonl").read_bytes()
+    for name in ("stable@14", f"{parent}/@14", "../runs/stable@0014"):
+        train(tiny_run("branch", **options | {"run.branch_from": name}))  # finished: nothing is trained
+        assert (branch / "metrics.jsonl").read_bytes() == before
+    for name in ("stables@14", "stable@7", "stable", None):
+        with pytest.raises(ValueError, match=r"run.branch_from was '.*/stable@14', is .*\. Restore these values"):
+            train(tiny_run("branch", **options | {"run.branch_from": name}))
+
+
+def test_a_dry_run_says_where_a_branch_would_start_or_why_it_cannot(stable, tiny_run, train):
+    parent = stable()
+
+    def report(hardware="8xH100", **changes):
+        changes = {"run.branch_from": f"{parent}@14", "optim.steps": 20} | DECAY | changes
+        return dry_run(tiny_run("branch", **changes), start_processes("cpu", "float32"), Flags(dry_run=hardware))
+
+    name = f"{parent}/checkpoints/step-000014"
+    assert f"\nstart       branching from {name}: 6 of 20 steps remain\n" in report()[0]
+    assert "was trained with a learning rate of 0.01 in its last step" in report(**{"optim.decay_fraction": 0.6})[0]
+    for changes, message in (
+        ({"optim.steps": 14}, "is after step 14, and optim.steps 14 includes these steps"),
+        ({"run.seed": 1}, "run.seed was 1337, is 1"),
+        ({"run.branch_from": f"{parent}@last"}, "expected RUN or RUN@STEP"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report(**changes)
+    elsewhere = {"run.branch_from": "elsewhere/stable@14"}  # an error only on the hardware that would train
+    found = "run.branch_from elsewhere/stable@14: elsewhere/stable is not the directory of a run"
+    text, missing = report(**elsewhere)
+    assert (f"\nstart       {found}" in text, missing) == (True, "")
+    assert report("", **elsewhere)[1].startswith(found)
+
+    train(tiny_run("branch", **DECAY | {"run.branch_from": f"{parent}@14", "optim.steps": 20}))
+    shutil.rmtree(parent)
+    (parent.parent / "branch" / "status.json").unlink()
+    own = parent.parent / "branch" / "checkpoints" / "step-000020"
+    assert f"\nstart       resuming from {own}: 0 of 20 steps remain\n" in report()[0]
+    with pytest.raises(ValueError, match=r"this run was started with another configuration: run.seed was 1337, is 1"):
+        report(**{"run.seed": 1})
+    assert not (parent.parent / "branch" / "status.json").exists()  # a dry run writes nothing
 
 
 def test_a_run_alone_is_its_newest_checkpoint_and_a_branch_can_be_branched_from(stable, tiny_run, train):

@@ -237,6 +237,17 @@ def test_the_best_checkpoint_has_a_finite_loss(tmp_path):
     assert Checkpoints(tmp_path, keep=1, on_error="stop").best() == (3.0, tmp_path / "step-000004")
 
 
+def test_only_losses_on_the_same_tokens_are_compared(tmp_path):
+    """The best on the earlier number of tokens stays the best until there is a loss on the present number."""
+    states = {2: (10, 2.0, [2.0, 2]), 4: (10, 2.1, [2.0, 2]), 6: (20, None, None), 8: (20, 3.0, [3.0, 8])}
+    expected = {2: (2.0, 2), 4: (2.0, 2), 6: (2.0, 2), 8: (3.0, 8)}
+    checkpoints = Checkpoints(tmp_path, keep=1, on_error="stop")
+    for step, (tokens, loss, best) in states.items():
+        (trainer := tmp_path / f"step-{step:06d}" / "trainer").mkdir(parents=True)
+        (trainer / "state.json").write_text(json.dumps({"val_loss": loss, "best": best, "val_tokens": tokens}))
+        assert checkpoints.best() == (expected[step][0], tmp_path / f"step-{expected[step][1]:06d}")
+
+
 def test_older_checkpoints_that_cannot_be_read_are_kept(run, tiny_run, train, capsys):
     shutil.rmtree(run / "checkpoints" / "step-000004" / "trainer")  # to save space
     (run / "checkpoints" / "step-000008" / "trainer" / "state.json").write_text("[]")
