@@ -52,7 +52,7 @@ from training.prediction import (
 from training.scaling_law import FORMS, fit
 
 SHAPES = ("2x64", "3x96", "2x128", "3x128")
-FRACTIONS = [1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4]
+FRACTIONS = [1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4]
 HELD_OUT = 4  # the fit uses runs with at most 1/4 of the FLOPs of the configuration's own run
 
 
@@ -119,15 +119,23 @@ def train_run(arguments: list[str]) -> float:
     return loss
 
 
+def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Study], list[dict[str, Any]]]:
+    """Return all studies in a file, and the list of the runs with this recipe in them, which is new if there are none.
+
+    The file is read each time, because another process may add runs to it.
+    """
+    studies = read_studies(path)
+    study = find_study(studies, recipe)
+    if study is None:
+        study = {"config": config, "recipe": recipe, "runs": []}
+        studies.append(study)
+    return studies, study["runs"]
+
+
 def train_all(args: argparse.Namespace) -> None:
     """Train the runs that the file of results lacks, and add each to the file when it ends."""
     base = parse_config(["--config", args.config])
     recipe, own = describe(base)
-    studies = read_studies(args.results)
-    study = find_study(studies, recipe)
-    if study is None:
-        study = {"config": args.config, "recipe": recipe, "runs": []}
-        studies.append(study)
     lengths = sorted({round(fraction * base.optim.steps) for fraction in args.fractions})
     planned = list(itertools.product(args.seeds, args.shapes, lengths))
     whole = Shape(own["layers"], own["channels"]), own["steps"]
@@ -135,10 +143,12 @@ def train_all(args: argparse.Namespace) -> None:
         arguments = arguments_of(args.config, shape, steps, seed)
         entry = describe(parse_config(arguments))[1]
         is_held_out = (shape, steps) == whole
-        is_known = any(entry.items() <= run.items() for run in study["runs"])
+        is_known = any(entry.items() <= run.items() for run in kept_runs(args.results, args.config, recipe)[1])
         if not is_known and (is_held_out or entry["flops"] * HELD_OUT <= own["flops"]):
-            study["runs"].append(entry | {"held_out": is_held_out, "loss": train_run(arguments)})
-            print(f"{shape}, {steps} steps, seed {seed}: {study['runs'][-1]['loss']:.4f}", file=sys.stderr)
+            loss = train_run(arguments)
+            print(f"{shape}, {steps} steps, seed {seed}: {loss:.4f}", file=sys.stderr)
+            studies, runs = kept_runs(args.results, args.config, recipe)
+            runs.append(entry | {"held_out": is_held_out, "loss": loss})
             write_json(args.results, studies, rows=True)
 
 
@@ -157,21 +167,21 @@ def run_table(study: Study, found: Fit) -> str:
     for group in by_size(study["runs"]):
         run, losses = group[0], [run["loss"] for run in group]
         predicted, low, high = found.predict(run)
-        error = predicted / statistics.mean(losses) - 1
         rows.append(
             [
-                f"{run['layers']}x{run['channels']}, {run['steps']} steps{', held out' if run['held_out'] else ''}",
+                f"{run['layers']}x{run['channels']}, {run['steps']} steps",
                 f"{run['parameters']:,}",
                 f"{run['tokens']:,}",
                 f"{run['flops']:.2g}",
+                "yes" if run in found.runs else "held out" if run["held_out"] else "too short",
                 spread(losses),
                 " ".join(str(run["seed"]) for run in group),
                 f"{predicted:.4f}",
                 f"{low:.3f} to {high:.3f}",
-                f"{error:+.2%}",
+                f"{predicted / statistics.mean(losses) - 1:+.2%}",
             ]
         )
-    heads = ["run", "N", "D", "FLOPs", "loss", "seeds", "law", "95% interval of a run", "error of the law"]
+    heads = ["run", "N", "D", "FLOPs", "fitted", "loss", "seeds", "law", "95% interval of a run", "error of the law"]
     return markdown(heads, rows)
 
 
@@ -182,7 +192,8 @@ def form_table(study: Study, found: Fit) -> str:
     rows = []
     for name, form in FORMS.items():
         law = fit(fitted, form)
-        formula = f"{law.E:.3f} + {law.A:.4g} / N^{law.a:.3f} + {law.B:.4g} / D^{law.b:.3f}"
+        terms = f"exp({law.log_A:.3f}) / N^{law.a:.4f} + exp({law.log_B:.3f}) / D^{law.b:.4f}"
+        formula = f"{law.E:.3f} + {terms}" if law.c == 1 else f"{law.E:.3f} + ({terms})^{law.c:.4f}"
         errors = [law.loss(run["parameters"], run["tokens"]) / run["loss"] - 1 for run in held_out]
         rows.append(
             [
@@ -217,13 +228,13 @@ def draw(study: Study, found: Fit, path: Path) -> None:
     """Draw loss against tokens: the runs, the law of each model, and the held-out runs with the predicted interval."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    models = {(run["layers"], run["channels"]): run["parameters"] for run in study["runs"]}
+    models = {(run["layers"], run["channels"]): run["parameters"] for run in found.runs}
     most = max(run["tokens"] for run in study["runs"])
     for (layers, channels), parameters in sorted(models.items(), key=lambda item: item[1]):
         own = [r for r in found.runs if (r["layers"], r["channels"]) == (layers, channels)]
         label = f"{layers} layers, {channels} channels: N = {parameters:,}"
         (points,) = axes.plot([r["tokens"] for r in own], [r["loss"] for r in own], "o", markersize=4, label=label)
-        tokens = np.geomspace(min(run["tokens"] for run in own or study["runs"]), most, 50)
+        tokens = np.geomspace(min(run["tokens"] for run in own), most, 50)
         axes.plot(tokens, found.law.loss(parameters, tokens), color=points.get_color(), linewidth=1)
     for group in by_size([run for run in study["runs"] if run["held_out"]]):
         run, (predicted, low, high) = group[0], found.predict(group[0])
@@ -280,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=FRACTIONS,
         metavar="F",
-        help="lengths to train, as fractions of the configuration's steps (default: twelfths)",
+        help="lengths to train, as fractions of the configuration's steps (default: 1/6 1/4 1/3 1/2 3/4)",
     )
     add("--seeds", nargs="*", type=int, default=[1, 2], help="seeds of these runs (default: 1 2)")
     add(

@@ -20,7 +20,10 @@ from training.start import run_identity
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "scaling.json"
 SIZES = ("n_layer", "n_head", "n_embd")  # of the model, which the runs of a study vary
 
-SAMPLES = 400  # laws of the bootstrap, from which intervals are computed
+# The warm-up has the same number of steps in all runs, and takes a larger part of a short run. Runs in which it takes
+# more than a tenth of the steps do not follow the law of the longer ones (docs/scaling.md).
+LEAST_STEPS = 10  # of a fitted run, relative to the steps of the warm-up
+SAMPLES = 200  # laws of the bootstrap for each form, from which intervals are computed
 
 Study = dict[str, Any]  # "config": the file of the configuration, "recipe": see `recipe_of`, and "runs"
 
@@ -31,7 +34,7 @@ class Fit(NamedTuple):
     form: str  # name in FORMS
     law: Law
     errors: dict[str, float]  # of each form: root mean square relative error of runs of a size that was left out
-    samples: np.ndarray  # (SAMPLES, 6), of `bootstrap`
+    samples: np.ndarray  # (forms * SAMPLES, 7), of `bootstrap` with each form
     runs: list[dict[str, Any]]  # that were fitted
 
     def predict(self, run: dict[str, Any]) -> tuple[float, float, float]:
@@ -115,11 +118,13 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 
 
 def fit_study(study: Study) -> Fit | None:
-    """Fit the runs of a study that are not held out; None if they have too few sizes.
+    """Fit the runs of a study that are long enough and not held out; None if they have too few sizes.
 
     Of the forms of the law, the one is chosen that predicts the runs of each size best from those of the other sizes.
+    The interval comes from all forms: those that fit small runs equally well can disagree about a larger one.
     """
-    runs = [run for run in study["runs"] if not run["held_out"]]
+    least = LEAST_STEPS * study["recipe"]["optim"]["warmup_steps"]
+    runs = [run for run in study["runs"] if not run["held_out"] and run["steps"] >= least]
     observed = observations(runs)
     if len({(run["parameters"], run["tokens"]) for run in runs}) <= max(
         form.matrix.shape[1] for form in FORMS.values()
@@ -128,7 +133,8 @@ def fit_study(study: Study) -> Fit | None:
     errors = {name: float(np.sqrt((leave_one_size_out(observed, form) ** 2).mean())) for name, form in FORMS.items()}
     best = min(errors, key=lambda name: errors[name])
     law = fit(observed, FORMS[best])
-    return Fit(best, law, errors, bootstrap(observed, FORMS[best], law, SAMPLES), runs)
+    samples = [bootstrap(observed, form, fit(observed, form), SAMPLES) for form in FORMS.values()]
+    return Fit(best, law, errors, np.concatenate(samples), runs)
 
 
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:

@@ -1,47 +1,56 @@
-"""A law of the validation loss, L(N, D) = E + A / N^a + B / D^b, and its fit to runs.
+"""A law of the validation loss, L(N, D) = E + (A / N^a + B / D^b)^c, and its fit to runs.
 
-N is the number of parameters without embeddings, D that of training tokens (Hoffmann et al. 2022, "Training
-Compute-Optimal Large Language Models", section 3.3). The law is for one recipe and one dataset.
+N is the number of parameters without embeddings, D that of training tokens. With c = 1, it is the law of Hoffmann et
+al. 2022, "Training Compute-Optimal Large Language Models", section 3.3. With E = 0 and b = 1, it is that of Kaplan et
+al. 2020, "Scaling Laws for Neural Language Models", equation 1.5. The law is for one recipe and one dataset.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
-HUBER = 1e-3  # log residuals above this count linearly and not squared, as in the paper
+HUBER = 1e-3  # log residuals above this count linearly and not squared, as in Hoffmann et al. 2022
 STEPS = 200  # of the Levenberg-Marquardt algorithm, at most
 
 
 class Law(NamedTuple):
-    """L(N, D) = E + A / N^a + B / D^b, in nats per token."""
+    """L(N, D) = E + (A / N^a + B / D^b)^c in nats per token. A and B can be too large for a number, unlike their logs.
+
+    A field may also be an array, for several laws.
+    """
 
     E: float
-    A: float
+    log_A: float
     a: float
-    B: float
+    log_B: float
     b: float
+    c: float = 1.0
 
     def loss(self, parameters: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
         """Return the loss of runs with these numbers of parameters and tokens, which may be arrays."""
-        return np.asarray(self.E + self.A * np.power(parameters, -self.a) + self.B * np.power(tokens, -self.b))
+        inner = np.logaddexp(self.log_A - self.a * np.log(parameters), self.log_B - self.b * np.log(tokens))
+        return np.asarray(self.E + np.exp(self.c * inner))
 
 
 class Form(NamedTuple):
-    """A law with fewer free numbers: (log E, log A, a, log B, b) = offset + matrix @ (the free numbers)."""
+    """A law with fewer free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ (the free numbers)."""
 
     description: str
-    matrix: np.ndarray  # (5, free numbers)
-    offset: np.ndarray  # (5,)
+    matrix: np.ndarray  # (6, free numbers)
+    offset: np.ndarray  # (6,)
 
 
-_EYE = np.eye(5)
-# The exponents of `published` are those of Hoffmann et al. 2022, equation 10.
+_EYE = np.eye(6)
+_NO_FLOOR = -60.0  # log E, instead of minus infinity
 FORMS = {
-    "full": Form("all five numbers are free", _EYE, np.zeros(5)),
-    "one-exponent": Form("a = b", np.stack([*_EYE[:2], _EYE[2] + _EYE[4], _EYE[3]], axis=1), np.zeros(5)),
-    "published-exponents": Form("a = 0.34, b = 0.28", _EYE[:, [0, 1, 3]], np.array([0, 0, 0.34, 0, 0.28])),
+    "full": Form("Hoffmann et al. 2022: c = 1", _EYE[:, :5], _EYE[5]),
+    "one-exponent": Form("c = 1, a = b", np.stack([*_EYE[:2], _EYE[2] + _EYE[4], _EYE[3]], axis=1), _EYE[5]),
+    # equation 10 of Hoffmann et al. 2022
+    "published-exponents": Form("c = 1, a = 0.34, b = 0.28", _EYE[:, [0, 1, 3]], np.array([0, 0, 0.34, 0, 0.28, 1])),
+    "joint": Form("Kaplan et al. 2020: E = 0, b = 1", _EYE[:, [1, 2, 3, 5]], np.array([_NO_FLOOR, 0, 0, 0, 1, 0])),
 }
 
 
@@ -59,7 +68,7 @@ def fit(runs: Observations, form: Form) -> Law:
 
 
 def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law | None = None) -> np.ndarray:
-    """Fit the law once for each row of `weights` (k, n), which has the weight of each run: (k, 5), as in Law.
+    """Fit the law once for each row of `weights` (k, n), which has the weight of each run: (k, 6), as in Law.
 
     The search starts at `near`, or at each of `starting_points` if it is None.
 
@@ -78,26 +87,22 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
     if near is None:
         starts = starting_points(runs.losses)
     else:
-        log_terms = np.log(near.A) - near.a * centers[0], np.log(near.B) - near.b * centers[1]
-        starts = np.array([[np.log(near.E), log_terms[0], near.a, log_terms[1], near.b]])
+        log_a, log_b = near.log_A - near.a * centers[0], near.log_B - near.b * centers[1]
+        starts = np.array([[np.log(near.E), log_a, near.a, log_b, near.b, near.c]])
     free = np.tile((starts - form.offset) @ np.linalg.pinv(form.matrix).T, (len(weights), 1))  # (k * starts, free)
     free, errors = minimize(free, form, x, y, np.log(runs.losses), np.repeat(weights, len(starts), axis=0))
     best = errors.reshape(len(weights), -1).argmin(axis=1) + np.arange(len(weights)) * len(starts)
-    log_e, log_a, a, log_b, b = (form.offset + free[best] @ form.matrix.T).T
-    return np.stack([np.exp(log_e), np.exp(log_a + a * centers[0]), a, np.exp(log_b + b * centers[1]), b], axis=1)
+    log_e, log_a, a, log_b, b, c = (form.offset + free[best] @ form.matrix.T).T
+    return np.stack([np.exp(log_e), log_a + a * centers[0], a, log_b + b * centers[1], b, c], axis=1)
 
 
 def starting_points(losses: np.ndarray) -> np.ndarray:
-    """Return values of (log E, log A, a, log B, b), (27, 5), at which a fit to centered logarithms can start."""
-    mean = losses.mean()
-    return np.array(
-        [
-            (np.log(part * mean), np.log((1 - part) / 2 * mean), a, np.log((1 - part) / 2 * mean), b)
-            for part in (0.2, 0.5, 0.8)
-            for a in (0.2, 0.5, 1.0)
-            for b in (0.2, 0.5, 1.0)
-        ]
-    )
+    """Return values of (log E, log A, a, log B, b, c), (81, 6), at which a fit to centered logarithms can start."""
+    mean, points = losses.mean(), []
+    for floor, a, b, c in itertools.product((0.2, 0.5, 0.8), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0), (0.1, 0.3, 1.0)):
+        half = np.log((1 - floor) * mean) / c - np.log(2)
+        points.append((np.log(floor * mean), half, a / c, half, b / c, c))
+    return np.array(points)
 
 
 def minimize(
@@ -136,11 +141,13 @@ def evaluate(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return log L(N, D) minus the target, (k, n), and its derivative by the free numbers, (k, n, f)."""
-    log_e, log_a, a, log_b, b = (form.offset + free @ form.matrix.T).T[:, :, None]  # each (k, 1)
-    terms = np.stack(np.broadcast_arrays(log_e, log_a - a * x, log_b - b * y))  # (3, k, n)
-    total = np.logaddexp.reduce(terms)
-    of_e, of_a, of_b = np.exp(terms - total)  # each term's fraction of the loss
-    derivative = np.stack([of_e, of_a, -of_a * x, of_b, -of_b * y], axis=-1)
+    log_e, log_a, a, log_b, b, c = (form.offset + free @ form.matrix.T).T[:, :, None]  # each (k, 1)
+    of_n, of_d = log_a - a * x, log_b - b * y  # (k, n)
+    inner = np.logaddexp(of_n, of_d)
+    total = np.logaddexp(log_e, c * inner)
+    of_e, of_c = np.exp(log_e - total), np.exp(c * inner - total)  # each term's fraction of the loss
+    by_n, by_d = of_c * c * np.exp(of_n - inner), of_c * c * np.exp(of_d - inner)
+    derivative = np.stack([of_e, by_n, -by_n * x, by_d, -by_d * y, of_c * inner], axis=-1)
     return total - target, derivative @ form.matrix
 
 
@@ -151,7 +158,7 @@ def huber(residuals: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 0) -> np.ndarray:
-    """Return `count` laws, fitted to runs that were drawn with replacement, each with a residual: (count, 6).
+    """Return `count` laws, fitted to runs that were drawn with replacement, each with a residual: (count, 7).
 
     The residual (logarithm) is that of a random run, enlarged because n runs fit a law with f free numbers too well: by
     the square root of n / (n - f). It stands for what the law cannot explain, such as the influence of the seed.
@@ -165,7 +172,7 @@ def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 
 
 def interval(samples: np.ndarray, parameters: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
     """Return the interval that contains a run's loss with probability `level`, from the rows of `bootstrap`."""
-    losses = Law(*samples.T[:5]).loss(parameters, tokens) * np.exp(samples[:, 5])
+    losses = Law(*samples.T[:6]).loss(parameters, tokens) * np.exp(samples[:, 6])
     low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -13,7 +13,7 @@ from training.inputs import model_config, open_inputs
 from training.prediction import find_study, fit_study, observations, read_studies, recipe_of, size_of
 from training.scaling_law import FORMS, Law, fit
 
-LAW = Law(1.5, 20.0, 0.4, 30.0, 0.3)
+LAW = Law(1.5, 3.0, 0.4, 3.4, 0.3)
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def configure(tiny_run):
     """`configure(**changes)`: a run with a validation, whose model has heads of 16 channels."""
 
     def run(**changes):
-        return tiny_run("predicted", **{"eval.every": 20, "eval.tokens": 500} | changes)
+        return tiny_run("predicted", **{"eval.every": 20, "eval.tokens": 500, "optim.warmup_steps": 1} | changes)
 
     return run
 
@@ -42,8 +42,9 @@ def study(configure, tmp_path, monkeypatch):
             changes = {"model.n_embd": width, "model.n_head": width // 16, "optim.steps": steps}
             size = described(configure(**changes))[1]
             loss = float(LAW.loss(size["parameters"], size["tokens"]))
-            runs.append(size | {"held_out": False, "loss": loss})
-    runs.append(size | {"held_out": True, "loss": 9.0})
+            runs.append(size | {"steps": steps, "held_out": False, "loss": loss})
+    runs.append(size | {"steps": steps, "held_out": True, "loss": 9.0})
+    runs.append(size | {"steps": 9, "held_out": False, "loss": 9.0})  # the warm-up takes more than a tenth
     monkeypatch.setattr(prediction, "RESULTS", tmp_path / "scaling.json")
     study = {"config": "tiny.yaml", "recipe": described(configure())[0], "runs": runs}
     write_json(prediction.RESULTS, [{"config": "other.yaml", "recipe": {}, "runs": []}, study], rows=True)
@@ -70,7 +71,7 @@ def test_a_dry_run_prints_the_expected_loss_with_its_interval(lines, configure):
     assert loss == pytest.approx(float(LAW.loss(size["parameters"], size["tokens"])), abs=0.002)
     assert low <= loss <= high
     assert "on 500 tokens" in text
-    assert "from 12 runs (docs/scaling.md)" in text  # and not 13: the other one is held out
+    assert "from 12 runs (docs/scaling.md)" in text  # and not 14: one is held out, and one is too short
     assert "extrapolated" not in text
 
 
