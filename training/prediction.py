@@ -22,7 +22,7 @@ SIZES = ("n_layer", "n_head", "n_embd")  # of the model, which the runs of a stu
 
 # The warm-up has the same number of steps in all runs, and takes a larger part of a short run. Runs in which it takes
 # more than a tenth of the steps do not follow the law of the longer ones (docs/scaling.md).
-LEAST_STEPS = 10  # of a fitted run, relative to the steps of the warm-up
+MIN_STEPS = 10  # of a fitted run, relative to the steps of the warm-up
 SAMPLES = 200  # laws of the bootstrap for each form, from which intervals are computed
 
 Study = dict[str, Any]  # "config": the file of the configuration, "recipe": see `recipe_of`, and "runs"
@@ -123,8 +123,8 @@ def fit_study(study: Study) -> Fit | None:
     Of the forms of the law, the one is chosen that predicts the runs of each size best from those of the other sizes.
     The interval comes from all forms: those that fit small runs equally well can disagree about a larger one.
     """
-    least = LEAST_STEPS * study["recipe"]["optim"]["warmup_steps"]
-    runs = [run for run in study["runs"] if not run["held_out"] and run["steps"] >= least]
+    shortest = MIN_STEPS * study["recipe"]["optim"]["warmup_steps"]
+    runs = [run for run in study["runs"] if not run["held_out"] and run["steps"] >= shortest]
     observed = observations(runs)
     if len({(run["parameters"], run["tokens"]) for run in runs}) <= max(
         form.matrix.shape[1] for form in FORMS.values()
