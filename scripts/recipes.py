@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
         return " ".join([*options, f"--idea {self.idea}"] if self.idea else options)
 
 
-# Matrix products in bfloat16 halve the time of these sizes on a CPU that has it, and change the loss by less than 0.001.
+# bfloat16 halves the time of these sizes on a CPU that has it. Seed 1 of `plays` changes by 0.0007.
 SHORT_WINDOWS = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4 system.dtype=bfloat16"
 )

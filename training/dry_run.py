@@ -23,6 +23,7 @@ from training.estimate import (
 from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
+from training.prediction import describe_expected_loss
 from training.start import Start, describe_start, find_initial_model, find_start, read_saved_state, run_identity
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 from training.transfer import describe_rates
@@ -42,8 +43,8 @@ class Target(NamedTuple):
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
     """Return what `train.py --dry-run` prints, and what is missing for a run here, or "" if nothing is.
 
-    The text has the size, the tokens, the checkpoint to start from, the memory by micro-batch with a verdict, and the
-    time.
+    The text has the size, the tokens, the checkpoint to start from, the memory by micro-batch with a verdict, the time
+    and, if runs with the same recipe and dataset were fitted (docs/scaling.md), the expected validation loss.
 
     `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Without a
     dataset, GPT-2's vocabulary is assumed.
@@ -78,6 +79,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
         *([f"rates       {describe_rates(config.optim, model)}"] if initial is None else []),
         *describe_memory(config, model, target),
         *describe_time(config, model, target, flags.mfu),
+        *(describe_expected_loss(config, model, inputs) if inputs else []),
     ]
     if inputs is not None:
         lines += [f"warning: {warning}" for warning in warnings(config, inputs)]

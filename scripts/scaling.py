@@ -1,0 +1,315 @@
+"""Predict the validation loss of a run from smaller runs, by a fit of L(N, D) for parameters N and tokens D:
+
+    python -m scripts.scaling --train --seeds 1 2 --held-out 1 2 3
+    python -m scripts.scaling --figure docs/scaling.png
+
+With --train, small models are trained with the recipe and the dataset of a configuration, each with several lengths.
+Only the model's layers and channels and the number of steps differ; all heads have the configuration's width. A run
+that is already in the file of results is not repeated. --held-out trains the configuration itself.
+
+Then the small runs in the file, with at most a quarter of the FLOPs of the configuration's own run, are fitted, and the
+law is compared with the configuration's own run. `train.py --dry-run` fits the same file to predict the loss of a run.
+docs/scaling.md explains the method.
+"""
+
+from __future__ import annotations
+
+if not __package__:  # started by its path, so that the imports below would fail
+    raise SystemExit("Run this in the root of the repository: python -m scripts.scaling")
+
+import argparse
+import functools
+import itertools
+import math
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from command import CommandParser, ending
+from files import write_json
+from processes import start_processes
+from scripts.recipes import spread
+from scripts.sweep import markdown, train_to_end
+from training.config import Config, parse_config
+from training.inputs import open_inputs
+from training.prediction import (
+    RESULTS,
+    Fit,
+    Study,
+    find_study,
+    fit_study,
+    observations,
+    read_studies,
+    recipe_of,
+    size_of,
+)
+from training.scaling_law import FORMS, fit
+
+SHAPES = ("2x64", "3x96", "2x128", "3x128")
+FRACTIONS = [1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4]
+HELD_OUT = 4  # the fit uses runs with at most 1/4 of the FLOPs of the configuration's own run
+
+
+class Shape(NamedTuple):
+    """The size of a model."""
+
+    n_layer: int
+    n_embd: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Return the shape of a text such as 3x128: layers and channels."""
+        if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+            raise argparse.ArgumentTypeError(f"{text}: expected LAYERSxCHANNELS, such as 3x128")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n_layer}x{self.n_embd}"
+
+
+@functools.cache
+def head_width(path: str) -> int:
+    """Return the channels of each attention head in a configuration."""
+    model = parse_config(["--config", path]).model_config(vocab_size=1)
+    return model.n_embd // model.n_head
+
+
+def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
+    """Return train.py's arguments for a run of this size, which validates once, after the last step.
+
+    Raises ValueError if the channels are no multiple of the width of the configuration's heads.
+    """
+    width = head_width(path)
+    if shape.n_embd % width:
+        raise ValueError(f"--shapes {shape}: the channels must be a multiple of {width}, the width of a head in {path}")
+    fields = (
+        f"model.n_layer={shape.n_layer} model.n_embd={shape.n_embd} model.n_head={shape.n_embd // width} "
+        f"optim.steps={steps} run.seed={seed} run.name=scaling eval.every={steps} eval.at_start=false eval.samples=0 "
+        f"eval.hellaswag=false checkpoint.every=0 log.every={steps}"
+    ).split()
+    return [
+        "--config",
+        path,
+        *(part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)),
+    ]
+
+
+def describe(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the recipe of a run, and its entry in the file of results, without the loss."""
+    inputs = open_inputs(config, None, verify=False)
+    model = config.model_config(inputs.tokenizer.vocab_size)
+    precision = start_processes(config.system.device, config.system.dtype).dtype
+    size = {"layers": model.n_layer, "channels": model.n_embd, "steps": config.optim.steps, "seed": config.run.seed}
+    entry = size | size_of(config, model) | {"precision": str(precision).removeprefix("torch.")}
+    return recipe_of(config, model, inputs), entry
+
+
+def train_run(arguments: list[str]) -> float:
+    """Train a run in a temporary directory and return its loss. Raises FloatingPointError if it diverges."""
+    with tempfile.TemporaryDirectory() as directory:
+        loss = train_to_end([*arguments, "--run.dir", directory], None)[0]
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"this run has diverged, so it cannot be fitted: train.py {' '.join(arguments)}")
+    return loss
+
+
+def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Study], list[dict[str, Any]]]:
+    """Return all studies in a file, and the list of the runs with this recipe in them, which is new if there are none.
+
+    The file is read each time, because another process may add runs to it.
+    """
+    studies = read_studies(path)
+    study = find_study(studies, recipe)
+    if study is None:
+        study = {"config": config, "recipe": recipe, "runs": []}
+        studies.append(study)
+    return studies, study["runs"]
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Train the runs that the file of results lacks, and add each to the file when it ends."""
+    base = parse_config(["--config", args.config])
+    recipe, own = describe(base)
+    lengths = sorted({round(fraction * base.optim.steps) for fraction in args.fractions})
+    planned = list(itertools.product(args.seeds, args.shapes, lengths))
+    whole = Shape(own["layers"], own["channels"]), own["steps"]
+    for seed, shape, steps in [*planned, *((seed, *whole) for seed in args.held_out)]:
+        arguments = arguments_of(args.config, shape, steps, seed)
+        entry = describe(parse_config(arguments))[1]
+        is_held_out = (shape, steps) == whole
+        is_known = any(entry.items() <= run.items() for run in kept_runs(args.results, args.config, recipe)[1])
+        if not is_known and (is_held_out or entry["flops"] * HELD_OUT <= own["flops"]):
+            loss = train_run(arguments)
+            print(f"{shape}, {steps} steps, seed {seed}: {loss:.4f}", file=sys.stderr)
+            studies, runs = kept_runs(args.results, args.config, recipe)
+            runs.append(entry | {"held_out": is_held_out, "loss": loss})
+            write_json(args.results, studies, rows=True)
+
+
+def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the runs grouped by model and length, those with the fewest FLOPs first."""
+
+    def size(run: dict[str, Any]) -> tuple[int, ...]:
+        return run["flops"], run["layers"], run["channels"], run["steps"]
+
+    return [list(group) for _, group in itertools.groupby(sorted(runs, key=size), key=size)]
+
+
+def run_table(study: Study, found: Fit) -> str:
+    """Return the table of all runs, a row for each size, with the loss that the law predicts for it."""
+    rows = []
+    for group in by_size(study["runs"]):
+        run, losses = group[0], [run["loss"] for run in group]
+        predicted, low, high = found.predict(run)
+        rows.append(
+            [
+                f"{run['layers']}x{run['channels']}, {run['steps']} steps",
+                f"{run['parameters']:,}",
+                f"{run['tokens']:,}",
+                f"{run['flops']:.2g}",
+                "yes" if run in found.runs else "held out" if run["held_out"] else "too short",
+                spread(losses),
+                " ".join(str(run["seed"]) for run in group),
+                f"{predicted:.4f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{predicted / statistics.mean(losses) - 1:+.2%}",
+            ]
+        )
+    heads = ["run", "N", "D", "FLOPs", "fitted", "loss", "seeds", "law", "95% interval of a run", "error of the law"]
+    return markdown(heads, rows)
+
+
+def form_table(study: Study, found: Fit) -> str:
+    """Return the table that compares the forms of the law, by runs that were left out and by the held-out runs."""
+    fitted = observations(found.runs)
+    held_out = [run for run in study["runs"] if run["held_out"]]
+    rows = []
+    for name, form in FORMS.items():
+        law = fit(fitted, form)
+        terms = f"exp({law.log_A:.3f}) / N^{law.a:.4f} + exp({law.log_B:.3f}) / D^{law.b:.4f}"
+        formula = f"{law.E:.3f} + {terms}" if law.c == 1 else f"{law.E:.3f} + ({terms})^{law.c:.4f}"
+        errors = [law.loss(run["parameters"], run["tokens"]) / run["loss"] - 1 for run in held_out]
+        rows.append(
+            [
+                f"**{name}**" if name == found.form else name,
+                form.description,
+                formula,
+                f"{found.errors[name]:.2%}",
+                f"{statistics.mean(errors):+.2%}" if errors else "",
+            ]
+        )
+    heads = ["form", "meaning", "L(N, D)", "error of sizes left out", "error of the held-out run"]
+    return markdown(heads, rows)
+
+
+def check(study: Study, found: Fit) -> list[str]:
+    """Return a sentence for each held-out size: the prediction, its interval, the measured loss and the error."""
+    lines = []
+    for group in by_size([run for run in study["runs"] if run["held_out"]]):
+        run, losses = group[0], [run["loss"] for run in group]
+        predicted, low, high = found.predict(run)
+        times = run["flops"] / max(fitted["flops"] for fitted in found.runs)
+        seeds = f"{len(losses)} seed{'s' * (len(losses) > 1)}"
+        lines.append(
+            f"Held out, {times:.1f} times the FLOPs of the largest fitted run: {run['layers']}x{run['channels']}, "
+            f"{run['steps']} steps. Predicted {predicted:.4f} ({low:.3f} to {high:.3f}), measured {spread(losses)} "
+            f"({seeds}): error {predicted / statistics.mean(losses) - 1:+.2%}."
+        )
+    return lines
+
+
+def draw(study: Study, found: Fit, path: Path) -> None:
+    """Draw loss against tokens: the runs, the law of each model, and the held-out runs with the predicted interval."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    models = {(run["layers"], run["channels"]): run["parameters"] for run in found.runs}
+    most = max(run["tokens"] for run in study["runs"])
+    for (layers, channels), parameters in sorted(models.items(), key=lambda item: item[1]):
+        own = [r for r in found.runs if (r["layers"], r["channels"]) == (layers, channels)]
+        label = f"{layers} layers, {channels} channels: N = {parameters:,}"
+        (points,) = axes.plot([r["tokens"] for r in own], [r["loss"] for r in own], "o", markersize=4, label=label)
+        tokens = np.geomspace(min(run["tokens"] for run in own), most, 50)
+        axes.plot(tokens, found.law.loss(parameters, tokens), color=points.get_color(), linewidth=1)
+    for group in by_size([run for run in study["runs"] if run["held_out"]]):
+        run, (predicted, low, high) = group[0], found.predict(group[0])
+        error = [[predicted - low], [high - predicted]]
+        axes.errorbar(run["tokens"] * 1.03, predicted, yerr=error, fmt="s", color="black", capsize=4, label="predicted")
+        axes.plot([r["tokens"] for r in group], [r["loss"] for r in group], "r*", markersize=9, label="held out")
+    axes.set(xscale="log", xlabel="training tokens D", ylabel="validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Fit the runs of the configuration's recipe; print the tables and the check, and draw the figure.
+
+    Raises ValueError if the file of results has too few of them.
+    """
+    recipe = describe(parse_config(["--config", args.config]))[0]
+    study = find_study(read_studies(args.results), recipe)
+    found = study and fit_study(study)
+    if not study or not found:
+        raise ValueError(
+            f"{args.results} has too few runs with the recipe and the dataset of {args.config}: train them with --train"
+        )
+    print(*check(study, found), form_table(study, found), run_table(study, found), sep="\n\n")
+    if args.figure:
+        draw(study, found, args.figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = CommandParser(
+        prog="python -m scripts.scaling", description="Predict the validation loss of a run from smaller runs."
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        default="configs/shakespeare.yaml",
+        metavar="FILE",
+        help="YAML file of train.py: recipe, dataset and the run to predict (default: %(default)s)",
+    )
+    add("--train", action="store_true", help="train the runs that the file of results lacks, before the fit")
+    add(
+        "--shapes",
+        nargs="*",
+        type=Shape.parse,
+        default=[*map(Shape.parse, SHAPES)],
+        metavar="LxC",
+        help=f"layers and channels of the models to train (default: {' '.join(SHAPES)})",
+    )
+    add(
+        "--fractions",
+        nargs="*",
+        type=float,
+        default=FRACTIONS,
+        metavar="F",
+        help="lengths to train, as fractions of the configuration's steps (default: 1/6 1/4 1/3 1/2 3/4)",
+    )
+    add("--seeds", nargs="*", type=int, default=[1, 2], help="seeds of these runs (default: 1 2)")
+    add(
+        "--held-out",
+        nargs="*",
+        type=int,
+        default=[],
+        metavar="SEED",
+        help="with --train: also train the configuration itself with these seeds",
+    )
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="all runs and fits (default: docs/scaling.json)")
+    add("--figure", type=Path, metavar="PNG", help="draw the losses and the fit")
+    args = parser.parse_args(arguments)
+    with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):
+        if args.train:
+            train_all(args)
+        report(args)
+
+
+if __name__ == "__main__":
+    main()
