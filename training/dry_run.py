@@ -76,7 +76,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
         *(f"            {note}" for note in (inputs.notes if inputs else [])),
         *([f"start       {absent}"] if absent else check_start(start, config, model, inputs)),
         f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
-        *([f"rates       {describe_rates(config.optim, model)}"] if initial is None else []),
+        *([f"rates       {describe_rates(config.optim, model)}"] if config.model.init_from == "scratch" else []),
         *describe_memory(config, model, target),
         *describe_time(config, model, target, flags.mfu),
         *(describe_expected_loss(config, model, inputs) if inputs else []),
