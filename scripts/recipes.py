@@ -88,6 +88,18 @@ RECIPES = {
     "present": Recipe(),
     "lr-3e-3": Recipe("optim.lr=3e-3"),
     "momentum-0.9": Recipe("optim.muon_momentum=0.9"),
+    "momentum-0.85": Recipe("optim.muon_momentum=0.85"),
+    "momentum-0.9-free": Recipe("optim.muon_momentum=0.9 optim.betas=[0.8,0.95] optim.grad_clip=0"),
+    "momentum-0.85-free": Recipe("optim.muon_momentum=0.85 optim.betas=[0.8,0.95] optim.grad_clip=0"),
+    "momentum-0.8-free-muon-0.025": Recipe(
+        "optim.muon_momentum=0.8 optim.betas=[0.8,0.95] optim.grad_clip=0 optim.muon_lr=0.025"
+    ),
+    "momentum-0.85-free-normuon": Recipe(
+        "optim.muon_momentum=0.85 optim.betas=[0.8,0.95] optim.grad_clip=0", "normuon-columns"
+    ),
+    "momentum-0.85-free-0.8": Recipe(
+        "optim.muon_momentum=0.85 optim.betas=[0.8,0.95] optim.grad_clip=0 optim.decay_fraction=0.8"
+    ),
     "momentum-warm-up": Recipe(idea="momentum-warm-up"),
     "warm-up-5": Recipe("optim.warmup_steps=5"),
     "per-head": Recipe(idea="per-head"),
