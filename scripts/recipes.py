@@ -84,22 +84,17 @@ PRESENT = (
 QUICK = "optim.warmup_steps=5 optim.muon_momentum=0.9"
 FAST = f"{QUICK} optim.muon_lr=0.03"
 FASTER = f"{FAST} optim.lr=2e-2 optim.betas=[0.8,0.95] optim.grad_clip=0"
+SHORT_MEMORY = "optim.betas=[0.8,0.95] optim.grad_clip=0"
 RECIPES = {
     "present": Recipe(),
     "lr-3e-3": Recipe("optim.lr=3e-3"),
     "momentum-0.9": Recipe("optim.muon_momentum=0.9"),
     "momentum-0.85": Recipe("optim.muon_momentum=0.85"),
-    "momentum-0.9-free": Recipe("optim.muon_momentum=0.9 optim.betas=[0.8,0.95] optim.grad_clip=0"),
-    "momentum-0.85-free": Recipe("optim.muon_momentum=0.85 optim.betas=[0.8,0.95] optim.grad_clip=0"),
-    "momentum-0.8-free-muon-0.025": Recipe(
-        "optim.muon_momentum=0.8 optim.betas=[0.8,0.95] optim.grad_clip=0 optim.muon_lr=0.025"
-    ),
-    "momentum-0.85-free-normuon": Recipe(
-        "optim.muon_momentum=0.85 optim.betas=[0.8,0.95] optim.grad_clip=0", "normuon-columns"
-    ),
-    "momentum-0.85-free-0.8": Recipe(
-        "optim.muon_momentum=0.85 optim.betas=[0.8,0.95] optim.grad_clip=0 optim.decay_fraction=0.8"
-    ),
+    "momentum-0.9-decay-0.8": Recipe("optim.muon_momentum=0.9 optim.decay_fraction=0.8"),
+    "short-memory-0.9": Recipe(f"{SHORT_MEMORY} optim.muon_momentum=0.9"),
+    "short-memory-0.85": Recipe(f"{SHORT_MEMORY} optim.muon_momentum=0.85"),
+    "short-memory-0.85-decay-0.8": Recipe(f"{SHORT_MEMORY} optim.muon_momentum=0.85 optim.decay_fraction=0.8"),
+    "short-memory-0.85-normuon": Recipe(f"{SHORT_MEMORY} optim.muon_momentum=0.85", "normuon-columns"),
     "momentum-warm-up": Recipe(idea="momentum-warm-up"),
     "warm-up-5": Recipe("optim.warmup_steps=5"),
     "per-head": Recipe(idea="per-head"),
@@ -257,7 +252,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """Draw loss against steps for `present` and the recipes with shorter runs, with two standard errors of the mean."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(results), 5.5), layout="constrained")
     for axes, (size, recipes) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         full = SIZES[size].steps
         for name, losses in recipes.items():
@@ -270,7 +265,7 @@ def draw(results: Results, path: Path) -> None:
                     axes.axhline(means[-1], color=line[0].get_color(), linestyle="--", linewidth=1)
         axes.set(title=size, xlabel="steps of the run", ylabel="loss after the last step, nats per token")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize="small", ncols=2)  # below the axes
     figure.savefig(path, dpi=100)
 
 
