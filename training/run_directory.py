@@ -138,15 +138,14 @@ class RunDirectory:
                     f"another process has trained in {self.path} since this one was started: run the same command "
                     f"again to resume from its checkpoint"
                 )
+            for partial in self.checkpoints.glob(f"*{PARTIAL_SUFFIX}"):  # a killed process was writing or deleting it
+                discard(partial)
             settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
             (self.path / "config.yaml").write_text(settings, encoding="utf-8")
-            starts = [*self._earlier_starts(), start]
+            write_json(self.path / "provenance.json", [*self._earlier_starts(), start])
             self._log = MetricsLog(self.metrics_path, last_step, config, last_validation=last_validation)
             keep_samples(self.path / "samples.txt", last_validation)
             self.write_status("running", max(0, last_step))
-            for partial in self.checkpoints.glob(f"*{PARTIAL_SUFFIX}"):  # a killed process was writing or deleting it
-                discard(partial)
-            write_json(self.path / "provenance.json", starts)
         except OSError as error:
             raise OSError(f"cannot write to {self.path} ({error.strerror or error}): choose another run.dir") from error
         try:
