@@ -48,6 +48,7 @@ def test_a_wrong_shape_is_refused(text, capsys):
     assert f"{text}: expected LAYERSxCHANNELS" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_trains_what_the_file_lacks_and_checks_the_held_out_run(options, python, tmp_path, capsys):
     main([*options, "--train", "--held-out", "1", "2", "--figure", str(tmp_path / "figure.png")])
     output = capsys.readouterr().out

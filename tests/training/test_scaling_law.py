@@ -47,6 +47,7 @@ def test_one_wrong_run_does_not_move_the_law():
     assert float(fit(runs, FORMS["full"]).loss(*NEW)) == pytest.approx(TRUE.loss(*NEW), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_interval_contains_most_new_runs_and_is_not_much_wider_than_needed():
     hits, widths = [], []
     for seed in range(25):
