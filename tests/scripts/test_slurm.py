@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,12 +103,14 @@ def test_an_impossible_job_is_refused_before_it_starts(cluster, tiny_run, write_
 @pytest.mark.slow
 def test_a_job_that_fails_is_not_requeued(tiny_run, write_config, cluster, tmp_path):
     """The status `preempted` of a previous attempt must not requeue it either."""
-    (tmp_path / "runs" / "x").mkdir(parents=True)
-    (tmp_path / "runs" / "x" / "status.json").write_text('{"status": "preempted", "step": 3}')
-    job = cluster(1, "--config", write_config(tiny_run("x", **{"run.resume": "must"})))
-    output, _ = job.communicate(timeout=240)
+    directory = tmp_path / "runs" / "x"
+    directory.mkdir(parents=True)
+    (directory / "status.json").write_text('{"status": "preempted", "step": 3}')
+    with FileLock(directory / ".lock"):  # the dry run, which comes first, does not lock the directory
+        job = cluster(1, "--config", write_config(tiny_run("x")))
+        output, _ = job.communicate(timeout=240)
     assert job.returncode == 1, output
-    assert "run.resume is must, but there is no checkpoint" in output
+    assert "is in use by a run that has not ended" in output
     assert "ended without finishing or being preempted (srun: 1)" in output
     assert not (tmp_path / "requeued").exists()
 
