@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,20 +14,15 @@ from typing import Any
 PARTIAL_SUFFIX = ".partial"
 
 
-def write_json(path: Path, value: Any, *, rows: bool = False) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON. After a crash the file holds either the old content or the new one.
-
-    With `rows`, each list or object that contains no other one takes a single line, as the rows of a table.
 
     Raises OSError, naming the path, when it cannot be written.
     """
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    if rows:  # a line break in the text is between values: inside a string it is written as \\n
-        text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\n *", " ", match[0]), text)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
             # The content must be on the disk before the rename, or a power failure can leave an empty file.
             file.flush()
             os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from checkpoints import choose_checkpoint, is_run, list_checkpoints
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
-from weights import find_config, load_weights, locate, read_config
+from weights import find_config, locate, read_config
 
 PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed, with fewer tokens than this
 
@@ -55,7 +55,7 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
 class ModelFiles(NamedTuple):
     """The files of a trained model, before its weights are loaded. Configuration and tokenizer belong together."""
 
-    name: str  # the directory or hub name, that was given or, without one, the newest run
+    name: str  # directory or hub name: the one that was given, or the newest run if none was
     directory: Path
     config: GPTConfig  # its vocabulary may be padded
     tokenizer: Tokenizer
@@ -91,11 +91,9 @@ def load_model(
     Raises what `find_model` raises, and ValueError if the weights are damaged or missing.
     """
     found = find_model(name_or_dir, checkpoint)
-    with torch.device("meta"):  # shapes only: the values come from the files
-        model = GPT(found.config)
-    load_weights(model, found.directory, dtype=dtype, device=device)
+    model = GPT.from_pretrained(found.directory, dtype=dtype, device=device)
     fit_vocabulary(model, found.tokenizer, found.directory)
-    return model.eval(), found.tokenizer, found.name
+    return model, found.tokenizer, found.name
 
 
 def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Path) -> None:

@@ -195,8 +195,10 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         hint = conversion_hint(path.parent)
         raise FileNotFoundError(f"{directory} is not a model directory: it has no {path.name}{hint}")
-    is_openai = path.name == "hparams.json"
-    fields = DEFAULT_CONFIG | (convert_hparams(read_json(path), path) if is_openai else read_json(path))
+    described = read_json(path)
+    if path.name == "hparams.json":
+        described = convert_hparams(described, path)
+    fields = DEFAULT_CONFIG | described
     for name, aliases in SHAPE_ALIASES.items():
         for alias in aliases:
             if alias in fields and fields.setdefault(name, fields[alias]) != fields[alias]:

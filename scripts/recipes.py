@@ -22,7 +22,6 @@ import json
 import math
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from matplotlib.figure import Figure
 from command import CommandParser, ending
 from files import write_json
 from scripts.ideas import find_idea
-from scripts.sweep import markdown, train_to_end
+from scripts.sweep import as_flags, markdown, train_apart
 
 Losses = dict[int, dict[int, float]]  # steps -> seed -> validation loss
 Results = dict[str, dict[str, Losses]]  # size -> recipe -> losses
@@ -123,19 +122,16 @@ RECIPES = {
 }
 
 
-def arguments_of(size: Size, recipe: Recipe, steps: int, seed: int, directory: str) -> list[str]:
+def arguments_of(size: Size, recipe: Recipe, steps: int, seed: int) -> list[str]:
     """Return train.py's arguments for a run on the CPU, with one validation after the last step."""
     fields = " ".join((COMMON, size.fields, PRESENT, recipe.fields)).split()
-    fields += [f"optim.steps={steps}", f"eval.every={steps}", f"run.seed={seed}", f"run.dir={directory}"]
-    flags = [part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)]
-    return ["--config", size.config, *flags]
+    fields += [f"optim.steps={steps}", f"eval.every={steps}", f"run.seed={seed}"]
+    return ["--config", size.config, *as_flags(fields)]
 
 
 def train_recipe(size: Size, recipe: Recipe, steps: int, seed: int) -> float:
     """Train one run in a temporary directory, and return its last validation loss."""
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = arguments_of(size, recipe, steps, seed, directory)
-        return train_to_end(arguments, find_idea(recipe.idea) if recipe.idea else None)[0]
+    return train_apart(arguments_of(size, recipe, steps, seed), find_idea(recipe.idea) if recipe.idea else None)
 
 
 def read_results(path: Path) -> Results:

@@ -24,7 +24,6 @@ import math
 import re
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from command import CommandParser, ending
 from files import write_json
 from processes import start_processes
 from scripts.recipes import spread
-from scripts.sweep import markdown, train_to_end
+from scripts.sweep import as_flags, markdown, train_apart
 from training.config import Config, parse_config
 from training.inputs import open_inputs
 from training.prediction import (
@@ -93,11 +92,7 @@ def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
         f"optim.steps={steps} run.seed={seed} run.name=scaling eval.every={steps} eval.at_start=false eval.samples=0 "
         f"eval.hellaswag=false checkpoint.every=0 log.every={steps}"
     ).split()
-    return [
-        "--config",
-        path,
-        *(part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)),
-    ]
+    return ["--config", path, *as_flags(fields)]
 
 
 def describe(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,8 +107,7 @@ def describe(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def train_run(arguments: list[str]) -> float:
     """Train a run in a temporary directory and return its loss. Raises FloatingPointError if it diverges."""
-    with tempfile.TemporaryDirectory() as directory:
-        loss = train_to_end([*arguments, "--run.dir", directory], None)[0]
+    loss = train_apart(arguments)
     if not math.isfinite(loss):
         raise FloatingPointError(f"this run has diverged, so it cannot be fitted: train.py {' '.join(arguments)}")
     return loss
@@ -149,7 +143,7 @@ def train_all(args: argparse.Namespace) -> None:
             print(f"{shape}, {steps} steps, seed {seed}: {loss:.4f}", file=sys.stderr)
             studies, runs = kept_runs(args.results, args.config, recipe)
             runs.append(entry | {"held_out": is_held_out, "loss": loss})
-            write_json(args.results, studies, rows=True)
+            write_json(args.results, studies)
 
 
 def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

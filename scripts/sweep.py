@@ -20,6 +20,8 @@ import math
 import re
 import statistics
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from command import CommandParser, ending
@@ -63,6 +65,17 @@ def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, 
     records = read_metrics(Path(run.dir) / run.name / "metrics.jsonl")
     final = next((r.get(measured) for r in reversed(records) if r["split"] == "val"), None)
     return math.inf if diverged or final is None else final, records
+
+
+def train_apart(arguments: list[str], idea: type[Idea] | None = None) -> float:
+    """Train a run as `train_to_end` does, in a temporary directory, and return its last validation loss."""
+    with tempfile.TemporaryDirectory() as directory:
+        return train_to_end([*arguments, "--run.dir", directory], idea)[0]
+
+
+def as_flags(fields: Iterable[str]) -> list[str]:
+    """Return train.py's arguments for fields that are written as optim.lr=1e-3."""
+    return [part for name, _, value in (field.partition("=") for field in fields) for part in (f"--{name}", value)]
 
 
 def first_below(records: list[dict], loss: float) -> int | None:

@@ -20,7 +20,6 @@ import json
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 from command import CommandParser, ending
 from files import write_json
 from scripts.recipes import spread
-from scripts.sweep import markdown, train_to_end
+from scripts.sweep import as_flags, markdown, train_apart
 from training.transfer import Size, scale
 
 Losses = dict[float, dict[int, float]]  # value of the swept field -> seed -> validation loss
@@ -103,9 +102,7 @@ def fields_of(sweep: Sweep, shape: Shape, value: float, seed: int) -> list[str]:
 
 def train_one(fields: list[str]) -> float:
     """Train one run in a temporary directory, and return its last validation loss."""
-    flags = [part for name, _, value in (f.partition("=") for f in fields) for part in (f"--{name}", value)]
-    with tempfile.TemporaryDirectory() as directory:
-        return train_to_end(["--config", BASE, "--run.dir", directory, *flags], None)[0]
+    return train_apart(["--config", BASE, *as_flags(fields)])
 
 
 def read_results(path: Path) -> Results:

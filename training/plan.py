@@ -33,7 +33,6 @@ class Plan:
     compiled: bool
     planned_for: dict[str, Any]  # settings and hardware that determine the micro-batch; in every checkpoint
     reasons: dict[str, str]  # field of this class -> why it has its value
-    out_of_memory: str  # what to do if memory is exhausted nevertheless
 
     def describe(self, processes: Processes, sequence_length: int) -> str:
         """Return the plan and its reasons as one line, which is printed at the start of a run."""
@@ -61,7 +60,6 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
     Raises ValueError if not even one window fits into the memory.
     """
     device = processes.device
-    compiled, why_compiled = should_compile(config, model, device)
     here, why_sharded = should_shard(config, model, processes)
     sharded = bool(processes.all_reduce_min(here))
     if sharded != here:
@@ -83,14 +81,14 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
         # The state describes the device of the main process only, so only the main process compares.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
-    out_of_memory = explain_out_of_memory(config, model, processes, micro_batch, sharded=sharded)
+    compiled, why_compiled = should_compile(config, model, device)
     reasons = {
         "dtype": "as configured" if config.system.dtype != "auto" else f"fastest on this {device.type}",
         "sharded": why_sharded,
         "micro_batch": why_micro_batch,
         "compiled": why_compiled,
     }
-    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons, out_of_memory)
+    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
 
 
 def should_shard(config: Config, model: GPTConfig, processes: Processes) -> tuple[bool, str]:
@@ -144,13 +142,11 @@ def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, s
     )
 
 
-def explain_out_of_memory(
-    config: Config, model: GPTConfig, processes: Processes, micro_batch: int, *, sharded: bool
-) -> str:
-    """Return what to do if memory is exhausted: the smaller micro-batch that would fit, if there is one."""
+def explain_out_of_memory(config: Config, model: GPTConfig, processes: Processes, plan: Plan) -> str:
+    """Return what to do after memory was exhausted: the smaller micro-batch that would fit, if there is one."""
     (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
-    rows = fit_rows(config, model, hardware, part * free, sharded=sharded, below=micro_batch)
-    too_large = f"out of memory on {processes.device} with micro-batches of {micro_batch} windows"
+    rows = fit_rows(config, model, hardware, part * free, sharded=plan.sharded, below=plan.micro_batch)
+    too_large = f"out of memory on {processes.device} with micro-batches of {plan.micro_batch} windows"
     if rows is None:
         return f"{too_large}, and by the estimate no smaller micro-batch fits either: {SAVE_MEMORY}"
     return f"{too_large}: set data.micro_batch to {rows}, which is estimated to fit"

@@ -26,7 +26,7 @@ from training.estimate import seconds_at_peak
 from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
-from training.plan import Plan, is_out_of_memory, make_plan
+from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
 from training.start import Start, describe_start, find_start, make_model, read_saved_state, run_identity
 from training.step_time import warn_of_slow_cpu
@@ -105,7 +105,8 @@ class TrainingRun:
             self.loader.close()
         self.directory.close(failed=kind is not None)
         if is_out_of_memory(error):
-            raise ValueError(self.plan.out_of_memory) from None
+            reason = explain_out_of_memory(self.config, self.model.config, self.processes, self.plan)
+            raise ValueError(reason) from None
 
 
 def is_due(step: int, every: int) -> bool:
@@ -120,11 +121,11 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
     Raises ValueError or OSError if the run cannot work. What can be checked is checked before anything is created.
     """
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if processes.is_main:
         check_packages(config.log)
-    directory = RunDirectory(Path(config.run.dir) / config.run.name)
-    if processes.is_main and directory.path.is_dir():
-        directory.lock()
+        if directory.path.is_dir():
+            directory.lock()
     start = find_start(config, directory.checkpoints, processes)
     # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
     # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
@@ -139,11 +140,10 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     model = make_model(shape, start.model, config.run.seed, config.model.freeze_layers)
     n_parameters = model.num_parameters()
     plan = make_plan(config, shape, processes, saved)
-    peak_seconds = seconds_at_peak(config, shape, n_parameters, processes)
     try:
         loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     except torch.OutOfMemoryError:
-        raise ValueError(plan.out_of_memory) from None
+        raise ValueError(explain_out_of_memory(config, shape, processes, plan)) from None
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
@@ -181,12 +181,11 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         progress=Progress(state.step, config.optim.steps, config.log.every, processes.is_main, inputs.bytes_per_token),
         state=state,
         identity=identity,
-        seconds_at_peak=peak_seconds,
+        seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
     )
-    first_lines = greeting(run, n_parameters, notes)
     if processes.is_main:
         open_directory(run, start)
-    run.progress.say(first_lines)
+    run.progress.say(greeting(run, n_parameters, notes))
     return run
 
 

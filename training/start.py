@@ -104,7 +104,7 @@ def find_initial_model(config: Config, checkpoint: Path | None) -> ModelFiles | 
     return find_model(str(checkpoint or config.model.init_from))
 
 
-def recipe(config: Config) -> dict[str, Any]:
+def fixed_settings(config: Config) -> dict[str, Any]:
     """Return the settings by section that may not change when a run resumes; `run_identity` adds model and dataset."""
     fields = config.to_dict()
     names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
@@ -117,7 +117,7 @@ def recipe(config: Config) -> dict[str, Any]:
 
 def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
     """Return what may not change when a run resumes, by section: the training recipe, the model and the dataset."""
-    return recipe(config) | {
+    return fixed_settings(config) | {
         "model": dataclasses.asdict(model)
         | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
         "dataset": {"sha256": inputs.train.fingerprint, "validation_sha256": inputs.validation_fingerprint},

@@ -42,13 +42,14 @@ def test_steps_are_interpolated_in_their_logarithm():
 
 def test_each_size_and_recipe_is_a_configuration():
     for size in recipes.SIZES.values():
-        config = parse_config(arguments_of(size, recipes.RECIPES["present"], size.steps, 7, "runs"))
+        config = parse_config(arguments_of(size, recipes.RECIPES["present"], size.steps, 7))
         assert (config.optim.steps, config.eval.every, config.run.seed) == (size.steps, size.steps, 7)
         assert config.optim.muon_momentum == 0.95
-    size, present = recipes.SIZES["characters"], recipes.RECIPES["present"]
+    size = recipes.SIZES["characters"]
+    present = parse_config(arguments_of(size, recipes.RECIPES["present"], 100, 7)).optim
     for name, recipe in recipes.RECIPES.items():
-        config = parse_config(arguments_of(size, recipe, 100, 7, "runs"))
-        changed = config.optim != parse_config(arguments_of(size, present, 100, 7, "runs")).optim
+        config = parse_config(arguments_of(size, recipe, 100, 7))
+        changed = config.optim != present
         assert changed == bool(recipe.fields), name
         assert not recipe.idea or find_idea(recipe.idea)
 

@@ -101,7 +101,7 @@ def test_too_few_runs_are_an_error_that_names_the_remedy(options, capsys):
 
 
 def test_a_run_that_diverges_is_not_kept(config, monkeypatch):
-    monkeypatch.setattr(scaling, "train_to_end", lambda arguments, idea: (float("inf"), []))
+    monkeypatch.setattr(scaling, "train_apart", lambda arguments: float("inf"))
     with pytest.raises(FloatingPointError, match="has diverged"):
         scaling.train_run(["--config", config])
 

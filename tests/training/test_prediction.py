@@ -47,7 +47,7 @@ def study(configure, tmp_path, monkeypatch):
     runs.append(size | {"steps": 9, "held_out": False, "loss": 9.0})  # the warm-up takes more than a tenth
     monkeypatch.setattr(prediction, "RESULTS", tmp_path / "scaling.json")
     study = {"config": "tiny.yaml", "recipe": described(configure())[0], "runs": runs}
-    write_json(prediction.RESULTS, [{"config": "other.yaml", "recipe": {}, "runs": []}, study], rows=True)
+    write_json(prediction.RESULTS, [{"config": "other.yaml", "recipe": {}, "runs": []}, study])
     return study
 
 

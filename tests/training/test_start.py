@@ -3,39 +3,39 @@
 import pytest
 
 from training.config import Config, MixturePart
-from training.start import recipe, refuse_changes
+from training.start import fixed_settings, refuse_changes
 
 FIELDS = [(s, f) for s, fields in Config().to_dict().items() for f in fields]
 
 
 def test_changes_in_a_resumed_run_are_listed_with_old_and_new_values():
-    before = recipe(Config())
+    before = fixed_settings(Config())
     now = Config()
     now.run.seed, now.optim.weight_decay, now.optim.steps = 1, 0.2, 5000
     with pytest.raises(
         ValueError, match=r"run.seed was 1337, is 1; optim.steps was 19073, is 5000; optim.weight_decay"
     ):
-        refuse_changes(before, recipe(now), allow=False)
+        refuse_changes(before, fixed_settings(now), allow=False)
     with pytest.raises(ValueError, match=r"run.seed was 1337, is 1; optim.weight_decay was 0.1, is 0.2"):
-        refuse_changes(before, recipe(now), allow=True)
+        refuse_changes(before, fixed_settings(now), allow=True)
 
 
 def test_a_setting_that_an_older_checkpoint_lacks_had_its_default():
-    before, now = recipe(Config()), Config()
+    before, now = fixed_settings(Config()), Config()
     del before["data"]["windows"]
-    refuse_changes(before, recipe(now), allow=False)
+    refuse_changes(before, fixed_settings(now), allow=False)
     now.data.windows = "aligned"
     with pytest.raises(ValueError, match=r"data\.windows was 'packed', is 'aligned'"):
-        refuse_changes(before, recipe(now), allow=False)
+        refuse_changes(before, fixed_settings(now), allow=False)
 
 
 @pytest.mark.parametrize("name", ["steps", "lr", "schedule"])
 def test_length_rate_and_schedule_may_change_with_allow_changes(name):
     now = Config()
     setattr(now.optim, name, {"steps": 5, "lr": 1.0, "schedule": "wsd"}[name])
-    refuse_changes(recipe(Config()), recipe(now), allow=True)
+    refuse_changes(fixed_settings(Config()), fixed_settings(now), allow=True)
     with pytest.raises(ValueError, match=f"optim.{name} was"):
-        refuse_changes(recipe(Config()), recipe(now), allow=False)
+        refuse_changes(fixed_settings(Config()), fixed_settings(now), allow=False)
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
@@ -55,12 +55,12 @@ def test_each_field_in_a_resumed_run(section, field):
     for allow in (False, True):
         if fixed and not (allow and section == "optim" and field in schedule):
             with pytest.raises(ValueError, match=rf"{section}\.{field} was"):
-                refuse_changes(recipe(before), recipe(now), allow=allow)
+                refuse_changes(fixed_settings(before), fixed_settings(now), allow=allow)
         else:
-            refuse_changes(recipe(before), recipe(now), allow=allow)
+            refuse_changes(fixed_settings(before), fixed_settings(now), allow=allow)
 
 
 def test_other_hardware_and_other_reports_are_the_same_run():
     now = Config()
     now.data.micro_batch, now.system.device, now.eval.every, now.checkpoint.keep, now.log.every = 3, "cpu", 7, 9, 1
-    refuse_changes(recipe(Config()), recipe(now), allow=False)
+    refuse_changes(fixed_settings(Config()), fixed_settings(now), allow=False)
