@@ -121,7 +121,9 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
         consequence: another process has failed before this one. torchrun compares whole seconds, so this failure is
             given a later time.
     """
-    print(message, file=sys.stderr)
+    # torchrun's processes write without a buffer. A single write keeps the message and its end of line together when
+    # several processes fail at once.
+    print(f"{message}\n", end="", file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format that torch.distributed.elastic.multiprocessing.errors reads.
         info = {"py_callstack": message, "timestamp": str(int(time.time()) + 60 * consequence)}

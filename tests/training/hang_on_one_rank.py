@@ -3,7 +3,6 @@
 python tests/training/hang_on_one_rank.py RANK TRAIN_ARGUMENTS
 """
 
-import os
 import sys
 import time
 from datetime import timedelta
@@ -25,5 +24,4 @@ def train_step(run, *arguments):
 
 
 train.train.__kwdefaults__["train_step"] = train_step
-print(f"started {os.environ['RANK']}", flush=True)
 train.main()

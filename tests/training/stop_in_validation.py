@@ -20,7 +20,9 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         run.model.register_forward_pre_hook(stop)
-        print(train(run), "forward passes after step 2:", passes.count(2))
+        status = train(run)
+        # torchrun's processes write without a buffer: one write for the whole line, or the lines of two processes mix
+        print(f"{status} forward passes after step 2: {passes.count(2)}\n", end="")
 
 
 main()
