@@ -285,7 +285,7 @@ def conclude(run: TrainingRun, status: str) -> None:
     run.progress.close()
     run.checkpoints.wait(last=True)
     directory.write_status(status, state.step)
-    directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
+    directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses, last=True)
     if run.processes.is_main:
         say = run.progress.say
         say(f"{status} after step {state.step}, {duration(state.seconds)} of training: {directory.path}")

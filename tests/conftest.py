@@ -122,8 +122,12 @@ def prepare():
 
 
 @pytest.fixture
-def train(prepare):
-    """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory."""
+def train(prepare, monkeypatch):
+    """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory.
+
+    No picture is drawn, because that takes most of the time of a small run. The commands that tests start draw it.
+    """
+    monkeypatch.setattr("train.draw_loss", lambda *arguments: None)
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
     handlers = {number: signal.getsignal(number) for number in numbers}
 

@@ -21,6 +21,7 @@ import training.setup
 from checkpoints import MANIFEST, STATE, choose_checkpoint, find_best, read_state
 from files import file_sha256
 from processes import Processes
+from report.curves import draw_loss
 from train import MAX_BAD_STEPS, train_step
 from train import train as train_run
 from training.run_directory import read_metrics
@@ -332,10 +333,9 @@ def stop_at_pass(prepared, step, number):
     ("step", "number"), [(0, 2), (4, 40), (7, 2), (7, 40)], ids=["at-start", "samples", "last-step", "last-samples"]
 )
 def test_a_stop_request_interrupts_a_validation_and_the_resumed_run_does_it_again(
-    tiny_run, prepare, train, monkeypatch, step, number
+    tiny_run, prepare, train, step, number
 ):
     """No other forward pass follows, the partial result is dropped, and the whole run is the same to the bit."""
-    monkeypatch.setattr("train.draw_loss", lambda *arguments: None)  # it takes most of the time
     options = {"optim.steps": 7, "eval.every": 2, "eval.samples": 1, "eval.patience": 9, "data.micro_batch": 1}
     config, whole = tiny_run("stopped", **options), train(tiny_run("whole", **options))
     with prepare(config) as run:
@@ -448,12 +448,10 @@ def test_samples_on_a_full_disk_stop_the_run_or_not_as_configured(tiny_run, trai
 
 
 def test_a_drawing_error_stops_no_run_and_costs_no_checkpoint(tiny_run, train, monkeypatch, capsys):
-    saved = []
-
-    def refuse(records, path, *arguments):
-        saved.append(records[-1]["step"])
+    def refuse(*arguments):
         raise RuntimeError("a fault of matplotlib")
 
+    monkeypatch.setattr("training.run_directory.SECONDS_BETWEEN_PICTURES", 0)
     monkeypatch.setattr("train.draw_loss", refuse)
     run = train(tiny_run("plain", **{"optim.steps": 4, "eval.every": 2, "checkpoint.every": 2}))
     assert len(losses(run)) == 4
@@ -461,7 +459,17 @@ def test_a_drawing_error_stops_no_run_and_costs_no_checkpoint(tiny_run, train, m
     assert "loss.png could not be drawn (RuntimeError('a fault of matplotlib')); the run" in capsys.readouterr().out
 
 
-def test_a_name_that_looks_like_mathematics_is_a_name(tiny_run, train, capsys):
+@pytest.mark.parametrize(("seconds", "drawn"), [(0, [2, 4, 5, 5]), (1000, [5])])
+def test_pictures_are_not_drawn_more_often_than_every_few_seconds(tiny_run, train, monkeypatch, seconds, drawn):
+    steps = []
+    monkeypatch.setattr("training.run_directory.SECONDS_BETWEEN_PICTURES", seconds)
+    monkeypatch.setattr("train.draw_loss", lambda records, *arguments: steps.append(records[-1]["step"]))
+    train(tiny_run("drawn", **{"optim.steps": 5, "eval.every": 2}))
+    assert steps == drawn
+
+
+def test_a_name_that_looks_like_mathematics_is_a_name(tiny_run, train, monkeypatch, capsys):
+    monkeypatch.setattr("train.draw_loss", draw_loss)
     run = train(tiny_run("$LR_$SEED", **{"optim.steps": 3, "eval.every": 3}))
     assert (run / "loss.png").exists()
     assert "could not be drawn" not in capsys.readouterr().out

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import itertools
 import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from training.config import Config
 from training.trackers import Tracker, start_trackers
 
 POINTS_DRAWN = 1000  # number of training losses that loss.png shows
+SECONDS_BETWEEN_PICTURES = 10  # drawing takes up to a second, in which a small model makes many steps
 
 
 class RunDirectory:
@@ -53,6 +54,7 @@ class RunDirectory:
         self._trackers: dict[str, Tracker] = {}
         self._say: Callable[[str], None] = print
         self._continue_on_error = False
+        self._drawn_at = time.monotonic()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all records of metrics.jsonl; none if there is no file."""
@@ -183,15 +185,19 @@ class RunDirectory:
             with self._tolerate_errors("samples.txt"), open(self.path / "samples.txt", "a", encoding="utf-8") as file:
                 file.writelines(format_sample(step, i, text) for i, text in enumerate(texts, 1))
 
-    def draw_losses(self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]]) -> None:
-        """Draw the losses so far to loss.png.
+    def draw_losses(
+        self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]], *, last: bool = False
+    ) -> None:
+        """Draw the losses so far to loss.png, unless the run began or was drawn less than ten seconds ago.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
             step: the number of steps so far.
             references: (name, nats per token) of other models on the same validation set.
+            last: draw in any case, because the run ends here.
         """
-        if self._log is None:
+        is_recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
+        if self._log is None or (is_recent and not last):
             return
         every = max(1, step // POINTS_DRAWN)  # memory must not grow with the length of the run
         try:
@@ -200,7 +206,7 @@ class RunDirectory:
             draw(records, self.path / "loss.png", self.path.name, references)
         except Exception as error:  # of any kind: the picture can be drawn again, and no run has to stop for it
             self._say(f"{self.path / 'loss.png'} could not be drawn ({error!r}); the run continues")
-        gc.collect()  # figures contain reference cycles: without this, dozens of megabytes of them accumulate
+        self._drawn_at = time.monotonic()
 
     def close(self, *, failed: bool = False) -> None:
         """Finish with the trackers, close metrics.jsonl, and release the lock, as far as this process has them."""
