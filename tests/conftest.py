@@ -111,6 +111,12 @@ def tiny_run(verses, tmp_path):
     return configure
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Runs in this process draw no picture, which takes most of the time of a small run. The others draw it."""
+    monkeypatch.setattr("train.draw_loss", lambda *arguments: None)
+
+
 @pytest.fixture
 def prepare():
     """`prepare(config)`: a TrainingRun that is set up in this process, to use in a `with` statement."""
@@ -122,12 +128,8 @@ def prepare():
 
 
 @pytest.fixture
-def train(prepare, monkeypatch):
-    """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory.
-
-    No picture is drawn, because that takes most of the time of a small run. The commands that tests start draw it.
-    """
-    monkeypatch.setattr("train.draw_loss", lambda *arguments: None)
+def train(prepare):
+    """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
     handlers = {number: signal.getsignal(number) for number in numbers}
 

@@ -6,6 +6,7 @@ The text below each field is its help text. The defaults reproduce GPT-2 124M, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -398,8 +399,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     return parse_command_line(arguments)[0]
 
 
-def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flags]:
-    """Parse train.py's command line. An error ends the process with a message and status 2."""
+@functools.cache
+def make_parser() -> ArgumentParser:
+    """Return the parser of train.py's command line. It is kept: reading the docstrings of all fields takes a while."""
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run] [--verify] [--profile]",
@@ -425,6 +427,12 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flag
     )
     for section in dataclasses.fields(Config):
         parser.add_class_arguments(section.default_factory, section.name)
+    return parser
+
+
+def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flags]:
+    """Parse train.py's command line. An error ends the process with a message and status 2."""
+    parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     names = {
         f"{section}.{name}": kind
