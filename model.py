@@ -34,7 +34,7 @@ from kernels.gelu import ACTIVATIONS
 from kernels.long_attention import find_pattern
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
 from kernels.masks import find_positions, make_mask
-from weights import load_weights, locate, read_config, save_weights
+from weights import load_weights, locate, open_model, save_weights
 
 # The four released sizes: layers, heads, channels. Depth and width grow; each head has 64 channels in all of them.
 # A model has VC + 1024 C + L (12 C² + 13 C) + 2C parameters: embeddings, positions, blocks, last LayerNorm.
@@ -418,10 +418,10 @@ class GPT(nn.Module):
             ValueError: the architecture is not GPT-2's, or tensors are missing, unknown or have the wrong shape (all
                 are listed).
         """
-        directory = locate(name_or_dir)
+        stored = open_model(locate(name_or_dir))
         with torch.device("meta"):  # shapes only: the values come from the file
-            model = cls(GPTConfig(**read_config(directory)))
-        load_weights(model, directory, dtype=dtype, device=device)
+            model = cls(GPTConfig(**stored.config()))
+        load_weights(model, stored, dtype=dtype, device=device)
         return model.eval()
 
     def save_pretrained(
