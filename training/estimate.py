@@ -110,7 +110,6 @@ class Workload:
         addition is not counted. With `sharded`, the processes divide weights and optimizer state (FSDP).
         """
         model, hardware, n_parameters, width = self.model, self.hardware, self.n_parameters, self.model.n_embd
-        shards = hardware.count if sharded else 1
         size = hardware.dtype.itemsize
         tokens = rows * self.sequence_length
         # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and in
@@ -128,24 +127,29 @@ class Workload:
         loss = loss_memory(model, tokens, hardware)
         head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
         activations = max(tokens * width * kept + max(0, backward - loss), of_muon - loss - head)
-        # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next
-        # one in `dtype`; it gathers embeddings and head in float32. It shards the gradients only after the last
-        # micro-batch.
-        embeddings = (model.vocab_size + model.block_size) * width
-        copied, gathered = n_parameters, 0
-        if shards > 1:
-            copied, gathered = embeddings, 4 * embeddings + size * 2 * (n_parameters - embeddings) // model.n_layer
-        copies = size * copied if hardware.dtype != torch.float32 else 0
         # DDP has buffers for averaging all gradients. With several micro-batches in a step, the gradients that were not
-        # averaged yet are outside of these buffers.
+        # averaged yet are outside of these buffers. FSDP shards the gradients only after the last micro-batch.
         buckets = hardware.count > 1 and not sharded and rows < self.windows
         return {
-            "weights": 4 * n_parameters // shards + gathered + copies,
+            "weights": self._weights(sharded=sharded),
             "gradients": 4 * n_parameters * (2 if buckets else 1),
-            "optimizer": (8 * n_parameters - 4 * matrices) // shards,
+            "optimizer": (8 * n_parameters - 4 * matrices) // (hardware.count if sharded else 1),
             "activations": activations,
             "logits": loss + head,
         }
+
+    def _weights(self, *, sharded: bool) -> int:
+        """Return the bytes of the weights on one process, with what FSDP gathers and with copies in `dtype`."""
+        model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
+        # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next
+        # one in `dtype`; it gathers embeddings and head in float32.
+        embeddings = (model.vocab_size + model.block_size) * model.n_embd
+        copied, gathered = self.n_parameters, 0
+        if shards > 1:
+            of_two_blocks = dtype.itemsize * 2 * (self.n_parameters - embeddings) // model.n_layer
+            copied, gathered = embeddings, 4 * embeddings + of_two_blocks
+        copies = dtype.itemsize * copied if dtype != torch.float32 else 0
+        return 4 * self.n_parameters // shards + gathered + copies
 
     def fit_rows(self, budget: float, *, sharded: bool, below: int | None = None) -> int | None:
         """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.

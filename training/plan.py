@@ -26,6 +26,7 @@ SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes lo
 class Plan:
     """How a run computes. Every process has the same plan."""
 
+    workload: Workload  # the estimates that were used; only the memory of the GPU may differ between processes
     dtype: torch.dtype  # precision of matrix products
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # maximum number of windows per forward pass
@@ -87,7 +88,7 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
         "micro_batch": why_micro_batch,
         "compiled": why_compiled,
     }
-    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
+    return Plan(workload, processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
 
 
 def should_shard(config: Config, workload: Workload, processes: Processes) -> tuple[bool, str]:
@@ -133,10 +134,10 @@ def fit_micro_batch(config: Config, workload: Workload, processes: Processes, *,
     )
 
 
-def explain_out_of_memory(plan: Plan, workload: Workload, device: torch.device) -> str:
+def explain_out_of_memory(plan: Plan, device: torch.device) -> str:
     """Return what to do after memory was exhausted: the smaller micro-batch that would fit, if there is one."""
     free, part = usable_memory(device)
-    rows = workload.fit_rows(part * free, sharded=plan.sharded, below=plan.micro_batch)
+    rows = plan.workload.fit_rows(part * free, sharded=plan.sharded, below=plan.micro_batch)
     too_large = f"out of memory on {device} with micro-batches of {plan.micro_batch} windows"
     if rows is None:
         return f"{too_large}, and by the estimate no smaller micro-batch fits either: {SAVE_MEMORY}"

@@ -53,7 +53,6 @@ class TrainingRun:
 
     config: Config
     processes: Processes
-    workload: Workload
     plan: Plan
     inputs: Inputs
     model: GPT
@@ -105,8 +104,7 @@ class TrainingRun:
             self.loader.close()
         self.directory.close(failed=kind is not None)
         if is_out_of_memory(error):
-            reason = explain_out_of_memory(self.plan, self.workload, self.processes.device)
-            raise ValueError(reason) from None
+            raise ValueError(explain_out_of_memory(self.plan, self.processes.device)) from None
 
 
 def is_due(step: int, every: int) -> bool:
@@ -143,7 +141,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     try:
         loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     except torch.OutOfMemoryError:
-        raise ValueError(explain_out_of_memory(plan, workload, processes.device)) from None
+        raise ValueError(explain_out_of_memory(plan, processes.device)) from None
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
@@ -169,7 +167,6 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     run = TrainingRun(
         config=config,
         processes=processes,
-        workload=workload,
         plan=plan,
         inputs=inputs,
         model=model,
@@ -224,11 +221,11 @@ def greeting(run: TrainingRun, notes: list[str]) -> str:
     """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
     config = run.config
     lines = [
-        f"{run.workload.n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} "
+        f"{run.plan.workload.n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} "
         f"tokens, {describe_epochs(config, run.inputs)}",
         run.plan.describe(run.processes, config.data.sequence_length),
     ]
     lines += run.inputs.notes
-    slow = warn_of_slow_cpu(run.workload, run.processes.device, config.optim.steps)
+    slow = warn_of_slow_cpu(run.plan.workload, run.processes.device, config.optim.steps)
     lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
     return "\n".join(lines + notes)

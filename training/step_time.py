@@ -165,7 +165,7 @@ def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
 
 
 def seconds_on_cpu(workload: Workload) -> float:
-    """Estimate the seconds of a step on CPUs like this one. All of its cores compute for a moment to measure it."""
+    """Estimate the seconds of a step on CPUs like this one. To measure their speed, this one computes for a moment."""
     hardware = workload.hardware
     return workload.flops / (CPU_SHARE * measure_matmul_rate(hardware.dtype)) / hardware.count
 

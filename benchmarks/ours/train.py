@@ -51,7 +51,6 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     return TrainingRun(
         config=config,
         processes=processes,
-        workload=workload,
         plan=plan,
         inputs=unused,
         model=model,
