@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 LARGEST_FIELD = 2**24  # a larger number in a configuration is an error, and could take all memory before it is noticed
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """Raise ValueError, naming the field, if a field of GPTConfig has an impossible value."""
+def check_config(config: dict[str, Any], activations: Collection[str]) -> None:
+    """Raise ValueError, naming the field, if a field of GPTConfig has an impossible value.
+
+    activations has the possible values of the field `activation`.
+    """
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
         value = config[name]
         if value is None and name == "n_inner":
@@ -20,6 +24,8 @@ def check_config(config: dict[str, Any]) -> None:
     if not isinstance(config["dropout"], (int, float)) or not 0.0 <= config["dropout"] < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {config['dropout']!r}")
     check_shared_fields(config)
+    if config["activation"] not in activations:
+        raise ValueError(f"activation is {config['activation']!r}, expected one of {', '.join(activations)}")
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -129,7 +135,7 @@ def check_tokens(
 
 def check_masks(
     config: Any,
-    cache_length: int | None,
+    cache: Any,
     B: int,
     T: int,
     attention_mask: Tensor | None,
@@ -141,18 +147,19 @@ def check_masks(
 
     Args:
         config: the model's GPTConfig.
-        cache_length: the number of cached tokens, None without a cache.
+        cache: the KVCache, or None.
 
     Raises ValueError, see `GPT.forward`.
     """
     if attention_mask is not None:
-        check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, (cache_length or 0) + T))
+        past = 0 if cache is None else cache.length
+        check_shape("attention_mask (batch, past + new tokens)", attention_mask, (B, past + T))
     if position_ids is not None:
         check_shape("position_ids", position_ids, (B, T), (T,))
         check_ids("position_ids", position_ids, config.block_size, "block_size")
     if document_ids is not None:
         check_shape("document_ids", document_ids, (B, T))
-        masked = attention_mask is not None or cache_length is not None
+        masked = attention_mask is not None or cache is not None
         if masked or not config.causal or config.attention != "full":
             raise ValueError("document_ids need causal=True, attention full, no cache and no attention_mask")
     if head_mask is not None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from checks import check_ids, check_shape
 from kernels.loss import IGNORE_INDEX
 from model import GPT, GPTConfig, GPTOutput
-from weights import INERT_CONFIG, load_weights, locate, read_config, read_json, save_weights
+from weights import INERT_CONFIG, StoredModel, load_weights, locate, open_model, read_json, save_weights
 
 Strategy = Literal["last", "all", "token"]
 
@@ -62,10 +62,10 @@ def encode(
     return (x * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def read_trunk(directory: Path) -> GPT:
-    """Build the GPT that a directory's config.json describes, on the meta device: shapes without values."""
+def make_trunk(stored: StoredModel) -> GPT:
+    """Build the GPT of a stored model on the meta device: shapes without values."""
     with torch.device("meta"):
-        return GPT(GPTConfig(**read_config(directory)))
+        return GPT(GPTConfig(**stored.config()))
 
 
 def save_with_head(
@@ -194,9 +194,8 @@ class SequenceClassifier(nn.Module):
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Self:
         """Load a classifier saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
-        directory = locate(name_or_dir)
-        gpt = read_trunk(directory)
-        path = directory / "config.json"
+        stored = open_model(locate(name_or_dir))
+        gpt, path = make_trunk(stored), stored.directory / "config.json"
         fields = read_json(path)
         labels = read_labels(path, fields)
         if fields.get("problem_type") == "regression" and len(labels) > 1:
@@ -209,7 +208,7 @@ class SequenceClassifier(nn.Module):
                 model = cls(gpt, len(labels), fields.get("classifier_strategy", "last"), max_length)
         except ValueError as error:
             raise ValueError(f"{path}: classifier_{error}") from None
-        load_weights(model, directory, dtype=dtype, device=device)
+        load_weights(model, stored, dtype=dtype, device=device)
         model.labels = labels
         return model.eval()
 
@@ -302,15 +301,15 @@ class DoubleHeads(nn.Module):
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Self:
         """Load double heads saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
-        directory = locate(name_or_dir)
-        gpt = read_trunk(directory)
+        stored = open_model(locate(name_or_dir))
+        gpt, directory = make_trunk(stored), stored.directory
         fields = read_json(directory / "config.json")
         for name in ("summary_activation", "summary_type", "summary_use_proj"):  # ignored by other heads
             if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
                 raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):
             model = cls(gpt)
-        load_weights(model, directory, dtype=dtype, device=device)
+        load_weights(model, stored, dtype=dtype, device=device)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, eos_token_id: int | None = None) -> None:

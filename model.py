@@ -2,9 +2,8 @@
 
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
-transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
-faster forms of the loss and of attention, attention for long sequences and inside documents, and masks for padding.
-checks.py has the checks of what a model is given.
+transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ has
+masks and faster forms of the loss and of attention; checks.py checks what a model is given.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -19,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -29,12 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from checks import check_config, check_encoder_output, check_masks, check_tokens
 from kernels.choose_attention import fast_attention
-from kernels.document_attention import DocumentMask
 from kernels.gelu import ACTIVATIONS
 from kernels.long_attention import find_pattern
 from kernels.loss import IGNORE_INDEX, linear_cross_entropy
-from kernels.masks import find_positions, make_mask
-from weights import load_weights, locate, read_config, save_weights
+from kernels.masks import Mask, dense_mask, find_positions, make_mask
+from weights import load_weights, locate, open_model, save_weights
 
 # The four released sizes: layers, heads, channels. Depth and width grow; each head has 64 channels in all of them.
 # A model has VC + 1024 C + L (12 C² + 13 C) + 2C parameters: embeddings, positions, blocks, last LayerNorm.
@@ -75,9 +73,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        check_config(asdict(self))
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        check_config(asdict(self), ACTIVATIONS)
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
@@ -124,9 +120,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        # (B or 1, 1, T or 1, S) booleans, True where a query may attend; or the documents of the tokens; None: see
-        # is_causal
-        mask: Tensor | DocumentMask | None,
+        mask: Mask | None,  # which keys a query may attend to; None: see is_causal
         head_mask: Tensor | None = None,  # (H,)
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,  # (B, M, C)
@@ -155,14 +149,8 @@ class Attention(nn.Module):
             # The plain form. A sum of D products has a variance proportional to D. Divided by √D the scores stay near
             # 1; without that, softmax saturates, one key gets all the weight, and the gradient vanishes.
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-            if is_causal:
-                mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
-            if isinstance(mask, DocumentMask):
-                mask = mask.dense()
-            if self.pattern is not None:
-                mask = self.pattern.mask(q, k, mask)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))  # exp(-inf) is a weight of exactly 0
+            if (allowed := dense_mask(q, k, mask, is_causal, self.pattern)) is not None:
+                scores = scores.masked_fill(~allowed, float("-inf"))  # exp(-inf) is a weight of exactly 0
             # Dropout here removes some keys of a query at random, so that no token relies on a single other token.
             weights = F.dropout(scores.softmax(dim=-1), dropout)  # (B, H, T, S)
             if head_mask is not None:
@@ -214,7 +202,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        mask: Tensor | DocumentMask | None = None,
+        mask: Mask | None = None,
         head_mask: Tensor | None = None,
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,
@@ -276,23 +264,14 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        targets: Tensor | None = None,
-        labels: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_logits: bool | None = None,
-        logits_to_keep: int = 0,
-    ) -> GPTOutput:
+        input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None,
+        targets: Tensor | None = None, labels: Tensor | None = None,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None, document_ids: Tensor | None = None,
+        head_mask: Tensor | None = None, cache: KVCache | None = None,
+        encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False, output_attentions: bool = False,
+        return_logits: bool | None = None, logits_to_keep: int = 0,
+    ) -> GPTOutput:  # fmt: skip
         """Process T tokens of B sequences, which follow the `past` tokens that the cache holds.
 
         Args:
@@ -306,8 +285,7 @@ class GPT(nn.Module):
             document_ids: (B, T), equal for neighboring tokens of the same document. Tokens then attend to their own
                 document only, and positions begin at 0 in each document. Not with a cache or an attention mask.
             head_mask: (H,) or (L, H), multiplies the attention weights.
-            cache: keys and values of the past tokens, from `new_cache`; those of the new tokens are appended. Gradients
-                do not flow through it.
+            cache: keys and values of the past tokens, from `new_cache`; those of the new tokens are appended.
             encoder_hidden_states: (B, M, C), for a model with cross_attention.
             encoder_attention_mask: (B, M), 1 for a token to keep and 0 for padding.
             return_logits: None computes logits only if there is no loss.
@@ -318,32 +296,25 @@ class GPT(nn.Module):
                 on a GPU, where reading them makes the host wait for the device: check them before they are copied.
         """
         config = self.config
-        past = cache.length if cache is not None else 0
+        past = 0 if cache is None else cache.length
         B, T = check_tokens(config, past, input_ids, inputs_embeds, targets, labels, IGNORE_INDEX)
-        cache_length = None if cache is None else past
-        check_masks(config, cache_length, B, T, attention_mask, position_ids, document_ids, head_mask)
+        check_masks(config, cache, B, T, attention_mask, position_ids, document_ids, head_mask)
         check_encoder_output(config, B, encoder_hidden_states, encoder_attention_mask)
 
         # Embed tokens and positions: their sum is the residual stream x, to which each block adds its results.
         embeddings = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        documents = None if document_ids is None else DocumentMask.of(document_ids)
-        if position_ids is None and documents is not None:
-            position_ids = documents.positions()  # (B, T)
-        elif position_ids is None:
-            position_ids = find_positions(attention_mask, past, T, embeddings.device)  # (B, T) or (T,)
+        if position_ids is None:
+            position_ids = find_positions(attention_mask, document_ids, past, T, embeddings.device)  # (B, T) or (T,)
         x = self.transformer.drop(embeddings + self.transformer.wpe(position_ids))  # (B, T, C)
 
         # Decide which keys each query attends to, and which heads take part.
-        mask: Tensor | DocumentMask | None = documents
-        if mask is None:
-            mask = make_mask(attention_mask, past, T, x.device, causal=config.causal)
+        mask = make_mask(attention_mask, document_ids, past, T, x.device, causal=config.causal)
         memory_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
-        head_masks: Any = [None] * config.n_layer
-        if head_mask is not None:
-            head_masks = head_mask.expand(config.n_layer, config.n_head)
+        absent: list[None] = [None] * config.n_layer
+        head_masks = absent if head_mask is None else head_mask.expand(config.n_layer, config.n_head)
 
         # Run the blocks. The cache grows only now, so a call that raised an error above leaves it unchanged.
-        layer_caches = cache.extend(B, T) if cache is not None else [None] * config.n_layer
+        layer_caches = absent if cache is None else cache.extend(B, T)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
         for block, layer_head_mask, layer_cache in zip(self.transformer.h, head_masks, layer_caches, strict=True):
@@ -418,10 +389,10 @@ class GPT(nn.Module):
             ValueError: the architecture is not GPT-2's, or tensors are missing, unknown or have the wrong shape (all
                 are listed).
         """
-        directory = locate(name_or_dir)
+        stored = open_model(locate(name_or_dir))
         with torch.device("meta"):  # shapes only: the values come from the file
-            model = cls(GPTConfig(**read_config(directory)))
-        load_weights(model, directory, dtype=dtype, device=device)
+            model = cls(GPTConfig(**stored.config()))
+        load_weights(model, stored, dtype=dtype, device=device)
         return model.eval()
 
     def save_pretrained(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from checkpoints import choose_checkpoint, is_run, list_checkpoints
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
-from weights import find_config, locate, read_config
+from weights import StoredModel, find_config, locate, open_model
 
 PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed, with fewer tokens than this
 
@@ -56,9 +56,14 @@ class ModelFiles(NamedTuple):
     """The files of a trained model, before its weights are loaded. Configuration and tokenizer belong together."""
 
     name: str  # directory or hub name: the one that was given, or the newest run if none was
-    directory: Path
+    stored: StoredModel
     config: GPTConfig  # its vocabulary may be padded
     tokenizer: Tokenizer
+
+    @property
+    def directory(self) -> Path:
+        """The directory that holds the files."""
+        return self.stored.directory
 
 
 def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelFiles:
@@ -69,11 +74,10 @@ def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelF
         ValueError: the files are damaged, or the tokenizer does not belong to the model (see `check_vocabulary`).
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
-    directory = locate(name)
-    config = GPTConfig(**read_config(directory))  # first: a directory without a model usually lacks a tokenizer, too
-    tokenizer = load_tokenizer(directory)
-    check_vocabulary(config.vocab_size, tokenizer, directory)
-    return ModelFiles(name, directory, config, tokenizer)
+    stored = open_model(locate(name))  # first: a directory without a model usually lacks a tokenizer, too
+    config, tokenizer = GPTConfig(**stored.config()), load_tokenizer(stored.directory)
+    check_vocabulary(config.vocab_size, tokenizer, stored.directory)
+    return ModelFiles(name, stored, config, tokenizer)
 
 
 def load_model(

@@ -248,7 +248,7 @@ def log_step(
         )
     state.seconds += seconds
     # Model FLOPs utilization: the model's own arithmetic as a fraction of the hardware's peak.
-    mfu = run.seconds_at_peak / seconds if run.seconds_at_peak else None
+    mfu = at_peak / seconds if (at_peak := run.plan.workload.seconds_at_peak) else None
     run.directory.log(
         "train",
         state.step,

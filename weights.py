@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,24 +169,33 @@ def find_config(directory: str | Path) -> Path:
     return Path(directory) / ("hparams.json" if is_openai_checkpoint(Path(directory)) else "config.json")
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """Return the keyword arguments of `GPTConfig` for the model that the file `find_config(directory)` describes.
+@dataclass(frozen=True)
+class StoredModel:
+    """The files of a model. Its configuration is read and checked; `load_weights` reads its tensors."""
 
-    Raises what `read_fields` raises.
-    """
-    fields = read_fields(directory)
-    dropouts = {fields[name] for name in DROPOUTS}
-    if len(dropouts) > 1:
-        found = f"{find_config(directory)} has dropout rates {sorted(dropouts)}"
-        warnings.warn(f"{found}: {max(dropouts)} is used for all", stacklevel=2)
-    ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
-    activation = ACTIVATION_NAMES[fields["activation_function"]]
-    ours |= {name: fields[name] for name in ATTENTION_FIELDS if name in fields}
-    return ours | {"dropout": max(dropouts), "causal": fields["causal"], "activation": activation}
+    directory: Path
+    config_file: Path  # see `find_config`
+    fields: dict[str, Any]  # of this file, complete, by transformers' names
+
+    @property
+    def is_openai(self) -> bool:
+        """True if the files have OpenAI's layout."""
+        return self.config_file.name == "hparams.json"
+
+    def config(self) -> dict[str, Any]:
+        """Return the keyword arguments of `GPTConfig` for this model."""
+        fields, dropouts = self.fields, {self.fields[name] for name in DROPOUTS}
+        if len(dropouts) > 1:
+            found = f"{self.config_file} has dropout rates {sorted(dropouts)}"
+            warnings.warn(f"{found}: {max(dropouts)} is used for all", stacklevel=2)
+        ours = {ours: fields[theirs] for theirs, ours in CONFIG_FIELDS.items()}
+        activation = ACTIVATION_NAMES[fields["activation_function"]]
+        ours |= {name: fields[name] for name in ATTENTION_FIELDS if name in fields}
+        return ours | {"dropout": max(dropouts), "causal": fields["causal"], "activation": activation}
 
 
-def read_fields(directory: str | Path) -> dict[str, Any]:
-    """Return the fields of the file `find_config(directory)`, complete and checked, by transformers' names.
+def open_model(directory: str | Path) -> StoredModel:
+    """Read and check the configuration of the model in a directory.
 
     Raises:
         FileNotFoundError: the directory has no such file.
@@ -217,7 +227,7 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
         check_config(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return fields
+    return StoredModel(Path(directory), path, fields)
 
 
 def query_scale(fields: dict[str, Any], name: str) -> float:
@@ -228,7 +238,7 @@ def query_scale(fields: dict[str, Any], name: str) -> float:
     multiplied by this factor give the same scores.
 
     Args:
-        fields: the result of `read_fields`.
+        fields: of a `StoredModel`.
         name: the name of a parameter, with the prefix `transformer.`.
     """
     match = QUERIES.match(name)
@@ -292,8 +302,7 @@ def find_weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, in their shards, or in the
-    TensorFlow checkpoint of OpenAI's layout.
+    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in their shards.
 
     Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
     first, when the fewest other tensors have been loaded.
@@ -301,9 +310,6 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
     """
-    if is_openai_checkpoint(Path(directory)):
-        yield from read_openai_tensors(Path(directory))
-        return
     for path in find_weight_files(Path(directory)):
         yield from read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
 
@@ -363,22 +369,22 @@ def check_pickled(path: Path, state: dict[Any, Any]) -> None:
 
 
 def load_weights(
-    model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None, device: str | torch.device
+    model: nn.Module, stored: StoredModel, *, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
-    """Replace a model's parameters with the tensors in a directory, each converted to `dtype` and moved to `device`.
+    """Replace a model's parameters with the tensors in its files, each converted to `dtype` and moved to `device`.
 
     The model may be on the meta device. dtype=None keeps the dtype of the file.
 
     Raises:
         ValueError: tensors are missing, unknown or have the wrong shape (all are listed), or a file is damaged.
     """
-    fields = read_fields(directory)
+    directory, fields = stored.directory, stored.fields
     wanted = {name.removeprefix("gpt."): parameter for name, parameter in model.named_parameters()}
     seen: set[str] = set()
     unknown: list[str] = []
     misshapen: list[str] = []
     not_floating: list[str] = []
-    for source, tensor in read_tensors(directory):
+    for source, tensor in read_openai_tensors(directory) if stored.is_openai else read_tensors(directory):
         if STALE_BUFFER.search(source):
             continue
         # The head is tied to the token embedding. Files that GPT2Model saved lack the prefix "transformer.".
@@ -408,7 +414,7 @@ def load_weights(
     missing = [name for name in wanted if name not in seen]
     found = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "not floating-point": not_floating}
     if problems := "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names):
-        raise ValueError(f"the tensors in {directory} do not match its {find_config(directory).name}: {problems}")
+        raise ValueError(f"the tensors in {directory} do not match its {stored.config_file.name}: {problems}")
 
 
 def save_weights(

@@ -7,13 +7,14 @@ from torch import Tensor
 from kernels.attention import CausalAttention, fused_attention
 from kernels.document_attention import DocumentMask
 from kernels.long_attention import LSH, Window
+from kernels.masks import Mask
 
 
 def fast_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | DocumentMask | None,
+    mask: Mask | None,
     dropout: float,
     is_causal: bool,
     pattern: Window | LSH | None,
@@ -23,7 +24,7 @@ def fast_attention(
     """Return the attention (B, H, T, D) of q (B, H, T, D), k and v (B, H, S, D) in the fastest form for this case.
 
     Args:
-        mask: booleans (B or 1, 1, T, S), True where a query may attend; or the documents of the tokens.
+        mask: of `kernels.masks.make_mask`.
         is_causal: each query sees the keys up to its own position; only without a mask.
         pattern: of the attention on long sequences, or None.
         training: the model is in training mode, where shapes are fixed.

@@ -1,28 +1,44 @@
-"""The keys that each query attends to, and the position of each token, with padding and with cached tokens."""
+"""The keys that each query attends to, and the position of each token: with padding, cached tokens and documents."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from kernels.document_attention import DocumentMask
+from kernels.long_attention import LSH, Window
 
-def find_positions(attention_mask: Tensor | None, past: int, T: int, device: torch.device) -> Tensor:
-    """Return the position of each of T tokens that follow `past` cached ones, (T,) or, with a mask, (B, T).
+# Which keys a query may attend to: booleans (B or 1, 1, T or 1, S), True where it may; or the documents of the tokens.
+Mask = Tensor | DocumentMask
 
-    With attention_mask (B, past + T), 1 for a token to keep and 0 for padding, the kept tokens of a row are counted, so
-    that a left-padded text gets the positions that it has alone.
+
+def find_positions(
+    attention_mask: Tensor | None, document_ids: Tensor | None, past: int, T: int, device: torch.device
+) -> Tensor:
+    """Return the positions of T tokens that follow `past` cached ones: (T,), or (B, T) with a mask or documents.
+
+    Args:
+        attention_mask: (B, past + T), 1 for a token to keep and 0 for padding. The kept tokens of a row are counted, so
+            that a left-padded text gets the positions that it has alone.
+        document_ids: (B, T), equal for the tokens of a document. Positions begin at 0 in each document.
     """
+    if document_ids is not None:
+        return DocumentMask(document_ids).positions()
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)
     # Kept tokens count 0, 1, 2, ... Padding before the first one would get -1, which is no position.
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
 
 
-def make_mask(attention_mask: Tensor | None, past: int, T: int, device: torch.device, *, causal: bool) -> Tensor | None:
-    """Return booleans (B or 1, 1, T, past + T), True where a query may attend.
+def make_mask(
+    attention_mask: Tensor | None, document_ids: Tensor | None, past: int, T: int, device: torch.device, *, causal: bool
+) -> Mask | None:
+    """Return which keys each query may attend to. The arguments are those of `find_positions`.
 
     The result is None if no padding is masked and PyTorch's `is_causal` says the same, see `model.Attention`.
     """
+    if document_ids is not None:
+        return DocumentMask.of(document_ids)
     # With cached keys, query i has position past + i, but `is_causal` of PyTorch's kernel assumes position i.
     if attention_mask is None and not (causal and past > 0 and T > 1):
         return None
@@ -34,3 +50,20 @@ def make_mask(attention_mask: Tensor | None, past: int, T: int, device: torch.de
         itself = everything.tril(past).triu(past)
         mask = mask & attention_mask.bool()[:, None, None, :] | itself
     return mask
+
+
+def dense_mask(q: Tensor, k: Tensor, mask: Mask | None, is_causal: bool, pattern: Window | LSH | None) -> Tensor | None:
+    """Return the booleans (broadcastable to (B, H, T, S)) of all that keeps a query from attending to a key.
+
+    The result is None if each query of q (B, H, T, D) attends to each key of k (B, H, S, D).
+
+    Args:
+        mask: of `make_mask`.
+        is_causal: each query attends to the keys up to its own position; only without a mask, and with T = S.
+        pattern: of the attention on long sequences, or None.
+    """
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    if isinstance(mask, DocumentMask):
+        mask = mask.dense()
+    return mask if pattern is None else pattern.mask(q, k, mask)

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from report.run_log import read_run_log
 from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
-from weights import read_config, read_tensors
+from weights import open_model, read_tensors
 
 READ_TOKENS = 10_000_000  # tokens of the training split in which passages of the validation split are searched
 PASSAGE = 32  # tokens of each of these passages
@@ -28,7 +28,7 @@ def diagnose(directory: Path) -> list[Finding]:
     """
     log = read_run_log(directory, directory.name)
     checkpoints = list_checkpoints(RunDirectory(directory).checkpoints)
-    model = read_config(checkpoints[-1]) if checkpoints else {}
+    model = open_model(checkpoints[-1]).config() if checkpoints else {}
     curves = find_curves(log, model.get("vocab_size"), model.get("n_embd"))
     findings = [finding for check in CHECKS if (finding := check(curves))]
     if frozen := frozen_weights(checkpoints, curves.config.get("model", {}).get("freeze_layers", 0)):

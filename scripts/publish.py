@@ -31,7 +31,7 @@ from model import GPTConfig
 from pretrained import resolve_model
 from report.run_log import RunLog, read_run_log
 from training.estimate import count_parameters
-from weights import read_config
+from weights import open_model
 
 
 def published_files(checkpoint: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def published_files(checkpoint: Path) -> list[Path]:
 
 def model_card(log: RunLog, checkpoint: Path, repo: str, license: str | None) -> str:
     """Return README.md for a checkpoint of the run that `log` describes."""
-    config = GPTConfig(**read_config(checkpoint))
+    config = GPTConfig(**open_model(checkpoint).config())
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
     metadata += [f"license: {license}"] if license else []
     name = repo.rpartition("/")[2]

@@ -12,7 +12,7 @@ from transformers.activations import ACT2CLS
 from heads import SequenceClassifier
 from model import ACTIVATIONS, GPT, GPTConfig
 from tests.transformers_models import OURS, edit_config, transformers_model
-from weights import ACTIVATION_NAMES, query_scale, read_config, read_fields
+from weights import ACTIVATION_NAMES, open_model, query_scale
 
 
 @pytest.fixture
@@ -169,21 +169,21 @@ def test_a_missing_or_malformed_config_is_refused(tmp_path):
     ]:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
-            read_config(tmp_path)
+            open_model(tmp_path).config()
 
 
 def test_equivalent_configurations_are_loaded(directory):
     edit_config(directory, activation_function="gelu_pytorch_tanh", reorder_and_upcast_attn=True)
-    assert GPTConfig(**read_config(directory)) == OURS
+    assert GPTConfig(**open_model(directory).config()) == OURS
     edit_config(directory, n_ctx=24, num_hidden_layers=2, quantization_config=None)
-    assert GPTConfig(**read_config(directory)) == OURS
+    assert GPTConfig(**open_model(directory).config()) == OURS
     fields = json.loads((directory / "config.json").read_text())
     del fields["n_head"]
     (directory / "config.json").write_text(json.dumps(fields | {"num_attention_heads": 2}))
-    assert GPTConfig(**read_config(directory)) == OURS
+    assert GPTConfig(**open_model(directory).config()) == OURS
     edit_config(directory, n_head=2, attn_pdrop=0.2)
     with pytest.warns(UserWarning, match=r"\[0.1, 0.2\]: 0.2 is used for all"):
-        assert read_config(directory)["dropout"] == 0.2
+        assert open_model(directory).config()["dropout"] == 0.2
 
 
 JSON_VALUES = st.recursive(
@@ -233,7 +233,7 @@ def test_a_random_edit_of_a_json_file_loads_rightly_or_names_the_file(data, tmp_
         gpt = again if kind is GPT else again.gpt
         # Another number of heads, or a model that is not causal, is another model with the same tensors.
         expected = GPT(gpt.config) if kind is GPT else SequenceClassifier(GPT(gpt.config), 3)
-        fields = read_fields(directory)
+        fields = open_model(directory).fields
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for name, tensor in state.items():
             tensor[: fields["n_embd"]] *= query_scale(fields, name.removeprefix("gpt."))

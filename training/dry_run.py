@@ -12,14 +12,7 @@ from device import CARDS, DTYPES, Card, find_card
 from model import GPTConfig
 from processes import Processes
 from training.config import Config, Flags
-from training.estimate import (
-    Hardware,
-    count_parameters,
-    flops_per_token,
-    largest_micro_batch,
-    most_windows,
-    needed_memory,
-)
+from training.estimate import Hardware, Workload, count_parameters
 from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
@@ -63,22 +56,23 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
         missing = str(error)
     vocab_size = GPT2_VOCABULARY if initial is None else initial.tokenizer.vocab_size
     model = config.model_config(inputs.tokenizer.vocab_size if inputs else vocab_size, initial)
+    workload = Workload.of(config, model, count_parameters(model), target.hardware)
     tokens = config.optim.steps * config.data.batch_tokens
-    flops = flops_per_token(model, count_parameters(model), config.data.sequence_length)
+    flops = workload.flops * config.optim.steps
     if inputs is None:
         data = missing + (" (GPT-2's vocabulary is assumed)" if initial is None else "")
     else:
         data = f"{describe_epochs(config, inputs)}, which is complete"
     lines = [
-        f"model       {count_parameters(model):,} parameters: {model.n_layer} layers, {model.n_head} heads, "
+        f"model       {workload.n_parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
         f"{model.n_embd} channels, vocabulary {model.vocab_size:,}",
         f"data        {tokens:,} tokens, {config.optim.steps:,} steps of {config.data.batch_tokens:,}: {data}",
         *(f"            {note}" for note in (inputs.notes if inputs else [])),
         *([f"start       {absent}"] if absent else check_start(start, config, model, inputs)),
-        f"compute     {flops / 1e6:,.1f} MFLOPs per token, {flops * tokens:.3g} FLOPs in total",
+        f"compute     {flops / tokens / 1e6:,.1f} MFLOPs per token, {flops:.3g} FLOPs in total",
         *([f"rates       {describe_rates(config.optim, model)}"] if config.model.init_from == "scratch" else []),
-        *describe_memory(config, model, target),
-        *describe_time(config, model, target, flags.mfu),
+        *describe_memory(config, workload, target),
+        *describe_time(config, workload, target, flags.mfu),
         *(describe_expected_loss(config, model, inputs) if inputs else []),
     ]
     if inputs is not None:
@@ -139,31 +133,26 @@ def strategies(config: Config, count: int) -> dict[str, bool]:
     return both if config.system.parallel == "auto" else {config.system.parallel: both[config.system.parallel]}
 
 
-def choose_micro_batch(config: Config, model: GPTConfig, target: Target, *, sharded: bool) -> int | None:
+def choose_micro_batch(config: Config, workload: Workload, target: Target, *, sharded: bool) -> int | None:
     """Return the micro-batch that a run on this hardware would use; None if not even one window fits."""
-    windows = most_windows(config, target.hardware.count)
     if config.data.micro_batch != "auto":
-        return min(config.data.micro_batch, windows)
-
-    def fits(rows: int) -> bool:
-        return sum(needed_memory(config, model, rows, target.hardware, sharded=sharded).values()) <= target.budget
-
-    return largest_micro_batch(windows, fits)
+        return min(config.data.micro_batch, workload.windows)
+    return workload.fit_rows(target.budget, sharded=sharded)
 
 
-def describe_memory(config: Config, model: GPTConfig, target: Target) -> list[str]:
+def describe_memory(config: Config, workload: Workload, target: Target) -> list[str]:
     """Return the table of the memory that each strategy and micro-batch needs, with a verdict for each."""
-    hardware, windows = target.hardware, most_windows(config, target.hardware.count)
+    hardware, windows = target.hardware, workload.windows
     precision = str(hardware.dtype).removeprefix("torch.")
     lines = [f"memory      estimated MiB on each of {hardware.count} x {target.name}, {precision}"]
     header = ("strategy", "micro-batch", "weights", "gradients", "optimizer", "activations", "logits", "total")
     lines.append("".join(f"{name:>12}" for name in header) + f"  of {target.budget / 2**20:,.0f}")
     for name, sharded in strategies(config, hardware.count).items():
-        chosen = choose_micro_batch(config, model, target, sharded=sharded)
+        chosen = choose_micro_batch(config, workload, target, sharded=sharded)
         is_auto = config.data.micro_batch == "auto"
         sizes = {2**i for i in range(windows.bit_length()) if 2**i <= 64} if is_auto else set()
         for rows in sorted(sizes | ({chosen} if chosen is not None else set())):
-            needed = list(needed_memory(config, model, rows, hardware, sharded=sharded).values())
+            needed = list(workload.memory(rows, sharded=sharded).values())
             verdict = "fits" if sum(needed) <= target.budget else "does not fit"
             if is_auto and rows == chosen:
                 verdict += ": auto uses this"
@@ -172,15 +161,13 @@ def describe_memory(config: Config, model: GPTConfig, target: Target) -> list[st
     return lines
 
 
-def describe_time(config: Config, model: GPTConfig, target: Target, mfu: float | None) -> list[str]:
+def describe_time(config: Config, workload: Workload, target: Target, mfu: float | None) -> list[str]:
     """Return the expected duration of a step and of the run, with the parts of a step if the card is known."""
     hardware, card, steps = target.hardware, target.card, config.optim.steps
-    n_parameters = count_parameters(model)
-    flops = flops_per_token(model, n_parameters, config.data.sequence_length) * config.data.batch_tokens
     precision = str(hardware.dtype).removeprefix("torch.")
     peak = card.peak_in(hardware.dtype) if card else None
     if target.name == "cpu":
-        seconds = seconds_on_cpu(config, model, hardware.dtype) / hardware.count
+        seconds = seconds_on_cpu(workload)
         return [
             f"time        {duration(steps * seconds)}, {duration(seconds)} a step, assuming {CPU_SHARE:.0%} of the "
             f"rate of matrix products that was measured now"
@@ -191,7 +178,7 @@ def describe_time(config: Config, model: GPTConfig, target: Target, mfu: float |
             f"--dry-run 8xH100"
         ]
     if mfu is not None:
-        seconds = flops / (mfu * peak * hardware.count)
+        seconds = workload.flops / (mfu * peak * hardware.count)
         return [
             f"time        {duration(steps * seconds)}, {duration(seconds)} a step, assuming {mfu:.0%} of "
             f"{peak / 1e12:,.0f} TFLOP/s on each (--mfu)"
@@ -200,14 +187,15 @@ def describe_time(config: Config, model: GPTConfig, target: Target, mfu: float |
     header = ("strategy", "compute", "loss", "exposed comm", "optimizer", "evaluation", "total")
     lines.append("".join(f"{name:>13}" for name in header) + "   tokens/s      MFU   whole run")
     for name, sharded in strategies(config, hardware.count).items():
-        rows = choose_micro_batch(config, model, target, sharded=sharded)
+        rows = choose_micro_batch(config, workload, target, sharded=sharded)
         if rows is None:
             lines.append(f"{name:>13}  does not fit")
             continue
-        step = estimate_step(config, model, card, hardware.count, hardware.dtype, rows, sharded=sharded)
+        step = estimate_step(config, workload, card, rows, sharded=sharded)
         assert step is not None
         columns = "".join(f"{1000 * seconds:>13,.1f}" for seconds in (*step, step.total))
-        tokens_per_second, used = config.data.batch_tokens / step.total, flops / step.total / peak / hardware.count
+        tokens_per_second = config.data.batch_tokens / step.total
+        used = workload.flops / step.total / peak / hardware.count
         lines.append(f"{name:>13}{columns}{tokens_per_second:>11,.0f}{used:>9.0%}   {duration(steps * step.total)}")
     for words, project, rate in PUBLISHED:
         if find_card(words) is card:

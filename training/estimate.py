@@ -37,13 +37,6 @@ def peak_flops(device: torch.device) -> float | None:
     return None if card is None else card.peak_flops
 
 
-def seconds_at_peak(config: Config, model: GPTConfig, n_parameters: int, processes: Processes) -> float | None:
-    """Return the seconds of a step if all devices computed at their peak (100% MFU); None if it is not known."""
-    peak = peak_flops(processes.device)
-    flops = config.data.batch_tokens * flops_per_token(model, n_parameters, config.data.sequence_length)
-    return flops / (peak * processes.world_size) if peak else None
-
-
 @functools.cache
 def count_parameters(model: GPTConfig) -> int:
     """Return the number of parameters without allocating them; the tied head counts once."""
@@ -58,64 +51,116 @@ class Hardware:
     count: int
     dtype: torch.dtype  # precision of matrix products
     gpu_memory: int | None = None  # bytes of each GPU; None on a CPU
+    peak_flops: float | None = None  # FLOP/s of each device, see the function of this name
+
+    @classmethod
+    def of(cls, processes: Processes) -> Hardware:
+        """Return the devices of the processes."""
+        device, memory = processes.device, None
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        return cls(processes.world_size, processes.dtype, memory, peak_flops(device))
 
 
-def estimate_memory(
-    model: GPTConfig,
-    rows: int,
-    sequence_length: int,
-    hardware: Hardware,
-    *,
-    sharded: bool = False,
-    recompute: bool = False,
-    accumulates: bool = True,
-    muon: bool = False,
-) -> dict[str, int]:
-    """Estimate the peak bytes of tensors on one process, by part, for micro-batches of `rows` windows.
+@dataclass(frozen=True)
+class Workload:
+    """What a step of a run computes, and on what: FLOPs, memory and the size of micro-batches follow from it."""
 
-    The peak is that of the last micro-batch of a step, or of the optimizer. The memory that an allocator holds in
-    addition is not counted.
+    model: GPTConfig
+    n_parameters: int
+    hardware: Hardware
+    batch_tokens: int  # of a step, over all devices
+    sequence_length: int
+    recompute: bool = False  # activation checkpointing, with which a block keeps only its input
+    muon: bool = False  # the matrices of the blocks are trained with Muon
 
-    Args:
-        sharded: the processes divide weights and optimizer state between them (FSDP).
-        recompute: activation checkpointing, with which a block keeps only its input.
-        accumulates: a process has several micro-batches in a step, so that gradients exist before the last one.
-        muon: the matrices of the blocks are trained with Muon.
-    """
-    n_parameters, width = count_parameters(model), model.n_embd
-    count, shards = hardware.count, hardware.count if sharded else 1
-    size = hardware.dtype.itemsize
-    tokens = rows * sequence_length
-    # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and in
-    # `dtype` the outputs of both LayerNorms (2), queries, keys and values (3), the attention output and its copy as the
-    # input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
-    of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
-    kept = model.n_layer * (4 if recompute else of_a_block) + 2 * 4  # plus input and output of ln_f
-    # The peak is in one of three places. In the backward pass of a block, two tensors of width 4 C exist (the output of
-    # GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of the residual
-    # stream. In the loss, the tensors of `loss_memory` exist. In the optimizer, those of `muon_memory`.
-    matrices = 12 * width**2 * model.n_layer if muon else 0
-    of_muon = muon_memory(model, hardware, sharded=sharded) if muon else 0
-    backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if recompute else 0))
-    loss = loss_memory(model, tokens, hardware)
-    head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
-    activations = max(tokens * width * kept + max(0, backward - loss), of_muon - loss - head)
-    # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next one
-    # in `dtype`; it gathers embeddings and head in float32. It shards the gradients only after the last micro-batch.
-    embeddings = (model.vocab_size + model.block_size) * width
-    copied, gathered = n_parameters, 0
-    if shards > 1:
-        copied, gathered = embeddings, 4 * embeddings + size * 2 * (n_parameters - embeddings) // model.n_layer
-    copies = size * copied if hardware.dtype != torch.float32 else 0
-    # DDP has buffers for averaging all gradients. Gradients that were not averaged yet are outside of these buffers.
-    buckets = count > 1 and not sharded and accumulates
-    return {
-        "weights": 4 * n_parameters // shards + gathered + copies,
-        "gradients": 4 * n_parameters * (2 if buckets else 1),
-        "optimizer": (8 * n_parameters - 4 * matrices) // shards,
-        "activations": activations,
-        "logits": loss + head,
-    }
+    @classmethod
+    def of(cls, config: Config, model: GPTConfig, n_parameters: int, hardware: Hardware) -> Workload:
+        """Return the workload of a run with this configuration, which has a model of `n_parameters` parameters."""
+        return cls(
+            model,
+            n_parameters,
+            hardware,
+            config.data.batch_tokens,
+            config.data.sequence_length,
+            recompute=config.system.activation_checkpointing,
+            muon=config.optim.name == "muon",
+        )
+
+    @property
+    def windows(self) -> int:
+        """The largest number of windows of a global batch that one process gets."""
+        return max(1, ceil_div(self.batch_tokens // self.sequence_length, self.hardware.count))
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """FLOPs of a step, over all devices."""
+        return self.batch_tokens * flops_per_token(self.model, self.n_parameters, self.sequence_length)
+
+    @property
+    def seconds_at_peak(self) -> float | None:
+        """Seconds of a step if all devices computed at their peak (100% MFU); None if it is not known."""
+        peak = self.hardware.peak_flops
+        return self.flops / (peak * self.hardware.count) if peak else None
+
+    def memory(self, rows: int, *, sharded: bool = False) -> dict[str, int]:
+        """Estimate the peak bytes of tensors on one process, by part, for micro-batches of `rows` windows.
+
+        The peak is that of the last micro-batch of a step, or of the optimizer. The memory that an allocator holds in
+        addition is not counted. With `sharded`, the processes divide weights and optimizer state (FSDP).
+        """
+        model, hardware, n_parameters, width = self.model, self.hardware, self.n_parameters, self.model.n_embd
+        size = hardware.dtype.itemsize
+        tokens = rows * self.sequence_length
+        # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and in
+        # `dtype` the outputs of both LayerNorms (2), queries, keys and values (3), the attention output and its copy as
+        # the input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
+        of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
+        kept = model.n_layer * (4 if self.recompute else of_a_block) + 2 * 4  # plus input and output of ln_f
+        # The peak is in one of three places. In the backward pass of a block, two tensors of width 4 C exist (the
+        # output of GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of
+        # the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those of
+        # `muon_memory`.
+        matrices = 12 * width**2 * model.n_layer if self.muon else 0
+        of_muon = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
+        backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if self.recompute else 0))
+        loss = loss_memory(model, tokens, hardware)
+        head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
+        activations = max(tokens * width * kept + max(0, backward - loss), of_muon - loss - head)
+        # DDP has buffers for averaging all gradients. With several micro-batches in a step, the gradients that were not
+        # averaged yet are outside of these buffers. FSDP shards the gradients only after the last micro-batch.
+        buckets = hardware.count > 1 and not sharded and rows < self.windows
+        return {
+            "weights": self._weights(sharded=sharded),
+            "gradients": 4 * n_parameters * (2 if buckets else 1),
+            "optimizer": (8 * n_parameters - 4 * matrices) // (hardware.count if sharded else 1),
+            "activations": activations,
+            "logits": loss + head,
+        }
+
+    def _weights(self, *, sharded: bool) -> int:
+        """Return the bytes of the weights on one process, with what FSDP gathers and with copies in `dtype`."""
+        model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
+        # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next
+        # one in `dtype`; it gathers embeddings and head in float32.
+        embeddings = (model.vocab_size + model.block_size) * model.n_embd
+        copied, gathered = self.n_parameters, 0
+        if shards > 1:
+            of_two_blocks = dtype.itemsize * 2 * (self.n_parameters - embeddings) // model.n_layer
+            copied, gathered = embeddings, 4 * embeddings + of_two_blocks
+        copies = dtype.itemsize * copied if dtype != torch.float32 else 0
+        return 4 * self.n_parameters // shards + gathered + copies
+
+    def fit_rows(self, budget: float, *, sharded: bool, below: int | None = None) -> int | None:
+        """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.
+
+        With `below`, it must have fewer rows than that.
+        """
+
+        def fits(rows: int) -> bool:
+            return (below is None or rows < below) and sum(self.memory(rows, sharded=sharded).values()) <= budget
+
+        return largest_micro_batch(self.windows, fits)
 
 
 def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
@@ -138,40 +183,6 @@ def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     group = 4 * width**2 * model.n_layer
     part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
     return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)
-
-
-def needed_memory(config: Config, model: GPTConfig, rows: int, hardware: Hardware, *, sharded: bool) -> dict[str, int]:
-    """Return `estimate_memory` for a run's configuration."""
-    return estimate_memory(
-        model,
-        rows,
-        config.data.sequence_length,
-        hardware,
-        sharded=sharded,
-        recompute=config.system.activation_checkpointing,
-        accumulates=rows < most_windows(config, hardware.count),
-        muon=config.optim.name == "muon",
-    )
-
-
-def most_windows(config: Config, world_size: int) -> int:
-    """Return the largest number of windows of a global batch that one process gets."""
-    return max(1, ceil_div(config.data.batch_tokens // config.data.sequence_length, world_size))
-
-
-def fit_rows(
-    config: Config, model: GPTConfig, hardware: Hardware, budget: float, *, sharded: bool, below: int | None = None
-) -> int | None:
-    """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.
-
-    With `below`, it must have fewer rows than that.
-    """
-
-    def fits(rows: int) -> bool:
-        needed = needed_memory(config, model, rows, hardware, sharded=sharded)
-        return (below is None or rows < below) and sum(needed.values()) <= budget
-
-    return largest_micro_batch(most_windows(config, hardware.count), fits)
 
 
 def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:

@@ -10,10 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from model import GPTConfig
 from processes import Processes
 from training.config import Config
-from training.estimate import Hardware, count_parameters, fit_rows, needed_memory
+from training.estimate import Workload
 
 GPU_SHARE = 0.8  # fraction of a GPU's free memory that the memory estimate may use
 SAVE_MEMORY = (
@@ -27,6 +26,7 @@ SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes lo
 class Plan:
     """How a run computes. Every process has the same plan."""
 
+    workload: Workload  # the estimates that were used; only the memory of the GPU may differ between processes
     dtype: torch.dtype  # precision of matrix products
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # maximum number of windows per forward pass
@@ -47,7 +47,7 @@ class Plan:
         return ", ".join(parts)
 
 
-def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
+def make_plan(config: Config, workload: Workload, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
     """Decide how a run computes.
 
     Free memory differs between processes and changes with time, but all processes must use the same plan. A run that
@@ -60,11 +60,11 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
     Raises ValueError if not even one window fits into the memory.
     """
     device = processes.device
-    here, why_sharded = should_shard(config, model, processes)
+    here, why_sharded = should_shard(config, workload, processes)
     sharded = bool(processes.all_reduce_min(here))
     if sharded != here:
         why_sharded = "another process has enough memory"
-    found, why_micro_batch = fit_micro_batch(config, model, processes, sharded=sharded)
+    found, why_micro_batch = fit_micro_batch(config, workload, processes, sharded=sharded)
     micro_batch = processes.all_reduce_min(found)
     if micro_batch != found:
         why_micro_batch = "limited by the memory of another process"
@@ -81,17 +81,17 @@ def make_plan(config: Config, model: GPTConfig, processes: Processes, resumed_st
         # The state describes the device of the main process only, so only the main process compares.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
-    compiled, why_compiled = should_compile(config, model, device)
+    compiled, why_compiled = should_compile(config, workload.n_parameters, device)
     reasons = {
         "dtype": "as configured" if config.system.dtype != "auto" else f"fastest on this {device.type}",
         "sharded": why_sharded,
         "micro_batch": why_micro_batch,
         "compiled": why_compiled,
     }
-    return Plan(processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
+    return Plan(workload, processes.dtype, sharded, micro_batch, compiled, planned_for, reasons)
 
 
-def should_shard(config: Config, model: GPTConfig, processes: Processes) -> tuple[bool, str]:
+def should_shard(config: Config, workload: Workload, processes: Processes) -> tuple[bool, str]:
     """Decide whether to use FSDP, with the reason.
 
     FSDP is used if it is configured, or if one process alone would fill more than half of a GPU's free memory with the
@@ -103,17 +103,9 @@ def should_shard(config: Config, model: GPTConfig, processes: Processes) -> tupl
         return config.system.parallel == "fsdp", "as configured"
     if processes.device.type != "cuda":
         return False, f"not needed on {processes.device.type}"
-    needed = needed_memory(config, model, 1, hardware_of(processes), sharded=False)
-    if sum(needed.values()) > 0.5 * torch.cuda.mem_get_info(processes.device)[0]:
+    if sum(workload.memory(1).values()) > 0.5 * torch.cuda.mem_get_info(processes.device)[0]:
         return True, "the model and its optimizer would fill more than half of a GPU"
     return False, "the model and its optimizer fit on each GPU"
-
-
-def hardware_of(processes: Processes) -> Hardware:
-    """Return the devices of the processes, as the memory estimate needs them."""
-    on_gpu = processes.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(processes.device).total_memory if on_gpu else None
-    return Hardware(processes.world_size, processes.dtype, memory)
 
 
 def usable_memory(device: torch.device) -> tuple[int, float]:
@@ -124,29 +116,29 @@ def usable_memory(device: torch.device) -> tuple[int, float]:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
 
 
-def fit_micro_batch(config: Config, model: GPTConfig, processes: Processes, *, sharded: bool) -> tuple[int, str]:
+def fit_micro_batch(config: Config, workload: Workload, processes: Processes, *, sharded: bool) -> tuple[int, str]:
     """Return the largest micro-batch that the memory estimate allows in a part of the free memory, with the reason.
 
     Raises ValueError if not even one window fits.
     """
     if config.data.micro_batch != "auto":
         return config.data.micro_batch, "as configured"
-    (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
-    rows = fit_rows(config, model, hardware, part * free, sharded=sharded)
+    free, part = usable_memory(processes.device)
+    rows = workload.fit_rows(part * free, sharded=sharded)
     if rows is not None:
         return rows, f"estimated to fit in {part:.0%} of the {free / 2**30:.1f} GiB that are free"
-    needed = sum(needed_memory(config, model, 1, hardware, sharded=sharded).values())
+    needed = sum(workload.memory(1, sharded=sharded).values())
     raise ValueError(
-        f"one window of {config.data.sequence_length} tokens needs about {needed / 2**30:.1f} GiB, and "
+        f"one window of {workload.sequence_length} tokens needs about {needed / 2**30:.1f} GiB, and "
         f"{free / 2**30:.1f} GiB are free on {processes.device}: {SAVE_MEMORY}"
     )
 
 
-def explain_out_of_memory(config: Config, model: GPTConfig, processes: Processes, plan: Plan) -> str:
+def explain_out_of_memory(plan: Plan, device: torch.device) -> str:
     """Return what to do after memory was exhausted: the smaller micro-batch that would fit, if there is one."""
-    (free, part), hardware = usable_memory(processes.device), hardware_of(processes)
-    rows = fit_rows(config, model, hardware, part * free, sharded=plan.sharded, below=plan.micro_batch)
-    too_large = f"out of memory on {processes.device} with micro-batches of {plan.micro_batch} windows"
+    free, part = usable_memory(device)
+    rows = plan.workload.fit_rows(part * free, sharded=plan.sharded, below=plan.micro_batch)
+    too_large = f"out of memory on {device} with micro-batches of {plan.micro_batch} windows"
     if rows is None:
         return f"{too_large}, and by the estimate no smaller micro-batch fits either: {SAVE_MEMORY}"
     return f"{too_large}: set data.micro_batch to {rows}, which is estimated to fit"
@@ -159,15 +151,15 @@ def is_out_of_memory(error: object) -> bool:
     )
 
 
-def should_compile(config: Config, model: GPTConfig, device: torch.device) -> tuple[bool, str]:
-    """Decide whether to compile the loss, with the reason."""
+def should_compile(config: Config, n_parameters: int, device: torch.device) -> tuple[bool, str]:
+    """Decide whether to compile the loss of a model with `n_parameters` parameters, with the reason."""
     if config.system.compile != "auto":
         return config.system.compile, "as configured"
     if device.type == "cuda":
         return True, "on CUDA"
     if device.type != "cpu":
         return False, f"not tested on {device.type}"
-    if count_parameters(model) < SMALL_MODEL:
+    if n_parameters < SMALL_MODEL:
         return False, "a small model on a CPU gains less than compiling takes"
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return False, "no C++ compiler found"

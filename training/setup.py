@@ -22,7 +22,7 @@ from training.checkpoint import Checkpoints, load_optimizers
 from training.config import Config
 from training.distributed import distribute
 from training.dry_run import dry_run as dry_run  # for train.py, which imports only this module to prepare a run
-from training.estimate import seconds_at_peak
+from training.estimate import Hardware, Workload
 from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
@@ -66,7 +66,6 @@ class TrainingRun:
     state: TrainingState = field(default_factory=TrainingState)
     identity: dict[str, Any] = field(default_factory=dict)  # what may not change when a run resumes
     clock: Stopwatch = field(default_factory=Stopwatch)  # times the parts of the current step
-    seconds_at_peak: float | None = None  # duration of a step at the peak FLOP/s of all devices, or None
 
     @property
     def lacks_validation(self) -> bool:
@@ -105,8 +104,7 @@ class TrainingRun:
             self.loader.close()
         self.directory.close(failed=kind is not None)
         if is_out_of_memory(error):
-            reason = explain_out_of_memory(self.config, self.model.config, self.processes, self.plan)
-            raise ValueError(reason) from None
+            raise ValueError(explain_out_of_memory(self.plan, self.processes.device)) from None
 
 
 def is_due(step: int, every: int) -> bool:
@@ -138,12 +136,12 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     state.val_tokens = inputs.validation_tokens or state.val_tokens
 
     model = make_model(shape, start.model, config.run.seed, config.model.freeze_layers)
-    n_parameters = model.num_parameters()
-    plan = make_plan(config, shape, processes, saved)
+    workload = Workload.of(config, shape, model.num_parameters(), Hardware.of(processes))
+    plan = make_plan(config, workload, processes, saved)
     try:
         loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     except torch.OutOfMemoryError:
-        raise ValueError(explain_out_of_memory(config, shape, processes, plan)) from None
+        raise ValueError(explain_out_of_memory(plan, processes.device)) from None
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
@@ -181,11 +179,10 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         progress=Progress(state.step, config.optim.steps, config.log.every, processes.is_main, inputs.bytes_per_token),
         state=state,
         identity=identity,
-        seconds_at_peak=seconds_at_peak(config, shape, n_parameters, processes),
     )
     if processes.is_main:
         open_directory(run, start)
-    run.progress.say(greeting(run, n_parameters, notes))
+    run.progress.say(greeting(run, notes))
     return run
 
 
@@ -220,15 +217,15 @@ def open_directory(run: TrainingRun, start: Start) -> None:
     run.directory.open(run.config, described, last_step, last_validation, run.progress.say)
 
 
-def greeting(run: TrainingRun, n_parameters: int, notes: list[str]) -> str:
+def greeting(run: TrainingRun, notes: list[str]) -> str:
     """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
     config = run.config
     lines = [
-        f"{n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} tokens, "
-        f"{describe_epochs(config, run.inputs)}",
+        f"{run.plan.workload.n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} "
+        f"tokens, {describe_epochs(config, run.inputs)}",
         run.plan.describe(run.processes, config.data.sequence_length),
     ]
     lines += run.inputs.notes
-    slow = warn_of_slow_cpu(config, run.model.config, run.processes)
+    slow = warn_of_slow_cpu(run.plan.workload, run.processes.device, config.optim.steps)
     lines += [f"warning: {warning}" for warning in (*warnings(config, run.inputs), *slow)]
     return "\n".join(lines + notes)

@@ -254,7 +254,7 @@ def make_model(config: GPTConfig, initial: ModelFiles | None, seed: int, freeze_
     found = initial.config
     with torch.device("meta"):
         model = GPT(dataclasses.replace(config, vocab_size=found.vocab_size, block_size=found.block_size))
-    load_weights(model, initial.directory, dtype=torch.float32, device="cpu")
+    load_weights(model, initial.stored, dtype=torch.float32, device="cpu")
     if config.block_size > found.block_size:
         model = extend_positions(model, config.block_size)
     if config.vocab_size < found.vocab_size:

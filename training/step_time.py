@@ -15,9 +15,8 @@ from data.loader import ceil_div
 from device import Card
 from kernels.cuda_loss import padded, rows_at_a_time
 from model import GPTConfig
-from processes import Processes
 from training.config import Config
-from training.estimate import count_parameters, flops_per_token, most_windows
+from training.estimate import Workload
 from training.metrics import duration
 
 # Tokens per second of one card for GPT-2 124M with 1,024 tokens per sequence: (card, project, tokens/s)
@@ -55,25 +54,23 @@ class StepTime(NamedTuple):
         return sum(self)
 
 
-def estimate_step(
-    config: Config, model: GPTConfig, card: Card, count: int, dtype: torch.dtype, rows: int, *, sharded: bool
-) -> StepTime | None:
-    """Estimate a step on `count` cards with micro-batches of `rows` windows; None if the peak in `dtype` is not known.
+def estimate_step(config: Config, workload: Workload, card: Card, rows: int, *, sharded: bool) -> StepTime | None:
+    """Estimate a step with micro-batches of `rows` windows; None if the card's peak in the precision is not known.
 
     Args:
+        card: the kind of the devices.
         sharded: FSDP instead of DDP.
     """
+    model, count, dtype = workload.model, workload.hardware.count, workload.hardware.dtype
     peak = card.peak_in(dtype)
     if peak is None:
         return None
-    windows, T = most_windows(config, count), config.data.sequence_length
+    windows, T = workload.windows, workload.sequence_length
     passes, tokens = ceil_div(windows, rows), windows * T
-    compute = (
-        tokens * seconds_of_a_token(model, card, peak, T) * (4 / 3 if config.system.activation_checkpointing else 1)
-    )
+    compute = tokens * seconds_of_a_token(model, card, peak, T) * (4 / 3 if workload.recompute else 1)
     loss = tokens * seconds_of_loss(model, card, peak, dtype)
     last_backward = (compute + loss) / passes * 2 / 3
-    communication = seconds_of_communication(model, card, count, dtype, passes, last_backward, sharded=sharded)
+    communication = seconds_of_communication(workload, card, passes, last_backward, sharded=sharded)
     forward = (compute + loss) / tokens / 3
     evaluation = 0.0
     if config.eval.every:
@@ -85,7 +82,7 @@ def estimate_step(
         if config.eval.hellaswag:
             hellaswag = HELLASWAG_TOKENS / count * forward * HELLASWAG_SLOWDOWN
             evaluation += hellaswag / max(config.eval.every, config.eval.hellaswag_every)
-    optimizer = seconds_of_optimizer(config, model, card, peak, count, sharded=sharded)
+    optimizer = seconds_of_optimizer(workload, card, peak, sharded=sharded)
     return StepTime(compute, loss, communication, optimizer, evaluation)
 
 
@@ -118,9 +115,10 @@ def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtyp
 
 
 def seconds_of_communication(
-    model: GPTConfig, card: Card, count: int, dtype: torch.dtype, passes: int, last_backward: float, *, sharded: bool
+    workload: Workload, card: Card, passes: int, last_backward: float, *, sharded: bool
 ) -> float:
     """Return the seconds of a step in which the GPUs wait for collective operations."""
+    model, count, dtype = workload.model, workload.hardware.count, workload.hardware.dtype
     if count == 1:
         return 0.0
     rate = LINK * (card.link if count <= NODE_SIZE else min(card.link, NETWORK))
@@ -130,7 +128,7 @@ def seconds_of_communication(
         """Return the duration of all-gathers or reduce-scatters of `n_bytes` in all."""
         return n_bytes * (count - 1) / count / rate + operations * latency
 
-    parameters, embeddings = count_parameters(model), (model.vocab_size + model.block_size) * model.n_embd
+    parameters, embeddings = workload.n_parameters, (model.vocab_size + model.block_size) * model.n_embd
     blocks = parameters - embeddings
     if not sharded:
         # An all-reduce is a reduce-scatter and an all-gather. The embeddings' gradient is complete only at the end.
@@ -142,13 +140,12 @@ def seconds_of_communication(
     return (passes + 1) * around + max(0.0, passes * (gather - 1.5 * last_backward)) + max(0.0, reduce - last_backward)
 
 
-def seconds_of_optimizer(
-    config: Config, model: GPTConfig, card: Card, peak: float, count: int, *, sharded: bool
-) -> float:
+def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded: bool) -> float:
     """Return the seconds of clipping and the optimizer: memory traffic, and Muon's products."""
-    traffic = 40 * count_parameters(model) / (count if sharded else 1)  # 28 bytes for AdamW, 12 for clipping
+    model, count = workload.model, workload.hardware.count
+    traffic = 40 * workload.n_parameters / (count if sharded else 1)  # 28 bytes for AdamW, 12 for clipping
     seconds = traffic / (BANDWIDTH * card.bandwidth)
-    if config.optim.name == "muon":
+    if workload.muon:
         # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns: four square matrices and
         # two of 4 C columns in each block, in one group for each shape.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
@@ -167,22 +164,21 @@ def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
     return 2 * a.numel() * b.size(1) / min(durations)
 
 
-def seconds_on_cpu(config: Config, model: GPTConfig, dtype: torch.dtype) -> float:
-    """Estimate the seconds of a step on this CPU. To measure its speed, all of its cores compute for a moment."""
-    flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
-    return flops / (CPU_SHARE * measure_matmul_rate(dtype))
+def seconds_on_cpu(workload: Workload) -> float:
+    """Estimate the seconds of a step on CPUs like this one. To measure their speed, this one computes for a moment."""
+    hardware = workload.hardware
+    return workload.flops / (CPU_SHARE * measure_matmul_rate(hardware.dtype)) / hardware.count
 
 
-def warn_of_slow_cpu(config: Config, model: GPTConfig, processes: Processes) -> list[str]:
+def warn_of_slow_cpu(workload: Workload, device: torch.device, steps: int) -> list[str]:
     """Return a warning if the device is a CPU on which a step takes more than SLOW_STEP seconds."""
-    flops = config.data.batch_tokens * flops_per_token(model, count_parameters(model), config.data.sequence_length)
-    if processes.device.type != "cpu" or flops / processes.world_size < SLOW_STEP * SLOWEST_CPU:
+    if device.type != "cpu" or workload.flops / workload.hardware.count < SLOW_STEP * SLOWEST_CPU:
         return []
-    seconds = seconds_on_cpu(config, model, processes.dtype) / processes.world_size
+    seconds = seconds_on_cpu(workload)
     if seconds < SLOW_STEP:
         return []
     return [
         f"on this CPU, a step is estimated to take {duration(seconds)}, and the run "
-        f"{duration(seconds * config.optim.steps)}: this configuration is for a GPU. For a CPU, there is "
+        f"{duration(seconds * steps)}: this configuration is for a GPU. For a CPU, there is "
         f"configs/shakespeare.yaml; or lower data.batch_tokens"
     ]

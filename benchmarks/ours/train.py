@@ -14,6 +14,7 @@ from model import GPT, GPTConfig
 from processes import Processes, start_processes
 from train import train_step
 from training.config import Config, Data, System
+from training.estimate import Hardware, Workload
 from training.metrics import Progress
 from training.plan import make_plan
 from training.run_directory import RunDirectory
@@ -35,7 +36,8 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     """
     torch.manual_seed(0)
     model = GPT(shape)
-    plan = make_plan(config, shape, processes, {})
+    workload = Workload.of(config, shape, model.num_parameters(), Hardware.of(processes))
+    plan = make_plan(config, workload, processes, {})
     loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     tokens, rows = config.data.sequence_length, config.data.batch_tokens // config.data.sequence_length
     ids = torch.randint(shape.vocab_size, (n_batches, rows, tokens + 1))

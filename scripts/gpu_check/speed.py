@@ -24,8 +24,7 @@ from scripts.gpu_check.report import Report, Settings
 from scripts.gpu_check.runs import run_one_step
 from train import accumulate_gradients, train_step
 from training.config import Optim
-from training.estimate import count_parameters, flops_per_token, needed_memory, peak_flops
-from training.plan import hardware_of
+from training.estimate import Hardware, Workload, count_parameters, flops_per_token, peak_flops
 from training.setup import TrainingRun
 
 LOWEST_MFU = 0.38  # on an H100 at 64 sequences; the goal is 0.45
@@ -73,8 +72,8 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
     def prepare() -> Run:
         return partial(train_step, make_run(config, settings.shape, processes), False, False)
 
-    needed = needed_memory(config, settings.shape, rows, hardware_of(processes), sharded=False)
-    estimate = sum(needed.values()) / 2**30
+    workload = Workload.of(config, settings.shape, count_parameters(settings.shape), Hardware.of(processes))
+    estimate = sum(workload.memory(rows).values()) / 2**30
     return time_steps(settings, report, rows, what, prepare) | {"estimate, GiB": estimate}
 
 

@@ -8,12 +8,17 @@ import torch
 
 from device import find_card
 from model import GPTConfig
-from processes import Processes, start_processes
+from processes import start_processes
 from training.config import Config, Flags
 from training.dry_run import dry_run
-from training.estimate import flops_per_token
+from training.estimate import Hardware, Workload, count_parameters, flops_per_token
 from training.metrics import duration
 from training.step_time import PUBLISHED, estimate_step, warn_of_slow_cpu
+
+
+def workload(config=None, model=None, count=1, dtype=torch.float32):
+    config, model = config or Config(), model or GPTConfig()
+    return Workload.of(config, model, count_parameters(model), Hardware(count, dtype))
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ def test_it_refuses_a_device_that_it_does_not_know(report):
 @pytest.mark.parametrize(("name", "project", "published"), PUBLISHED)
 def test_the_estimates_are_near_published_rates(name, project, published):
     card = find_card(name)
-    step = estimate_step(Config(), GPTConfig(), card, 1, torch.bfloat16, 16, sharded=False)
+    step = estimate_step(Config(), workload(dtype=torch.bfloat16), card, 16, sharded=False)
     assert Config().data.batch_tokens / (step.total - step.evaluation) == pytest.approx(published, rel=0.07)
 
 
@@ -111,7 +116,8 @@ def test_the_parts_of_a_step_grow_with_what_causes_them():
     card, config = find_card("H100"), Config()
 
     def step(count, rows=8, sharded=False, model="gpt2"):
-        return estimate_step(config, GPTConfig.preset(model), card, count, torch.bfloat16, rows, sharded=sharded)
+        work = workload(config, GPTConfig.preset(model), count, torch.bfloat16)
+        return estimate_step(config, work, card, rows, sharded=sharded)
 
     one, eight, many = step(1), step(8), step(64)
     assert one.communication == 0 < eight.communication < many.communication
@@ -128,10 +134,9 @@ def test_the_parts_of_a_step_grow_with_what_causes_them():
 
 def test_a_configuration_for_a_gpu_is_announced_on_a_cpu(monkeypatch):
     monkeypatch.setattr("training.step_time.measure_matmul_rate", lambda dtype: 4e11)
-    cpu = Processes(0, 1, torch.device("cpu"), torch.float32)
-    (warning,) = warn_of_slow_cpu(Config(), GPTConfig(), cpu)
+    cpu, steps = torch.device("cpu"), Config().optim.steps
+    (warning,) = warn_of_slow_cpu(workload(), cpu, steps)
     assert "a step is estimated to take 25 min 02 s, and the run 331 d" in warning
     small = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
-    assert warn_of_slow_cpu(Config(), small, cpu) == []
-    gpu = Processes(0, 1, torch.device("cuda"), torch.float32)
-    assert warn_of_slow_cpu(Config(), GPTConfig(), gpu) == []
+    assert warn_of_slow_cpu(workload(model=small), cpu, steps) == []
+    assert warn_of_slow_cpu(workload(), torch.device("cuda"), steps) == []

@@ -7,7 +7,7 @@ import torch
 
 from device import native_dtypes
 from model import GPTConfig
-from training.estimate import Hardware, count_parameters, estimate_memory, flops_per_token, peak_flops
+from training.estimate import Hardware, Workload, count_parameters, flops_per_token, peak_flops
 
 # Trains a model in a process of its own and prints the peak of its resident memory without that of the libraries. glibc
 # returns freed memory to the system here, so that the result does not include the fragmentation of the heap.
@@ -54,6 +54,13 @@ print(resident("VmHWM") - before)
 WIDE = {"vocab_size": 8192, "block_size": 256, "n_layer": 6, "n_head": 8, "n_embd": 512}
 VOCABULARY = {"vocab_size": 50257, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
 DEEP = {"vocab_size": 4096, "block_size": 256, "n_layer": 12, "n_head": 4, "n_embd": 256}
+
+
+def estimate_memory(model, rows, length, hardware, *, windows=None, sharded=False, **options):
+    """The memory of a step in which a process has `windows` windows, by default two micro-batches of them."""
+    batch_tokens = (windows or 2 * rows) * length * hardware.count
+    workload = Workload(model, count_parameters(model), hardware, batch_tokens, length, **options)
+    return workload.memory(rows, sharded=sharded)
 
 
 def assert_estimate(python, shape, rows, length, dtype, recompute=False):
@@ -140,7 +147,7 @@ def test_on_several_gpus_unaveraged_gradients_are_beside_the_buckets_of_ddp():
     once = 4 * 124_439_808
     assert gradients(1) == once
     assert gradients(8) == 2 * once
-    assert gradients(8, accumulates=False) == once
+    assert gradients(8, windows=4) == once
     assert gradients(8, sharded=True) == once
 
 

@@ -1,7 +1,6 @@
 """The plan of a run: what is decided, and the reasons that are printed."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from model import GPTConfig
 from processes import Processes
 from train import train_step
 from training.config import Config
-from training.estimate import largest_micro_batch
+from training.estimate import Hardware, Workload, count_parameters, largest_micro_batch
 from training.plan import make_plan, should_compile, should_shard
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -19,13 +18,18 @@ SMALL = GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=1, n_embd=8)
 LARGE = GPTConfig()
 
 
+def workload(config, model=SMALL, count=1, gpu_memory=None):
+    hardware = Hardware(count, torch.float32, gpu_memory)
+    return Workload.of(config, model, count_parameters(model), hardware)
+
+
 @pytest.fixture
 def config(tiny_run):
     return tiny_run()
 
 
 def test_the_plan_of_a_small_run_on_a_cpu(config):
-    plan = make_plan(config, SMALL, ONE, {})
+    plan = make_plan(config, workload(config), ONE, {})
     assert (plan.dtype, plan.sharded, plan.micro_batch, plan.compiled) == (torch.float32, False, 8, False)
     assert plan.describe(ONE, 32) == (
         "1 x cpu, float32 (as configured), micro-batches of 8 x 32 (as configured), "
@@ -35,12 +39,10 @@ def test_the_plan_of_a_small_run_on_a_cpu(config):
 
 def test_an_automatic_micro_batch_is_the_largest_that_fits(config, monkeypatch):
     config.data.micro_batch = "auto"
-    assert make_plan(config, SMALL, ONE, {}).micro_batch == 8
-    monkeypatch.setattr(
-        "training.estimate.needed_memory", lambda config, model, rows, hardware, sharded: {"all": rows * 2**60}
-    )
+    assert make_plan(config, workload(config), ONE, {}).micro_batch == 8
+    monkeypatch.setattr(Workload, "memory", lambda self, rows, sharded: {"all": rows * 2**60})
     with pytest.raises(ValueError, match=r"one window of 32 tokens needs about .* GiB, and .* GiB are free on cpu"):
-        make_plan(config, SMALL, ONE, {})
+        make_plan(config, workload(config), ONE, {})
 
 
 @pytest.mark.parametrize(
@@ -70,13 +72,13 @@ def test_a_micro_batch_divides_the_windows_where_it_can(windows, limit, expected
 def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(
     config, prepare, monkeypatch, too_many, advice, error
 ):
-    def needed(config, model, rows, hardware, sharded):
+    def needed(self, rows, sharded):
         return {"all": 0 if rows < too_many else 2**60}
 
     def exhausted(*arguments):
         raise error
 
-    monkeypatch.setattr("training.estimate.needed_memory", needed)
+    monkeypatch.setattr(Workload, "memory", needed)
     expected = f"out of memory on cpu with micro-batches of 8 windows{advice}"
     with pytest.raises(ValueError, match=expected), prepare(config) as run:
         run.loss_function.forward = exhausted
@@ -95,17 +97,17 @@ def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(
 )
 def test_when_to_compile(monkeypatch, device, model, compiler, expected):
     monkeypatch.setattr("shutil.which", lambda name: compiler)
-    assert should_compile(Config(), model, device) == expected
+    assert should_compile(Config(), count_parameters(model), device) == expected
 
 
 def test_when_to_shard(config, monkeypatch):
     two_gpus = dataclasses.replace(ONE, world_size=2, device=CUDA)
+    small, large = (workload(config, model, 2, 2**30) for model in (SMALL, LARGE))
     config.system.parallel = "fsdp"
-    assert should_shard(config, SMALL, ONE) == (False, "one process")
-    assert should_shard(config, SMALL, two_gpus) == (True, "as configured")
+    assert should_shard(config, small, ONE) == (False, "one process")
+    assert should_shard(config, small, two_gpus) == (True, "as configured")
     config.system.parallel = "auto"
-    assert should_shard(config, SMALL, dataclasses.replace(ONE, world_size=2)) == (False, "not needed on cpu")
+    assert should_shard(config, small, dataclasses.replace(ONE, world_size=2)) == (False, "not needed on cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**30))
-    assert should_shard(config, SMALL, two_gpus)[0] is False
-    assert should_shard(config, LARGE, two_gpus)[0] is True
+    assert should_shard(config, small, two_gpus)[0] is False
+    assert should_shard(config, large, two_gpus)[0] is True
