@@ -103,7 +103,7 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
         try:
             state = read_state(path)
             tokens, loss, best = state.get("val_tokens"), state["val_loss"], state.get("best")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it is still a GPT-2
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its weights can still be loaded
             print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
             unreadable.add(path)
             continue

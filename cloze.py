@@ -120,7 +120,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
         mask[start : len(filling)] = True
     ids, scored = ids.to(device), scored.to(device)
     # Padding on the right needs no mask, because attention is causal.
-    x = model(ids, return_logits=False).last_hidden_state  # (N W, T, C)
+    x = model(ids, return_logits=False).last_hidden_state  # (N W, T, C), for W words of each text
     # The state of a token predicts the next one. Only the logits of predictions that count are computed.
     logits = F.linear(x[:, :-1][scored[:, 1:]], model.transformer.wte.weight).float()  # (scored tokens, V)
     log_probs = -F.cross_entropy(logits, ids[:, 1:][scored[:, 1:]], reduction="none")

@@ -162,7 +162,7 @@ def make_deterministic() -> None:
     slower deterministic forms have a fixed order. An operator that has no such form raises RuntimeError. The function
     also stops the compiler from choosing kernels by their measured speed, because the fastest one varies.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is started
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)
     # It would also fill new memory with NaN. This takes time, and all memory is written before it is read.

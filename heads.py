@@ -65,7 +65,7 @@ def encode(
 def make_trunk(stored: StoredModel) -> GPT:
     """Build the GPT of a stored model on the meta device: shapes without values."""
     with torch.device("meta"):
-        return GPT(GPTConfig(**stored.config()))
+        return GPT(GPTConfig(**stored.config_arguments()))
 
 
 def save_with_head(

@@ -2,8 +2,8 @@
 
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
-transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ has
-masks and faster forms of the loss and of attention; checks.py checks what a model is given.
+transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
+the masks and faster forms of attention and the loss; checks.py validates the arguments of the model.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -50,7 +50,7 @@ class GPTConfig:
 
     # The tokenizer is a byte-pair encoding: 256 bytes + 50,000 merges of two tokens into one + 1 for <|endoftext|>.
     vocab_size: int = 50257
-    # The longest sequence, in tokens. Each position has a learned vector, and there is none for position 1024.
+    # The longest sequence, in tokens. Positions 0 to 1023 have a learned vector each, and position 1024 has none.
     block_size: int = 1024
     n_layer: int = 12
     n_head: int = 12
@@ -120,7 +120,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        mask: Mask | None,  # which keys a query may attend to; None: see is_causal
+        mask: Mask | None,  # the keys that each query may attend to; None: all, or those up to its position if causal
         head_mask: Tensor | None = None,  # (H,)
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,  # (B, M, C)
@@ -131,13 +131,13 @@ class Attention(nn.Module):
             q, k, v = self.c_attn(x).chunk(3, dim=-1)  # three of (B, T, C)
         else:
             q, (k, v) = self.q_attn(x), self.c_attn(memory).chunk(2, dim=-1)
-        # Heads move next to the batch, so that the products below treat each head as a sequence of its own.
+        # Move the heads next to the batch: the products below then run for each head of each sequence separately.
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T or M, D)
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
         # Without the causal mask a token could read its own target from the next position: the training loss would go
         # to zero and the model could not generate. A single query (cached decoding) attends to every key: no mask.
-        # bool(): torch.export and torch.jit.trace make the size a symbol, which PyTorch's kernel does not accept.
+        # torch.export and torch.jit.trace make the size a symbol. PyTorch's kernel needs a Python bool.
         is_causal = bool(self.causal and mask is None and q.size(2) > 1)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -146,8 +146,8 @@ class Attention(nn.Module):
             # Dao et al. 2022), so memory grows with T and not with T².
             y = fast_attention(q, k, v, mask, dropout, is_causal, self.pattern, training=self.training)
         else:
-            # The plain form. A sum of D products has a variance proportional to D. Divided by √D the scores stay near
-            # 1; without that, softmax saturates, one key gets all the weight, and the gradient vanishes.
+            # The plain form. A score is a sum of D products, so its variance grows with D. Dividing by √D keeps the
+            # scores near 1; without that, softmax saturates, one key gets all the weight, and the gradient vanishes.
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
             if (allowed := dense_mask(q, k, mask, is_causal, self.pattern)) is not None:
                 scores = scores.masked_fill(~allowed, float("-inf"))  # exp(-inf) is a weight of exactly 0
@@ -259,7 +259,7 @@ class GPT(nn.Module):
                 # factor 1/√(2 L) the stream would grow with the depth (GPT-2 paper, section 2.3).
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
-                # 0.02 is the constant of OpenAI's code, close to 1/√C for these widths (0.036 to 0.025).
+                # 0.02 is the constant of OpenAI's code, close to 1/√C of the released sizes (0.036 to 0.025).
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(
@@ -272,12 +272,12 @@ class GPT(nn.Module):
         output_hidden_states: bool = False, output_attentions: bool = False,
         return_logits: bool | None = None, logits_to_keep: int = 0,
     ) -> GPTOutput:  # fmt: skip
-        """Process T tokens of B sequences, which follow the `past` tokens that the cache holds.
+        """Run the model on T tokens of each of B sequences. With a cache, they follow its `past` tokens.
 
         Args:
             input_ids: (B, T) token ids. Give either these or `inputs_embeds` (B, T, C), which replaces their
                 embeddings, but not both.
-            targets: (B, T) ids aligned with the inputs: the token that follows each, or IGNORE_INDEX.
+            targets: (B, T) ids aligned with the inputs: the token that follows each, or IGNORE_INDEX. Not with labels.
             labels: (B, T) ids that are shifted here (usually the inputs themselves), as in transformers.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
             position_ids: (B, T) or (T,). By default, positions count from the cache's length or, with an attention
@@ -310,11 +310,11 @@ class GPT(nn.Module):
         # Decide which keys each query attends to, and which heads take part.
         mask = make_mask(attention_mask, document_ids, past, T, x.device, causal=config.causal)
         memory_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
-        absent: list[None] = [None] * config.n_layer
-        head_masks = absent if head_mask is None else head_mask.expand(config.n_layer, config.n_head)
+        none_per_layer: list[None] = [None] * config.n_layer
+        head_masks = none_per_layer if head_mask is None else head_mask.expand(config.n_layer, config.n_head)
 
         # Run the blocks. The cache grows only now, so a call that raised an error above leaves it unchanged.
-        layer_caches = absent if cache is None else cache.extend(B, T)
+        layer_caches = none_per_layer if cache is None else cache.extend(B, T)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
         for block, layer_head_mask, layer_cache in zip(self.transformer.h, head_masks, layer_caches, strict=True):
@@ -334,7 +334,7 @@ class GPT(nn.Module):
         if targets is not None:
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
         if return_logits or (return_logits is None and loss is None):
-            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0: all positions
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0: from -0, which is 0
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
@@ -391,7 +391,7 @@ class GPT(nn.Module):
         """
         stored = open_model(locate(name_or_dir))
         with torch.device("meta"):  # shapes only: the values come from the file
-            model = cls(GPTConfig(**stored.config()))
+            model = cls(GPTConfig(**stored.config_arguments()))
         load_weights(model, stored, dtype=dtype, device=device)
         return model.eval()
 

@@ -75,7 +75,7 @@ def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelF
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
     stored = open_model(locate(name))  # first: a directory without a model usually lacks a tokenizer, too
-    config, tokenizer = GPTConfig(**stored.config()), load_tokenizer(stored.directory)
+    config, tokenizer = GPTConfig(**stored.config_arguments()), load_tokenizer(stored.directory)
     check_vocabulary(config.vocab_size, tokenizer, stored.directory)
     return ModelFiles(name, stored, config, tokenizer)
 

@@ -30,14 +30,16 @@ from training.optim import learning_rate_factor, set_learning_rate
 from training.setup import TrainingRun, dry_run, is_due, setup
 from training.validation import measure
 
-MAX_BAD_STEPS = 10  # consecutive steps with a loss or gradient that is not finite, after which training stops
+# Consecutive steps with a loss or gradient that is not finite, after which training stops. Overflows of float16 are not
+# counted.
+MAX_BAD_STEPS = 10
 
 
 class StepResult(NamedTuple):
     """What the loop needs to know about an optimizer step. It is the same on all processes."""
 
     finite: bool  # loss and gradient are finite; otherwise the step was skipped
-    diverged: bool  # the step was skipped for another reason than an overflow of float16
+    diverged: bool  # the step was skipped for a reason other than a float16 overflow
     stop: bool  # some process was asked to stop
     save: bool  # some process was asked to save a checkpoint
 
@@ -95,7 +97,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
     # The only host-device synchronization of a step: up to here, the host queued work for the device without waiting.
     # The sums over all processes give every process the same numbers, so all of them take the same decisions.
-    # `torch.full` fills memory of the device. A copy of a new tensor of the host would be another synchronization.
+    # `torch.full` writes directly to device memory. Copying a tensor from the host would be a second synchronization.
     requests = [torch.full((), float(asked), device=processes.device) for asked in (stop_requested, save_requested)]
     reduced = processes.all_reduce_sum(torch.stack([loss_sum, *requests]))
     numbers = torch.cat([reduced, torch.stack([norm, scale, next_scale])]).tolist()
@@ -120,7 +122,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
 
 def validate(run: TrainingRun, signal: StopSignal) -> bool:
-    """Score the validation split and sample texts. Return False if a stop request has interrupted it, without a result.
+    """Score the validation split and sample texts. Return False, without a result, if a stop request interrupted it.
 
     All processes return the same value.
     """
@@ -205,7 +207,10 @@ def train(
 
         # The data can cause a single bad step. Many in a row mean that training cannot recover. Overflows of float16
         # are not counted, and they do not reset the count.
-        bad_steps = bad_steps + 1 if diverged else 0 if finite else bad_steps
+        if diverged:
+            bad_steps += 1
+        elif finite:
+            bad_steps = 0
         if bad_steps == MAX_BAD_STEPS:
             give_up(run)
 
@@ -218,7 +223,8 @@ def train(
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
-        if state.val_loss is not None:  # after saving: an error in the drawing must not cost a checkpoint
+        # After saving, because an error in the drawing must not cost a checkpoint. `conclude` draws the last picture.
+        if state.val_loss is not None and not (is_done(run) or stopping):
             run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:
             profiler.step()
@@ -248,7 +254,8 @@ def log_step(
         )
     state.seconds += seconds
     # Model FLOPs utilization: the model's own arithmetic as a fraction of the hardware's peak.
-    mfu = at_peak / seconds if (at_peak := run.plan.workload.seconds_at_peak) else None
+    at_peak = run.plan.workload.seconds_at_peak
+    mfu = None if at_peak is None else at_peak / seconds
     run.directory.log(
         "train",
         state.step,

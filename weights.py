@@ -171,18 +171,19 @@ def find_config(directory: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The files of a model. Its configuration is read and checked; `load_weights` reads its tensors."""
+    """A model on disk. Its configuration has been read and checked; `load_weights` reads its tensors."""
 
     directory: Path
     config_file: Path  # see `find_config`
-    fields: dict[str, Any]  # of this file, complete, by transformers' names
+    # Of this file, by transformers' names, with defaults for the fields that the file lacks.
+    fields: dict[str, Any]
 
     @property
     def is_openai(self) -> bool:
         """True if the files have OpenAI's layout."""
         return self.config_file.name == "hparams.json"
 
-    def config(self) -> dict[str, Any]:
+    def config_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `GPTConfig` for this model."""
         fields, dropouts = self.fields, {self.fields[name] for name in DROPOUTS}
         if len(dropouts) > 1:
@@ -198,7 +199,7 @@ def open_model(directory: str | Path) -> StoredModel:
     """Read and check the configuration of the model in a directory.
 
     Raises:
-        FileNotFoundError: the directory has no such file.
+        FileNotFoundError: the directory has no config.json or hparams.json, see `find_config`.
         ValueError: the file describes another architecture than GPT-2's, or lacks a field. The message names the field.
     """
     path = find_config(directory)

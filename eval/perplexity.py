@@ -21,8 +21,8 @@ from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_w
 from eval.likelihood import Request, Scorer
 from eval.rows import load_hub_rows
 
-# exp(709) is the largest integer power of e that fits in a float, and JSON has no infinity. The margin is for the
-# standard error, which may be larger than the value.
+# exp(709) is the largest integer power of e that fits in a float, and JSON has no infinity. 700 leaves a factor of e⁹
+# for the standard error, which may be larger than the perplexity.
 MAX_NATS = 700.0
 
 

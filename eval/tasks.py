@@ -253,7 +253,7 @@ def _encode_split(split: Split, dataset_tokenizer: Tokenizer, tokenizer: Any, li
 
 
 def run_loss(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
-    """Compute the loss on the validation split of a dataset as training does."""
+    """Compute the loss on the validation split of a dataset in the same way as training does."""
     if not isinstance(evaluator.model, GPT):
         raise ValueError("--tasks loss supports GPT-2 models only: for other models use --tasks perplexity --data")
     if args.document_mask and args.save_reference:

@@ -115,7 +115,7 @@ class GenerateOutput(NamedTuple):
     sequences_scores: Tensor  # (N,), sum of logprobs (beam search: of scores) / new tokens ** length_penalty
     lengths: Tensor  # (N,), new tokens of each row, including the token that ended it
     logits: list[Tensor] | None = None  # S of (N, V), float32, unprocessed
-    scores: list[Tensor] | None = None  # S of (N, V), processed; log-probabilities in beam search
+    scores: list[Tensor] | None = None  # S of (N, V), processed logits; in beam search, log-probabilities
     hidden_states: list[tuple[Tensor, ...]] | None = None  # S of n_layer + 1 tensors; step 0 covers the whole prompt
     attentions: list[tuple[Tensor, ...]] | None = None  # S of n_layer tensors
     beam_indices: Tensor | None = None  # (N, S), the row of `scores` that each token was chosen from; -1 after the end

@@ -24,7 +24,7 @@ def fast_attention(
     """Return the attention (B, H, T, D) of q (B, H, T, D), k and v (B, H, S, D) in the fastest form for this case.
 
     Args:
-        mask: of `kernels.masks.make_mask`.
+        mask: see `kernels.masks.Mask`; None masks nothing.
         is_causal: each query sees the keys up to its own position; only without a mask.
         pattern: of the attention on long sequences, or None.
         training: the model is in training mode, where shapes are fixed.

@@ -107,7 +107,7 @@ class LSH(NamedTuple):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Return the result (B, H, T, D). The arguments are those of `Window`; `dropout` must be 0."""
         assert not dropout, "GPTConfig refuses dropout with attention lsh"
-        # The last query may attend to every key that is not padding.
+        # The last query's row is the padding mask: this query may attend to every key that is not padding.
         keep = None if mask is None else mask[:, 0, -1].expand(len(q), -1)  # (B, S)
         return lsh_attention(q, k, v, keep, *self)[0]
 

@@ -33,7 +33,10 @@ def find_positions(
 def make_mask(
     attention_mask: Tensor | None, document_ids: Tensor | None, past: int, T: int, device: torch.device, *, causal: bool
 ) -> Mask | None:
-    """Return which keys each query may attend to. The arguments are those of `find_positions`.
+    """Return which keys each query may attend to. With `causal`, no query attends to a later key.
+
+    The other arguments are those of `find_positions`. With document_ids they are not used: `checks.check_masks` refuses
+    padding and cached tokens together with documents.
 
     The result is None if no padding is masked and PyTorch's `is_causal` says the same, see `model.Attention`.
     """
@@ -53,12 +56,13 @@ def make_mask(
 
 
 def dense_mask(q: Tensor, k: Tensor, mask: Mask | None, is_causal: bool, pattern: Window | LSH | None) -> Tensor | None:
-    """Return the booleans (broadcastable to (B, H, T, S)) of all that keeps a query from attending to a key.
+    """Return booleans that broadcast to (B, H, T, S), True where a query of q (B, H, T, D) may attend to a key of k.
 
-    The result is None if each query of q (B, H, T, D) attends to each key of k (B, H, S, D).
+    They combine the causal mask or `mask` with `pattern`. None means that every query may attend to every key.
 
     Args:
-        mask: of `make_mask`.
+        k: (B, H, S, D).
+        mask: see `Mask`; None masks nothing.
         is_causal: each query attends to the keys up to its own position; only without a mask, and with T = S.
         pattern: of the attention on long sequences, or None.
     """

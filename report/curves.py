@@ -45,6 +45,7 @@ def draw_loss(
     y_range = late_range([(tokens, losses) for tokens, losses in lines], [value for _, value in references])
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title, ylim=y_range)
     save_figure(figure, axes, path, x_is_tokens=True)
+    del figure, axes
     gc.collect()  # figures contain reference cycles: without this, a run accumulates dozens of megabytes of them
 
 

@@ -28,7 +28,7 @@ def diagnose(directory: Path) -> list[Finding]:
     """
     log = read_run_log(directory, directory.name)
     checkpoints = list_checkpoints(RunDirectory(directory).checkpoints)
-    model = open_model(checkpoints[-1]).config() if checkpoints else {}
+    model = open_model(checkpoints[-1]).config_arguments() if checkpoints else {}
     curves = find_curves(log, model.get("vocab_size"), model.get("n_embd"))
     findings = [finding for check in CHECKS if (finding := check(curves))]
     if frozen := frozen_weights(checkpoints, curves.config.get("model", {}).get("freeze_layers", 0)):

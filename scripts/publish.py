@@ -42,7 +42,7 @@ def published_files(checkpoint: Path) -> list[Path]:
 
 def model_card(log: RunLog, checkpoint: Path, repo: str, license: str | None) -> str:
     """Return README.md for a checkpoint of the run that `log` describes."""
-    config = GPTConfig(**open_model(checkpoint).config())
+    config = GPTConfig(**open_model(checkpoint).config_arguments())
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
     metadata += [f"license: {license}"] if license else []
     name = repo.rpartition("/")[2]

@@ -113,7 +113,7 @@ def tiny_run(verses, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Runs in this process draw no picture, which takes most of the time of a small run. The others draw it."""
+    """Runs in this process draw no picture: it takes most of the time of a small run. Child processes draw theirs."""
     monkeypatch.setattr("train.draw_loss", lambda *arguments: None)
 
 

@@ -169,21 +169,21 @@ def test_a_missing_or_malformed_config_is_refused(tmp_path):
     ]:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
-            open_model(tmp_path).config()
+            open_model(tmp_path).config_arguments()
 
 
 def test_equivalent_configurations_are_loaded(directory):
     edit_config(directory, activation_function="gelu_pytorch_tanh", reorder_and_upcast_attn=True)
-    assert GPTConfig(**open_model(directory).config()) == OURS
+    assert GPTConfig(**open_model(directory).config_arguments()) == OURS
     edit_config(directory, n_ctx=24, num_hidden_layers=2, quantization_config=None)
-    assert GPTConfig(**open_model(directory).config()) == OURS
+    assert GPTConfig(**open_model(directory).config_arguments()) == OURS
     fields = json.loads((directory / "config.json").read_text())
     del fields["n_head"]
     (directory / "config.json").write_text(json.dumps(fields | {"num_attention_heads": 2}))
-    assert GPTConfig(**open_model(directory).config()) == OURS
+    assert GPTConfig(**open_model(directory).config_arguments()) == OURS
     edit_config(directory, n_head=2, attn_pdrop=0.2)
     with pytest.warns(UserWarning, match=r"\[0.1, 0.2\]: 0.2 is used for all"):
-        assert open_model(directory).config()["dropout"] == 0.2
+        assert open_model(directory).config_arguments()["dropout"] == 0.2
 
 
 JSON_VALUES = st.recursive(

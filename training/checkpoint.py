@@ -102,7 +102,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._cannot_flush = False
         self._resumed = resumed
-        self._unreadable = set(damaged)  # and those without a readable trainer/state.json
+        self._unreadable = set(damaged)  # later also those without a readable trainer/state.json
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""

@@ -107,13 +107,10 @@ def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs |
 def find_target(config: Config, processes: Processes, name: str) -> Target:
     """Return the hardware with a name such as 8xH100, or that of this process. Raises ValueError for another name."""
     if not name:
-        device, count, dtype = processes.device, processes.world_size, processes.dtype
+        device, hardware = processes.device, Hardware.of(processes)
         free, part = usable_memory(device)
-        if device.type != "cuda":
-            return Target(device.type, Hardware(count, dtype), None, part * free)
-        full_name = torch.cuda.get_device_name(device)
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return Target(full_name, Hardware(count, dtype, memory), find_card(full_name), part * free)
+        full_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return Target(full_name, hardware, find_card(full_name), part * free)
     number, _, device_name = name.partition("x")
     count, card = int(number) if number.isdecimal() else 0, find_card(device_name)
     if count < 1 or card is None:
@@ -122,7 +119,7 @@ def find_target(config: Config, processes: Processes, name: str) -> Target:
         )
     dtype = card.dtype if config.system.dtype == "auto" else DTYPES[config.system.dtype]
     memory = card.memory * 2**30
-    return Target(device_name, Hardware(count, dtype, memory), card, GPU_SHARE * memory)
+    return Target(device_name, Hardware(count, dtype, memory, card.peak_flops), card, GPU_SHARE * memory)
 
 
 def strategies(config: Config, count: int) -> dict[str, bool]:

@@ -51,7 +51,7 @@ class Hardware:
     count: int
     dtype: torch.dtype  # precision of matrix products
     gpu_memory: int | None = None  # bytes of each GPU; None on a CPU
-    peak_flops: float | None = None  # FLOP/s of each device, see the function of this name
+    peak_flops: float | None = None  # FLOP/s of each device in its 16-bit precision; None if it is not known
 
     @classmethod
     def of(cls, processes: Processes) -> Hardware:
@@ -106,27 +106,28 @@ class Workload:
     def memory(self, rows: int, *, sharded: bool = False) -> dict[str, int]:
         """Estimate the peak bytes of tensors on one process, by part, for micro-batches of `rows` windows.
 
-        The peak is that of the last micro-batch of a step, or of the optimizer. The memory that an allocator holds in
-        addition is not counted. With `sharded`, the processes divide weights and optimizer state (FSDP).
+        The peak is reached in the last micro-batch of a step or in the optimizer. The memory that an allocator holds in
+        addition is not counted. With `sharded`, the processes divide weights and optimizer state between them (FSDP).
         """
         model, hardware, n_parameters, width = self.model, self.hardware, self.n_parameters, self.model.n_embd
         size = hardware.dtype.itemsize
         tokens = rows * self.sequence_length
-        # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and in
-        # `dtype` the outputs of both LayerNorms (2), queries, keys and values (3), the attention output and its copy as
-        # the input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
-        of_a_block = 2 * 4 + (2 + 3 + 2 + 4) * size
-        kept = model.n_layer * (4 if self.recompute else of_a_block) + 2 * 4  # plus input and output of ln_f
+        # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and, in
+        # the precision of matrix products, the outputs of both LayerNorms (2), queries, keys and values (3), the
+        # attention output and its copy as the input of c_proj (2), and the output of c_fc (4). GELU's output is not
+        # kept.
+        block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
+        kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
         # The peak is in one of three places. In the backward pass of a block, two tensors of width 4 C exist (the
         # output of GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of
         # the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those of
         # `muon_memory`.
         matrices = 12 * width**2 * model.n_layer if self.muon else 0
-        of_muon = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
-        backward = tokens * width * (2 * 4 * size + 2 * 4 + (of_a_block if self.recompute else 0))
+        muon_bytes = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
+        backward = tokens * width * (2 * 4 * size + 2 * 4 + (block_bytes if self.recompute else 0))
         loss = loss_memory(model, tokens, hardware)
         head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
-        activations = max(tokens * width * kept + max(0, backward - loss), of_muon - loss - head)
+        activations = max(tokens * width * kept + max(0, backward - loss), muon_bytes - loss - head)
         # DDP has buffers for averaging all gradients. With several micro-batches in a step, the gradients that were not
         # averaged yet are outside of these buffers. FSDP shards the gradients only after the last micro-batch.
         buckets = hardware.count > 1 and not sharded and rows < self.windows
@@ -139,15 +140,15 @@ class Workload:
         }
 
     def _weights(self, *, sharded: bool) -> int:
-        """Return the bytes of the weights on one process, with what FSDP gathers and with copies in `dtype`."""
+        """Return the bytes of the weights on one process, with what FSDP gathers and copies for matrix products."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
         # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next
-        # one in `dtype`; it gathers embeddings and head in float32.
+        # one in this precision; it gathers embeddings and head in float32.
         embeddings = (model.vocab_size + model.block_size) * model.n_embd
         copied, gathered = self.n_parameters, 0
         if shards > 1:
-            of_two_blocks = dtype.itemsize * 2 * (self.n_parameters - embeddings) // model.n_layer
-            copied, gathered = embeddings, 4 * embeddings + of_two_blocks
+            two_blocks = dtype.itemsize * 2 * (self.n_parameters - embeddings) // model.n_layer
+            copied, gathered = embeddings, 4 * embeddings + two_blocks
         copies = dtype.itemsize * copied if dtype != torch.float32 else 0
         return 4 * self.n_parameters // shards + gathered + copies
 

@@ -83,7 +83,7 @@ def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> 
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
             raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
-        read_questions("completion")  # downloads them now: a missing network should not stop the first validation
+        read_questions("completion")  # downloads them: a missing network ends the run here, not at the first validation
     if config.data.mixture:  # no reference was measured on it
         return inputs
     references = losses_to_beat(config.data.dir, inputs.train.source, inputs.tokenizer.kind)

@@ -229,7 +229,7 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
         parameters = {name: p for name, p in parameters.items() if name not in matrices}
         stacked = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
         single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
-        if matrices:  # false if all blocks are frozen
+        if matrices:  # empty if all blocks are frozen
             on_gpu = next(iter(matrices.values())).is_cuda
             optimizers.append(
                 Muon(

@@ -24,9 +24,9 @@ SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes lo
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run computes. Every process has the same plan."""
+    """How a run computes. Every process decides the same."""
 
-    workload: Workload  # the estimates that were used; only the memory of the GPU may differ between processes
+    workload: Workload  # from which the estimates were computed; its hardware may differ between processes
     dtype: torch.dtype  # precision of matrix products
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # maximum number of windows per forward pass

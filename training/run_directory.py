@@ -188,7 +188,7 @@ class RunDirectory:
     def draw_losses(
         self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]], *, last: bool = False
     ) -> None:
-        """Draw the losses so far to loss.png, unless the run began or was drawn less than ten seconds ago.
+        """Draw the losses so far to loss.png. Skipped within SECONDS_BETWEEN_PICTURES of the start and of a picture.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.

@@ -81,7 +81,7 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
     n_sizes, n_free = len(set(zip(runs.parameters, runs.tokens, strict=True))), form.matrix.shape[1]
     if n_sizes < n_free:
         raise ValueError(f"a law with {n_free} free numbers needs runs of {n_free} sizes, but there are {n_sizes}")
-    # Relative to their means, the logarithms of N and D are small, so the terms of the law are of similar size.
+    # Subtract the means of log N and log D: near 0, all terms of the law have a similar size.
     centers = np.log(runs.parameters).mean(), np.log(runs.tokens).mean()
     x, y = np.log(runs.parameters) - centers[0], np.log(runs.tokens) - centers[1]
     if near is None:

@@ -35,7 +35,8 @@ LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in a
 ELEMENTWISE = 150
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU less well
 TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 3e-3  # decoding time depends on the number of kernels, not on the card
-SLOW_STEP, SLOWEST_CPU = 60.0, 1e10  # a step of more seconds gives a warning; FLOP/s that any CPU reaches
+SLOW_STEP = 60.0  # seconds; a slower step gives a warning
+SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
 
 
@@ -58,7 +59,7 @@ def estimate_step(config: Config, workload: Workload, card: Card, rows: int, *, 
     """Estimate a step with micro-batches of `rows` windows; None if the card's peak in the precision is not known.
 
     Args:
-        card: the kind of the devices.
+        card: the card of each device.
         sharded: FSDP instead of DDP.
     """
     model, count, dtype = workload.model, workload.hardware.count, workload.hardware.dtype
@@ -165,7 +166,7 @@ def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
 
 
 def seconds_on_cpu(workload: Workload) -> float:
-    """Estimate the seconds of a step on CPUs like this one. To measure their speed, this one computes for a moment."""
+    """Estimate the seconds of a step. To measure the rate, all cores of this CPU compute for a moment."""
     hardware = workload.hardware
     return workload.flops / (CPU_SHARE * measure_matmul_rate(hardware.dtype)) / hardware.count
 

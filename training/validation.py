@@ -88,7 +88,7 @@ def score_split(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], Spli
 
     The latter is a pass of its own, so it has the same bits as a validation on that many tokens.
     """
-    assert run.inputs.val  # open_inputs refuses eval.every without a validation split
+    assert run.inputs.val  # open_inputs raises an error if there is none
     losses = split_losses(run, run.inputs.val)
     is_last = run.state.step == run.config.optim.steps
     final = split_losses(run, run.inputs.final_val) if is_last else {}

@@ -44,10 +44,10 @@ SEARCH_BYTES = 1 << 16
 ROW_GROUP_BYTES = 1 << 26
 # A piece of a document without a safe cut is cut anyway when it is longer than this, which bounds the memory.
 LONGEST_PIECE = 1 << 22
-# A document may be cut before a newline or space that is followed by something other than white space, because a token
-# begins there with every tokenizer: GPT-2's rule separates the last white space before a word from the white space
-# before it. In UTF-8, white space is a byte below "!", DEL is none, and U+0085, U+00A0, U+1680, U+180E (in old versions
-# of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000 begin with C2, E1, E2 or E3.
+# A document may be cut before a newline or space if the next character is not white space, because every tokenizer
+# begins a token there: from white space before a word, GPT-2's pattern splits off the last character. In UTF-8, ASCII
+# white space is a byte below "!". (DEL is not white space.) The others begin with C2, E1, E2 or E3: U+0085, U+00A0,
+# U+1680, U+180E (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
     rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
@@ -205,7 +205,8 @@ def _cut_file(
     stop = file.size if file.end is None else start + file.end
     begin = searched = start + file.begin
     end = begin + limit
-    # Without marks the file is one document, and every chunk after the first continues it. `key` is its first bytes.
+    # Without separators (`marks`), the file is one document, and every chunk after the first continues it. `key`, its
+    # first bytes, decides its split.
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
@@ -288,7 +289,7 @@ def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int
 
 
 def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: int) -> int:
-    """Return the last border of a character in begin..end, where a document without a safe cut is cut anyway."""
+    """Return the last boundary between characters in begin..end, where a document without a safe cut is cut anyway."""
     last = read(end - 4, end)
     for i in reversed(range(4)):
         # A continuation byte is 10xxxxxx. Before \n there may be \r, which belongs to it.

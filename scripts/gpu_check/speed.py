@@ -1,4 +1,4 @@
-"""Parts 3, 4 and 9: training speed and memory, where the time goes, Muon, and the choice of the micro-batch."""
+"""Parts 3, 4 and 9 of the GPU check: speed and memory, where the time goes, Muon, and the choice of the micro-batch."""
 
 from __future__ import annotations
 
