@@ -117,14 +117,17 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
     return Observations(*(np.array([float(run[name]) for run in runs]) for name in ("parameters", "tokens", "loss")))
 
 
-def fit_study(study: Study) -> Fit | None:
-    """Fit the runs of a study that are long enough and not held out; None if they have too few sizes.
+def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
+    """Fit the runs of a study that are long enough; None if they have too few sizes.
+
+    The held-out runs take part only `with_held_out`: for the loss of other runs, not for a check of the law.
 
     Of the forms of the law, the one is chosen that predicts the runs of each size best from those of the other sizes.
     The interval comes from all forms: those that fit small runs equally well can disagree about a larger one.
     """
     shortest = MIN_STEPS * study["recipe"]["optim"]["warmup_steps"]
-    runs = [run for run in study["runs"] if not run["held_out"] and run["steps"] >= shortest]
+    used = [run for run in study["runs"] if with_held_out or not run["held_out"]]
+    runs = [run for run in used if run["steps"] >= shortest]
     observed = observations(runs)
     if len({(run["parameters"], run["tokens"]) for run in runs}) <= max(
         form.matrix.shape[1] for form in FORMS.values()
@@ -140,7 +143,7 @@ def fit_study(study: Study) -> Fit | None:
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:
     """Return lines with the expected validation loss, or [] if no runs with this recipe and dataset were kept."""
     study = find_study(read_studies(RESULTS), recipe_of(config, model, inputs))
-    found = study and fit_study(study)
+    found = study and fit_study(study, with_held_out=True)
     if not study or not found:
         return []
     size = size_of(config, model)

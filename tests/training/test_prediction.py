@@ -43,12 +43,17 @@ def study(configure, tmp_path, monkeypatch):
             size = described(configure(**changes))[1]
             loss = float(LAW.loss(size["parameters"], size["tokens"]))
             runs.append(size | {"steps": steps, "held_out": False, "loss": loss})
-    runs.append(size | {"steps": steps, "held_out": True, "loss": 9.0})
+    runs.append(size | {"steps": steps, "held_out": True, "loss": loss})
     runs.append(size | {"steps": 9, "held_out": False, "loss": 9.0})  # the warm-up takes more than a tenth
     monkeypatch.setattr(prediction, "RESULTS", tmp_path / "scaling.json")
     study = {"config": "tiny.yaml", "recipe": described(configure())[0], "runs": runs}
     write_json(prediction.RESULTS, [{"config": "other.yaml", "recipe": {}, "runs": []}, study])
     return study
+
+
+def test_a_check_fits_the_runs_that_are_not_held_out(study):
+    assert not any(run["held_out"] for run in prediction.fit_study(study).runs)
+    assert len(prediction.fit_study(study).runs) == len(prediction.fit_study(study, with_held_out=True).runs) - 1 == 12
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_a_dry_run_prints_the_expected_loss_with_its_interval(lines, configure):
     assert loss == pytest.approx(float(LAW.loss(size["parameters"], size["tokens"])), abs=0.002)
     assert low <= loss <= high
     assert "on 500 tokens" in text
-    assert "from 12 runs (docs/scaling.md)" in text  # and not 14: one is held out, and one is too short
+    assert "from 13 runs (docs/scaling.md)" in text  # and not 14: one is too short
     assert "extrapolated" not in text
 
 
