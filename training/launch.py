@@ -35,13 +35,13 @@ class StopSignal:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._announce and not self.received:
+        is_first, self.received = not self.received, True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # now: the message below invites the second Ctrl-C
+        if self._announce and is_first:
             again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
             # Not with print: the signal may have come while another print holds the lock of stderr.
             with contextlib.suppress(OSError):  # for example, the terminal is closed
                 os.write(2, f"\nStopping after this step, with a checkpoint{again}\n".encode())
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
