@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,13 +197,15 @@ def excess(losses: Losses, value: float) -> float | None:
     return statistics.mean(found) if found else None
 
 
-def series(shapes: Iterable[Shape]) -> dict[str, list[Shape]]:
+def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
     """Return the shapes that differ in one thing only, for each thing that at least two shapes differ in."""
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],
         "layers": [s for s in shapes if (s.width, s.steps) == (WIDTH, STEPS)],
         "steps": [s for s in shapes if s[:2] == (WIDTH, LAYERS)],
     }
+    for steps in sorted({s.steps for s in shapes} - {STEPS}):
+        found[f"width, {steps} steps"] = [s for s in shapes if s[1:] == (LAYERS, steps)]
     return {name: sorted(members) for name, members in found.items() if len(members) > 1}
 
 

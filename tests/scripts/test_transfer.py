@@ -88,11 +88,12 @@ def test_shapes_are_read_as_they_are_printed():
 
 
 def test_a_series_differs_in_one_thing():
-    shapes = [Shape(512, 4), Shape(64, 4), Shape(128, 4), Shape(64, 2), Shape(64, 4, 400)]
+    shapes = [Shape(512, 4), Shape(64, 4), Shape(128, 4), Shape(64, 2), Shape(64, 4, 400), Shape(256, 4, 400)]
     assert series(shapes) == {
         "width": [Shape(64, 4), Shape(128, 4), Shape(512, 4)],
         "layers": [Shape(64, 2), Shape(64, 4)],
         "steps": [Shape(64, 4), Shape(64, 4, 400)],
+        "width, 400 steps": [Shape(64, 4, 400), Shape(256, 4, 400)],
     }
     assert series(shapes[:1]) == {}
 
