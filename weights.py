@@ -104,7 +104,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 # Building a model of a larger shape could take hours or overflow, before its tensors are found to be missing.
 LARGEST = {"n_layer": 10_000}
 
-# OpenAI's names of the released models -> their names on the hub. The first release counted fewer parameters.
+# OpenAI's names of the released models -> their names on the hub. 117M and 345M are earlier names of 124M and 355M.
 OPENAI_NAMES = {
     "117M": "gpt2",
     "124M": "gpt2",

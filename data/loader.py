@@ -209,7 +209,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
             # the multiplier of a published 64-bit hash (degski64). Any change here changes the order of every run.
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            # Swapping the halves makes a round invertible whatever the hash is: this is why it is a permutation.
+            # The right half is kept, and the left half is XORed with a hash of it. Such a round can be undone whatever
+            # the hash is, so the function is a permutation. The halves swap, so that the next round changes the other.
             left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
         result[outside] = (left << half) | right
         outside = result >= n

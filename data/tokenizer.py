@@ -1,7 +1,7 @@
 """From text to token ids and back: GPT-2's vocabulary, a byte-level BPE trained on a corpus, or characters.
 
 `encode` is the reference (tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE). `encode_documents`
-returns the same ids for many documents and is faster, because it uses gigatoken. Both treat a literal `<|endoftext|>`
+returns the same ids for many documents, and is faster if gigatoken is installed. Both treat a literal `<|endoftext|>`
 in a text as ordinary text, since a text must not be able to contain a document boundary. The id of end-of-text is only
 ever inserted as a number.
 """

@@ -32,9 +32,10 @@ def generate_with_options(
 
 
 def collects_options(implementation: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function without a body, whose keyword arguments declare and document the options.
+    """Return a decorator for a function without a body, whose signature and docstring describe the options.
 
-    A call of it collects the keyword arguments in a GenerationOptions, which checks them, and calls `implementation`.
+    The decorated function makes a GenerationOptions of its keyword arguments, which checks them, and calls
+    `implementation`.
     """
 
     def decorate(declaration: Callable[P, R]) -> Callable[P, R]:

@@ -111,7 +111,7 @@ class Session:
     def change(self, name: str, value: str) -> None:
         """Change a setting. Raises ValueError, and changes nothing, if the value is impossible.
 
-        A setting of sampling also turns off greedy decoding, and a temperature of 0 turns it on.
+        Setting temperature, top_k or top_p selects sampling, or greedy decoding while the temperature is 0.
         """
         setting, before, vocab_size = SETTINGS[name], dict(vars(self.args)), self.model.config.vocab_size
         line = f":{name.replace('_', '-')} {value}".strip()

@@ -80,8 +80,9 @@ def generate_text(
 
     Args:
         batch_size: the largest number of prompts that are continued together.
-        seed: result i has a generator of its own with the seed `seed + i` (in beam search, all results of prompt i), so
-            float32 results do not depend on the batch size. bfloat16 rounds differently in batches of another size.
+        seed: result i is drawn with a generator of seed `seed + i`; in beam search, prompt i has one for all its
+            results. So float32 results do not depend on the batch size. bfloat16 rounds differently in batches of
+            another size.
         progress: called after each batch with the number of prompts in it.
         options: options of `generate`. The default of eos_token_id is the tokenizer's end-of-text.
 

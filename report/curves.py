@@ -50,9 +50,9 @@ def draw_loss(
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the mean of the values around each value, over SMOOTHING of their number. (n,) -> (n,)
+    """Return the running mean of values (n,), also (n,). The window holds about SMOOTHING * n values.
 
-    The window is centered, and cut at both ends: a mean of earlier values alone would lie above a falling curve.
+    The window is centered, and shorter near both ends. A mean of earlier values alone would lie above a falling curve.
     """
     n, half = len(values), round(SMOOTHING * len(values) / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -205,7 +205,7 @@ def float16_overflows(curves: Curves) -> Finding | None:
 
 
 def noisy_batches(curves: Curves) -> Finding | None:
-    """Look for a loss that varies much from step to step. Small batches cause this, and their gradients vary too."""
+    """Look for a loss that varies much from step to step, which usually means that the batch is too small."""
     if curves.noise < 0.15:
         return None
     batch = curves.config.get("data", {}).get("batch_tokens", 0)

@@ -91,7 +91,10 @@ def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
 
 
 def explain(message: str, arguments: list[str], fields: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
-    """Return jsonargparse's message about a command line in plain words. `files` has each file's values by field."""
+    """Rewrite jsonargparse's error message in plain words.
+
+    `files` maps the path of each configuration file to its values, by the name of the field.
+    """
     if unknown := re.search(r"unrecognized arguments: (--)?([^\s=]+)", message):
         option, name = unknown.groups()
         if option is None and name.endswith((".yaml", ".yml")):

@@ -192,7 +192,7 @@ def describe_epochs(config: Config, inputs: Inputs) -> str:
 
 
 def warnings(config: Config, inputs: Inputs) -> list[str]:
-    """Return warnings about unusual settings: a small batch with a large batch's learning rate, or too little text."""
+    """Return warnings about a rate chosen for a larger batch, text that repeats too often, or prompts that were cut."""
     data, optim, model = config.data, config.optim, config.model
     found = []
     as_released = model.init_from == "scratch" and not (model.n_layer or model.n_head or model.n_embd)

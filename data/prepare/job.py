@@ -208,11 +208,11 @@ def _begin(job: Job) -> dict[str, Any] | None:
 def _encode(
     job: Job, tokenizer: Tokenizer, dataset: DatasetWriter, progress: dict[str, Any], workers: int | None
 ) -> None:
-    """Encode the source from the recorded position on, and save the state now and then."""
+    """Encode the source from the recorded position on, and save the state after each shard and every few seconds."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The encoder is checked on a fixed number of documents per shard, and on the same number if the dataset is smaller
-    # than a shard. The dataset has at least total // 8 tokens, since few texts have more than 8 bytes per token.
+    # The encoder checks a fixed number of documents per shard_tokens tokens. A dataset smaller than a shard would get
+    # fewer checks, so a low estimate of its size is passed instead: few texts have more than 8 bytes per token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()

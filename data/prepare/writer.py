@@ -173,7 +173,7 @@ class DatasetWriter:
         self.counted["open_tokens"] = int(lengths[-1])
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, as a JSON value, after writing everything that it describes to the disk."""
+        """Write all pending data to the disk, then return what `restore` needs, as a JSON value."""
         for writer in self.writers.values():
             writer.flush()
         if self.seen is not None:

@@ -53,7 +53,10 @@ def time_products(settings: Settings, report: Report) -> None:
 
 
 def check_loss(settings: Settings, report: Report) -> None:
-    """Compare the loss of a micro-batch of 64 sequences, and its gradients, with PyTorch's compiled cross-entropy."""
+    """Compare the loss of a micro-batch of 64 sequences with PyTorch's compiled cross-entropy.
+
+    Values, gradients, time and memory are compared.
+    """
     shape, rows = settings.shape, 256 if settings.tiny else 65536
     torch.manual_seed(0)
     x = torch.randn(rows, shape.n_embd, device=settings.device).requires_grad_()

@@ -113,7 +113,7 @@ def check_distributed(settings: Settings, report: Report) -> None:
 
 
 def gradients(settings: Settings, *, sharded: bool | None) -> list[Tensor]:
-    """Return the gradient by parameter: without distribution (None), under DDP (False) or under FSDP (True)."""
+    """Return the gradient of each parameter. sharded: None for the plain model, False for DDP, True for FSDP."""
     # `distribute` uses DDP only for several processes, so this description has two.
     processes = settings.processes(torch.float32, world_size=1 if sharded is None else 2)
     torch.manual_seed(0)
