@@ -43,6 +43,8 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
 def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
     """Time the contestants in turn, `runs` times each.
 
+    The order is reversed in every second turn, because the contestant before can make a run faster or slower.
+
     A contestant is a call that sets up the work, in a process of its own, and returns the function to time. Returns for
     each the seconds (median, lowest, highest) and the peak memory in bytes: that of the tensors on the GPU if the
     contestant uses one, otherwise that of its processes.
@@ -52,10 +54,10 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
     for name, setup in contestants.items():
         pipes[name] = start_process(serve, setup, warm_up)
         receive(pipes[name])  # wait for its warm-up to end before the next contestant starts
-    for _ in range(runs):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            durations[name].append(receive(pipe))
+    for turn in range(runs):
+        for name in list(pipes)[:: -1 if turn % 2 else 1]:
+            pipes[name].send(True)
+            durations[name].append(receive(pipes[name]))
     results = {}
     for name, pipe in pipes.items():
         pipe.send(False)

@@ -18,6 +18,14 @@ def make_sleeper(seconds, megabytes):
     return lambda: time.sleep(seconds + 0 * len(held))
 
 
+def make_writer(path, name):
+    def write():
+        with open(path, "a") as file:
+            file.write(name)
+
+    return write
+
+
 def fail():
     raise ValueError("nothing to measure")
 
@@ -32,6 +40,12 @@ def test_contestants_are_timed_and_the_memory_of_each_is_its_own():
     assert results["other"]["seconds"] / results["ours"]["seconds"] == pytest.approx(3, rel=0.5)
     assert results["other"]["peak_memory"] - results["ours"]["peak_memory"] > 250e6
     assert all(result["lowest"] <= result["seconds"] <= result["highest"] for result in results.values())
+
+
+def test_every_second_turn_is_in_reverse_order(tmp_path):
+    writers = {name: Call(__name__, "make_writer", (str(tmp_path / "order"), name)) for name in "abc"}
+    compare(writers, runs=3, warm_up=0)
+    assert (tmp_path / "order").read_text() == "abccbaabc"
 
 
 def test_a_call_imports_its_module_in_the_other_process_only():
