@@ -121,9 +121,7 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
         consequence: another process has failed before this one. torchrun compares whole seconds, so this failure is
             given a later time.
     """
-    # torchrun's processes write without a buffer. A single write keeps the message and its end of line together when
-    # several processes fail at once.
-    print(f"{message}\n", end="", file=sys.stderr)
+    print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format that torch.distributed.elastic.multiprocessing.errors reads.
         info = {"py_callstack": message, "timestamp": str(int(time.time()) + 60 * consequence)}
@@ -187,13 +185,14 @@ def _lasting(stream: TextIO) -> TextIO:
         return stream
     stream.flush()
     file: Any = _LastingFile(raw.fileno(), "wb", closefd=False)
-    is_buffered = stream.buffer is not raw  # it is not with `python -u` or PYTHONUNBUFFERED
+    # Without a buffer (`python -u`, with which torchrun starts its processes), print writes a text and its end of line
+    # separately, and the lines of several processes mix. Write whole lines instead.
+    is_unbuffered = stream.buffer is raw
     return io.TextIOWrapper(
-        io.BufferedWriter(file) if is_buffered else file,
+        io.BufferedWriter(file),
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        line_buffering=stream.line_buffering or is_unbuffered,
     )
 
 

@@ -278,8 +278,9 @@ def log_step(
 
 
 def give_up(run: TrainingRun) -> None:
-    """Raise FloatingPointError, which names the last checkpoint, after too many bad steps."""
+    """Draw the losses, and raise FloatingPointError, which names the last checkpoint, after too many bad steps."""
     run.checkpoints.wait()
+    run.directory.draw_losses(draw_loss, run.state.step, run.inputs.reference_losses, last=True)
     raise FloatingPointError(
         f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite, at step {run.state.step}. "
         f"{run.checkpoints.advice()}"

@@ -43,7 +43,7 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
 def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
     """Time the contestants in turn, `runs` times each.
 
-    The order is reversed in every second turn, because the contestant before can make a run faster or slower.
+    The order is reversed in every second turn, so that no contestant always runs after the same other one.
 
     A contestant is a call that sets up the work, in a process of its own, and returns the function to time. Returns for
     each the seconds (median, lowest, highest) and the peak memory in bytes: that of the tensors on the GPU if the

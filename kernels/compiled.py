@@ -38,8 +38,9 @@ class Compiled:
             except self._cannot_compile as error:
                 # The first line may only say which compiler raised the error that the second line describes.
                 reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
-                # A single write, because several processes may print this at once.
-                warning = f"warning: compiling {self._what} failed, running it uncompiled is slower: {reason}\n"
-                print(warning, end="", file=sys.stderr)
+                print(
+                    f"warning: compiling {self._what} failed, running it uncompiled is slower: {reason}",
+                    file=sys.stderr,
+                )
                 self._compiled = None
         return self._function(*arguments)

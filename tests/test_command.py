@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -116,6 +117,15 @@ def test_a_command_whose_reader_goes_away_prints_nothing(tmp_path, kind, unbuffe
     error = process.stderr.read()
     assert (process.wait(), set(error.split())) == (0, {"note"})
     assert done.exists() == (kind == "outlives")
+
+
+def test_a_line_is_written_in_one_piece_without_a_buffer():
+    """So the lines of torchrun's processes, which run with `python -u`, do not mix."""
+    code = "import argparse, sys; from command import ending\nwith ending(argparse.ArgumentParser()): print('line', 1)"
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # receives each write separately
+    with here, there:
+        subprocess.run([sys.executable, "-u", "-c", code], stdout=there, check=True)
+        assert here.recv(100) == b"line 1\n"
 
 
 def test_a_command_outlives_the_reader_of_its_errors_and_its_terminal(tmp_path):

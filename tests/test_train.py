@@ -147,9 +147,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_run, train):
     assert losses(run)[-1] < losses(run)[0]
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tiny_run, train):
+def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tiny_run, train, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("train.draw_loss", lambda records, *arguments: drawn.append(records[-1]["step"]))
     with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS} steps in a row.*step 17.*step-000006"):
         train(tiny_run("bad", **{"checkpoint.every": 3}), train_step=poisoned(set(range(7, 100))))
+    assert drawn == [17]
 
 
 def test_a_validation_between_bad_steps_does_not_fail_by_itself(tiny_run, train):

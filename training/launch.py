@@ -65,7 +65,8 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
             cause = "its own message states the cause, unless it was killed or hangs"
             fail(f"train.py: {who}lost {lost}: {cause} ({reason})", 1, consequence=True)
         except KeyboardInterrupt:
-            advice = "run the same command to resume from the newest checkpoint"
-            print(f"\ntrain.py: {who}stopped; {advice}\n", end="", file=sys.stderr)  # in one piece, as in `fail`
+            print(
+                f"\ntrain.py: {who}stopped; run the same command to resume from the newest checkpoint", file=sys.stderr
+            )
             sys.exit(130)
         stop_processes()

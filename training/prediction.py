@@ -120,7 +120,7 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
     """Fit the runs of a study that are long enough; None if they have too few sizes.
 
-    The held-out runs take part only `with_held_out`: for the loss of other runs, not for a check of the law.
+    The held-out runs are fitted only `with_held_out`: to predict other runs, but not to check the law.
 
     Of the forms of the law, the one is chosen that predicts the runs of each size best from those of the other sizes.
     The interval comes from all forms: those that fit small runs equally well can disagree about a larger one.
