@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import sys
+import tempfile
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -22,6 +23,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
+
+
+def separate_compiled_code() -> None:
+    """Give torch.compile a cache of its own if ATEN_CPU_CAPABILITY limits the CPU's instruction set.
+
+    The variable is not part of the cache's keys in PyTorch 2.13. Code that was compiled without the limit would be
+    loaded, and would compute wrong numbers or crash. A value in TORCHINDUCTOR_CACHE_DIR is left as it is.
+    """
+    if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+        directory = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory)
+
+
+separate_compiled_code()  # when this module is imported: the compiler reads the variable at its first use
 
 
 class Card(NamedTuple):

@@ -1,5 +1,7 @@
 """Which precision each processor gets, and that nothing computes in another one."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import device
-from device import find_dtype, gradient_scaler, native_dtypes
+from device import find_dtype, gradient_scaler, native_dtypes, separate_compiled_code
 from eval.hellaswag import hellaswag
 from generation import generate
 from kernels.loss import loss_and_gradients
@@ -101,6 +103,22 @@ def test_an_effective_avx2_cpu_trains_in_float32(tiny_run, write_config, python)
     output = python("train.py", "--config", write_config(config), **AVX2).stdout
     assert "1 x cpu, float32" in output
     assert "finished after step 3" in output
+
+
+@pytest.mark.parametrize(
+    ("given", "directory"),
+    [
+        ({}, None),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, r".*/torchinductor_\d+_avx2"),
+        ({"ATEN_CPU_CAPABILITY": "avx2", "TORCHINDUCTOR_CACHE_DIR": "mine"}, "mine"),
+    ],
+)
+def test_code_that_is_compiled_for_a_limited_cpu_is_kept_apart(monkeypatch, given, directory):
+    """In the same cache, PyTorch would load code for another instruction set, which gives wrong numbers or crashes."""
+    monkeypatch.setattr("os.environ", dict(given))
+    separate_compiled_code()
+    found = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    assert found is None if directory is None else re.fullmatch(directory, found)
 
 
 class ComputedDtypes(TorchDispatchMode):
