@@ -41,11 +41,13 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     tokens, rows = config.data.sequence_length, config.data.batch_tokens // config.data.sequence_length
     ids = torch.randint(shape.vocab_size, (n_batches, rows, tokens + 1))
+    # Contiguous and in pinned memory, as the loader's are. Otherwise the CPU would copy them before each step.
+    pairs = torch.stack([ids[..., :-1], ids[..., 1:]], dim=1)
     if processes.device.type == "cuda":
-        ids = ids.pin_memory()
+        pairs = pairs.pin_memory()
     batches = [
-        [MicroBatch(part[:, :-1], part[:, 1:], weight=len(part) / rows) for part in batch.split(plan.micro_batch)]
-        for batch in ids
+        [MicroBatch(*part, weight=part.size(1) / rows) for part in pair.split(plan.micro_batch, dim=1)]
+        for pair in pairs
     ]
     unused: Any = None
     return TrainingRun(
