@@ -32,15 +32,19 @@ def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor
     """Return the summed loss () in float32, and write its gradient with respect to the logits over the logits.
 
     logits (rows, padded vocabulary) in any dtype, targets (rows,). Columns from `vocab_size` on are padding: they have
-    no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0.
+    no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0. With a
+    target that is neither this nor a token of the vocabulary, the loss is NaN.
     """
     columns = torch.arange(logits.size(1), device=logits.device)
     scores = logits.float().masked_fill(columns >= vocab_size, float("-inf"))
     counts = (targets != IGNORE_INDEX).unsqueeze(1)
-    target = targets.clamp(min=0).unsqueeze(1)
+    one_hot = columns == targets.unsqueeze(1)
     log_sum = scores.logsumexp(dim=1, keepdim=True)
-    total = ((log_sum - scores.gather(1, target)) * counts).sum()
-    one_hot = columns == target
+    # As a sum over the row, because a gather would be a pass of its own over the logits, before they are overwritten.
+    target_score = torch.where(one_hot, scores, 0.0).sum(dim=1, keepdim=True)
+    # A target outside the vocabulary has no column. With NaN it does not remain unnoticed.
+    outside = ((targets < 0) | (targets >= vocab_size)).unsqueeze(1)
+    total = torch.where(counts, (log_sum - target_score).masked_fill(outside, float("nan")), 0.0).sum()
     logits.copy_(((scores - log_sum).exp() - one_hot.float()) * counts)
     return total
 

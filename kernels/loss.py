@@ -119,9 +119,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     the same target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
     `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in float32.
     """
-    if a.is_cuda and torch.version.hip is None:
-        # Only CUDA supports `out_dtype`, with which the product of 16-bit tensors is a float32 tensor (ROCm does not).
-        total += a.T @ b if a.dtype == total.dtype else torch.mm(a.T, b, out_dtype=total.dtype)
+    if a.is_cuda and torch.version.hip is None and a.dtype != total.dtype:
+        # Only CUDA supports `out_dtype`, with which products of 16-bit tensors are added in float32 (ROCm does not).
+        torch.addmm(total, a.T, b, out_dtype=total.dtype, out=total)
     elif torch.finfo(a.dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         total += a.T @ b
     else:

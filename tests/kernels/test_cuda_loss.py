@@ -87,6 +87,12 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("target", [-1, 211, 255, 256, 100_000])
+def test_the_loss_of_a_target_outside_the_vocabulary_is_nan(target):
+    logits, targets = torch.randn(3, 256), torch.tensor([5, target, IGNORE_INDEX])
+    assert softmax_gradient(logits, targets, vocab_size=211).isnan()
+
+
 @torch.no_grad()
 def test_rows_of_logits_begin_at_aligned_addresses(monkeypatch):
     """With a row stride of 50,257, every second row would begin at an odd address, which is slow on a GPU."""
