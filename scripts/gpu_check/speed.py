@@ -27,7 +27,7 @@ from training.config import Optim
 from training.estimate import Hardware, Workload, count_parameters, flops_per_token, peak_flops
 from training.setup import TrainingRun
 
-LOWEST_MFU = 0.38  # on an H100 at 64 sequences; the goal is 0.45
+LOWEST_MFU = 0.41  # on an H100 or H200 at 64 sequences: that of llm.c on an H100
 WORST_ESTIMATE = 0.15  # relative error of the estimate of the peak memory
 LOSS = "gpt2::linear_cross_entropy_sum"
 # The kind of a CUDA kernel or of a CPU operator: the first pattern that matches its name.
@@ -59,7 +59,7 @@ def check_speed(settings: Settings, report: Report) -> None:
     for rows, row in measured.items():
         error = abs(row["estimate, GiB"] / row["peak, GiB"] - 1)
         report.at_most(f"error of the memory estimate at {rows} sequences", error, WORST_ESTIMATE)
-    if settings.is_card("H100") and middle in measured:
+    if (settings.is_card("H100") or settings.is_card("H200")) and middle in measured:
         mfu = measured[middle]["MFU"]
         report.check(f"MFU at {middle} sequences", mfu >= LOWEST_MFU, f"{mfu:.1%}, at least {LOWEST_MFU:.0%}")
 
@@ -92,6 +92,7 @@ def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare
     report.say(f"training steps of {rows} x {settings.tokens} tokens: {what}")
     result = {"what": what, "rows": rows} | dict.fromkeys(("ms", "tokens/s", "MFU", "peak, GiB"))
     torch.set_float32_matmul_precision("high")
+    torch.compiler.reset()  # otherwise a model could run code that was compiled with another choice of attention
     step: Run | None = None
     try:
         step = prepare()
