@@ -1,7 +1,8 @@
 """The expected duration of a training step, from counted FLOPs, bytes and collective operations.
 
-No GPU has confirmed these estimates. The fractions of a card's peak below were chosen so that the estimates for 124M
-come within 7% of the rates that other projects have published (PUBLISHED).
+The fractions of a card's peak below were chosen so that the estimates for 124M come within 8% of the rates that other
+projects have published (PUBLISHED). On one H200 they were 2% (AdamW) and 5% (Muon) too short for a step of 64 x 1,024
+tokens (docs/gpu.md). No other card and no group of cards was measured.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in a
 # biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU less well
-TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 3e-3  # decoding time depends on the number of kernels, not on the card
+TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3  # measured on an H200; it depends on the number of kernels
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
 SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
@@ -110,8 +111,8 @@ def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtyp
     """Return the seconds of one token's loss: three products, and the logits read twice and written once."""
     columns = padded(model.vocab_size)
     rows = rows_at_a_time(card.memory * 2**30, model.vocab_size, dtype.itemsize)
-    # After each chunk of rows, the product is added to the head's gradient: three numbers of 4 bytes for each weight.
-    traffic = 3 * columns * dtype.itemsize + 12 * columns * model.n_embd / rows
+    # Each chunk of rows is added to the head's gradient, which is read and written: two numbers of 4 bytes per weight.
+    traffic = 3 * columns * dtype.itemsize + 8 * columns * model.n_embd / rows
     return 6 * columns * model.n_embd / (fractions(card)[0] * peak) + traffic / (BANDWIDTH * card.bandwidth)
 
 

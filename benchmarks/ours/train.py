@@ -46,7 +46,7 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     if processes.device.type == "cuda":
         pairs = pairs.pin_memory()
     batches = [
-        [MicroBatch(*part, weight=part.size(1) / rows) for part in pair.split(plan.micro_batch, dim=1)]
+        [MicroBatch(part[0], part[1], weight=part.size(1) / rows) for part in pair.split(plan.micro_batch, dim=1)]
         for pair in pairs
     ]
     unused: Any = None

@@ -93,6 +93,8 @@ def test_a_small_batch_with_the_learning_rate_of_a_large_one_gives_a_warning():
     assert "lower optim.lr to about 2.1e-04" in warning
     assert not warnings(parse_config(["--data.batch_tokens", "65536", "--optim.lr", "2e-4"]), inputs_of(10**10))
     assert not warnings(parse_config(["--data.batch_tokens", "491520"]), inputs_of(10**10))
+    muon = ["--config", "configs/gpt2-124m-muon.yaml", "--data.batch_tokens", "65536"]
+    assert not warnings(parse_config(muon), inputs_of(10**10))
 
 
 def test_more_than_four_epochs_give_a_warning():
