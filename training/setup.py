@@ -119,11 +119,11 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
     Raises ValueError or OSError if the run cannot work. What can be checked is checked before anything is created.
     """
-    directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if processes.is_main:
         check_packages(config.log)
-        if directory.path.is_dir():
-            directory.lock()
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if processes.is_main and directory.path.is_dir():
+        directory.lock()
     start = find_start(config, directory.checkpoints, processes)
     # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
     # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
