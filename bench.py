@@ -8,10 +8,10 @@
     python bench.py all --json bench.json
     python bench.py all --device cuda --peer transformers --peer nanogpt=../nanoGPT
 
-Each contestant runs in a process of its own. The contestants run in turn, so that changes of the machine's speed
-affect all of them, and the medians are reported. A peer that is not a package is given as a directory with a clone of
-its repository. tiktoken is always included. With --device cuda all contestants run on the GPU, and work that only
-a CPU does is left out.
+The contestants are this repository and its peers, the other implementations. Each contestant runs in a process of its
+own. The contestants take turns, so that a change of the machine's speed affects all of them. The tables show medians.
+For a peer that is not a package, give a directory with a clone of its repository. `tokenize` always includes tiktoken.
+With --device cuda all contestants run on the GPU, and benchmarks of work that only a CPU does are left out.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from benchmarks.workload import (
 from command import CommandParser, at_least_one, ending
 from files import file_sha256
 
-# The modules of benchmarks/ that need PyTorch or a peer are named below and not imported. multiprocessing imports this
-# file in the process of each contestant, where their memory would count as the contestant's.
+# multiprocessing imports this file in the process of each contestant. So this file does not import the modules of
+# benchmarks/ that need PyTorch or a peer: their memory would count as the contestant's. It passes their names instead.
 
 HERE = Path(__file__).resolve().parent
 
 
 def native_dtypes(device: str) -> list[str]:
-    """Return the precisions that the device computes in, its default first. Print a note if they lack bfloat16."""
+    """Return the precisions that the device does not emulate, its default first. Print a note if bfloat16 is absent."""
     native, name = call_in_process("benchmarks.machine", "native_dtypes", device)
     if "bfloat16" not in native:
         print(f"\n  no rows in bfloat16: this {'CPU' if device == 'cpu' else 'card'} ({name}) emulates it")
@@ -72,7 +72,10 @@ def spread(result: dict[str, float]) -> float:
 
 
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Print a table, and return it: the rate of each contestant in `unit` per second, and our speed relative to it."""
+    """Print and return a table: each contestant's rate in `unit` per second, and our speed divided by its speed.
+
+    amount is the work of one run, in `unit`.
+    """
     print(f"\n{title}")
     print(f"  {'':<14}{unit + '/s':>12}{'spread':>9}{'peak MiB':>10}{'ours is':>10}")
     ours = results["ours"]["seconds"]
@@ -88,7 +91,7 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 
 def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time the training step, and compare its FLOP/s with those of the device's matrix products."""
+    """Time a training step, and compare its FLOP/s with the highest FLOP/s of its matrix products alone."""
     rows, tokens = BATCH[device]
     work = (device, rows, tokens)
     contestants = {"ours": Call("benchmarks.ours.train", "train", work)}
@@ -98,7 +101,7 @@ def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str,
         contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "train", (peers["nanogpt"], *work))
     results = compare(contestants, runs)
     table = report(f"training step, 124M, {rows} x {tokens} tokens", "tokens", rows * tokens, results)
-    flops = rows * tokens * (6 * PARAMETERS + 12 * 12 * 768 * tokens)  # as estimate.flops_per_token
+    flops = rows * tokens * (6 * PARAMETERS + 12 * 12 * 768 * tokens)  # see estimate.flops_per_token
     for dtype in native_dtypes(device):
         rate = call_in_process("benchmarks.machine", "matmul_rate", dtype, device)
         table[f"matmul_{dtype}"] = rate
@@ -108,7 +111,7 @@ def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str,
 
 
 def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time greedy decoding at several batch sizes in each native precision, nanoGPT and CTranslate2 in float32 only."""
+    """Time greedy decoding at several batch sizes in each native precision (nanoGPT and CTranslate2: float32 only)."""
     tables = []
     if "ctranslate2" in peers and device != "cpu":
         print("\n  ctranslate2 is left out: it is compared on a CPU only")
@@ -118,11 +121,11 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
             contestants["transformers"] = Call("benchmarks.peers.transformers", "decode", (batch, dtype, device))
         if "ctranslate2" in peers and dtype == "float32" and device == "cpu":
             contestants["ctranslate2"] = Call("benchmarks.peers.ctranslate2", "decode", (batch, dtype))
-        if "nanogpt" in peers and batch == 1 and dtype == "float32":  # it decodes one sample at a time
+        if "nanogpt" in peers and batch == 1 and dtype == "float32":  # nanoGPT decodes one sample at a time
             contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "decode", (peers["nanogpt"], device))
         title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
         table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
-        # A step reads each weight once, except the position embeddings, of which it needs one row.
+        # A step reads every weight once, except the position embeddings: it needs only one of their 1,024 rows.
         bytes_read = (PARAMETERS - 1024 * 768) * (4 if dtype == "float32" else 2)
         bytes_per_second = bytes_read * table["results"]["ours"]["rate"] / batch
         fraction = bytes_per_second / call_in_process("benchmarks.machine", "read_bandwidth", device)
@@ -134,7 +137,7 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
 
 
 def bench_hellaswag(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time HellaSwag in the default precision of eval.run, and in the other native ones."""
+    """Time HellaSwag in the default precision of eval.run, and in the other native precisions of the device."""
     default, *others = native_dtypes(device)
     contestants = {"ours": Call("benchmarks.ours.hellaswag", "evaluate", (default, device))}
     for dtype in others:
@@ -150,8 +153,8 @@ def bench_tokenize(
 ) -> list[dict[str, Any]]:
     """Time `data.prepare`, from text to shards, for two corpora.
 
-    One consists of the files in the directories `corpus` (default: the Python installation, /usr/share and
-    /usr/include), the other of the plays of Shakespeare, repeated.
+    The first corpus consists of the files in the directories `corpus` (default: the Python installation, /usr/share and
+    /usr/include). The second consists of the plays of Shakespeare, repeated.
     """
     roots = corpus or list(dict.fromkeys([sys.prefix, sys.base_prefix, "/usr/share", "/usr/include"]))
     corpora: list[tuple[str, str, tuple]] = [
@@ -163,7 +166,7 @@ def bench_tokenize(
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "corpus.jsonl"
             megabytes, words = call_in_process("benchmarks.corpus", function, *arguments, path)
-            # A run takes about a minute, and nothing in it becomes faster by a warm-up.
+            # At most 3 runs, because a run takes about a minute. No warm-up, because it would not make a run faster.
             contestants = {
                 "ours": Call("benchmarks.ours.tokenize", "tokenize", (path,)),
                 "tiktoken": Call("benchmarks.peers.tiktoken", "tokenize", (path,)),
@@ -284,7 +287,7 @@ def main() -> None:
         if not Path(directory).is_dir():
             parser.error(f"--corpus {directory} is not a directory")
     at_least_one(parser, args, "runs")
-    if args.json and not args.json.parent.is_dir():  # now, not after all measurements
+    if args.json and not args.json.parent.is_dir():  # fail before the measurements, not after them
         parser.error(f"cannot write {args.json}: there is no directory {args.json.parent}")
     with ending(parser):
         measure(args, peers)

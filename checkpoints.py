@@ -55,10 +55,10 @@ def verify(checkpoint: Path) -> None:
 
 
 def find_newest(directory: Path) -> tuple[Path | None, list[Path]]:
-    """Return the newest checkpoint of a run that matches its manifest, and the damaged ones that are newer.
+    """Return the newest undamaged checkpoint of a run, and the damaged checkpoints that are newer.
 
-    directory is the run's `checkpoints`. A damaged checkpoint is named on stderr, skipped and left unchanged. The first
-    result is None if there is no checkpoint.
+    A checkpoint is damaged if `verify` raises an error. It is named on stderr, skipped and left unchanged. directory is
+    the run's `checkpoints`. The first result is None if there is no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, but all of them are damaged.
@@ -83,17 +83,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | None:
-    """Return the lowest validation loss of the existing checkpoints, and the checkpoint it belongs to.
+    """Return the lowest validation loss of the existing checkpoints, and its checkpoint. None if no loss is known.
 
-    A checkpoint stores its own validation loss, and the best loss so far with its step. A checkpoint that was saved on
-    a stop request lacks its own loss, because its validation ran only after the run had resumed. If this loss is the
-    best so far, later checkpoints store it.
+    A checkpoint stores its own validation loss. It also stores the lowest loss so far, with the step of that loss: a
+    checkpoint that was saved on a stop request lacks its own loss, because its validation ran only after the run had
+    resumed. If that validation gives the lowest loss so far, later checkpoints store the loss.
 
-    If eval.tokens has changed, losses on different numbers of tokens cannot be compared: only those count that were
-    measured on as many tokens as the last one.
+    Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, only the losses
+    on the same number of tokens as the newest loss are compared.
 
-    directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored; those without a readable
-    trainer/state.json are named on stderr and added to it.
+    directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored. If another checkpoint has no readable
+    trainer/state.json, its path is printed on stderr and added to `unreadable`.
     """
     measured: list[tuple[int | None, Path, float]] = []  # tokens (None in older checkpoints), checkpoint, loss
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(directory)}
@@ -103,13 +103,13 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
         try:
             state = read_state(path)
             tokens, loss, best = state.get("val_tokens"), state["val_loss"], state.get("best")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its weights can still be loaded
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its weights may be intact
             print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
             unreadable.add(path)
             continue
         if best is not None and math.isfinite(best[0]) and best[1] in paths:
             measured.append((tokens, paths[best[1]], best[0]))
-        if loss is not None and math.isfinite(loss):  # NaN if the validation loss was not finite
+        if loss is not None and math.isfinite(loss):  # NaN and infinity cannot be compared
             measured.append((tokens, path, loss))
     last = measured[-1][0] if measured else None
     found = [(loss, path) for tokens, path, loss in measured if last is None or tokens in (None, last)]
@@ -125,8 +125,9 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
     """Return an undamaged checkpoint of a run, and name it on stderr.
 
     Args:
-        which: "newest"; "best", the one with the lowest validation loss; or a step. None means the best if
-            eval.patience ended the run, because the later ones are worse, and otherwise the newest.
+        which: "newest"; "best", the checkpoint with the lowest validation loss; or a step, such as "500". None means
+            "best" if eval.patience ended the run, because the checkpoints after the best one are worse. Otherwise
+            None means "newest".
 
     Raises:
         FileNotFoundError: the run has no such checkpoint.
@@ -158,18 +159,18 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
             verify(chosen)
         except (OSError, ValueError) as error:
             raise ValueError(f"{chosen} is damaged ({error}): choose another checkpoint") from None
-    if os.environ.get("RANK", "0") == "0":  # once, not once per process
+    if os.environ.get("RANK", "0") == "0":  # print once, not once per process
         print(f"loaded {chosen}, {description}", file=sys.stderr)
     return chosen
 
 
 def _ended_by_patience(newest: Path) -> bool:
-    """Return whether a run finished before its last step, which only eval.patience causes.
+    """Return whether eval.patience ended a run: only then does a run finish before its last step.
 
-    False if the newest checkpoint was made before checkpoints stored whether the run had finished.
+    Return False if an older version wrote the checkpoint: it did not store whether the run had finished.
     """
     try:
         state = read_state(newest)
         return state.get("finished", False) and state["step"] < state["identity"]["optim"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an incomplete copy of a checkpoint
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # for example, an incomplete copy
         return False

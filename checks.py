@@ -1,4 +1,4 @@
-"""Checks of what the model is given: the fields of its configuration, the shapes of tensors and the range of ids."""
+"""Checks of a model's arguments: the fields of its configuration, the shapes of tensors and the range of ids."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_FIELD = 2**24  # a larger number in a configuration is an error, and could take all memory before it is noticed
+LARGEST_FIELD = 2**24  # a larger number in a configuration is a mistake, and could fill the memory before it is noticed
 
 
 def check_config(config: dict[str, Any], activations: Collection[str]) -> None:
     """Raise ValueError, naming the field, if a field of GPTConfig has an impossible value.
 
-    activations has the possible values of the field `activation`.
+    activations contains the possible values of the field `activation`.
     """
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
         value = config[name]
@@ -48,9 +48,9 @@ def check_shared_fields(config: dict[str, Any]) -> None:
 
 
 def check_attention(config: dict[str, Any]) -> None:
-    """Raise ValueError, naming the field, if the fields of GPTConfig ask for an attention that does not exist.
+    """Raise ValueError, naming the field, if the fields of GPTConfig select an attention that is not implemented.
 
-    Fields may be missing: a config.json has the attention fields only if attention is not full.
+    Fields may be missing, because a config.json has these fields only if attention is not full.
     """
     attention = config.get("attention", "full")
     if attention not in ("full", "window", "lsh"):
@@ -81,7 +81,8 @@ def check_shape(what: str, tensor: Tensor, *expected: tuple[int | str, ...]) -> 
 def check_ids(what: str, ids: Tensor, limit: int, limit_name: str, ignored: int | None = None) -> None:
     """Raise ValueError unless all ids are in 0..limit-1, or are equal to `ignored`.
 
-    Inside torch.compile and on a GPU, the check is skipped: it would make the host wait for the device.
+    The check is skipped on a GPU, where it would make the host wait for the device, and inside torch.compile, where
+    reading a value would break the graph.
     """
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         return
@@ -101,12 +102,12 @@ def check_tokens(
     labels: Tensor | None,
     ignored: int,
 ) -> tuple[int, int]:
-    """Check the tokens and targets of `GPT.forward`, and return the sequences and the tokens of each, B and T.
+    """Check the tokens and targets of `GPT.forward`. Return B and T, the numbers of sequences and of tokens in each.
 
     Args:
         config: the model's GPTConfig.
-        past: the number of cached tokens, which the new ones follow.
-        ignored: the target of a position without a target.
+        past: the number of cached tokens. The new tokens follow them.
+        ignored: the id that marks a position without a target in `targets` and `labels`.
 
     Raises ValueError, see `GPT.forward`.
     """
@@ -167,7 +168,7 @@ def check_masks(
 
 
 def check_encoder_output(config: Any, B: int, memory: Tensor | None, mask: Tensor | None) -> None:
-    """Check the encoder's output and its mask, which `GPT.forward` is given for B sequences.
+    """Check `encoder_hidden_states` (memory) and `encoder_attention_mask` (mask) of `GPT.forward` for B sequences.
 
     Raises ValueError, see `GPT.forward`.
     """

@@ -37,7 +37,7 @@ class Example(NamedTuple):
     """The first tokens of a text, and its class."""
 
     tokens: list[int]
-    label: int | list[float]  # index of the class, -1 if it is unknown, or the probability of each class
+    label: int | list[float]  # index of the class (-1: unknown), or a list: the probability of each class
 
 
 class Score(NamedTuple):
@@ -48,7 +48,7 @@ class Score(NamedTuple):
 
 
 def read_column(path: Path, key: str) -> list[str]:
-    """Return a column of a .csv or .jsonl file as strings."""
+    """Return a column of a .csv or .jsonl file as strings. Raises ValueError if a row lacks a value."""
     values = []
     for number, row in enumerate(read_table(path), 1):
         if key not in row:
@@ -60,7 +60,7 @@ def read_column(path: Path, key: str) -> list[str]:
 
 
 def read_labels(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of all classes in order, and the class of each row of --train and of --val."""
+    """Return the sorted names of all classes, and the class of each row of --train and of --val."""
     train_labels = read_column(args.train, args.label_key)
     classes = sorted(set(train_labels))
     if len(classes) < 2:
@@ -72,7 +72,7 @@ def read_labels(args: argparse.Namespace) -> tuple[list[str], list[str], list[st
 
 
 def choose_length(args: argparse.Namespace, longest: int) -> int:
-    """Return --max-length, or the `longest` length that the model supports."""
+    """Return --max-length if it is given, otherwise `longest`, the largest length that the model supports."""
     if args.max_length and args.max_length > longest:
         raise ValueError(f"--max-length {args.max_length} is above the {longest} tokens that the model supports")
     return args.max_length or longest
@@ -81,7 +81,7 @@ def choose_length(args: argparse.Namespace, longest: int) -> int:
 def encode(
     texts: Sequence[str], labels: Sequence[int | list[float]], tokenizer: Tokenizer, max_length: int
 ) -> list[Example]:
-    """Tokenize texts. Texts longer than `max_length` tokens are cut, and their number is printed on stderr."""
+    """Tokenize texts. Texts longer than `max_length` tokens are cut; the number of these texts is printed on stderr."""
     tokens = [tokenizer.encode(text) for text in texts]
     if n_cut := sum(len(one) > max_length for one in tokens):
         print(f"{n_cut:,} of {len(texts):,} texts are longer than {max_length} tokens and were cut", file=sys.stderr)
@@ -89,7 +89,7 @@ def encode(
 
 
 def batch(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids and attention mask, (B, T) each, padded on the right, and labels (B,) or (B, K)."""
+    """Return token ids and attention mask, both (B, T) and padded on the right, and labels, (B,) or (B, K)."""
     T = max(len(example.tokens) for example in examples)
     ids, mask = torch.zeros(2, len(examples), T, dtype=torch.int64)
     for row, kept, example in zip(ids, mask, examples, strict=True):
@@ -101,7 +101,7 @@ def batch(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Te
 def compute_logits(
     classifier: SequenceClassifier, examples: list[Example], batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the logits (N, K) of N examples over K classes, computed in batches of similar length."""
+    """Return the logits (N, K) of N examples over K classes, computed in batches of texts of similar length."""
     device = classifier.score.weight.device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     results = torch.empty(len(examples), classifier.num_labels)
@@ -122,7 +122,7 @@ def evaluate(classifier: SequenceClassifier, examples: list[Example], batch_size
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on one file, and keep the classifier of the epoch with the lowest loss on the other."""
+    """Train on the file --train, and keep the classifier of the epoch with the lowest loss on the file --val."""
     classes, train_labels, val_labels = read_labels(args)
     classifier, tokenizer = load_classifier(args, classes)
     train_examples, val_examples = (
@@ -142,7 +142,7 @@ def load_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[Seque
     directory = locate(resolve_model(args.model, checkpoint=args.checkpoint))
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(args.seed)
-    gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # small updates vanish in half precision
+    gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # half precision would round small updates away
     fit_vocabulary(gpt, tokenizer, directory)
     max_length = choose_length(args, gpt.config.block_size)
     classifier = SequenceClassifier(gpt, len(classes), args.strategy, max_length).to(device)
@@ -158,9 +158,9 @@ def fit(
     val_examples: list[Example],
     args: argparse.Namespace,
 ) -> None:
-    """Train a classifier, and write that of the epoch with the lowest validation loss to --out.
+    """Train a classifier, and write its state after the epoch with the lowest validation loss to --out.
 
-    The labels of the training examples may be probabilities; those of the validation examples are classes.
+    The labels of the training examples may be probabilities; the labels of the validation examples are classes.
     """
     device = classifier.score.weight.device
     dtype = find_dtype(args.dtype, device)
@@ -216,8 +216,8 @@ def train_step(
 ) -> float:
     """Take one optimizer step on the loss of a batch, and return this loss in nats.
 
-    Unlike a step of train.py, it is in a single process, without accumulation, and a gradient that is not finite ends
-    the training.
+    Unlike a step of train.py, this step runs in a single process and does not accumulate gradients. It raises
+    FloatingPointError if the gradient is not finite for a reason other than the loss scale.
     """
     with autocast(next(model.parameters()).device, dtype):
         loss = compute_loss()
@@ -225,7 +225,7 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, grad_clip)
-    # Above a loss scale of 1, the scale may cause infinite gradients: the scaler skips the step and lowers it.
+    # A loss scale above 1 can itself make gradients infinite. Then the scaler skips this step and lowers the scale.
     if not torch.isfinite(norm) and (not loss.isfinite() or scaler.get_scale() <= 1):
         raise FloatingPointError("the gradient is not finite; lower --lr")
     for optimizer in optimizers:
@@ -236,7 +236,7 @@ def train_step(
 
 
 def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the classifier to a temporary directory, then move its files over those of the previous one.
+    """Write the classifier to a temporary directory, then move its files over the files of the previous classifier.
 
     If the process is killed while it writes, the previous classifier is still complete.
     """

@@ -1,12 +1,15 @@
 """Classify a text by the words that a language model expects in a blank (Schick and Schütze 2021, arXiv:2001.07676).
 
-A pattern, such as "{text} It was {label}.", turns a text into a text with a blank. A verbalizer names the words that
-stand for each class, such as "good" and "bad". The score of a class is the log-probability of the whole text with the
-word in the blank, or its mean over the words of the class (Schick et al. 2020, arXiv:2010.13641).
+A pattern, such as "{text} It was {label}.", turns a text into a text with a blank, the place of {label}. A verbalizer
+names the words that stand for each class, such as "good" and "bad". The score of a class is the log-probability of the
+whole text with the class's word in the blank. If a class has several words, its score is the mean of these
+log-probabilities (Schick et al. 2020, arXiv:2010.13641).
 
-All texts that result from one text begin with the same tokens. The log-probability of these tokens is the same in every
-score, so it changes neither a difference of scores nor their softmax, and it is not computed. If the blank is last, the
-score is therefore the log-probability of the words alone. Shapes: N texts, W words, K classes.
+Different words in the same blank give texts that begin with the same tokens. The log-probability of these tokens is the
+same in every score. It changes neither the differences between the scores nor their softmax, so it is not computed.
+Therefore, if the pattern ends with the blank, a score is the log-probability of the word alone.
+
+Shapes: N texts, W words, K classes.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class Verbalizer:
     """The words that stand for the classes.
 
     classes: names of the classes in alphabetical order;
-    words: all words;
+    words: the words of all classes;
     class_of: the index of the class of each word.
     """
 
@@ -49,11 +52,11 @@ class Cloze(NamedTuple):
     """The texts that result from one text when each word of a verbalizer fills the blank of a pattern."""
 
     fillings: list[list[int]]  # W lists of tokens, which begin with end-of-text
-    start: int  # the number of tokens that all of them begin with
+    start: int  # how many tokens at the beginning all lists have in common
 
 
 def read_verbalizer(pairs: Sequence[str]) -> Verbalizer:
-    """Return the verbalizer that pairs "WORD=CLASS" describe. Raises ValueError naming the pair that is wrong."""
+    """Return the verbalizer that pairs "WORD=CLASS" describe. Raises ValueError, which names a wrong pair."""
     class_of: dict[str, str] = {}
     for pair in pairs:
         word, equals, label = pair.rpartition("=")
@@ -84,8 +87,8 @@ def make_clozes(
 ) -> list[Cloze]:
     """Fill the blank of a pattern with each word, for each text.
 
-    A text is cut at its end if a filling is longer than `max_length` tokens; the number of such texts is printed on
-    stderr. Raises ValueError if the pattern and a word alone are too long.
+    A text is cut at its end if the filled-in pattern is longer than `max_length` tokens; the number of such texts is
+    printed on stderr. Raises ValueError if the pattern with a word is too long even for an empty text.
     """
     clozes, n_cut = [], 0
     for text in texts:
@@ -95,7 +98,7 @@ def make_clozes(
         while (excess := max(map(len, fillings)) - max_length) > 0:
             if not kept:
                 raise ValueError(f"--pattern {pattern!r} and a word have more than {max_length} tokens: shorten it")
-            kept = kept[:-excess]  # all of them, if the excess is longer
+            kept = kept[:-excess]  # nothing is kept if the excess is longer than the text
             fillings = _fill(tokenizer.decode(kept).rstrip("\ufffd"), pattern, words, tokenizer)
         shortest = min(map(len, fillings))
         columns = enumerate(zip(*fillings, strict=False))
@@ -121,7 +124,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
     ids, scored = ids.to(device), scored.to(device)
     # Padding on the right needs no mask, because attention is causal.
     x = model(ids, return_logits=False).last_hidden_state  # (N W, T, C), for W words of each text
-    # The state of a token predicts the next one. Only the logits of predictions that count are computed.
+    # The hidden state of a token predicts the next token. Compute logits only for the tokens that count in the score.
     logits = F.linear(x[:, :-1][scored[:, 1:]], model.transformer.wte.weight).float()  # (scored tokens, V)
     log_probs = -F.cross_entropy(logits, ids[:, 1:][scored[:, 1:]], reduction="none")
     sums = torch.zeros(len(rows), device=device).index_add(0, scored.nonzero()[:, 0], log_probs)  # (N W,)
@@ -132,7 +135,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
 def score_all(
     model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer, batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the scores (N, K) of N texts, in CPU memory. Computes in eval mode, in batches of similar length."""
+    """Return the scores (N, K) of N texts on the CPU, computed in eval mode in batches of texts of similar length."""
     order = sorted(range(len(clozes)), key=lambda i: len(clozes[i].fillings[0]))
     scores = torch.empty(len(clozes), len(verbalizer.classes))
     model.eval()

@@ -27,11 +27,11 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, traceback:
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = _report_uncaught  # now: the imports that follow take a second or more
+sys.excepthook = _report_uncaught  # set before the following imports, which take a second or more
 
 try:
-    import openmp  # noqa: F401 (the commands import this module before torch)
-except ModuleNotFoundError as error:  # usually, .venv was not activated
+    import openmp  # noqa: F401 (it must come before torch, and commands import this module first)
+except ModuleNotFoundError as error:  # usually because .venv was not activated
     raise SystemExit(
         f"{sys.executable} lacks the package {error.name}: run `source .venv/bin/activate`, or "
         f"`pip install -r requirements.txt`"
@@ -44,7 +44,7 @@ CHECKPOINT_HELP = (
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, whose error about an unknown option names a similar one."""
+    """argparse's parser, whose error about an unknown option names a similar option."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments:.*?(--[\w-]+)", message)
@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Return the options of a parser and of its subcommands: the parser itself reports what a subcommand lacks."""
+    """Return the options of a parser and its subcommands: the parser also reports unknown options of subcommands."""
     found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -80,13 +80,13 @@ def add_device_options(add: Callable[..., Any], note: str = "") -> None:
 
 @contextmanager
 def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_reader: bool = False) -> Iterator[None]:
-    """Turn exceptions in the `with` block into the end of the process.
+    """End the process with a message and an exit status if the `with` block raises an exception.
 
-    An error that the user can correct prints its message and gives status 2. Ctrl-C prints `interrupted` and gives
-    status 130. Other exceptions keep their traceback.
+    For an error that the user can correct, print its message and exit with status 2. For Ctrl-C, print `interrupted`
+    and exit with status 130. Other exceptions keep their traceback.
 
     If the reader of the output goes away, as in `... | head`, the command finishes its work without a message. With
-    `needs_reader`, for commands whose output is their only result, it ends at once, with status 0.
+    `needs_reader`, it exits at once with status 0: use this for commands whose output is their only result.
 
     Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
     """
@@ -104,7 +104,7 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
 
 
 def described(error: Exception) -> str:
-    """Return the message of an error. One of the operating system has no number, and begins with the file."""
+    """Return the message of an error. For an error of the operating system: the file and the reason, without errno."""
     if isinstance(error, OSError) and error.strerror and error.filename2 is None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
@@ -113,13 +113,14 @@ def described(error: Exception) -> str:
 def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoReturn:
     """Print an error on stderr and end the process.
 
-    torchrun surrounds the errors of its processes with a long report of its own. The message is also given to torchrun,
-    which repeats the message of the process that failed first at the end of this report, where the user sees it.
+    torchrun surrounds the errors of its processes with a long report of its own. So the message is also passed to
+    torchrun. At the end of its report, where the user sees it, torchrun repeats the message of the process that failed
+    first.
 
     Args:
         status: the exit status.
-        consequence: another process has failed before this one. torchrun compares whole seconds, so this failure is
-            given a later time.
+        consequence: this process fails because another process has failed. torchrun finds the first failure by
+            comparing times in whole seconds, so this failure is reported with a time that is a minute later.
     """
     print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -137,7 +138,7 @@ class NoReader(BaseException):
 class _LastingFile(io.FileIO):
     """A file descriptor that becomes /dev/null when the reader of its pipe or its terminal goes away."""
 
-    needs_reader = False  # also raise NoReader
+    needs_reader = False  # if True, `write` also raises NoReader
 
     def write(self, data: Any, /) -> int:
         try:
@@ -157,8 +158,8 @@ class _LastingFile(io.FileIO):
 def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     """In the `with` block, drop what is written to stdout and stderr after their reader has gone away.
 
-    Without this, `train.py ... | head -3`, or closing the terminal, would end the run with an error. With
-    `needs_reader`, the loss of stdout's reader raises NoReader.
+    Otherwise `train.py ... | head -3`, or closing the terminal, would end the run with an error. With `needs_reader`,
+    NoReader is raised if the reader of stdout has gone away.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_lasting(stream) for stream in before)
@@ -167,7 +168,8 @@ def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: its descriptor was closed before Python started
+        # A stream is None if its descriptor was closed before Python started.
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(NoReader):
                 stream.flush()
         sys.stdout, sys.stderr = before
@@ -185,8 +187,8 @@ def _lasting(stream: TextIO) -> TextIO:
         return stream
     stream.flush()
     file: Any = _LastingFile(raw.fileno(), "wb", closefd=False)
-    # Without a buffer (`python -u`, with which torchrun starts its processes), print writes a text and its end of line
-    # separately, and the lines of several processes mix. Write whole lines instead.
+    # Without a buffer (`python -u`, which torchrun uses), print writes a text and its line break separately, and lines
+    # of several processes can mix. Line buffering writes whole lines.
     is_unbuffered = stream.buffer is raw
     return io.TextIOWrapper(
         io.BufferedWriter(file),
@@ -197,14 +199,14 @@ def _lasting(stream: TextIO) -> TextIO:
 
 
 def port_number(text: str) -> int:
-    """Convert the argument of --port, for argparse."""
+    """Convert the argument of --port to an integer, for argparse."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port: use a number in 0..65535 (0: any free port)")
     return int(text)
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End the process with a message if one of the named arguments is below 1; ignore absent ones and None."""
+    """End the process with a message if one of the named arguments is below 1. Absent ones and None are allowed."""
     for name in names:
         value = getattr(args, name, None)
         if value is not None and value < 1:

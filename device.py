@@ -1,8 +1,8 @@
 """Device and precision: the only module that decides which number format the arithmetic uses.
 
-Weights, gradients, optimizer state and the loss are float32 everywhere. What varies is the precision of the matrix
-products (autocast): a reduced precision of 16 bits is two to sixteen times faster where the processor computes in it,
-and ten times slower where it is emulated.
+Weights, gradients, optimizer state and the loss are float32 everywhere. Only the precision of the matrix products
+varies (autocast). Compared with float32, a precision of 16 bits is two to sixteen times faster on a processor that
+supports it natively, and ten times slower on a processor that has to emulate it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN computes no products in bfloat16.
+# Values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN does not use the CPU's instructions for
+# bfloat16, float16 and matrices (AMX), respectively.
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
@@ -28,15 +29,16 @@ ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
 def separate_compiled_code() -> None:
     """Give torch.compile a cache of its own if ATEN_CPU_CAPABILITY limits the CPU's instruction set.
 
-    The variable is not part of the cache's keys in PyTorch 2.13. Code that was compiled without the limit would be
-    loaded, and would compute wrong numbers or crash. A value in TORCHINDUCTOR_CACHE_DIR is left as it is.
+    In PyTorch 2.13, the keys of the cache do not include the variable. So a process with the limit would load code that
+    was compiled without it, and this code could compute wrong numbers or crash. If TORCHINDUCTOR_CACHE_DIR is already
+    set, it is not changed.
     """
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
         directory = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory)
 
 
-separate_compiled_code()  # when this module is imported: the compiler reads the variable at its first use
+separate_compiled_code()  # on import, because the compiler reads TORCHINDUCTOR_CACHE_DIR at its first use
 
 
 class Card(NamedTuple):
@@ -45,15 +47,15 @@ class Card(NamedTuple):
     dtype: torch.dtype  # the precision that `auto` selects on this card
     peak_flops: float  # peak rate of dense matrix products in that precision, in FLOP/s
     memory: int  # in GiB
-    bandwidth: float  # of that memory, in bytes/s
-    link: float  # to the other GPUs of a machine, in bytes/s in one direction: NVLink, or else PCIe
+    bandwidth: float  # of the memory, in bytes/s
+    link: float  # bandwidth to the machine's other GPUs, in bytes/s per direction: NVLink, or else PCIe
 
     def peak_in(self, dtype: torch.dtype) -> float | None:
-        """Return the peak in `dtype`; None if it is not known. Where bfloat16 exists, float16 is equally fast."""
+        """Return the peak FLOP/s in `dtype`, None if unknown. On cards with bfloat16, float16 is equally fast."""
         return self.peak_flops if dtype in (self.dtype, torch.float16) else None
 
 
-# Cards by words in the name of the device. If several entries match, `find_card` takes the first.
+# Cards by words in the name of the device. `find_card` takes the first match, so "H100 NVL" comes before "H100".
 CARDS = {
     "B200": Card(torch.bfloat16, 2250e12, 180, 8.0e12, 900e9),
     "H200": Card(torch.bfloat16, 989e12, 141, 4.8e12, 450e9),
@@ -73,7 +75,8 @@ CARDS = {
     "V100": Card(torch.float16, 125e12, 16, 0.90e12, 150e9),
     "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
-# These words after a name of CARDS mean another card, or a part of the card (MIG). Its peak is not known.
+# If one of these words follows a key of CARDS in the name of a device, the device is another card or a part of a card
+# (MIG). Its peak is not known.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -85,7 +88,7 @@ def find_card(name: str) -> Card | None:
 def find_device(name: str, option: str) -> torch.device:
     """Return the device for `auto`, for `cuda` (under torchrun, the GPU of this process) or for a PyTorch device name.
 
-    Raises ValueError, which names the `option` that asked for the device, if it cannot be used.
+    Raises ValueError if the device cannot be used. The message names `option`, which selected the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -103,14 +106,14 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
     """Return the precisions that a device computes matrix products in without emulation, the preferred one first.
 
     bfloat16 comes before float16 because it has the range of float32: it needs no gradient scaler and cannot overflow.
-    float32 comes before both where they are not faster.
+    float32 comes first on devices where the other two are not faster.
     """
     if device.type == "cuda":
         # Ampere (2020) and later have bfloat16. Volta and Turing (V100, T4) have tensor cores for float16 only.
         bfloat16 = [torch.bfloat16] if torch.cuda.is_bf16_supported(including_emulation=False) else []
         return [*bfloat16, torch.float16, torch.float32]
     if device.type == "mps":
-        return [torch.float32, torch.float16]  # float16 exists, but has not been measured here
+        return [torch.float32, torch.float16]  # MPS has float16, but we have not measured its speed
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return [torch.float32]  # without oneDNN (as on macOS), PyTorch's 16-bit products on a CPU are slow
     has = torch.cpu.get_capabilities()
@@ -120,8 +123,9 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
         reduced.append(torch.bfloat16)
     if limit not in ISA_WITHOUT_FLOAT16 and any(has.get(name) for name in ("avx512_fp16", "amx_fp16")):
         reduced.append(torch.float16)
-    # Of Intel's units, only AMX multiplies 16-bit numbers faster than float32. A Xeon with AVX-512 for all three, but
-    # without AMX, reaches 323 GFLOP/s in float32, 316 in float16 and 170 in bfloat16 (`bench.py train`, 2 cores).
+    # On Intel CPUs, only AMX units multiply 16-bit numbers faster than float32. A Xeon with AVX-512 for all three
+    # precisions, but without AMX, reaches 323 GFLOP/s in float32, 316 in float16 and 170 in bfloat16 (`bench.py train`,
+    # 2 cores).
     has_amx = limit not in ISA_WITHOUT_AMX and any(has.get(name) for name in ("amx_bf16", "amx_fp16"))
     if is_intel_cpu() and not has_amx:
         return [torch.float32, *reduced]
@@ -138,8 +142,8 @@ def packing_is_faster(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        # F.linear uses Intel's MKL, which multiplies a single row faster on Intel's CPUs: on a Xeon, the 124M model
-        # decodes 40 tokens/s with it and 34 with packed weights.
+        # Without packing, F.linear uses Intel's MKL. On Intel's CPUs, MKL multiplies a single row faster than oneDNN:
+        # on a Xeon, the 124M model decodes 40 tokens/s with MKL and 34 with packed weights.
         return not is_intel_cpu()
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -147,8 +151,9 @@ def packing_is_faster(weight: torch.Tensor) -> bool:
 def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> torch.dtype:
     """Return the precision that `auto`, `float32`, `bfloat16` or `float16` means on a device.
 
-    `auto` is the first of `native_dtypes`. With `decoding`, it is a native precision of 16 bits on a CPU even if its
-    products are not faster than float32's: a new token reads all weights, and these are half as many bytes.
+    `auto` is the first of `native_dtypes`. With `decoding` on a CPU, `auto` is a native precision of 16 bits, if there
+    is one, even if its products are not faster than products in float32. The reason is that each new token reads all
+    weights from memory, and 16-bit weights have half as many bytes.
 
     If the processor has to emulate the requested precision, the function warns on stderr and returns it nevertheless.
     """
@@ -156,7 +161,7 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
     if name == "auto":
         return min(native, key=lambda dtype: dtype.itemsize) if decoding and device.type == "cpu" else native[0]
     dtype = DTYPES[name]
-    if dtype not in native and os.environ.get("RANK", "0") == "0":  # once, not once per process
+    if dtype not in native and os.environ.get("RANK", "0") == "0":  # warn once, not once per process
         others = " or ".join(str(other).removeprefix("torch.") for other in native)
         print(f"warning: this {device.type} emulates {name}, which is many times slower than {others}", file=sys.stderr)
     return dtype
@@ -180,7 +185,8 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)
-    # It would also fill new memory with NaN. This takes time, and all memory is written before it is read.
+    # The call above also makes PyTorch fill new memory with NaN. This takes time and changes nothing here, because all
+    # memory is written before it is read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -214,9 +220,9 @@ def cpu_instruction_set() -> str:
 def keep_freed_memory() -> None:
     """Make the C library keep the memory that a step frees for the next step, as PyTorch's CUDA allocator does.
 
-    By default glibc returns every large tensor to the system, which fills its pages with zeros at the next allocation.
-    This takes about a tenth of a training step on a CPU. Only glibc (Linux) has this setting; elsewhere the function
-    does nothing.
+    By default, glibc returns the memory of every large tensor to the operating system. At the next allocation, the
+    system fills the memory with zeros, which takes about a tenth of a training step on a CPU. Only glibc (Linux) has
+    this setting; on other systems the function does nothing.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)

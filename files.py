@@ -41,7 +41,7 @@ def discard(path: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         else:
-            # Rename first, so that a process killed while it deletes leaves no directory that looks complete.
+            # Rename the directory first: if the process is killed while it deletes, no directory looks complete.
             shutil.rmtree(path if path.suffix == PARTIAL_SUFFIX else path.rename(f"{path}{PARTIAL_SUFFIX}"))
     except OSError as error:
         print(f"{path} could not be deleted ({error}): delete it to free its space", file=sys.stderr)
@@ -53,7 +53,7 @@ def apply_umask(path: Path) -> None:
     Libraries that write through a temporary file, such as safetensors, leave it readable by its owner alone.
     """
     probe = path.with_name(path.name + ".mode")
-    probe.touch()  # os.umask can return the umask only by changing it, for all threads
+    probe.touch()  # os.umask cannot read the umask without changing it for all threads
     path.chmod(probe.stat().st_mode)
     probe.unlink()
 

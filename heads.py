@@ -26,7 +26,7 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the state of each row's last token that is not padding (on either side). (B, T, C) -> (B, C)."""
+    """Return the hidden state of each row's last kept token. Padding may be on either side. (B, T, C) -> (B, C)."""
     if attention_mask is None:
         return x[:, -1]
     positions = torch.arange(x.size(1), device=x.device)
@@ -37,14 +37,15 @@ def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 def encode(
     model: GPT, input_ids: Tensor, attention_mask: Tensor | None = None, pooling: Literal["last", "mean"] = "last"
 ) -> Tensor:
-    """Return a vector for each sequence: the last hidden state of its last kept token, or the mean over all kept ones.
+    """Return a vector for each sequence. Call this function under torch.no_grad() unless gradients are needed.
 
     Args:
         input_ids: (B, T).
         attention_mask: (B, T), 1 for a token to keep and 0 for padding, on either side.
+        pooling: "last" returns the final hidden state of the last kept token, "mean" the mean over all kept tokens.
 
     Returns:
-        (B, C). Call it under torch.no_grad() unless the model is to be trained through it.
+        (B, C).
 
     Raises:
         ValueError: `pooling` is unknown, or a row keeps no token.
@@ -75,7 +76,10 @@ def save_with_head(
     fields: dict[str, Any],
     eos_token_id: int | None,
 ) -> None:
-    """Write GPT and head as one state dict, in the format of the transformers class `architecture`."""
+    """Write GPT and head as one state dict, in the format of the transformers class `architecture`.
+
+    fields are added to config.json.
+    """
     state = {name.removeprefix("gpt."): tensor for name, tensor in model.state_dict().items()}
     config = asdict(model.gpt.config)
     save_weights(state, config, directory, eos_token_id=eos_token_id, architecture=architecture, extra_config=fields)
@@ -88,7 +92,7 @@ def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
     """
     names = fields.get("id2label")
     if names is None or names == {}:
-        return ["LABEL_0", "LABEL_1"]  # transformers omits these
+        return ["LABEL_0", "LABEL_1"]  # transformers does not write these default names
     if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
         raise ValueError(f'{path}: id2label is {names!r}, expected an object with the keys "0", "1", ...')
     labels = [names[str(i)] for i in range(len(names))]
@@ -102,16 +106,16 @@ class SequenceClassifier(nn.Module):
 
     Args:
         gpt: the language model whose hidden states are classified.
-        num_labels: K.
+        num_labels: K, the number of classes.
         strategy: the input of the classifier. `last` (Texar's cls_time): the state of each sequence's last kept token.
             `all` (all_time): the states of all its tokens, concatenated. `token` (time_wise): the state of one token;
             each token is classified separately.
-        max_length: the longest sequence in tokens; None means block_size. It is a limit only for `all`.
+        max_length: the longest sequence in tokens; None means block_size. Only strategy `all` has this limit.
 
     The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean
     regression (squared error), and integers 0 and 1 mean binary classification (logistic loss). With K > 1, integers
-    (B,) are the class (cross-entropy), and floating-point labels (B, K) from 0 to 1 tell for each class whether it
-    applies (logistic loss; several classes may apply).
+    (B,) are class indices (cross-entropy), and floating-point labels (B, K) from 0 to 1 state for each class whether it
+    applies (logistic loss; several classes may apply to one sequence).
     """
 
     def __init__(
@@ -140,12 +144,13 @@ class SequenceClassifier(nn.Module):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> GPTOutput:
-        """Return the logits of the classes, (B, K), and the loss if labels are given. Strategy `token`: (B, T, K).
+        """Return the logits, (B, K) or, with strategy `token`, (B, T, K), and the loss if labels are given.
 
         Args:
-            input_ids, attention_mask: (B, T). Only the mask tells which tokens are padding.
-            labels: (B,) integers or floats, or (B, K) floats; with `token` (B, T) or (B, T, K). Integers may be
-                IGNORE_INDEX, for padding.
+            input_ids, attention_mask: (B, T). The mask is the only information about padding: without it, all tokens
+                are kept.
+            labels: (B,) integers or floats, or (B, K) floats; with `token` (B, T) or (B, T, K). An integer may be
+                IGNORE_INDEX, for example at padding. The loss ignores it.
             inputs: other arguments of `GPT.forward`: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
         """
         output = self.gpt(input_ids, attention_mask=attention_mask, return_logits=False, **inputs)
@@ -227,7 +232,7 @@ class SequenceClassifier(nn.Module):
 
 
 class DoubleHeadsOutput(NamedTuple):
-    """The result of `DoubleHeads` for B questions with N choices each. A loss is None without its labels."""
+    """The result of `DoubleHeads` for B questions with N choices each. A loss is None if its labels were not given."""
 
     loss: Tensor | None  # (), language modeling, in nats per token
     mc_loss: Tensor | None  # (), multiple choice, in nats per question
@@ -264,8 +269,8 @@ class DoubleHeads(nn.Module):
         Args:
             input_ids, attention_mask: (B, N, T), one row per choice.
             mc_token_ids: (B, N), the position in each row whose state is scored; None means the last kept token.
-            labels: (B, N, T) token ids, shifted here; IGNORE_INDEX does not count.
-            mc_labels: (B,), the correct choice.
+            labels: (B, N, T) token ids, which are shifted here; the loss ignores IGNORE_INDEX.
+            mc_labels: (B,), the index of the correct choice.
             return_logits: whether to return the language model's logits; None returns them if there are no `labels`.
         """
         check_shape("input_ids (questions, choices, tokens)", input_ids, ("B", "N", "T"))
@@ -304,7 +309,7 @@ class DoubleHeads(nn.Module):
         stored = open_model(locate(name_or_dir))
         gpt, directory = make_trunk(stored), stored.directory
         fields = read_json(directory / "config.json")
-        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # ignored by other heads
+        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # only this head depends on these
             if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
                 raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):

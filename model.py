@@ -34,8 +34,8 @@ from kernels.loss import IGNORE_INDEX, linear_cross_entropy
 from kernels.masks import Mask, dense_mask, find_positions, make_mask
 from weights import load_weights, locate, open_model, save_weights
 
-# The four released sizes: layers, heads, channels. Depth and width grow; each head has 64 channels in all of them.
-# A model has VC + 1024 C + L (12 C² + 13 C) + 2C parameters: embeddings, positions, blocks, last LayerNorm.
+# The four released sizes: layers, heads, channels. Depth and width grow, but a head has 64 channels in every size.
+# A model has V C + 1024 C + L (12 C² + 13 C) + 2 C parameters: token embeddings, position embeddings, blocks, ln_f.
 PRESETS = {
     "gpt2": (12, 12, 768),  # 124,439,808 parameters
     "gpt2-medium": (24, 16, 1024),  # 354,823,168
@@ -55,8 +55,8 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    # Applied to the embeddings, to the attention weights and at the end of each residual branch. Pretraining hardly
-    # repeats its data and needs no dropout. Fine-tuning on a small dataset needs some, for example 0.1.
+    # Dropout is applied to the embeddings, to the attention weights and at the end of each residual branch. Pretraining
+    # hardly repeats its data and needs no dropout. Fine-tuning on a small dataset needs some dropout, for example 0.1.
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
@@ -67,7 +67,7 @@ class GPTConfig:
     window_size: int = 256
     lsh_buckets: int = 64
     lsh_rounds: int = 2
-    # GPT-2 itself has the defaults. Other values are for checkpoints that other trainers made.
+    # GPT-2 itself has the default values of these three fields. Other values serve checkpoints of other trainers.
     n_inner: int | None = None  # channels of the MLP's hidden layer; None means 4 n_embd
     activation: str = "gelu_new"  # one of ACTIVATIONS
     layer_norm_epsilon: float = 1e-5
@@ -90,7 +90,7 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None = None  # (), mean over the targets that are not IGNORE_INDEX, in nats
     logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
     last_hidden_state: Tensor | None = None  # (B, T, C), after ln_f
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): embeddings, after each block, last after ln_f
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): embeddings, blocks 1 to L - 1, and ln_f
     attentions: tuple[Tensor, ...] | None = None  # L of (B, H, T, S)
     cache: KVCache | None = None
 
@@ -137,7 +137,7 @@ class Attention(nn.Module):
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
         # Without the causal mask a token could read its own target from the next position: the training loss would go
         # to zero and the model could not generate. A single query (cached decoding) attends to every key: no mask.
-        # torch.export and torch.jit.trace make the size a symbol. PyTorch's kernel needs a Python bool.
+        # PyTorch's kernel needs a Python bool, but in torch.export and torch.jit.trace the size is a symbol.
         is_causal = bool(self.causal and mask is None and q.size(2) > 1)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -147,7 +147,8 @@ class Attention(nn.Module):
             y = fast_attention(q, k, v, mask, dropout, is_causal, self.pattern, training=self.training)
         else:
             # The plain form. A score is a sum of D products, so its variance grows with D. Dividing by √D keeps the
-            # scores near 1; without that, softmax saturates, one key gets all the weight, and the gradient vanishes.
+            # variance near 1. If scores are large, softmax saturates: one key gets all the weight, and the gradient
+            # vanishes.
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
             if (allowed := dense_mask(q, k, mask, is_causal, self.pattern)) is not None:
                 scores = scores.masked_fill(~allowed, float("-inf"))  # exp(-inf) is a weight of exactly 0
@@ -272,28 +273,28 @@ class GPT(nn.Module):
         output_hidden_states: bool = False, output_attentions: bool = False,
         return_logits: bool | None = None, logits_to_keep: int = 0,
     ) -> GPTOutput:  # fmt: skip
-        """Run the model on T tokens of each of B sequences. With a cache, they follow its `past` tokens.
+        """Run the model on T tokens of each of B sequences. With a cache, these tokens follow the `past` cached tokens.
 
         Args:
             input_ids: (B, T) token ids. Give either these or `inputs_embeds` (B, T, C), which replaces their
                 embeddings, but not both.
-            targets: (B, T) ids aligned with the inputs: the token that follows each, or IGNORE_INDEX. Not with labels.
-            labels: (B, T) ids that are shifted here (usually the inputs themselves), as in transformers.
+            targets: (B, T), for each input the id of the token that follows it, or IGNORE_INDEX. Not with labels.
+            labels: (B, T) ids (usually the inputs themselves), which this function shifts by one, as in transformers.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
-            position_ids: (B, T) or (T,). By default, positions count from the cache's length or, with an attention
-                mask, count the kept tokens of each row, so that a left-padded row gets the positions it has alone.
+            position_ids: (B, T) or (T,). By default, positions begin at `past`. With an attention mask, they count the
+                kept tokens of each row, so that a left-padded row has the same positions as without padding.
             document_ids: (B, T), equal for neighboring tokens of the same document. Tokens then attend to their own
                 document only, and positions begin at 0 in each document. Not with a cache or an attention mask.
-            head_mask: (H,) or (L, H), multiplies the attention weights.
+            head_mask: (H,) or (L, H), multiplies the attention weights of each head.
             cache: keys and values of the past tokens, from `new_cache`; those of the new tokens are appended.
             encoder_hidden_states: (B, M, C), for a model with cross_attention.
             encoder_attention_mask: (B, M), 1 for a token to keep and 0 for padding.
-            return_logits: None computes logits only if there is no loss.
-            logits_to_keep: k > 0 computes the logits of the last k positions only.
+            return_logits: whether to compute logits. None computes them only if there is no loss.
+            logits_to_keep: k > 0 computes the logits of the last k positions only, 0 those of all positions.
 
         Raises:
             ValueError: wrong combination, shape, length or id. The range of ids is not checked inside torch.compile or
-                on a GPU, where reading them makes the host wait for the device: check them before they are copied.
+                on a GPU, where reading ids makes the host wait for the device: check ids before you copy them there.
         """
         config = self.config
         past = 0 if cache is None else cache.length
@@ -334,7 +335,7 @@ class GPT(nn.Module):
         if targets is not None:
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
         if return_logits or (return_logits is None and loss is None):
-            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0: from -0, which is 0
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0 keeps all: -0 is 0
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
@@ -348,7 +349,7 @@ class GPT(nn.Module):
         return KVCache(self.config, batch_size, max_length, device=weight.device, dtype=weight.dtype)
 
     def resize_token_embeddings(self, n: int) -> None:
-        """Change the vocabulary to `n` tokens: the rows that remain keep their values, new ones start at N(0, 0.02)."""
+        """Change the vocabulary to `n` tokens: rows that remain keep their values, new rows are random (std 0.02)."""
         config = replace(self.config, vocab_size=n)  # checks n before anything changes
         old = self.transformer.wte.weight
         new = nn.init.normal_(torch.empty_like(old[:1]).repeat(n, 1), std=0.02)
@@ -360,7 +361,7 @@ class GPT(nn.Module):
     def freeze(self, layers: int = 0, embeddings: bool = True) -> None:
         """Exclude the first `layers` blocks and, by default, the embeddings from training.
 
-        The token embeddings are also the head, so the head is then frozen too.
+        The token embeddings are also the output head, so `embeddings` also freezes the head.
         """
         if not 0 <= layers <= self.config.n_layer:
             raise ValueError(f"cannot freeze {layers} layers of {self.config.n_layer}")
@@ -400,8 +401,8 @@ class GPT(nn.Module):
     ) -> None:
         """Write config.json, generation_config.json and model.safetensors, as transformers does.
 
-        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the tokenizer's end-of-text.
-        None means 50256 if the vocabulary is GPT-2's.
+        Weights above `max_shard_size` are divided into several files. `eos_token_id` is the id of the tokenizer's
+        end-of-text token. None means 50256 if the vocabulary has the size of GPT-2's, otherwise no such token.
         """
         save_weights(
             self.state_dict(), asdict(self.config), directory, eos_token_id=eos_token_id, max_shard_size=max_shard_size
@@ -435,11 +436,12 @@ class LayerCache(NamedTuple):
 class KVCache:
     """The keys and values of all layers. `GPT.new_cache` makes one, and each forward pass appends to it.
 
-    For inference: gradients do not flow through it. A token takes 2 L C numbers, for the 124M model 74 kB in float32.
+    Use a cache only for inference: gradients do not flow through it. A token takes 2 L C numbers: 74 kB for the 124M
+    model in float32.
 
     Attributes:
         keys, values: L of (B, H, max_length, D); the first `length` tokens are valid.
-        length: the number of tokens stored of each row, padding included.
+        length: the number of tokens that are stored for each row, padding included.
     """
 
     def __init__(
@@ -463,7 +465,7 @@ class KVCache:
         return [LayerCache(k, v, past, length) for k, v in zip(self.keys, self.values, strict=True)]
 
     def reorder(self, rows: Tensor) -> None:
-        """Replace row i by row rows[i], as beam search does for the beams that it continues. rows (B,)."""
+        """Replace each row i by row rows[i]; rows: (B,). Beam search keeps the beams that it continues this way."""
         for tensor in (*self.keys, *self.values):
             tensor[:, :, : self.length] = tensor[:, :, : self.length].index_select(0, rows)
 

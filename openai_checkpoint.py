@@ -1,4 +1,4 @@
-"""Read a GPT-2 in the files that OpenAI published it in, without TensorFlow:
+"""Read a GPT-2 from files in OpenAI's original format, without TensorFlow:
 
     hparams.json                      the shape of the model
     checkpoint                        names the newest checkpoint, usually model.ckpt
@@ -6,7 +6,8 @@
     model.ckpt.data-00000-of-00001    the tensors, little-endian, one after the other
     encoder.json, vocab.bpe           the tokenizer, which data/tokenizer.py reads
 
-Blocks of the table and tensors carry a CRC32C, which is compared, so a damaged file is never loaded.
+Each block of the table and each tensor is stored with its CRC32C, a checksum. The checksums are compared, so a damaged
+file is never loaded.
 
 Formats: https://github.com/google/leveldb/blob/main/doc/table_format.md for the table, and
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto for its values.
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOOTER_SIZE = 48  # at the end of a table: two handles of blocks, padding, and the magic number
+FOOTER_SIZE = 48  # at the end of a table: two handles (offset and size of a block), padding, MAGIC
 MAGIC = 0xDB4775248B80FB57
 TRAILER_SIZE = 5  # after each block: its compression (0: none) and its CRC32C
 CRC_MASK = 0xA282EAD8  # LevelDB masks a CRC32C, because the CRC32C of data that contains a CRC32C is unreliable
@@ -43,7 +44,7 @@ HPARAMS = {
 
 
 class Place(NamedTuple):
-    """Where a tensor is, as the index states it."""
+    """Where a tensor is stored, according to the index."""
 
     dtype: int  # a key of DTYPES
     shape: tuple[int, ...]
@@ -73,11 +74,11 @@ def convert_hparams(hparams: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' names of the tensors and the tensors, the largest first. They are mapped from the file.
+    """Yield the name in transformers and the tensor, memory-mapped from its file, for each tensor, largest first.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, truncated or not in TensorFlow's format. The message names it.
+        ValueError: a file is damaged, truncated or not in TensorFlow's format. The message names the file.
     """
     prefix = find_prefix(directory)
     index = prefix.with_name(f"{prefix.name}.index")
@@ -100,11 +101,11 @@ def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_prefix(directory: Path) -> Path:
-    """Return the path that the names of a checkpoint's files begin with, as the file `checkpoint` states it.
+    """Return the beginning of the paths of a checkpoint's files, such as DIR/model.ckpt. `checkpoint` names it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or names another directory.
+        FileNotFoundError: there is no file `checkpoint`.
+        ValueError: the file `checkpoint` is damaged, or names another directory.
     """
     path = directory / "checkpoint"
     try:
@@ -128,7 +129,7 @@ def transformers_name(name: str) -> str:
     """Return transformers' name of OpenAI's variable `name`: model/h3/ln_1/g is transformer.h.3.ln_1.weight."""
     found = re.fullmatch(r"model/(?:h(\d+)/)?(\w+(?:/\w+)*?)(?:/([wgb]))?", name)
     if found is None:
-        return name  # not one of GPT-2's: the caller reports it
+        return name  # not a name of GPT-2's: the caller reports it
     layer = "" if found[1] is None else f"h.{found[1]}."
     return f"transformer.{layer}{found[2].replace('/', '.')}.{'bias' if found[3] == 'b' else 'weight'}"
 
@@ -150,7 +151,7 @@ def read_tensor(file: Path, name: str, place: Place) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The index: a table that maps the names of tensors to protocol buffers
 #
-# The functions below raise ValueError with what is wrong, and the caller names the file.
+# If the data is damaged, the functions below raise ValueError. The caller adds the name of the file to the message.
 
 
 def read_index(data: bytes) -> tuple[int, dict[str, Place]]:
@@ -174,7 +175,7 @@ def read_index(data: bytes) -> tuple[int, dict[str, Place]]:
 
 
 def _read_place(value: bytes) -> Place:
-    """Return what a BundleEntryProto says: dtype = 1, shape = 2, shard = 3, offset = 4, size = 5, crc32c = 6."""
+    """Read a BundleEntryProto. Its fields: dtype = 1, shape = 2, shard = 3, offset = 4, size = 5, crc32c = 6."""
     entry = read_message(value)
     if 7 in entry:
         raise ValueError("a tensor is divided into slices, which is not supported: save it as one tensor")
@@ -184,14 +185,14 @@ def _read_place(value: bytes) -> Place:
 
 
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a LevelDB table."""
+    """Yield the keys and values of a LevelDB table. The checksum of each block is compared."""
     footer = data[-FOOTER_SIZE:]
     if len(footer) < FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != MAGIC:
         raise ValueError(f"its {len(data):,} bytes do not end like a TensorFlow index")
     statistics, end = _read_handle(footer, 0)
-    list(read_block(data, *statistics))  # TensorFlow leaves this block empty; its checksum is compared
+    list(read_block(data, *statistics))  # compares its checksum; TensorFlow leaves this block empty
     handle, _ = _read_handle(footer, end)
-    for _, value in read_block(data, *handle):  # its values are the handles of the other blocks
+    for _, value in read_block(data, *handle):  # the values of this block are the handles of the others
         yield from read_block(data, *_read_handle(value, 0)[0])
 
 
@@ -199,7 +200,8 @@ def read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byt
     """Yield the keys and values of a block of a table, after its checksum was compared.
 
     A key is stored without the beginning that it has in common with the previous key. The block ends with the offsets
-    of keys that are stored completely, and their number. They are only needed to search a key.
+    of the keys that are stored completely, and the number of these offsets. Only a search for a key needs them, so they
+    are not read.
     """
     block, trailer = data[offset : offset + size + 1], data[offset + size + 1 : offset + size + TRAILER_SIZE]
     if len(trailer) < TRAILER_SIZE - 1 or int.from_bytes(trailer, "little") != masked_crc32c(block):
@@ -228,7 +230,7 @@ def _read_handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the integer at `at`, stored in groups of 7 bits from the lowest on, and where the next field begins."""
+    """Return the integer at `at`, stored in groups of 7 bits, lowest bits first, and where the next field begins."""
     value = 0
     for i, byte in enumerate(data[at : at + 10]):
         value |= (byte & 0x7F) << 7 * i

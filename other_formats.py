@@ -19,7 +19,7 @@ def is_llm_c(path: Path) -> bool:
 
 
 def conversion_hint(path: Path) -> str:
-    """Return how to convert a file, or a directory with such a file: "; it is ..., which ...". Empty if unknown."""
+    """Return how to convert a file, or a file in a directory: "; it is a file of ...: run ...". Empty if unknown."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.is_file() and (found := _recognize(file)):
@@ -29,10 +29,10 @@ def conversion_hint(path: Path) -> str:
 
 
 def _recognize(file: Path) -> tuple[str, str] | None:
-    """Return the program that wrote a file and the way to convert it, None for a file of an unknown kind."""
+    """Return the program that wrote a file and how to convert the file, or None if the format is unknown."""
     directory = file.parent
     if file.name in ("model_optim_rng.pt", "latest_checkpointed_iteration.txt"):
-        # DIR/latest_checkpointed_iteration.txt, DIR/iter_NNNNNNN/mp_rank_NN/model_optim_rng.pt
+        # Megatron-LM writes DIR/latest_checkpointed_iteration.txt and DIR/iter_NNNNNNN/mp_rank_NN/model_optim_rng.pt.
         path = directory / "iter_NNNNNNN" if file.suffix == ".txt" else directory.parent
         command = (
             "`python -m transformers.models.megatron_gpt2.checkpoint_reshaping_and_interoperability "

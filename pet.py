@@ -7,8 +7,9 @@ The method is that of Schick and Schütze 2021, arXiv:2001.07676. cloze.py expla
 2. Together the models assign each unlabeled text a probability for each class (soft labels).
 3. A classifier is trained on the unlabeled texts with these probabilities.
 
-iPET (iterated) repeats step 1: each model of the next generation learns from more texts, which are labeled by a random
-subset of the models of the previous generation. Without labeled texts, the first generation is the model itself.
+iPET (iterated PET) repeats step 1 with a new generation of models. Each of them also learns from unlabeled texts, which
+a random subset of the previous generation's models has labeled. Without labeled texts, the first generation is the
+pretrained model itself.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from model import GPT
 from training.config import Optim
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 
-UNLABELED_PER_LABELED = 3  # as in the paper: unlabeled texts of a step for each labeled one
+UNLABELED_PER_LABELED = 3  # unlabeled texts for each labeled text in a step, as in the paper
 PART_OF_OTHERS = 0.25  # iPET: the fraction of the other patterns' models that label the texts for a model
-GROWTH = 5  # iPET: each generation has this many times as many labeled texts as the previous one
-FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: texts of each class in the second generation
+GROWTH = 5  # iPET: the factor by which the number of labeled texts grows with each generation
+FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: texts of each class that train the second generation
 
 
 class Member(NamedTuple):
@@ -59,7 +60,7 @@ class Labeled(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What all models of an ensemble have in common. Lists of lists have one list for each pattern."""
+    """What all models of an ensemble have in common. `train`, `unlabeled` and `val` have one element per pattern."""
 
     base: GPT
     verbalizer: Verbalizer
@@ -76,7 +77,7 @@ class Task:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the arguments of `classify.py pet` request."""
+    """Train the ensemble and then the classifier, and write the classifier to --out."""
     verbalizer = read_verbalizer(args.verbalizer)
     unlabeled = read_column(args.unlabeled, args.text_key)
     val_texts, val_labels = read_labeled(args, args.val, verbalizer)
@@ -136,7 +137,7 @@ def read_labeled(args: argparse.Namespace, path: Path, verbalizer: Verbalizer) -
 
 
 def label_texts(task: Task) -> Tensor:
-    """Train all generations of the ensemble, and return the probabilities of the unlabeled texts (N, K)."""
+    """Train all generations of the ensemble, and return the class probabilities of the unlabeled texts (N, K)."""
     weights, ensemble = first_generation(task)
     for generation in range(1, task.args.generations + 1):
         # The first generation learns from the labeled texts alone. Without labeled texts, it is the model itself.
@@ -148,7 +149,7 @@ def label_texts(task: Task) -> Tensor:
 def first_generation(task: Task) -> tuple[list[float], list[Member]]:
     """Return the weight of each pattern, and the ensemble before training: one member for each pattern.
 
-    The weight is the accuracy on the labeled texts before training; without labeled texts all weights are 1.
+    A pattern's weight is the accuracy of the model on the labeled texts before training. Without labeled texts it is 1.
     """
     weights, ensemble = [], []
     for i, labeled in enumerate(task.train):
@@ -162,7 +163,7 @@ def first_generation(task: Task) -> tuple[list[float], list[Member]]:
 
 
 def measure(task: Task, model: GPT, labeled: Labeled) -> float:
-    """Return the fraction of texts whose class has the highest score."""
+    """Return the accuracy: the fraction of texts whose true class has the highest score."""
     chosen = task.score(model, labeled.clozes).argmax(dim=-1)
     return float((chosen == torch.tensor(labeled.labels)).double().mean())
 
@@ -181,7 +182,7 @@ def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature:
 
 
 def train_generation(task: Task, previous: list[Member], weights: list[float], generation: int) -> list[Member]:
-    """Train a model for each pattern and seed, and return their scores."""
+    """Train several models for each pattern, and return their scores. The models have different seeds."""
     ensemble = []
     for i in range(len(task.train) * task.args.models_per_pattern):
         pattern = i // task.args.models_per_pattern
@@ -213,8 +214,9 @@ def pseudo_label(
 ) -> dict[int, int]:
     """Choose unlabeled texts, and label them with a random subset of `others` (iPET). Return {index of text: class}.
 
-    The number of texts grows by GROWTH with each generation, in the proportion of the classes in `labels`. Texts for
-    which the models are more certain are drawn more often.
+    The number of labeled texts grows by the factor GROWTH with each generation, and the classes keep their proportions
+    in `labels`. If `labels` is empty, all classes get the same number of texts. Texts about which the models are more
+    certain are drawn more often.
     """
     rng = np.random.default_rng(seed)
     size = max(1, round(PART_OF_OTHERS * len(others)))
@@ -258,7 +260,7 @@ def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
 
 
 def draw(texts: Sequence[list[int]], start: int, count: int, seed: int) -> list[list[int]]:
-    """Return texts start .. start + count - 1 of an endless sequence that visits all texts in each epoch."""
+    """Return texts start .. start + count - 1 of an endless sequence. Each epoch of it has all texts in a new order."""
     n = len(texts)
     return [texts[int(permute(np.array([i % n]), n, seed, i // n)[0])] for i in range(start, start + count)]
 
@@ -282,4 +284,4 @@ def pattern_loss(
     return (1 - alpha) * loss + alpha * model(ids[:, :-1], targets=targets).loss
 
 
-COMMANDS = {"train": train, "predict": predict, "pet": run}  # what classify.py runs
+COMMANDS = {"train": train, "predict": predict, "pet": run}  # the functions that classify.py calls

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from weights import StoredModel, find_config, locate, open_model
 
-PADDING_LIMIT = 128  # vocabularies are padded to a multiple of 64 or 128 for speed, with fewer tokens than this
+PADDING_LIMIT = 128  # padding a vocabulary to a multiple of 64 or 128, for speed, adds fewer tokens than this
 
 
 def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str | None = None) -> str:
@@ -39,7 +39,7 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     if is_run(directory):
         return str(choose_checkpoint(directory, checkpoint))
     beside = sorted(run.parent.name for run in directory.parent.glob("*/checkpoints"))
-    names_a_run = directory.parent != Path() and (beside or directory.parent == Path(runs))  # "gpt2" does not
+    names_a_run = directory.parent != Path() and (beside or directory.parent == Path(runs))  # false for "gpt2"
     if names_a_run and not directory.exists():
         others = f"the runs in {directory.parent} are {', '.join(beside)}" if beside else "there are no runs beside it"
         raise FileNotFoundError(f"{name_or_dir} does not exist; {others}")
@@ -53,9 +53,9 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
 
 
 class ModelFiles(NamedTuple):
-    """The files of a trained model, before its weights are loaded. Configuration and tokenizer belong together."""
+    """The files of a trained model, before its weights are loaded. The tokenizer matches the configuration."""
 
-    name: str  # directory or hub name: the one that was given, or the newest run if none was
+    name: str  # directory or hub name, as `resolve_model` returns it
     stored: StoredModel
     config: GPTConfig  # its vocabulary may be padded
     tokenizer: Tokenizer
@@ -74,7 +74,7 @@ def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelF
         ValueError: the files are damaged, or the tokenizer does not belong to the model (see `check_vocabulary`).
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
-    stored = open_model(locate(name))  # first: a directory without a model usually lacks a tokenizer, too
+    stored = open_model(locate(name))  # before the tokenizer: a directory without a model usually lacks both
     config, tokenizer = GPTConfig(**stored.config_arguments()), load_tokenizer(stored.directory)
     check_vocabulary(config.vocab_size, tokenizer, stored.directory)
     return ModelFiles(name, stored, config, tokenizer)
@@ -87,7 +87,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[GPT, Tokenizer, str]:
-    """Load the model that the options `--model` and `--checkpoint` select, in eval mode, without a padded vocabulary.
+    """Load the model that `--model` and `--checkpoint` select, in eval mode, and remove the padding of its vocabulary.
 
     Returns:
         The model, its tokenizer, and the directory or hub name that it was loaded from.
@@ -115,8 +115,8 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Pat
 def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
     """Remove from a model, in place, the tokens that a tokenizer lacks.
 
-    Many trainers pad the vocabulary, from 50,257 to 50,304 tokens for example. The ids that are added have no text.
-    Their rows are removed, so that they cannot be chosen and get no probability.
+    Many trainers pad the vocabulary, for example from 50,257 to 50,304 tokens. The added ids have no text. Without rows
+    in the embedding, these ids get no probability and cannot be sampled.
 
     Raises ValueError if the tokenizer does not belong to the model in `directory`.
     """
@@ -126,7 +126,7 @@ def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> N
 
 
 def extend_positions(model: GPT, block_size: int) -> GPT:
-    """Return a model with the same weights for sequences of up to `block_size` tokens, more than `model` has.
+    """Return a model with the same weights for longer sequences, of up to `block_size` tokens.
 
     The new position embeddings are interpolated linearly between the learned ones, so that each position lies between
     positions that the model was trained with (Chen et al. 2023, "Extending context window via position interpolation").

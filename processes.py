@@ -6,7 +6,7 @@ processes. With one process every operation here works without a process group.
 
 from __future__ import annotations
 
-import openmp  # noqa: F401 (before torch, which reads the setting when it is imported)
+import openmp  # noqa: F401 (before torch: openmp sets a variable that torch reads when it is imported)
 
 # isort: split
 import os
@@ -19,24 +19,25 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Import torch.distributed.nn.functional before a process group exists. Otherwise its default arguments store the group
-# and keep its threads alive until Python exits. A gloo thread that releases a tensor during exit aborts the process.
+# Import torch.distributed.nn.functional before a process group exists. Otherwise the default arguments of its functions
+# store the group, whose threads then live until Python exits. A gloo thread that releases a tensor during exit aborts
+# the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 
 from device import autocast, find_device, find_dtype, keep_freed_memory, make_deterministic
 
-# Processes start at different times, because each loads libraries from a file system that may be slow.
+# How long processes wait for each other at the start. Each one loads libraries from a file system that may be slow.
 JOIN_TIMEOUT = timedelta(minutes=10)
-# The longest work of one process for which the others wait is process 0 writing the checkpoint of a large model before
-# it saves the next one. NCCL's default of 10 minutes can be too short for that.
+# How long a collective operation waits for a process. The longest wait is for process 0, which must finish writing the
+# checkpoint of a large model before it saves the next one. NCCL's default of 10 minutes can be too short for that.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-ANSWER_TIMEOUT = timedelta(seconds=3)  # below the 30 seconds after which torchrun kills the processes that are left
+ANSWER_TIMEOUT = timedelta(seconds=3)  # must pass before torchrun kills the remaining processes, after 30 seconds
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all processes, and what it computes on."""
+    """The place of this process among all processes, and the device and precision that it computes with."""
 
     rank: int
     world_size: int
@@ -63,7 +64,7 @@ class Processes:
         return int(tensor)
 
     def broadcast(self, number: int) -> int:
-        """Return the main process's value of an integer on every process."""
+        """Return, on every process, the integer that the main process passed."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor(number, device=self.device)
@@ -111,7 +112,7 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
             rank=rank,
             world_size=world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,  # otherwise NCCL guesses it from the rank
+            device_id=device if device.type == "cuda" else None,  # otherwise NCCL guesses the device from the rank
         )
     return Processes(rank, world_size, device, find_dtype(dtype_name, device))
 
@@ -119,16 +120,16 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
 def rendezvous(rank: int, world_size: int) -> dist.Store:
     """Return the store through which the processes find each other, without keys from an earlier attempt.
 
-    torchrun (PyTorch 2.13) keeps one store when it restarts the processes. A restarted process may find the address of
-    a dead process there, and would wait for it until a timeout of half an hour. Therefore the main process chooses a
-    random name for the attempt, and all keys of the attempt begin with it. Each other process chooses a random key and
-    announces it, and the main process stores the name under this key.
+    torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. A restarted process may find in it the
+    address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the main
+    process chooses a random name for the attempt, and all keys of the attempt begin with this name. Each other process
+    chooses a random key and announces this key in the store. The main process stores the name under the announced key.
 
     Raises TimeoutError, which names the missing processes, if the others do not connect within JOIN_TIMEOUT.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun does not hold the store
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has no store
             # `dist.rendezvous` would wait for the others here, and could not name those that are missing.
             store: dist.Store = dist.TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
         else:
@@ -175,11 +176,11 @@ def lost_process(error: RuntimeError) -> bool:
 
 
 def name_lost_processes() -> str:
-    """Return "process 3" or "processes [3, 5]" for those that do not answer, after a collective operation has failed.
+    """Name the processes that do not answer after a failed collective operation: "process 3" or "processes [3, 5]".
 
-    The collective operation fails in every process, and each process that is alive calls this function, which announces
-    it in the store. A process that has not announced itself after ANSWER_TIMEOUT has ended or hangs. If the store does
-    not answer, the process that held it has ended: process 0 or torchrun.
+    The collective operation fails in every process. Each process that is alive calls this function, which announces the
+    process in the store. A process that is not announced after ANSWER_TIMEOUT has ended or hangs. If the store does not
+    answer, the process that held the store has ended: process 0 or torchrun.
     """
     try:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()

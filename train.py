@@ -30,33 +30,33 @@ from training.optim import learning_rate_factor, set_learning_rate
 from training.setup import TrainingRun, dry_run, is_due, setup
 from training.validation import measure
 
-# Consecutive steps with a loss or gradient that is not finite, after which training stops. Overflows of float16 are not
-# counted.
+# Training stops after this number of consecutive bad steps. The loss or the gradient of a bad step is not finite, for a
+# reason other than an overflow of float16.
 MAX_BAD_STEPS = 10
 
 
 class StepResult(NamedTuple):
-    """What the loop needs to know about an optimizer step. It is the same on all processes."""
+    """What the loop needs to know about an optimizer step. All processes have the same values."""
 
     finite: bool  # loss and gradient are finite; otherwise the step was skipped
     diverged: bool  # the step was skipped for a reason other than a float16 overflow
-    stop: bool  # some process was asked to stop
-    save: bool  # some process was asked to save a checkpoint
+    stop: bool  # at least one process was asked to stop
+    save: bool  # at least one process was asked to save a checkpoint
 
 
 def accumulate_gradients(run: TrainingRun) -> Tensor:
     """Compute the gradient of the next global batch in micro-batches. Return this process's part of the loss, ().
 
-    A global batch has too many activations for one forward pass. The backward passes of its micro-batches add up in
-    `.grad`, which gives the gradient of the whole batch.
+    The activations of a whole global batch usually need too much memory. Each backward pass adds the gradient of its
+    micro-batch to `.grad`, and the sum is the gradient of the global batch.
     """
     processes, device = run.processes, run.processes.device
     micro_batches = next(run.loader)
     run.clock.lap("data")
     loss_sum = torch.zeros((), device=device)
     for i, (inputs, targets, weight, documents) in enumerate(micro_batches, 1):
-        # Only the last backward pass averages the gradients over the processes: it costs as much communication to
-        # average the sum as to average a single term.
+        # Only the last backward pass averages the gradients over the processes: averaging the sum once costs as much
+        # communication as averaging the gradient of a single micro-batch.
         synchronize_gradients(run.loss_function, run.model, i == len(micro_batches))
         # non_blocking: from pinned memory the copy to a GPU runs while the host queues the next operations.
         inputs = inputs.to(device, non_blocking=True)  # (b, T)
@@ -78,7 +78,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
     config, processes, state = run.config, run.processes, run.state
     run.clock, state.val_loss = Stopwatch(), None
     # Dropout masks depend on the seed, the step and the rank alone. So a resumed run draws the same masks, and a
-    # checkpoint need not store the state of a random generator.
+    # checkpoint does not have to store the state of a random generator.
     if run.model.config.dropout:
         seeds = np.random.SeedSequence([config.run.seed, state.step, processes.rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
@@ -104,14 +104,14 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
     loss, stops, saves, grad_norm, loss_scale, next_loss_scale = numbers
     run.clock.lap("forward_backward")
 
-    # Skip the step: a NaN in the weights or in the optimizer state would never disappear again.
+    # Skip a step that is not finite: a NaN in the weights or in the optimizer state would never disappear again.
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in run.optimizers:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
     run.clock.lap("optimizer")
-    # While the scaler searches for its scale, some steps have a finite loss and a gradient that overflows float16.
+    # While the scaler searches for its scale, the gradient of some steps overflows float16 although the loss is finite.
     overflowed = math.isfinite(loss) and loss_scale > 1 and next_loss_scale < loss_scale
     diverged = not finite and not overflowed
     state.step += 1
@@ -122,7 +122,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
 
 def validate(run: TrainingRun, signal: StopSignal) -> bool:
-    """Score the validation split and sample texts. Return False, without a result, if a stop request interrupted it.
+    """Score the validation split and sample texts. Return False if a stop request interrupted this work.
 
     All processes return the same value.
     """
@@ -131,7 +131,8 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
         return False
     state, loss = run.state, result.loss.loss
     state.val_loss = loss
-    # NaN is never the best. Comparisons with NaN are false, so this also replaces a NaN that an older version stored.
+    # A NaN is never stored as the best loss, but an older version may have stored one. Comparisons with NaN are false,
+    # so the new loss then replaces the NaN.
     if math.isfinite(loss) and not (state.best and loss >= state.best[0]):
         state.best = loss, state.step
     tokens = state.step * run.config.data.batch_tokens
@@ -185,12 +186,13 @@ def train(
 ) -> Literal["finished", "preempted"]:
     """Train to the last step, or until a signal asks to stop. Return the status, which status.json also has.
 
-    `train_step` and `validate` can be replaced, which scripts/ideas.py uses. With `profile`, three steps are traced.
+    scripts/ideas.py passes its own `train_step` and `validate`. With `profile`, three steps are traced.
     """
     config, state = run.config, run.state
     signal = StopSignal(announce=run.processes.is_main)
     stopping, bad_steps, last_save = False, 0, time.monotonic()
-    # Step 0 shows the loss of an untrained model, about ln(vocabulary): another number means an error in the code.
+    # At step 0, the loss of an untrained model is about ln(vocab_size): another number means an error in the code. At a
+    # later step, this is the validation that a stop request skipped or interrupted.
     if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
         stopping = not validate(run, signal)
         if is_done(run) and not stopping:
@@ -215,15 +217,16 @@ def train(
             give_up(run)
 
         # A process that receives SIGTERM has little time left, often 30 seconds. So a stop request skips or interrupts
-        # the validation, which may take minutes; the resumed run does it first.
+        # the validation, which may take minutes. The resumed run begins with that validation.
         if run.lacks_validation and not stopping:
             stopping = not validate(run, signal)
         # Validation comes before saving, because the checkpoint stores the validation loss, which identifies the best
-        # checkpoint. A bad step is not saved, so that a run can recover from the newest checkpoint.
+        # checkpoint. A periodic save is omitted after a step that is not finite, so that a run can recover from the
+        # newest checkpoint.
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
-        # After saving, because an error in the drawing must not cost a checkpoint. `conclude` draws the last picture.
+        # Draw after saving, because an error in the drawing must not cost a checkpoint. `conclude` draws the last time.
         if state.val_loss is not None and not (is_done(run) or stopping):
             run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:

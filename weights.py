@@ -33,26 +33,28 @@ CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 # Buffers that hold the causal mask in old checkpoints. They are not parameters.
 STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
-# The parameters that compute queries. In self-attention their other rows compute keys and values.
+# The parameters that compute queries: all rows of q_attn, and the first n_embd rows of c_attn, whose other rows compute
+# keys and values.
 QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_attn)\.(weight|bias)$")
 
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
 FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
-BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and so no GPT-2
-# Fields about the scores of attention, with GPT-2's values. Other values scale the scores: `query_scale` makes these
-# scales a part of the weights. reorder_and_upcast_attn computes the scores in float32, as our attention always does.
+BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and therefore not a GPT-2
+# Fields that affect the attention scores, with GPT-2's values. Other values of the two scale_ fields scale the scores:
+# `query_scale` returns this factor, and `load_weights` multiplies it into the weights. reorder_and_upcast_attn computes
+# the scores in float32, as our attention always does.
 ATTENTION_CONFIG = {
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
 }
-# transformers' names of the functions in model.ACTIVATIONS -> their names there.
+# transformers' name of an activation function -> its name in ACTIVATIONS of kernels/gelu.py.
 ACTIVATION_NAMES = {
     **{name: name for name in ("gelu_new", "gelu", "relu", "silu", "tanh")},
     "gelu_pytorch_tanh": "gelu_new",
     "swish": "silu",
 }
-# Fields that are absent from the configuration of a plain GPT-2, with the values that mean the same.
+# Fields that the configuration of a plain GPT-2 does not have, and their values that mean the same as a missing field.
 ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
 # Other fields that transformers writes, with its default values. Nothing in this repository depends on them.
 INERT_CONFIG = {
@@ -82,7 +84,7 @@ CONFIG_FIELDS = {
 }
 # Fields of this repository, which are written only if the attention is not full. Other tools ignore them.
 ATTENTION_FIELDS = ("attention", "window_size", "lsh_buckets", "lsh_rounds")
-# Names of the shape's fields, and other names under which transformers reads them. Old files have n_ctx, too.
+# The fields of the model's shape, and other names that transformers accepts for them. Old files also have n_ctx.
 SHAPE_ALIASES = {
     "vocab_size": (),
     "n_positions": ("max_position_embeddings", "n_ctx"),
@@ -91,7 +93,7 @@ SHAPE_ALIASES = {
     "n_embd": ("hidden_size",),
 }
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
-# Values of fields that a config.json need not have.
+# Default values of the fields that a config.json may omit.
 DEFAULT_CONFIG: dict[str, Any] = {
     **dict.fromkeys(DROPOUTS, 0.1),
     **ATTENTION_CONFIG,
@@ -101,7 +103,8 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# Building a model of a larger shape could take hours or overflow, before its tensors are found to be missing.
+# Stricter limits than LARGEST_FIELD. Building a model with more layers could take hours, and only then would
+# `load_weights` report that most of its tensors are missing.
 LARGEST = {"n_layer": 10_000}
 
 # OpenAI's names of the released models -> their names on the hub. 117M and 345M are earlier names of 124M and 355M.
@@ -123,7 +126,7 @@ def locate(name_or_dir: str | Path) -> Path:
 
     A directory is returned as it is, except the directory of a run: the result is then one of its checkpoints, see
     `choose_checkpoint`. Any other name is a model on the Hugging Face hub: the result is its snapshot in the local
-    cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for those on the hub.
+    cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for the hub's names.
 
     Raises:
         FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
@@ -141,7 +144,7 @@ def locate(name_or_dir: str | Path) -> Path:
 
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-        if not any(snapshot.glob("*.safetensors")):  # true of older models on the hub
+        if not any(snapshot.glob("*.safetensors")):  # older models on the hub have pytorch_model.bin instead
             patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
             snapshot = Path(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:  # the base class of all errors of the hub's client
@@ -175,7 +178,7 @@ class StoredModel:
 
     directory: Path
     config_file: Path  # see `find_config`
-    # Of this file, by transformers' names, with defaults for the fields that the file lacks.
+    # The fields of config_file by transformers' names, with default values for the fields that the file lacks.
     fields: dict[str, Any]
 
     @property
@@ -232,11 +235,11 @@ def open_model(directory: str | Path) -> StoredModel:
 
 
 def query_scale(fields: dict[str, Any], name: str) -> float:
-    """Return the factor of the queries that the parameter `name` computes, 1 for the other parameters.
+    """Return the factor for the queries that the parameter `name` computes, or 1 if it computes no queries.
 
     Our attention divides the product of query and key by √D. With scale_attn_weights=False, transformers does not. With
-    scale_attn_by_inverse_layer_idx, it divides the scores of layer l, counted from 0, by l + 1. Queries that are
-    multiplied by this factor give the same scores.
+    scale_attn_by_inverse_layer_idx, transformers also divides the scores of layer l, counted from 0, by l + 1. If the
+    queries are multiplied by the factor, our attention computes the same scores as transformers.
 
     Args:
         fields: of a `StoredModel`.
@@ -306,7 +309,7 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in their shards.
 
     Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
-    first, when the fewest other tensors have been loaded.
+    first, while the caller holds few other tensors, because this keeps the peak of memory low.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
@@ -333,10 +336,10 @@ def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
     state = unpickle_weights_only(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors by name")
-    check_pickled(path, state)  # a function of its own, because a variable here would keep its tensor in memory
+    check_pickled(path, state)  # a separate function, because a loop variable here would keep a tensor in memory
     for name in sorted(state, key=lambda name: -state[name].numel()):
         yield name, state.pop(name)
-        if zipfile.is_zipfile(path):  # reopened for each tensor, for the reason given in read_safetensors
+        if zipfile.is_zipfile(path):  # reopen the file for each tensor, as read_safetensors does
             state = unpickle_weights_only(path)
 
 
@@ -434,10 +437,10 @@ def save_weights(
         state: tensors with the names and shapes of our modules.
         config: the fields of GPTConfig, by name.
         directory: created if it does not exist.
-        eos_token_id: the tokenizer's end-of-text. None means 50256 if the vocabulary is GPT-2's.
+        eos_token_id: the id of the tokenizer's end-of-text token. None means 50256 if the vocabulary has 50257 tokens.
         max_shard_size: weights above this size are divided into several files.
         architecture: the class of transformers that loads the files.
-        extra_config: fields that this class has in config.json in addition.
+        extra_config: additional fields of config.json that this class reads.
     """
     from huggingface_hub import save_torch_state_dict  # imported here: loading a model does not need it
 
@@ -450,8 +453,8 @@ def save_weights(
     fields["n_ctx"] = fields["n_positions"]  # the name that llama.cpp and mlx-lm read
     fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if not config["causal"]:
-        # Other programs have no bidirectional GPT-2. Because of its own type they refuse it; otherwise they would load
-        # it and apply the causal mask.
+        # Other programs do not implement a bidirectional GPT-2. They refuse this model because they do not know its
+        # model_type. If it had GPT-2's model_type, they would load it and apply the causal mask.
         fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     if config["attention"] != "full":
         fields |= {name: config[name] for name in ATTENTION_FIELDS}
