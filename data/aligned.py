@@ -1,18 +1,20 @@
-"""Windows that begin at documents, filled by best-fit packing instead of cutting the text every T tokens.
+"""Windows that begin where a document begins. Best-fit packing fills them with whole documents.
 
-If the text is cut every T tokens, most windows begin and end in the middle of a document. Here each document of at most
-T tokens stays whole, and documents are combined so that they fill windows ("Fewer Truncations Improve Language
-Modeling", Ding et al. 2024). Three exceptions keep all tokens and waste little computation:
+T is the sequence length. If the text is cut every T tokens, most windows begin and end in the middle of a document.
+Here each document of at most T tokens stays whole, and documents are combined so that they fill windows ("Fewer
+Truncations Improve Language Modeling", Ding et al. 2024). Three exceptions keep all tokens and waste little
+computation:
 
-- A document of more than T tokens is cut every T tokens, and its last piece is packed like a document.
-- If no document fits into the gap at the end of a window, and the gap is more than T / 32, the shortest one is cut.
-- A smaller gap is padding.
+- A document of more than T tokens is cut every T tokens, and its last piece is packed like a whole document.
+- If the gap at the end of a window is more than T / 32 tokens, and no document fits into it, the shortest one is cut.
+- If the gap is smaller, and no document fits into it, it becomes padding.
 
-Every token of the split is an input once in an epoch. The target of the last token of a document is the end-of-text
-that follows it, in this window or another. So the targets are those of `data.loader.TokenWindows`.
+Each token of the split, except the last one, is an input once in an epoch. The target of a document's last token is the
+end-of-text token that follows it in the split, even if that token is an input of another window. So each input has the
+same target as in `data.loader.TokenWindows`.
 
-The packing is computed once and stored beside the shards. It works on groups of about 16 million tokens, so memory is
-bounded, and the documents of a window come from one or two shards.
+The packing is computed once and stored in an index file beside the shards. Groups of about 16 million tokens are packed
+separately. This bounds the memory, and the documents of a window come from one or two shards of the default size.
 """
 
 from __future__ import annotations
@@ -35,22 +37,22 @@ from data.loader import IGNORE_INDEX, TrainingWindows, read_tokens
 from data.shards import Split
 from files import PARTIAL_SUFFIX
 
-# The documents that begin within GROUP_TOKENS tokens are packed together, at most GROUP_DOCUMENTS of them.
+# Documents are packed in groups of about GROUP_TOKENS tokens and at most GROUP_DOCUMENTS documents.
 GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
 MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window are padding, except in the last window of a group
 HEADER_BYTES = 1024
-VERSION = 1  # of the file format and of the packing; an index of another version is replaced
-WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # the window's first piece, and its number of targets
-PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # tokens of the split
+VERSION = 1  # of the file format and of the packing algorithm; an index of another version is replaced
+WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # index of its first piece, number of its targets
+PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # first token in the split, number of tokens
 
 
 class AlignedWindows(TrainingWindows):
-    """Windows of whole documents. A window consists of pieces of the split, one after the other, and padding.
+    """Windows of whole documents. A window consists of pieces of the split, one after the other, and then padding.
 
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: a token id of this size or larger raises an error that names the shard.
+        vocab_size: `read` raises an error that names the shard for a token id of this value or larger.
         eot: the id of end-of-text, with which each document begins.
         document_mask: each token attends to its own document only.
 
@@ -91,19 +93,22 @@ class AlignedWindows(TrainingWindows):
         )
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window. Raises ValueError for a bad token."""
+        """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
+
+        Raises ValueError for a token id outside the vocabulary.
+        """
         done = 0
         if documents is not None:
             documents.fill(-1)  # padding
         for i, (start, length) in enumerate(self._pieces(window)):
-            # One token more than the piece: its last token has a target too.
+            # Read one token more than the piece has, which is the target of the piece's last token.
             tokens = self._read[: length + 1]
             read_tokens(self.split, start, tokens, self.vocab_size)
             inputs[done : done + length], targets[done : done + length] = tokens[:-1], tokens[1:]
             if documents is not None:
                 documents[done : done + length] = i
             done += length
-        # Padding needs no attention mask: attention is causal, so the tokens before it do not see it.
+        # Padding needs no attention mask: attention is causal, so the tokens before the padding do not attend to it.
         inputs[done:], targets[done:] = 0, IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
@@ -120,7 +125,7 @@ class AlignedWindows(TrainingWindows):
         return self._table(WINDOW, offset, n)
 
     def _table(self, dtype: np.dtype, offset: int, n: int) -> np.ndarray:
-        """Read `n` rows of a table. Unlike a memory map, this does not let resident memory grow."""
+        """Read `n` rows of a table at byte `offset`. Unlike a memory map, this does not let resident memory grow."""
         data = os.pread(self._file.fileno(), n * dtype.itemsize, offset)
         if len(data) < n * dtype.itemsize:
             raise OSError(f"{self._path} has become shorter since it was opened: start again")
@@ -128,7 +133,7 @@ class AlignedWindows(TrainingWindows):
 
 
 def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dict[str, Any]:
-    """Return the header of the index at `path`, which is made first if there is none for this split."""
+    """Return the header of the index at `path`. If there is no index for this split, make it first."""
     wanted = {"version": VERSION, "tokens": split.fingerprint, "sequence_length": sequence_length, "eot": eot}
     if (header := _read_header(path, wanted)) is not None:
         return header
@@ -140,7 +145,7 @@ def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dic
                 header = _write_index(path, split, wanted)
     except OSError as error:
         if error.filename is None and error.errno is None:
-            raise  # an error of the shards, which names the shard
+            raise  # a shard could not be read: the message names the shard
         raise OSError(
             f"cannot write {path}: {error.strerror}; data.windows aligned stores an index beside the shards: make "
             f"room, or start the run once as a user with write permission"
@@ -165,7 +170,8 @@ def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, 
     T = wanted["sequence_length"]
     counts = dict.fromkeys(("documents", "long", "cut", "inside", "pieces", "windows"), 0)
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
-    # The table of the windows grows in a file of its own, because the number of pieces is known only at the end.
+    # In the index, the table of windows follows the table of pieces, whose length is known only at the end. So collect
+    # the windows in a temporary file.
     with open(temporary, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as windows:
         file.write(bytes(HEADER_BYTES))
         for bounds in document_groups(split, wanted["eot"]):
@@ -183,7 +189,7 @@ def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, 
 
 
 def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, counts: dict[str, int]) -> None:
-    """Pack a group of documents, append it to both tables and add to the counts."""
+    """Pack a group of documents, append its pieces and windows to the two tables, and add to the counts."""
     begins = set(bounds.tolist())
     rows: list[tuple[int, int]] = []
     packed: list[tuple[int, int]] = []
@@ -204,13 +210,14 @@ def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, cou
 
 
 def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """Iterate over groups of documents: (documents + 1,) int64, where each begins and where the last one ends.
+    """Iterate over groups of documents, each given by (documents + 1,) int64: its starts, and the end of the last one.
 
-    The last token of the split is only a target. What comes before the first end-of-text is a document too.
+    The last token of the split is only a target, so no document includes it. Tokens before the first end-of-text are a
+    document too.
     """
     limit = split.n_tokens - 1
     buffer = np.empty(min(GROUP_TOKENS, limit), np.uint16)
-    waiting = np.zeros(1, np.int64)  # the document that may continue in the next tokens
+    waiting = np.zeros(1, np.int64)  # start of the document that may continue in the next tokens
     for first in range(0, limit, GROUP_TOKENS):
         tokens = buffer[: limit - first]
         split.read(first, tokens)
@@ -226,13 +233,14 @@ def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
 def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
-    A window takes the longest remaining piece, then repeatedly the longest one that fits. Documents that begin in a
-    window come first in it, before the last pieces of other documents.
+    A window takes the longest remaining piece, then repeatedly the longest one that fits. In a window, pieces that
+    begin a document come before pieces that continue one.
 
     Args:
-        bounds: (documents + 1,) where each document begins and the last ends.
+        bounds: (documents + 1,), the starts of the documents, and the end of the last one.
+        T: sequence length.
     """
-    starts: list[list[int]] = [[] for _ in range(T + 1)]  # of the remaining pieces, by length
+    starts: list[list[int]] = [[] for _ in range(T + 1)]  # starts[n]: where the remaining pieces of n tokens begin
     available = 0  # bit n is set if there is a piece of length n
 
     def put(start: int, length: int) -> None:

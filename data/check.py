@@ -44,7 +44,7 @@ class DocumentStatistics:
 def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
     """Iterate over the tokens of each document, without its end-of-text.
 
-    Memory holds the longest document and READ_TOKENS tokens.
+    Memory holds at most the longest document and READ_TOKENS more tokens.
     """
     rest = np.empty(0, np.uint16)
     first = True
@@ -53,7 +53,7 @@ def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
         split.read(start, tokens)
         tokens = np.concatenate([rest, tokens])
         begins = np.flatnonzero(tokens == end_of_text).tolist()
-        # A split that another program wrote may begin without end-of-text.
+        # A split that another program wrote may begin without end-of-text. Its first tokens are a document too.
         if begins and begins[0] > 0 and first:
             yield tokens[: begins[0]]
         first = first and not begins
@@ -117,7 +117,7 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
         directory: the dataset.
         shown: the number of documents of each split to print.
         histogram: path of the PNG.
-        config: print how many epochs a run with this configuration makes.
+        config: a configuration file: print how many epochs of train a run with it makes. None: do not.
 
     Raises:
         ValueError: when the dataset is damaged.
@@ -167,7 +167,8 @@ def _check_counts(
 ) -> None:
     """Raise ValueError when a count of the split differs from the one in `meta.json`.
 
-    A split from another program may begin without end-of-text, so documents are counted by `measure_documents`.
+    The documents of the split are counted by `measure_documents` and not by their end-of-text tokens, because a split
+    from another program may begin without this token.
     """
     _compare(f"{name}: documents", len(documents.lengths), meta.documents[name])
     _compare(f"{name}: tokens", split.n_tokens, meta.tokens[name])
@@ -203,7 +204,7 @@ def _print_split(name: str, split: Split, documents: DocumentStatistics, tokeniz
     repeated = len(documents.digests) - len(np.unique(documents.digests))
     print(f"{repeated:,} documents repeat an earlier one ({repeated / len(lengths):.2%})")
     for i, tokens in zip(range(shown), read_documents(split, tokenizer.eot), strict=False):
-        # A terminal would execute the control sequences of a text.
+        # Show control characters as escapes, because a terminal would execute the control sequences of a text.
         text = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", tokenizer.decode(tokens[:200].tolist()))
         print(f"--- {name} document {i + 1}, {len(tokens):,} tokens\n{text[:400]}{' ...' if len(tokens) > 200 else ''}")
 

@@ -1,9 +1,9 @@
 """Prompts and their completions as windows of tokens: the loss counts the tokens of the completions only.
 
 The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
-{"prompt": "...", "completion": "..."}. An example is the tokens of the prompt, those of the completion and
-`<|endoftext|>`, so the trained model continues a prompt in the format of the examples and then ends. Prompt and
-completion are encoded separately, so that no token contains characters of both: later, the model gets a prompt alone.
+{"prompt": "...", "completion": "..."}. An example consists of the prompt's tokens, the completion's tokens and
+`<|endoftext|>`. So the trained model writes a completion like those of the examples, and then ends it. Prompt and
+completion are encoded separately, so that no token contains characters of both: the trained model gets a prompt alone.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
 
-PROMPTS_KEPT = 64  # for the samples during training, which are far fewer
+PROMPTS_KEPT = 64  # the samples during training need far fewer
 
 
 class CompletionWindows(TrainingWindows):
-    """The examples of a file in windows of T tokens. Each epoch has all of them.
+    """The examples of a file in windows of T tokens. Each epoch has all examples.
 
     Args:
         path: a .jsonl file.
         tokenizer: encodes prompts and completions.
-        sequence_length: T. A longer example loses the beginning of its prompt, never a part of its completion.
-        pack: put as many consecutive examples into a window as fit; later ones attend to earlier ones, as documents do
-            in pretraining. Otherwise each example has its own window. The rest of a window is padding.
-        document_mask: packed examples do not attend to earlier ones.
+        sequence_length: T. If an example is too long, the beginning of its prompt is cut, never its completion.
+        pack: put as many consecutive examples into a window as fit. Otherwise each example has its own window. The rest
+            of a window is padding.
+        document_mask: an example does not attend to the earlier examples of its window. Without the mask it does, as
+            documents do in pretraining.
 
     Attributes:
-        prompts: the tokens of the first prompts.
+        prompts: the tokens of the first PROMPTS_KEPT prompts.
         n_cut: the number of prompts that were cut.
 
     Raises:
-        ValueError: naming the line, when a line is not an example or a completion does not fit.
+        ValueError: naming the line, when a line is not an example or a completion does not fit into a window.
         OSError: when the file cannot be read.
     """
 
@@ -47,8 +48,8 @@ class CompletionWindows(TrainingWindows):
         self.n_cut = 0
         examples = [self._encode(prompt, completion, tokenizer, n) for n, prompt, completion in read_examples(path)]
         lengths = np.array([len(tokens) for tokens, _ in examples])
-        # Window w holds tokens _bounds[w] .. _bounds[w + 1] of all examples one after the other. A window of T inputs
-        # has room for T + 1 tokens, because the last one is only a target.
+        # All examples are put one after the other. Window w holds their tokens from _bounds[w] up to _bounds[w + 1]. A
+        # window of T inputs has room for T + 1 tokens, because the last one is only a target.
         ends = np.cumsum(lengths)
         self._bounds = [0]
         for start, end in zip(ends - lengths, ends, strict=True):
@@ -58,7 +59,7 @@ class CompletionWindows(TrainingWindows):
         self.prompts = [tokens[~in_completion].tolist() for tokens, in_completion in examples[:PROMPTS_KEPT]]
         self._tokens = np.concatenate([tokens for tokens, _ in examples])
         self._in_completion = np.concatenate([in_completion for _, in_completion in examples])
-        self._example = np.repeat(np.arange(len(lengths)), lengths)  # of each token
+        self._example = np.repeat(np.arange(len(lengths)), lengths)  # (tokens,) the index of the example of each token
         self._n_targets = np.array([self._is_target(w).sum() for w in range(len(self))])
         self.fingerprint = f"{file_sha256(path)} {'packed' if pack else 'padded'}"
 
@@ -66,10 +67,10 @@ class CompletionWindows(TrainingWindows):
         return len(self._bounds) - 1
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window."""
+        """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window."""
         tokens = self._tokens[self._bounds[window] : self._bounds[window + 1]]
         n = len(tokens) - 1
-        # Padding needs no attention mask: attention is causal, so the tokens before it do not see it.
+        # Padding needs no attention mask: attention is causal, so the tokens before the padding do not attend to it.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = np.where(self._is_target(window), tokens[1:], IGNORE_INDEX), IGNORE_INDEX
         if documents is not None:
@@ -81,7 +82,7 @@ class CompletionWindows(TrainingWindows):
         return int(self._n_targets[windows].sum())
 
     def _is_target(self, window: int) -> np.ndarray:
-        """Return which tokens of a window, from its second on, belong to a completion: (n,) bool."""
+        """Return which tokens of a window, from the second one on, belong to a completion: (n,) bool."""
         return self._in_completion[self._bounds[window] + 1 : self._bounds[window + 1]]
 
     def _encode(self, prompt: str, completion: str, tokenizer: Tokenizer, line: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +91,8 @@ class CompletionWindows(TrainingWindows):
             before, after = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eot]
         except ValueError as error:
             raise ValueError(f"{self.source}, line {line}: {error}") from None
-        # Without a prompt, sample.py starts from end-of-text, and the first token of a completion needs an input.
+        # An empty prompt becomes end-of-text, as in generation: the first token of a completion is the target of the
+        # token before it.
         before = before or [tokenizer.eot]
         room = self.sequence_length + 1 - len(after)
         if room < 1:
@@ -106,7 +108,7 @@ class CompletionWindows(TrainingWindows):
 def read_examples(path: Path) -> list[tuple[int, str, str]]:
     """Return line number, prompt and completion of each line that is not blank.
 
-    Raises FileNotFoundError when the file is missing, ValueError naming the line that is not an example.
+    Raises FileNotFoundError when the file is missing, ValueError naming the line when a line is not an example.
     """
     if not path.is_file():
         raise FileNotFoundError(

@@ -1,8 +1,8 @@
 """From windows of tokens to batches, in an order that depends on the seed alone.
 
-Global batch n holds the same windows on 1 process or 64, for any micro-batch size. Therefore the position of a run in
-its data is one integer, the step; a run can resume on another number of processes; and the loss curves of two runs can
-be compared step by step.
+Global batch n holds the same windows for any number of processes and any micro-batch size. Therefore one integer, the
+step, is the position of a run in its data; a run can resume on another number of processes; and the loss curves of two
+runs can be compared step by step.
 
 Letters in shapes: T is the sequence length, B the windows of a global batch, b the windows of a micro-batch.
 """
@@ -20,13 +20,15 @@ from torch import Tensor
 
 from data.shards import Split
 
-# `F.cross_entropy` skips targets with this value by default. Padding gets it, and so do the tokens of prompts.
+# A target with this value does not count in the loss: `F.cross_entropy` skips it by default. Padding and the tokens of
+# prompts get this target.
 IGNORE_INDEX = -100
-# Three rounds of a Feistel network suffice when the round function is pseudorandom itself (Luby & Rackoff 1988). The
-# round function of `permute` is a cheap hash, so more rounds are used.
+# Three rounds of a Feistel network give a pseudorandom permutation if the round function is pseudorandom (Luby &
+# Rackoff 1988). The round function of `permute` is only a cheap hash, so more rounds are used.
 FEISTEL_ROUNDS = 6
-# Batches that are kept ready in addition to the one in use. One slow read (a cold file on a network disk) then does not
-# stop the training step, as long as reading is faster than training on average. Each costs a buffer of memory.
+# Number of batches that the background thread prepares in addition to the one in use. Then one slow read (such as the
+# first read of a file on a network disk) does not delay the training step, if reading is faster than training on
+# average. Each of these batches needs a buffer in memory.
 STEPS_AHEAD = 2
 
 
@@ -49,7 +51,7 @@ class Windows(Protocol):
     sequence_length: T;
     fingerprint: a hash that is equal for equal data;
     source: where the text comes from, or "" when that is not known;
-    document_mask: whether each token attends to its own document only, so that `read` needs an array for documents.
+    document_mask: whether each token attends to its own document only; then `read` has to fill `documents` too.
     """
 
     sequence_length: int
@@ -60,19 +62,20 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and, with `document_mask`, `documents`, (T,) int64 each, with one window."""
+        """Fill `inputs`, `targets` and, with `document_mask`, `documents`, each (T,) int64, with one window."""
 
     def count(self, windows: np.ndarray) -> int:
         """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
 
 
 class TrainingWindows(Windows, Protocol):
-    """Windows that training reads again and again: an endless sequence of epochs, each of which has every window."""
+    """Windows that training reads in epochs without end. Each epoch contains every window once."""
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """Return the windows at consecutive places (k,) of the endless sequence of epochs: (k,) int64, for `read`.
 
-        With `shuffle`, each epoch has an order of its own; otherwise the windows come in the order of the text.
+        Places count the windows of all epochs, from 0. With `shuffle`, each epoch has an order of its own; otherwise
+        the windows come in the order of the text.
         """
         # A batch may begin in one epoch and end in the next. Dropping the rest of an epoch instead would make the
         # number of windows seen depend on the batch size.
@@ -89,7 +92,7 @@ class TokenWindows(TrainingWindows):
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: a token id of this size or larger raises an error that names the shard.
+        vocab_size: `read` raises an error that names the shard for a token id of this value or larger.
         tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
             it is not full. With None, use full windows only, as training does.
         shift: cut the split at different places in each epoch. Window w of epoch e has the number e * len(self) + w.
@@ -97,7 +100,7 @@ class TokenWindows(TrainingWindows):
             only. None: no mask.
 
     Raises:
-        ValueError: when the split is shorter than one window.
+        ValueError: when the split is too short for one window.
     """
 
     def __init__(
@@ -112,8 +115,8 @@ class TokenWindows(TrainingWindows):
     ) -> None:
         self.split, self.sequence_length, self.vocab_size, self.shift = split, sequence_length, vocab_size, shift
         self.mask_eot, self.document_mask = mask_eot, mask_eot is not None
-        # The first token of the split is an input but never a target, so there is one target fewer than tokens. Windows
-        # that are shifted by up to T - 1 tokens need room for that.
+        # The first token of the split is an input but never a target, so there is one target fewer than there are
+        # tokens. `shift` moves the windows by up to T - 1 tokens, so as many tokens have to follow the last window.
         available = split.n_tokens - 1 - (sequence_length - 1 if shift else 0)
         in_full_windows = available // sequence_length * sequence_length
         self.n_targets = in_full_windows if tokens is None else min(tokens, available)
@@ -131,15 +134,18 @@ class TokenWindows(TrainingWindows):
         return ceil_div(self.n_targets, self.sequence_length)
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window. Raises ValueError for a bad token."""
+        """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
+
+        Raises ValueError for a token id outside the vocabulary.
+        """
         epoch, window = divmod(window, len(self))
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
         # n + 1 tokens give n pairs of input and target. Neighboring windows overlap by one token: the last target of a
-        # window is the first input of the next. With windows of T tokens that do not overlap, one target in T is lost.
+        # window is the first input of the next window. Without this overlap, one target in T would be lost.
         tokens = self._read[: n + 1]
         read_tokens(self.split, start + shift_of(epoch, self.sequence_length), tokens, self.vocab_size)
-        # Padding inputs may have any valid id: attention is causal, so no earlier position sees them.
+        # The input id of padding may be any valid id: attention is causal, so no earlier position attends to padding.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
         if documents is not None:
@@ -151,7 +157,7 @@ class TokenWindows(TrainingWindows):
         return int(np.minimum(self.sequence_length, self.n_targets - places * self.sequence_length).sum())
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the windows at consecutive places (k,). With `shift`, the numbers of the windows include the epoch."""
+        """Return the windows at consecutive places (k,). With `shift`, their numbers contain the epoch."""
         windows = super().order(places, seed, shuffle)
         return windows + places // len(self) * len(self) if self.shift else windows
 
@@ -159,13 +165,17 @@ class TokenWindows(TrainingWindows):
 def shift_of(epoch: int, sequence_length: int) -> int:
     """Return by how many tokens the windows of an epoch are shifted: 0 for epoch 0, and always less than T.
 
-    The fractional parts of the multiples of the golden ratio never repeat, and any number of them is spread evenly.
+    The shift is T times the fractional part of epoch * golden ratio, rounded down. These fractional parts never repeat,
+    and for every n, the first n of them are spread evenly over [0, 1).
     """
     return int(epoch * ((5**0.5 - 1) / 2) % 1 * sequence_length)
 
 
 def read_tokens(split: Split, start: int, tokens: np.ndarray, vocab_size: int) -> None:
-    """Fill `tokens`, (n,) uint16, with those from `start` on. Raises ValueError for one outside the vocabulary."""
+    """Fill `tokens`, (n,) uint16, with the tokens of the split from `start` on.
+
+    Raises ValueError, naming the shard, for a token id outside the vocabulary.
+    """
     split.read(start, tokens)
     # Check ids here, where the shard is known. On a GPU, an id outside the embedding table stops the process with an
     # assertion in a kernel that names neither the shard nor the position.
@@ -182,7 +192,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Map indices in 0..n-1 to their values in the shuffled order of an epoch: a permutation of 0..n-1.
 
     A shuffled list of all windows would take memory proportional to the corpus, and every process would have to compute
-    all of it. This function computes any element by itself: a Feistel network (Luby & Rackoff 1988) permutes
+    all of it. This function computes any element without the others: a Feistel network (Luby & Rackoff 1988) permutes
     0..4^k - 1 for some k, and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
 
     Args:
@@ -191,15 +201,17 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     Returns:
         (k,) int64.
     """
-    # Feistel halves must be equally long, so the bits of n - 1 are rounded up to an even number: 2 * half.
+    # A Feistel network divides a number into halves of equally many bits. So the number of bits of n - 1 is rounded up
+    # to an even number, 2 * half.
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     # SeedSequence mixes seed and epoch. With seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1.
     keys = np.random.SeedSequence([seed, epoch]).generate_state(FEISTEL_ROUNDS, np.uint64)
     result = index.astype(np.uint64)
     outside = np.ones(len(result), dtype=bool)
-    # Cycle walking: permute again the values that are n or larger. Starting inside 0..n-1, this always comes back
-    # inside, and two different starts end at different values. The range is at most 4n, so a few passes suffice.
+    # Cycle walking: permute again the values that are n or larger. A value that starts inside 0..n-1 always comes back
+    # inside, and two different values never become equal. The network permutes at most 4n numbers, so a few passes
+    # suffice.
     while outside.any():
         walking = result[outside]
         left, right = walking >> half, walking & mask
@@ -209,8 +221,9 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
             # the multiplier of a published 64-bit hash (degski64). Any change here changes the order of every run.
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            # The right half is kept, and the left half is XORed with a hash of it. Such a round can be undone whatever
-            # the hash is, so the function is a permutation. The halves swap, so that the next round changes the other.
+            # The right half is kept, and the left half is XORed with a hash of the right half. Such a round can be
+            # undone for any hash function, so it is a permutation. Then the halves swap places, so that the next round
+            # changes the other half.
             left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
         result[outside] = (left << half) | right
         outside = result >= n
@@ -220,9 +233,9 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 class Loader:
     """Iterates without end over this rank's part of every global batch, from `start_step` on.
 
-    An epoch visits every window once. Global step s takes windows s*B .. s*B + B - 1 of the endless sequence of epochs.
-    A background thread reads ahead into a fixed set of buffers. The tensors of a step are valid until the next step is
-    requested, so copies of them to a device must have finished by then.
+    An epoch visits every window once. Global step s takes the windows at places s*B .. s*B + B - 1 of the endless
+    sequence of epochs. A background thread reads ahead into a fixed set of buffers. The tensors of a step are valid
+    until the next step is requested, so copies of them to a device must have finished by then.
 
     Args:
         windows: the data.
@@ -261,15 +274,15 @@ class Loader:
                 f"{world_size} processes: raise batch_tokens or use fewer processes"
             )
         self.windows, self.seed, self.shuffle = windows, seed, shuffle
-        # This rank's positions within a global batch. They are contiguous: the parts of ranks 0, 1, ... form the batch.
+        # This rank's positions within a global batch. They are contiguous: those of rank 0 are first, then rank 1, ...
         self.rows = split_evenly(self.windows_per_step, rank, world_size)
-        # Every rank makes the same number of forward passes, although ranks may differ by one window: under FSDP each
-        # pass gathers the weights from all ranks, and a rank that made fewer passes would leave the others waiting.
+        # Every rank makes the same number of forward passes, although their numbers of windows may differ by one. Under
+        # FSDP each pass gathers the weights from all ranks, so the others would wait for a rank that made fewer passes.
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
-        # Buffers circulate through two queues: empty ones go to the thread, full ones come back. Nothing is allocated
-        # after this, so memory does not grow with time, and the slow pinning happens only once.
+        # Buffers circulate through two queues: free ones go to the thread, full ones come back. All are allocated here,
+        # so memory does not grow with time, and page-locking the memory, which is slow, happens only once.
         self._ready: queue.Queue[tuple[int, list[float], Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
@@ -277,11 +290,11 @@ class Loader:
             shape = (2 + windows.document_mask, len(self.rows), T)
             self._free.put(torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory))
         self._in_use: Tensor | None = None
-        # The first `next` starts the thread, so that a Loader which is never used does not leave a thread behind.
+        # The first call of `next` starts the thread, so that a Loader that is never used has no running thread.
         self._thread: threading.Thread | None = None
 
     def order(self, step: int) -> np.ndarray:
-        """Return the windows of global step `step` in order: (B,) int64."""
+        """Return the numbers of the windows of global step `step`, in order: (B,) int64."""
         place = step * self.windows_per_step + np.arange(self.windows_per_step)
         return self.windows.order(place, self.seed, self.shuffle)
 
@@ -296,7 +309,8 @@ class Loader:
                 self._ready.put((step, self._weights(order), buffer))
                 step += 1
         except BaseException as error:
-            # An exception that ends a thread is only printed, and `next` would wait forever. Raise it there instead.
+            # Python only prints an exception that ends a thread, and `next` would wait forever. So pass the exception
+            # on to `next`, which raises it.
             self._ready.put(error)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -326,7 +340,7 @@ class Loader:
         return [split_evenly(len(self.rows), part, n) for part in range(n)]
 
     def _weights(self, order: np.ndarray) -> list[float]:
-        """Return the weights of this rank's micro-batches. Those of all ranks add up to 1."""
+        """Return the weights of this rank's micro-batches. The weights of all ranks together add up to 1."""
         in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
         return [self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all) for rows in self._parts()]
 
@@ -357,15 +371,15 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Iterate once over this rank's part of all windows, in order.
 
-    Every rank yields the same number of batches, so that the ranks can communicate in each; the last batches of a rank
+    Every rank yields the same number of batches, so that the ranks can communicate during each; the last ones of a rank
     may have no targets. The weights of all ranks add up to 1, so the loss does not depend on the number of ranks.
     """
     in_all = windows.count(np.arange(len(windows)))
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)
     for batch in range(ceil_div(most_windows, micro_batch)):
         places = mine[batch * micro_batch : (batch + 1) * micro_batch]
-        # (2 or 3, b, T): inputs, targets and, for a mask, documents. A batch without windows has one row, because every
-        # rank runs a forward pass.
+        # (2 or 3, b, T): inputs, targets and, for a mask, documents. A batch without windows has one row of padding,
+        # because every rank has to run a forward pass.
         shape = (2 + windows.document_mask, max(1, len(places)), windows.sequence_length)
         inputs, targets, *documents = rows = torch.zeros(shape, dtype=torch.int64)
         targets.fill_(IGNORE_INDEX)

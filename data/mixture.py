@@ -1,9 +1,10 @@
 """Several datasets in one run: each has a fixed fraction of the windows, spread evenly.
 
-A schedule of at most about 10,000 windows, in which each dataset has exactly its fraction, is repeated without end.
-After any number of windows, the number from one dataset is its fraction of them, rounded up or down. It is exact over
-any range as long as the schedule, so over any 100 steps if the weights are percentages. The window at a place in the
-run is a function of the place and the seed alone, so the state of a run is still one integer.
+A schedule says which dataset each window comes from. It has at most about 10,000 places, gives each dataset exactly its
+fraction of them, and is repeated without end. Among the first n windows of a run, a dataset with fraction f has f n
+windows, rounded up or down. In any range of the length of the schedule its number is exact; if the weights are whole
+percentages, this also holds for any 100 steps. The window at a place in the run is a function of the place and the seed
+alone, so the state of a run is still one integer.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
 
 
 def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
-    """Return the dataset of each place, (n,). n is the smallest length that gives each a whole number of places.
+    """Return the index of the dataset at each place of the schedule: (n,).
 
-    Window k = 1, 2, ... of a dataset with fraction f may come at place p = 1, 2, ... if f p > k - 1. Its deadline is
-    place k / f, and the window with the earliest deadline is taken (the quota method of Balinski & Young 1975).
+    n is the smallest length that gives each dataset a whole number of places. Below, places and the windows of each
+    dataset are counted from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and its
+    deadline is place k / f. Of the windows that may be put at a place, the one with the earliest deadline is taken (the
+    quota method of Balinski & Young 1975).
     """
     n = math.lcm(*(fraction.denominator for fraction in fractions))
     counts = [int(fraction * n) for fraction in fractions]
@@ -53,10 +56,10 @@ class MixtureWindows(TrainingWindows):
 
     Args:
         parts: the windows of each dataset, all of the same length T.
-        weights: one for each, above 0; only their ratios matter.
+        weights: one for each dataset, above 0; only their ratios matter.
 
     Attributes:
-        fractions: of the windows of a run, one for each dataset.
+        fractions: each dataset's fraction of the windows of a run.
     """
 
     def __init__(self, parts: Sequence[TrainingWindows], weights: Sequence[float]) -> None:
@@ -77,8 +80,8 @@ class MixtureWindows(TrainingWindows):
         return sum(map(len, self.parts))
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the windows at consecutive places (k,) of the run. Each dataset has epochs of its own."""
-        # Seeds of their own: datasets of the same length would otherwise have the same order.
+        """Return the windows at consecutive places (k,) of the run, as numbers. Each dataset has epochs of its own."""
+        # Each dataset has its own seed: datasets of the same length would otherwise be shuffled in the same order.
         seeds = np.random.SeedSequence([seed, len(self.parts)]).generate_state(len(self.parts)).tolist()
         repetition, place = np.divmod(places, len(self._schedule))
         dataset = self._schedule[place]
@@ -91,11 +94,11 @@ class MixtureWindows(TrainingWindows):
         return windows
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and `documents`, (T,) int64, with one window."""
+        """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window."""
         own, i = divmod(window, len(self.parts))
         self.parts[i].read(own, inputs, targets, documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,)."""
+        """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
         own, i = np.divmod(windows, len(self.parts))
         return sum(part.count(own[i == n]) for n, part in enumerate(self.parts))

@@ -1,6 +1,7 @@
-"""Text as other programs write it, read as UTF-8: byte-order marks, UTF-16 and UTF-32, files that are not text.
+"""Read text files as UTF-8, also with a byte-order mark, in UTF-16 or in UTF-32. Refuse files that are not text.
 
-Every reader of text uses these functions, so that a file means the same to all commands. Imports no other module.
+All code that reads text uses these functions, so that every command reads a file in the same way. This module imports
+no other module of the project.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-HEAD_BYTES = 1 << 12  # decides the encoding of a file
-# UTF-32 comes before UTF-16, whose little-endian mark is the beginning of that of UTF-32.
+HEAD_BYTES = 1 << 12  # at the beginning of a file, from which its encoding is detected
+# UTF-32 comes before UTF-16, because the mark of little-endian UTF-32 begins with the mark of little-endian UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -61,8 +62,8 @@ def refuse_nul(text: bytes, name: str) -> None:
 def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
     """Iterate over the content of a text file as UTF-8 without a byte-order mark.
 
-    Raises ValueError naming the file when it is not a text file, or invalid UTF-16 or UTF-32. Bytes that are invalid
-    UTF-8 are left as they are.
+    Raises ValueError, naming the file, when it is not a text file, or is invalid UTF-16 or UTF-32. Invalid UTF-8 is not
+    an error here: its bytes are not changed.
     """
     iterator = iter(blocks)
     head = b""
@@ -86,7 +87,7 @@ def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
 def read_utf8(path: Path) -> str:
     """Return the content of a small text file, decoded as `utf8_blocks` does; line ends are kept.
 
-    Raises ValueError naming the file and the line of invalid UTF-8.
+    Raises ValueError naming the file when it is not a text file, or naming the file and the line of invalid UTF-8.
     """
     data = b"".join(utf8_blocks([path.read_bytes()], str(path)))
     refuse_nul(data, str(path))
@@ -100,20 +101,23 @@ def read_utf8(path: Path) -> str:
 
 
 def line_feeds(text: bytes) -> tuple[bytes, int]:
-    r"""Return `text` with each \r\n and \r as \n, and how many there were."""
+    r"""Return `text` with each \r\n and each \r replaced by \n, and the number of replacements."""
     return _LINE_ENDS.subn(b"\n", text) if b"\r" in text else (text, 0)
 
 
 def read_escapes(text: str) -> str:
-    r"""Return an option's text with its escapes read: `\n`, `\t`, `\r`, `\f`, `\v`, `\0`, `\\`, `\xNN`, `\uNNNN`."""
+    r"""Return the text of a command-line option, with each escape sequence replaced by its character.
+
+    The sequences are `\n`, `\t`, `\r`, `\f`, `\v`, `\0`, `\\`, `\xNN`, `\uNNNN` and `\UNNNNNNNN`.
+    """
     named = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
     return _ESCAPE.sub(lambda found: named.get(found[1]) or chr(int(found[1][1:], 16)), text)
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
-    r"""Return what matches `separator` in the bytes of a text file, where a line may end with \n, \r\n or \r.
+    r"""Return a pattern that matches `separator` in the bytes of a text file, whose lines may end with \n, \r\n or \r.
 
-    A \r is a line end of its own only where another byte follows, so that no match ends inside a \r\n.
+    The pattern takes a \r for a line end only if a byte other than \n follows, so that no match ends inside a \r\n.
     """
     lines = separator.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))".join(re.escape(line.encode()) for line in lines))

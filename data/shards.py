@@ -1,12 +1,12 @@
 """Token shards on disk: llm.c's file format, described by a `meta.json` in the same directory.
 
-A shard is a header of 256 little-endian int32 (20240520, 1, token count, zeros) followed by uint16 tokens. Each
+A shard is a header of 256 little-endian int32 (20240520, version 1, token count, zeros), then the tokens, uint16. Each
 document is preceded by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c have no `meta.json`;
 their tokens are assumed to be GPT-2's.
 
-Shards are read by position (`preadv` into the caller's array) instead of through a memory map: resident memory stays
-constant however much is read, and a shard that shrinks while it is open raises an error that names it, where a memory
-map would end the process with SIGBUS.
+Shards are read by position (`preadv` into the caller's array) instead of through a memory map. So resident memory stays
+constant, however much is read. If a shard shrinks while it is open, an error names the shard; with a memory map, SIGBUS
+would end the process.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DatasetMeta:
 
 
 def read_meta(directory: str | Path) -> DatasetMeta | None:
-    """Return the dataset's `meta.json`, or None when it has none (shards from llm.c, which hold GPT-2 tokens).
+    """Return the dataset's `meta.json`, or None if the dataset has none (shards of llm.c, with GPT-2 tokens).
 
     Raises FileNotFoundError for a missing directory, ValueError for a file that is not a dataset description.
     """
@@ -178,7 +178,7 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that is equal for splits with the same tokens: of the shards' sha256, or else of names and sizes."""
+        """A hash that identifies the tokens: of the shards' sha256, or of names and sizes without `meta.json`."""
         if self.meta is not None:
             described = [shard.sha256 for shard in self.meta.shards[self.name]]
         else:
@@ -234,7 +234,7 @@ class Split:
 def list_shards(directory: Path, split: str) -> list[Path]:
     """Return the shards of `split` in order.
 
-    They are named `train_000000.bin`, or as llm.c does `fineweb_train_000001.bin` or `tiny_shakespeare_train.bin`.
+    Names are `train_000000.bin`, or those of llm.c: `fineweb_train_000001.bin` or `tiny_shakespeare_train.bin`.
     """
     name = re.escape(split)
     pattern = re.compile(rf"((.*[_-])?{name}_\d+|.+[_-]{name})\.bin")
@@ -281,8 +281,8 @@ def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Pa
 class ShardWriter:
     """Writes one split as shards of `shard_tokens` tokens, each under a temporary name until it is complete.
 
-    After a `flush()`, `state()` is all that is needed to continue after any interruption: `restore` removes everything
-    that was written later, so the final bytes do not depend on where a run was interrupted.
+    After a `flush()`, the result of `state()` is enough to continue after any interruption: `restore` removes all
+    that was written later. So the final bytes do not depend on where a run was interrupted.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
@@ -367,7 +367,7 @@ class ShardWriter:
         return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Return to `state` and delete what was written after it.
+        """Go back to `state`: delete what was written after it was saved.
 
         Raises ValueError when the files on the disk no longer contain what `state` describes.
         """

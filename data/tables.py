@@ -11,13 +11,13 @@ from typing import Any
 
 from data.plain_text import read_utf8
 
-# The default of the csv module, 131,072 characters, is less than a long document. The largest value that a C long
-# has on every platform.
+# The default limit of the csv module, 131,072 characters in a field, is too low for a long document. 2^31 - 1 is the
+# largest value that fits a C long on every platform.
 csv.field_size_limit(2**31 - 1)
 
 
 def parse_json_object(line: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in `line`. Raises ValueError that begins with `where` for anything else."""
+    """Return the JSON object in `line`. Raises ValueError for anything else; its message begins with `where`."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -30,10 +30,10 @@ def parse_json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterate over the number, from 1, and the object of each line that is not blank.
+    """Iterate over the lines that are not blank: number of the line, from 1, and its JSON object.
 
     A byte-order mark is dropped, and UTF-16 and UTF-32 with a mark are decoded. Raises OSError when the file cannot be
-    read, ValueError naming the file and the line that is not a JSON object or not UTF-8.
+    read, ValueError naming the file and the line when a line is not a JSON object or not UTF-8.
     """
     # Only \n ends a line: JSON allows other line separators of Unicode inside a string.
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
@@ -42,14 +42,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
-    """Iterate over the rows of a CSV file, first its header; blank rows are skipped.
+    """Iterate over the rows of a CSV file, beginning with the header; blank rows are skipped.
 
-    `lines` are the lines with their ends. Raises ValueError naming the file and the row (from 1, after the header) when
-    its quotes do not match or its number of fields is not that of the header, or two columns have one name.
+    `lines` are the lines of the file, with their line ends. Raises ValueError naming the file and the row (from 1,
+    after the header) when the quotes of a row do not match, or it has more or fewer fields than the header. Raises
+    ValueError also when two columns have the same name.
     """
     header: list[str] = []
     number = 0
-    rows = csv.reader(lines, strict=True)  # otherwise an open quote would take the rest of the file
+    rows = csv.reader(lines, strict=True)  # otherwise the rest of the file after an open quote would be one field
     while True:
         try:
             row = next(rows, None)
@@ -78,7 +79,7 @@ def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterate over the number, from 1, and the fields by column of each row of a CSV file with a header.
+    """Iterate over the rows of a CSV file with a header: number of the row, from 1, and its fields by column name.
 
     Raises OSError when the file cannot be read, ValueError naming the file and the row as `parse_csv` does.
     """

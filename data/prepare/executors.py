@@ -1,7 +1,7 @@
 """Prepare the parts of a dataset as tasks of datatrove's executors: on this machine, on a Slurm cluster or on Ray.
 
 A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. A part continues
-where it was interrupted, so a task that is killed costs little, and the bytes do not depend on how often that happens.
+where it was interrupted. So little work is lost when a task is killed, and the bytes of the dataset stay the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data.prepare.job import available_cores
 EXECUTORS = ("local", "slurm", "ray")
 ATTEMPTS = 3
 LOGS = "logs"  # below the directory of the dataset
-ROOT = Path(__file__).resolve().parents[2]  # from where `python -m data.prepare` can be run
+ROOT = Path(__file__).resolve().parents[2]  # the directory in which `python -m data.prepare` can be run
 
 
 class SlurmOptions(NamedTuple):
@@ -35,9 +35,10 @@ def _python_path() -> str:
 
 
 class RunCommand:
-    """A step of a datatrove pipeline: runs a command in `directory` until it succeeds, at most ATTEMPTS times.
+    """A step of a datatrove pipeline: runs a command until it succeeds, at most ATTEMPTS times.
 
-    In the command, `{part}` becomes I/N in task I of N. The output goes to `logs`/part-I.txt.
+    The command runs in the directory in which this object was made. In task I of N, `{part}` in the command is replaced
+    by I/N, and the output is appended to `logs`/part-I.txt.
     """
 
     def __init__(self, command: list[str], logs: Path) -> None:
@@ -58,7 +59,7 @@ class RunCommand:
 
 
 def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, workers: int, slurm: SlurmOptions) -> None:
-    """Prepare all parts of a dataset. On Slurm, submit them and their merging, and return at once.
+    """Prepare all parts of a dataset. On Slurm, submit jobs for the parts and for merging them, and return at once.
 
     Args:
         executor: one of EXECUTORS.
@@ -66,6 +67,7 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
         out: directory of the dataset.
         tasks: number of parts.
         workers: processes of each task.
+        slurm: options for the executor "slurm".
 
     Raises:
         ValueError: when a package or an option is missing.
@@ -99,8 +101,8 @@ def datatrove_executors() -> Any:
 
 def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
     at_once = min(tasks, max(1, available_cores() // workers))
-    # A part itself checks whether it is complete. datatrove's record of finished tasks would skip a part that was
-    # deleted.
+    # Do not use datatrove's record of finished tasks, which would also skip a part that was deleted. A part itself
+    # checks whether it is complete.
     datatrove_executors().LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
 
 

@@ -1,4 +1,4 @@
-"""Which files a source has: directories and patterns searched, types told by name, and a revision of all of them."""
+"""Find the files of a source in directories and by patterns, recognize their types, and compute their revision."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import huggingface_hub
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = (".gz", ".zst")
 _KINDS = ".txt, .jsonl, .csv, .parquet or .arrow, plain, .gz or .zst"
-# A directory that macOS adds to archives. The files in it are named like the others and hold no text.
+# A directory that macOS adds to archives. Its files have the same names as the real ones, but hold no text.
 _NOT_TEXT = "__MACOSX"
-HASHED_BYTES = 1 << 16  # at each end of a file, for the revision
+HASHED_BYTES = 1 << 16  # the revision reads this many at the beginning and at the end of a file
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -55,7 +55,7 @@ def file_system(address: str) -> Any:
 
 
 def find_remote_files(address: str) -> dict[str, int]:
-    """Return address and size of the files that one address, directory or pattern matches, sorted.
+    """Return address and size in bytes of the files that one address, directory or pattern matches, sorted.
 
     Raises FileNotFoundError when there is none, ValueError when a file has an unknown type. In a directory, files of an
     unknown type are skipped instead.
@@ -109,12 +109,12 @@ def _walk(directory: Path) -> list[Path]:
 
 
 def compression(name: str) -> str:
-    """Return ".gz", ".zst" or "" from the name of a file, in any case."""
+    """Return the compression of a file by its name, in upper or lower case: ".gz", ".zst", or "" for none."""
     return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
 
 
 def file_format(name: str) -> str | None:
-    """Return "text", "jsonl", "csv", "parquet" or "arrow" from a file's name, in any case; None for another type."""
+    """Return the type of a file by its name, in upper or lower case: a value of FORMATS, or None for another type."""
     return FORMATS.get(Path(name.lower().removesuffix(compression(name))).suffix)
 
 
@@ -124,10 +124,10 @@ def display_name(path: str | Path) -> str:
 
 
 def files_revision(paths: Iterable[str | Path]) -> str:
-    """Return a revision for files that have none of their own.
+    """Return a revision for files that come without one.
 
-    It changes when the name, size, modification time, beginning or end of a file changes, or the version that an object
-    store reports for it.
+    For a local file, the revision changes when its name, size, modification time, beginning or end changes; for a file
+    in an object store, when its address or the version that the store reports changes.
     """
     names = [str(path) for path in paths]
     if any(map(is_remote, names)):

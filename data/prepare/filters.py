@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-LANGUAGE_BYTES = 1 << 12  # the beginning of a document decides its language
+LANGUAGE_BYTES = 1 << 12  # at the beginning of a document, which decide its language
 SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Conditions that a document has to meet. A text file that is divided into several chunks is always kept.
+    """Conditions that a document has to meet. A text file so long that it is cut into several chunks is always kept.
 
     min_chars, max_chars: limits of the document's length in characters;
     languages: ISO 639 codes; the beginning of the document must be in one of them; empty accepts every language;
@@ -41,7 +41,7 @@ class Filters:
         return "; ".join([*conditions, "without duplicates"] if self.deduplicate else conditions)
 
     def reject(self, text: bytes) -> str | None:
-        """Return why a document is omitted, by the name under `skipped` in `meta.json`, or None if it is kept."""
+        """Return why a document is omitted, as a key of `skipped` in `meta.json`, or None if it is kept."""
         if self.min_chars or self.max_chars is not None:
             n = len(text.decode())
             if n < self.min_chars:
@@ -84,7 +84,7 @@ class SeenDocuments:
     """The hashes of all documents so far, in a file, so that memory does not grow with their number.
 
     Each hash is stored with the number of the first document that has it. After an interruption, the file may contain
-    documents that the continued run reads again: they have their own numbers, so they do not count as duplicates.
+    documents that the continued run reads again. They have the same numbers as before, so they are no duplicates.
 
     Raises OSError when the file cannot be read or written.
     """
@@ -98,12 +98,12 @@ class SeenDocuments:
         self._execute("CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
 
     def find_new(self, tokens: np.ndarray, lengths: np.ndarray, first_number: int) -> np.ndarray:
-        """Return which documents equal none before them: (documents,) bool.
+        """Return which documents differ from all earlier ones: (documents,) bool.
 
         Args:
             tokens: (tokens,) uint16, the documents one after the other.
-            lengths: (documents,) their numbers of tokens.
-            first_number: number of the first of them, counted from the beginning of the source.
+            lengths: (documents,) the number of tokens of each document.
+            first_number: number of the first of these documents, counted from the beginning of the source.
         """
         new = np.empty(len(lengths), bool)
         begin = 0
@@ -125,7 +125,7 @@ class SeenDocuments:
         return OSError(f"cannot write {self.path}: {error}; make room and run the same command again")
 
     def flush(self) -> None:
-        """Write all hashes to the disk. If the process dies, the hashes after the last call are lost."""
+        """Write all hashes to the disk. If the process dies, the hashes since the last call are lost."""
         try:
             self._database.commit()
         except sqlite3.Error as error:
@@ -136,6 +136,6 @@ class SeenDocuments:
         self._execute("DELETE FROM seen")
 
     def remove(self) -> None:
-        """Close and delete the file: the dataset is complete."""
+        """Close and delete the file, which a complete dataset does not need."""
         self._database.close()
         self.path.unlink(missing_ok=True)

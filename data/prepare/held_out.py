@@ -1,4 +1,4 @@
-"""The validation split of a source with few documents: the end of the text, as whole documents would be too large."""
+"""The validation split of a source with few documents: the end of its text. A whole document would be too large."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from data.prepare.source import Source, SourceFile
 from data.prepare.text import named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
 
-MANY_DOCUMENTS = 20  # with this number or more, a hash of each document decides
-SEARCHED_BYTES = 1 << 20  # a border is searched up to this far before and after the requested place
+MANY_DOCUMENTS = 20  # with this number or more, a hash of each document decides its split
+SEARCHED_BYTES = 1 << 20  # a border is searched at most this far before and after the requested place
 # A text of fewer bytes that has no line border is not divided.
 SHORT_TEXT = 1_000
-# Bytes per token, for a tokenizer that is made from the text and does not exist yet. It only determines the size of the
-# split.
+# An estimate of the bytes per token, for a tokenizer that will be made from the text later. It only affects the size of
+# the split.
 BYTES_PER_TOKEN = 3.0
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
-# The last byte before a paragraph, a line and a word that follow other text.
+# A match ends at a border: the beginning of a paragraph or a line, or the space before a word. Text comes before it.
 _BORDERS = {
     "paragraph": re.compile(rb"\S[ \t]*" + _LINE_END + rb"(?:[ \t]*" + _LINE_END + rb")+(?=[^\r\n])"),
     "line": re.compile(rb"\S[ \t]*" + _LINE_END + rb"+(?=[^\r\n])"),
@@ -48,15 +48,16 @@ def hold_out_end(
     of a word. Returns both unchanged when the text has no border.
 
     Args:
-        source: for which `has_few_documents` is true.
+        source: a source for which `has_few_documents` is true.
         rule: the fraction, or the number of tokens, that is held out.
-        kind: of the tokenizer; tokenizer: None when it is made from the text.
+        kind: kind of the tokenizer.
+        tokenizer: the tokenizer, or None when it will be made from the text.
     """
     lengths = [_text_length(file) for file in source.files]
     total = sum(lengths)
     size = max(1, round(total * rule.fraction))
     if rule.tokens is not None:
-        # Measured at the end of the text, which is what is held out.
+        # Measure the bytes per token at the end of the text, because this part is held out.
         last = next((i for i in reversed(range(len(lengths))) if lengths[i]), 0)
         sample = b"".join(_read_part(source.files[last], max(0, lengths[last] - SEARCHED_BYTES // 4), lengths[last]))
         size = max(1, min(total - 1, round(rule.tokens * _bytes_per_token(sample, kind, tokenizer))))
@@ -67,7 +68,7 @@ def hold_out_end(
     files: list[SourceFile] = []
     for i, (file, length) in enumerate(zip(source.files, lengths, strict=True)):
         if i == index and offset:
-            # `size` is for the progress display, which counts the bytes of the file itself.
+            # `size` is for the progress display, which counts the bytes of the file, not of its decoded text.
             first = round(file.size * offset / length)
             files.append(replace(file, split="train", end=offset, size=first))
             files.append(replace(file, split="val", begin=offset, end=length, size=file.size - first))
@@ -86,7 +87,7 @@ def _bytes_per_token(sample: bytes, kind: str, tokenizer: Tokenizer | None) -> f
 
 
 def _text_length(file: SourceFile) -> int:
-    """Return the bytes of the file's text as UTF-8, without a byte-order mark."""
+    """Return the number of bytes of the file's text as UTF-8, without a byte-order mark."""
     with named_errors(file.name), open_file(file.name) as raw:
         if not is_remote(file.name) and not compression(file.name):
             encoding, mark = detect_encoding(raw.read(HEAD_BYTES), file.name)
@@ -110,11 +111,15 @@ def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
 
 
 def _find_border(source: Source, lengths: list[int], target: int, size: int) -> tuple[int, int, str] | None:
-    """Return file, offset in it and kind of the border nearest to byte `target` of all text, None when there is none.
+    """Return file index, offset in the file and kind of the border nearest to byte `target` of all text, None if none.
 
-    A border of a paragraph or a file is chosen if the split then has at least half the requested size, and at most the
-    larger of twice this size and a tenth of the text. Otherwise, the border of a line is chosen; if there is none, any
-    border of a paragraph or a file; if there is none, the border of a word.
+    The kinds are tried in this order, and the first that has a border is chosen:
+
+    1. A paragraph or a file, if the split then has at least half the requested `size`, and at most the larger of twice
+       this size and a tenth of the text.
+    2. A line.
+    3. Any paragraph or file.
+    4. A word, if the text has at least SHORT_TEXT bytes.
     """
     total, begin = sum(lengths), 0
     candidates: dict[str, list[tuple[int, int, int]]] = {"paragraph": [], "line": [], "word": []}
@@ -124,7 +129,7 @@ def _find_border(source: Source, lengths: list[int], target: int, size: int) -> 
         low, high = max(0, target - SEARCHED_BYTES - begin), min(length, target + SEARCHED_BYTES - begin)
         if low < high:
             text = b"".join(_read_part(source.files[i], low, high))
-            last = low + len(text.rstrip())  # only white space follows
+            last = low + len(text.rstrip())  # only white space follows this place
             for kind, pattern in _BORDERS.items():
                 places = (low + match.end() for match in pattern.finditer(text))
                 candidates[kind] += [(begin + at, i, at) for at in places if at < last]

@@ -32,7 +32,7 @@ PRESETS = {
 }
 # name of the dataset: repository on the hub with its shards
 TOKENIZED = {"fineweb-10b": "kjj0/fineweb10B-gpt2"}
-# The line with the title of an article. Titles of its sections have more equals signs: ` = = Section = = `.
+# WikiText: the line with the title of an article. Titles of its sections have more equals signs: ` = = Section = = `.
 _ARTICLE = re.compile(r" = [^=].* = \n")
 
 
@@ -42,10 +42,10 @@ def hub_source(
     """Return a dataset of the hub as a source.
 
     Args:
-        dataset: id on the hub, or a local directory with the same files or from `datasets.save_to_disk`.
+        dataset: id on the hub, or a local directory that is a copy of it or was written by `datasets.save_to_disk`.
         name: configuration of the dataset.
         split: read only this split. With None, read "train", and "validation", if there is one, as validation split.
-        options: how its files become documents.
+        options: how the files become documents.
         articles: join the rows, which are lines, into articles, as WikiText needs.
 
     Raises:
@@ -100,7 +100,7 @@ def _hub_size(address: str) -> int:
 
 
 def _saved_files(directory: Path) -> dict[str, list[str]]:
-    """Return the files of each split of a directory from `datasets.save_to_disk`, or {} if it is not one.
+    """Return the files of each split of a directory from `datasets.save_to_disk`, or {} for any other directory.
 
     Raises ValueError for a damaged directory.
     """
@@ -131,7 +131,7 @@ def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[st
     except RuntimeError as error:
         if "script" not in str(error):
             raise
-        # For a dataset that is defined by a script, which is not executed here, the hub has a conversion to parquet.
+        # A script defines this dataset, and scripts are not executed here. The hub converts such datasets to parquet.
         builder = datasets.load_dataset_builder(dataset, name, revision="refs/convert/parquet")
     except (ValueError, OSError) as error:
         raise ValueError(f"{dataset} cannot be used: {str(error).strip()}") from error
@@ -145,7 +145,7 @@ def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[st
 
 
 def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[Chunk]:
-    """Join the rows of WikiText, which are lines, into documents: an article reaches from its title to the next one."""
+    """Join the rows of WikiText, which are lines, into documents: an article reaches from one title to the next."""
     lines: list[str] = []
     done: list[str] = []
     first, size = 1, 0

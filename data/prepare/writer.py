@@ -1,4 +1,4 @@
-"""The dataset as it is written: two splits, counts, the position in the source, and the display of all this."""
+"""Write the two splits of a dataset, count its documents, record the position in the source, and show the progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLITS = ("train", "val")
 def refuse_links(directory: Path) -> None:
     """Raise ValueError for a link in an incomplete dataset: writing to it would change a file somewhere else.
 
-    A part of the dataset may be a link, because it is only read.
+    The directory of a part may be a link, because `merge` only reads it.
     """
     if (directory / META_FILE).is_file() and not (directory / PROGRESS_FILE).exists():
         return  # the dataset is complete, so nothing is written
@@ -37,7 +37,7 @@ class PrepareProgress:
 
     Args:
         total: bytes of the source.
-        dataset: what is written.
+        dataset: the dataset that is written.
     """
 
     def __init__(self, total: int, dataset: DatasetWriter) -> None:
@@ -61,7 +61,7 @@ class PrepareProgress:
         left = seconds * (self.total - source) / max(source - self.first_source, 1)
         when = f"in {timedelta(seconds=round(seconds))}" if last else f"{timedelta(seconds=round(left))} left"
         line = f"{min(source / self.total, 1):4.0%} {text / seconds / 1e6:7.1f} MB/s {tokens:15,} tokens {when}"
-        # The escape sequence erases what a longer line has left behind.
+        # The escape sequence erases the end of an earlier, longer line.
         print(f"\r{line}\x1b[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class DatasetWriter:
         open_split: the split of the last document, for a chunk that continues it;
         open_tokens: the tokens of the last document so far;
         val_is_full: whether `validation.tokens` has been reached;
-        documents: how many documents there were, including duplicates, if these are left out.
+        documents: with `deduplicate`, how many documents there were so far, including duplicates.
 
     With `deduplicate`, a document that equals an earlier one is left out.
     """
@@ -123,7 +123,7 @@ class DatasetWriter:
             val = self._assign(encoded)
             counted["open_split"] = "val" if val[-1] else "train"
             ends = np.cumsum(encoded.lengths)
-            # Consecutive documents of the same split are copied as one slice: most splits have few changes.
+            # Consecutive documents of the same split are copied as one slice: most datasets have few changes.
             begins = np.flatnonzero(np.diff(val, prepend=not val[0]))
             parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
             for begin, end in itertools.pairwise([*begins.tolist(), len(val)]):
@@ -143,7 +143,7 @@ class DatasetWriter:
         counted["position"] = [file, index + 1]
 
     def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
-        """Return the documents that equal none before them, and count the others. Parts of documents are kept."""
+        """Return the documents that differ from all earlier ones, and count the others. Keep parts of documents."""
         new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
         self.counted["documents"] += len(new)
         filtered = encoded.filtered | {"duplicate": int((~new).sum())}
@@ -181,12 +181,12 @@ class DatasetWriter:
         return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Return to `state` and delete what was written after it."""
+        """Go back to `state`: delete what was written after it was saved."""
         self.counted = self.counted | state["counted"]
         for split, writer in self.writers.items():
             writer.restore(state[split])
         if self.seen is not None and not self.counted["documents"]:
-            self.seen.clear()  # what a run with other settings may have left
+            self.seen.clear()  # hashes that a run with other settings may have left
 
     def discard(self) -> None:
         """Delete everything that was written."""
