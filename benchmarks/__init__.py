@@ -1,5 +1,6 @@
-"""What bench.py measures: this repository's contestants, its peers, the corpora, the clock and the machine's limits.
+"""The parts of bench.py: contestants, corpora, the clock, and measurements of the machine's limits.
 
-Each contestant has a module of its own, because a process imports only the module of the contestant that it runs: the
-libraries of one contestant take no memory and change no settings in the process of another.
+A contestant is an implementation that bench.py times: this repository (ours/) or another one (peers/). Each contestant
+has a module of its own, and a process imports only the module of the contestant that it runs. So the libraries of one
+contestant take no memory and change no settings in the process of another.
 """

@@ -20,22 +20,22 @@ Run = Callable[[], object]  # the work that is timed
 
 
 class Call(NamedTuple):
-    """A call of a function that is named, so that it can be sent to another process before its module is imported."""
+    """A call of a function, given by names. So it can be sent to another process before the module is imported."""
 
     module: str  # "benchmarks.ours.decode"
     function: str
     arguments: tuple = ()
 
     def __call__(self) -> Any:
-        # This import is dynamic because each process must load the libraries of its own contestant only: a library
-        # takes memory, starts threads and changes global settings.
+        # This import is dynamic because each process must load only the libraries of its own contestant: a library
+        # takes memory, may start threads and may change global settings.
         return getattr(importlib.import_module(self.module), self.function)(*self.arguments)
 
 
 def call_in_process(module: str, function: str, *arguments: Any) -> Any:
-    """Call a function in a new process, so that its libraries stay out of this one, and return its result.
+    """Call a function in a new process, so that this process does not load its libraries, and return its result.
 
-    An exception of the function is raised here.
+    If the function raises an exception, this function raises the same one.
     """
     return receive(start_process(answer, Call(module, function, arguments)))
 
@@ -45,9 +45,9 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 
     The order is reversed in every second turn, so that no contestant always runs after the same other one.
 
-    A contestant is a call that sets up the work, in a process of its own, and returns the function to time. Returns for
-    each the seconds (median, lowest, highest) and the peak memory in bytes: that of the tensors on the GPU if the
-    contestant uses one, otherwise that of its processes.
+    A contestant is given by a call that sets up its work, in a process of its own, and returns the function to time.
+    Returns for each contestant "seconds" (the median), "lowest" and "highest", and "peak_memory" in bytes. This is the
+    memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes.
     """
     pipes: dict[str, Connection] = {}
     durations: dict[str, list[float]] = {name: [] for name in contestants}
@@ -71,7 +71,7 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 
 
 def start_process(target: Callable[..., None], *arguments: Any) -> Connection:
-    """Start `target(*arguments, pipe)` in a new interpreter, and return the other end of the pipe."""
+    """Start `target(*arguments, pipe)` in a new process, and return this process's end of the pipe."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     context.Process(target=target, args=(*arguments, there), daemon=True).start()
@@ -80,7 +80,7 @@ def start_process(target: Callable[..., None], *arguments: Any) -> Connection:
 
 
 def receive(pipe: Connection) -> Any:
-    """Return what the process at the other end sends. Raise its exception, or ChildProcessError if it was killed."""
+    """Return what the other process sends. Raise its exception, or ChildProcessError if the process was killed."""
     try:
         value = pipe.recv()
     except EOFError:
@@ -91,7 +91,7 @@ def receive(pipe: Connection) -> Any:
 
 
 def answer(call: Call, pipe: Connection) -> None:
-    """Run in the process of `call_in_process`: send the result of the call, or its exception."""
+    """Run in the process that `call_in_process` starts: send the result of the call, or its exception."""
     try:
         pipe.send(call())
     except Exception as error:
@@ -101,9 +101,9 @@ def answer(call: Call, pipe: Connection) -> None:
 
 
 def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
-    """Run in the process of a contestant: set up, warm up, and time one run for each True received.
+    """Run in the process of a contestant: set up, warm up, and time one run for each True that the pipe delivers.
 
-    False ends the process, after it has sent its peak memory in bytes.
+    After False, the process sends its peak memory in bytes and ends.
     """
     peak, running = [0], threading.Event()
     threading.Thread(target=watch_memory, args=(peak, running), daemon=True).start()
@@ -120,7 +120,8 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         gpu = used_gpu()
         pipe.send(max(own_peak(), peak[0]) if gpu is None else gpu.max_memory_allocated())
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which the parent process does not import
+        # If an exception of torch were sent, the parent process would import torch to receive it.
+        if type(error).__name__ == "OutOfMemoryError":
             error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
         pipe.send(error)
     except KeyboardInterrupt:
@@ -128,7 +129,7 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
 
 
 def seconds(run: Run) -> float:
-    """Return the duration of one call, up to the end of the work that it queues on a GPU."""
+    """Return the seconds that one call takes, including the work that it queues on a GPU."""
     synchronize()
     began = time.perf_counter()
     run()
@@ -137,29 +138,29 @@ def seconds(run: Run) -> float:
 
 
 def used_gpu() -> Any:
-    """Return torch.cuda if this process has used a GPU, otherwise None. Only the contestants import torch."""
+    """Return torch.cuda if this process has used a GPU, otherwise None. Not every process imports torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def synchronize() -> None:
-    """Wait until the GPU has done all work, if this process uses one: calls return before their operations have run."""
+    """If this process uses a GPU, wait until all queued work is done: calls return before their operations have run."""
     if gpu := used_gpu():
         gpu.synchronize()
 
 
 def own_peak() -> int:
     """Return the peak memory of this process in bytes."""
-    if sys.platform == "linux":  # where getrusage() includes the peak of the parent process
+    if sys.platform == "linux":  # there, getrusage() would include the peak of the parent process
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def watch_memory(peak: list[int], running: threading.Event) -> None:
-    """Keep the peak memory in bytes of this process and its descendants together in peak[0] while `running` is set.
+    """While `running` is set, keep the peak memory of this process plus its descendants in peak[0], in bytes.
 
-    Memory that several of the processes use counts once for each.
+    Memory that several processes share is counted once for each of them.
     """
     this = psutil.Process()
     while running.wait():

@@ -19,7 +19,7 @@ CODE = {".py", ".pyi", ".pyx", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".js",
 MARKUP = {".html", ".xml", ".svg", ".css", ".json", ".ipynb", ".toml", ".yaml", ".yml", ".cmake", ".po"}
 PROSE = {".txt", ".md", ".rst", ".tex"}
 PLAYS_BYTES = 10**9
-SAMPLE_BYTES = 20e6  # of the documents whose words are counted
+SAMPLE_BYTES = 20e6  # size of the sample of documents whose words are counted
 
 
 def write_files(roots: list[str], path: Path) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def write_plays(path: Path) -> tuple[float, float]:
 
 
 def text_files(roots: list[str]) -> Iterator[str]:
-    """Yield the text of each file under `roots` that has a suffix of a text file. Equal contents are yielded once."""
+    """Yield the text of each file under `roots` that has a suffix of a text file. Yield equal contents only once."""
     seen = set()
     for path in itertools.chain.from_iterable(sorted(Path(root).rglob("*")) for root in roots):
         if path.suffix not in CODE | MARKUP | PROSE or path.is_symlink() or not path.is_file():
@@ -62,8 +62,8 @@ def repeated_plays(size: int) -> Iterator[str]:
 def write_corpus(texts: Iterator[str], path: Path) -> tuple[float, float]:
     """Write texts to a .jsonl file.
 
-    Returns the megabytes of text, and the number of different words per megabyte. A word is a match of GPT-2's
-    splitting rule. The words are counted in a random sample of the documents, of about 20 MB.
+    Returns the megabytes of text, and the number of different words per megabyte. A word is a piece into which
+    GPT-2's splitting rule cuts a text. The words are counted in a random sample of the documents, of about 20 MB.
     """
     size, lengths = 0, []
     with open(path, "w", encoding="utf-8") as file:

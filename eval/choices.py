@@ -15,9 +15,10 @@ from data.tokenizer import Tokenizer
 from eval.likelihood import Request, Scorer
 
 # A convention says how a context and a choice become tokens, and how log-probabilities are normalized for acc_norm:
-# "completion", as in build-nanogpt: context and choice are encoded separately; divide by the number of tokens.
-# "harness", as in lm-evaluation-harness: both are encoded as one text, which is then split after the context; divide
-# by the number of characters.
+# "completion", as in build-nanogpt: context and choice are encoded separately. The log-probability of a choice is
+# divided by its number of tokens.
+# "harness", as in lm-evaluation-harness: context and choice are encoded as one text, and the tokens are split after the
+# context. The log-probability of a choice is divided by its number of characters.
 Convention = Literal["completion", "harness"]
 
 
@@ -42,7 +43,7 @@ class Answers(NamedTuple):
     gold: np.ndarray  # (N,) index of the correct choice
     choice: np.ndarray  # (N,) index of the choice with the highest log-probability
     choice_norm: np.ndarray  # (N,) index of the choice with the highest log-probability divided by its length
-    scores: list[list[float]]  # summed log-probability of each choice, in nats
+    scores: list[list[float]]  # for each question, the log-probability of each choice, in nats
     bits_per_byte: np.ndarray | None  # (N,) negative log2-probability of the correct choice per UTF-8 byte
 
 
@@ -84,7 +85,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, conventio
     if convention == "completion":
         context_ids, continuation_ids = _encode(tokenizer, context), tokenizer.encode(continuation)
     else:
-        # As in the harness, a space at the end of the context becomes part of the continuation's first token.
+        # As in the harness, spaces at the end of the context are encoded with the continuation, and scored with it.
         stripped = context.rstrip()
         context_ids = _encode(tokenizer, stripped)
         continuation_ids = tokenizer.encode(context + continuation)[len(context_ids) :]
@@ -96,7 +97,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-@functools.lru_cache(maxsize=1)  # a run scores the same questions at many validations
+@functools.lru_cache(maxsize=1)  # a training run scores the same questions at each evaluation
 def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convention: Convention) -> list[Request]:
     """Encode every choice of every question."""
     return [
@@ -107,10 +108,10 @@ def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convent
 
 
 def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, convention: Convention) -> Answers:
-    """Score every choice of every question, and choose the most probable one.
+    """Score every choice of every question, and choose the most probable choice of each question.
 
-    The tokenizer of another model may drop text that it has no token for, or replace it by an unknown token. There are
-    then no bits per byte, because they would count text that was not scored.
+    The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
+    bits_per_byte is then None, because the number of bytes would include text that was not scored.
     """
     requests = make_requests(tuple(questions), tokenizer, convention)
     log_probs = score(requests).log_probs
@@ -134,7 +135,7 @@ def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, c
 
 
 def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean of N values and its standard error from the sample variance; the error of one value is 0."""
+    """Return the mean of N values and the standard error of the mean (from the sample variance; 0 if N is 1)."""
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return float(values.mean()), 0.0
@@ -149,7 +150,7 @@ def with_shots(
     The examples of a question depend only on the seed and on the index of the question.
 
     Args:
-        leave_one_out: the pool is the evaluated set itself; no question gets its own answer as an example.
+        leave_one_out: `pool` contains the evaluated questions themselves. No question is then its own example.
 
     Raises ValueError if the pool is too small.
     """
@@ -159,7 +160,7 @@ def with_shots(
     prompted = []
     for number, question in enumerate(questions):
         drawn = random.Random(f"{seed}, {number}").sample(range(available), shots)
-        # Skip the question itself: indices from its own position on move up by one.
+        # With leave_one_out, skip the question itself: add 1 to all indices from its own index on.
         examples = [pool[i + (leave_one_out and i >= number)] for i in drawn]
         prefix = "".join(f"{shot.contexts[shot.gold]} {shot.choices[shot.gold]}\n\n" for shot in examples)
         contexts = tuple(prefix + context for context in question.contexts)

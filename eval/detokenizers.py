@@ -1,4 +1,4 @@
-"""Detokenizers: they turn corpora that were split into word tokens back into plain text, which is what GPT-2 reads."""
+"""Detokenizers turn corpora that were split into word tokens back into plain text, which GPT-2 was trained on."""
 
 from __future__ import annotations
 

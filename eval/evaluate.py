@@ -19,7 +19,7 @@ from weights import locate
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a model on the tasks in `args`, the arguments that `eval.run` parsed.
 
-    Raises ValueError or OSError for invalid arguments, before the model is loaded where that is possible.
+    Raises ValueError or OSError for invalid arguments, if possible before the model is loaded.
     """
     tasks = find_tasks(args.tasks)
     if args.shots and (others := [name for name in tasks if not is_multiple_choice(name)]):

@@ -26,7 +26,7 @@ from processes import Processes, stop_processes
 from weights import find_config, read_json
 
 # Requests are scored in groups of this size. The scores of a group are stored before the next group starts, and only
-# one group of a long text is in memory at a time.
+# one group of the windows of a long text is in memory at a time.
 GROUP_SIZE = 1024
 
 
@@ -50,7 +50,7 @@ class Evaluator:
             for start in range(0, len(requests), GROUP_SIZE):
                 group = requests[start : start + GROUP_SIZE]
                 key = self.cache.key(group)
-                # All processes must take the same branch, even if only some nodes can see the file.
+                # All processes must take the same branch, even if only some nodes can read the cache file.
                 if processes.all_reduce_min(int(key in self.cache.entries)):
                     entry = self.cache.entries[key]
                     parts.append(Scores(np.array(entry["log_probs"]), np.array(entry["greedy"])))
@@ -75,8 +75,8 @@ class Evaluator:
 class ScoreCache:
     """Scores of finished groups in a JSON Lines file, so that an evaluation that was killed can continue.
 
-    A group is found by a hash of its requests and of `identity`, which describes everything else that the scores depend
-    on. Without a path nothing is stored.
+    The key of a group is a hash of its requests and of `identity`. `identity` describes everything else that the scores
+    depend on, such as the model. If the path is None, nothing is stored.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:
@@ -111,7 +111,7 @@ def model_fingerprint(directory: Path) -> str:
 @contextlib.contextmanager
 def join_processes(device_name: str, dtype_name: str) -> Iterator[Processes]:
     """Join the processes that torchrun started. Raises ValueError if the device is not available."""
-    # Not processes.start_processes: it enables TF32, which would change the results of --dtype float32 on CUDA.
+    # processes.start_processes is not used, because it enables TF32. This would change float32 results on CUDA.
     device = find_device(device_name, "--device")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cpu":
@@ -133,7 +133,7 @@ def load_model_and_tokenizer(
 
     transformers loads every model that is not a GPT-2. With `through_transformers`, it loads GPT-2 models as well.
 
-    Raises ValueError or OSError if they cannot be loaded or do not belong together.
+    Raises ValueError or OSError if model or tokenizer cannot be loaded, or if the two do not belong together.
     """
     config = find_config(directory)
     if not config.is_file():

@@ -2,11 +2,11 @@
 
 Two conventions are in use. They give different accuracies, so every result names its convention:
 
-- "completion", as in build-nanogpt: the context is unchanged, each ending follows after a space, and log-probabilities
-  are normalized by the number of tokens.
+- "completion", as in build-nanogpt: the context is unchanged, each ending follows after a space, and for acc_norm the
+  log-probabilities are divided by the number of tokens.
 - "harness", as in lm-evaluation-harness: the activity label precedes the context, the second part of the context is
-  capitalized, the bracketed marks of WikiHow are removed, and log-probabilities are normalized by the number of
-  characters.
+  capitalized, the bracketed marks of WikiHow are removed, and for acc_norm the log-probabilities are divided by the
+  number of characters.
 
 The released 124M model has acc 0.2859 and acc_norm 0.2955 with "completion", and acc 0.2892 and acc_norm 0.3114 with
 "harness" (see eval/reference.py).
@@ -81,7 +81,7 @@ def hellaswag(
 ) -> dict[str, Any]:
     """Evaluate a model during training. All ranks divide the work, and each returns the same metrics.
 
-    The caller sets device and autocast. The model is switched to eval mode and back to its previous mode.
+    The caller chooses the device and enables autocast. The model is set to eval mode and back to its previous mode.
 
     Args:
         limit: evaluate only the first `limit` questions.

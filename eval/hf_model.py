@@ -1,4 +1,4 @@
-"""Causal language models of the transformers library, with the part of GPT's interface that evaluation uses."""
+"""Wrappers that give causal language models of the transformers library the interface that evaluation uses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class HFModel(nn.Module):
 
     Args:
         model: an instance of a class for causal language models.
-        n_tokens: tokens of its tokenizer. The logits of ids beyond it are removed, so that they take no probability.
+        n_tokens: number of tokens of the model's tokenizer. The logits of ids from n_tokens on are removed, so that
+            these ids get no probability.
     """
 
-    # Some models have thousands of vocabulary entries that their tokenizer does not use; the number must be below this.
+    # Some models have thousands of vocabulary entries that their tokenizer does not use. They must be fewer than this.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any, n_tokens: int) -> None:

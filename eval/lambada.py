@@ -46,7 +46,7 @@ def load_openai_passages() -> list[str]:
 
 
 def passage_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the text of each row. Raises ValueError for a row without one, or whose text is a single word."""
+    """Return the text of each row. Raises ValueError for a row without text, or with a single word."""
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("text"), str) or " " not in row["text"].strip():
             raise ValueError(f"lambada, row {number}: expected a 'text' of several words; the row has {', '.join(row)}")

@@ -1,9 +1,9 @@
-"""Log-probabilities of continuations given their contexts. Every evaluation task reduces to them.
+"""Log-probabilities of continuations given their contexts. All evaluation tasks except `loss` are computed from them.
 
-The model computes a context once, even if several requests share it: a batch of contexts, padded on the left, fills a
-KV cache, and the continuations are then scored with copies of its rows. Log-probabilities are computed in float32, and
-only at the positions of the continuations. The division of requests into batches depends only on the requests and the
-batch size, so the scores do not depend on the number of processes.
+The model reads a context once, even if several requests share the context. A batch of contexts, padded on the left,
+fills a KV cache. The continuations are then scored with copies of the cache's rows. Log-probabilities are computed in
+float32, and only at the positions of the continuations. The division of requests into batches depends only on the
+requests and the batch size, so the scores do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from data.tokenizer import Tokenizer
 from kernels.loss import centered_head
 from pretrained import PADDING_LIMIT
 
-SOFTMAX_ROWS = 128  # rows of float32 logits computed at a time: 26 MB with GPT-2's vocabulary
+SOFTMAX_ROWS = 128  # positions whose float32 logits are computed at a time: 26 MB with GPT-2's vocabulary
 
 
 class Request(NamedTuple):
-    """Token ids of a continuation to score, and of the context before it: end-of-text at the start of a text."""
+    """Token ids of a continuation to score and of its context. At the start of a text, the context is end-of-text."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# A function of the requests: `log_likelihoods` with all other arguments bound. Tasks use a model only through it.
+# `log_likelihoods` with all arguments but the requests bound. Tasks that score requests use a model only through it.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -92,8 +92,8 @@ def log_likelihoods(
     """Score every continuation given its context.
 
     If context and continuation together are longer than the model's block size, the context is cut on the left, as in
-    lm-evaluation-harness. A continuation that is itself longer is scored in windows of half the block size, each
-    given the tokens before it.
+    lm-evaluation-harness. If the continuation alone is longer, it is scored in windows of half the block size, each
+    given as many tokens before the window as fit.
 
     Args:
         model: a GPT, or a module with `config.block_size`, `config.vocab_size` and a forward method that takes
@@ -101,14 +101,14 @@ def log_likelihoods(
             continuation.
         batch_size: sequences per forward pass; None means 8 on CPU and 64 elsewhere. It changes the scores only by
             rounding errors.
-        rank, world_size: this process computes every world_size-th batch. All processes run the same number of
-            forward passes, because FSDP requires it.
+        rank, world_size: this process computes every world_size-th batch, beginning with batch `rank`. All processes
+            run the same number of forward passes, because FSDP requires this.
         reduce: sums a tensor over all ranks in place; required if world_size > 1.
         progress: called with the number of requests that this process has finished since the previous call.
 
     Returns the scores of all requests on every rank.
-    Raises ValueError with the index of the request if it is empty, has a token id outside the vocabulary, or gets
-    logits that are not finite.
+    Raises ValueError with the index of a request that has an empty context or continuation, has a token id outside the
+    vocabulary, or gets logits that are not finite.
     """
     if world_size > 1 and reduce is None:
         raise ValueError(f"{world_size} processes need the argument `reduce`, a function that sums a tensor over them")
@@ -124,7 +124,7 @@ def log_likelihoods(
                 "model do not belong together"
             )
     batches = _make_batches(requests, block_size, batch_size)
-    # Every rank counts the forward passes of all ranks, so that it knows how many it has to add at the end.
+    # Every rank counts the forward passes of all ranks, so that it knows how many more it must run at the end.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     # Two rows: the log-probability, and the number of tokens that are not the most likely ones.
@@ -163,7 +163,8 @@ def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int)
             groups.setdefault(before, []).append(_Part(tokens, i))
     batches: list[_Batch] = []
     longest = 0
-    # Longest first: if memory does not suffice, the first batch fails, and the time left is not underestimated.
+    # The longest contexts come first, so that the first batch fails if memory does not suffice, and so that the
+    # progress bar does not underestimate the remaining time.
     for context in sorted(groups, key=len, reverse=True):
         longest = max(longest, *(len(part.tokens) for part in groups[context]))
         full = not batches or len(batches[-1].contexts) == batch_size
@@ -181,11 +182,12 @@ def _score(
     """Score the continuations of a batch in groups of R rows. `head` is the result of `_output_head`.
 
     Yields for each group the indices of the R requests, the log-probabilities of the tokens (R, T), 0 at padding, and
-    a mask (R, T) that is True if another token is more likely.
+    a mask (R, T) that is True where another token is the most likely one.
     """
     device = next(model.parameters()).device
-    # The last token of a context is an input of the second pass: its logits predict the first token that is scored.
-    contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (G, P)
+    # The first pass reads the contexts without their last tokens. The second pass reads the last token of each context,
+    # because the logits at this token predict the first token that is scored.
+    contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (contexts, P)
     cache = None
     if head is not None and contexts.size(1):
         cache = model.new_cache(*contexts.shape)
@@ -201,7 +203,7 @@ def _score(
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Pad only on the right: this needs neither a mask nor position ids, which architectures handle differently.
+            # Padding only on the right needs neither a mask nor position ids, which architectures handle differently.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1

@@ -25,7 +25,7 @@ class SplitLoss(NamedTuple):
 
 
 def joined(losses: Collection[SplitLoss]) -> SplitLoss:
-    """Return the loss over all targets of several splits; of a single one, its loss unchanged."""
+    """Return the mean loss over all targets of several splits. The loss of a single split is returned unchanged."""
     if len(losses) == 1:
         return next(iter(losses))
     tokens = sum(part.tokens for part in losses)
@@ -37,7 +37,7 @@ def joined(losses: Collection[SplitLoss]) -> SplitLoss:
 class ArrayWindows:
     """Tokens in memory, cut into windows of T inputs like those of `data.loader.TokenWindows`.
 
-    Window w is tokens [w*T, w*T + T + 1). Every token but the first is a target once; the last window may be short.
+    Window w is tokens [w*T, w*T + T + 1). Every token except the first is a target once; the last window may be short.
 
     Raises ValueError if there are fewer than two tokens.
     """
@@ -55,7 +55,7 @@ class ArrayWindows:
         return ceil_div(self.n_targets, self.sequence_length)
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Copy a window to `inputs` and `targets`, (T,) int64 each, and pad it."""
+        """Copy a window to `inputs` and `targets`, (T,) int64 each. Pad with 0 and IGNORE_INDEX, respectively."""
         start = window * self.sequence_length
         tokens = self.tokens[start : start + self.sequence_length + 1]
         n = len(tokens) - 1
@@ -81,13 +81,13 @@ def split_loss(
 ) -> SplitLoss:
     """Compute the mean loss over every target of the windows that is not IGNORE_INDEX.
 
-    The result is the same on every rank and for every number of ranks. The caller sets the model's mode.
+    The result is the same on every rank and for every number of ranks. The caller sets the model to eval mode.
 
     Args:
-        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token; 0 for end-of-text, whose loss counts too.
+        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token; 0 for end-of-text, but its loss counts.
         micro_batch: windows per forward pass.
         rank, world_size: each of `world_size` ranks computes a contiguous part of the windows.
-        reduce: sums a tensor over all ranks.
+        reduce: returns the sum of a tensor over all ranks.
     """
     device = model.transformer.wte.weight.device
     bytes_of = torch.from_numpy(token_bytes)

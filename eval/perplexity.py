@@ -21,8 +21,8 @@ from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_w
 from eval.likelihood import Request, Scorer
 from eval.rows import load_hub_rows
 
-# exp(709) is the largest integer power of e that fits in a float, and JSON has no infinity. 700 leaves a factor of e⁹
-# for the standard error, which may be larger than the perplexity.
+# JSON cannot represent infinity, and exp(709) is the largest integer power of e that a float can represent. A limit of
+# 700 leaves a factor of e⁹ for the standard error, which may be larger than the perplexity.
 MAX_NATS = 700.0
 
 
@@ -35,7 +35,10 @@ class Perplexity(NamedTuple):
     window_tokens: np.ndarray  # (K,)
 
     def normalized(self, units: float) -> tuple[float, float]:
-        """Return nats per unit (token, word or byte) and the standard error, for which each window is one sample."""
+        """Return nats per unit and their standard error, given the number of units (tokens, words or bytes).
+
+        For the standard error, each window is one sample.
+        """
         n = len(self.window_nats)
         spread = self.window_nats - self.window_tokens * (self.nats / self.tokens)
         stderr = math.sqrt(float(spread @ spread) * n / (n - 1)) / units if n > 1 else 0.0
@@ -84,8 +87,8 @@ def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, sc
 def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple[float, float]]:
     """Return (value, standard error) of perplexity per token, bits per byte and perplexity per word.
 
-    Metrics per byte or word are absent if that count is 0. Perplexity per word is also absent if it is too large for a
-    float. This happens in languages written without spaces, where a long text counts as a few words.
+    The metric per byte is absent if n_bytes is 0, and the metric per word if n_words is 0. Perplexity per word is also
+    absent if it is too large for a float. This happens in languages without spaces, where a long text has few words.
     """
     nats, stderr = result.normalized(result.tokens)
     metrics = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}
@@ -100,8 +103,8 @@ def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The corpora of the GPT-2 paper. They are split into word tokens, which is not the text that GPT-2 was trained on, so a
-# detokenizer restores the text first. As in the paper, perplexity per word still counts the words of the corpus.
+# The corpora of the GPT-2 paper. Some are split into word tokens, but GPT-2 was trained on plain text, so a detokenizer
+# restores the plain text first. As in the paper, perplexity per word still counts the words of the original corpus.
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Corpus:
 
     Attributes:
         hub: dataset, configuration and split on the hub.
-        detokenize: restores plain text from the corpus; `str` if the corpus is plain text.
+        detokenize: restores plain text from the corpus; `str` leaves the corpus unchanged.
         field: the column that holds the text.
         separator: is put between two rows.
         convention: prefix of the convention's name.
@@ -129,7 +132,7 @@ class Corpus:
 
 CORPORA: dict[str, Corpus] = {
     "wikitext-2": Corpus(("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), detokenize_wikitext),
-    # As in Hugging Face's guide "Perplexity of fixed-length models".
+    # Not detokenized, as in Hugging Face's guide "Perplexity of fixed-length models".
     "wikitext-2-raw": Corpus(
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), str, separator="\n\n", convention=""
     ),

@@ -1,7 +1,7 @@
 """Published results of the released GPT-2 models, to compare with our results.
 
-Models have their names on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M). If no published
-value is known for a model, the dictionaries have no entry for it.
+The models have the same names as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M). If no
+published value is known for a model, the dictionaries have no entry for this model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def _by_size(*values: float | None) -> dict[str, float]:
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-# Validation losses of the released models in nats per token. The key is a pattern that must match a whole word of the
-# dataset's source. FineWeb, FineWeb-Edu and FineWeb 2 are different datasets. The losses on the first two, 3.42 and
-# 3.29, are often confused.
+# Validation losses of the released models in nats per token. Each key is a regular expression that must match a whole
+# word of the dataset's source. FineWeb, FineWeb-Edu and FineWeb 2 are different datasets. The losses of the 124M model
+# on FineWeb (3.42) and on FineWeb-Edu (3.29) are often confused.
 VALIDATION_LOSS: dict[str, Published] = {
     "openwebtext": Published(_by_size(3.12, 2.84, 2.67, 2.54), "nanoGPT, README"),
     "fineweb(-10b|10B(-gpt2)?)?": Published(_by_size(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
@@ -85,7 +85,7 @@ def save_reference(directory: str | Path, model: str, results: dict[str, Any]) -
     The entries of other models do not change.
 
     Args:
-        results: "loss" in nats per token, "bits_per_byte", "tokens", and "tokenizer", the kind of these tokens.
+        results: "loss" in nats per token, "bits_per_byte", "tokens", and "tokenizer", the kind of the tokenizer.
     """
     path = Path(directory) / REFERENCE_FILE
     write_json(path, read_references(directory) | {model: results})
@@ -113,10 +113,10 @@ def published_losses(source: str) -> dict[str, float]:
 
 
 def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[tuple[str, float]]:
-    """Return (model, nats per token) for each loss to compare a run on this dataset with.
+    """Return the losses to compare a run on this dataset with, as pairs (model, nats per token).
 
-    These are the losses in the dataset's `reference.json` that were measured with the same tokenizer. If the released
-    124M model is not among them, its published loss is added if one is known.
+    These are the losses in the dataset's `reference.json` that were measured with the same tokenizer. If the tokenizer
+    is GPT-2's and the file has no entry for the released 124M model, its published loss is added, if one is known.
     """
     measured = read_references(directory)
     lines = [(name, float(results["loss"])) for name, results in measured.items() if results["tokenizer"] == tokenizer]

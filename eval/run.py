@@ -34,7 +34,7 @@ TASK_HELP = """tasks:
   loss                          loss as in training, on the validation split of --data DIR
 """
 
-OPTIONS_OF_TASKS = {  # options that other tasks do not read
+OPTIONS_OF_TASKS = {  # options that only these tasks read
     "data": ("perplexity", "loss"),
     "document_mask": ("loss",),
     "file": ("classify",),

@@ -1,4 +1,4 @@
-"""The tasks of `eval.run` by name. Each takes the command-line arguments and an evaluator, and returns metrics."""
+"""The tasks of `eval.run` by name. A task is a function of the arguments and an evaluator that returns metrics."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def run_choices(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Ta
         return make_questions(name, task.train_rows(), task.render)
 
     result = _answer_questions(args, evaluator, questions, train_questions, convention)
-    if not args.shots:  # the GPT-2 paper used no solved examples
+    if not args.shots:  # with --shots, results are not comparable to the GPT-2 paper
         result.convention = f"{task.convention_prefix}{result.convention}"
     return result
 
@@ -151,7 +151,7 @@ def run_lambada(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Ta
     """Evaluate `lambada` or `lambada_openai`."""
     texts = lambada.load_openai_passages() if name == "lambada_openai" else lambada.read_passages()
     words = lambada.score_last_words(texts[: args.limit], evaluator.tokenizer, evaluator.score)
-    # Only the correct word is scored. In the format of --examples it is choice 0; -1 means any other word.
+    # Only the correct word is scored. For --examples, this word is choice 0, and choice -1 stands for any other word.
     choices = [0 if correct else -1 for correct in words.correct]
     examples = [
         {"gold": 0, "choice": choice, "choice_norm": choice, "scores": [log_prob]}
@@ -190,8 +190,8 @@ def _slide(
 ) -> TaskResult:
     """Compute the perplexity of `tokens`. If given, `text` is the text of the tokens, and has `n_words` words.
 
-    The tokenizer of another model may drop text that it has no token for, or replace it by an unknown token. There is
-    then no figure per byte or per word, because it would count text that was not scored.
+    The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
+    There is then no metric per byte or per word, because the bytes and words would include text that was not scored.
     """
     block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
@@ -202,7 +202,7 @@ def _slide(
     elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
-        # With --limit only a part of the detokenized text is scored, and the corpus words in it cannot be counted.
+        # With --limit, only a part of the detokenized text is scored. How many words of the corpus it has is unknown.
         n_words = 0 if text is not None else sum(len(document.split()) for document in documents)
     else:
         n_bytes = len(text.encode())
@@ -221,7 +221,7 @@ def _report_dropped_text(evaluator: Evaluator) -> None:
 
 
 def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
-    """Split tokens at each end-of-text token."""
+    """Yield the tokens between the end-of-text tokens, which separate documents."""
     part: list[int] = []
     for token in tokens:
         if token == eot:
@@ -233,13 +233,13 @@ def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
 
 
 def _open_validation(directory: Path) -> tuple[Split, Tokenizer]:
-    """Open the validation split of a dataset, and load the tokenizer it was made with."""
+    """Open the validation split of a dataset, and load the tokenizer that the dataset was made with."""
     split = open_split(directory, "val")
     return split, load_tokenizer(directory if (directory / "tokenizer.json").is_file() else "gpt2")
 
 
 def _encode_split(split: Split, dataset_tokenizer: Tokenizer, tokenizer: Any, limit: int) -> list[int]:
-    """Read the first `limit` + 1 tokens of a split, and encode their text again if `tokenizer` is a different one."""
+    """Read the first `limit` + 1 tokens of a split, and encode their text again if `tokenizer` is not the dataset's."""
     read = np.empty(min(limit + 1, split.n_tokens), np.uint16)
     split.read(0, read)
     tokens: list[int] = read.tolist()

@@ -8,16 +8,16 @@ the two token by token.
     decode.py       generate
     sampling.py     greedy decoding and sampling, Gumbel-softmax samples
     beam_search.py  beam search and beam sampling
-    forward.py      what both loops share: the forward pass with a cache, the end of a row, recorded outputs
-    fixed_step.py   a step with fixed shapes, which CUDA replays as a graph
+    forward.py      code shared by sampling and beam search: cached forward pass, stop conditions, recorded outputs
+    fixed_step.py   a decoding step with fixed shapes, which CUDA can replay as a graph
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
-    packed.py       pack_weights: a layout of the weights that is faster to decode with
+    packed.py       pack_weights: a memory layout of the weights that makes decoding faster
     text.py         stream and generate_text: strings instead of token ids
     terminal.py     the work of sample.py: prompts in, text out
     interactive.py  sample.py --interactive
 
-Shapes in this package: N rows (the prompts times the sequences returned for each, or times the beams), T tokens in each
-row so far, including prompt and padding, V = vocab_size, B prompts, K beams per prompt.
+Sizes in the shapes of this package: B prompts; K beams for each prompt; N rows, which are B * num_return_sequences when
+sampling and B * K during beam search; T tokens in each row so far, including prompt and padding; V = vocab_size.
 """
 
 from generation.decode import generate

@@ -14,16 +14,21 @@ from generation.processors import make_processor
 from generation.sampling import draw
 from model import GPT
 
-IMPOSSIBLE = -1.0e9  # the score of a beam that must not be selected; finite, because scores are added and compared
+# The score of a beam that must not be selected. It is finite because it is multiplied by booleans, and -inf * 0 is NaN.
+IMPOSSIBLE = -1.0e9
 
 
 class Beams(NamedTuple):
-    """The same number of hypotheses for each of B prompts, sorted by score."""
+    """The same number of hypotheses for each of B prompts: K running or finished ones, or the candidates of a step.
 
-    scores: Tensor  # (B, K), sum of log-probabilities; if finished, divided by new tokens ** length_penalty
+    A hypothesis is a prompt with one continuation. Running and finished hypotheses are sorted by descending score.
+    """
+
+    # (B, K), the sum of log-probabilities. For finished hypotheses it is divided by new tokens ** length_penalty.
+    scores: Tensor
     ids: Tensor  # (B, K, prompt + max_new_tokens)
-    logprobs: Tensor  # (B, K, max_new_tokens), of each token under the unprocessed logits
-    origins: Tensor  # (B, K, max_new_tokens), the row that each token was chosen in; -1 where there is no token yet
+    logprobs: Tensor  # (B, K, max_new_tokens), log-probability of each new token, from the unprocessed logits
+    origins: Tensor  # (B, K, max_new_tokens), row (below B * K) that each token was chosen in; -1: no token yet
 
     @property
     def prompt_length(self) -> int:
@@ -41,11 +46,12 @@ class Beams(NamedTuple):
 
 @torch.no_grad()
 def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> GenerateOutput:
-    """Keep the num_beams most probable continuations of each prompt at every step; return the best finished ones.
+    """Keep the num_beams most probable continuations of each prompt at every step, and return the best finished ones.
 
     ids is (B, T), mask (B, T + max_new_tokens) or None. The rules are those of `_beam_search` in transformers. The
-    candidates of a step are all pairs of a beam and a next token. Candidates that end and are among the best num_beams
-    join the finished hypotheses. The best num_beams of the other candidates become the running beams.
+    candidates of a step are all pairs of a running beam and a next token. Candidates that end and are among the best
+    num_beams candidates join the finished hypotheses. The best num_beams candidates that do not end become the running
+    beams.
     """
     (n_prompts, prompt_length), K = ids.shape, options.num_beams
     length = prompt_length + options.max_new_tokens
@@ -82,16 +88,18 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
 
 
 def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
-    """Return the beams before the first step: the running ones, of which only the first counts, and the finished ones.
+    """Return the running and the finished beams before the first step.
 
-    There are no finished hypotheses yet: their scores are IMPOSSIBLE.
+    The running beams of a prompt are equal, so all but the first have the score IMPOSSIBLE. There are no finished
+    hypotheses yet, so all finished beams have the score IMPOSSIBLE.
     """
     n_prompts, K = len(ids), options.num_beams
     fill = options.eos[0] if options.eos else 0
     blank = torch.zeros(n_prompts, K, options.max_new_tokens, device=ids.device)
     padded = F.pad(ids, (0, options.max_new_tokens), value=fill)[:, None].expand(-1, K, -1)
     finished = Beams(torch.full((n_prompts, K), IMPOSSIBLE, device=ids.device), padded, blank, blank.long() - 1)
-    # All beams of a prompt are equal, so the first step must select all its candidates from one of them.
+    # Only the first beam has the score 0. The first step then selects all its candidates from this beam. If it selected
+    # candidates from several equal beams, the candidates would be equal too.
     running = finished._replace(scores=finished.scores.index_fill(1, ids.new_tensor([0]), 0.0))
     return running, finished
 
@@ -99,14 +107,16 @@ def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
 def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: GenerationOptions) -> Beams:
     """Return the candidates of a step: the best (or sampled) pairs of a running beam and a next token.
 
-    scores and logprobs are (B * K, V), processed and unprocessed; new is the number of new tokens in each beam.
+    scores (processed) and logprobs (unprocessed) are (B * K, V). new is the number of new tokens that each running beam
+    already has.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
-    # For each end-of-text id, K candidates may end in this step. With K more, there are always K that continue.
+    # Each eos token ends at most K candidates, one for each beam. K more candidates do not end with an eos token.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
-        # With Gumbel noise, n_candidates can be drawn even if fewer tokens are allowed. torch.multinomial cannot do so.
+        # With Gumbel noise, n_candidates can be drawn even if fewer have a nonzero probability. torch.multinomial does
+        # not support this.
         chosen = draw(totals, n_candidates, options.generator, gumbel=True)
     else:
         chosen = totals.topk(n_candidates).indices
@@ -120,14 +130,14 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
 
 
 def is_full(finished: Beams) -> Tensor:
-    """Return (B, 1) booleans: whether a prompt has num_beams finished hypotheses."""
+    """Return (B, 1) booleans, True for each prompt that has num_beams finished hypotheses."""
     return (finished.scores > IMPOSSIBLE / 2).all(dim=1, keepdim=True)
 
 
 def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int, options: GenerationOptions) -> Beams:
-    """Return the best num_beams of the finished hypotheses and of the candidates that end now.
+    """Return the best num_beams hypotheses among the finished ones and the candidates that end in this step.
 
-    ended is (B, n_candidates), length the number of new tokens of the candidates.
+    ended is (B, n_candidates), True for the candidates that end. length is the number of new tokens of the candidates.
     """
     K = options.num_beams
     may_finish = ended & ~(is_full(finished) & (options.early_stopping is True))
@@ -138,7 +148,11 @@ def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int,
 
 
 def can_improve(running: Beams, finished: Beams, length: int, options: GenerationOptions) -> Tensor:
-    """Return (B, 1) booleans, True where the best running beam can still exceed the worst finished hypothesis."""
+    """Return (B, 1) booleans, True for each prompt whose running beams can still improve its finished hypotheses.
+
+    This is so if fewer than num_beams hypotheses are finished, or if the best running beam can score higher than the
+    worst finished hypothesis.
+    """
     at_full_length = options.early_stopping == "never" and options.length_penalty > 0
     final_length = options.max_new_tokens if at_full_length else length
     best_possible = running.scores[:, :1] / final_length**options.length_penalty
@@ -146,7 +160,7 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
 
 
 def best_results(finished: Beams, records: dict[str, Any], options: GenerationOptions) -> GenerateOutput:
-    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the longest of them."""
+    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the longest one."""
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
     lengths = (best.origins >= 0).sum(dim=1)
     undivided = best.scores * lengths.clamp(min=1) ** options.length_penalty  # the sum of log-probabilities

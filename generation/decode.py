@@ -23,7 +23,7 @@ R = TypeVar("R")
 def generate_with_options(
     model: GPT, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, options: GenerationOptions
 ) -> Tensor | GenerateOutput:
-    """`generate` with its options in one object."""
+    """Continue prompts as `generate` does, with its options in one object."""
     ids, mask = prepare_prompts(model, input_ids, attention_mask, options)
     if options.num_beams == 1:
         return sample(model, ids, mask, options)
@@ -34,7 +34,7 @@ def generate_with_options(
 def collects_options(implementation: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a function without a body, whose signature and docstring describe the options.
 
-    The decorated function makes a GenerationOptions of its keyword arguments, which checks them, and calls
+    The decorated function makes a GenerationOptions, which checks the keyword arguments, and passes it to
     `implementation`.
     """
 
@@ -94,21 +94,23 @@ def generate(  # type: ignore[empty-body]
         min_p: keep the tokens that are at least p times as probable as the most probable one.
         num_beams: number of beams of each prompt. Hypotheses are compared by
             log-probability / (new tokens ** length_penalty).
-        early_stopping: when the search for a prompt ends. True: when num_beams hypotheses are finished. False: when, in
-            addition, no running beam scores higher at its present length than the worst finished hypothesis. "never":
-            when no running beam can score higher even at full length.
-        repetition_penalty: divide positive scores of earlier tokens by it, multiply negative ones. The prompt counts.
-        no_repeat_ngram_size: n > 0 bans tokens that would repeat an n-gram. The prompt counts.
+        early_stopping: the condition that ends the search for a prompt after num_beams hypotheses are finished. True:
+            no other condition. False: no running beam, at its present length, scores higher than the worst finished
+            hypothesis. "never": no running beam could score higher, even with max_new_tokens tokens.
+        repetition_penalty: for tokens that the row already contains, including its prompt, divide positive scores by
+            this number and multiply negative scores by it.
+        no_repeat_ngram_size: if n > 0, ban tokens that would repeat an n-gram of the row, including its prompt.
         bad_words_ids: token sequences that must not be generated.
-        min_new_tokens: ban eos before this number of new tokens.
+        min_new_tokens: ban the eos tokens until a row has this number of new tokens.
         stop_strings: strings that end a row when they appear in its text. They need `tokenizer`.
         num_return_sequences: number of results for each prompt. They are adjacent rows.
-        gumbel: sample with the Gumbel-max trick. The draws are different, the distribution is the same.
+        gumbel: sample with the Gumbel-max trick. The distribution stays the same, but the same seed gives other tokens.
         sliding: allow more tokens than block_size. The model then sees the last block_size tokens.
-        eos_token_id: the token or tokens that end a row. The first one fills the rest of the row. None means that only
-            max_new_tokens ends a row or, with stop_strings, that the tokenizer's end-of-text does too.
-        generator: one generator for all rows, or one for each of the B * num_return_sequences rows (in beam search: of
-            the B prompts), so that a row does not depend on the other rows. On the model's device.
+        eos_token_id: the token or tokens that end a row. The first one fills the rest of the row. None means the
+            tokenizer's end-of-text if there are stop_strings, and no token otherwise.
+        generator: one generator for all rows, or one for each of the B * num_return_sequences rows (in beam search, for
+            each of the B prompts). With one for each, a row does not depend on the other rows. Generators must be on
+            the model's device.
         logits_processor: a function or functions (ids, scores) -> scores, called after the other processors and before
             temperature.
         return_dict: return a GenerateOutput, which holds the tensors requested by output_logits, output_scores,

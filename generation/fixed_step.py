@@ -1,9 +1,9 @@
 """A decoding step with fixed shapes, which CUDA can replay as a graph.
 
-The host needs longer to queue the nearly 200 small operations of a step than a GPU needs to run them. A CUDA graph
-queues all of them with one call. It repeats the same operations at the same addresses, so no shape and no argument may
-change from step to step: the device holds the position of the new token, and attention covers the whole cache, with a
-mask over the part that is not filled yet.
+A step consists of nearly 200 small operations. The host needs longer to queue them than a GPU needs to run them. A CUDA
+graph queues all of them with one call. The graph repeats the same operations at the same memory addresses, so no shape
+and no argument may change from step to step. Therefore the position of the new token is a tensor on the device, and
+attention covers the whole cache, with a mask that hides the part that is not filled yet.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from model import GPT, KVCache
 
 
 class FixedLayerCache(NamedTuple):
-    """One layer of a KVCache. It takes the place of `model.LayerCache`, whose lengths are numbers on the host."""
+    """One layer of a KVCache, with the current length in a tensor on the device.
+
+    It replaces `model.LayerCache`, which has its lengths as numbers on the host. A CUDA graph would repeat the same
+    numbers in every step.
+    """
 
     keys: Tensor  # (N, H, max_length, D)
     values: Tensor
-    position: Tensor  # (1,), where the next key and value belong
+    position: Tensor  # (1,), index at which the next key and value are written
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (N, H, 1, D) at the position, and return the whole cache, (N, H, max_length, D)."""
@@ -37,8 +41,8 @@ class FixedStep:
     """A step that reads one more token of each row. Its state is in tensors that keep their shapes and addresses.
 
     With `capture`, the first call runs the operations one by one, which also warms up the libraries. The second call
-    captures them as a CUDA graph, and replays it; later calls replay it. If capturing fails, all calls are like the
-    first one.
+    captures the operations as a CUDA graph and replays the graph. Later calls only replay it. If capturing fails, all
+    calls run the operations one by one.
     """
 
     def __init__(
@@ -61,14 +65,15 @@ class FixedStep:
         read = torch.ones(rows, past, dtype=torch.bool, device=device) if mask is None else mask[:, :past].bool()
         # Padding does not count: the position of the new token is the number of real tokens before it.
         self.position_ids = read.sum(dim=1, keepdim=True)  # (N, 1)
-        # 0 and -inf, which are added to the scores. Attention would convert a mask of booleans to them in every layer.
+        # The mask holds 0 and -inf, which attention adds to its scores. A mask of booleans would be converted to these
+        # numbers in every layer.
         enabled = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if enabled else weight.dtype
         self.mask = torch.full((rows, 1, 1, cache.max_length), float("-inf"), dtype=dtype, device=device)
         self.mask[:, 0, 0, :past].masked_fill_(read, 0.0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the logits (N, V) of the token after `tokens` (N, 1), and add these to the cache."""
+        """Add `tokens` (N, 1) to the cache, and return the logits (N, V) of the token after them."""
         self.tokens.copy_(tokens)
         if self.capture and self.warm and self.graph is None:
             self._capture()
@@ -105,12 +110,12 @@ class FixedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for capturing: the same one for all calls, because cuBLAS keeps memory for each stream."""
+    """Return the stream for capturing. All calls return the same one, because cuBLAS keeps memory for each stream."""
     return torch.cuda.Stream(device)
 
 
 def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
-    """Call `run` on the capture stream: after the work of the current stream, which then waits for it."""
+    """Call `run` on the capture stream, after the current stream's work. The current stream then waits for `run`."""
     stream, current = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -119,10 +124,11 @@ def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
 
 
 def capture_graph(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Return the operations that `run` queues as a CUDA graph. Raises RuntimeError if one of them cannot be captured.
+    """Return a CUDA graph of the operations that `run` queues. Raises RuntimeError if one of them cannot be captured.
 
-    `torch.cuda.graph` would also empty the allocator's cache, which training needs again at once. The capture allows
-    other threads to use CUDA meanwhile: the loader pins memory, and NCCL queries its events.
+    `torch.cuda.graph` is not used here, because it would also empty the memory allocator's cache, and training would
+    have to fill it again. During the capture, other threads may use CUDA: the loader pins memory, and NCCL queries its
+    events.
     """
     graph = torch.cuda.CUDAGraph()
 

@@ -1,4 +1,4 @@
-"""What sampling and beam search share: the cached forward pass, stop conditions, and recorded outputs."""
+"""Code shared by sampling and beam search: the cached forward pass, stop conditions, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from generation.fixed_step import FixedStep
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
 
-MIN_GRAPH_TOKENS = 8  # for fewer, capturing a CUDA graph would probably take longer than it saves
+MIN_GRAPH_TOKENS = 8  # for fewer new tokens, capturing a CUDA graph would probably take longer than it saves
 
 
 def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     """Return whether single tokens are read by a `FixedStep`, which needs CUDA and returns only logits.
 
-    A FixedStep cannot compute attention window or lsh, because its mask is that of full attention. It cannot use
-    weights that FSDP has sharded, because FSDP gathers them only in a forward pass through the whole model.
+    A FixedStep supports only `attention="full"`, because its mask is that of full attention. It cannot use weights that
+    FSDP has sharded, because FSDP gathers the weights only in a forward pass through the whole model.
     """
     weight = model.transformer.wte.weight
     outputs = options.output_hidden_states or options.output_attentions
@@ -33,9 +33,9 @@ def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
 class CachedForward:
     """The model's forward pass over growing rows: it reads only the new tokens, and the cache holds the earlier ones.
 
-    Beyond block_size the model sees the last block_size tokens. Because GPT-2's positions are learned and absolute,
-    each token that moves to another position gets other keys and values. The cache is then useless, and each step reads
-    all block_size tokens again.
+    If rows are longer than block_size, the model sees only their last block_size tokens, and each step moves these
+    tokens by one position. GPT-2's position embeddings are learned and absolute, so a token has other keys and values
+    at another position. The cache is then useless, and each step reads all block_size tokens again.
     """
 
     def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> None:
@@ -43,7 +43,7 @@ class CachedForward:
         length = ids.size(1) + options.max_new_tokens - 1  # the last token is never read
         self.fixed = uses_fixed_step(model, options)
         if self.fixed:
-            length = -(-length // 8) * 8  # CUDA's kernels copy a mask whose rows are not a multiple of 16 bytes
+            length = -(-length // 8) * 8  # CUDA's attention would copy a mask whose rows are not a multiple of 16 bytes
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
         self.fixed_step: FixedStep | None = None
         self.head = model._modules.get("decoding_head")  # exists after pack_weights
@@ -52,7 +52,8 @@ class CachedForward:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
-        If the tokenizer is known and has fewer tokens than the model, V is its size: other ids have no text.
+        V is the model's vocab_size, or the tokenizer's if a tokenizer is given and its vocab_size is smaller: the other
+        ids have no text.
 
         Raises:
             ValueError: the logits of the first call are NaN.
@@ -64,7 +65,7 @@ class CachedForward:
             logits, output = self._read_one(ids[:, -1:]), GPTOutput(cache=self.cache)
         else:
             logits, output = self._read(ids, first)
-        if not self.checked and logits.isnan().any():  # checked once, because the check waits for the device
+        if not self.checked and logits.isnan().any():  # only once: the host waits for the result
             raise ValueError(
                 "the model's logits are NaN: its weights are damaged or overflow in this dtype. Use another "
                 "checkpoint or float32"
@@ -73,7 +74,10 @@ class CachedForward:
         return logits[:, : self.options.n_choices(logits.size(1))], output
 
     def _read(self, ids: Tensor, first: int) -> tuple[Tensor, GPTOutput]:
-        """Return the logits (N, V) after ids (N, T), of which the model sees those from `first` on, and its output."""
+        """Return the logits (N, V) of the token after ids (N, T), and the model's output.
+
+        The model sees the ids from index `first` on, and reads those that the cache does not hold yet.
+        """
         output = self.model(
             ids[:, first + self.cache.length :],
             attention_mask=None if self.mask is None else self.mask[:, first : ids.size(1)],
@@ -87,7 +91,7 @@ class CachedForward:
         return logits, output
 
     def _read_one(self, tokens: Tensor) -> Tensor:
-        """Return the logits (N, V) after tokens (N, 1), which the cache does not hold yet."""
+        """Add `tokens` (N, 1) to the cache, and return the logits (N, V) of the token after them."""
         if self.fixed_step is None:
             weight = self.model.transformer.wte.weight
             head = self.head or (lambda x: F.linear(x, weight).float())
@@ -111,10 +115,11 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether the last token completes a stop string. The token's text may continue after the stop string.
 
-    The text begins after the last end-of-text token before the last token, because end-of-text itself is not text. An
-    empty prompt, for example, consists of it.
+    An end-of-text token is not part of the text; an empty prompt, for example, consists of one. So the search begins
+    after the last end-of-text token, without counting the last token of `ids`.
     """
-    tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]  # each token has at least one byte
+    # A stop string of n bytes spans at most n tokens, because each token has at least one byte.
+    tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]
     tail = tail[max((i + 1 for i, token in enumerate(tail[:-1]) if token == tokenizer.eot), default=0) :]
     text, before = tokenizer.decode(tail), tokenizer.decode(tail[:-1]).rstrip("\ufffd")
     ends = [text.rfind(stop) + len(stop) for stop in stop_strings if stop in text]
@@ -122,12 +127,12 @@ def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], token
 
 
 def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> Tensor:
-    """Return (N,) booleans: whether the last token of each row of ids (N, T) ends the row.
+    """Return (N,) booleans, True for each row of ids (N, T) whose last token ends the row.
 
-    mask is (N, T) or longer, 0 for padding, or None. Stop strings are not searched in the text of padding.
+    mask is (N, T) or longer, 0 for padding, or None. Padding is not searched for stop strings.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # one by one: to copy a tensor of them to the device, the host would have to wait
+    for token in options.eos:  # one by one, because the host would have to wait to copy them to the device as a tensor
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

@@ -30,9 +30,9 @@ The arrow keys bring back earlier lines. Ctrl-C stops an answer; at the prompt, 
 class Setting(NamedTuple):
     """A setting that a command can change."""
 
-    convert: Callable[[str], float]  # from what the user types; raises ValueError
+    convert: Callable[[str], float]  # converts what the user types; raises ValueError if this is not a number
     is_possible: Callable[[float], bool]
-    expected: str  # what is possible, for messages
+    expected: str  # the possible values, in words, for error messages
 
 
 SETTINGS = {
@@ -47,7 +47,7 @@ SETTINGS = {
 
 def run(args: argparse.Namespace) -> None:
     """Load the model that the arguments of sample.py select, and continue prompts from the terminal."""
-    with contextlib.suppress(ImportError):  # Windows lacks it; importing it gives input() line editing and a history
+    with contextlib.suppress(ImportError):  # not on Windows; the import gives input() line editing and a history
         import readline  # noqa: F401
     model, tokenizer, name, size = load(args)
     print(f"{name}: {size}")
@@ -66,7 +66,7 @@ class Session:
         self.seed, self.last_text = first_seed(args), ""
 
     def run(self) -> None:
-        """Ask for lines until end of file or `:quit`. For an impossible prompt, print the error and ask again."""
+        """Ask for lines until end of file or `:quit`. If a line is invalid, print the error and ask again."""
         while True:
             try:
                 line = input("> ")
@@ -82,7 +82,7 @@ class Session:
                     self.answer(line)
             except ValueError as error:
                 print(error, file=sys.stderr)
-            except KeyboardInterrupt:  # during an answer; at the prompt it ends the program
+            except KeyboardInterrupt:  # Ctrl-C during an answer; at the prompt, it ends the program
                 print()
 
     def answer(self, prompt: str) -> None:
@@ -111,7 +111,7 @@ class Session:
     def change(self, name: str, value: str) -> None:
         """Change a setting. Raises ValueError, and changes nothing, if the value is impossible.
 
-        Setting temperature, top_k or top_p selects sampling, or greedy decoding while the temperature is 0.
+        After a change of temperature, top_k or top_p, decoding is greedy if the temperature is 0, otherwise sampling.
         """
         setting, before, vocab_size = SETTINGS[name], dict(vars(self.args)), self.model.config.vocab_size
         line = f":{name.replace('_', '-')} {value}".strip()

@@ -1,4 +1,4 @@
-"""What `generate` takes and returns."""
+"""The options and the result of `generate`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class GenerationOptions:
             raise ValueError("stop_strings contain an empty string, which would end every text at once: remove it")
 
     def n_choices(self, vocab_size: int) -> int:
-        """Return how many tokens may be chosen: the smaller of the model's `vocab_size` and the tokenizer's."""
+        """Return how many token ids may be chosen: the smaller of the model's `vocab_size` and the tokenizer's."""
         return vocab_size if self.tokenizer is None else min(vocab_size, self.tokenizer.vocab_size)
 
     def check_token_ids(self, vocab_size: int) -> None:
@@ -101,7 +101,7 @@ class GenerationOptions:
 
     @property
     def eos(self) -> list[int]:
-        """The tokens that end a row. The first of them fills the rest of the row."""
+        """The tokens that end a row. The first of these tokens fills the rest of the row."""
         if self.eos_token_id is None:
             return [self.tokenizer.eot] if self.stop_strings and self.tokenizer else []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
@@ -111,11 +111,11 @@ class GenerateOutput(NamedTuple):
     """The result of `generate` with return_dict=True. Outputs that were not requested are None. S = number of steps."""
 
     sequences: Tensor  # (N, prompt + S); filled with eos after the end of a row
-    logprobs: Tensor  # (N, S), of the chosen tokens under the unprocessed logits; 0 after the end of a row
-    sequences_scores: Tensor  # (N,), sum of logprobs (beam search: of scores) / new tokens ** length_penalty
-    lengths: Tensor  # (N,), new tokens of each row, including the token that ended it
-    logits: list[Tensor] | None = None  # S of (N, V), float32, unprocessed
-    scores: list[Tensor] | None = None  # S of (N, V), processed logits; in beam search, log-probabilities
-    hidden_states: list[tuple[Tensor, ...]] | None = None  # S of n_layer + 1 tensors; step 0 covers the whole prompt
-    attentions: list[tuple[Tensor, ...]] | None = None  # S of n_layer tensors
-    beam_indices: Tensor | None = None  # (N, S), the row of `scores` that each token was chosen from; -1 after the end
+    logprobs: Tensor  # (N, S), log-probability of each new token, from the unprocessed logits; 0 after the end of a row
+    sequences_scores: Tensor  # (N,), (sum of logprobs; beam search: of scores) / new tokens ** length_penalty
+    lengths: Tensor  # (N,), number of new tokens of each row, including the token that ended it
+    logits: list[Tensor] | None = None  # S tensors (N, V), float32, unprocessed
+    scores: list[Tensor] | None = None  # S tensors (N, V), processed logits; beam search: log-probabilities
+    hidden_states: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer + 1 tensors; step 0: whole prompt
+    attentions: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer tensors
+    beam_indices: Tensor | None = None  # (N, S), row of `scores` that each token was chosen from; -1 after the end

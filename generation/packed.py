@@ -1,4 +1,7 @@
-"""Store a model's weights in a layout that makes decoding faster: there, each matrix multiplies only a few rows."""
+"""Store a model's weights in a layout that makes decoding faster.
+
+In decoding, a weight matrix multiplies only a few rows at a time, so converting it to this layout each time is slow.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from model import GPT
 class PackedLinear(nn.Module):
     """Compute x Wᵀ + b on a CPU, with W stored in the memory layout that oneDNN's kernels read.
 
-    F.linear converts W to this layout again for every token.
+    F.linear would convert W to this layout again for every token.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -31,8 +34,8 @@ class PackedLinear(nn.Module):
 class DecodingHead(nn.Module):
     """Compute float32 logits (N, V) from hidden states (N, C), with a matrix product in the dtype of the weights.
 
-    Below float32 the product uses the head minus its mean row (`centered_head` explains why), and the logits that
-    belong to the mean row are added in float32.
+    If the dtype is less precise than float32, the product uses the head minus its mean row (`centered_head` explains
+    why). The logit that belongs to the mean row, one number for each row of x, is then added in float32.
     """
 
     def __init__(self, weight: Tensor, *, pack: bool) -> None:

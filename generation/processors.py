@@ -15,8 +15,8 @@ BANNED = -inf  # the score of a token that must not be chosen
 
 
 def penalize_repetition(ids: Tensor, scores: Tensor, penalty: float) -> Tensor:
-    """Divide the positive scores of tokens that occur in ids by `penalty`, multiply the negative ones by it (Keskar et
-    al. 2019, CTRL, section 4.1)."""
+    """Divide the positive scores of tokens that occur in ids by `penalty`, and multiply their negative scores by
+    `penalty` (Keskar et al. 2019, CTRL, section 4.1)."""
     seen = _tokens_to_mask(ids, scores)
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
@@ -26,7 +26,8 @@ def ban_repeated_ngrams(ids: Tensor, scores: Tensor, n: int) -> Tensor:
     if ids.size(1) < n:
         return scores
     ngrams = ids.unfold(1, n, 1)  # (N, T - n + 1, n)
-    repeats = (ngrams[:, :, :-1] == ids[:, None, ids.size(1) - n + 1 :]).all(dim=-1)  # starts like the row's end
+    # True for each n-gram whose first n - 1 tokens are the last n - 1 tokens of the row.
+    repeats = (ngrams[:, :, :-1] == ids[:, None, ids.size(1) - n + 1 :]).all(dim=-1)
     return scores.masked_fill(_tokens_to_mask(ngrams[:, :, -1].masked_fill(~repeats, -1), scores), BANNED)
 
 
@@ -41,14 +42,14 @@ def ban_words(ids: Tensor, scores: Tensor, words: Sequence[Sequence[int]]) -> Te
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """Ban all tokens except the k with the highest scores and those equal to the k-th (Fan et al. 2018)."""
+    """Ban all tokens whose score is lower than the k-th highest score (Fan et al. 2018)."""
     return scores.masked_fill(scores < scores.topk(min(k, scores.size(1))).values[:, -1:], BANNED)
 
 
 def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
-    """Keep the smallest set of most probable tokens whose probabilities sum to at least p, ban the rest (nucleus
-    sampling, Holtzman et al. 2020). The sum starts at the least probable token, as in transformers, so that the results
-    are equal bit for bit."""
+    """Keep the smallest set of most probable tokens whose probabilities sum to at least p, and ban the other tokens
+    (nucleus sampling, Holtzman et al. 2020). The sum starts at the least probable token, as in transformers, so that
+    the results equal those of transformers bit for bit."""
     ascending, order = scores.sort()
     banned = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     banned[:, -min_tokens_to_keep:] = False
@@ -56,7 +57,7 @@ def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
 
 
 def keep_min_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
-    """Ban tokens that are less probable than p times the most probable one (Nguyen et al. 2024)."""
+    """Ban tokens whose probability is less than p times that of the most probable token (Nguyen et al. 2024)."""
     probabilities = scores.softmax(dim=-1)
     banned = probabilities < p * probabilities.amax(dim=-1, keepdim=True)
     most_probable = probabilities.topk(min(min_tokens_to_keep, scores.size(1))).indices
@@ -72,7 +73,7 @@ def _tokens_to_mask(tokens: Tensor, scores: Tensor) -> Tensor:
 def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor | None) -> Processor:
     """Combine all processors that the options request, in the order of transformers.
 
-    prompt_length counts padding. mask is (N, prompt + new tokens), 0 for padding, or None.
+    prompt_length includes padding. mask is (N, prompt + new tokens), 0 for padding, or None.
     """
     history_processors: list[Processor] = []
     if options.repetition_penalty != 1:
@@ -87,13 +88,13 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
     warpers = make_warpers(options)
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
-        # Padding does not count as a token, so a padded row gets the same scores as it would get alone.
+        # -1 replaces padding, because no token is equal to -1. So a row gets the same scores as without padding.
         history = ids if mask is None or not history_processors else ids.masked_fill(mask[:, : ids.size(1)] == 0, -1)
         for processor in history_processors:
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
             scores = scores.clone()
-            for token in options.eos:  # one by one: to copy a tensor of them to the device, the host would have to wait
+            for token in options.eos:  # one by one, because the host would have to wait to copy them as a tensor
                 scores[:, token] = BANNED
         for processor in custom:
             scores = processor(ids, scores)
@@ -105,9 +106,9 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
 
 
 def make_warpers(options: GenerationOptions) -> list[Callable[[Tensor], Tensor]]:
-    """Return the functions of scores (N, V) that shape the distribution to sample from, in transformers' order."""
+    """Return the functions of scores (N, V) that change the distribution to sample from, in transformers' order."""
     warpers: list[Callable[[Tensor], Tensor]] = []
-    # Beam search keeps more tokens than the ones that end a beam, so that each beam can continue.
+    # Beam search keeps at least one token more than there are eos tokens, so that each beam can continue.
     min_tokens_to_keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos))
     if options.temperature != 1:
         warpers.append(lambda scores: scores / options.temperature)

@@ -13,7 +13,7 @@ from model import GPT
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Return the token ids of a prompt. An empty one becomes end-of-text, which precedes documents in training."""
+    """Return the token ids of a prompt. An empty prompt becomes end-of-text, which precedes documents in training."""
     return (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [tokenizer.eot]
 
 
@@ -32,10 +32,10 @@ def left_pad(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, T
 def prepare_prompts(
     model: GPT, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, options: GenerationOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Check a request against the model, once, and return its first batch.
+    """Check whether the model can process a request, and return the batch that decoding starts with.
 
     Returns:
-        ids: (N, T), on the model's device. When sampling, each prompt has num_return_sequences adjacent rows.
+        ids: (N, T), on the model's device. Each prompt has num_return_sequences adjacent rows, or in beam search one.
         mask: (N, T + max_new_tokens), or None if no prompt is padded.
 
     Raises:

@@ -14,14 +14,14 @@ from generation.options import GenerateOutput, GenerationOptions
 from generation.processors import BANNED, make_processor
 from model import GPT, GPTOutput
 
-# On a GPU, the host queues this many steps before it waits to see whether all rows have ended.
+# On a GPU, the host queues this many steps before it waits for the GPU to check whether all rows have ended.
 STEPS_BETWEEN_CHECKS = 16
 
 
 def gumbel_noise(like: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
     """Return independent samples of Gumbel(0, 1), computed as -log E with E ~ Exp(1), in the shape (N, V) of `like`.
 
-    generator is one for all rows, or a sequence with one for each row.
+    `generator` is one generator for all rows, or a sequence with one for each row.
     """
     if isinstance(generator, Sequence):
         return torch.cat([gumbel_noise(row[None], one) for row, one in zip(like, generator, strict=True)])
@@ -31,7 +31,7 @@ def gumbel_noise(like: Tensor, generator: Generator | Sequence[Generator] | None
 def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] | None, gumbel: bool = False) -> Tensor:
     """Sample `count` different tokens of each row from softmax(scores), in the order drawn: (N, V) -> (N, count).
 
-    With `gumbel`, the tokens with the highest scores + Gumbel noise are taken. This has the same distribution (Maddison
+    With `gumbel`, the tokens with the highest scores + Gumbel noise are taken. Their distribution is the same (Maddison
     et al. 2014), also for several draws without replacement (Kool et al. 2019).
     """
     if gumbel:
@@ -46,22 +46,22 @@ def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] 
 
 
 def draw_without_waiting(probabilities: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Return what `torch.multinomial` without replacement returns, computed in the same way: (N, V) -> (N, count).
+    """Sample without replacement, (N, V) -> (N, count), with the same computation and result as `torch.multinomial`.
 
-    multinomial also checks the probabilities, and the host waits for a GPU until the result of the check is known.
+    `torch.multinomial` also checks the probabilities, and the host has to wait for the GPU to know the result.
     """
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / noise).topk(count).indices
 
 
 class Step(NamedTuple):
-    """One new token for each row, and the tensors that it was chosen from."""
+    """One new token for each row, and the tensors that the tokens were chosen from."""
 
     tokens: Tensor  # (N,)
     logits: Tensor  # (N, V), unprocessed
     scores: Tensor  # (N, V), processed
     output: GPTOutput
-    running: Tensor  # (N,) booleans: the row had not ended before this token
+    running: Tensor  # (N,) booleans, True for each row that had not ended before this token
     is_last: bool
 
 
@@ -72,7 +72,7 @@ def sample_steps(
     """Continue ids (N, T) greedily or by sampling, and yield each step as soon as its tokens are chosen.
 
     mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. The function checks only after every
-    `check_every` steps whether all rows have ended, so the last steps may have no running row.
+    `check_every` steps whether all rows have ended, so in the last steps yielded all rows may already have ended.
     """
     rows, prompt_length = ids.shape
     length = prompt_length + options.max_new_tokens
@@ -87,7 +87,7 @@ def sample_steps(
         if may_ban_all and (scores[running] == BANNED).all(dim=-1).any():
             raise ValueError(f"no token is left to choose at position {t}: all are banned")
         if options.do_sample:
-            # All tokens of a row that has ended may be banned, and drawing from such a row would be an error.
+            # If a row has ended, all its tokens may be banned. Drawing would then be an error, so its scores become 0.
             choices = scores.masked_fill(~running[:, None], 0.0) if may_ban_all else scores
             tokens = draw(choices, 1, options.generator, options.gumbel)[:, 0]
         else:
@@ -106,7 +106,10 @@ def sample_steps(
 
 
 def steps_between_checks(device: torch.device, options: GenerationOptions) -> int:
-    """Return after how many steps to check whether all rows have ended. Stop strings need a check after each step."""
+    """Return after how many steps to check whether all rows have ended.
+
+    With stop strings, the host waits for the GPU in each step anyway, so it also checks after each step.
+    """
     return STEPS_BETWEEN_CHECKS if device.type == "cuda" and not options.stop_strings else 1
 
 
@@ -123,7 +126,7 @@ def sample(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOpti
             record(records, step.logits, step.scores, step.output)
             logprob = -F.cross_entropy(step.logits, step.tokens, reduction="none")
             logprobs.append(logprob.where(step.running, 0.0))
-    steps = int(lengths.max())  # there may be more, in which no row was running
+    steps = int(lengths.max())  # there may be more steps, in which all rows had ended
     sequences = torch.cat((ids, torch.stack(tokens[:steps], dim=1)), dim=1)
     if not options.return_dict:
         return sequences
@@ -143,15 +146,15 @@ def gumbel_softmax(
     hard: bool = False,
     generator: Generator | Sequence[Generator] | None = None,
 ) -> Tensor:
-    """Draw relaxed samples that gradients flow through: softmax((logits + Gumbel noise) / temperature).
+    """Draw relaxed samples that gradients can flow through: softmax((logits + Gumbel noise) / temperature).
 
-    The input of the next step is the mixture of token embeddings that has the sample as its weights (Jang et al. 2017;
+    The input of the next step is the mean of all token embeddings, weighted by the sample (Jang et al. 2017;
     GumbelSoftmaxEmbeddingHelper in Texar). Each step reads all tokens again, because no gradient flows through a cache.
 
     Args:
         input_ids, attention_mask: (B, T), padded on the left.
         hard: return one-hot samples, with the gradient of the soft samples (straight-through estimator).
-        generator: one for all rows, or a sequence with one for each row.
+        generator: one generator for all rows, or a sequence with one for each row.
 
     Returns:
         (B, max_new_tokens, V). Each row of V numbers sums to 1.

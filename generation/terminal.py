@@ -62,7 +62,7 @@ def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, str]:
     device = find_device(args.device, "--device")
     dtype = find_dtype(args.dtype, device, decoding=True)
     model, tokenizer, name = load_model(args.model, checkpoint=args.checkpoint, dtype=dtype, device=device)
-    # pack_weights replaces modules, so the parameters are counted before.
+    # The parameters are counted before pack_weights, because packed weights are not parameters.
     size = f"{model.num_parameters():,} parameters, sees up to {model.config.block_size:,} tokens"
     pack_weights(model)
     return model, tokenizer, name, size
@@ -84,9 +84,9 @@ def find_prompts(args: argparse.Namespace) -> list[str]:
         return [args.prompt]
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # closed, or replaced by a test or another program
+    except (AttributeError, OSError, ValueError):  # stdin is closed, or a test or another program replaced it
         return [""]
-    if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):  # a terminal or /dev/null
+    if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):  # stdin is a terminal or /dev/null
         return [""]
     return [sys.stdin.read().removesuffix("\n")]
 
@@ -138,7 +138,7 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
 def printable(text: str) -> str:
     """Return text for the standard output: on a terminal, control characters are replaced by escapes, such as \\x1b.
 
-    A model or a file of prompts could otherwise move the cursor, or change the title and the colors of the terminal.
+    Otherwise, text from a model or a file could move the cursor, or change the title and the colors of the terminal.
     """
     if not sys.stdout.isatty():
         return text
@@ -174,7 +174,7 @@ def complete(
     args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str], seed: int, options: dict[str, Any]
 ) -> list[Completion]:
     """Return all samples of all prompts. On a terminal, show a progress bar if there are several batches."""
-    if args.num_beams == 1:  # each sample is a prompt of its own, so that the batch size limits the number of samples
+    if args.num_beams == 1:  # one prompt for each sample, so that a batch has at most batch_size samples
         prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     hide = True if len(prompts) <= args.batch_size else None  # None hides the bar if stderr is not a terminal
     with tqdm(total=len(prompts), disable=hide, unit="prompt", leave=False) as bar:

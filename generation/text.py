@@ -28,14 +28,15 @@ class StreamedToken(NamedTuple):
 def stream(
     model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], *, max_new_tokens: int, **options: Any
 ) -> Iterator[StreamedToken]:
-    """Continue one prompt and yield each new token as soon as it is chosen. The text of eos is empty.
+    """Continue one prompt and yield each new token as soon as it is chosen. The text of an eos token is empty.
 
-    The options are those of `generate`, except beam search. The joined texts are the decoded continuation.
+    The options are those of `generate`, without beam search and several sequences. The joined texts are the decoded
+    continuation.
     """
     chosen = GenerationOptions(max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
     if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
         raise ValueError("only one sequence can be streamed: set num_beams and num_return_sequences to 1")
-    # The request is checked by this call, and not only when the caller asks for the first token.
+    # This function has no `yield`, so it checks the request now, and not only when the caller asks for the first token.
     ids, mask = prepare_prompts(model, [encode_prompt(tokenizer, prompt)], None, chosen)
     return _stream_tokens(model, tokenizer, ids, mask, chosen)
 
@@ -62,7 +63,7 @@ class Completion(NamedTuple):
     prompt: str
     text: str
     tokens: list[int]
-    logprobs: list[float]  # of `tokens`, under the unprocessed logits
+    logprobs: list[float]  # log-probability of each of `tokens`, from the unprocessed logits
     finish_reason: Literal["stop", "length"]
 
 
@@ -80,9 +81,9 @@ def generate_text(
 
     Args:
         batch_size: the largest number of prompts that are continued together.
-        seed: result i is drawn with a generator of seed `seed + i`; in beam search, prompt i has one for all its
-            results. So float32 results do not depend on the batch size. bfloat16 rounds differently in batches of
-            another size.
+        seed: result i is drawn with a generator of seed `seed + i`. In beam search, all results of prompt i are drawn
+            with one generator of seed `seed + i`. So float32 results do not depend on the batch size. bfloat16 results
+            can, because rounding depends on the batch size.
         progress: called after each batch with the number of prompts in it.
         options: options of `generate`. The default of eos_token_id is the tokenizer's end-of-text.
 
@@ -95,7 +96,7 @@ def generate_text(
         **{"eos_token_id": tokenizer.eot, "tokenizer": tokenizer, **options, "return_dict": True}
     )
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    # The longest prompts come first, so that a prompt that does not fit fails before others have taken time.
+    # The longest prompts come first, so that the error for a prompt that is too long comes before any long computation.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
     copies, by_prompt = chosen.num_return_sequences, chosen.num_beams > 1
     device = model.transformer.wte.weight.device

@@ -29,8 +29,8 @@ from serve.completions import Part, RequestError, choice, join, parse_request, u
 from serve.engine import Engine, Job
 
 MAX_BODY = 1 << 20  # bytes; far more than any prompt that fits into a GPT-2
-MAX_DISCARDED = 64 << 20  # bytes of a larger body that are read and discarded, so that the client reads the error
-BODY_SECONDS = 30  # for a client to send its request
+MAX_DISCARDED = 64 << 20  # bytes of a larger body to read and discard, so that the client can finish and read the error
+BODY_SECONDS = 30  # seconds in which a client must send its request
 MAX_CONNECTIONS = 512
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 HERE = Path(__file__).parent
@@ -44,8 +44,8 @@ CONTENT_SECURITY_POLICY = (
 def make_app(engine: Engine, name: str, description: str, *, local: bool = True) -> Starlette:
     """Return the application for a model called `name`.
 
-    With `local`, the Host header of a request must be a name of this machine. This prevents DNS rebinding: a foreign
-    page could otherwise reach the server through a domain of its own that resolves to 127.0.0.1.
+    With `local`, the Host header of a request must be a name of this machine. This prevents DNS rebinding: a page
+    of another website could otherwise reach the server through its own domain name, resolved to 127.0.0.1.
     """
 
     @contextlib.asynccontextmanager
@@ -84,11 +84,11 @@ def make_app(engine: Engine, name: str, description: str, *, local: bool = True)
 
 
 def make_page(name: str, description: str) -> str:
-    """Return the page with its styles and scripts in it."""
+    """Return the HTML of the page, including its styles and scripts."""
     page = (HERE / "page.html").read_text(encoding="utf-8")
     values = {
         "name": html.escape(name),
-        "heading": html.escape(name).replace("/", "/<wbr>"),  # a path may be wider than the screen of a phone
+        "heading": html.escape(name).replace("/", "/<wbr>"),  # allow a line break: a path may be wider than a phone
         "description": html.escape(description),
         "style": (REPORT_TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "script": "".join(
@@ -107,8 +107,8 @@ def make_page(name: str, description: str) -> str:
 async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
-    Raises RequestError if its content type is not JSON, if it is too large, or if it does not arrive in time. The type
-    is required because a browser lets a foreign page send some other types without asking this server first.
+    Raises RequestError if its content type is not JSON, if it is too large, or if it does not arrive in time. JSON is
+    required because a browser lets pages of other websites send some other content types without this server's consent.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body, size = bytearray(), 0
@@ -153,7 +153,7 @@ async def cancel_on_disconnect(request: Request, engine: Engine, job: Job) -> No
 async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
     """Return the response to a request in the queue: a stream of events, or one object.
 
-    Raises RequestError if the model cannot answer it, ClientDisconnect if the client has disconnected.
+    Raises RequestError if the model cannot answer the request, ClientDisconnect if the client has disconnected.
     """
     heading: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -169,7 +169,7 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
             parts.append(part)
             part = await next_event(job)
     finally:
-        watcher.cancel()  # StreamingResponse has a watcher of its own
+        watcher.cancel()  # StreamingResponse itself detects that a client disconnects
     if job.canceled:
         raise ClientDisconnect
     if job.request.stream:
@@ -225,14 +225,14 @@ async def refuse(request: Request, error: RequestError) -> Response:
 
 
 async def refuse_http(request: Request, error: HTTPException) -> Response:
-    """Return the response to a request for an unknown path, or with a method that the path does not have."""
+    """Return the response to a request for an unknown path, or with a method that the path does not support."""
     asked = f"{request.method} {request.url.path}"
     message = f"{asked} does not exist: this server has GET /, GET /v1/models and POST /v1/completions"
     return JSONResponse(error_body(message), error.status_code, headers=error.headers)
 
 
 async def ignore(request: Request, error: ClientDisconnect) -> Response:
-    """Return a response for a client that has disconnected. It is not sent."""
+    """Return a response for a client that has disconnected. The client does not receive the response."""
     return Response(status_code=499)
 
 
@@ -269,6 +269,6 @@ def run(args: argparse.Namespace) -> None:
     if not local:
         lines.append("Every machine that reaches this address can use the model: there is no password.")
     print(*lines, sep="\n", flush=True)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about each client that disconnects
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # asyncio warns about each client that disconnects
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

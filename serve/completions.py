@@ -1,6 +1,7 @@
 """OpenAI's protocol for completions: parse a request, and format the parts of a response.
 
-https://platform.openai.com/docs/api-reference/completions describes it. `top_k`, `num_beams` and `sliding` are added.
+https://platform.openai.com/docs/api-reference/completions describes it. The fields `top_k`, `num_beams` and
+`sliding` are additions.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-MAX_TOKENS = 4096  # of one completion
+MAX_TOKENS = 4096  # new tokens of one completion
 MAX_CHOICES = 16  # completions of one request: the prompts times n
 MAX_STOPS = 8
 MAX_STOP_LENGTH = 200  # characters
 MAX_LOGPROBS = 20
 MAX_BEAMS = 16
-# Fields that are not supported, with the values that have no effect. A request with another value is refused.
+# Unsupported fields, with the values at which they have no effect. A request with another value is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
@@ -24,7 +25,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
 }
 IGNORED = {"user"}  # the name that the client gives to its own user
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # these have no effect in beam search, and are refused there
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # no effect in beam search: refused if num_beams > 1
 
 
 class RequestError(ValueError):
@@ -37,7 +38,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A valid request. The fields have the names and the meaning of OpenAI's."""
+    """A valid request. The fields have the names and the meaning that they have in OpenAI's protocol."""
 
     prompts: list[str | list[int]]
     model: Any = None  # the application compares it with the name of its model
@@ -51,23 +52,23 @@ class CompletionRequest:
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
-    include_usage: bool = False  # a stream ends with the number of tokens
+    include_usage: bool = False  # whether a stream ends with the numbers of tokens
     echo: bool = False
     sliding: bool = False  # allow more tokens than block_size; the model sees the last block_size of them
 
 
 class TokenInfo(NamedTuple):
-    """A new token, its log-probability, and the most probable tokens in its place."""
+    """A new token, its log-probability, and the most probable tokens at its position."""
 
     text: str
     logprob: float
-    alternatives: list[tuple[str, float]]
+    alternatives: list[tuple[str, float]]  # (text, log-probability) of the most probable tokens
 
 
 class Part(NamedTuple):
     """A whole completion, or the next part of its stream."""
 
-    number: int  # of the completion in the request
+    number: int  # index of the completion in the request
     text: str
     tokens: list[TokenInfo]
     n_tokens: int  # new tokens, including the end-of-text that ended the completion
@@ -75,14 +76,14 @@ class Part(NamedTuple):
 
 
 def parse_request(body: bytes) -> CompletionRequest:
-    """Return the request in a body. Raises RequestError, which says what to change."""
+    """Return the request in a body. If it is invalid, raises RequestError, whose message says what to change."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RequestError(f"the body is a JSON {type(fields).__name__}, expected an object with a prompt")
-    best_of = (None, 1, fields.get("n"))  # with best_of = n, all completions are returned
+    best_of = (None, 1, fields.get("n"))  # None, 1 and n have no effect: all n completions are returned
     for name, neutral in (NEUTRAL | {"best_of": best_of}).items():
         if fields.pop(name, None) not in neutral:
             raise RequestError(f"{name} is not supported: omit it")
@@ -127,27 +128,27 @@ def _check(request: CompletionRequest) -> None:
 
 
 class _Reader:
-    """Takes values from a request and checks their types. Fields that are left in `fields` are unknown."""
+    """Takes values from a request and checks their types. Fields that are left in `fields` at the end are unknown."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields
 
     def pop(self, name: str, kind: type, default: Any) -> Any:
-        """Return a field of the type `kind`, or its default. Raises RequestError if it has another type."""
+        """Return a field of the type `kind`, or its default. Raises RequestError if the value has another type."""
         value = self.fields.pop(name, default)
         if not isinstance(value, kind):
             raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]}")
         return value
 
     def number(self, name: str, kind: type, default: Any, low: float, high: float) -> Any:
-        """Return a number in [low, high], or its default. Raises RequestError if it is something else."""
+        """Return a number in [low, high], or its default. Raises RequestError if the value is anything else."""
         if name not in self.fields:
             return default
         value = self.fields.pop(name)
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
             raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]}")
-        if not low <= value <= high:  # also false for NaN
+        if not low <= value <= high:  # this is also true for NaN
             raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]} from {low:g} to {high:g}")
         return kind(value)
 
@@ -156,7 +157,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", dict:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for an error message, at most 40 characters of it."""
+    """Return the JSON text of a value for an error message, cut to 40 characters."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
@@ -191,7 +192,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any]:
-    """Return a part as an entry of "choices". `offset` is the length of the text before it, in characters."""
+    """Return a part as an entry of "choices". `offset` is the number of characters before it."""
     logprobs = None
     if with_logprobs:
         offsets = [offset]
@@ -207,7 +208,7 @@ def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the numbers of tokens of a request."""
+    """Return the numbers of tokens in the format of the field "usage"."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -216,7 +217,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def join(parts: Sequence[Part]) -> list[Part]:
-    """Return one part for each completion, in the order of their indices."""
+    """Join the parts of each completion. Returns one part for each, in the order of the completions."""
     joined: dict[int, list[Part]] = {}
     for part in parts:
         joined.setdefault(part.number, []).append(part)

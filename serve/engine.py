@@ -21,7 +21,7 @@ from generation.prompts import encode_prompt, prepare_prompts
 from model import GPT
 from serve.completions import CompletionRequest, Part, RequestError, TokenInfo
 
-MAX_WAITING = 128  # requests in the queue; another one is refused
+MAX_WAITING = 128  # requests in the queue; further requests are refused
 
 
 class Canceled(Exception):
@@ -29,7 +29,7 @@ class Canceled(Exception):
 
 
 class Job:
-    """A request in the queue, and its events: parts of completions, an error, and None at the end."""
+    """A request in the queue, and its events: parts of completions, perhaps an error, and None at the end."""
 
     def __init__(self, request: CompletionRequest) -> None:
         self.request = request
@@ -39,7 +39,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
 
     def send(self, event: Part | Exception | None) -> None:
-        """Add an event, from the thread of the engine."""
+        """Add an event. Any thread may call this method."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -70,7 +70,7 @@ class Engine:
         self._thread.join()
 
     def submit(self, request: CompletionRequest) -> Job:
-        """Add a request to the queue. Raises RequestError with status 429 if it is full."""
+        """Add a request to the queue. Raises RequestError with status 429 if the queue is full."""
         with self._changed:
             if len(self._queue) >= MAX_WAITING:
                 raise RequestError(f"{MAX_WAITING} requests are waiting already: try again later", 429)
@@ -118,7 +118,7 @@ class Engine:
         request = job.request
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in request.prompts]
         job.prompt_tokens = sum(map(len, prompts))
-        for prompt in prompts:  # before the first part, because a stream that has begun cannot be refused
+        for prompt in prompts:  # all prompts first, because a stream that has begun cannot be refused
             check_prompt(self.model, self.tokenizer, prompt, request)
         seed = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
         for i, prompt in enumerate(prompts):
@@ -160,7 +160,7 @@ class Engine:
             shown, held = until, []
 
     def _search(self, job: Job, prompt: list[int], first: int) -> Iterator[Part]:
-        """Yield the results of beam search for a prompt. They have no text before the search ends."""
+        """Yield the results of beam search for a prompt, each as one part, after the search has ended."""
         request = job.request
 
         def check(ids: Tensor, scores: Tensor) -> Tensor:
@@ -182,7 +182,8 @@ class Engine:
         for index, result in enumerate(results, first):
             tokens = [TokenInfo(self._label(t), p, []) for t, p in zip(result.tokens, result.logprobs, strict=True)]
             stop = find_stop(result.text, request.stop)
-            at_eot = result.finish_reason == "stop" and stop is None  # then `tokens` lacks the end-of-text
+            # An end-of-text token that ended the result is counted, although `tokens` does not contain it.
+            at_eot = result.finish_reason == "stop" and stop is None
             yield Part(index, result.text[:stop], tokens, len(tokens) + at_eot, result.finish_reason)
 
     def _describe(self, token: int, logits: Tensor, count: int) -> TokenInfo:
@@ -193,7 +194,7 @@ class Engine:
         return TokenInfo(self._label(token), float(logprobs[token]), alternatives)
 
     def _label(self, token: int) -> str:
-        """Return the text of a token. A token that is only part of a character is shown as OpenAI does: bytes:\\xf0."""
+        """Return the text of a token. For part of a character, the text is bytes:\\xf0, as in OpenAI's protocol."""
         text = self.tokenizer.decode_bytes([token])
         try:
             return text.decode()
@@ -208,11 +209,11 @@ def check_prompt(model: GPT, tokenizer: Tokenizer, prompt: list[int], request: C
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Return where the first stop string begins, or None."""
+    """Return the index in `text` at which the first stop string begins, or None if there is none."""
     return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
 
 def stop_overlap(text: str, stops: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` that is the beginning of a stop string."""
+    """Return the length of the longest suffix of `text` that is the beginning of a stop string."""
     lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
     return max(lengths, default=0)

@@ -11,7 +11,8 @@ from model import GPT, GPTConfig
 def train(attention: str, tokens: int) -> Run:
     """Set up forward and backward pass of a model with one layer of two heads, over one sequence of random tokens.
 
-    A token sees the last 256 tokens with window, and at most 2 x 128 tokens with lsh.
+    With "window", a token attends to the last 256 tokens. With "lsh", it attends to itself and, in each of 2 rounds of
+    hashing, to at most 128 earlier tokens.
     """
     torch.manual_seed(0)
     config = GPTConfig(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from benchmarks.clock import Run
 
-ROOT = Path(__file__).resolve().parents[2]  # of this repository
+ROOT = Path(__file__).resolve().parents[2]  # the root of this repository
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up the command, which writes each dataset to a new directory beside the .jsonl file `corpus`."""
+    """Set up the command. Each run writes its dataset to a new directory beside the .jsonl file `corpus`."""
     command = [sys.executable, "-m", "data.prepare", "text", str(corpus), "--val-fraction", "0", "--out"]
 
     def run() -> None:

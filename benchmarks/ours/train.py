@@ -41,7 +41,7 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     tokens, rows = config.data.sequence_length, config.data.batch_tokens // config.data.sequence_length
     ids = torch.randint(shape.vocab_size, (n_batches, rows, tokens + 1))
-    # Contiguous and in pinned memory, as the loader's are. Otherwise the CPU would copy them before each step.
+    # Contiguous and in pinned memory, like the loader's batches. Otherwise the CPU would copy them before each step.
     pairs = torch.stack([ids[..., :-1], ids[..., 1:]], dim=1)
     if processes.device.type == "cuda":
         pairs = pairs.pin_memory()
@@ -61,6 +61,6 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
         scaler=scaler,
         loader=itertools.cycle(batches),
         checkpoints=unused,
-        directory=RunDirectory(Path("unused")),  # it is not opened, so nothing is logged
+        directory=RunDirectory(Path("unused")),  # this directory is not opened, so nothing is logged
         progress=Progress(0, config.optim.steps, config.log.every, enabled=False),
     )

@@ -18,10 +18,11 @@ from data.tokenizer import load_tokenizer
 def evaluate(directory: str, device: str) -> Run:
     """Set up evaluate() of build-nanogpt's hellaswag.py, in float32.
 
-    It would download its tokenizer, weights and questions; it is given local ones.
+    evaluate() would download a tokenizer, weights and questions. It gets a local tokenizer, random weights and local
+    questions instead.
     """
     tokenizer: Any = load_tokenizer("gpt2")
-    tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # the same encoding
+    tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # the encoding that tiktoken would return
     hellaswag: Any = load_file(Path(directory) / "hellaswag.py")
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config()).eval()

@@ -15,11 +15,11 @@ from benchmarks.clock import Run
 from data.shards import ShardWriter
 from data.tokenizer import load_tokenizer
 
-BATCH_CHARACTERS = 1 << 26  # of text that are encoded in one call
+BATCH_CHARACTERS = 1 << 26  # characters of text that one call encodes
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up encode_ordinary_batch(), which writes each dataset to a new directory beside the .jsonl file `corpus`."""
+    """Set up encode_ordinary_batch(). Each run writes its ids to a new directory beside the .jsonl file `corpus`."""
     tokenizer: Any = load_tokenizer("gpt2")
 
     def run() -> None:

@@ -15,7 +15,7 @@ from device import DTYPES, autocast, native_dtypes
 def train(device: str, rows: int, tokens: int) -> Run:
     """Set up a training step of the 124M model without dropout, on one batch of random tokens.
 
-    On a CPU it computes in float32. On CUDA it computes in the card's 16-bit precision and TF32, and its optimizer is
+    On a CPU it computes in float32. On CUDA it computes in the GPU's 16-bit precision and TF32, and its optimizer is
     fused.
     """
     torch.manual_seed(0)
