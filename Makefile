@@ -2,8 +2,8 @@
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
-# PyTorch's own index has a build for the CPU. The build for Linux on the package index contains CUDA: `make CPU_INDEX=`
-# always installs this one.
+# PyTorch's own index has a build without CUDA. The build for Linux on the package index (PyPI) contains CUDA. With
+# `make CPU_INDEX=`, the build of the package index is always installed.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-slow lint bench clean help

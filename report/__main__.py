@@ -12,7 +12,7 @@ results that eval.run wrote to .json files in the directory of a run:
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m report")
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 from command import CHECKPOINT_HELP, port_number
 from report.arguments import command_line
 
-PORT = 8765  # of --watch
+PORT = 8765  # default of --port
 
 
 def add_arguments(add: Callable[..., Any]) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--text and --checkpoint choose what the pages of --all show: add --all, or omit them")
     if not args.watch and args.port is not None:
         raise ValueError("--port is the port of --watch: add --watch, or omit it")
-    # imported here: arguments are checked before torch is imported
+    # imported here, so that a wrong argument is reported without waiting for the import of torch
     if args.watch:
         from report.live import watch
 

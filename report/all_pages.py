@@ -1,4 +1,4 @@
-"""All pages about one run, which link to each other."""
+"""Write all pages about one run. The pages link to each other."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ EXAMPLE_TOKENS = 48  # few enough for an attention matrix with readable labels
 def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None:
     """Write report.html, attention.html, tokens.html and embeddings.html to the directory of a run.
 
-    The pages about attention and tokens show `text`, or else the beginning of the validation split.
+    The pages about attention and tokens show `text`. Without a text, they show the beginning of the validation split.
 
-    Raises ValueError or OSError if the run cannot be read, or if there is no text.
+    Raises ValueError or OSError if the run cannot be read, or if there is neither a text nor a validation split.
     """
     log = read_run_log(run, run.name)
     text = text or example_text(log.config)
@@ -37,7 +37,7 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 def example_text(config: dict[str, Any]) -> str:
     """Return the beginning of the validation split that a run with this configuration was validated on.
 
-    Raises ValueError if the dataset is gone, or is not made of shards.
+    Raises ValueError if the dataset no longer exists, or does not consist of token shards.
     """
     directory = config.get("data", {}).get("dir", "")
     try:

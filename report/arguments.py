@@ -1,4 +1,4 @@
-"""The command line of the report commands. It does not import torch, so that arguments are checked without delay."""
+"""The command line of the report commands. It does not import torch, so wrong arguments are reported at once."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ python -m report.attention --model runs/shakespeare --text "To be, or not to be"
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m report.attention")
 
 import argparse
@@ -24,7 +24,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # imported here: arguments are checked before torch is imported
+    # imported here, so that a wrong argument is reported without waiting for the import of torch
     from report.model_pages import load_model, write_attention_page
 
     write_attention_page(*load_model(args.model, checkpoint=args.checkpoint), args.text, args.out)

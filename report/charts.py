@@ -14,9 +14,9 @@ from model import PRESETS
 from report.curves import draw_references, late_range, new_figure, save_figure, smooth
 from report.run_log import RunLog, ValidationSet
 
-POINTS = 2000  # points per series: more than a screen has columns
+POINTS = 2000  # limit of the points of a series; a screen does not have enough columns of pixels to show more
 SIZES = dict(zip(PRESETS, ("124M", "350M", "774M", "1558M"), strict=True))
-# Distinguishable with every type of color blindness: four colors of Okabe and Ito's palette, and a violet.
+# Readers with any type of color blindness can distinguish these: four colors of Okabe and Ito's palette, and a violet.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
 
 
@@ -40,7 +40,7 @@ class Chart:
     title: str
     x: str  # "tokens" or "seconds"
     y: str  # label of the y axis, with its unit
-    digits: str  # number format of d3
+    digits: str  # format of the y values in tooltips, in the syntax of d3
     series: list[Series]
     references: list[tuple[str, float]] = field(default_factory=list)  # (name, value), drawn as horizontal lines
 
@@ -58,9 +58,9 @@ class Chart:
 
     @property
     def y_range(self) -> tuple[float, float] | None:
-        """The initial y range of a chart with a running mean, see `late_range`, or None.
+        """The y range that is shown at first, from `late_range`, or None for a chart without a running mean.
 
-        Single steps count only if there is one run: with several runs they are hidden at first.
+        The values of single steps are included only if there is one run: with several runs they are hidden at first.
         """
         if not any(series.kind == "mean" for series in self.series):
             return None
@@ -163,7 +163,7 @@ def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
     n = len(values)
     if n <= points:
         return np.arange(n)
-    edges = np.linspace(0, n, points // 2).astype(int)  # points / 2 - 1 intervals: room for the two ends
+    edges = np.linspace(0, n, points // 2).astype(int)  # points / 2 - 1 intervals of two points, and the two ends
     intervals = [(a, values[a:b]) for a, b in itertools.pairwise(edges)]
     lowest = [start + part.argmin() for start, part in intervals]
     highest = [start + part.argmax() for start, part in intervals]

@@ -46,7 +46,7 @@ def draw_loss(
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title, ylim=y_range)
     save_figure(figure, axes, path, x_is_tokens=True)
     del figure, axes
-    gc.collect()  # figures contain reference cycles: without this, a run accumulates dozens of megabytes of them
+    gc.collect()  # figures contain reference cycles: without this call, a run accumulates dozens of megabytes of them
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ def late_range(
 ) -> tuple[float, float] | None:
     """Return a y range that shows lines (x, y) and references, or None without lines.
 
-    It ignores the first 5% of each line: the high losses of the first steps would make the rest look flat.
+    The range ignores the first 5% of each line: the high losses of the first steps would make the rest look flat.
     """
     late = [y[x >= 0.05 * x[-1]] for x, y in lines if len(x)]
     if not late:
@@ -78,7 +78,7 @@ def late_range(
 
 def new_figure() -> tuple[Figure, Axes]:
     """Return an empty figure. It is not made with pyplot, which would keep a reference to it and need a display."""
-    # Imported here: it takes a second, and only the main process of a training run draws.
+    # Imported here: importing matplotlib takes a second, and only the main process of a training run draws.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""All checks of report/doctor.py: those on the curves (report/symptoms.py), and those on the dataset of the run."""
+"""Run all checks of report/doctor.py: on the curves (report/symptoms.py), the checkpoints and the dataset of a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
 from weights import open_model, read_tensors
 
-READ_TOKENS = 10_000_000  # tokens of the training split in which passages of the validation split are searched
-PASSAGE = 32  # tokens of each of these passages
+READ_TOKENS = 10_000_000  # tokens at the start of the training split in which validation passages are searched
+PASSAGE = 32  # tokens in one of these passages
 SAMPLE_TOKENS = 4096  # tokens that are decoded and encoded again
 
 
@@ -41,9 +41,10 @@ def diagnose(directory: Path) -> list[Finding]:
 def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | None:
     """Look for matrices that are equal in the first and the last checkpoint that exist, bit for bit.
 
-    Vectors are left out: a step at the end of a schedule may be too small to change the ones of a LayerNorm.
+    Vectors are left out: the weights of a LayerNorm are near 1, and the small steps at the end of a schedule may not
+    change them.
     """
-    if len(checkpoints) < 2 or freeze_layers:  # with model.freeze_layers, it is intended
+    if len(checkpoints) < 2 or freeze_layers:  # with model.freeze_layers, equal weights are intended
         return None
     first, last = checkpoints[0], checkpoints[-1]
     pairs = zip(read_tensors(first), read_tensors(last), strict=True)
@@ -80,7 +81,10 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 
 
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
-    """Decode tokens and encode their text again. Only the tokenizer that made them returns about as many tokens."""
+    """Check the tokenizer: decode a sample of tokens, and encode the text again.
+
+    Only the tokenizer that made the tokens returns about the same number of them.
+    """
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
     if int(tokens.max()) >= tokenizer.vocab_size:
@@ -115,7 +119,7 @@ def shared_text(train: Split, val: Split) -> Finding | None:
 def passage_hashes(tokens: np.ndarray) -> np.ndarray:
     """Return a hash of each passage of PASSAGE tokens, (n,) uint16 -> (n - PASSAGE + 1,) uint64.
 
-    It is a polynomial of the tokens, modulo 2^64.
+    Each hash is the value of a polynomial, modulo 2^64. The tokens of the passage are its coefficients.
     """
     n = len(tokens) - PASSAGE + 1
     hashes = np.zeros(n, np.uint64)

@@ -6,7 +6,7 @@ and what to try. The exit status is 1 if something is wrong, 0 if not, and 2 if 
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m report.doctor")
 
 import argparse
@@ -25,7 +25,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # imported here: arguments are checked before torch is imported
+    # imported here, so that a wrong argument is reported without waiting for the import of torch
     from report.diagnosis import diagnose
 
     findings = diagnose(args.run)

@@ -5,7 +5,7 @@ python -m report.embeddings --model runs/shakespeare
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m report.embeddings")
 
 import argparse
@@ -23,7 +23,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # imported here: arguments are checked before torch is imported
+    # imported here, so that a wrong argument is reported without waiting for the import of torch
     from report.model_pages import load_model, write_embeddings_page
 
     model, _, name = load_model(args.model, checkpoint=args.checkpoint)

@@ -23,10 +23,10 @@ from report.runs_page import page_values, read_logs
 from training.run_directory import RunDirectory
 
 HOST = "127.0.0.1"
-# Accepted in the Host header. Another name means DNS rebinding: a foreign page reached the server through a domain of
-# its own that resolves to 127.0.0.1.
+# Names that a request may have in its Host header. Any other name is a sign of DNS rebinding: a page of another site
+# reaches this server through a domain name of that site, which resolves to 127.0.0.1.
 HOST_NAMES = (HOST, "localhost")
-RENDER_SHARE = 0.1  # largest fraction of the time in which the page is rendered
+RENDER_SHARE = 0.1  # largest fraction of the time that rendering the page may take
 REQUEST_SECONDS = 30  # a client that is silent for longer is disconnected
 
 
@@ -57,7 +57,7 @@ class LivePage:
             logs = read_logs(self.directories)
             charts = make_charts(logs)
             page = render_page("runs.html", page="", links=(), live=True, plotly="", **page_values(logs, charts))
-        except (OSError, ValueError) as error:  # before the first step, a run has no metrics
+        except (OSError, ValueError) as error:  # for example before the first step, when a run has no metrics
             title = ", ".join(run.resolve().name for run in self.directories)
             page = render_page("waiting.html", page="", links=(), title=title, data=None, message=str(error))
         return page.encode()
@@ -66,13 +66,13 @@ class LivePage:
 def run_state(directory: Path) -> object:
     """Return what the page of a run depends on: the modification time and size of each file, and the run's status.
 
-    A run that was killed has changed no file: its status changes because its lock is free.
+    If a run is killed, none of its files change. But its lock becomes free, so its status changes to "killed".
     """
     files = sorted(path for path in directory.glob("*.*") if path.suffix != PARTIAL_SUFFIX)
     stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
     try:
         return stats, RunDirectory(directory).read_status()
-    except (OSError, ValueError):  # the page shows the reason
+    except (OSError, ValueError):  # the page shows this error, see `_make`
         return stats, ""
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model import GPT
-from pretrained import load_model as load_model  # for the commands, which import only this module
+from pretrained import load_model as load_model  # re-exported: the commands import it from here
 from report.page import pack, plotly_script, token_labels, write_page
 
 MAX_ATTENTION_CHARACTERS = 18_000_000  # limit of the base64 text, so that the page stays under 20 MB
-ALTERNATIVES = 8  # most probable tokens that are shown for each position
-MAX_SIMILARITY_ROWS = 512  # limit for the matrix of cosine similarities
+ALTERNATIVES = 8  # number of most probable tokens that are shown for each position
+MAX_SIMILARITY_ROWS = 512  # limit of the rows, and of the columns, of the matrix of cosine similarities
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,11 +47,12 @@ def write_attention_page(
 
 
 def packed_attentions(model: GPT, ids: Sequence[int]) -> bytes:
-    """Return the attention weights w over T tokens as bytes 255 * sqrt(w): the root keeps small weights visible.
+    """Return the attention weights w over T tokens as bytes 255 * sqrt(w). The square root keeps small weights visible.
 
     For each layer and head, the bytes are the lower triangle row by row: L * H * T (T + 1) / 2 bytes in total.
 
-    Raises ValueError if the text is empty, longer than the model's block size, or too long for a page.
+    Raises ValueError if the model is not causal, or if the text is empty, longer than the model's block size, or too
+    long for a page.
     """
     config, T = model.config, len(ids)
     if not config.causal:
@@ -160,7 +161,7 @@ def write_tokens_page(
 
 
 def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
-    """Return k and the cosine similarities of every k-th position, (n, C) -> k, (m, m)."""
+    """Return k and the cosine similarities of every k-th position, m <= MAX_SIMILARITY_ROWS. (n, C) -> k, (m, m)"""
     every = math.ceil(len(embeddings) / MAX_SIMILARITY_ROWS)
     taken = embeddings[::every]
     unit = taken / np.linalg.norm(taken, axis=1, keepdims=True).clip(min=1e-12)

@@ -17,7 +17,7 @@ from files import PARTIAL_SUFFIX
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Fill `template`, a file in templates/, with `values`, which are escaped."""
+    """Fill `template`, a file in templates/, with `values`. Characters with a meaning in HTML are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -50,7 +50,7 @@ def plotly_script() -> Markup:
 
 
 def pack(values: np.ndarray) -> dict[str, str]:
-    """Encode an array in base64 as plotly.js reads it: exact, and half as long as decimal numbers."""
+    """Encode an array in base64, in the form that plotly.js reads: exact, and half as long as decimal numbers."""
     kind = {"float64": "f8", "float32": "f4", "int32": "i4"}[values.dtype.name]
     shape = {"shape": ",".join(map(str, values.shape))} if values.ndim > 1 else {}
     return {"dtype": kind, "bdata": base64.b64encode(values.tobytes()).decode(), **shape}

@@ -61,7 +61,10 @@ class RunLog:
     samples: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def seconds(self, steps: np.ndarray) -> np.ndarray:
-        """Return the training time up to each step, (n,) -> (n,), without validation and checkpoints."""
+        """Return the training time in seconds up to each step, without validation and checkpoints. (n,) -> (n,)
+
+        All values are NaN if no training step has been logged.
+        """
         train = self.splits["train"]
         if not len(train["step"]):
             return np.full(len(steps), np.nan)
@@ -141,7 +144,7 @@ def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, Valida
 
 
 def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
-    """Yield the last results in metrics.jsonl, then those of the JSON files of eval.run, oldest file first."""
+    """Yield the last evaluations in metrics.jsonl, then the results in eval.run's JSON files, oldest file first."""
     val, hellaswag = log.splits["val"], log.splits["hellaswag"]
     if len(val["step"]):
         released = {name.removesuffix(", published"): loss for name, loss in log.reference_losses}

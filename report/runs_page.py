@@ -15,7 +15,7 @@ from report.page import pack, plotly_script, write_page
 from report.run_log import RunLog, read_run_log
 from report.tables import differences, evaluation_table, loss_thresholds, reached, summary
 
-# What a tooltip shows after the name of a run, by kind of series.
+# Kind of a series -> the text that a tooltip shows after the name of the run.
 TOOLTIP_SUFFIXES = {"step": ", each step", "mean": ", running mean", "validation": ", validation", "value": ""}
 
 
@@ -63,10 +63,10 @@ def page_values(logs: Sequence[RunLog], charts: Sequence[Chart]) -> dict[str, An
 
 
 def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Return a table of tokens and time to each loss for each validation set.
+    """Return one table for each validation set: the tokens and the training time in which each run reached each loss.
 
-    If each run reached several adjacent losses at the same validation, only the lowest of them and those with a name
-    are listed. Tables without two different rows are left out, because the curves show the same.
+    If adjacent rows have equal cells, only the row with the lowest loss and the rows with a name are kept. A table
+    without two different rows is left out, because the curves show the same.
     """
     tables = []
     for number, members in enumerate(groups, 1):
@@ -80,7 +80,7 @@ def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> 
 
 
 def chart_data(chart: Chart) -> dict[str, Any]:
-    """Return a chart as the page's script reads it."""
+    """Return a chart in the form that the page's script reads."""
     unit, _ = chart.x_unit
     levels = [
         {"value": value, "label": f"{html.escape(name.removeprefix('GPT-2 ').removesuffix(', published'))} {value:.4f}"}
@@ -91,7 +91,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
         "levels": levels,
         "xlabel": "tokens" if chart.x == "tokens" else f"training time, {unit}",
         "xunit": unit,
-        "xdigits": "" if chart.x == "tokens" else ":.2f",  # without a format, plotly uses that of the axis: 2.5B
+        "xdigits": "" if chart.x == "tokens" else ":.2f",  # without a format, plotly writes tokens as on the axis: 2.5B
         "ylabel": chart.y,
         "digits": chart.digits,
         "range": chart.y_range,
@@ -99,7 +99,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
 
 
 def series_data(chart: Chart, series: Series) -> dict[str, Any]:
-    """Return a series as the page's script reads it. The y values are exact, the x values are float32."""
+    """Return a series in the form that the page's script reads. y values are exact, x values are rounded to float32."""
     return {
         "run": series.run,
         "kind": series.kind,

@@ -1,8 +1,8 @@
 """The checks of report/doctor.py on the curves of a run. Each looks for one problem in metrics.jsonl.
 
-The thresholds were chosen on runs of models with 0.1 to 1.2 million parameters, healthy ones and ones with a known
-error (tests/report/test_doctor.py has some of both). A finding is a reason to look at the run. A run without findings
-can still be wrong.
+The thresholds were chosen with runs of small models (0.1 to 1.2 million parameters): healthy runs, and runs with a
+known error. tests/report/test_doctor.py has some of both kinds. A finding is a reason to look at the run. A run without
+findings can still be wrong.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Curves:
         self.trend = running_median(self.losses)
         self.residuals = self.losses - self.trend
         later = self.residuals[len(self.residuals) // 2 :]
-        # The scaled median of absolute deviations estimates a standard deviation, and some outliers do not change it.
+        # 1.4826 times the median absolute deviation estimates the standard deviation. A few outliers hardly change it.
         self.noise = 1.4826 * float(np.median(np.abs(later))) if len(later) else 0.0
 
     @property
     def from_scratch(self) -> bool:
-        """True if model.init_from is scratch, as it also is in a branch."""
+        """True if model.init_from is scratch. A branch of another run has this value too."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property
@@ -79,7 +79,7 @@ def find_curves(log: RunLog, vocab_size: int | None, n_embd: int | None) -> Curv
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
-    """Return the median of each value and its neighbors in a window of WIDTH + 1, shorter at the ends. (n,) -> (n,)"""
+    """Return the median of WIDTH + 1 values around each value, and of fewer near both ends. (n,) -> (n,)"""
     half = WIDTH // 2
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
@@ -114,7 +114,7 @@ def no_learning(curves: Curves) -> Finding | None:
 
 
 def rising_loss(curves: Curves) -> Finding | None:
-    """Look for a training loss that ends far above its lowest value. Then the steps are too large."""
+    """Look for a training loss that ends far above its lowest value. A learning rate that is too high causes this."""
     low = int(curves.trend.argmin())
     rise = float(curves.trend[-WIDTH:].min() - curves.trend[low])
     if rise < max(6 * curves.noise / math.sqrt(WIDTH), 0.1):
@@ -128,7 +128,10 @@ def rising_loss(curves: Curves) -> Finding | None:
 
 
 def early_instability(curves: Curves) -> Finding | None:
-    """Look for a rise at the start. Without a warm-up, Adam's first steps have the full size of the learning rate."""
+    """Look for a rise of the loss at the start.
+
+    Without a warm-up, Adam's first steps change each weight by about the whole learning rate.
+    """
     end = max(2 * WIDTH, int(0.1 * len(curves.losses)))
     early = curves.losses[:end]
     peak = int(early.argmax())
@@ -167,7 +170,7 @@ def learning_rate(curves: Curves) -> Finding | None:
 def spikes(curves: Curves) -> Finding | None:
     """Look for single steps with a far higher loss than their neighbors."""
     high = curves.residuals > max(8 * curves.noise, 0.3)
-    high[: 2 * WIDTH] = False  # the loss falls too fast there to have a meaningful median
+    high[: 2 * WIDTH] = False  # at the start, the loss falls too fast for a running median
     if not high.any():
         return None
     where = ", ".join(f"{step:.0f}" for step in curves.steps[high][:8])
@@ -189,7 +192,7 @@ def skipped_steps(curves: Curves) -> Finding | None:
 
 
 def float16_overflows(curves: Curves) -> Finding | None:
-    """Count the overflows of float16, at which the gradient scaler halves its scale. A few of them are normal."""
+    """Count the overflows of float16. After each one, the gradient scaler halves its scale. A few are normal."""
     scale = curves.train["loss_scale"]
     scale = scale[np.isfinite(scale)]
     if len(scale) < 2:
@@ -243,7 +246,7 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # Fewer pairs of steps have a long distance: divide by the fraction of pairs that exist.
+    # At a larger distance there are fewer pairs of steps, so the sum has fewer terms: divide by their fraction.
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -275,13 +278,13 @@ def jump_at_resume(curves: Curves) -> Finding | None:
 
 
 def sudden_rise(curves: Curves) -> Finding | None:
-    """Look for a step after which the loss stays higher, as after a resume that metrics.jsonl does not record."""
+    """Look for a step after which the loss stays higher, as after a resume that provenance.json does not record."""
     if len(curves.losses) < 3 * WIDTH or jump_at_resume(curves):
         return None
     medians = np.median(np.lib.stride_tricks.sliding_window_view(curves.losses, 5), axis=1)
-    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]  # of five losses over the five before them
+    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]  # of the median of five losses over that of the five before
     first = int(rises.argmax())
-    if rises[first] < max(6 * curves.noise, 0.15):  # above jump_at_resume's limit, because all steps are candidates
+    if rises[first] < max(6 * curves.noise, 0.15):  # 6, not 5 as in jump_at_resume: here every step is a candidate
         return None
     step = curves.steps[first + 2 * WIDTH]
     return Finding(

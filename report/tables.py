@@ -34,13 +34,13 @@ def summary(log: RunLog) -> dict[str, str]:
 def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, float]]:
     """Return (name, loss) in descending order for the table of tokens and time to a loss.
 
-    These are the reference losses, the best loss of each run, and about `count` round values without a name.
+    The losses are the reference losses, the best loss of each run, and about `count` round values without a name.
     """
     measured = [log for log in logs if np.isfinite(log.splits["val"]["loss"]).any()]
     if not measured:
         return []
     best = {f"best of {log.name}": float(np.nanmin(log.splits["val"]["loss"])) for log in measured}
-    # Start below the losses of the first minutes, which are close to those of random predictions.
+    # The losses of the first validations, which are near those of random predictions, get no round values.
     highest = float(np.nanquantile(np.concatenate([log.splits["val"]["loss"] for log in measured]), 0.8))
     round_values = MaxNLocator(count).tick_values(min(best.values()), highest)
     thresholds = [("", float(loss)) for loss in round_values if min(best.values()) < loss < highest]
@@ -49,7 +49,7 @@ def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, f
 
 
 def reached(log: RunLog, loss: float) -> str:
-    """Return the tokens and training time at the run's first validation with a loss of at most `loss`."""
+    """Return, as text, the tokens and training time at the run's first validation with a loss of at most `loss`."""
     val = log.splits["val"]
     under = np.flatnonzero(val["loss"] <= loss)
     if not len(under):

@@ -4,13 +4,13 @@
     python -m scripts.convert log124M/model_00019560.bin --out models/llm-c
     python sample.py --model models/llm-c --prompt "Hello"
 
-Only the weights are converted, not the state of the optimizer. A vocabulary that was padded for speed loses its
-padding. The directory gets GPT-2's tokenizer if the vocabulary has its size, or the one of --tokenizer.
+Only the weights are converted, not the state of the optimizer. If the vocabulary was padded for speed, the padding is
+removed. The directory gets the tokenizer of --tokenizer or, if the vocabulary has GPT-2's size, GPT-2's tokenizer.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.convert")
 
 import argparse
@@ -32,10 +32,12 @@ from weights import STALE_BUFFER, check_pickled, unpickle_weights_only
 
 GPT2_VOCAB_SIZE = GPTConfig.vocab_size
 HEADER_BYTES = 1024
-# Version in the header of a model of llm.c -> the dtype in which NumPy reads the tensors, and their dtype. NumPy has no
-# bfloat16, so its bytes are read as int16. llm.c no longer writes version 1, whose vocabulary has no padding.
+# Version in the header of an llm.c model -> the dtype in which NumPy reads the tensors, and the dtype that they have.
+# NumPy has no bfloat16, so it reads the bytes as int16. Version 1, which has no padded vocabulary, is not supported:
+# llm.c no longer writes it.
 LLM_C_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}
-# The parameters of a block in the order of llm.c's file, each of them for all blocks.
+# The parameters of a block in the order of llm.c's file: the first one for all blocks, then the second one for all
+# blocks, and so on.
 LLM_C_BLOCK = (
     *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"),
     *("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
@@ -45,7 +47,7 @@ LLM_C_BLOCK = (
 def read_llm_c(path: Path) -> GPT:
     """Return the model in a file of llm.c (`write_model` in its train_gpt2.py documents the format).
 
-    Raises ValueError if the file is not complete or of another version.
+    Raises ValueError if the file is incomplete or has another version.
     """
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
     if len(header) < HEADER_BYTES // 4 or header[0] != LLM_C_MAGIC or header[1] not in LLM_C_DTYPES:
@@ -59,7 +61,7 @@ def read_llm_c(path: Path) -> GPT:
         config = GPTConfig(padded, block_size, n_layer, n_head, n_embd)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    # Compare the size before the model is built: an impossible shape could take hours.
+    # Compare the size before the model is built: building a model of an impossible shape could take hours.
     n_parameters = (padded + block_size + n_layer * (12 * n_embd + 13) + 2) * n_embd
     size = HEADER_BYTES + n_parameters * dtype.itemsize
     if path.stat().st_size != size or not 0 < vocab_size <= padded:
@@ -98,13 +100,13 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
         raise ValueError(f"{path}: model_args lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: model_args: {error}") from None
-    # torch.compile adds the prefix to the names.
+    # torch.compile adds this prefix to the names.
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     state = {name: tensor for name, tensor in state.items() if not STALE_BUFFER.search(name)}
     n_layer = sum(name.endswith(".ln_1.weight") for name in state)
     if n_layer != config.n_layer:  # building a model of a wrong depth could take hours
         raise ValueError(f"{path}: model_args has n_layer {config.n_layer}, but there are tensors of {n_layer} blocks")
-    # nanoGPT stores the tied head in addition to the token embedding.
+    # The head and the token embedding are one tensor in GPT-2, but nanoGPT stores it under both names.
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state.get("transformer.wte.weight", head)):
         raise ValueError(f"{path}: lm_head.weight is not transformer.wte.weight, but GPT-2 ties them")
@@ -121,7 +123,7 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
-    """Return a model with the tensors of `state`. Raises ValueError, naming the file, if they do not fit."""
+    """Return a model with the tensors of `state`. Raises ValueError with the name of the file if they do not fit."""
     with torch.device("meta"):
         model = GPT(config).eval()
     try:
@@ -132,7 +134,10 @@ def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
 
 
 def choose_tokenizer(model: GPT, name_or_dir: str | None) -> Tokenizer | None:
-    """Return the tokenizer of --tokenizer, or GPT-2's if the vocabulary has its size, or None."""
+    """Return the tokenizer of --tokenizer, or GPT-2's if the vocabulary has GPT-2's size, or None.
+
+    With a tokenizer, the padding of the model's vocabulary is removed in place.
+    """
     if name_or_dir is None and not 0 <= model.config.vocab_size - GPT2_VOCAB_SIZE < PADDING_LIMIT:
         return None
     tokenizer = load_tokenizer(name_or_dir or "gpt2")

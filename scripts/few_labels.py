@@ -2,14 +2,14 @@
 
     python -m scripts.few_labels --model runs/english --sizes 32 100 --seeds 1 2 3 4 5
 
-The texts are the 872 of SST-2's validation split in the pinned package. Each seed orders them differently: 400 are the
-test texts, the next ones are labeled, and the last 372 are used without labels. The labeled texts also select the
-epoch, so no method uses more labels than these. docs/recipes.md has the results.
+The texts are the 872 of SST-2's validation split in the pinned package. Each seed orders them differently: the first
+400 are the test texts, the next ones are the labeled texts, and the last 372 are used without their labels. The best
+epoch is selected on the labeled texts too, so no method uses other labels. docs/recipes.md has the results.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.few_labels")
 
 import argparse
@@ -36,7 +36,7 @@ from pretrained import load_model
 PATTERNS = ["{text} All in all, it was {label}.", "It was {label}. {text}", "Just {label}! {text}"]
 WORDS = ["good=positive", "bad=negative"]
 N_TEST, N_UNLABELED = 400, 372
-LENGTH = 96  # tokens read of each text
+LENGTH = 96  # tokens; longer texts are cut
 
 Row = tuple[str, str]  # a text and its class
 

@@ -3,7 +3,7 @@
     python -m scripts.sweep --config configs/shakespeare-char.yaml --idea averaged
 
 Several ideas are combined with a plus sign: `--idea per-head+normuon`. docs/recipes.md has the results. A run with an
-idea uses one process and starts at step 0, because checkpoints do not store what an idea keeps.
+idea uses one process and starts at step 0, because checkpoints do not store the state of an idea.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.setup import TrainingRun
 
 
 class Idea:
-    """Changes a run before its first step, in `__init__`, or replaces functions of train.py.
+    """An idea changes a run before its first step, in `__init__`, or has methods that replace functions of train.py.
 
     Every method of an idea calls the same method of `super()`, so that `find_idea` can combine several ideas.
     """
@@ -41,7 +41,7 @@ class Idea:
 
 
 class UndecayedEmbeddings(Idea):
-    """No weight decay for token and position embeddings. With Muon, AdamW then decays nothing."""
+    """AdamW has no weight decay. With Muon, this concerns only the token and position embeddings."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -77,9 +77,9 @@ class _LossWithZ(nn.Module):
 
 
 class Averaged(Idea):
-    """The last validation uses the mean of the weights after each step in which the learning rate decreased."""
+    """The last validation uses the mean of the weights over all steps in which the learning rate decreased."""
 
-    first = 0.0  # fraction of the steps that is left out at the start
+    first = 0.0  # fraction of the run's steps, at its start, whose weights are left out
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -105,7 +105,10 @@ class Averaged(Idea):
 
 
 class MomentumWarmUp(Idea):
-    """Muon's momentum grows from 0.85 during the first 300 steps (as in modded-nanogpt), or all steps if fewer."""
+    """Muon's momentum grows from 0.85 to its configured value, as in modded-nanogpt.
+
+    This takes 300 steps, or the whole run if it has fewer steps.
+    """
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -140,7 +143,7 @@ class SmallBatchesFirst(Idea):
 
 
 class ScheduledDecay(Idea):
-    """The weight decay has the schedule of the learning rate, so that their product decays with its square."""
+    """The weight decay has the schedule of the learning rate, so their product follows the square of the schedule."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -160,7 +163,7 @@ class TailAverage(Averaged):
 
 
 class OuterNesterov(Idea):
-    """Every 5 steps, Nesterov momentum for the sum of their updates (Kallusky et al. 2025, SNOO, arXiv 2510.15830)."""
+    """Every 5 steps, the sum of their updates gets Nesterov momentum (Kallusky et al. 2025, SNOO, arXiv 2510.15830)."""
 
     period, rate, momentum = 5, 0.8, 0.5
 
@@ -195,8 +198,8 @@ class ChangedMuon(Idea):
         muon = run.optimizers[0]
         if not isinstance(muon, Muon):
             raise ValueError(f"this idea changes Muon: it needs optim.name muon, got {run.config.optim.name}")
-        muon.batched = True  # the form in which one method orthogonalizes all matrices of a shape
-        # Each of several combined ideas has its own `change`; the attribute of the class is only that of the first.
+        muon.batched = True  # then all matrices of a shape go through `_orthogonalize_all`, which an idea can override
+        # If ideas are combined, each has its own `change`, but `self.change` is only that of the first one.
         changes = [vars(idea)["change"] for idea in type(self).__mro__ if "change" in vars(idea)]
         self.muon = muon
         muon.__class__ = type("Muon", (*changes, Muon), {"heads": run.model.config.n_head})
@@ -210,7 +213,7 @@ class _PerHead(Muon):
         if group["stacked"]:  # (N, 3C, C): the queries of a head are neighboring rows, as are its keys and values
             heads = updates.reshape(-1, columns // self.heads, columns)
             return self._orthogonalize(heads, self.dtype).view(updates.shape)
-        if rows == columns:  # c_proj, (N, C, C): what a head writes depends on neighboring columns
+        if rows == columns:  # the attention's c_proj, (N, C, C): neighboring columns belong to one head
             heads = updates.view(n, rows, self.heads, -1).transpose(1, 2).flatten(0, 1)
             heads = self._orthogonalize(heads, self.dtype)
             return heads.view(n, self.heads, rows, -1).transpose(1, 2).reshape(updates.shape)
@@ -218,14 +221,15 @@ class _PerHead(Muon):
 
 
 class PerHead(ChangedMuon):
-    """Muon orthogonalizes the queries, keys, values and outputs of each head as matrices of their own."""
+    """Muon orthogonalizes the matrices of the queries, keys, values and outputs of each head separately."""
 
     change = _PerHead
 
 
 class _NorMuon(Muon):
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        # The mean square of the elements of an orthogonal matrix. The average starts there, and needs no correction.
+        # The mean square of the elements of an orthogonal matrix. The running mean starts at this value instead of 0,
+        # so it needs no bias correction.
         expected = 1 / (shape[1] if group["stacked"] else max(shape))
         average = self.state[parameter].setdefault("second_moment", torch.full_like(update[:, :1], expected))
         average.lerp_(update.square().mean(dim=1, keepdim=True), 0.05)
@@ -235,7 +239,7 @@ class _NorMuon(Muon):
 class NorMuon(ChangedMuon):
     """Each row of an update is divided by the root of a running mean of its squares (Li et al. 2025, NorMuon).
 
-    The rows of an orthogonal square or wide matrix have equal norms already, so this changes the tall ones most.
+    The rows of an orthogonal matrix have equal norms if it is square or wide. So the idea changes tall matrices most.
     https://arxiv.org/abs/2510.05491
     """
 
@@ -251,7 +255,7 @@ class _NorMuonColumns(Muon):
 
 
 class NorMuonColumns(ChangedMuon):
-    """NorMuon as in modded-nanogpt: wide matrices are normalized by columns, and the norm of each update is kept."""
+    """NorMuon as in modded-nanogpt: wide matrices are normalized by columns, and each update keeps its norm."""
 
     change = _NorMuonColumns
 
@@ -264,7 +268,7 @@ class _CautiousDecay(Muon):
 
 
 class CautiousDecay(ChangedMuon):
-    """Only weights that the update makes smaller decay (Chen et al. 2025, https://arxiv.org/abs/2510.12402)."""
+    """A weight decays only if the update moves it toward zero (Chen et al. 2025, https://arxiv.org/abs/2510.12402)."""
 
     change = _CautiousDecay
 
@@ -275,12 +279,16 @@ class _LargerWide(Muon):
 
 
 class LargerWide(ChangedMuon):
-    """The elements of all updates have the same size, also in wide matrices (Liu et al. 2025, arXiv 2502.16982)."""
+    """Updates of wide matrices are scaled up, so that the elements of all updates have the same root mean square.
+
+    See Liu et al. 2025, https://arxiv.org/abs/2502.16982.
+    """
 
     change = _LargerWide
 
 
-# The first five steps, for singular values above 0.001 and a safety factor of 1.02, as in modded-nanogpt.
+# The coefficients (a, b, c) of the first five iterations of `polar_express`, for singular values above 0.001 and a
+# safety factor of 1.02, as in modded-nanogpt.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -291,7 +299,7 @@ POLAR_EXPRESS = (
 
 
 def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `newton_schulz` returns, with the polynomials of Amsel et al. 2025 (arXiv 2505.16932)."""
+    """Do what `newton_schulz` does, with the polynomials of Polar Express (Amsel et al. 2025, arXiv 2505.16932)."""
     x = matrices.float()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -303,7 +311,7 @@ def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PolarExpress(ChangedMuon):
-    """Muon's iteration has other polynomials, after which all singular values are closer to 1."""
+    """Muon's iteration uses other polynomials, which bring all singular values closer to 1."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -330,7 +338,10 @@ IDEAS: dict[str, type[Idea]] = {
 
 
 def find_idea(names: str) -> type[Idea]:
-    """Return the idea of this name, or the combination of ideas whose names are joined by plus signs."""
+    """Return the idea of this name, or a combination of ideas whose names are joined by plus signs.
+
+    Raises ValueError if there is no idea of a name.
+    """
     if unknown := [name for name in names.split("+") if name not in IDEAS]:
         raise ValueError(f"there is no idea {', '.join(unknown)}: choose from {', '.join(IDEAS)}")
     return type(names, tuple(IDEAS[name] for name in names.split("+")), {})

@@ -2,16 +2,16 @@
 
     python -m scripts.kill_test --config FILE.yaml --dir DIR --kills 80 --processes 1
 
-Each attempt at the run is forked from this process, which has imported everything, so that it starts within a fraction
-of a second. With several processes this script takes the place of torchrun. SIGKILL comes at a random moment: during
-the start, after some steps, or while a checkpoint is being written. The script prints one JSON object with counts. The
-exit status is 1 if weights, optimizer state or metrics differ from those of the undisturbed run, or if a temporary file
-remains.
+An attempt at the run is one start of train.py. It is forked from this process, which has imported all modules already,
+so it starts within a fraction of a second. With several processes, this script does the work of torchrun. SIGKILL comes
+at a random moment: during the start, after some steps, or while a checkpoint is being written. The script prints one
+JSON object with counts. The exit status is 1 if weights, optimizer state or metrics differ from those of the run that
+was never killed, or if a temporary file remains.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.kill_test")
 
 import argparse
@@ -67,7 +67,10 @@ class Attempt:
         return not self.running
 
     def kill(self, pids: list[int]) -> bool:
-        """Send SIGKILL to some processes and SIGTERM to the others, as torchrun does. Return whether all end."""
+        """Send SIGKILL to some processes and, as torchrun does, SIGTERM to the others.
+
+        Return whether all of them end within GRACE seconds.
+        """
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for pid in set(self.running) - set(pids):
@@ -108,7 +111,7 @@ def metrics_inode(run: RunDirectory) -> int:
 
 
 def last_step(run: RunDirectory) -> int:
-    """Return the last step in metrics.jsonl, from the end of the file."""
+    """Return the last step in metrics.jsonl, or 0 if there is none. Only the end of the file is read."""
     with open(run.metrics_path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         complete = file.read().split(b"\n")[:-1]
@@ -130,7 +133,7 @@ def unfinished_checkpoint(run: RunDirectory) -> Path | None:
 def kill_once(
     run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
 ) -> dict[str, bool] | None:
-    """Wait for `moment`, then kill the attempt. Return what was interrupted, or None if the attempt ended by itself."""
+    """Wait for `moment`, then kill the attempt. Return what was observed, or None if the attempt ended by itself."""
     started, inode_before, unfinished_before = time.monotonic(), metrics_inode(run), unfinished_checkpoint(run)
     stale = unfinished_before.stat().st_ino if unfinished_before is not None else 0
     delay, new_steps = chance.uniform(0, 0.6), chance.randint(1, steps)
@@ -179,7 +182,10 @@ def differences(alone: RunDirectory, killed: RunDirectory, config: Config) -> li
 
 
 def kill_and_compare(args: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Train without and with kills; return the counts and the differences. Ends with status 1 if it cannot continue."""
+    """Train without kills and with kills, and return the counts and the differences between the two runs.
+
+    Exits with status 1 if an attempt fails, or if the run ends before the last kill.
+    """
     args.dir.mkdir(parents=True, exist_ok=True)
     alone, killed = RunDirectory(args.dir / "alone"), RunDirectory(args.dir / "killed")
 

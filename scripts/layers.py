@@ -15,8 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-# The rows from top to bottom, each with its rooms: a room is a package or a module. A module may import modules of its
-# own room and of the rows below, and no others.
+# The rows from top to bottom, each with its rooms. A room is a package, or a module that is in no package. A module may
+# import only modules of its own room and of the rows below.
 LAYERS = (
     ("scripts", "bench"),
     ("benchmarks",),
@@ -41,8 +41,9 @@ LAYERS = (
 # Downward imports that are forbidden as well: sample.py runs a model and must not depend on how one is trained.
 FORBIDDEN = {("sample", "training")}
 
-IMPORTS_IN_FUNCTIONS = 39  # an import inside a function hides a dependency and delays its error until the call
-TRAIN_NAMES, TRAIN_MODULES = 20, 8  # what a reader of train.py must know of the rest
+# The limits. An import inside a function hides a dependency, and its errors appear only when the function is called.
+IMPORTS_IN_FUNCTIONS = 39
+TRAIN_NAMES, TRAIN_MODULES = 20, 8  # imports of train.py: a reader of it must know these names and modules
 
 
 class Place(Enum):
@@ -82,7 +83,7 @@ class Tree(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the printed table. `violations` explains the number; it fails the check if `limit` is exceeded."""
+    """A line of the printed table. The check fails if `found` exceeds `limit`. `violations` lists what was counted."""
 
     title: str
     found: int
@@ -173,7 +174,7 @@ def read_tree(root: Path) -> Tree:
 def find_cycles(edges: Sequence[Edge]) -> list[list[Edge]]:
     """Return one cycle for each group of modules that import each other, directly or through others.
 
-    A cycle is the shortest one through the group's first module by name, as the edges along it.
+    It is a shortest cycle through that module of the group whose name comes first in the alphabet, as a list of edges.
     """
     graph: dict[str, dict[str, Edge]] = {}
     for edge in edges:
@@ -198,7 +199,10 @@ def _reachable(graph: Mapping[str, Mapping[str, Edge]], start: str) -> set[str]:
 
 
 def _shortest_cycle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> list[Edge]:
-    """Return the edges of a shortest cycle through `start`, which must be on one. Breadth-first search."""
+    """Return the edges of a shortest cycle through `start`, by breadth-first search.
+
+    Raises AssertionError if no cycle contains `start`.
+    """
     paths: list[list[Edge]] = [[edge] for edge in graph[start].values()]
     visited = {start}
     for path in paths:  # grows during the iteration
@@ -218,11 +222,11 @@ def room_of(module: str) -> str | None:
 
 
 def is_allowed(importer: str, imported: str) -> bool:
-    """Return whether a module of a room of LAYERS may import a module of another."""
+    """Return whether LAYERS and FORBIDDEN allow the module `importer` to import the module `imported`."""
     rows = {room: row for row, rooms in enumerate(LAYERS) for room in rooms}
     above, below = room_of(importer), room_of(imported)
     if above is None or below is None or above == below:
-        return True  # check_tree reports a module without a room by itself
+        return True  # check_tree counts modules without a room separately
     return rows[above] < rows[below] and (above, below) not in FORBIDDEN
 
 
@@ -230,7 +234,7 @@ def check_tree(tree: Tree) -> list[Row]:
     """Compare a project with the rules of this file."""
     at_import = [edge for edge in tree.edges if edge.place is Place.MODULE]
     at_run_time = [edge for edge in tree.edges if edge.place is not Place.TYPE_CHECKING]
-    # one violation for a statement that imports several names from the same module
+    # A statement that imports several names from the same module counts as one violation.
     upward = list(dict.fromkeys(str(edge) for edge in tree.edges if not is_allowed(edge.importer, edge.imported)))
     homeless = [f"{module} is in no room of LAYERS: add it" for module in sorted(tree.modules) if not room_of(module)]
     in_functions = [

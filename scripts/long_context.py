@@ -1,13 +1,14 @@
 """Train a small model on a task that needs tokens from far back: `python -m scripts.long_context full window lsh`.
 
 The first half of a sequence is a table: each token holds a place and the symbol at this place, as the sum of their
-embeddings. Each place occurs 16 times, in random order. The tokens of the second half hold a place alone, and the
-model has to copy its symbol from the table. Each sequence has new random symbols. docs/long-context.md has the results.
+embeddings. Each place occurs 16 times, in random order. Each token of the second half holds only a place, and the model
+has to copy the symbol of this place from the table. Each sequence has new random symbols. docs/long-context.md has the
+results.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.long_context")
 
 import math
@@ -23,15 +24,16 @@ from training.config import Optim
 from training.optim import make_optimizers
 
 COPIES = 16  # tokens of the table that hold the same place
-# A sequence uses 4 of the 16 symbols. So the model can learn early which symbols occur at all, which makes it read the
-# table before it has learned where to look.
+# A sequence uses only 4 of the 16 symbols. So the model first learns something easier: to read from the table which
+# symbols occur in a sequence. Then it learns at which place of the table to look.
 SYMBOLS, USED = 16, 4
 
 
 def make_sequence(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the places (length,) of a sequence, its symbols, and its targets, which are IGNORE_INDEX in the table.
+    """Return the places, the symbols and the targets of a new sequence, (length,) each. The table has no targets.
 
-    Ids 0 to SYMBOLS - 1 are symbols, SYMBOLS stands for the missing symbol of a question, and places follow.
+    Ids 0 to SYMBOLS - 1 are symbols. The questions (the second half) have the id SYMBOLS, which stands for the missing
+    symbol. The ids of places begin at SYMBOLS + 1.
     """
     n_places = length // 2 // COPIES
     used = torch.randperm(SYMBOLS, generator=generator)[:USED]
@@ -43,7 +45,7 @@ def make_sequence(length: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the loss of the answers in a new sequence, and the fraction of them that are right."""
+    """Return the loss of the answers in a new sequence, and the fraction of right answers, () each."""
     places, symbols, targets = make_sequence(model.config.block_size, generator)
     embed = model.transformer.wte
     output = model(inputs_embeds=(embed(places) + embed(symbols))[None], targets=targets[None], return_logits=True)
@@ -54,7 +56,7 @@ def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def share_keys(model: GPT) -> None:
-    """Make the keys equal to the queries, as in the Reformer. They stay equal: both get the sum of their gradients."""
+    """Make keys equal to queries, as in the Reformer. They stay equal, because both get the sum of their gradients."""
 
     def sum_gradients(gradient: Tensor) -> Tensor:
         query, key, value = gradient.chunk(3)
@@ -81,7 +83,8 @@ def make_model(attention: str, length: int, buckets: int, rounds: int, shared: b
         lsh_rounds=rounds,
     )
     model = GPT(config)
-    # The model only has to learn where to look. So the embeddings stay random vectors, and there are no positions.
+    # The model only has to learn where to look. So the token embeddings stay random vectors, and the position
+    # embeddings are 0.
     model.freeze()
     with torch.no_grad():
         model.transformer.wte.weight.mul_(10)

@@ -11,7 +11,7 @@ without one, nobody else may use the model. `hf auth login` stores the token.
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.publish")
 
 import argparse
@@ -35,7 +35,7 @@ from weights import open_model
 
 
 def published_files(checkpoint: Path) -> list[Path]:
-    """Return the files of a verified checkpoint that belong to the model: not the state of training."""
+    """Return the model's files in a verified checkpoint. The training state, in a subdirectory, is left out."""
     names = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     return [checkpoint / name for name in sorted(names) if "/" not in name]
 
@@ -78,7 +78,7 @@ def architecture(config: GPTConfig, tokenizer: str) -> dict[str, str]:
 
 
 def training(log: RunLog, state: dict[str, Any]) -> dict[str, str]:
-    """Return the rows of the card about the data, the recipe and the losses, at the checkpoint with this state."""
+    """Return the rows of the card about the data, the recipe and the losses, for the checkpoint with this state."""
     data, optim, start = log.config["data"], log.config["optim"], log.provenance[-1] if log.provenance else {}
     rows = {
         "data": log.source,
@@ -90,14 +90,14 @@ def training(log: RunLog, state: dict[str, Any]) -> dict[str, str]:
     }
     val = log.splits["val"]
     for step, loss, bits in zip(val["step"], val["loss"], val["bits_per_byte"], strict=True):
-        if step <= state["step"]:  # later validations overwrite the rows of earlier ones
+        if step <= state["step"]:  # the last validation up to the checkpoint overwrites the earlier ones
             rows["validation loss"] = f"{loss:.4f} nats per token after step {step:,.0f}, on {log.validation}"
             rows["bits per byte"] = f"{bits:.4f}"
     return {name: value for name, value in rows.items() if value}
 
 
 def command(log: RunLog) -> str:
-    """Return the command of the run's last start, without the directory of the Python program."""
+    """Return the command of the run's last start, with `python` instead of the path of the Python interpreter."""
     arguments = log.provenance[-1]["command"][1:] if log.provenance else []
     return shlex.join(["python", *arguments])
 
@@ -122,7 +122,7 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text, such as the name of a file, on one line and without the characters of Markdown and HTML."""
+    """Return text, such as a file name, on one line, with a backslash before each special character of Markdown."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))
 
 

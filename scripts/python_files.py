@@ -3,12 +3,13 @@
     python -m scripts.python_files data/python.jsonl
     python -m data.prepare text data/python.jsonl --out data/python --tokenizer bpe:50257 --val-fraction 0.01
 
-Each file is a document. Its first line is its path, so that a prompt can say what the file is about.
+Each file is a document. The first line of a document is the file's path, so that a prompt can say what the file is
+about.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.python_files")
 
 import hashlib
@@ -19,12 +20,12 @@ from pathlib import Path
 
 from command import CommandParser, ending
 
-FEWEST, MOST = 500, 200_000  # characters of a file: shorter ones hardly say anything, longer ones are mostly tables
+FEWEST, MOST = 500, 200_000  # characters of a file: shorter files hardly contain code, longer ones are mostly tables
 LEFT_OUT = {"plotly"}  # its files are generated and nearly equal
 
 
 def documents(packages: Path) -> Iterator[str]:
-    """Yield the files in the order of a hash of their paths, without duplicates: so both splits have all packages."""
+    """Yield the files without duplicates. The order by a hash of the path mixes the packages in both splits."""
     seen = set()
     paths = {path.relative_to(packages).as_posix(): path for path in packages.rglob("*.py")}
     for name in sorted(paths, key=lambda name: hashlib.sha256(name.encode()).digest()):

@@ -2,9 +2,10 @@
 
     python -m scripts.recipes --size characters --recipes present fast --fractions 1 0.85 0.75 --seeds 1 2 3
 
-Each recipe is trained with each seed, once for each length: a fraction of the size's steps. The learning rate decays to
-zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that are
-already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from that file:
+Each recipe is trained with each seed and each length. A length is a fraction of the steps of the size (see SIZES). The
+learning rate decays to zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run.
+Runs that are already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from
+that file:
 
     python -m scripts.recipes --figure docs/recipes.png
 
@@ -13,7 +14,7 @@ A recipe changes fields of a configuration, and may change the training loop wit
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.recipes")
 
 import argparse
@@ -40,7 +41,7 @@ Results = dict[str, dict[str, Losses]]  # size -> recipe -> losses
 
 
 class Size(NamedTuple):
-    """A model, a dataset, a batch, and the number of steps of the present recipe."""
+    """A model, a dataset, a batch, and the number of steps of a full run, which fractions refer to."""
 
     config: str
     steps: int
@@ -60,7 +61,7 @@ class Recipe(NamedTuple):
         return " ".join([*options, f"--idea {self.idea}"] if self.idea else options)
 
 
-# bfloat16 halves the time of these sizes on a CPU that has it. Seed 1 of `plays` changes by 0.0007.
+# bfloat16 halves the time of a run if the CPU has instructions for it. The loss of `plays`, seed 1, changes by 0.0007.
 SHORT_WINDOWS = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4 system.dtype=bfloat16"
 )
@@ -152,8 +153,8 @@ def p_value(differences: Sequence[float]) -> float:
 
     If a recipe has no influence, each seed's difference is equally likely with the opposite sign (Fisher 1935, The
     Design of Experiments, section 21). The p-value is the fraction of all 2^n choices of signs for which the sum of the
-    differences is at most the measured sum. It assumes no distribution. With 8 seeds its smallest value is 1/256 =
-    0.0039.
+    differences is at most the measured sum. The test assumes no distribution. With 8 seeds, the smallest possible
+    p-value is 1/256 = 0.0039.
     """
     sums = [
         math.fsum(sign * difference for sign, difference in zip(signs, differences, strict=True))
@@ -169,9 +170,9 @@ def compare(losses: dict[int, float], others: dict[int, float]) -> list[float]:
 
 
 def steps_to(target: float, losses: Losses, seed: int) -> float | None:
-    """Return the steps after which a recipe's final loss is `target`, or None if no two lengths of the seed enclose it.
+    """Return the steps of a run whose final loss would be `target`, or None if no two lengths of the seed enclose it.
 
-    The loss is interpolated between neighboring lengths, linearly in the logarithm of the steps.
+    The loss is interpolated between the final losses of neighboring lengths, linearly in the logarithm of the steps.
     """
     points = sorted((steps, of_seed[seed]) for steps, of_seed in losses.items() if seed in of_seed)
     for (short, high), (long, low) in itertools.pairwise(points):
@@ -204,9 +205,9 @@ def loss_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[float]]:
-    """Return the steps of each recipe to the present recipe's mean final loss, for each seed with several lengths.
+    """Return each recipe's steps to the mean final loss of the recipe `present`, for each seed with several lengths.
 
-    A recipe is left out if, for one of these seeds, this loss is not between the losses of two lengths.
+    A recipe is left out if, for one of these seeds, that loss is not between the losses of two lengths.
     """
     finals = recipes.get("present", {}).get(SIZES[size].steps)
     found = {}
@@ -223,8 +224,8 @@ def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[fl
 def steps_table(size: str, recipes: dict[str, Losses]) -> str:
     """Return the table of the recipes that have runs with fewer steps than the full length of the present recipe.
 
-    All lengths are compared with the present recipe at its full length. If a shorter run has a p-value below 0.01, its
-    loss is lower, so fewer steps are enough.
+    Runs of all lengths are compared with full runs of the present recipe. If the p-value of a shorter length is below
+    0.01, its loss is lower, so fewer steps are enough.
     """
     full, found = SIZES[size].steps, steps_to_present(size, recipes)
     base = recipes.get("present", {}).get(full, {})
@@ -247,7 +248,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw loss against steps for `present` and the recipes with shorter runs, with two standard errors of the mean."""
+    """Draw loss against steps for `present` and recipes with shorter runs. Bars are two standard errors of the mean."""
     figure = Figure(figsize=(5 * len(results), 5.5), layout="constrained")
     for axes, (size, recipes) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         full = SIZES[size].steps

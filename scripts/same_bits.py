@@ -216,7 +216,7 @@ def write_inputs(directory: Path) -> None:
     chance = random.Random(1337)
     syllables = [first + vowel + last for first in "bdklmrst" for vowel in "aeiou" for last in ("", "n", "s")]
     words = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(800)]
-    weights = [1 / rank for rank in range(1, len(words) + 1)]  # Zipf's law, so that there is something to learn
+    weights = [1 / rank for rank in range(1, len(words) + 1)]  # word frequencies of Zipf's law, which a model can learn
 
     def sentence(length: int) -> str:
         return " ".join(chance.choices(words, weights, k=length)).capitalize() + "."
@@ -307,7 +307,7 @@ def decode(side: Side, model: str, methods: tuple[tuple[str, ...], ...]) -> Fact
 
 
 def evaluate(side: Side, model: str) -> Facts:
-    """Evaluate a checkpoint on the val split and on a text; return each figure with its standard error."""
+    """Evaluate a checkpoint on the val split and on a text. Return all fields of each result, such as the value."""
     facts: Facts = {}
     for task, source in (("loss", ("--data", "prepared/bpe")), ("perplexity", ("--text", "heldout.txt"))):
         arguments = ("--model", model, "--tasks", task, *source, "--dtype", "float32", "--device", "cpu")
@@ -326,7 +326,7 @@ def evaluate(side: Side, model: str) -> Facts:
 
 def make_cases(base: Side, head: Side, *, short: bool) -> list[Case]:
     """Return the cases in the order in which they run: later cases read files that earlier cases wrote."""
-    # Both sides decode and evaluate BASE's checkpoint. So a change that affects only training shows only in training.
+    # Both sides decode and evaluate BASE's checkpoint. So a change of training code makes only training cases differ.
     model = str(Path("..") / base.directory.name / "runs" / "adamw-float32")
     final = str(checkpoint_directory(Path(model), STEPS))
 
@@ -373,14 +373,14 @@ def make_cases(base: Side, head: Side, *, short: bool) -> list[Case]:
 
 
 def missing_bfloat16() -> str:
-    """Return why bfloat16 is not compared here, or an empty string where the processor computes in it."""
+    """Return why bfloat16 is not compared on this machine, or an empty string if the processor computes in it."""
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "" if native else "this processor does not compute in bfloat16"
 
 
 def missing_compiler() -> str:
-    """Return why torch.compile is not compared here, or an empty string where it works."""
+    """Return why torch.compile is not compared on this machine, or an empty string if there is a C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     return "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
 
@@ -420,7 +420,7 @@ def table(results: list[Result]) -> str:
 
 
 def git(*arguments: str, directory: Path | None = None) -> str:
-    """Run git and return its output. Raises ValueError with git's message if it fails."""
+    """Run git and return its output. Raises ValueError with git's message if git fails."""
     result = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"git {arguments[0]}: {(result.stderr.strip() or 'it failed').splitlines()[-1]}")
@@ -441,7 +441,7 @@ def find_commit(revision: str, repository: Path) -> str:
 
 @contextlib.contextmanager
 def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
-    """Check out a commit in a worktree at `directory`, and remove it afterwards. For ".", return the repository."""
+    """Check out a commit in a worktree at `directory`, and remove the worktree afterwards. "." means the repository."""
     if commit == ".":
         yield repository
         return
@@ -449,12 +449,12 @@ def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
         git("worktree", "add", "--detach", str(directory), commit, directory=repository)
         yield directory
     finally:
-        with contextlib.suppress(ValueError):  # there is none if `worktree add` failed
+        with contextlib.suppress(ValueError):  # if `worktree add` failed, there is no worktree to remove
             git("worktree", "remove", "--force", str(directory), directory=repository)
 
 
 def run(commits: tuple[str, str], repository: Path, keep: Path | None, *, short: bool) -> bool:
-    """Run all cases and print the report. Returns whether no case differed or failed."""
+    """Run all cases and print the report. Return False if a case differed or failed."""
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-bits-"))).resolve()
         work = temporary / "work" if keep is None else keep.resolve()

@@ -4,17 +4,18 @@
     python -m scripts.scaling --figure docs/scaling.png
 
 With --train, small models are trained with the recipe and the dataset of a configuration, each with several lengths.
-Only the model's layers and channels and the number of steps differ; all heads have the configuration's width. A run
-that is already in the file of results is not repeated. --held-out trains the configuration itself.
+Only the model's layers and channels, the number of steps and the seed differ. Attention heads always have as many
+channels as in the configuration. A run that is already in the file of results is not repeated. --held-out trains the
+configuration itself.
 
-Then the small runs in the file, with at most a quarter of the FLOPs of the configuration's own run, are fitted, and the
-law is compared with the configuration's own run. `train.py --dry-run` fits the same file to predict the loss of a run.
-docs/scaling.md explains the method.
+Then a law is fitted to the small runs in the file. They have at most a quarter of the FLOPs of the configuration's own
+run. The prediction of the law is compared with the loss of that run. `train.py --dry-run` fits the runs of the same
+file to predict the loss of a run. docs/scaling.md explains the method.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.scaling")
 
 import argparse
@@ -74,7 +75,7 @@ class Shape(NamedTuple):
 
 @functools.cache
 def head_width(path: str) -> int:
-    """Return the channels of each attention head in a configuration."""
+    """Return the number of channels of each attention head in a configuration."""
     model = parse_config(["--config", path]).model_config(vocab_size=1)
     return model.n_embd // model.n_head
 
@@ -114,9 +115,10 @@ def train_run(arguments: list[str]) -> float:
 
 
 def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Study], list[dict[str, Any]]]:
-    """Return all studies in a file, and the list of the runs with this recipe in them, which is new if there are none.
+    """Return all studies in a file, and the list of runs of the study with this recipe.
 
-    The file is read each time, because another process may add runs to it.
+    If the file has no such study, the result contains a new one without runs. The file is read in each call, because
+    another process may add runs to it.
     """
     studies = read_studies(path)
     study = find_study(studies, recipe)
@@ -127,7 +129,10 @@ def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Stu
 
 
 def train_all(args: argparse.Namespace) -> None:
-    """Train the runs that the file of results lacks, and add each to the file when it ends."""
+    """Train the runs that the file of results lacks, and add each to the file when it ends.
+
+    Small runs with more than 1 / HELD_OUT of the FLOPs of the configuration's own run are skipped.
+    """
     base = parse_config(["--config", args.config])
     recipe, own = describe(base)
     lengths = sorted({round(fraction * base.optim.steps) for fraction in args.fractions})
@@ -147,7 +152,7 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the runs grouped by model and length, those with the fewest FLOPs first."""
+    """Return the runs in groups of the same model and length. The group with the fewest FLOPs is the first."""
 
     def size(run: dict[str, Any]) -> tuple[int, ...]:
         return run["flops"], run["layers"], run["channels"], run["steps"]
@@ -156,7 +161,7 @@ def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def run_table(study: Study, found: Fit) -> str:
-    """Return the table of all runs, a row for each size, with the loss that the law predicts for it."""
+    """Return the table of all runs: a row for each model and length, with the loss that the law predicts."""
     rows = []
     for group in by_size(study["runs"]):
         run, losses = group[0], [run["loss"] for run in group]
@@ -180,7 +185,7 @@ def run_table(study: Study, found: Fit) -> str:
 
 
 def form_table(study: Study, found: Fit) -> str:
-    """Return the table that compares the forms of the law, by runs that were left out and by the held-out runs."""
+    """Return the table of the forms of the law: their errors for sizes left out of the fit, and for held-out runs."""
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]
     rows = []
@@ -244,7 +249,7 @@ def draw(study: Study, found: Fit, path: Path) -> None:
 def report(args: argparse.Namespace) -> None:
     """Fit the runs of the configuration's recipe; print the tables and the check, and draw the figure.
 
-    Raises ValueError if the file of results has too few of them.
+    Raises ValueError if the file of results has too few of these runs.
     """
     recipe = describe(parse_config(["--config", args.config]))[0]
     study = find_study(read_studies(args.results), recipe)

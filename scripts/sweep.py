@@ -2,16 +2,16 @@
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
-Every combination of the values given with --vary is trained with every seed, one after another. Each is a run of its
-own under --dir. A run that has finished already is read and not repeated; a run that diverges gets a loss of inf. The
-last column of the table, given after `--config ... --vary`, reproduces the row. `--idea` trains with one of the changes
-in scripts/ideas.py. With `--best`, the losses are those of the best checkpoints instead of the last ones, and each has
-its step. docs/recipes.md and docs/small-data.md have such tables.
+Every combination of the values given with --vary is trained with every seed, one after another. Each is a separate run
+under --dir. A run that has finished already is read and not repeated. A run that diverges gets a loss of inf. To
+reproduce a row of the table, pass its last column to --vary. `--idea` trains with one or several of the changes in
+scripts/ideas.py. With `--best`, the table has the lowest validation loss of each run instead of the last one, and its
+step. docs/recipes.md and docs/small-data.md have such tables.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.sweep")
 
 import argparse
@@ -34,7 +34,12 @@ from training.setup import setup
 
 
 def finish(arguments: list[str], idea: type[Idea] | None) -> None:
-    """Train the run that these arguments of train.py describe until it finishes, with `idea` if it is given."""
+    """Train the run that these arguments of train.py describe until it finishes, with `idea` if it is given.
+
+    Raises:
+        ValueError: the run has no validations, or cannot be continued because an idea's state is not stored.
+        KeyboardInterrupt: a stop request ended the run.
+    """
     config = parse_config(arguments)
     if not config.eval.every:
         raise ValueError("eval.every is 0: set it, because runs without a validation cannot be compared")
@@ -50,10 +55,11 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 
 
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
-    """Train a run as `finish` does; return its last validation loss, inf if it diverged, and its metrics.
+    """Train a run as `finish` does. Return its last validation loss, or inf if it diverged, and its metrics.
 
-    With eval.final_tokens, this is the loss on these tokens. But a run that eval.patience ends has not been scored on
-    them. So with eval.patience it is always the loss on eval.tokens: losses on different tokens cannot be compared.
+    With eval.final_tokens, this is the loss on these tokens. But a run that eval.patience ends early is not scored on
+    them. So with eval.patience the loss of every run is that on eval.tokens: losses on different tokens cannot be
+    compared.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"
@@ -79,7 +85,7 @@ def as_flags(fields: Iterable[str]) -> list[str]:
 
 
 def first_below(records: list[dict], loss: float) -> int | None:
-    """Return the tokens at the first validation with at most this loss, None if there is none."""
+    """Return the number of training tokens at the first validation with at most this loss, or None if there is none."""
     reached = (r["tokens"] for r in records if r["split"] == "val" and r["loss"] is not None and r["loss"] <= loss)
     return next(reached, None)
 

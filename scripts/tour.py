@@ -35,18 +35,18 @@ def execute(path: Path, **environment: str) -> NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as sockets:
-        # Not TCP: a port that is free when the client chooses it can be taken when the kernel binds it.
+        # Not TCP: another process could take a port after the client has chosen it and before the kernel binds it.
         connection = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         client = NotebookClient(
             notebook,
             timeout=TIMEOUT,
             kernel_name="python3",
-            record_timing=False,  # the stored file then depends on the results alone
+            record_timing=False,  # without times, the stored file depends only on the results
             resources={"metadata": {"path": str(path.parent)}},
             config=connection,
         )
         client.execute(env=os.environ | environment)
-    # The client adds the version of Python, which differs from machine to machine.
+    # Remove the version of Python, which the client has added: it differs from machine to machine.
     notebook.metadata.language_info = {"name": "python"}
     notebook.metadata.executed_sources = hash_sources(notebook)
     return notebook

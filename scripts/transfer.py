@@ -11,7 +11,7 @@ results are not repeated. The tables and the figure of docs/transfer.md come fro
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.transfer")
 
 import argparse
@@ -35,8 +35,8 @@ from training.transfer import Size, scale
 
 Losses = dict[float, dict[int, float]]  # value of the swept field -> seed -> validation loss
 HEAD_SIZE = 32  # channels of each head in every shape
-LAYERS, WIDTH = 4, 64  # of the shapes that other shapes are compared with
-STEPS = 100  # optimizer steps of a run whose shape does not name them
+LAYERS, WIDTH = 4, 64  # of the base shape, see `series`
+STEPS = 100  # optimizer steps of a run whose shape does not give their number
 
 
 class Shape(NamedTuple):
@@ -65,12 +65,12 @@ Results = dict[str, dict[Shape, Losses]]  # sweep -> shape -> losses
 
 
 class Sweep(NamedTuple):
-    """An optimizer, the field of `optim` that a sweep varies, and the fields that it holds."""
+    """An optimizer, the field of `optim` that a sweep varies, and the fields that the sweep holds constant."""
 
     optimizer: str
     field: str
     held: str
-    lr: float | None = None  # optim.lr at width 64 with 4 layers; that of other shapes follows by the rule
+    lr: float | None = None  # optim.lr at width 64 with 4 layers; the rule gives that of other shapes
 
 
 BASE = "configs/shakespeare.yaml"
@@ -106,7 +106,7 @@ def train_one(fields: list[str]) -> float:
 
 
 def read_results(path: Path) -> Results:
-    """Return the losses of all runs so far. JSON has only text as keys, so they are converted here."""
+    """Return the losses of all runs so far. JSON has only text as keys, so the keys are converted here."""
     if not path.exists():
         return {}
     return {
@@ -138,7 +138,7 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def predict(name: str, old: Shape, new: Shape, value: float) -> float:
-    """Return the best value of a sweep in shape `new` that follows from the best one in `old` by the rule."""
+    """Return the value of the swept field that the rule predicts for `new`, if `value` is the best one for `old`."""
     sweep = SWEEPS[name]
     return value * scale(sweep.optimizer, sweep.field, Size(*old[:2]), Size(*new[:2]))
 
@@ -146,10 +146,10 @@ def predict(name: str, old: Shape, new: Shape, value: float) -> float:
 def find_optimum(losses: dict[float, float]) -> float | None:
     """Return the value with the lowest loss according to a parabola, or None if the values do not enclose a minimum.
 
-    The parabola is a function of the logarithm of the value. It is fitted by least squares to the lowest loss and to
-    the losses of all values within a factor of 2 of its value. There has to be a value on each side of the lowest loss.
-    If the parabola has no minimum between the outermost of these values, the value with the lowest loss is returned.
-    Values of 0 and losses of inf are not fitted, but a loss of inf can be the one on the right side.
+    The parabola is a function of the logarithm of the value. It is fitted by least squares to the value with the lowest
+    loss and to all values within a factor of about 2 of it. There must be a smaller and a larger value than the one
+    with the lowest loss. If the parabola has no minimum between the outermost fitted values, the value with the lowest
+    loss is returned. Values of 0 and losses of inf are not fitted, but the larger value may have a loss of inf.
     """
     points = {value: loss for value, loss in losses.items() if value > 0}
     if not points:
@@ -167,7 +167,7 @@ def find_optimum(losses: dict[float, float]) -> float | None:
 
 
 def seeds_of(losses: Losses) -> list[int]:
-    """Return the seeds of all values."""
+    """Return all seeds in `losses`, sorted."""
     return sorted({seed for seeds in losses.values() for seed in seeds})
 
 
@@ -177,16 +177,16 @@ def of_seed(losses: Losses, seed: int) -> dict[float, float]:
 
 
 def optima(losses: Losses) -> list[float]:
-    """Return the optimum of each seed whose values enclose one."""
+    """Return the optimum of each seed whose values enclose a minimum."""
     found = (find_optimum(of_seed(losses, seed)) for seed in seeds_of(losses))
     return [best for best in found if best is not None]
 
 
 def excess(losses: Losses, value: float) -> float | None:
-    """Return how much higher the loss is at a value than the lowest measured one, in the mean over seeds.
+    """Return the loss at a value minus the lowest measured loss, as a mean over seeds.
 
-    The loss is interpolated between the neighboring values, linearly in the logarithm of the value. Seeds without a
-    value on each side are left out; None if there are no others.
+    The loss is interpolated between the neighboring values, linearly in the logarithm of the value. A seed is left out
+    if its measured values do not enclose `value`. If no seed remains, the result is None.
     """
     found = []
     for seed in seeds_of(losses):
@@ -198,7 +198,10 @@ def excess(losses: Losses, value: float) -> float | None:
 
 
 def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
-    """Return the shapes that differ in one thing only, for each thing that at least two shapes differ in."""
+    """Return groups of at least two shapes in which only the width, only the layers or only the steps differ.
+
+    The other numbers are those of the base shape. Widths with another number of steps form groups too.
+    """
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],
         "layers": [s for s in shapes if (s.width, s.steps) == (WIDTH, STEPS)],
@@ -210,7 +213,7 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
 
 
 def describe_optimum(losses: Losses) -> str:
-    """Return the optimum as text, with its range over seeds, or on which side of the measured values it is."""
+    """Return the optimum as text, with its range over seeds. If no values enclose it, return a bound."""
     if found := optima(losses):
         several = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
         return f"{statistics.geometric_mean(found):.3g}{several}"
@@ -220,7 +223,7 @@ def describe_optimum(losses: Losses) -> str:
 
 
 def optimum_table(results: Results) -> str:
-    """Return the table that compares the optimum of each shape with the prediction from the first of its series."""
+    """Return the table that compares each shape's optimum with the prediction from the first shape of its series."""
     rows = []
     for name, shapes in results.items():
         for varied, members in series(shapes).items():

@@ -9,7 +9,7 @@ itself. Runs and scores that exist already are not repeated. docs/data.md has th
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.windows")
 
 import argparse
@@ -44,7 +44,7 @@ def table(args: argparse.Namespace, flags: list[str]) -> str:
     """Train and score what is missing, and return the table in Markdown. `flags` are options of train.py."""
     rows = []
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for seed in args.seeds:  # outer loop: an interrupted comparison has all settings of each seed but the last
+    for seed in args.seeds:  # outer loop: after an interruption, each finished seed has results of every setting
         for way, settings in WAYS.items():
             run = Path(args.dir) / f"{way.replace(', ', '-')}-seed_{seed}"
             names = ["--run.dir", args.dir, "--run.name", run.name, "--run.seed", str(seed)]

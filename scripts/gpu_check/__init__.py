@@ -1,8 +1,8 @@
 """Check this repository on a GPU: `python -m scripts.gpu_check`. docs/gpu.md describes the parts and their limits.
 
 report.py     Settings and Report: the sizes of the work; what is printed and written
-products.py   part 1: versions, the products of the head, the loss
-parity.py     part 2: the same logits, gradients and tokens as transformers and as a CPU
+products.py   part 1: versions, the matrix products of the head, the loss
+parity.py     part 2: logits, gradients and tokens equal those of transformers and of a CPU
 speed.py      parts 3, 4 and 9: training speed and memory, a profile, Muon and the choice of the micro-batch
 training.py   parts 5, 6 and 7: loss curves, kill and resume, DDP and FSDP
 inference.py  part 8: decoding and scoring questions

@@ -4,13 +4,13 @@
     python -m scripts.gpu_check --parts 1,3,8 --peer transformers --peer nanogpt=../nanoGPT
     python -m scripts.gpu_check --device cpu --tiny
 
-docs/gpu.md describes the parts. Each runs in a process of its own, so that a part that fails or crashes does not stop
-the others. It needs no network. The last command is a rehearsal: it runs every part on a CPU with tiny shapes.
+docs/gpu.md describes the parts. Each part runs in a separate process, so that a part that fails or crashes does not
+stop the others. No part needs a network. The last command is a rehearsal: it runs every part on a CPU with tiny shapes.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m scripts.gpu_check")
 
 import argparse
@@ -46,23 +46,24 @@ PARTS: dict[int, tuple[str, Part]] = {
     8: ("decoding and scoring", check_inference),
     9: ("Muon and the micro-batch", check_muon_and_micro_batch),
 }
-TIME_LIMIT = 600.0  # seconds of each part
+TIME_LIMIT = 600.0  # seconds that a part may take
 
 
 class Outcome(NamedTuple):
     """What is known of a part after it has ended."""
 
     passed: bool
-    reason: str  # why it failed, "" if it did not
+    reason: str  # why the part failed, or "" if it passed
     seconds: float
     checks: list[dict[str, Any]]
     tables: list[dict[str, Any]]
 
 
 def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outcome:
-    """Run a part in a process of its own. A part that takes too long is killed with its child processes.
+    """Run a part in a separate process. A part that takes too long is killed with its child processes.
 
-    The process is forked, so that it has all modules. This process never uses the GPU: CUDA does not survive a fork.
+    The new process is forked, so all modules are imported there already. The parent must never use the GPU, because a
+    forked process cannot use CUDA if its parent has used it.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -92,7 +93,7 @@ def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outc
 
 
 def answer(number: int, settings: Settings, pipe: Connection) -> None:
-    """Run in the process of a part: send its checks, its tables, and the error that ended it, if any."""
+    """Run a part in this process. Send its checks, its tables, and the error that ended it (or ""), to the parent."""
     report, reason = Report(), ""
     try:
         PARTS[number][1](settings, report)
@@ -101,7 +102,7 @@ def answer(number: int, settings: Settings, pipe: Connection) -> None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     pipe.send((report.checks, report.tables, reason))
     sys.stdout.flush()
-    os._exit(0)  # threads of CUDA or of a process group must not delay the end
+    os._exit(0)  # do not wait for threads of CUDA or of a process group
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:

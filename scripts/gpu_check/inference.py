@@ -1,4 +1,4 @@
-"""Part 8: decoding beside transformers, and scoring questions of HellaSwag's length."""
+"""Part 8: decoding compared with transformers, and scoring questions of HellaSwag's length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model import GPT
 from scripts.gpu_check.parity import make_twins
 from scripts.gpu_check.report import Report, Settings
 
-# The goal by batch size: our decoding speed divided by that of transformers.
+# Batch size -> goal for our decoding speed, divided by that of transformers.
 DECODING_GOAL = {1: 4.0, 8: 3.0}
 
 
@@ -50,12 +50,12 @@ def check_inference(settings: Settings, report: Report) -> None:
 
 
 def rate(work: partial, tokens: int) -> float:
-    """Return the tokens per second of the median of three calls, after one warm-up call."""
+    """Return the tokens per second, from the median duration of three calls after one warm-up call."""
     return tokens / statistics.median([seconds(work) for _ in range(4)][1:])
 
 
 def check_graph(model: GPT, settings: Settings, report: Report) -> None:
-    """Check that decoding replays a CUDA graph, and that the operations one by one give the same tokens."""
+    """Check that decoding replays a CUDA graph, and that it gives the same tokens as decoding without the graph."""
     ids = torch.randint(settings.shape.vocab_size, (4, PROMPT_TOKENS), device=settings.device)
     new = min(64, settings.tokens // 2)
     captured: list[Any] = []

@@ -1,4 +1,4 @@
-"""Part 2: logits, gradients and tokens on this device equal those of transformers and of a CPU in float32."""
+"""Part 2: check that logits equal those of transformers, and that gradients and tokens equal those of a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model import GPT, GPTConfig
 from scripts.gpu_check.report import Report, Settings, relative_difference
 from training.distributed import distribute
 
-# Largest relative difference of the gradient from that of a CPU in float32.
+# Precision -> largest relative difference between its gradient and that of a CPU in float32.
 GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 # float16 cannot represent small gradients, so the loss is multiplied by a power of two, as the gradient scaler does.
 SCALE = {"float32": 1, "bfloat16": 1, "float16": 2**12}
@@ -26,20 +26,20 @@ PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14], [3], [100, 50, 25, 12, 6], [2, 4]]
 
 def check_parity(settings: Settings, report: Report) -> None:
     """Compare logits with transformers, and gradients and greedy tokens with a CPU."""
-    torch.set_float32_matmul_precision("highest")  # TF32 would round the inputs of float32 products to 10 bits
+    torch.set_float32_matmul_precision("highest")  # TF32 would round the inputs of float32 products to 10 mantissa bits
     theirs, ours = make_twins(settings.shape, 0.02, settings.device)
     ids = torch.randint(settings.shape.vocab_size, (2, settings.tokens), device=settings.device)
     with torch.no_grad():
         difference = (ours(ids).logits - theirs(ids).logits).abs().max()
     report.at_most("float32 logits equal transformers', absolute", float(difference), 1e-5)
     check_gradients(settings, report)
-    # Large weights, so that the greedy text does not repeat itself and the best token is far ahead of the second.
+    # With large weights, the greedy text does not repeat itself, and the best logit is far above the second best.
     check_tokens(make_twins(settings.shape, 0.1, settings.device)[1], settings, report)
 
 
 def make_twins(shape: GPTConfig, spread: float, device: str) -> tuple[Any, GPT]:
-    """Return a GPT-2 of transformers with random weights of this standard deviation, and our copy of it."""
-    disable_progress_bar()  # of save_pretrained
+    """Return a GPT-2 of transformers, with random weights of standard deviation `spread`, and our copy of it."""
+    disable_progress_bar()  # `save_pretrained` would show one
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=shape.vocab_size,
@@ -59,7 +59,7 @@ def make_twins(shape: GPTConfig, spread: float, device: str) -> tuple[Any, GPT]:
 
 
 def gradients(settings: Settings, device: str, dtype: str, *, compiled: bool) -> list[Tensor]:
-    """Return the gradient of a training step's loss, by parameter."""
+    """Return the gradient of each parameter for the loss of one training step on `device`."""
     torch.manual_seed(1)
     model = GPT(settings.shape).train()
     ids = torch.randint(settings.shape.vocab_size, (2, settings.tokens + 1)).to(device)

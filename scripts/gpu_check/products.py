@@ -26,12 +26,15 @@ def check_products(settings: Settings, report: Report) -> None:
 
 
 def best_milliseconds(work: partial) -> float:
-    """Return the shortest of five durations, after two warm-up calls."""
+    """Return the shortest of five durations in milliseconds, after two warm-up calls."""
     return 1000 * min([seconds(work) for _ in range(7)][2:])
 
 
 def time_products(settings: Settings, report: Report) -> None:
-    """Time the three products of the head with and without a padded vocabulary, for chunks of several sizes."""
+    """Time the three matrix products of the head: logits, the gradient of its input, and the gradient of its weights.
+
+    They are timed with and without a padded vocabulary, for chunks of several sizes.
+    """
     report.say("timing the products of the head")
     vocab, width = settings.shape.vocab_size, settings.shape.n_embd
     rows = []

@@ -16,15 +16,15 @@ from training.config import Config, Data, Optim, System
 
 @dataclass(frozen=True)
 class Settings:
-    """What to check, and how large it is. `tiny` is for the rehearsal on a CPU: every part with small shapes."""
+    """What to check, and with which shapes. `tiny` is for the rehearsal: every part with small shapes on a CPU."""
 
     device: Literal["cpu", "cuda"]
     tiny: bool = False
-    peers: dict[str, str] = field(default_factory=dict)  # name -> directory, "" for a package
+    peers: dict[str, str] = field(default_factory=dict)  # name -> directory, or "" for an installed package
 
     @property
     def shape(self) -> GPTConfig:
-        """The model: GPT-2 124M."""
+        """The model: GPT-2 124M, or a small one if `tiny`."""
         small = GPTConfig(vocab_size=211, block_size=64, n_layer=2, n_head=2, n_embd=32)
         return small if self.tiny else GPTConfig.preset("gpt2")
 
@@ -40,12 +40,12 @@ class Settings:
 
     @property
     def is_timed(self) -> bool:
-        """Whether speed and memory are compared with the targets: tiny shapes show neither."""
+        """Whether speed and memory are compared with their targets, which apply only to a GPU and full shapes."""
         return self.device == "cuda" and not self.tiny
 
     @property
     def tokens(self) -> int:
-        """The tokens of a sequence."""
+        """The number of tokens in a sequence."""
         return self.shape.block_size
 
     @property
@@ -77,14 +77,14 @@ class Settings:
 
 
 class Report:
-    """What a part found. Each result is printed immediately."""
+    """The results of a part. Each one is printed immediately."""
 
     def __init__(self) -> None:
         self.checks: list[dict[str, Any]] = []
         self.tables: list[dict[str, Any]] = []
 
     def say(self, message: str) -> None:
-        """Print what happens now."""
+        """Print what the part does now."""
         print(f"  {message}", flush=True)
 
     def check(self, name: str, passed: bool, found: object) -> None:
@@ -93,7 +93,7 @@ class Report:
         print(f"  {'PASS' if passed else 'FAIL'}  {name}: {found}", flush=True)
 
     def at_most(self, name: str, found: float, limit: float) -> None:
-        """Check that a number is at most `limit`. NaN is not."""
+        """Check that a number is at most `limit`. NaN fails the check."""
         self.check(name, found <= limit, f"{found:.3g}, at most {limit:g}")
 
     def table(self, title: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, on a small dataset that needs no network."""
+"""Runs of train.py in separate processes, on a small dataset that can be written without a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARD_TOKENS = 100_000_000  # the default of data.prepare
 def write_dataset(directory: Path) -> Path:
     """Write a dataset with characters as tokens: the documentation of this repository, without a validation split.
 
-    `python -m data.prepare` would need packages that are not needed for training.
+    `python -m data.prepare` is not used, because it needs packages that training does not need.
     """
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text, out = "\n\n".join(path.read_text(encoding="utf-8") for path in documents), directory / "dataset"

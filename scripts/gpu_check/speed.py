@@ -27,12 +27,12 @@ from training.config import Optim
 from training.estimate import Hardware, Workload, count_parameters, flops_per_token, peak_flops
 from training.setup import TrainingRun
 
-LOWEST_MFU = 0.41  # on an H100 or H200 at 64 sequences: that of llm.c on an H100
-WORST_ESTIMATE = 0.15  # relative error of the estimate of the peak memory
+LOWEST_MFU = 0.41  # on an H100 or H200 with 64 sequences in a micro-batch; llm.c has this MFU on an H100
+WORST_ESTIMATE = 0.15  # largest relative error of the estimate of the peak memory
 LOSS = "gpt2::linear_cross_entropy_sum"
-# The kind of a CUDA kernel or of a CPU operator: the first pattern that matches its name.
+# Kind -> pattern of the names of its CUDA kernels and CPU operators. The first pattern that matches a name counts.
 KINDS = {
-    "elementwise": r"^triton",  # the compiler's kernels, whose names list all operators that they were made from
+    "elementwise": r"^triton",  # first: names of torch.compile's kernels list all the operators that they fuse
     "attention": r"flash|fmha|attention|sdpa",
     "products": r"gemm|cutlass|nvjet|cublas|xmma|splitk|addmm|\bmm\b|bmm|matmul",
     "optimizer": r"multi_tensor|adam|newton_schulz",
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def check_speed(settings: Settings, report: Report) -> None:
-    """Time our training step at several micro-batches, with and without compiling and cuDNN, and that of each peer."""
+    """Time our training step and that of each peer with several micro-batches, and ours without compiling or cuDNN."""
     sizes, middle = ((2, 4), 4) if settings.tiny else ((16, 32, 64, 128), 64)
     table = [measure(settings, report, rows, "ours") for rows in sizes]
     table.append(measure(settings, report, middle, "ours, not compiled", compiled=False))
@@ -85,14 +85,14 @@ def measure_peer(settings: Settings, report: Report, rows: int, name: str, direc
 
 
 def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare: Callable[[], Run]) -> dict[str, Any]:
-    """Time the steps that `prepare()` returns, and measure their peak memory.
+    """Time the training step that `prepare()` returns, and measure its peak memory.
 
-    If they do not fit into the memory, all results are None.
+    If the step does not fit into the memory, all measured values are None.
     """
     report.say(f"training steps of {rows} x {settings.tokens} tokens: {what}")
     result = {"what": what, "rows": rows} | dict.fromkeys(("ms", "tokens/s", "MFU", "peak, GiB"))
     torch.set_float32_matmul_precision("high")
-    torch.compiler.reset()  # otherwise a model could run code that was compiled with another choice of attention
+    torch.compiler.reset()  # otherwise this model could run code that was compiled for another kind of attention
     step: Run | None = None
     try:
         step = prepare()
@@ -104,7 +104,7 @@ def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare
         report.say(f"{what} does not fit into the memory at {rows} sequences")
         return result
     finally:
-        step = None  # releases the model, also after an error, so that the next one has the memory
+        step = None  # releases the model, also after an error, so that its memory is free for the next one
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()
@@ -143,7 +143,7 @@ def check_profile(settings: Settings, report: Report) -> None:
 
 
 def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
-    """Return the milliseconds of each kind of operation: of kernels on a GPU, of operators on a CPU.
+    """Return the milliseconds of each kind of operation. On a GPU, kernels are counted; on a CPU, operators.
 
     Everything inside the operator of the loss counts as the loss.
     """
@@ -179,7 +179,7 @@ def kind_of(name: str) -> str:
 
 
 def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
-    """Measure Muon's part of a step, train with the automatic micro-batch, and ask for one that is too large."""
+    """Measure Muon's part of a step, train with the automatic micro-batch, and try one that is too large."""
     rows = 4 if settings.tiny else 64
     table: list[dict[str, Any]] = []
     names: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
@@ -191,7 +191,7 @@ def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
         step = statistics.median(seconds(partial(train_step, run, False, False)) for _ in range(3))
         accumulate_gradients(run)
         optimizer = statistics.median(seconds(partial(step_optimizers, run)) for _ in range(3))
-        # The batch of GPT-2's recipe has 512 sequences, for which the optimizer steps once.
+        # A batch of GPT-2's recipe has 512 sequences: 512 / rows micro-batches, but only one step of the optimizer.
         whole = step + (512 / rows - 1) * (step - optimizer)
         table.append({"optimizer": name, "ms": 1000 * optimizer, "part of 512 sequences": optimizer / whole})
     report.table(f"optimizer step, after micro-batches of {rows}", table)
@@ -208,7 +208,10 @@ def step_optimizers(run: TrainingRun) -> None:
 
 
 def check_micro_batch(settings: Settings, report: Report) -> None:
-    """Train a step with `data.micro_batch auto`. If one is too large, train.py must say so without a traceback."""
+    """Train one step with `data.micro_batch auto`, and one with micro-batches of 512 sequences.
+
+    If 512 sequences do not fit into the memory, train.py must end with a message and not with a traceback.
+    """
     report.say("one step with data.micro_batch auto")
     config = settings.config(16 if settings.tiny else 512, settings.shape, compiled=False)
     config.data.micro_batch = "auto"

@@ -23,7 +23,7 @@ from training.metrics import Progress
 
 
 class LossRecorder(Progress):
-    """Keeps the loss of each step instead of showing it."""
+    """A progress display that keeps the loss of each step instead of showing it."""
 
     def __init__(self) -> None:
         super().__init__(0, 1, 1, enabled=False)
@@ -35,7 +35,7 @@ class LossRecorder(Progress):
 
 
 def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: int, rows: int) -> list[float]:
-    """Return the losses of the first training steps on four batches of random tokens, which the model learns."""
+    """Return the losses of the first training steps on four batches of random tokens, which the model memorizes."""
     optim = Optim(lr=1e-3, warmup_steps=2, steps=100)
     config = settings.config(rows, shape, compiled=settings.device == "cuda", optim=optim)
     run = make_run(config, shape, settings.processes(dtype), n_batches=4)
@@ -46,7 +46,7 @@ def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: i
 
 
 def check_curves(settings: Settings, report: Report) -> None:
-    """Compare the losses of a small model with a CPU's, and those of the model in 16 bits with float32."""
+    """Compare the losses of a small model with a CPU's, and those of the model in 16 bits with those in float32."""
     torch.set_float32_matmul_precision("highest")
     steps, rows = (6, 4) if settings.tiny else (30, 8)
     report.say(f"{steps} steps of a small model in float32, on the CPU and on {settings.device}")
@@ -72,7 +72,7 @@ def compare(report: Report, name: str, found: list[float], expected: list[float]
 
 
 def check_resume(settings: Settings, report: Report) -> None:
-    """Kill a run several times. With system.deterministic, weights and losses must equal those without kills."""
+    """Kill a run several times. With system.deterministic, its results must equal those of a run without kills."""
     kills = 1 if settings.tiny else 4
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -92,7 +92,7 @@ def check_resume(settings: Settings, report: Report) -> None:
                 continue
             counts = json.loads(lines[-1])
             found = "equal bit for bit" if not counts["differences"] else "; ".join(counts["differences"])
-            # On a GPU, some operators by default add numbers in a different order in every run.
+            # By default, some operators on a GPU add numbers in a different order in every run. So runs may differ.
             if deterministic or settings.device == "cpu":
                 report.check(f"{counts['kills']} kills, {name}", not counts["differences"], found)
             else:
@@ -100,7 +100,7 @@ def check_resume(settings: Settings, report: Report) -> None:
 
 
 def check_distributed(settings: Settings, report: Report) -> None:
-    """Compare the gradients of compiled DDP and compiled FSDP with those of the plain model, in a group of one."""
+    """Compare the gradients of compiled DDP and FSDP with those of the plain model, in a group of one process."""
     torch.set_float32_matmul_precision("highest")
     expected = gradients(settings, sharded=None)
     backend = "nccl" if settings.device == "cuda" else "gloo"
@@ -114,7 +114,7 @@ def check_distributed(settings: Settings, report: Report) -> None:
 
 def gradients(settings: Settings, *, sharded: bool | None) -> list[Tensor]:
     """Return the gradient of each parameter. sharded: None for the plain model, False for DDP, True for FSDP."""
-    # `distribute` uses DDP only for several processes, so this description has two.
+    # `distribute` uses DDP only for several processes, so the description claims two.
     processes = settings.processes(torch.float32, world_size=1 if sharded is None else 2)
     torch.manual_seed(0)
     model = GPT(settings.shape).to(settings.device).train()
