@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m benchmarks.plot")
 
 import json

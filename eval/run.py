@@ -11,7 +11,7 @@ Under torchrun, all processes share the work. With --json, an interrupted evalua
 
 from __future__ import annotations
 
-if not __package__:  # started by its path, so that the imports below would fail
+if not __package__:  # started by its path: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m eval.run")
 
 import argparse
