@@ -1,4 +1,4 @@
-"""Faster forms of operations that model.py states plainly, and masks; this package imports nothing else of the project.
+"""Faster forms of operations of model.py, and attention masks. The package imports no other module of the project.
 
 Each file with a faster form also contains the plain form, in a few lines, or names it. The tests compare the two.
 """

@@ -1,8 +1,8 @@
 """The choice of PyTorch's attention kernel on CUDA, and a faster backward pass for training on a CPU below float32.
 
 `CausalAttention` has PyTorch's forward pass. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with
-avx512_bf16, one thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as this one and is slightly less
-accurate.
+avx512_bf16, one thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as the one here and is slightly
+less accurate.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
-# The backends of scaled_dot_product_attention that run any shape at once. The fourth one, cuDNN, builds a plan for each
-# new shape, which takes up to half a second.
+# The backends of scaled_dot_product_attention that need no preparation for a new shape. The fourth backend, cuDNN,
+# builds a plan for each new shape, which takes up to half a second.
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# Newer forms of FlashAttention by the compute capability of the card: their name in PyTorch, and the module they need.
+# Newer forms of FlashAttention by the major compute capability of the card: the name in PyTorch, and the module needed.
 NEWER_FLASH_ATTENTION = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}
 
 # The backward pass handles a block of 128 queries and at most about a million attention weights at a time. More would
@@ -29,10 +29,10 @@ BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
 
 
 def attention_backends(device: torch.device, *, fixed_shapes: bool) -> AbstractContextManager:
-    """Restrict `F.scaled_dot_product_attention` to the kernels that suit the shapes of its inputs.
+    """Exclude cuDNN from the kernels of `F.scaled_dot_product_attention` on CUDA, unless the shapes are fixed.
 
-    Pretraining has one shape, for which cuDNN plans once and is then often the fastest. Decoding, evaluation and
-    classification have another shape in almost every batch: there cuDNN is excluded. Only CUDA has the choice.
+    In pretraining, all batches have one shape. cuDNN builds one plan for it and is then often the fastest kernel. In
+    decoding, evaluation and classification, almost every batch has another shape, which would need a new plan.
     """
     if device.type != "cuda" or fixed_shapes:
         return nullcontext()
@@ -42,9 +42,9 @@ def attention_backends(device: torch.device, *, fixed_shapes: bool) -> AbstractC
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, *, training: bool
 ) -> Tensor:
-    """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D), by a kernel for these shapes.
+    """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D).
 
-    A mask means padding, so the next batch probably has another shape (see `attention_backends`).
+    A mask means padding, so the next batch probably has another shape, and cuDNN is excluded (`attention_backends`).
     """
     with attention_backends(q.device, fixed_shapes=training and mask is None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -99,7 +99,7 @@ def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
 
     The attention weights are not saved by the forward pass. They are computed again here, one block of queries at a
     time, as in FlashAttention (Dao et al. 2022, algorithm 4). Scores and softmax are computed in float32, the other
-    four products in the dtype of q.
+    four matrix products in the dtype of q.
     """
     _, H, T, _ = q.shape
     sequences = max(1, BLOCK_WEIGHTS // (H * BLOCK_QUERIES * T))
@@ -116,7 +116,7 @@ def _write_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk
     """Compute the gradients of some heads and write them to dq, dk and dv; all (heads, T, D)."""
     T, scale = q.size(1), 1 / math.sqrt(q.size(2))
     queries, keys = q.float() * scale, k.float().mT
-    # Every block of queries adds to the gradients of all keys and values before it: sum these in float32.
+    # Every block of queries adds to the gradients of all keys and values that it sees. These long sums need float32.
     dk_sum, dv_sum = torch.zeros_like(queries), torch.zeros_like(queries)
     future = torch.full((BLOCK_QUERIES, BLOCK_QUERIES), float("-inf")).triu(1)
     for first in range(0, T, BLOCK_QUERIES):

@@ -26,7 +26,7 @@ def fast_attention(
     Args:
         mask: see `kernels.masks.Mask`; None masks nothing.
         is_causal: each query sees the keys up to its own position; only without a mask.
-        pattern: of the attention on long sequences, or None.
+        pattern: which earlier keys a query attends to on long sequences; None: all.
         training: the model is in training mode, where shapes are fixed.
     """
     if isinstance(mask, DocumentMask):

@@ -12,8 +12,8 @@ import torch
 class Compiled:
     """A function that is compiled at its first call. If compiling fails, it prints a warning and runs uncompiled.
 
-    The call also compiles the backward pass. By default, that would happen in `loss.backward()`, where a failure could
-    not be repaired any more: gradients of other micro-batches may exist already.
+    The first call also compiles the backward pass. By default, PyTorch would compile it in `loss.backward()`. That is
+    too late to fall back, because gradients of other micro-batches may exist already.
 
     Args:
         function: what to compile.

@@ -1,14 +1,14 @@
 """The loss of kernels/loss.py in the form that suits a GPU: few large products, and one fused pass over the logits.
 
-It differs from the form for a CPU in four points:
+This form differs from the form for a CPU in four points:
 
-- The head is padded to a multiple of 128 rows. GPT-2's 50,257 is odd, so every second row of logits would begin at an
-  address that is not a multiple of 4 bytes, and the products would run on slow kernels. The padding exists only here;
-  the parameter keeps GPT-2's shape.
+- The head is padded to a multiple of 128 rows. The size of GPT-2's vocabulary, 50,257, is odd. So without padding,
+  every second row of 16-bit logits would begin at an address that is not a multiple of 4 bytes, and the matrix products
+  would run on slow kernels. The padding exists only here; the parameter keeps GPT-2's shape.
 - It computes thousands of rows of logits at a time, because small matrix products cannot keep a GPU busy.
 - Everything between the products is one function for `torch.compile`, which reads the logits twice and writes their
   gradient once. Separate operators would read and write the logits several more times.
-- The head's gradient is summed in float32 by the products themselves.
+- The matrix products themselves add to the head's gradient in float32, without a separate addition.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from kernels.compiled import Compiled
 from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
 
 HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores need 8; 128 is the width of their tiles
-FEWEST_ROWS, MOST_ROWS = 512, 8192  # more rows make the products hardly faster
-LOGITS_SHARE = 0.01  # of a GPU's memory
+FEWEST_ROWS, MOST_ROWS = 512, 8192  # rows of logits at a time; more than 8,192 make the products hardly faster
+LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the summed loss () in float32, and write its gradient with respect to the logits over the logits.
+    """Return the summed loss () in float32, and overwrite the logits with their gradient.
 
     logits (rows, padded vocabulary) in any dtype, targets (rows,). Columns from `vocab_size` on are padding: they have
-    no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0. With a
-    target that is neither this nor a token of the vocabulary, the loss is NaN.
+    no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0. If a
+    target is neither IGNORE_INDEX nor a token of the vocabulary, the loss is NaN.
     """
     columns = torch.arange(logits.size(1), device=logits.device)
     scores = logits.float().masked_fill(columns >= vocab_size, float("-inf"))
     counts = (targets != IGNORE_INDEX).unsqueeze(1)
     one_hot = columns == targets.unsqueeze(1)
     log_sum = scores.logsumexp(dim=1, keepdim=True)
-    # As a sum over the row, because a gather would be a pass of its own over the logits, before they are overwritten.
+    # A sum over the row is fused with the other operations. A gather would be a separate pass over the logits.
     target_score = torch.where(one_hot, scores, 0.0).sum(dim=1, keepdim=True)
-    # A target outside the vocabulary has no column. With NaN it does not remain unnoticed.
+    # A target outside the vocabulary has no column. Make the loss NaN, so that the error is noticed.
     outside = ((targets < 0) | (targets >= vocab_size)).unsqueeze(1)
     total = torch.where(counts, (log_sum - target_score).masked_fill(outside, float("nan")), 0.0).sum()
     logits.copy_(((scores - log_sum).exp() - one_hot.float()) * counts)
@@ -86,7 +86,7 @@ def cuda_loss_and_gradients(
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dhead = torch.zeros_like(head, dtype=torch.float32) if weight_grad else x.new_empty(0)
-    # Chunks have equal sizes where possible, so that the compiled function is called with few different shapes.
+    # The sizes of the chunks differ by one row at most, so that the compiled function is called with few shapes.
     # An empty batch is one part, because `tensor_split` needs at least one.
     parts = max(1, math.ceil(len(x) / rows_at_a_time(device_memory(x.device), vocab_size, dtype.itemsize)))
     for x_rows, part_targets, part_dx in zip(

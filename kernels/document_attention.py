@@ -1,7 +1,7 @@
 """Causal attention inside documents: if a sequence has several texts, each token attends to its own text only.
 
-On a CPU, each document is a call of its own, so that a sequence of short documents costs less than one long text. On
-CUDA, FlexAttention (Dong et al. 2024) skips the blocks of keys that no query of a block may see.
+On a CPU, PyTorch's kernel is called for each document, so a sequence of short documents costs less than one long text.
+On CUDA, FlexAttention (Dong et al. 2024) skips a block of keys if no query of a block of queries may see it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch.nn import functional as F
 
 from kernels.attention import causal_attention_gradients
 
-# Below float32, the backward pass of a document of at most this number of tokens is PyTorch's in float32. The products
-# are too small to be faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10 times as long.
+# If q, k and v are below float32, the backward pass of a document of at most this number of tokens is PyTorch's kernel
+# in float32. The matrix products of so few tokens are too small to be faster in bfloat16: on an Intel Xeon,
+# `causal_attention_gradients` takes 2.6 to 10 times as long.
 SHORT = 256
 
 
 class DocumentMask(NamedTuple):
     """Which keys a query may attend to, given which document each token belongs to.
 
-    ids: (B, T) integers, equal for the tokens of a document, which are next to each other;
-    block_mask: what FlexAttention needs, only on CUDA.
+    ids: (B, T) integers; the tokens of a document have the same id and are next to each other;
+    block_mask: the same mask in FlexAttention's form; None if the device is not CUDA.
     """
 
     ids: Tensor
@@ -91,7 +92,7 @@ class DocumentAttention(torch.autograd.Function):
 
 
 def find_documents(ids: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Iterate over the documents of ids (B, T): the rows and the tokens of each. Equal neighboring rows are joined."""
+    """Yield the rows and the tokens of each document of ids (B, T). Neighboring rows with equal borders are joined."""
     ends = [[*(torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist(), len(row)] for row in ids]
     first = 0
     for row in range(1, len(ends) + 1):

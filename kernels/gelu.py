@@ -22,7 +22,8 @@ def gelu(x: Tensor) -> Tensor:
     return (z * torch.sigmoid(2 * u)).to(x.dtype)
 
 
-# GPT-2's first, then those of variants, by transformers' names. `gelu` is the exact form with erf, which nanoGPT uses.
+# Activations by their names in transformers: first GPT-2's, then those of GPT-2 variants. `gelu` is the exact form with
+# erf, which nanoGPT uses.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": gelu,
     "gelu": F.gelu,

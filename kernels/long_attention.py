@@ -4,16 +4,17 @@
 
 `LSH`: locality-sensitive hashing, after the Reformer (Kitaev et al. 2020, section 2). A query attends mostly to keys
 that point in a similar direction, and a hash puts vectors of similar direction into the same bucket. So each query
-attends to the last `chunk` keys of its own bucket, and to its own key. This is repeated in rounds with other hashes:
-attention is over the union of the rounds. Two points differ from the paper:
+attends to the last `chunk` keys of its own bucket, and to its own key. Each round repeats this with another hash, and
+a query attends to the keys of all rounds. Two points differ from the paper:
 
 - Queries and keys are hashed separately, so the model stays a GPT-2. The paper makes them equal.
-- In the paper, the tokens after a query can change which earlier keys it attends to, because they move the borders of
-  the sorted chunks. Here they cannot: a chunk is a unit of computation, not a limit on what a query sees. So the loss
-  of a text is a probability, and cached decoding gives what a pass over the whole text gives.
+- In the paper, tokens after a query can change which earlier keys the query attends to, because these tokens move the
+  borders of the sorted chunks. Here they cannot: the keys are counted backward from the query, and the borders of the
+  chunks do not limit them. So the loss measures the probability of a text, and cached decoding gives the same result
+  as a pass over the whole text.
 
-Both are objects with two methods: the call is the fast form, and `mask` is the plain form, which returns which keys
-each query attends to. Memory grows with T in the fast forms and with T² in the plain forms.
+`Window` and `LSH` have two methods: the call is the fast form, and `mask` is the plain form, which returns the keys
+that each query attends to. Memory grows with T in the fast forms and with T² in the plain forms.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Window(NamedTuple):
         return window if mask is None else window & mask
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Return the result (B, H, T, D) for q (B, H, T, D), k and v (B, H, S, D), and the mask as above."""
+        """Return the attention (B, H, T, D) of q (B, H, T, D), k and v (B, H, S, D). `mask` is as in `Window.mask`."""
         B, H, T, _ = q.shape
         w = self.size
         if mask is None and T == 1:  # cached decoding
@@ -67,8 +68,8 @@ class Window(NamedTuple):
         )
         if w >= T:
             return first
-        # Blocks of w queries: each block needs the keys of its own block and of the one before it. The blocks take the
-        # place of the heads, so that one call processes all of them.
+        # Divide the sequence into blocks of w tokens. The queries of a block need the keys of the same block and of the
+        # previous one. The blocks take the place of the heads, so that one call processes all blocks.
         blocks = [F.pad(t, (0, 0, 0, -T % w)).unflatten(2, (-1, w)).flatten(0, 1) for t in (q, k, v)]
         keys, values = (torch.cat([t[:, :-1], t[:, 1:]], dim=2) for t in blocks[1:])  # (B H, blocks - 1, 2 w, D)
         window = torch.ones(w, 2 * w, dtype=torch.bool, device=q.device).tril(w).triu(1)
@@ -100,12 +101,12 @@ class LSH(NamedTuple):
         for rotation in rotations(self.buckets, self.rounds, self.layer, q.size(-1), q.device):
             q_bucket, k_bucket = find_buckets(q, rotation), find_buckets(k, rotation)
             same = (q_bucket.unsqueeze(-1) == k_bucket.unsqueeze(-2)) & earlier
-            newer = same.flip(-1).cumsum(dim=-1).flip(-1)  # number of the key, counted from the newest one
+            newer = same.flip(-1).cumsum(dim=-1).flip(-1)  # 1 for the newest key of the bucket, 2 for the next
             seen = seen | same & (newer <= self.chunk)
         return seen
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Return the result (B, H, T, D). The arguments are those of `Window`; `dropout` must be 0."""
+        """Return the attention (B, H, T, D). The arguments are those of `Window.__call__`; `dropout` must be 0."""
         assert not dropout, "GPTConfig refuses dropout with attention lsh"
         # The last query's row is the padding mask: this query may attend to every key that is not padding.
         keep = None if mask is None else mask[:, 0, -1].expand(len(q), -1)  # (B, S)
@@ -118,8 +119,8 @@ def find_pattern(config: dict[str, Any], layer: int) -> Window | LSH | None:
         return None
     if config["attention"] == "window":
         return Window(config["window_size"])
-    # Twice the keys that a bucket has on average, as in the paper. It depends on block_size and not on the length of
-    # the text, so that a token attends to the same tokens whatever follows it.
+    # A chunk has twice as many keys as a bucket has on average, as in the paper. Its size depends on block_size and not
+    # on the length of the text, so that later tokens cannot change which tokens a token attends to.
     chunk = math.ceil(2 * config["block_size"] / config["lsh_buckets"])
     return LSH(config["lsh_buckets"], config["lsh_rounds"], chunk, layer)
 
@@ -127,8 +128,8 @@ def find_pattern(config: dict[str, Any], layer: int) -> Window | LSH | None:
 def factors(buckets: int) -> list[int]:
     """Return the sizes of the hashes that together make `buckets` buckets: [64] for 64, [32, 32] for 1024.
 
-    A single hash multiplies each vector by `buckets` / 2 others. The number of buckets should grow with the length of
-    the sequence, so for long sequences the hash would take longer than the attention.
+    A single hash multiplies each vector by `buckets` / 2 random vectors. The number of buckets should grow with the
+    length of the sequence, so for long sequences a single hash would take longer than the attention.
     """
     if buckets == 1:
         return []
@@ -168,9 +169,10 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
 # The fast form of LSH
 #
 # All sequences and heads are one list of N queries and one of M keys. In each round, queries and keys are sorted by
-# sequence and head, then by bucket, then by position. Then the keys that a query sees are neighbors: a range of at most
-# `chunk` of them. The sorted keys are cut into blocks of `chunk`, and a range lies in at most two neighboring blocks.
-# Queries whose ranges end in the same block are processed together, in groups of one size, with two blocks of keys.
+# sequence and head, then by bucket, then by position. After sorting, the keys that a query sees are a range of at most
+# `chunk` neighbors. The sorted keys are cut into blocks of `chunk` keys, so a range lies in at most two neighboring
+# blocks. Queries whose ranges end in the same block are processed together with two blocks of keys, in groups of equal
+# size.
 
 
 class Round(NamedTuple):
@@ -183,15 +185,18 @@ class Round(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The queries of a round in c groups of s."""
+    """The queries of a round in c groups of s queries."""
 
-    queries: Tensor  # (c s,) the number of each query; N stands for padding
-    blocks: Tensor  # (c,) the block of sorted keys in which the ranges end
-    places: Tensor  # (N,) where `queries` has each query
+    queries: Tensor  # (c s,) the index of each query in the input; N stands for padding
+    blocks: Tensor  # (c,) the block of sorted keys in which the ranges of a group end
+    places: Tensor  # (N,) the index of each query in `queries`
 
 
 def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
-    """Return a round for the buckets of queries (G, T) and keys (G, S). A query does not see its own key here."""
+    """Return a round for the buckets of queries (G, T) and keys (G, S).
+
+    The range of a query does not include its own key, which `lsh_attention` adds once for all rounds.
+    """
     (G, T), S, device = q_bucket.shape, k_bucket.size(1), q_bucket.device
     row = torch.arange(G, device=device).unsqueeze(1) * (buckets + 1)
     position = torch.arange(S, device=device)
@@ -203,17 +208,17 @@ def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> 
 
 
 def unsort(order: Tensor, values: Tensor) -> Tensor:
-    """Return the values (n,) of sorted elements in the order of the input; order (n,) has the number of each."""
+    """Return values (n,) of sorted elements in the order of the input. order (n,) has the elements' input indices."""
     return torch.empty_like(values).index_copy_(0, order, values)
 
 
 def group_queries(order: Round, chunk: int) -> Groups:
-    """Divide the queries of a round into groups of one size, whose ranges end in the same block."""
+    """Divide the queries of a round into groups of equal size. The ranges of a group end in the same block of keys."""
     size = min(CHUNK_QUERIES, chunk, len(order.queries))
     block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending
     counts = block.bincount()
     n_groups = (counts + size - 1) // size
-    # A query's place: the first group of its block, and its number among the queries of this block.
+    # The place of a query is the start of the first group of its block, plus the query's number within the block.
     shift = (n_groups.cumsum(0) - n_groups) * size - (counts.cumsum(0) - counts)
     places = torch.arange(len(block), device=block.device) + shift[block]
     blocks = torch.arange(len(counts), device=block.device).repeat_interleave(n_groups)
@@ -222,34 +227,35 @@ def group_queries(order: Round, chunk: int) -> Groups:
 
 
 def into_blocks(sorted_keys: Tensor, chunk: int, fill: int) -> Tensor:
-    """Return blocks (1 + ceil(M / chunk), chunk) of a tensor (M,), the first block and the end of the last `fill`."""
+    """Cut a tensor (M,) into blocks, (1 + ceil(M / chunk), chunk). An extra first block, and padding, have `fill`."""
     return F.pad(sorted_keys, (chunk, -len(sorted_keys) % chunk), value=fill).unflatten(0, (-1, chunk))
 
 
 class Part(NamedTuple):
-    """c of the groups of a round, s queries each, with the two blocks of keys that each group needs."""
+    """Some groups of a round: c groups of s queries, with the two blocks of keys that each group needs."""
 
-    rows: slice  # where `Groups.queries` has these queries
-    queries: Tensor  # (c s,) their numbers; for padding, that of any query
-    pairs: Tensor  # (2 c,) the numbers of the blocks
+    rows: slice  # the part of `Groups.queries` that has these queries
+    queries: Tensor  # (c s,) the index of each query in the input; for padding, the index of some query
+    pairs: Tensor  # (2 c,) the numbers of the two blocks of each group
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
     v: Tensor
-    bias: Tensor  # (c, s, 2 chunk), added to the scores: 0 where a query sees the key, otherwise hugely negative
+    bias: Tensor  # (c, s, 2 chunk), added to the scores: 0 where a query sees the key, otherwise very negative
 
 
 def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
-    """Yield the groups of the last of `rounds`, without the pairs of query and key that an earlier round has.
+    """Yield the groups of the last of `rounds`. A key that a query sees in an earlier round is hidden from it here.
 
-    q (N, D), k and v (M, D). The paper's appendix A computes the same union of the rounds: a key that a query sees in
-    n rounds has the weight 1/n in each of them.
+    q (N, D), k and v (M, D). So each key counts once. In the paper (appendix A), a key that a query sees in n rounds
+    has the weight 1/n in each of these rounds, which gives the same result.
     """
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
     keys, values = (t.index_select(0, sorted_keys).view(-1, chunk, D) for t in (k, v))
-    place = torch.arange(len(k), dtype=torch.int32, device=k.device)  # of the sorted keys, in this and earlier rounds
+    # `places`: the place of each sorted key of this round in the order of this round, and in that of each earlier round
+    place = torch.arange(len(k), dtype=torch.int32, device=k.device)
     places = [into_blocks(each, chunk, -1) for each in (place, *(unsort(o.keys, place)[order.keys] for o in earlier))]
-    # The padding query N sees no key.
+    # Query N, which stands for padding, gets an empty range: it sees no key.
     ranges = [(F.pad(each.first, (0, 1)), F.pad(each.last, (0, 1))) for each in (order, *earlier)]
     hide = torch.finfo(q.dtype).min / 2  # not -inf, with which the softmax of a query that sees no key would be NaN
     scores = CPU_SCORES * torch.get_num_threads() if q.device.type == "cpu" else GPU_SCORES
@@ -257,8 +263,9 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     for block in groups.blocks.split(count):
         rows = slice(begin, begin + len(block) * size)
         begin, queries = rows.stop, groups.queries[rows]
-        pairs = torch.stack([block, block + 1], dim=1).flatten()  # block - 1 and block, after the block of padding
-        # Integer arithmetic instead of comparisons, which take several times as long on a CPU
+        # The blocks `block - 1` and `block`. Their numbers are one higher, because `into_blocks` adds a first block.
+        pairs = torch.stack([block, block + 1], dim=1).flatten()
+        # Use integer arithmetic instead of comparisons, which take several times as long on a CPU.
         inside = []  # for each round, (c, s, 2 chunk): negative where the range of the query does not have the key
         for each, (first, last) in zip(places, ranges, strict=True):
             key = each.index_select(0, pairs).view(-1, 1, 2 * chunk)
@@ -267,7 +274,7 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
             inside.append(torch.minimum(distance, (high - 1) - key, out=distance))
         seen = inside[0]
         for again in inside[1:]:
-            torch.minimum(seen, again.bitwise_not_(), out=seen)  # ~n is negative if n is not
+            torch.minimum(seen, again.bitwise_not_(), out=seen)  # ~n is negative if n is not: hide the key
         bias = seen.clamp_(-1, 0).to(q.dtype).mul_(-hide)
         queries = queries.clamp(max=N - 1)
         part_k, part_v = (t.index_select(0, pairs).view(-1, 2 * chunk, D) for t in (keys, values))
@@ -281,7 +288,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     """
     if q.device.type != "cpu":
         return plain_attend(q, k, v, bias)
-    # The kernel of F.scaled_dot_product_attention, which itself returns the first result only
+    # F.scaled_dot_product_attention runs this kernel too, but does not return the log of the denominator.
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(t.unsqueeze(1) for t in (q, k, v)), attn_mask=bias.unsqueeze(1)
     )
@@ -328,16 +335,16 @@ def plain_attend_gradients(
 def lsh_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, buckets: int, rounds: int, chunk: int, layer: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the result (B, H, T, D) of LSH attention, and what its backward pass needs.
+    """Return the result (B, H, T, D) of LSH attention, and five tensors for its backward pass.
 
-    These are the log of softmax's denominator (N,), and the four fields of all rounds: keys (rounds, M), queries,
-    first and last (rounds, N). keep (B, S) is False for a key that is padding.
+    The five tensors are the log of softmax's denominator (N,), and the fields of `Round` for all rounds: keys
+    (rounds, M), queries, first and last (rounds, N). keep (B, S) is False for a key that is padding.
     """
     (_, _, T, D), S = q.shape, k.size(2)
     chunk = min(chunk, S)
     with torch.autocast(q.device.type, enabled=False):
         flat = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-        # The result so far, and the log of its denominator. They begin with a query's own key.
+        # The result so far, and the log of its denominator. At first, each query attends to its own key only.
         y = v[:, :, S - T :].flatten(0, 2).to(torch.float32, copy=True)
         log_total = (q.float() * k[:, :, S - T :]).sum(dim=-1).flatten() / math.sqrt(D)
         orders: list[Round] = []
@@ -351,7 +358,7 @@ def lsh_attention(
             for part in split_groups(*flat, orders, groups, chunk):
                 part_y, part_total = attend(part.q, part.k, part.v, part.bias)
                 round_y[part.rows], round_total[part.rows] = part_y.flatten(0, 1), part_total.flatten()
-            # Join two softmaxes over different keys, as FlashAttention does.
+            # Combine the results of softmax over two sets of keys into the result over both, as FlashAttention does.
             round_total = round_total.index_select(0, groups.places)
             y.lerp_(round_y.index_select(0, groups.places), (round_total - log_total).sigmoid_().unsqueeze(1))
             log_total = torch.logaddexp(log_total, round_total)
@@ -364,11 +371,11 @@ def lsh_attention_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor,
     keys: Tensor, queries: Tensor, first: Tensor, last: Tensor, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients with respect to q, k and v, given that of the output and what `lsh_attention` returned."""
+    """Return the gradients with respect to q, k and v, given that of y (`dy`) and the results of `lsh_attention`."""
     (_, _, T, D), S = q.shape, k.size(2)
     chunk, scale = min(chunk, S), 1 / math.sqrt(D)
     orders = [Round(*fields) for fields in zip(keys, queries, first, last, strict=True)]
-    # A query's own key
+    # The part of the gradients from each query's own key
     own_q, own_k, own_v, own_dy = (t.flatten(0, 2).float() for t in (q, k[:, :, S - T :], v[:, :, S - T :], dy))
     mean = (own_dy * y.flatten(0, 2)).sum(dim=-1)  # as in `plain_attend_gradients`
     weight = ((own_q * own_k).sum(dim=-1) * scale - log_total).exp()
@@ -378,7 +385,7 @@ def lsh_attention_gradients(
     dk[:, :, S - T :] = (dscore * own_q).view(q.shape)
     dv[:, :, S - T :] = (weight.unsqueeze(1) * own_dy).view(q.shape)
     dk, dv = dk.flatten(0, 2), dv.flatten(0, 2)
-    # The keys of the rounds
+    # The part from the keys of the rounds
     flat_dy, flat_q, flat_k, flat_v, flat_y = (t.flatten(0, 2) for t in (dy, q, k, v, y))
     for r, order in enumerate(orders):
         groups = group_queries(order, chunk)

@@ -31,8 +31,8 @@ def plain_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Te
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of the logits x weightᵀ, in nats, over the targets that are not IGNORE_INDEX.
 
-    x (N, C), weight (V, C), targets (N,). Without any target to count, the result is 0 instead of NaN, so for every
-    batch the mean times the count is the sum. Under autocast the products run in autocast's dtype.
+    x (N, C), weight (V, C), targets (N,). If all targets are IGNORE_INDEX, the result is 0 instead of NaN, so for every
+    batch the mean times the number of counted targets is the sum. Under autocast the matrix products run in its dtype.
 
     Raises NotImplementedError in forward-mode differentiation, such as `torch.func.jvp`.
     """
@@ -61,7 +61,7 @@ def centered_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize >= 4:
         return weight.to(dtype)
     head, mean = torch.empty_like(weight, dtype=dtype), weight.mean(dim=0, dtype=torch.float32)
-    # Computed in parts, because the difference is in float32: all of it would take as much memory as a second head.
+    # Subtract in parts: the differences are in float32, and all of them would take as much memory as a second head.
     for part, rows in zip(head.split(2048), weight.split(2048), strict=True):
         part.copy_(rows - mean)
     return head
@@ -81,7 +81,7 @@ def loss_and_gradients(
     # Softmax needs float32, and a few rows at a time need little memory. On a CPU, 64 rows nearly fit into the cache.
     # On a GPU, one launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
-    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # half: the logits of a small batch are not all in memory either
+    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half, so that a small batch has no tensor of all logits
     buffer = head.new_empty(rows, len(weight))
     for first in range(0, len(x), rows or 1):
         chunk = slice(first, first + rows)
@@ -93,19 +93,20 @@ def loss_and_gradients(
             scores = part.float()
             highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
             p = torch.softmax(scores, dim=-1, out=scores)
-            # log Σ exp(score), because the highest score has p = exp(score) / Σ exp(score). The loss of a target is
-            # computed from scores, not as -log p, which would be infinite where p rounds to 0.
+            # This is log Σ exp(score), because the highest score has p = exp(score) / Σ exp(score). The loss of a
+            # target is computed from scores, because -log p would be infinite where p rounds to 0.
             log_sum = highest - p.amax(dim=-1, keepdim=True).log()
             total += ((log_sum - right_score) * count).sum()
             if x_grad or weight_grad:
                 # d loss / d logits = softmax - one-hot, written over the logits
                 part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
-        # Set the gradients of ignored targets to 0 in dx and x_rows, whose rows have C numbers; logits have V.
+        # Ignored targets must not add to the gradients. Set their rows to 0 in dx and x_rows and not in logits: a row
+        # of dx or x_rows has only C numbers, and a row of logits has V.
         if x_grad:
             dx[chunk] = (logits @ head) * counts
         if weight_grad:
             x_rows = x_rows * counts
-            # In blocks of columns, so that no second tensor is as large as the weight.
+            # Add in blocks of columns, so that no second tensor is as large as the weight.
             for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
                 add_product(block, gradient, x_rows)
     return total, dx, dweight.to(weight.dtype)
@@ -114,10 +115,11 @@ def loss_and_gradients(
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add aᵀ b to `total` (float32).
 
-    On a CPU and on ROCm, the product is in the dtype of a and b if that has the range of float32. float16 does not: its
-    largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and if many positions have
-    the same target, MATMUL_ROWS of them add up to more than that. Loss scaling does not prevent this overflow, because
-    `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in float32.
+    On a CPU and on ROCm, the product is in the dtype of a and b if this dtype has the range of float32. float16 does
+    not: its largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred. If many positions
+    have the same target, MATMUL_ROWS hidden states add up to more than 65,504. Loss scaling does not prevent this
+    overflow, because `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in
+    float32.
     """
     if a.is_cuda and torch.version.hip is None and a.dtype != total.dtype:
         # Only CUDA supports `out_dtype`, with which products of 16-bit tensors are added in float32 (ROCm does not).
@@ -153,8 +155,9 @@ def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tenso
 def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Return the saved gradients times the gradient of the summed loss (the chain rule)."""
     dx, dweight = ctx.saved_tensors
-    # In place, because dweight is as large as the head. A second backward pass through the same graph is an error. A
-    # compiler, which traces this function with tensors of its own types, decides by itself which memory to reuse.
+    # Multiply in place, because dweight is as large as the head. This changes the saved tensors, so a second backward
+    # pass through the same graph is an error. A compiler traces this function with tensors of its own types, and
+    # decides itself which memory to reuse.
     multiply = Tensor.mul_ if type(dx) is Tensor else Tensor.mul
     dx, dweight = multiply(dx, total_grad), multiply(dweight, total_grad)
     return (dx if ctx.x_grad else None, dweight if ctx.weight_grad else None, None, None, None, None)

@@ -19,14 +19,14 @@ def find_positions(
 
     Args:
         attention_mask: (B, past + T), 1 for a token to keep and 0 for padding. The kept tokens of a row are counted, so
-            that a left-padded text gets the positions that it has alone.
+            that a left-padded text gets the same positions as without padding.
         document_ids: (B, T), equal for the tokens of a document. Positions begin at 0 in each document.
     """
     if document_ids is not None:
         return DocumentMask(document_ids).positions()
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)
-    # Kept tokens count 0, 1, 2, ... Padding before the first one would get -1, which is no position.
+    # The kept tokens get 0, 1, 2, ... Padding before the first kept token would get -1, which is no position.
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
 
 
@@ -38,7 +38,7 @@ def make_mask(
     The other arguments are those of `find_positions`. With document_ids they are not used: `checks.check_masks` refuses
     padding and cached tokens together with documents.
 
-    The result is None if no padding is masked and PyTorch's `is_causal` says the same, see `model.Attention`.
+    The result is None if there is no padding and `is_causal` of PyTorch's kernel is enough, see `model.Attention`.
     """
     if document_ids is not None:
         return DocumentMask.of(document_ids)
@@ -58,13 +58,13 @@ def make_mask(
 def dense_mask(q: Tensor, k: Tensor, mask: Mask | None, is_causal: bool, pattern: Window | LSH | None) -> Tensor | None:
     """Return booleans that broadcast to (B, H, T, S), True where a query of q (B, H, T, D) may attend to a key of k.
 
-    They combine the causal mask or `mask` with `pattern`. None means that every query may attend to every key.
+    The result combines the causal mask or `mask` with `pattern`. None means that every query may attend to every key.
 
     Args:
         k: (B, H, S, D).
         mask: see `Mask`; None masks nothing.
         is_causal: each query attends to the keys up to its own position; only without a mask, and with T = S.
-        pattern: of the attention on long sequences, or None.
+        pattern: which earlier keys a query attends to on long sequences; None: all.
     """
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()

@@ -47,7 +47,7 @@ def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Ten
     weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
     if model.transformer.wte.weight.device.type != "cpu":
         return weights, optimizer_state
-    # Clone tensors that were on the CPU already: they belong to the model, and the next step changes them.
+    # On a CPU, these are the model's and the optimizers' own tensors. Clone them, because the next step changes them.
     return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in optimizer_state.items()}
 
 
@@ -65,7 +65,8 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor
-    # Without full_state_dict, the state stays sharded: gathered, it would fill a GPU, and only the groups are needed.
+    # Only the parameter groups are needed. This call has no full_state_dict, which would gather the whole state on each
+    # process and could fill a GPU.
     groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
@@ -74,7 +75,8 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
 def check_finite(tensors: dict[str, Tensor], step: int) -> None:
     """Raise FloatingPointError if a value after `step` is NaN or infinite. The message names the first such tensor."""
     for name, tensor in tensors.items():
-        # The smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, this needs no memory.
+        # Check only the smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, aminmax
+        # needs no second tensor of this size.
         if tensor.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
             raise FloatingPointError(f"{name} has values that are NaN or infinite after step {step}")
 
@@ -86,12 +88,12 @@ class Checkpoints:
         directory: runs/<name>/checkpoints.
         keep: number of newest checkpoints to keep, in addition to the one with the best validation loss.
         on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
-            the error. "continue": the call prints the error on stderr, unless it is `wait(last=True)`.
+            the error. "continue": this call prints the error on stderr, and only `wait(last=True)` raises it.
         resumed: the checkpoint from which the run resumes, see `find_newest`.
-        damaged: the damaged checkpoints that are newer, which are left unchanged.
+        damaged: damaged checkpoints that are newer than `resumed`. They are never deleted.
 
-    A checkpoint whose weights or optimizer state are not finite is not written, and the same call raises
-    FloatingPointError: every later step would be lost too.
+    A checkpoint is not written if its weights or optimizer state are not finite. The next call of `save`, `wait` or
+    `raise_failure` then raises FloatingPointError for either value of `on_error`, because training cannot recover.
     """
 
     def __init__(
@@ -102,14 +104,14 @@ class Checkpoints:
         self._error: Exception | None = None
         self._cannot_flush = False
         self._resumed = resumed
-        self._unreadable = set(damaged)  # later also those without a readable trainer/state.json
+        self._unreadable = set(damaged)  # later also checkpoints without a readable trainer/state.json
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""
         return self.directory / f"step-{step:06d}"
 
     def best(self) -> tuple[float, Path] | None:
-        """Return the lowest validation loss of the existing checkpoints, and its checkpoint, see `find_best`."""
+        """Return the lowest validation loss of the existing checkpoints, and its checkpoint; or None (`find_best`)."""
         return find_best(self.directory, self._unreadable)
 
     def advice(self) -> str:
@@ -122,7 +124,8 @@ class Checkpoints:
     ) -> None:
         """Copy model and optimizer state to host memory, and start the thread that writes them.
 
-        Every process must call this method; only one writes. It waits for the previous checkpoint.
+        Every process must call this method, because sharded tensors are gathered. Only one process writes. The method
+        waits until the previous checkpoint is written.
 
         Args:
             state: the content of trainer/state.json; its "step" names the directory.
@@ -153,7 +156,7 @@ class Checkpoints:
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise or print the error of the last `save`, if it has failed already. Unlike `wait`, this does not wait."""
+        """Raise or print the error of the last `save` if its thread has ended. Do not wait for a thread that writes."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
@@ -161,10 +164,10 @@ class Checkpoints:
         """Wait until the last `save` is on the disk.
 
         Args:
-            last: no other checkpoint follows, so that an error is raised for either value of `on_error`.
+            last: no other checkpoint follows, so an error is raised for either value of `on_error`.
 
-        Raises FloatingPointError if its weights or optimizer state were not finite. Raises OSError if it could not be
-        written and `on_error` is "stop" or `last` is True.
+        Raises FloatingPointError if the weights or the optimizer state of the checkpoint are not finite. Raises OSError
+        if the checkpoint could not be written and `on_error` is "stop" or `last` is True.
         """
         if self._thread is not None:
             self._thread.join()
@@ -200,7 +203,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # frees the space for the next attempt
             raise
         replaced = None
-        if final == self._resumed:  # only its validation loss is new
+        if final == self._resumed:  # the same step again: only its validation loss is new
             replaced = final.rename(f"{final}.replaced{PARTIAL_SUFFIX}")
         elif os.path.lexists(final):  # a damaged checkpoint, from which the run could not resume
             names = (final.with_name(f"{final.name}.damaged{n or ''}") for n in itertools.count())
@@ -213,7 +216,7 @@ class Checkpoints:
         self._prune()
 
     def _flush(self, *directories: Path) -> None:
-        """Flush directories to the disk. If that fails, say so once: the checkpoint is complete nevertheless."""
+        """Flush directories to the disk. If that fails, only print one warning: the checkpoint is still complete."""
         try:
             for directory in directories:
                 sync_directory(directory)

@@ -318,10 +318,12 @@ class Config:
         """Return the configuration of the model to train: from scratch, or of the model of model.init_from.
 
         Args:
-            vocab_size: of the dataset's tokenizer. The files of `initial` may have a padded vocabulary.
-            initial: the model that the run starts from, which may be a checkpoint of a run from scratch.
+            vocab_size: number of tokens of the dataset's tokenizer. The vocabulary in the files of `initial` may be
+                larger, because it may be padded.
+            initial: the model that the run starts from, or None. If model.init_from is scratch, `initial` is a
+                checkpoint, and its shape is not used.
 
-        Raises ValueError if the run's configuration contradicts the model of model.init_from.
+        Raises ValueError if the fields of `model` are not valid, or contradict the model of model.init_from.
         """
         asked = self.model
         if initial is None or asked.init_from == "scratch":
@@ -335,7 +337,7 @@ class Config:
             raise ValueError(f"model.{error}") from None
 
     def _shape_from_scratch(self) -> dict[str, Any]:
-        """Return the fields of GPTConfig that model.preset and the fields beside it ask for."""
+        """Return the fields of GPTConfig that model.preset and the size fields of `model` select."""
         model = self.model
         fields: dict[str, Any] = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 1024}
         if model.preset is not None:
@@ -401,7 +403,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 @functools.cache
 def make_parser() -> ArgumentParser:
-    """Return the parser of train.py's command line. It is kept: reading the docstrings of all fields takes a while."""
+    """Return the parser of train.py's command line. It is cached, because reading all docstrings of fields is slow."""
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run] [--verify] [--profile]",

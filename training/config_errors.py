@@ -1,6 +1,6 @@
 """Explain errors in a configuration: the field, the file that sets it, what was expected, and similar names.
 
-`fields` is always the type of each field of the configuration by "section.field".
+An argument `fields` is always a dictionary from "section.field" to the type of this field.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Fields of other trainers that have a different name here. A similar spelling is found without this table.
+# Names of fields in other trainers, with the field of the same meaning here. A similar name is found without an entry.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
@@ -47,7 +47,7 @@ def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str
 
     The names in `flags` may stand beside the sections, as in the output of --print_config.
 
-    Raises ValueError, which names the file, if it cannot be read, is not a configuration, or has an unknown field.
+    Raises ValueError, which names the file, if the file is unreadable, is not a configuration or has an unknown field.
     """
     sections = list(dict.fromkeys(name.partition(".")[0] for name in fields))
     form = f"expected sections ({', '.join(sections)}) with fields, such as optim: {{lr: 3.0e-4}}"
@@ -77,7 +77,7 @@ def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str
 
 
 def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
-    """Return the end of a message about an unknown field: the fields that may be meant, each after `prefix`."""
+    """Return the end of a message about an unknown field: the names of similar fields, each with `prefix` before it."""
     last = unknown.rpartition(".")[2].replace("-", "_")
     by_last = {name.rpartition(".")[2]: name for name in fields}
     near = [name for name in fields if name.endswith(f".{last}")]

@@ -29,29 +29,29 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Return the mean loss () over the targets (B, T) that are not IGNORE_INDEX; inputs and documents (B, T)."""
+        """Return the mean loss () over the targets that are not IGNORE_INDEX. All arguments are (B, T)."""
         loss = self.model(inputs, targets=targets, document_ids=documents).loss
         assert loss is not None
         return loss
 
 
 def recomputing_forward(block: Block, *inputs: Any) -> Any:
-    """`Block.forward` that keeps only its inputs for the backward pass, which computes the activations again."""
+    """Run `Block.forward`, but keep only its inputs. The backward pass computes the activations again."""
     return checkpoint(functools.partial(Block.forward, block), *inputs, use_reentrant=False)
 
 
 def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
-    """Compile `forward`, the forward pass of a block, in training. Operations outside of the blocks run uncompiled.
+    """Compile `forward`, the forward pass of a block, for training. Operations outside of the blocks run uncompiled.
 
-    Blocks are also the units of communication. FSDP gathers the weights of a block before it and shards them after it,
-    in hooks that cannot be part of a graph. DDP averages the gradients of a block while the backward pass of the
-    previous block runs; a graph of the whole model would return all gradients at its end. In eval mode, where shapes
-    vary, the blocks run uncompiled.
+    Blocks are compiled one by one, because they are also the units of communication. FSDP gathers the weights of a
+    block before the block runs and shards them afterwards, in hooks that cannot be part of a graph. DDP averages the
+    gradients of a block while the backward pass continues with the previous block. A single graph of the whole model
+    would return all gradients at its end. In eval mode, where shapes vary, the blocks run uncompiled.
     """
     import torch._dynamo.config as dynamo_config  # imported here: it takes a second, and few runs compile
 
-    dynamo_config.optimize_ddp = False  # it would split a block's graph at the borders of DDP's buckets
-    compiled = Compiled(forward, "the blocks")  # one for all: the code of the first block suits the others
+    dynamo_config.optimize_ddp = False  # True would split a block's graph at the borders of DDP's buckets
+    compiled = Compiled(forward, "the blocks")  # for all blocks: they share the code compiled for the first
 
     def run(block: Block, *inputs: Any) -> Any:
         return (compiled if block.training else Block.forward)(block, *inputs)
@@ -62,12 +62,14 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
 
 
 def shard(model: GPT, dtype: torch.dtype) -> None:
-    """Divide parameters, gradients and optimizer state between all processes with FSDP2; `dtype` is autocast's.
+    """Divide parameters, gradients and optimizer state between all processes with FSDP2.
 
-    The matrices of a block, which autocast would convert, are gathered in `dtype`, each block in one collective
-    operation. Everything else, and with it the residual stream, is float32, so that the results are those of DDP. It is
-    gathered once for a forward and backward pass. This includes the LayerNorms of the blocks, which together are
-    smaller than one matrix: gathered block by block they would take two thirds of all operations.
+    `dtype` is the precision of autocast. The matrices of a block, which autocast would convert, are gathered in
+    `dtype`, with one collective operation for each block. All other parameters are gathered in float32, once for a
+    forward and backward pass. So the residual stream is float32, and the results are those of DDP.
+
+    The other parameters include the LayerNorms of the blocks, which together are smaller than one matrix. Gathering
+    them block by block would take two thirds of all collective operations.
     """
     # imported here: it takes a second, and few runs shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -21,7 +21,7 @@ from training.start import Start, describe_start, find_initial_model, find_start
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 from training.transfer import describe_rates
 
-GPT2_VOCABULARY = 50257  # assumed if there is no dataset yet; a dataset names its tokenizer
+GPT2_VOCABULARY = 50257  # assumed if there is neither a dataset nor a model to start from
 
 
 class Target(NamedTuple):
@@ -34,13 +34,14 @@ class Target(NamedTuple):
 
 
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
-    """Return what `train.py --dry-run` prints, and what is missing for a run here, or "" if nothing is.
+    """Return the text that `train.py --dry-run` prints, and a message about what a run on this machine lacks.
 
-    The text has the size, the tokens, the checkpoint to start from, the memory by micro-batch with a verdict, the time
-    and, if runs with the same recipe and dataset were fitted (docs/scaling.md), the expected validation loss.
+    The text states the size of the model, the tokens, the checkpoint to start from, the memory of each micro-batch and
+    whether it fits, and the time. If there is a fit to runs with the same recipe and dataset (docs/scaling.md), the
+    text also states the expected validation loss.
 
-    `flags.dry_run` names the hardware, such as 8xH100; if it is empty, it is the hardware of this process. Without a
-    dataset, GPT-2's vocabulary is assumed.
+    `flags.dry_run` names the hardware, such as 8xH100. If it is "", the hardware is that of this process. The message
+    is "" if nothing is missing, or if `flags.dry_run` names hardware.
 
     Raises ValueError or OSError if the dataset is damaged, if the model or the name of the hardware is wrong, or if the
     run cannot start from the checkpoint of run.resume or run.branch_from.
@@ -81,12 +82,15 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
 
 
 def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
-    """Return where the run would start, without waiting for other processes, and which checkpoint is absent, or ""."""
+    """Return where the run would start, and a message if the checkpoint for the start is absent, otherwise "".
+
+    This function does not wait for other processes.
+    """
     directory = Path(config.run.dir) / config.run.name / "checkpoints"
     try:
         return find_start(config, directory, Processes(0, 1, processes.device, processes.dtype)), ""
     except FileNotFoundError as error:
-        # If model.init_from is what is absent, this raises the same error again.
+        # If the error was about the model of model.init_from, this call raises it again.
         return Start(None, False, [], find_initial_model(config, None)), str(error)
 
 
@@ -94,7 +98,7 @@ def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs |
     """Return lines about the checkpoint that the run would start from. Raises ValueError if it cannot start from it."""
     if start.checkpoint is None:
         return []
-    if inputs is None:  # the check is left out
+    if inputs is None:  # without a dataset, the identity of the run is not known, so nothing is checked
         saved, val_tokens = read_state(start.checkpoint), 0
     else:
         val_tokens = inputs.validation_tokens
@@ -123,7 +127,7 @@ def find_target(config: Config, processes: Processes, name: str) -> Target:
 
 
 def strategies(config: Config, count: int) -> dict[str, bool]:
-    """Return the strategies that a run can use, {name: sharded}."""
+    """Return the strategies that a run on `count` devices can use: {name: whether it shards the model}."""
     if count == 1:
         return {"one process": False}
     both = {"ddp": False, "fsdp": True}

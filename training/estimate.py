@@ -21,7 +21,8 @@ from training.config import Config
 def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
 
-    With attention window or lsh, T is the largest number of tokens that a token attends to.
+    N is the number of parameters, L that of blocks, C the width and T the sequence length. With attention window or
+    lsh, T is at most the number of tokens that a token can attend to.
     """
     pattern = find_pattern(asdict(model), layer=0)
     keys = sequence_length if pattern is None else min(sequence_length, pattern.most_keys)
@@ -64,7 +65,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step of a run computes, and on what: FLOPs, memory and the size of micro-batches follow from it."""
+    """The work of a step and its hardware, from which FLOPs, memory and the size of micro-batches are computed."""
 
     model: GPTConfig
     n_parameters: int
@@ -112,16 +113,17 @@ class Workload:
         model, hardware, n_parameters, width = self.model, self.hardware, self.n_parameters, self.model.n_embd
         size = hardware.dtype.itemsize
         tokens = rows * self.sequence_length
-        # What autograd keeps of a block, in bytes per token and channel: the residual stream twice, in float32; and, in
-        # the precision of matrix products, the outputs of both LayerNorms (2), queries, keys and values (3), the
-        # attention output and its copy as the input of c_proj (2), and the output of c_fc (4). GELU's output is not
-        # kept.
+        # The tensors that autograd keeps for the backward pass of a block, in bytes per token and channel. In float32:
+        # the residual stream twice. In the precision of matrix products: the outputs of both LayerNorms (2), queries,
+        # keys and values (3), the attention output and its copy as the input of c_proj (2), and the output of c_fc (4).
+        # GELU's output is not kept.
         block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
-        # The peak is in one of three places. In the backward pass of a block, two tensors of width 4 C exist (the
-        # output of GELU and its gradient, then the gradients of GELU's output and input), and two float32 gradients of
-        # the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those of
-        # `muon_memory`.
+        # The peak is in one of three places. In the backward pass of a block, two tensors of 4 `width` channels exist
+        # (the output of GELU and its gradient, then the gradients of GELU's output and input), and two float32
+        # gradients of the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those
+        # of `muon_memory`. The part "logits" of the result already counts the memory of the loss, so "activations" has
+        # only what the other places need in addition.
         matrices = 12 * width**2 * model.n_layer if self.muon else 0
         muon_bytes = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
         backward = tokens * width * (2 * 4 * size + 2 * 4 + (block_bytes if self.recompute else 0))
@@ -129,7 +131,8 @@ class Workload:
         head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
         activations = max(tokens * width * kept + max(0, backward - loss), muon_bytes - loss - head)
         # DDP has buffers for averaging all gradients. With several micro-batches in a step, the gradients that were not
-        # averaged yet are outside of these buffers. FSDP shards the gradients only after the last micro-batch.
+        # averaged yet are outside of these buffers. FSDP shards the gradients only after the last micro-batch, so until
+        # then each process has all of them.
         buckets = hardware.count > 1 and not sharded and rows < self.windows
         return {
             "weights": self._weights(sharded=sharded),
@@ -140,10 +143,10 @@ class Workload:
         }
 
     def _weights(self, *, sharded: bool) -> int:
-        """Return the bytes of the weights on one process, with what FSDP gathers and copies for matrix products."""
+        """Return the bytes of the weights on one process, including copies for matrix products and gathered weights."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
-        # Matrix products in less than float32 use copies of the weights. FSDP gathers a block and prefetches the next
-        # one in this precision; it gathers embeddings and head in float32.
+        # Matrix products in 16 bits use copies of the weights. FSDP gathers a block and prefetches the next one in 16
+        # bits; it gathers embeddings and head in float32.
         embeddings = (model.vocab_size + model.block_size) * model.n_embd
         copied, gathered = self.n_parameters, 0
         if shards > 1:
@@ -155,7 +158,7 @@ class Workload:
     def fit_rows(self, budget: float, *, sharded: bool, below: int | None = None) -> int | None:
         """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.
 
-        With `below`, it must have fewer rows than that.
+        With `below`, the micro-batch must have fewer than `below` rows.
         """
 
         def fits(rows: int) -> bool:
@@ -169,7 +172,8 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
     size = hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # a chunk of logits, and 64 rows of it in float32
         return min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size * size + 64 * model.vocab_size * 4
-    # A chunk of logits, the product that is added to the head's gradient, and the gradient of the hidden states.
+    # A chunk of logits; the product that is added to the head's gradient, which in float32 and on ROCm is a tensor of
+    # its own (see `add_product`); and the gradient of the hidden states.
     chunk = min(tokens, rows_at_a_time(hardware.gpu_memory, model.vocab_size, size)) * padded(model.vocab_size) * size
     return chunk + 4 * padded(model.vocab_size) * model.n_embd + 4 * tokens * model.n_embd
 
@@ -179,19 +183,20 @@ def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     width, size = model.n_embd, hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # the updates of all matrices in float32, and their results
         return (4 + size) * 12 * width**2 * model.n_layer
-    # The largest group of equal shapes is that of a matrix of each MLP. A process orthogonalizes a part of it, with
-    # three tensors in float32 and four in `dtype`. It has results of this group and of the one before.
+    # The largest group of equal shapes has one matrix of each MLP. Each process orthogonalizes a part of the group,
+    # which takes three tensors in float32 and four in `dtype`. The results of this group and of the previous one exist
+    # at the same time.
     group = 4 * width**2 * model.n_layer
     part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
     return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)
 
 
 def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:
-    """Return the number of rows of a micro-batch for `windows` windows in a step; None if not even one row fits.
+    """Return the number of rows (windows) of a micro-batch if a step has `windows` windows; None if no row fits.
 
-    Sizes that divide the windows into nearly equal parts are tried, because a small remainder would waste a pass. The
-    largest exact divisor that fits is preferred if it is at least half of the largest size that fits: then all
-    micro-batches have the same shape, and the loss is compiled once instead of twice.
+    Only sizes that divide the windows into nearly equal micro-batches are tried, because a small remainder would waste
+    a forward pass. The largest divisor of `windows` that fits is preferred if it is at least half of the largest size
+    that fits. With a divisor, all micro-batches have the same shape, and the loss is compiled once instead of twice.
     """
     sizes = sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True)
     largest = next((rows for rows in sizes if fits(rows)), None)

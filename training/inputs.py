@@ -42,7 +42,7 @@ class Inputs:
     n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
     final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; empty without it
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
-    bytes_per_token: float | None = None  # mean of the training split in UTF-8, if it is known
+    bytes_per_token: float | None = None  # mean UTF-8 bytes per token of the training split; None if not known
 
     @property
     def epoch_tokens(self) -> int:
@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def validation_fingerprint(self) -> str | None:
-        """A hash that is equal for equal validation data, or None without any."""
+        """A hash that is equal for equal validation data, or None without validation data."""
         fingerprints = [windows.fingerprint for windows in self.val.values()]
         return " ".join(fingerprints) or None
 
@@ -83,8 +83,8 @@ def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> 
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
             raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
-        read_questions("completion")  # downloads them: a missing network ends the run here, not at the first validation
-    if config.data.mixture:  # no reference was measured on it
+        read_questions("completion")  # downloads them now: without a network, the run ends here and not at validation
+    if config.data.mixture:  # no reference loss was measured on a mixture
         return inputs
     references = losses_to_beat(config.data.dir, inputs.train.source, inputs.tokenizer.kind)
     return dataclasses.replace(inputs, reference_losses=references)
@@ -152,7 +152,7 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
 
 
 def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
-    """Return the windows of the train split that data.windows, data.shift and data.document_mask ask for."""
+    """Return the windows of the train split that data.windows, data.shift and data.document_mask select."""
     data, n, eot = config.data, tokenizer.vocab_size, tokenizer.eot
     if data.windows == "aligned":
         return AlignedWindows(split, data.sequence_length, n, eot, document_mask=data.document_mask)
@@ -192,14 +192,14 @@ def describe_epochs(config: Config, inputs: Inputs) -> str:
 
 
 def warnings(config: Config, inputs: Inputs) -> list[str]:
-    """Return warnings about a rate chosen for a larger batch, text that repeats too often, or prompts that were cut."""
+    """Return warnings about a learning rate chosen for a larger batch, text that repeats too often, and cut prompts."""
     data, optim, model = config.data, config.optim, config.model
     found = []
     as_released = model.init_from == "scratch" and not (model.n_layer or model.n_head or model.n_embd)
     if model.preset and as_released:
         batch_tokens, lr = RECIPES[model.preset]
         fraction = data.batch_tokens / batch_tokens
-        # With Muon, the demo trains well at higher rates than GPT-2's configurations have, and 2,048 tokens a batch.
+        # Only for AdamW: with Muon, the demo trains well with a higher optim.lr than `lr` and 2,048 tokens in a batch.
         if fraction <= 0.5 and optim.lr >= lr and optim.name == "adamw":
             found.append(
                 f"data.batch_tokens {data.batch_tokens:,} is {1 / fraction:.0f} times below the {batch_tokens:,} for "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# `command` comes before torch, because it imports openmp, which sets a variable that torch reads when it is imported.
+# Import `command` before torch: `command` imports openmp, which sets a variable that torch reads at its import.
 from command import described, fail, lasting_output
 
 # isort: split
@@ -36,19 +36,20 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # now: the message below invites the second Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # before the message invites a second Ctrl-C
         if self._announce and is_first:
             again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
-            # Not with print: the signal may have come while another print holds the lock of stderr.
+            # os.write instead of print: the signal may interrupt another print, which holds the lock of stderr.
             with contextlib.suppress(OSError):  # for example, the terminal is closed
                 os.write(2, f"\nStopping after this step, with a checkpoint{again}\n".encode())
 
 
 @contextmanager
 def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
-    """Read the command line and join the other processes for the `with` block; its exceptions end this process.
+    """Read the command line and join the other processes for the `with` block.
 
-    The exit status is 2 for an error that the user can correct, 1 if another process has ended, 130 for Ctrl-C.
+    An error in the block ends this process with a message. The exit status is 2 for an error that the user can correct,
+    1 if another process has ended, and 130 for Ctrl-C.
     """
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     with lasting_output():

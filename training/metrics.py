@@ -29,7 +29,7 @@ SAMPLE_CHARACTERS = 66  # with the indentation, an excerpt of a sample fits on a
 
 
 class Progress:
-    """Shows progress on a terminal as a bar, otherwise as a line every `every` steps.
+    """Shows progress as a bar on a terminal. If the output is not a terminal, prints a line every `every` steps.
 
     Both show the loss, the rate, the MFU if it is known, and the remaining time. `bytes_per_token`, the mean of the
     training text, turns the loss into bits per byte, which are comparable between tokenizers.

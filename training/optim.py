@@ -20,10 +20,12 @@ from training.config import Optim
 class Muon(Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    All singular values of an update are about 1, so a matrix moves equally far in every direction in which its
-    gradients agree, including rare ones. It differs from torch.optim.Muon in two points. Queries, keys and values,
-    which c_attn computes in one product, are three matrices here. And the processes divide the work: each
-    orthogonalizes some of the matrices for all.
+    All singular values of an update are about 1. So a matrix moves equally far in every singular direction of its
+    momentum, including directions in which the gradients are small.
+
+    This class differs from torch.optim.Muon in two points. First, it treats the weight of c_attn as three matrices, for
+    queries, keys and values. Second, the processes divide the work: each process orthogonalizes some of the matrices
+    and sends the results to the others.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class Muon(Optimizer):
             stacked: parameters that are square matrices on top of each other, (2C or 3C, C).
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
-            batched: process all matrices of a shape together. On a GPU, one matrix is too small a task. On a CPU it is
-                not, and there matrices are processed one by one.
+            batched: process all matrices of a shape together, for a GPU, which a single matrix cannot keep busy. On a
+                CPU, a single matrix is enough work: use False.
             orthogonalize: `newton_schulz` (the default), or a compiled form of it.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
@@ -61,7 +63,7 @@ class Muon(Optimizer):
             self._step_in_batches()
             return
         for group in self.param_groups:
-            # The processes take the matrices in turn. Sorting by size gives each about the same amount of work.
+            # The processes take the matrices in turn. Sorting by size gives each process about the same amount of work.
             parameters = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
             updates = [self._nesterov(p, group["momentum"]) for p in parameters]
             updates = [u.view(-1, u.size(1), u.size(1)) if group["stacked"] else u for u in updates]
@@ -86,14 +88,14 @@ class Muon(Optimizer):
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        """Move a parameter, or this process's part of one, against its update. `shape` is that of the whole."""
+        """Move a parameter, or this process's part of it, against its update. The whole parameter has shape `shape`."""
         rows, columns = shape
         rows = columns if group["stacked"] else rows
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _step_in_batches(self) -> None:
-        """Process all matrices of a shape together. While the results of a shape are sent, process the next."""
+        """Process all matrices of a shape together. While the results of a shape are sent, process the next shape."""
         waiting: Callable[[], None] | None = None
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
@@ -115,7 +117,7 @@ class Muon(Optimizer):
         Returns the function that waits for the parts of the others and updates the parameters.
         """
         rank, world_size = rank_and_world_size()
-        part = ceil_div(len(parameters), world_size)  # matrices of each process; the last ones may have fewer
+        part = ceil_div(len(parameters), world_size)  # matrices per process; the last processes may have fewer
         gradients: Any = [p.grad for p in parameters]
         averages = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
@@ -139,13 +141,13 @@ class Muon(Optimizer):
     def _start_sharded(self, group: dict[str, Any], parameters: list[Any]) -> Callable[[], None]:
         """Do what `_start_replicated` does, with parameters of which each process has some rows (FSDP).
 
-        Each process sends its rows of every matrix to the process that orthogonalizes it, and receives its rows of
-        the results. So no process ever holds all matrices.
+        Each process sends its rows of a matrix to the process that orthogonalizes this matrix, and receives its rows of
+        the result. So no process ever holds all matrices.
         """
         rank, world_size = rank_and_world_size()
         part = ceil_div(len(parameters), world_size)
         rows, columns = parameters[0].shape
-        shard_rows = ceil_div(rows, world_size)  # rows of each process; the last ones may have fewer
+        shard_rows = ceil_div(rows, world_size)  # rows per process; the last processes may have fewer
         local = [p.to_local() for p in parameters]
         gradients = [p.grad.to_local() for p in parameters]
         averages = [self.state[p]["momentum_buffer"].to_local() for p in parameters]
@@ -201,9 +203,10 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return matrices ([N,] rows, columns) in `dtype` whose singular values are all about 1 (0.7 to 1.2).
 
     This takes five steps of a Newton-Schulz iteration, which consists of matrix products only. The coefficients of its
-    quintic polynomial are those of Jordan et al. They raise small singular values quickly, and do not reach 1 exactly.
+    quintic polynomial are those of Jordan et al. With them, small singular values grow quickly, but the singular values
+    do not converge to exactly 1.
     """
-    # The elements of a gradient may be smaller than the smallest float16: normalize before converting to it.
+    # The elements of a gradient may be smaller than the smallest float16: normalize before converting to float16.
     wide_range = torch.finfo(dtype).tiny < 1e-30
     x = matrices.to(dtype) if wide_range else matrices.float()
     tall = x.size(-2) > x.size(-1)
@@ -247,7 +250,7 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
     undecayed = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in parameters.values():  # allocate now: in the first step, this would fragment the C library's heap
+    for p in parameters.values():  # allocating in the first step instead would fragment the C library's heap
         step = torch.zeros((), device=p.device)
         adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizers.append(adamw)

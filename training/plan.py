@@ -24,14 +24,14 @@ SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes lo
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run computes. Every process decides the same."""
+    """How a run computes. Every process has the same plan."""
 
     workload: Workload  # from which the estimates were computed; its hardware may differ between processes
     dtype: torch.dtype  # precision of matrix products
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # maximum number of windows per forward pass
     compiled: bool
-    planned_for: dict[str, Any]  # settings and hardware that determine the micro-batch; in every checkpoint
+    planned_for: dict[str, Any]  # settings and hardware that determine the micro-batch; checkpoints store them
     reasons: dict[str, str]  # field of this class -> why it has its value
 
     def describe(self, processes: Processes, sequence_length: int) -> str:
@@ -92,7 +92,7 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
 
 
 def should_shard(config: Config, workload: Workload, processes: Processes) -> tuple[bool, str]:
-    """Decide whether to use FSDP, with the reason.
+    """Return whether to use FSDP, and the reason.
 
     FSDP is used if it is configured, or if one process alone would fill more than half of a GPU's free memory with the
     smallest micro-batch.
@@ -109,15 +109,16 @@ def should_shard(config: Config, workload: Workload, processes: Processes) -> tu
 
 
 def usable_memory(device: torch.device) -> tuple[int, float]:
-    """Return the bytes of memory that are free for this process, and the part of it that an estimate may use."""
+    """Return the bytes of memory that are free for this process, and the fraction of them that an estimate may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
-    # The C library keeps freed memory, which fragments: up to 1.45 times the estimate was measured.
+    # The C library keeps freed memory, which fragments: a process used up to 1.45 times the estimate. So the fraction
+    # is smaller than on a GPU.
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
 
 
 def fit_micro_batch(config: Config, workload: Workload, processes: Processes, *, sharded: bool) -> tuple[int, str]:
-    """Return the largest micro-batch that the memory estimate allows in a part of the free memory, with the reason.
+    """Return the configured micro-batch or, for auto, the largest one that is estimated to fit, and the reason.
 
     Raises ValueError if not even one window fits.
     """
@@ -135,7 +136,7 @@ def fit_micro_batch(config: Config, workload: Workload, processes: Processes, *,
 
 
 def explain_out_of_memory(plan: Plan, device: torch.device) -> str:
-    """Return what to do after memory was exhausted: the smaller micro-batch that would fit, if there is one."""
+    """Return a message for an out-of-memory error, with the smaller micro-batch that would fit, if there is one."""
     free, part = usable_memory(device)
     rows = plan.workload.fit_rows(part * free, sharded=plan.sharded, below=plan.micro_batch)
     too_large = f"out of memory on {device} with micro-batches of {plan.micro_batch} windows"
@@ -152,7 +153,7 @@ def is_out_of_memory(error: object) -> bool:
 
 
 def should_compile(config: Config, n_parameters: int, device: torch.device) -> tuple[bool, str]:
-    """Decide whether to compile the loss of a model with `n_parameters` parameters, with the reason."""
+    """Return whether to compile the loss of a model with `n_parameters` parameters, and the reason."""
     if config.system.compile != "auto":
         return config.system.compile, "as configured"
     if device.type == "cuda":

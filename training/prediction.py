@@ -18,27 +18,27 @@ from training.start import run_identity
 
 # Written by scripts/scaling.py. An installation may lack the file; then nothing is predicted.
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "scaling.json"
-SIZES = ("n_layer", "n_head", "n_embd")  # of the model, which the runs of a study vary
+SIZES = ("n_layer", "n_head", "n_embd")  # fields of the model that differ between the runs of a study
 
-# The warm-up has the same number of steps in all runs, and takes a larger part of a short run. Runs in which it takes
-# more than a tenth of the steps do not follow the law of the longer ones (docs/scaling.md).
-MIN_STEPS = 10  # of a fitted run, relative to the steps of the warm-up
-SAMPLES = 200  # laws of the bootstrap for each form, from which intervals are computed
+# The warm-up has the same number of steps in all runs, so it is a larger part of a short run. If it is more than a
+# tenth of the steps, the run does not follow the law of longer runs (docs/scaling.md).
+MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
+SAMPLES = 200  # number of bootstrap laws for each form; intervals are computed from them
 
 Study = dict[str, Any]  # "config": the file of the configuration, "recipe": see `recipe_of`, and "runs"
 
 
 class Fit(NamedTuple):
-    """The law that fits the smaller runs of a study, and what its intervals and limits need."""
+    """A law that was fitted to the runs of a study, with the data for its intervals and its range."""
 
     form: str  # name in FORMS
     law: Law
-    errors: dict[str, float]  # of each form: root mean square relative error of runs of a size that was left out
-    samples: np.ndarray  # (forms * SAMPLES, 7), of `bootstrap` with each form
-    runs: list[dict[str, Any]]  # that were fitted
+    errors: dict[str, float]  # by form: root mean square of the relative errors of `leave_one_size_out`
+    samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms
+    runs: list[dict[str, Any]]  # the fitted runs
 
     def predict(self, run: dict[str, Any]) -> tuple[float, float, float]:
-        """Return the expected loss of a run of this size, and the 95% interval that contains it."""
+        """Return the expected loss of a run of this size, and the two ends of the 95% interval of its loss."""
         size = run["parameters"], run["tokens"]
         return float(self.law.loss(*size)), *interval(self.samples, *size)
 
@@ -55,10 +55,10 @@ class Fit(NamedTuple):
 
 
 def recipe_of(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return what two runs must have in common so that a fit to one can predict the other, as plain values.
+    """Return, as plain values, the settings that must be equal in fitted runs and in the run that the fit predicts.
 
-    This is all that determines the loss, except the model's size, the number of steps, the seed and the precision. It
-    includes the hashes of the dataset and the number of validation tokens. All heads must have the same width.
+    These settings are all that determine the loss, except the model's size, the number of steps, the seed and the
+    precision. They include the hashes of the dataset, the number of validation tokens and the width of a head.
     """
     identity = run_identity(config, model, inputs)
     del identity["run"]["seed"], identity["optim"]["steps"]
@@ -83,7 +83,7 @@ def size_of(config: Config, model: GPTConfig) -> dict[str, int]:
 def read_studies(path: Path) -> list[Study]:
     """Return the studies in a file that scripts/scaling.py wrote, or [] if there is no file.
 
-    Raises ValueError if it is not such a file.
+    Raises ValueError if the file has other content.
     """
     try:
         studies = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -118,12 +118,13 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 
 
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
-    """Fit the runs of a study that are long enough; None if they have too few sizes.
+    """Fit a law to the runs of a study that have enough steps (MIN_STEPS). Return None if they have too few sizes.
 
-    The held-out runs are fitted only `with_held_out`: to predict other runs, but not to check the law.
+    With `with_held_out`, the held-out runs are fitted too. Use this to predict other runs. To check the law, leave the
+    held-out runs out and compare the law with them.
 
-    Of the forms of the law, the one is chosen that predicts the runs of each size best from those of the other sizes.
-    The interval comes from all forms: those that fit small runs equally well can disagree about a larger one.
+    The form of the law is the one that predicts the runs of each size best from the runs of all other sizes. The
+    intervals come from all forms, because forms that fit small runs equally well can disagree about a larger run.
     """
     shortest = MIN_STEPS * study["recipe"]["optim"]["warmup_steps"]
     used = [run for run in study["runs"] if with_held_out or not run["held_out"]]
@@ -141,7 +142,7 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
 
 
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:
-    """Return lines with the expected validation loss, or [] if no runs with this recipe and dataset were kept."""
+    """Return lines with the expected validation loss, or [] without a study of enough runs with this recipe."""
     study = find_study(read_studies(RESULTS), recipe_of(config, model, inputs))
     found = study and fit_study(study, with_held_out=True)
     if not study or not found:

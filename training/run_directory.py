@@ -7,7 +7,7 @@ status.json       running | preempted | finished | failed, and the last step
 metrics.jsonl     one object per line, see `MetricsLog`
 samples.txt       texts that were sampled at each validation
 loss.png          training and validation loss
-wandb_id.txt      identifies the run at Weights & Biases, if it is used; trackio_id.txt likewise
+wandb_id.txt      identifies the run at Weights & Biases, if it is used; trackio_id.txt does so for Trackio
 tensorboard/      event files of TensorBoard, if it is used
 checkpoints/      see training/checkpoint.py
 """
@@ -34,8 +34,8 @@ from files import PARTIAL_SUFFIX, discard, write_json
 from training.config import Config
 from training.trackers import Tracker, start_trackers
 
-POINTS_DRAWN = 1000  # number of training losses that loss.png shows
-SECONDS_BETWEEN_PICTURES = 10  # drawing takes up to a second, in which a small model makes many steps
+POINTS_DRAWN = 1000  # loss.png shows up to twice as many training losses
+SECONDS_BETWEEN_PICTURES = 10  # drawing takes up to a second, the time of many steps of a small model
 
 
 class RunDirectory:
@@ -88,7 +88,7 @@ class RunDirectory:
         return False
 
     def iterate_samples(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield "step N" and the texts that were sampled after it, in the order of writing."""
+        """Yield "step N" and the texts that were sampled after this step, in the order of writing."""
         path, heading, texts = self.path / "samples.txt", "", list[str]()
         for step, block in split_samples(path.read_bytes() if path.exists() else b""):
             # After the heading comes the text, with a line break and an empty line at its end.
@@ -103,7 +103,7 @@ class RunDirectory:
             yield heading, texts
 
     def lock(self) -> None:
-        """Lock the directory for this process. The system releases the lock however the process ends.
+        """Lock the directory for this process. The operating system releases the lock even if the process is killed.
 
         Raises ValueError if another process holds the lock.
         """
@@ -124,7 +124,7 @@ class RunDirectory:
         Args:
             start: the entry of this start in provenance.json.
             last_step: the step from which the run resumes, -1 for a new run. Later records of training are removed.
-            last_validation: later validations and samples are removed.
+            last_validation: the last step whose validation is kept. Later validations and samples are removed.
             say: prints a message to the user.
 
         Raises OSError if the directory cannot be written. Raises ValueError if it is locked, if another process has
@@ -188,7 +188,9 @@ class RunDirectory:
     def draw_losses(
         self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]], *, last: bool = False
     ) -> None:
-        """Draw the losses so far to loss.png. Skipped within SECONDS_BETWEEN_PICTURES of the start and of a picture.
+        """Draw the losses so far to loss.png, unless the start or the last picture is too recent.
+
+        Too recent means less than SECONDS_BETWEEN_PICTURES ago.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
@@ -204,12 +206,12 @@ class RunDirectory:
             metrics = iterate_metrics(self.metrics_path)
             records = [r for r in metrics if r["split"] != "train" or r["step"] % every == 0]
             draw(records, self.path / "loss.png", self.path.name, references)
-        except Exception as error:  # of any kind: the picture can be drawn again, and no run has to stop for it
+        except Exception as error:  # no run has to stop because of a picture, which can be drawn again
             self._say(f"{self.path / 'loss.png'} could not be drawn ({error!r}); the run continues")
         self._drawn_at = time.monotonic()
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish with the trackers, close metrics.jsonl, and release the lock, as far as this process has them."""
+        """Finish the trackers, close metrics.jsonl, and release the lock, if this process has them."""
         for name, tracker in list(self._trackers.items()):
             with self._tracker_errors(name):
                 tracker.finish(failed=failed)
@@ -242,8 +244,8 @@ class RunDirectory:
 class MetricsLog:
     """Writes metrics.jsonl: one object per line, written without delay.
 
-    Opening the log removes the records after step `last_step`, from which the run resumes, the validations after
-    `last_validation` (by default the same step), and an incomplete last line. So no step appears twice. With
+    The run resumes from `last_step`. Opening the log removes the training records after `last_step`, all other records
+    after `last_validation` (default: `last_step`), and an incomplete last line. So no step appears twice. With
     `checkpoint.on_error: continue`, records that cannot be written wait until the disk has space.
     """
 
@@ -287,7 +289,7 @@ class MetricsLog:
 def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
     """Return `parse` of a file's text, or `default` if there is no file.
 
-    Raises ValueError if parsing fails, or if the result has another type than a list or dictionary `default`.
+    Raises ValueError if parsing fails, or if `default` is not None and the result has another type than `default`.
     """
     if not path.exists():
         return default
@@ -325,8 +327,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iterate_metrics(path))
 
 
-# In samples.txt, a line of a text that looks like a heading gets a backslash before it. So does a line that looks like
-# a heading after backslashes, so that the text can be restored.
+# In samples.txt, a line of a text that begins like a heading gets a backslash before it. A line that begins with
+# backslashes and a heading gets one more backslash. So removing one backslash from each such line restores the text.
 HEADING = re.compile(rb"^==== step (\d+), sample ", re.MULTILINE)
 NEEDS_ESCAPE = re.compile(r"^(?=\\*==== )", re.MULTILINE)
 ESCAPED = re.compile(r"^\\(?=\\*==== )", re.MULTILINE)

@@ -1,8 +1,9 @@
 """A law of the validation loss, L(N, D) = E + (A / N^a + B / D^b)^c, and its fit to runs.
 
-N is the number of parameters without embeddings, D that of training tokens. With c = 1, it is the law of Hoffmann et
-al. 2022, "Training Compute-Optimal Large Language Models", section 3.3. With E = 0 and b = 1, it is that of Kaplan et
-al. 2020, "Scaling Laws for Neural Language Models", equation 1.5. The law is for one recipe and one dataset.
+N is the number of parameters without embeddings, D the number of training tokens. With c = 1, this is the law of
+Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", section 3.3. With E = 0 and b = 1, this is the
+law of Kaplan et al. 2020, "Scaling Laws for Neural Language Models", equation 1.5. A fitted law holds for one recipe
+and one dataset.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 HUBER = 1e-3  # log residuals above this count linearly and not squared, as in Hoffmann et al. 2022
-STEPS = 200  # of the Levenberg-Marquardt algorithm, at most
+STEPS = 200  # maximum number of steps of the Levenberg-Marquardt algorithm
 
 
 class Law(NamedTuple):
-    """L(N, D) = E + (A / N^a + B / D^b)^c in nats per token. A and B can be too large for a number, unlike their logs.
+    """L(N, D) = E + (A / N^a + B / D^b)^c in nats per token.
 
-    A field may also be an array, for several laws.
+    The fields are log A and log B, because A and B can be too large for a float. A field may also be an array, for
+    several laws.
     """
 
     E: float
@@ -44,11 +46,11 @@ class Form(NamedTuple):
 
 
 _EYE = np.eye(6)
-_NO_FLOOR = -60.0  # log E, instead of minus infinity
+_NO_FLOOR = -60.0  # log E for E = 0; minus infinity would give NaN in products with 0
 FORMS = {
     "full": Form("Hoffmann et al. 2022: c = 1", _EYE[:, :5], _EYE[5]),
     "one-exponent": Form("c = 1, a = b", np.stack([*_EYE[:2], _EYE[2] + _EYE[4], _EYE[3]], axis=1), _EYE[5]),
-    # equation 10 of Hoffmann et al. 2022
+    # the exponents of equation 10 of Hoffmann et al. 2022
     "published-exponents": Form("c = 1, a = 0.34, b = 0.28", _EYE[:, [0, 1, 3]], np.array([0, 0, 0.34, 0, 0.28, 1])),
     "joint": Form("Kaplan et al. 2020: E = 0, b = 1", _EYE[:, [1, 2, 3, 5]], np.array([_NO_FLOOR, 0, 0, 0, 1, 0])),
 }
@@ -68,20 +70,20 @@ def fit(runs: Observations, form: Form) -> Law:
 
 
 def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law | None = None) -> np.ndarray:
-    """Fit the law once for each row of `weights` (k, n), which has the weight of each run: (k, 6), as in Law.
+    """Fit a law for each row of `weights` (k, n), which has a weight for each run. Return the fields of Law, (k, 6).
 
-    The search starts at `near`, or at each of `starting_points` if it is None.
+    The search starts at `near` or, if `near` is None, at each of `starting_points`.
 
-    The Huber loss of the residuals log(L(N, D) / loss) is minimized by the Levenberg-Marquardt algorithm, with weights
-    of the squared residuals that depend on their size. All rows and starting points are computed together, and the best
-    result of each row is returned.
+    The Levenberg-Marquardt algorithm minimizes the Huber loss of the residuals log(L(N, D) / loss). The algorithm
+    itself minimizes squares, so each squared residual gets a weight that depends on the size of the residual. All rows
+    and starting points are computed together, and the best result of each row is returned.
 
     Raises ValueError if the runs have fewer different sizes than the form has free numbers.
     """
     n_sizes, n_free = len(set(zip(runs.parameters, runs.tokens, strict=True))), form.matrix.shape[1]
     if n_sizes < n_free:
         raise ValueError(f"a law with {n_free} free numbers needs runs of {n_free} sizes, but there are {n_sizes}")
-    # Subtract the means of log N and log D: near 0, all terms of the law have a similar size.
+    # Subtract the means of log N and log D. With logarithms near 0, all terms of the law have a similar size.
     centers = np.log(runs.parameters).mean(), np.log(runs.tokens).mean()
     x, y = np.log(runs.parameters) - centers[0], np.log(runs.tokens) - centers[1]
     if near is None:
@@ -108,7 +110,7 @@ def starting_points(losses: np.ndarray) -> np.ndarray:
 def minimize(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimize the weighted Huber loss from each starting point of `free` (k, f); return the points and their losses.
+    """Minimize the weighted Huber loss from each starting point of `free` (k, f); return the minima and their losses.
 
     x, y and target (n,) are the logarithms of parameters, tokens and losses; weights is (k, n).
     """
@@ -120,7 +122,7 @@ def minimize(
         gradient = np.einsum("kn,kn,knf->kf", weighted, residuals, jacobian)
         hessian = np.einsum("kn,knf,kng->kfg", weighted, jacobian, jacobian)
         diagonal = np.einsum("kff->kf", hessian)
-        # The small constant keeps the matrix regular if a term of the law has vanished.
+        # The small constant keeps the matrix invertible if a term of the law has become 0.
         hessian = hessian + (damping[:, None] * diagonal + 1e-9)[:, :, None] * np.eye(free.shape[1])
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         moved = free - np.clip(step, -1, 1)
@@ -140,7 +142,7 @@ def minimize(
 def evaluate(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return log L(N, D) minus the target, (k, n), and its derivative by the free numbers, (k, n, f)."""
+    """Return log L(N, D) minus the target, (k, n), and the derivative with respect to the free numbers, (k, n, f)."""
     log_e, log_a, a, log_b, b, c = (form.offset + free @ form.matrix.T).T[:, :, None]  # each (k, 1)
     of_n, of_d = log_a - a * x, log_b - b * y  # (k, n)
     inner = np.logaddexp(of_n, of_d)
@@ -158,10 +160,11 @@ def huber(residuals: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 0) -> np.ndarray:
-    """Return `count` laws, fitted to runs that were drawn with replacement, each with a residual: (count, 7).
+    """Return (count, 7): in each row the fields of a law, fitted to runs drawn with replacement, and a residual.
 
-    The residual (logarithm) is that of a random run, enlarged because n runs fit a law with f free numbers too well: by
-    the square root of n / (n - f). It stands for what the law cannot explain, such as the influence of the seed.
+    The residual, log(loss / predicted loss) of a random run, stands for what the law cannot explain, such as the
+    influence of the seed. A law with f free numbers fits its own n runs too well, so residuals are multiplied by the
+    square root of n / (n - f).
     """
     generator = np.random.default_rng(seed)
     n, n_free = len(runs.losses), form.matrix.shape[1]
@@ -178,7 +181,7 @@ def interval(samples: np.ndarray, parameters: float, tokens: float, level: float
 
 
 def leave_one_size_out(runs: Observations, form: Form) -> np.ndarray:
-    """Return log(predicted loss / loss) of each run, (n,), by a law that was fitted without the runs of its size."""
+    """Return log(predicted loss / loss) of each run, (n,). Each law was fitted without the runs of this run's size."""
     sizes = np.stack([runs.parameters, runs.tokens], axis=1)
     same = (sizes[:, None] == sizes[None]).all(axis=-1)
     laws = fit_weighted(runs, form, (~same).astype(float), fit(runs, form))

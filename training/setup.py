@@ -69,7 +69,10 @@ class TrainingRun:
 
     @property
     def lacks_validation(self) -> bool:
-        """True if a validation is due after this step, or after the last step of the run, and has no result yet."""
+        """True if a validation is due after this step and has no result yet.
+
+        Unless eval.every is 0, a validation is also due after the last step of the run.
+        """
         step, every = self.state.step, self.config.eval.every
         is_last = every > 0 and step == self.config.optim.steps
         return self.state.val_loss is None and (is_last or is_due(step, every))
@@ -84,7 +87,7 @@ class TrainingRun:
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.plan.micro_batch,
             **self.plan.planned_for,
-            # `identity` has the name as it was given, which may be relative to the directory of this start.
+            # `identity` has model.init_from as given, which may be relative to the directory that train.py started in.
             "init_from_path": str(initial.resolve()) if initial.exists() else None,
             "identity": self.identity,
         }
@@ -95,7 +98,7 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         """Write a failure to status.json, stop the loader's thread, and close the run's directory.
 
-        If the error is that memory is exhausted, raises ValueError instead, with the micro-batch that would fit.
+        If memory was exhausted, raises ValueError instead, which names the micro-batch that would fit.
         """
         if kind is not None:
             with contextlib.suppress(OSError):  # must not hide the error that ended the run
@@ -117,7 +120,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
     With `verify`, every shard of the dataset is compared with its hash first.
 
-    Raises ValueError or OSError if the run cannot work. What can be checked is checked before anything is created.
+    Raises ValueError or OSError if the run cannot work. The function makes its checks before it creates anything.
     """
     if processes.is_main:
         check_packages(config.log)
@@ -201,7 +204,7 @@ def prepare_model(
         sequence_length=config.data.sequence_length,
         activation_checkpointing=config.system.activation_checkpointing,
     )
-    # The optimizers come after FSDP has replaced the parameters by their shards.
+    # Create the optimizers after `distribute`, where FSDP replaces the parameters by their shards.
     optimizers = make_optimizers(model, config.optim, fast_dtype(plan.dtype, device))
     return loss_function, optimizers, gradient_scaler(device, plan.dtype)
 
@@ -210,7 +213,8 @@ def open_directory(run: TrainingRun, start: Start) -> None:
     """Create the run's directory, or remove what was written after the step from which the run resumes."""
     step = run.state.step if start.resumes else None
     last_step = -1 if step is None else step
-    # If this attempt starts with a validation that was skipped, an earlier attempt may have logged it: remove that.
+    # If the checkpoint lacks its validation, this attempt starts with this validation. An earlier attempt may have
+    # logged the same validation: remove its records.
     last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
     branched_from = start.checkpoint if start.branches else None
     described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)

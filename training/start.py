@@ -36,10 +36,10 @@ class Start(NamedTuple):
 def find_start(config: Config, directory: Path, processes: Processes) -> Start:
     """Return where a run starts according to run.resume, run.branch_from and model.init_from.
 
-    The main process chooses the checkpoint, because the other nodes may lack access to the checkpoints.
+    Only the main process chooses the checkpoint, so that all processes start from the same one.
 
     Args:
-        directory: the run's `checkpoints`.
+        directory: the directory `checkpoints` of the run.
 
     Raises ValueError or OSError if these fields contradict each other or the files that exist.
     """
@@ -56,7 +56,7 @@ def find_start(config: Config, directory: Path, processes: Processes) -> Start:
 
 
 def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Path]]:
-    """Return the checkpoint to resume from according to run.resume, None for a new run, and newer damaged ones.
+    """Return the checkpoint that run.resume selects, or None for a new run, and the newer checkpoints that are damaged.
 
     Raises ValueError or FileNotFoundError if run.resume contradicts the checkpoints that exist.
     """
@@ -77,7 +77,7 @@ def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Pat
 
 
 def parse_branch_point(name: str) -> tuple[Path, str]:
-    """Return the directory and the step, or "newest", of a value of run.branch_from. Raises ValueError for others."""
+    """Return the directory and the step, or "newest", of run.branch_from. Raises ValueError if it has another form."""
     run, at, step = name.rpartition("@") if "@" in name else (name, "", "newest")
     if at and not step.isdecimal():
         raise ValueError(f"run.branch_from {name}: expected RUN or RUN@STEP, such as runs/stable@1000")
@@ -109,7 +109,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     fields = config.to_dict()
     names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
     data = {name: fields["data"][name] for name in names}
-    # Directories may move. What is in them is in the identity of the dataset.
+    # The directories of a mixture may move, so only the weights count. The identity of the dataset covers the content.
     data["mixture"] = [part.weight for part in config.data.mixture]
     run = {name: fields["run"][name] for name in ("seed", "branch_from")}
     return {"run": run, "data": data, "optim": fields["optim"]}
@@ -130,9 +130,10 @@ def same_model(init_from: str, *others: str | None) -> bool:
 
 
 def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
-    """Return whether the losses in a trainer/state.json were measured on another number of validation tokens.
+    """Return whether the losses in a trainer/state.json were measured on another number of tokens than `val_tokens`.
 
-    Both numbers are known only if the run has a validation split, and if its checkpoint is not older than the field.
+    The result is False if a number is not known. This is so if there is no validation split, or if the checkpoint is
+    older than the field "val_tokens".
     """
     return bool(state.get("val_tokens") and val_tokens) and state["val_tokens"] != val_tokens
 
@@ -148,8 +149,8 @@ def same_branch_point(before: str | None, now: str | None) -> bool:
 def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val_tokens: int) -> dict[str, Any]:
     """Return the trainer/state.json of the checkpoint that a run starts from, or {} if there is none.
 
-    It has no validation losses if they cannot be compared with those of this run: those of a parent, and those on
-    another number of tokens than `val_tokens` (eval.tokens).
+    Validation losses that cannot be compared with those of this run are set to None. These are the losses of a parent
+    (the run of run.branch_from), and losses on another number of tokens than `val_tokens` (eval.tokens).
 
     Raises ValueError if this run cannot resume from the checkpoint or, for a branch, cannot branch from it.
     """
@@ -162,15 +163,15 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
         before["validation_sha256"] = now["validation_sha256"]
     # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
     model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]
-    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older ones store neither
+    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older files have neither
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
-    # A parent may itself be a branch. A run that resumes may spell the same branch point in another way.
+    # A parent may itself be a branch, and a resumed run may spell its branch point in another way: neither is a change.
     run = state["identity"]["run"]
     if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
         run["branch_from"] = config.run.branch_from
     if is_parent or scores_other_tokens(state, val_tokens):
-        # Measured again. For a branch, the validation curve begins here. eval.patience counts from here.
+        # This run measures the losses again. The validation curve of a branch, and eval.patience, begin at this step.
         state["val_loss"] = state["best"] = None
     refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
     if is_parent and state["step"] >= steps:
@@ -220,7 +221,8 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, 
 def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens: int) -> list[str]:
     """Return lines that name the checkpoint, and say if another number of validation tokens is scored from now on.
 
-    They warn if a branch starts with another learning rate. saved: the result of `read_saved_state`.
+    The lines warn if a branch starts with another learning rate than its parent had in the last step. `saved` is the
+    result of `read_saved_state`.
     """
     if start.checkpoint is None:
         return []

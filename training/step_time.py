@@ -1,8 +1,8 @@
 """The expected duration of a training step, from counted FLOPs, bytes and collective operations.
 
 The fractions of a card's peak below were chosen so that the estimates for 124M come within 8% of the rates that other
-projects have published (PUBLISHED). On one H200 they were 2% (AdamW) and 5% (Muon) too short for a step of 64 x 1,024
-tokens (docs/gpu.md). No other card and no group of cards was measured.
+projects have published (PUBLISHED). For a step of 64 x 1,024 tokens on one H200, the estimated durations were 2%
+(AdamW) and 5% (Muon) too short (docs/gpu.md). No other card and no group of cards was measured.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from training.metrics import duration
 
 # Tokens per second of one card for GPT-2 124M with 1,024 tokens per sequence: (card, project, tokens/s)
 PUBLISHED = [("H100", "llm.c", 468_000), ("A100", "llm.c", 218_000), ("RTX 4090", "nanoGPT", 106_000)]
-# Fractions of the peak FLOP/s that large products and causal attention reach. The fastest cards lower their clock rate
-# in large products, because these need more power than the card may use.
+# Fractions of the peak FLOP/s that large matrix products and causal attention reach. The fastest cards lower their
+# clock rate in large products, because these need more power than the card may use.
 PRODUCTS, ATTENTION = 0.78, 0.40
 PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
 FAST_CARD = 700e12  # FLOP/s
-BANDWIDTH, LINK = 0.9, 0.8  # fractions of the bytes/s of memory, and of the connection between GPUs
+BANDWIDTH, LINK = 0.9, 0.8  # fractions that are reached of the bytes/s of memory, and of the GPUs' link
 NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to others: eight adapters of 400 Gbit/s
 LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in addition to the transfer
-# Bytes of memory traffic for each token and channel of a block, without the products, with 2 bytes per number: 40 in
-# the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients of
-# biases, and the concatenation of the gradients of queries, keys and values).
+# Bytes of memory traffic for each token and channel of a block, outside of matrix products, with 2 bytes per number: 40
+# in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients
+# of biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
-HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences use a GPU less well
-TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3  # measured on an H200; it depends on the number of kernels
+HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences take longer per token
+TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3  # measured on an H200; depends on the number of kernels
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
 SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
@@ -99,7 +99,8 @@ def seconds_of_a_token(model: GPTConfig, card: Card, peak: float, sequence_lengt
     """Return the seconds of one token's forward and backward pass through the blocks."""
     products, attention = fractions(card)
     width, layers = model.n_embd, model.n_layer
-    # 6 FLOPs for each weight. Causal attention: half of 4 T C forward, and 2.5 times as much backward.
+    # 6 FLOPs for each weight. Causal attention: half of 4 T C FLOPs in the forward pass, and 2.5 times as many in the
+    # backward pass, 7 T C together.
     return (
         6 * 12 * width**2 * layers / (products * peak)
         + 7 * sequence_length * width * layers / (attention * peak)
@@ -108,7 +109,7 @@ def seconds_of_a_token(model: GPTConfig, card: Card, peak: float, sequence_lengt
 
 
 def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtype) -> float:
-    """Return the seconds of one token's loss: three products, and the logits read twice and written once."""
+    """Return the seconds of one token's loss: three matrix products, and the logits read twice and written once."""
     columns = padded(model.vocab_size)
     rows = rows_at_a_time(card.memory * 2**30, model.vocab_size, dtype.itemsize)
     # Each chunk of rows is added to the head's gradient, which is read and written: two numbers of 4 bytes per weight.
@@ -127,18 +128,20 @@ def seconds_of_communication(
     latency = LATENCY + LATENCY_PER_GPU * count
 
     def seconds(n_bytes: float, operations: int) -> float:
-        """Return the duration of all-gathers or reduce-scatters of `n_bytes` in all."""
+        """Return the seconds of all-gathers or reduce-scatters that together transfer `n_bytes`."""
         return n_bytes * (count - 1) / count / rate + operations * latency
 
     parameters, embeddings = workload.n_parameters, (model.vocab_size + model.block_size) * model.n_embd
     blocks = parameters - embeddings
     if not sharded:
-        # An all-reduce is a reduce-scatter and an all-gather. The embeddings' gradient is complete only at the end.
+        # An all-reduce is a reduce-scatter and an all-gather. The embeddings' gradient is complete only at the end of
+        # the backward pass, so at least its all-reduce cannot overlap.
         reduce = 2 * seconds(4 * parameters, 1 + model.n_layer)
         return max(2 * seconds(4 * embeddings, 1), reduce - last_backward)
     gather = seconds(2 * dtype.itemsize * blocks, 2 * model.n_layer)  # before the forward and the backward pass
     reduce = seconds(4 * blocks, model.n_layer)
     around = seconds(4 * embeddings, 1)  # before the first block and after the last, where nothing can overlap
+    # A forward and a backward pass together take 1.5 times as long as the backward pass.
     return (passes + 1) * around + max(0.0, passes * (gather - 1.5 * last_backward)) + max(0.0, reduce - last_backward)
 
 
@@ -148,8 +151,8 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
     traffic = 40 * workload.n_parameters / (count if sharded else 1)  # 28 bytes for AdamW, 12 for clipping
     seconds = traffic / (BANDWIDTH * card.bandwidth)
     if workload.muon:
-        # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns: four square matrices and
-        # two of 4 C columns in each block, in one group for each shape.
+        # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns. Each block has four square
+        # matrices and two with 4 C columns. The processes divide the matrices of each shape between them.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
         seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
     return seconds

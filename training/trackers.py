@@ -15,7 +15,7 @@ from training.config import Config, Log
 
 
 class Tracker(Protocol):
-    """What receives the metrics of a run. Any exception of a method ends the use of the tracker, not the run."""
+    """Receives the metrics of a run. If a method raises an exception, the run continues without the tracker."""
 
     def log(self, values: dict[str, Any], step: int) -> Any:
         """Receive the metrics of a step. Their keys are "split/name"."""
@@ -30,7 +30,7 @@ def chosen(log: Log) -> list[str]:
 
 
 def check_packages(log: Log) -> None:
-    """Raise ValueError, with the command that installs it, if the package of a tracker is missing."""
+    """Raise ValueError if the package of a tracker is missing. The message has the command that installs it."""
     for name in chosen(log):
         if importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -51,7 +51,7 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
         directory: the run's directory.
         last_step: the step from which the run resumes, -1 for a new run.
 
-    Raises ValueError if one does not start; those that have started are finished first.
+    Raises ValueError if a tracker does not start. The trackers that have started are finished first.
     """
     starters: dict[str, Callable[[Config, Path, int], Tracker]] = {
         "wandb": WeightsAndBiases,
@@ -72,7 +72,7 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
 
 
 class WeightsAndBiases:
-    """The run at Weights & Biases that belongs to a run's directory. It ignores steps that it already has."""
+    """The run at Weights & Biases that belongs to a run's directory. The service ignores steps that it already has."""
 
     def __init__(self, config: Config, directory: Path, last_step: int) -> None:
         import wandb  # imported here: most runs do not use it
@@ -115,14 +115,14 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step)
 
     def finish(self, *, failed: bool) -> None:
-        """Write what is waiting, and close the files."""
+        """Write the values that are waiting, and close the files."""
         self._writer.close()
 
 
 class Trackio:
     """The run in Trackio's local database that belongs to a run's directory.
 
-    Trackio cannot delete steps: those that a resumed run repeats appear twice there.
+    Trackio cannot delete steps, so steps that a resumed run repeats appear twice there.
     """
 
     def __init__(self, config: Config, directory: Path, last_step: int) -> None:
@@ -143,7 +143,7 @@ class Trackio:
         self._run.log(values, step=step)
 
     def finish(self, *, failed: bool) -> None:
-        """Write what is waiting."""
+        """Write the values that are waiting."""
         self._run.finish()
 
 

@@ -14,7 +14,7 @@ from training.config import Optim
 
 
 class Size(NamedTuple):
-    """What the rates depend on: the width of the residual stream in channels, and the number of blocks."""
+    """The sizes that the rates depend on: the width of the residual stream in channels, and the number of blocks."""
 
     width: int
     layers: int
@@ -39,7 +39,7 @@ RULE = {  # (optim.name, field of optim)
     ("muon", "lr"): Powers(-0.5, 0.0),
     ("adamw", "lr"): Powers(-0.5, 0.0),
 }
-# The longest runs of docs/recipes.md in which the rates were varied: 1,200 steps of 2,048 tokens.
+# The learning rates are from the longest runs of docs/recipes.md that varied them: 1,200 steps of 2,048 tokens.
 TUNED = {
     "muon": Recipe(Size(128, 3), Optim(name="muon", muon_lr=0.02, lr=1e-2, weight_decay=0.1)),
     "adamw": Recipe(Size(128, 3), Optim(name="adamw", lr=2e-3, weight_decay=0.1)),
@@ -47,11 +47,11 @@ TUNED = {
 
 
 def scale(optimizer: str, field: str, old: Size, new: Size) -> float:
-    """Return the factor from the best value of a field for a model of size `old` to that for one of size `new`.
+    """Return the factor by which the best value of a field changes from a model of size `old` to one of size `new`.
 
-    The factor of the weight decay is the inverse of that of the learning rate of the matrices in the blocks. So their
-    product, which is the fraction of a weight that decays in a step, is constant (Wang and Aitchison 2024,
-    https://arxiv.org/abs/2405.13698).
+    The factor of the weight decay is the inverse of the factor of the learning rate of the matrices in the blocks. So
+    learning rate times weight decay, the fraction of a weight that decays in a step, is constant (Wang and Aitchison
+    2024, https://arxiv.org/abs/2405.13698).
 
     Args:
         optimizer: adamw or muon, as in `optim.name`.
@@ -68,7 +68,7 @@ def scale(optimizer: str, field: str, old: Size, new: Size) -> float:
 def transfer(optim: Optim, old: Size, new: Size) -> Optim:
     """Return settings for a model of size `new` from those that were tuned for a model of size `old`.
 
-    Learning rates and weight decay change, and all other fields are equal.
+    Learning rates and weight decay change. All other fields stay the same.
     """
     fields = [*(field for name, field in RULE if name == optim.name), "weight_decay"]
     values = {field: getattr(optim, field) * scale(optim.name, field, old, new) for field in fields}
@@ -76,7 +76,7 @@ def transfer(optim: Optim, old: Size, new: Size) -> Optim:
 
 
 def describe_rates(optim: Optim, model: GPTConfig) -> str:
-    """Return the rates that follow for a model from the tuned small one, and those of the configuration, as a line."""
+    """Return a line with the rates that the rule gives for a model, and the rates of the configuration."""
     tuned = TUNED[optim.name]
     predicted = transfer(tuned.optim, tuned.size, Size(model.n_embd, model.n_layer))
     fields = [*(field for name, field in RULE if name == optim.name), "weight_decay"]

@@ -60,7 +60,7 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
     """
     processes, model = run.processes, run.model
 
-    def stop_requested() -> bool:  # on any process
+    def stop_requested() -> bool:  # True on all processes if any of them was asked to stop
         return processes.all_reduce_min(int(not signal.received)) == 0
 
     model.eval()
@@ -86,7 +86,8 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
 def score_split(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], SplitLoss | None]:
     """Return the loss on eval.tokens, that of each part of a mixture and, after the last step, that on final_tokens.
 
-    The latter is a pass of its own, so it has the same bits as a validation on that many tokens.
+    The loss on final_tokens comes from a separate pass, so it is bit for bit the loss of a validation with eval.tokens
+    set to that number.
     """
     assert run.inputs.val  # open_inputs raises an error if there is none
     losses = split_losses(run, run.inputs.val)
@@ -130,7 +131,7 @@ def score_hellaswag(run: TrainingRun) -> dict[str, Any] | None:
 
 
 def hellaswag_is_due(step: int, config: Config) -> bool:
-    """Return whether the validation after `step` is the last, or the first since a multiple of eval.hellaswag_every."""
+    """Return whether this validation is the last one, or the first at or after a multiple of eval.hellaswag_every."""
     every, previous = config.eval.hellaswag_every, step - config.eval.every
     return step == config.optim.steps or step // every > previous // every
 
