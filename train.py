@@ -122,9 +122,9 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
 
 def validate(run: TrainingRun, signal: StopSignal) -> bool:
-    """Score the validation split and sample texts. Return False if a stop request interrupted this work.
+    """Score the validation split and HellaSwag, generate samples, and log all results.
 
-    All processes return the same value.
+    Return False, and log nothing, if a stop request interrupted this work. All processes return the same value.
     """
     result = measure(run, signal)
     if result is None:

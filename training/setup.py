@@ -96,9 +96,9 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        """Write a failure to status.json, stop the loader's thread, and close the run's directory.
+        """Write a failure to status.json if an exception ended the block; stop the loader, and close the directory.
 
-        If memory was exhausted, raises ValueError instead, which names the micro-batch that would fit.
+        An out-of-memory error is replaced by a ValueError, which names a smaller micro-batch if one is estimated to fit.
         """
         if kind is not None:
             with contextlib.suppress(OSError):  # must not hide the error that ended the run
