@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Names that other trainers give a field, with our field of the same meaning. A name that is spelled almost like our field
-# needs no entry, because difflib finds it.
+# Names that other trainers give a field, with our field of the same meaning. A name that is spelled almost like our
+# field needs no entry, because difflib finds it.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",

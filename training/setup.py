@@ -98,7 +98,7 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         """Write a failure to status.json if an exception ended the block; stop the loader, and close the directory.
 
-        An out-of-memory error is replaced by a ValueError, which names a smaller micro-batch if one is estimated to fit.
+        An out-of-memory error is replaced by a ValueError, which names a smaller micro-batch that is estimated to fit.
         """
         if kind is not None:
             with contextlib.suppress(OSError):  # must not hide the error that ended the run
