@@ -43,14 +43,15 @@ from benchmarks.workload import (
 from command import CommandParser, at_least_one, ending
 from files import file_sha256
 
-# multiprocessing imports this file in the process of each contestant. So this file does not import the modules of
-# benchmarks/ that need PyTorch or a peer: their memory would count as the contestant's. It passes their names instead.
+# multiprocessing imports this file in the process of each contestant, and the memory of all imported modules counts as
+# the contestant's. So this file does not import the modules of benchmarks/ that need PyTorch or a peer: it passes only
+# the names of these modules to the process.
 
 HERE = Path(__file__).resolve().parent
 
 
 def native_dtypes(device: str) -> list[str]:
-    """Return the precisions that the device does not emulate, its default first. Print a note if bfloat16 is absent."""
+    """Return the precisions that the device does not emulate, the default first. Print a note if bfloat16 is absent."""
     native, name = call_in_process("benchmarks.machine", "native_dtypes", device)
     if "bfloat16" not in native:
         print(f"\n  no rows in bfloat16: this {'CPU' if device == 'cpu' else 'card'} ({name}) emulates it")
@@ -58,7 +59,7 @@ def native_dtypes(device: str) -> list[str]:
 
 
 def check_shards(directory: Path) -> None:
-    """Raise ValueError unless all datasets in a directory have the same shards byte by byte."""
+    """Raise ValueError unless all datasets in a directory have the same shards, byte by byte. Print the shard count."""
     datasets = [path for path in directory.iterdir() if path.is_dir()]
     hashes = [[file_sha256(shard) for shard in sorted(dataset.glob("train_*.bin"))] for dataset in datasets]
     if hashes[0] == [] or any(found != hashes[0] for found in hashes):
@@ -72,9 +73,9 @@ def spread(result: dict[str, float]) -> float:
 
 
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Print and return a table: each contestant's rate in `unit` per second, and our speed divided by its speed.
+    """Print and return a table: each contestant's rate in `unit` per second, and our speed divided by that rate.
 
-    amount is the work of one run, in `unit`.
+    Both numbers are also added to `results`. amount is the work of one run, in `unit`.
     """
     print(f"\n{title}")
     print(f"  {'':<14}{unit + '/s':>12}{'spread':>9}{'peak MiB':>10}{'ours is':>10}")
@@ -91,7 +92,7 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 
 def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time a training step, and compare its FLOP/s with the highest FLOP/s of its matrix products alone."""
+    """Time a training step, and compare its FLOP/s with those of the fastest of its matrix products alone."""
     rows, tokens = BATCH[device]
     work = (device, rows, tokens)
     contestants = {"ours": Call("benchmarks.ours.train", "train", work)}
@@ -137,7 +138,7 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
 
 
 def bench_hellaswag(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time HellaSwag in the default precision of eval.run, and in the other native precisions of the device."""
+    """Time HellaSwag: ours in all native precisions of the device, the peer in float32."""
     default, *others = native_dtypes(device)
     contestants = {"ours": Call("benchmarks.ours.hellaswag", "evaluate", (default, device))}
     for dtype in others:
@@ -186,7 +187,7 @@ def bench_loader(peers: dict[str, str], runs: int, device: str) -> list[dict[str
 
 
 def bench_attention(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time forward and backward pass of a one-layer model on long sequences, with each kind of attention."""
+    """Time the forward and backward pass of a one-layer model on long sequences, with each kind of attention."""
     print(
         f"\nforward and backward pass, 1 layer\n  {'tokens':>6}  attention{'seconds':>10}{'spread':>9}{'peak MiB':>10}"
     )
@@ -233,7 +234,7 @@ PEER_FILES = {"nanogpt": "model.py", "build-nanogpt": "hellaswag.py"}
 
 
 def measure(args: argparse.Namespace, peers: dict[str, str]) -> None:
-    """Run the chosen benchmarks one after the other, print their tables, and write them to --json."""
+    """Run the chosen benchmarks one after the other, print their tables, and write the tables to --json."""
     machine, bandwidth = call_in_process("benchmarks.machine", "describe", args.device)
     print(f"{json.dumps(machine)}\nmemory of the {args.device}: {bandwidth / 1e9:.1f} GB/s, copying")
     chosen = list(BENCHES) if args.what == "all" else [args.what]

@@ -35,7 +35,8 @@ def verify(checkpoint: Path) -> None:
     """Compare every file of a checkpoint with the size and the hash in its manifest.
 
     Raises:
-        ValueError, OSError: a file is missing or differs. The message names the first such file.
+        ValueError, OSError: a file is missing or differs from the manifest, or the manifest is missing or damaged. The
+            message names the first such file.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -57,8 +58,8 @@ def verify(checkpoint: Path) -> None:
 def find_newest(directory: Path) -> tuple[Path | None, list[Path]]:
     """Return the newest undamaged checkpoint of a run, and the damaged checkpoints that are newer.
 
-    A checkpoint is damaged if `verify` raises an error. It is named on stderr, skipped and left unchanged. directory is
-    the run's `checkpoints`. The first result is None if there is no checkpoint.
+    A checkpoint is damaged if `verify` raises an error. A damaged checkpoint is named on stderr, skipped and left
+    unchanged. directory is the run's `checkpoints`. The first result is None if there is no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, but all of them are damaged.
@@ -83,14 +84,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | None:
-    """Return the lowest validation loss of the existing checkpoints, and its checkpoint. None if no loss is known.
+    """Return the lowest validation loss of the existing checkpoints, and its checkpoint, or None if no loss is known.
 
     A checkpoint stores its own validation loss. It also stores the lowest loss so far, with the step of that loss: a
     checkpoint that was saved on a stop request lacks its own loss, because its validation ran only after the run had
     resumed. If that validation gives the lowest loss so far, later checkpoints store the loss.
 
-    Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, only the losses
-    on the same number of tokens as the newest loss are compared.
+    Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, losses on
+    another number of tokens than the newest loss are ignored. Losses from older versions, which did not store this
+    number, are always compared.
 
     directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored. If another checkpoint has no readable
     trainer/state.json, its path is printed on stderr and added to `unreadable`.
@@ -103,7 +105,8 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
         try:
             state = read_state(path)
             tokens, loss, best = state.get("val_tokens"), state["val_loss"], state.get("best")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its weights may be intact
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # Do not raise an error, because the weights of the checkpoint may be intact.
             print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
             unreadable.add(path)
             continue
@@ -165,9 +168,9 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
 
 
 def _ended_by_patience(newest: Path) -> bool:
-    """Return whether eval.patience ended a run: only then does a run finish before its last step.
+    """Return whether eval.patience ended the run of this newest checkpoint: the run finished before its last step.
 
-    Return False if an older version wrote the checkpoint: it did not store whether the run had finished.
+    Return False if that is not known: older versions did not store in a checkpoint whether the run had finished.
     """
     try:
         state = read_state(newest)

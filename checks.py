@@ -37,7 +37,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_shared_fields(config: dict[str, Any]) -> None:
     """Check the fields that have the same name in GPTConfig and in transformers' config.json.
 
-    The sizes must be positive integers already. Raises ValueError, naming the field.
+    The caller must check first that the sizes are positive integers. Raises ValueError, naming the field.
     """
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"n_embd ({config['n_embd']}) must be divisible by n_head ({config['n_head']})")
@@ -48,9 +48,9 @@ def check_shared_fields(config: dict[str, Any]) -> None:
 
 
 def check_attention(config: dict[str, Any]) -> None:
-    """Raise ValueError, naming the field, if the fields of GPTConfig select an attention that is not implemented.
+    """Raise ValueError, naming the field, if `config` selects an attention that is not implemented.
 
-    Fields may be missing, because a config.json has these fields only if attention is not full.
+    The fields of attention may be missing: a config.json has these fields only if the attention is not full.
     """
     attention = config.get("attention", "full")
     if attention not in ("full", "window", "lsh"):

@@ -122,7 +122,7 @@ def evaluate(classifier: SequenceClassifier, examples: list[Example], batch_size
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on the file --train, and keep the classifier of the epoch with the lowest loss on the file --val."""
+    """Train on the file --train. Write the classifier of the epoch with the lowest loss on the file --val to --out."""
     classes, train_labels, val_labels = read_labels(args)
     classifier, tokenizer = load_classifier(args, classes)
     train_examples, val_examples = (
@@ -135,7 +135,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def load_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[SequenceClassifier, Tokenizer]:
-    """Return a classifier with --model's weights and a random head, on --device, and the tokenizer of the model."""
+    """Return a classifier with --model's weights and a random head, on --device, and the tokenizer of the model.
+
+    With --freeze-layers N above 0, the first N blocks and the embeddings are frozen.
+    """
     device = find_device(args.device, "--device")
     if device.type == "cpu":
         keep_freed_memory()
@@ -160,7 +163,8 @@ def fit(
 ) -> None:
     """Train a classifier, and write its state after the epoch with the lowest validation loss to --out.
 
-    The labels of the training examples may be probabilities; the labels of the validation examples are classes.
+    Training ends early after --patience epochs without a lower validation loss. The labels of the training examples may
+    be probabilities; the labels of the validation examples are classes.
     """
     device = classifier.score.weight.device
     dtype = find_dtype(args.dtype, device)
@@ -238,7 +242,7 @@ def train_step(
 def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) -> None:
     """Write the classifier to a temporary directory, then move its files over the files of the previous classifier.
 
-    If the process is killed while it writes, the previous classifier is still complete.
+    If the process is killed while it writes the temporary directory, the previous classifier is still complete.
     """
     partial = directory / "partial"
     partial.mkdir(exist_ok=True)

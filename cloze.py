@@ -52,11 +52,14 @@ class Cloze(NamedTuple):
     """The texts that result from one text when each word of a verbalizer fills the blank of a pattern."""
 
     fillings: list[list[int]]  # W lists of tokens, which begin with end-of-text
-    start: int  # how many tokens at the beginning all lists have in common
+    start: int  # number of tokens at the beginning that are the same in all lists
 
 
 def read_verbalizer(pairs: Sequence[str]) -> Verbalizer:
-    """Return the verbalizer that pairs "WORD=CLASS" describe. Raises ValueError, which names a wrong pair."""
+    """Return the verbalizer that pairs "WORD=CLASS" describe.
+
+    Raises ValueError if a pair is malformed, if two pairs have the same word, or if there are fewer than two classes.
+    """
     class_of: dict[str, str] = {}
     for pair in pairs:
         word, equals, label = pair.rpartition("=")

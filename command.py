@@ -20,7 +20,10 @@ from typing import Any, NoReturn, TextIO
 
 
 def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print no traceback for Ctrl-C, which may come while modules are imported, before `ending` can catch it."""
+    """Print an uncaught exception, but only a line break for Ctrl-C.
+
+    `ending` cannot catch a Ctrl-C that comes while modules are imported, so this function handles it.
+    """
     if issubclass(kind, KeyboardInterrupt):
         print(file=sys.stderr)
     else:
@@ -44,7 +47,7 @@ CHECKPOINT_HELP = (
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, whose error about an unknown option names a similar option."""
+    """argparse's parser. Its error about an unknown option also names the most similar option, if there is one."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments:.*?(--[\w-]+)", message)
@@ -86,7 +89,7 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
     and exit with status 130. Other exceptions keep their traceback.
 
     If the reader of the output goes away, as in `... | head`, the command finishes its work without a message. With
-    `needs_reader`, it exits at once with status 0: use this for commands whose output is their only result.
+    `needs_reader`, the command exits at once with status 0. Set `needs_reader` if the output is its only result.
 
     Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
     """
@@ -138,7 +141,7 @@ class NoReader(BaseException):
 class _LastingFile(io.FileIO):
     """A file descriptor that becomes /dev/null when the reader of its pipe or its terminal goes away."""
 
-    needs_reader = False  # if True, `write` also raises NoReader
+    needs_reader = False  # if True, `write` raises NoReader when the reader has gone away
 
     def write(self, data: Any, /) -> int:
         try:
@@ -158,8 +161,8 @@ class _LastingFile(io.FileIO):
 def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     """In the `with` block, drop what is written to stdout and stderr after their reader has gone away.
 
-    Otherwise `train.py ... | head -3`, or closing the terminal, would end the run with an error. With `needs_reader`,
-    NoReader is raised if the reader of stdout has gone away.
+    By default, Python raises an error for such a write: `train.py ... | head -3`, or a closed terminal, would end the
+    run. With `needs_reader`, a write raises NoReader if the reader of stdout has gone away.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_lasting(stream) for stream in before)
@@ -206,7 +209,7 @@ def port_number(text: str) -> int:
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End the process with a message if one of the named arguments is below 1. Absent ones and None are allowed."""
+    """End the process with a message if one of the named arguments is below 1. An argument may be absent or None."""
     for name in names:
         value = getattr(args, name, None)
         if value is not None and value < 1:

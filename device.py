@@ -1,8 +1,8 @@
-"""Device and precision: the only module that decides which number format the arithmetic uses.
+"""Device and precision: the only module that decides which precision the arithmetic uses.
 
-Weights, gradients, optimizer state and the loss are float32 everywhere. Only the precision of the matrix products
-varies (autocast). Compared with float32, a precision of 16 bits is two to sixteen times faster on a processor that
-supports it natively, and ten times slower on a processor that has to emulate it.
+In training, weights, gradients, optimizer state and the loss are always float32. Only the precision of the matrix
+products varies (autocast). Compared with float32, a precision of 16 bits is two to sixteen times faster on a processor
+that supports it natively, and ten times slower on a processor that has to emulate it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
 def separate_compiled_code() -> None:
     """Give torch.compile a cache of its own if ATEN_CPU_CAPABILITY limits the CPU's instruction set.
 
-    In PyTorch 2.13, the keys of the cache do not include the variable. So a process with the limit would load code that
-    was compiled without it, and this code could compute wrong numbers or crash. If TORCHINDUCTOR_CACHE_DIR is already
-    set, it is not changed.
+    In PyTorch 2.13, the keys of the cache do not include this variable. So a process with the limit would load code
+    that was compiled without the limit, and this code could compute wrong numbers or crash. If TORCHINDUCTOR_CACHE_DIR
+    is already set, it is not changed.
     """
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
         directory = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
@@ -155,7 +155,7 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
     is one, even if its products are not faster than products in float32. The reason is that each new token reads all
     weights from memory, and 16-bit weights have half as many bytes.
 
-    If the processor has to emulate the requested precision, the function warns on stderr and returns it nevertheless.
+    If the processor has to emulate the requested precision, the function warns on stderr, but returns this precision.
     """
     native = native_dtypes(device)
     if name == "auto":
@@ -180,7 +180,7 @@ def make_deterministic() -> None:
 
     On a GPU, the backward passes of embeddings and attention add numbers in the order in which threads finish. The
     slower deterministic forms have a fixed order. An operator that has no such form raises RuntimeError. The function
-    also stops the compiler from choosing kernels by their measured speed, because the fastest one varies.
+    also stops the compiler from choosing the kernel that is fastest in a measurement: the choice varies between runs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
@@ -211,14 +211,14 @@ def cpu_instruction_set() -> str:
     if has.get("architecture") != "x86_64":
         name = "SVE" if has.get("sve") else "NEON"
     else:
-        # PyTorch's own kernels obey ATEN_CPU_CAPABILITY, oneDNN's obey ONEDNN_MAX_CPU_ISA
+        # PyTorch's own kernels obey ATEN_CPU_CAPABILITY. oneDNN's kernels obey ONEDNN_MAX_CPU_ISA (see `native` below).
         name = {"AVX512": "AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "AVX2")
     native = [str(dtype).removeprefix("torch.") for dtype in native_dtypes(torch.device("cpu"))]
     return ", ".join([name, *(dtype for dtype in native if dtype != "float32")])
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep the memory that a step frees for the next step, as PyTorch's CUDA allocator does.
+    """Make the C library keep freed memory and use it again in the next step, as PyTorch's CUDA allocator does.
 
     By default, glibc returns the memory of every large tensor to the operating system. At the next allocation, the
     system fills the memory with zeros, which takes about a tenth of a training step on a CPU. Only glibc (Linux) has

@@ -17,7 +17,7 @@ PARTIAL_SUFFIX = ".partial"
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON. After a crash the file holds either the old content or the new one.
 
-    Raises OSError, naming the path, when it cannot be written.
+    Raises OSError, naming the path, if the file cannot be written.
     """
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
@@ -41,16 +41,16 @@ def discard(path: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         else:
-            # Rename the directory first: if the process is killed while it deletes, no directory looks complete.
+            # Rename the directory first. Then it does not look complete if the process is killed during the deletion.
             shutil.rmtree(path if path.suffix == PARTIAL_SUFFIX else path.rename(f"{path}{PARTIAL_SUFFIX}"))
     except OSError as error:
         print(f"{path} could not be deleted ({error}): delete it to free its space", file=sys.stderr)
 
 
 def apply_umask(path: Path) -> None:
-    """Give the file at `path` the mode of a new file, which depends on the process's umask.
+    """Give the file at `path` the permissions of a new file, which depend on the process's umask.
 
-    Libraries that write through a temporary file, such as safetensors, leave it readable by its owner alone.
+    Libraries that write a temporary file first, such as safetensors, leave a file that only its owner can read.
     """
     probe = path.with_name(path.name + ".mode")
     probe.touch()  # os.umask cannot read the umask without changing it for all threads

@@ -88,7 +88,7 @@ def save_with_head(
 def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
     """Return the names of the classes in the `fields` of the config.json at `path`, in the order of their numbers.
 
-    Raises ValueError if id2label is not an object that names the classes "0", "1", ...
+    Raises ValueError unless id2label is an object with the keys "0", "1", ... whose values are the names.
     """
     names = fields.get("id2label")
     if names is None or names == {}:
@@ -108,8 +108,8 @@ class SequenceClassifier(nn.Module):
         gpt: the language model whose hidden states are classified.
         num_labels: K, the number of classes.
         strategy: the input of the classifier. `last` (Texar's cls_time): the state of each sequence's last kept token.
-            `all` (all_time): the states of all its tokens, concatenated. `token` (time_wise): the state of one token;
-            each token is classified separately.
+            `all` (all_time): the states of all its kept tokens, concatenated. `token` (time_wise): the state of one
+            token; each token is classified separately.
         max_length: the longest sequence in tokens; None means block_size. Only strategy `all` has this limit.
 
     The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean
@@ -269,7 +269,7 @@ class DoubleHeads(nn.Module):
         Args:
             input_ids, attention_mask: (B, N, T), one row per choice.
             mc_token_ids: (B, N), the position in each row whose state is scored; None means the last kept token.
-            labels: (B, N, T) token ids, which are shifted here; the loss ignores IGNORE_INDEX.
+            labels: (B, N, T) token ids, which `GPT.forward` shifts by one; the loss ignores IGNORE_INDEX.
             mc_labels: (B,), the index of the correct choice.
             return_logits: whether to return the language model's logits; None returns them if there are no `labels`.
         """
@@ -309,7 +309,7 @@ class DoubleHeads(nn.Module):
         stored = open_model(locate(name_or_dir))
         gpt, directory = make_trunk(stored), stored.directory
         fields = read_json(directory / "config.json")
-        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # only this head depends on these
+        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # only this head needs them
             if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
                 raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):

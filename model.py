@@ -3,7 +3,7 @@
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and follows
 OpenAI's code (https://github.com/openai/gpt-2/blob/master/src/model.py). Parameters have the names that Hugging Face
 transformers gives them, so that every tool for GPT-2 can load a model that is saved here. The package kernels/ contains
-the masks and faster forms of attention and the loss; checks.py validates the arguments of the model.
+the masks, and faster forms of attention and of the loss. checks.py validates the arguments of the model.
 
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
@@ -67,7 +67,7 @@ class GPTConfig:
     window_size: int = 256
     lsh_buckets: int = 64
     lsh_rounds: int = 2
-    # GPT-2 itself has the default values of these three fields. Other values serve checkpoints of other trainers.
+    # GPT-2 itself has the default values of these three fields. Checkpoints of other trainers may need other values.
     n_inner: int | None = None  # channels of the MLP's hidden layer; None means 4 n_embd
     activation: str = "gelu_new"  # one of ACTIVATIONS
     layer_norm_epsilon: float = 1e-5
@@ -90,7 +90,7 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None = None  # (), mean over the targets that are not IGNORE_INDEX, in nats
     logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
     last_hidden_state: Tensor | None = None  # (B, T, C), after ln_f
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): embeddings, blocks 1 to L - 1, and ln_f
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): after embeddings, blocks 1 to L - 1, ln_f
     attentions: tuple[Tensor, ...] | None = None  # L of (B, H, T, S)
     cache: KVCache | None = None
 
@@ -455,7 +455,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, batch_size: int, n_tokens: int) -> list[LayerCache]:
-        """Reserve `n_tokens` more in each of `batch_size` rows, and return where each layer must write them."""
+        """Reserve space for `n_tokens` tokens in each of `batch_size` rows, and return a LayerCache for each layer."""
         past, length = self.length, self.length + n_tokens
         if batch_size != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the input {batch_size}")
@@ -465,7 +465,7 @@ class KVCache:
         return [LayerCache(k, v, past, length) for k, v in zip(self.keys, self.values, strict=True)]
 
     def reorder(self, rows: Tensor) -> None:
-        """Replace each row i by row rows[i]; rows: (B,). Beam search keeps the beams that it continues this way."""
+        """Replace each row i by row rows[i]; rows: (B,). Beam search calls this to keep the beams that it continues."""
         for tensor in (*self.keys, *self.values):
             tensor[:, :, : self.length] = tensor[:, :, : self.length].index_select(0, rows)
 

@@ -64,7 +64,7 @@ def is_openai_checkpoint(directory: Path) -> bool:
 def convert_hparams(hparams: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the fields of config.json that correspond to those of the hparams.json at `path`.
 
-    Raises ValueError naming a field that is missing, or one that GPT-2's file does not have.
+    Raises ValueError, naming the fields, if fields are missing, or if there are fields that GPT-2's file does not have.
     """
     if missing := [name for name in HPARAMS if name not in hparams]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -74,7 +74,7 @@ def convert_hparams(hparams: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name in transformers and the tensor, memory-mapped from its file, for each tensor, largest first.
+    """Yield for each tensor its name in transformers and the memory-mapped tensor. The largest tensor comes first.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -101,7 +101,9 @@ def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_prefix(directory: Path) -> Path:
-    """Return the beginning of the paths of a checkpoint's files, such as DIR/model.ckpt. `checkpoint` names it.
+    """Return the beginning of the paths of a checkpoint's files, such as DIR/model.ckpt.
+
+    The file `checkpoint` in the directory names the checkpoint.
 
     Raises:
         FileNotFoundError: there is no file `checkpoint`.
@@ -190,7 +192,7 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(footer) < FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != MAGIC:
         raise ValueError(f"its {len(data):,} bytes do not end like a TensorFlow index")
     statistics, end = _read_handle(footer, 0)
-    list(read_block(data, *statistics))  # compares its checksum; TensorFlow leaves this block empty
+    list(read_block(data, *statistics))  # only to compare the checksum: TensorFlow leaves this block empty
     handle, _ = _read_handle(footer, end)
     for _, value in read_block(data, *handle):  # the values of this block are the handles of the others
         yield from read_block(data, *_read_handle(value, 0)[0])
@@ -200,8 +202,8 @@ def read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byt
     """Yield the keys and values of a block of a table, after its checksum was compared.
 
     A key is stored without the beginning that it has in common with the previous key. The block ends with the offsets
-    of the keys that are stored completely, and the number of these offsets. Only a search for a key needs them, so they
-    are not read.
+    of the keys that are stored completely, and the number of these offsets. The offsets are not read, because only a
+    search for a single key needs them.
     """
     block, trailer = data[offset : offset + size + 1], data[offset + size + 1 : offset + size + TRAILER_SIZE]
     if len(trailer) < TRAILER_SIZE - 1 or int.from_bytes(trailer, "little") != masked_crc32c(block):
@@ -240,7 +242,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def read_message(data: bytes) -> dict[int, list[int | bytes]]:
-    """Return the values of each field of a protocol buffer (https://protobuf.dev/programming-guides/encoding)."""
+    """Return the values in a protocol buffer by field number (https://protobuf.dev/programming-guides/encoding)."""
     fields: dict[int, list[int | bytes]] = {}
     at = 0
     while at < len(data):

@@ -3,7 +3,7 @@
 OpenMP reads its settings when it is loaded. Its threads wait for the next operator by spinning. If nothing else runs,
 spinning is fastest: sleeping threads would have to be woken hundreds of times in a training step. On a busy machine, a
 spinning thread occupies a core that another thread of the same operator needs. GOMP_SPINCOUNT limits how long a thread
-spins before it sleeps. Training speed of the demo on two cores (bfloat16), in tokens/s:
+spins before it sleeps. Training speed of `make demo` on two cores (bfloat16), in tokens/s:
 
     GOMP_SPINCOUNT               not set     1000       0
     nothing else running          21,010   19,726   14,090

@@ -19,7 +19,10 @@ def is_llm_c(path: Path) -> bool:
 
 
 def conversion_hint(path: Path) -> str:
-    """Return how to convert a file, or a file in a directory: "; it is a file of ...: run ...". Empty if unknown."""
+    """Return the end of an error message that says how to convert a file, or the first known file in a directory.
+
+    The text has the form "; it is a file of PROGRAM: run COMMAND". It is empty if no format is recognized.
+    """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.is_file() and (found := _recognize(file)):

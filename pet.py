@@ -7,9 +7,9 @@ The method is that of Schick and Schütze 2021, arXiv:2001.07676. cloze.py expla
 2. Together the models assign each unlabeled text a probability for each class (soft labels).
 3. A classifier is trained on the unlabeled texts with these probabilities.
 
-iPET (iterated PET) repeats step 1 with a new generation of models. Each of them also learns from unlabeled texts, which
-a random subset of the previous generation's models has labeled. Without labeled texts, the first generation is the
-pretrained model itself.
+iPET (iterated PET) repeats step 1 with a new generation of models. Each new model also learns from unlabeled texts,
+which a random subset of the previous generation's models has labeled. Without labeled texts, the first generation is
+the pretrained model itself.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Labeled(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What all models of an ensemble have in common. `train`, `unlabeled` and `val` have one element per pattern."""
+    """The inputs that all models of an ensemble share. `train`, `unlabeled` and `val` have one element per pattern."""
 
     base: GPT
     verbalizer: Verbalizer
@@ -140,7 +140,8 @@ def label_texts(task: Task) -> Tensor:
     """Train all generations of the ensemble, and return the class probabilities of the unlabeled texts (N, K)."""
     weights, ensemble = first_generation(task)
     for generation in range(1, task.args.generations + 1):
-        # The first generation learns from the labeled texts alone. Without labeled texts, it is the model itself.
+        # The first generation learns the classes from the labeled texts alone. Without labeled texts, the pretrained
+        # model itself is the first generation, and its training is skipped.
         if generation > 1 or task.train[0].labels:
             ensemble = train_generation(task, ensemble, weights, generation)
     return soft_labels([m.scores for m in ensemble], [weights[m.pattern] for m in ensemble], task.args.temperature)
@@ -182,7 +183,7 @@ def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature:
 
 
 def train_generation(task: Task, previous: list[Member], weights: list[float], generation: int) -> list[Member]:
-    """Train several models for each pattern, and return their scores. The models have different seeds."""
+    """Train several models with different seeds for each pattern, and return a Member for each model."""
     ensemble = []
     for i in range(len(task.train) * task.args.models_per_pattern):
         pattern = i // task.args.models_per_pattern
@@ -260,7 +261,7 @@ def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
 
 
 def draw(texts: Sequence[list[int]], start: int, count: int, seed: int) -> list[list[int]]:
-    """Return texts start .. start + count - 1 of an endless sequence. Each epoch of it has all texts in a new order."""
+    """Return texts start .. start + count - 1 of an endless sequence. Each epoch has all texts in a new order."""
     n = len(texts)
     return [texts[int(permute(np.array([i % n]), n, seed, i // n)[0])] for i in range(start, start + count)]
 

@@ -74,7 +74,7 @@ def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelF
         ValueError: the files are damaged, or the tokenizer does not belong to the model (see `check_vocabulary`).
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
-    stored = open_model(locate(name))  # before the tokenizer: a directory without a model usually lacks both
+    stored = open_model(locate(name))  # first, so that the error for an empty directory is about the model
     config, tokenizer = GPTConfig(**stored.config_arguments()), load_tokenizer(stored.directory)
     check_vocabulary(config.vocab_size, tokenizer, stored.directory)
     return ModelFiles(name, stored, config, tokenizer)
@@ -126,11 +126,11 @@ def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> N
 
 
 def extend_positions(model: GPT, block_size: int) -> GPT:
-    """Return a model with the same weights for longer sequences, of up to `block_size` tokens.
+    """Return a model with new position embeddings for up to `block_size` tokens, and otherwise the same weights.
 
     The new position embeddings are interpolated linearly between the learned ones, so that each position lies between
     positions that the model was trained with (Chen et al. 2023, "Extending context window via position interpolation").
-    A model needs some fine-tuning to use them.
+    The model needs some fine-tuning to use the new embeddings.
     """
     old = model.transformer.wpe.weight.detach()
     new = F.interpolate(old.T.unsqueeze(0), block_size, mode="linear", align_corners=True)[0].T.contiguous()

@@ -32,7 +32,8 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 # How long a collective operation waits for a process. The longest wait is for process 0, which must finish writing the
 # checkpoint of a large model before it saves the next one. NCCL's default of 10 minutes can be too short for that.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-ANSWER_TIMEOUT = timedelta(seconds=3)  # must pass before torchrun kills the remaining processes, after 30 seconds
+# How long `name_lost_processes` waits for answers: less than the 30 seconds after which torchrun kills the processes.
+ANSWER_TIMEOUT = timedelta(seconds=3)
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,11 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
 def rendezvous(rank: int, world_size: int) -> dist.Store:
     """Return the store through which the processes find each other, without keys from an earlier attempt.
 
-    torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. A restarted process may find in it the
-    address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the main
-    process chooses a random name for the attempt, and all keys of the attempt begin with this name. Each other process
-    chooses a random key and announces this key in the store. The main process stores the name under the announced key.
+    torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. In this store, a restarted process may
+    find the address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the
+    main process chooses a random name for the attempt, and all keys of the attempt begin with this name. Each other
+    process chooses a random key and announces this key in the store. The main process stores the name under the
+    announced key, so no process can read the name of an earlier attempt.
 
     Raises TimeoutError, which names the missing processes, if the others do not connect within JOIN_TIMEOUT.
     """
@@ -180,7 +182,8 @@ def name_lost_processes() -> str:
 
     The collective operation fails in every process. Each process that is alive calls this function, which announces the
     process in the store. A process that is not announced after ANSWER_TIMEOUT has ended or hangs. If the store does not
-    answer, the process that held the store has ended: process 0 or torchrun.
+    answer, the process that held the store has ended: process 0 or torchrun. If all processes answer, only a connection
+    has failed, and the function names that.
     """
     try:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()

@@ -1,9 +1,9 @@
-"""Train a GPT-2, alone or on many processes:
+"""Train a GPT-2 in one process or in several:
 
     python train.py --config configs/shakespeare.yaml
     torchrun --standalone --nproc_per_node=8 train.py --config configs/gpt2-124m.yaml
 
-The same command again resumes from the newest checkpoint. README.md describes what a run leaves behind.
+The same command again resumes from the newest checkpoint. README.md describes the files of a run.
 
 `train` is the loop, `train_step` one optimizer step. `training.setup.setup` prepares what both of them need.
 """
@@ -36,7 +36,7 @@ MAX_BAD_STEPS = 10
 
 
 class StepResult(NamedTuple):
-    """What the loop needs to know about an optimizer step. All processes have the same values."""
+    """The result of an optimizer step, for the training loop. All processes have the same values."""
 
     finite: bool  # loss and gradient are finite; otherwise the step was skipped
     diverged: bool  # the step was skipped for a reason other than a float16 overflow
@@ -61,7 +61,7 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
         # non_blocking: from pinned memory the copy to a GPU runs while the host queues the next operations.
         inputs = inputs.to(device, non_blocking=True)  # (b, T)
         targets = targets.to(device, non_blocking=True)  # (b, T)
-        if documents is not None:  # (b, T): with data.document_mask, tokens see their own document only
+        if documents is not None:  # (b, T): with data.document_mask, tokens attend to their own document only
             documents = documents.to(device, non_blocking=True)
         with processes.autocast():
             loss = run.loss_function(inputs, targets, documents)  # (), the mean over this micro-batch's targets
@@ -184,9 +184,10 @@ def train(
     validate: Callable[[TrainingRun, StopSignal], bool] = validate,
     profile: bool = False,
 ) -> Literal["finished", "preempted"]:
-    """Train to the last step, or until a signal asks to stop. Return the status, which status.json also has.
+    """Train to the last step, until eval.patience ends the run, or until a signal asks to stop. Return the status.
 
-    scripts/ideas.py passes its own `train_step` and `validate`. With `profile`, three steps are traced.
+    status.json contains the same status. scripts/ideas.py passes its own `train_step` and `validate`. With `profile`,
+    three steps are traced, and the trace is written to trace.json.
     """
     config, state = run.config, run.state
     signal = StopSignal(announce=run.processes.is_main)
@@ -226,7 +227,8 @@ def train(
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
-        # Draw after saving, because an error in the drawing must not cost a checkpoint. `conclude` draws the last time.
+        # Draw after saving, because an error in the drawing must not prevent a checkpoint. `conclude` makes the last
+        # drawing.
         if state.val_loss is not None and not (is_done(run) or stopping):
             run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:
@@ -246,7 +248,7 @@ def train(
 def log_step(
     run: TrainingRun, loss: float, grad_norm: float, lr: float, loss_scale: float, *, diverged: bool, overflowed: bool
 ) -> None:
-    """Add a step to metrics.jsonl, and show it."""
+    """Add a step to metrics.jsonl, add its duration to the training time of the run, and show the step."""
     state, seconds, batch_tokens = run.state, run.clock.total, run.config.data.batch_tokens
     if diverged:
         run.progress.say(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: this step was skipped")
@@ -281,7 +283,7 @@ def log_step(
 
 
 def give_up(run: TrainingRun) -> None:
-    """Draw the losses, and raise FloatingPointError, which names the last checkpoint, after too many bad steps."""
+    """Stop after too many bad steps: draw the losses, and raise FloatingPointError, which names the last checkpoint."""
     run.checkpoints.wait()
     run.directory.draw_losses(draw_loss, run.state.step, run.inputs.reference_losses, last=True)
     raise FloatingPointError(

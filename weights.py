@@ -40,9 +40,9 @@ QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_at
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
 FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
 BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and therefore not a GPT-2
-# Fields that affect the attention scores, with GPT-2's values. Other values of the two scale_ fields scale the scores:
-# `query_scale` returns this factor, and `load_weights` multiplies it into the weights. reorder_and_upcast_attn computes
-# the scores in float32, as our attention always does.
+# Fields that affect the attention scores, with GPT-2's values. Other values of the two scale_ fields multiply the
+# scores by a factor: `query_scale` returns the factor, and `load_weights` multiplies the weights of the queries by it.
+# With reorder_and_upcast_attn, transformers computes the scores in float32, as our attention always does.
 ATTENTION_CONFIG = {
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
@@ -117,7 +117,8 @@ OPENAI_NAMES = {
     "1558M": "gpt2-xl",
 }
 
-# Files that hold all weights, or the index of several such files, in the order in which they are looked for.
+# Files that hold all weights, in the order in which they are looked for. If the weights are divided into several files,
+# the file NAME.index.json lists them.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -187,7 +188,7 @@ class StoredModel:
         return self.config_file.name == "hparams.json"
 
     def config_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `GPTConfig` for this model."""
+        """Return the keyword arguments of `GPTConfig` for this model. Warn if its three dropout rates differ."""
         fields, dropouts = self.fields, {self.fields[name] for name in DROPOUTS}
         if len(dropouts) > 1:
             found = f"{self.config_file} has dropout rates {sorted(dropouts)}"
@@ -256,7 +257,7 @@ def check_config(fields: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if a field of a complete config.json has an impossible value or type."""
     for name in (*SHAPE_ALIASES, "n_inner"):
         value, largest = fields[name], LARGEST.get(name, LARGEST_FIELD)
-        if value is None and name == "n_inner":  # 4 n_embd
+        if value is None and name == "n_inner":  # None means 4 n_embd
             continue
         check_positive(name, value)
         if value > largest:
@@ -268,7 +269,7 @@ def check_config(fields: dict[str, Any]) -> None:
     for name in ("add_cross_attention", "causal", *ATTENTION_CONFIG):
         if not isinstance(fields[name], bool):
             raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
-    if fields["activation_function"] not in tuple(ACTIVATION_NAMES):  # a tuple: the value may be a list
+    if fields["activation_function"] not in tuple(ACTIVATION_NAMES):  # a tuple: a list cannot be looked up in a dict
         found, expected = fields["activation_function"], ", ".join(ACTIVATION_NAMES)
         raise ValueError(f"activation_function is {found!r}, expected one of {expected}")
     check_shared_fields(fields | {"dropout": max(fields[name] for name in DROPOUTS)})
@@ -309,7 +310,7 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in their shards.
 
     Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
-    first, while the caller holds few other tensors, because this keeps the peak of memory low.
+    first, because the caller then holds few other tensors. This order keeps the peak of memory low.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
@@ -375,12 +376,13 @@ def check_pickled(path: Path, state: dict[Any, Any]) -> None:
 def load_weights(
     model: nn.Module, stored: StoredModel, *, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
-    """Replace a model's parameters with the tensors in its files, each converted to `dtype` and moved to `device`.
+    """Replace a model's parameters with the tensors of `stored`, each converted to `dtype` and moved to `device`.
 
     The model may be on the meta device. dtype=None keeps the dtype of the file.
 
     Raises:
-        ValueError: tensors are missing, unknown or have the wrong shape (all are listed), or a file is damaged.
+        ValueError: tensors are missing, unknown, not floating-point or have the wrong shape (all are listed); two
+            tensors for the same parameter differ; or a file is damaged.
     """
     directory, fields = stored.directory, stored.fields
     wanted = {name.removeprefix("gpt."): parameter for name, parameter in model.named_parameters()}
