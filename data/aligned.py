@@ -1,20 +1,22 @@
-"""Windows that begin where a document begins. Best-fit packing fills them with whole documents.
+"""Windows that begin where a document begins, if possible. Best-fit packing fills them with whole documents.
 
 T is the sequence length. If the text is cut every T tokens, most windows begin and end in the middle of a document.
 Here each document of at most T tokens stays whole, and documents are combined so that they fill windows ("Fewer
-Truncations Improve Language Modeling", Ding et al. 2024). Three exceptions keep all tokens and waste little
+Truncations Improve Language Modeling", Ding et al. 2024). Three more rules keep all tokens and waste little
 computation:
 
 - A document of more than T tokens is cut every T tokens, and its last piece is packed like a whole document.
-- If the gap at the end of a window is more than T / 32 tokens, and no document fits into it, the shortest one is cut.
-- If the gap is smaller, and no document fits into it, it becomes padding.
+- If no remaining document fits into the gap at the end of a window, and the gap is more than T / 32 tokens, the
+  shortest remaining document is cut.
+- If no remaining document fits, and the gap is at most T / 32 tokens, the gap becomes padding.
 
 Each token of the split, except the last one, is an input once in an epoch. The target of a document's last token is the
 end-of-text token that follows it in the split, even if that token is an input of another window. So each input has the
 same target as in `data.loader.TokenWindows`.
 
 The packing is computed once and stored in an index file beside the shards. Groups of about 16 million tokens are packed
-separately. This bounds the memory, and the documents of a window come from one or two shards of the default size.
+separately. This bounds the memory. It also means that the documents of a window are close together: they come from one
+or two shards of the default size.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
 MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window are padding, except in the last window of a group
 HEADER_BYTES = 1024
 VERSION = 1  # of the file format and of the packing algorithm; an index of another version is replaced
-WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # index of its first piece, number of its targets
-PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # first token in the split, number of tokens
+WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # index of the window's first piece, number of targets
+PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # position of its first token in the split, number of tokens
 
 
 class AlignedWindows(TrainingWindows):
@@ -101,7 +103,7 @@ class AlignedWindows(TrainingWindows):
         if documents is not None:
             documents.fill(-1)  # padding
         for i, (start, length) in enumerate(self._pieces(window)):
-            # Read one token more than the piece has, which is the target of the piece's last token.
+            # Read one token more than the piece has: the extra token is the target of the piece's last token.
             tokens = self._read[: length + 1]
             read_tokens(self.split, start, tokens, self.vocab_size)
             inputs[done : done + length], targets[done : done + length] = tokens[:-1], tokens[1:]
@@ -125,7 +127,7 @@ class AlignedWindows(TrainingWindows):
         return self._table(WINDOW, offset, n)
 
     def _table(self, dtype: np.dtype, offset: int, n: int) -> np.ndarray:
-        """Read `n` rows of a table at byte `offset`. Unlike a memory map, this does not let resident memory grow."""
+        """Read `n` rows of a table at byte `offset`. Unlike a memory map, `pread` does not let resident memory grow."""
         data = os.pread(self._file.fileno(), n * dtype.itemsize, offset)
         if len(data) < n * dtype.itemsize:
             raise OSError(f"{self._path} has become shorter since it was opened: start again")
@@ -189,7 +191,7 @@ def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, 
 
 
 def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, counts: dict[str, int]) -> None:
-    """Pack a group of documents, append its pieces and windows to the two tables, and add to the counts."""
+    """Pack a group of documents, append its pieces and windows to the tables, and update `counts`."""
     begins = set(bounds.tolist())
     rows: list[tuple[int, int]] = []
     packed: list[tuple[int, int]] = []
@@ -210,10 +212,10 @@ def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, cou
 
 
 def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """Iterate over groups of documents, each given by (documents + 1,) int64: its starts, and the end of the last one.
+    """Iterate over groups of documents. Yields the start of each document of a group, and the end of the last one.
 
-    The last token of the split is only a target, so no document includes it. Tokens before the first end-of-text are a
-    document too.
+    Each group is an array (documents + 1,) int64 of positions in the split. The last token of the split is only a
+    target, so no document includes it. Tokens before the first end-of-text are a document too.
     """
     limit = split.n_tokens - 1
     buffer = np.empty(min(GROUP_TOKENS, limit), np.uint16)
@@ -233,8 +235,8 @@ def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
 def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
-    A window takes the longest remaining piece, then repeatedly the longest one that fits. In a window, pieces that
-    begin a document come before pieces that continue one.
+    A window takes the longest remaining piece, then repeatedly the longest one that fits into the gap. In a window,
+    pieces that begin a document come before pieces that continue a document.
 
     Args:
         bounds: (documents + 1,), the starts of the documents, and the end of the last one.

@@ -33,7 +33,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class DocumentStatistics:
     """Length and hash of each document of a split, in order.
 
-    lengths: (documents,) int64, tokens without end-of-text;
+    lengths: (documents,) int64, the number of tokens of each document, not counting end-of-text;
     digests: (documents,) uint64, equal for documents with equal tokens.
     """
 
@@ -87,9 +87,9 @@ def draw_histogram(splits: dict[str, DocumentStatistics], path: Path) -> None:
 
 
 def read_epochs(config: Path, train_tokens: int) -> float:
-    """Return how many epochs of the train split a run with this configuration makes.
+    """Return the number of epochs of the train split in a run with the configuration file `config`.
 
-    Raises ValueError when the file does not set the length of the run, FileNotFoundError when it does not exist.
+    Raises FileNotFoundError when the file does not exist, ValueError when it does not set the length of the run.
     """
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
         directory: the dataset.
         shown: the number of documents of each split to print.
         histogram: path of the PNG.
-        config: a configuration file: print how many epochs of train a run with it makes. None: do not.
+        config: a configuration file: also print the number of epochs of the train split in a run with it. None: do not.
 
     Raises:
         ValueError: when the dataset is damaged.
@@ -165,7 +165,7 @@ def _check_tokenizer(directory: Path, meta: DatasetMeta, tokenizer: Tokenizer) -
 def _check_counts(
     name: str, split: Split, documents: DocumentStatistics, tokenizer: Tokenizer, meta: DatasetMeta
 ) -> None:
-    """Raise ValueError when a count of the split differs from the one in `meta.json`.
+    """Raise ValueError when a count differs from the one in `meta.json`, or a token is outside the vocabulary.
 
     The documents of the split are counted by `measure_documents` and not by their end-of-text tokens, because a split
     from another program may begin without this token.
@@ -185,7 +185,7 @@ def _check_counts(
             text_bytes += int(token_bytes[tokens].sum())
         _compare(f"{shard.file}: documents", begun, shard.documents)
         position += shard.tokens
-    if name in meta.text_bytes:  # absent for shards that were downloaded
+    if name in meta.text_bytes:  # absent in a dataset of `data.prepare download`
         _compare(f"{name}: text_bytes", text_bytes, meta.text_bytes[name])
 
 

@@ -2,8 +2,8 @@
 
 The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
 {"prompt": "...", "completion": "..."}. An example consists of the prompt's tokens, the completion's tokens and
-`<|endoftext|>`. So the trained model writes a completion like those of the examples, and then ends it. Prompt and
-completion are encoded separately, so that no token contains characters of both: the trained model gets a prompt alone.
+`<|endoftext|>`. So the model learns to write a completion and then to end the text. Prompt and completion are encoded
+separately, so that no token contains characters of both. In generation, a prompt is encoded alone, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
 
-PROMPTS_KEPT = 64  # the samples during training need far fewer
+PROMPTS_KEPT = 64  # number of prompts kept for the samples during training, which need far fewer
 
 
 class CompletionWindows(TrainingWindows):
@@ -29,8 +29,8 @@ class CompletionWindows(TrainingWindows):
         sequence_length: T. If an example is too long, the beginning of its prompt is cut, never its completion.
         pack: put as many consecutive examples into a window as fit. Otherwise each example has its own window. The rest
             of a window is padding.
-        document_mask: an example does not attend to the earlier examples of its window. Without the mask it does, as
-            documents do in pretraining.
+        document_mask: the tokens of an example do not attend to the earlier examples in the same window. Without the
+            mask they do, as in pretraining without a mask.
 
     Attributes:
         prompts: the tokens of the first PROMPTS_KEPT prompts.
@@ -91,8 +91,8 @@ class CompletionWindows(TrainingWindows):
             before, after = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eot]
         except ValueError as error:
             raise ValueError(f"{self.source}, line {line}: {error}") from None
-        # An empty prompt becomes end-of-text, as in generation: the first token of a completion is the target of the
-        # token before it.
+        # An empty prompt becomes end-of-text, as in generation: the first token of a completion is a target, so there
+        # must be an input token before it.
         before = before or [tokenizer.eot]
         room = self.sequence_length + 1 - len(after)
         if room < 1:

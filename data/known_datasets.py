@@ -25,5 +25,5 @@ PREPARE_ARGUMENTS = {
 
 
 def prepare_command(directory: Path) -> str:
-    """Return the command that makes the dataset in `directory`, with SOURCE as its source if the name is not known."""
+    """Return the command that makes the dataset in `directory`, with the placeholder SOURCE for an unknown name."""
     return f"python -m data.prepare {PREPARE_ARGUMENTS.get(directory.name, 'SOURCE')} --out {directory}"

@@ -116,7 +116,7 @@ class TokenWindows(TrainingWindows):
         self.split, self.sequence_length, self.vocab_size, self.shift = split, sequence_length, vocab_size, shift
         self.mask_eot, self.document_mask = mask_eot, mask_eot is not None
         # The first token of the split is an input but never a target, so there is one target fewer than there are
-        # tokens. `shift` moves the windows by up to T - 1 tokens, so as many tokens have to follow the last window.
+        # tokens. `shift` moves the windows by up to T - 1 tokens, so T - 1 tokens have to follow the last window.
         available = split.n_tokens - 1 - (sequence_length - 1 if shift else 0)
         in_full_windows = available // sequence_length * sequence_length
         self.n_targets = in_full_windows if tokens is None else min(tokens, available)
@@ -371,8 +371,9 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Iterate once over this rank's part of all windows, in order.
 
-    Every rank yields the same number of batches, so that the ranks can communicate during each; the last ones of a rank
-    may have no targets. The weights of all ranks add up to 1, so the loss does not depend on the number of ranks.
+    Every rank yields the same number of batches, so that the ranks can communicate during each batch. The last batches
+    of a rank may have no targets. The weights of all ranks add up to 1, so the loss does not depend on the number of
+    ranks.
     """
     in_all = windows.count(np.arange(len(windows)))
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)
@@ -395,5 +396,5 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def split_evenly(n: int, part: int, parts: int) -> range:
-    """Return part `part` of `range(n)` cut into `parts` contiguous ranges whose lengths differ by at most one."""
+    """Cut `range(n)` into `parts` contiguous ranges whose lengths differ by at most one, and return number `part`."""
     return range(n * part // parts, n * (part + 1) // parts)

@@ -2,9 +2,9 @@
 
 A schedule says which dataset each window comes from. It has at most about 10,000 places, gives each dataset exactly its
 fraction of them, and is repeated without end. Among the first n windows of a run, a dataset with fraction f has f n
-windows, rounded up or down. In any range of the length of the schedule its number is exact; if the weights are whole
-percentages, this also holds for any 100 steps. The window at a place in the run is a function of the place and the seed
-alone, so the state of a run is still one integer.
+windows, rounded up or down. In any range of places as long as the schedule, this dataset has exactly the fraction
+f of the windows. If the weights are whole percentages, the same is true for any 100 steps. The window at a place in the
+run is a function of the place and the seed alone, so the state of a run is still one integer.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class MixtureWindows(TrainingWindows):
         self.document_mask = parts[0].document_mask
         self.fractions = exact_fractions(weights)
         self._schedule = make_schedule(self.fractions)
-        # For each place of the schedule, the number of windows of the same dataset before it.
+        # For each place of the schedule, the number of earlier places in the schedule with the same dataset.
         self._earlier = np.zeros_like(self._schedule)
         for i in range(len(parts)):
             own = self._schedule == i

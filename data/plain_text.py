@@ -1,4 +1,4 @@
-"""Read text files as UTF-8, also with a byte-order mark, in UTF-16 or in UTF-32. Refuse files that are not text.
+"""Read text files in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Refuse files that are not text.
 
 All code that reads text uses these functions, so that every command reads a file in the same way. This module imports
 no other module of the project.
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-HEAD_BYTES = 1 << 12  # at the beginning of a file, from which its encoding is detected
+HEAD_BYTES = 1 << 12  # the first bytes of a file, from which its encoding is detected
 # UTF-32 comes before UTF-16, because the mark of little-endian UTF-32 begins with the mark of little-endian UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -60,7 +60,7 @@ def refuse_nul(text: bytes, name: str) -> None:
 
 
 def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """Iterate over the content of a text file as UTF-8 without a byte-order mark.
+    """Convert the content of a text file, given in blocks of bytes, to blocks of UTF-8 without a byte-order mark.
 
     Raises ValueError, naming the file, when it is not a text file, or is invalid UTF-16 or UTF-32. Invalid UTF-8 is not
     an error here: its bytes are not changed.
@@ -117,7 +117,7 @@ def read_escapes(text: str) -> str:
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
     r"""Return a pattern that matches `separator` in the bytes of a text file, whose lines may end with \n, \r\n or \r.
 
-    The pattern takes a \r for a line end only if a byte other than \n follows, so that no match ends inside a \r\n.
+    A \r alone matches as a line end only if a byte other than \n follows, so that no match ends inside a \r\n.
     """
     lines = separator.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return re.compile(rb"(?:\r\n|\n|\r(?=[^\n]))".join(re.escape(line.encode()) for line in lines))

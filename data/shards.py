@@ -33,7 +33,7 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header stores the token count as int32
 META_FILE = "meta.json"
-# Exists while `data.prepare` writes into a directory: the shards in it are not a complete dataset yet.
+# This file exists while `data.prepare` makes a dataset: the dataset in its directory is not complete yet.
 PROGRESS_FILE = "prepare-progress.json"
 
 
@@ -178,7 +178,10 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that identifies the tokens: of the shards' sha256, or of names and sizes without `meta.json`."""
+        """A hash that identifies the tokens.
+
+        The hash covers the sha256 of each shard or, without `meta.json`, the names and token counts of the shards.
+        """
         if self.meta is not None:
             described = [shard.sha256 for shard in self.meta.shards[self.name]]
         else:
@@ -263,7 +266,7 @@ def open_split(directory: str | Path, split: str) -> Split:
 
 
 def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Path], counts: list[int]) -> None:
-    """Raise an error that names the first shard in which the directory and `meta.json` differ."""
+    """Raise ValueError or FileNotFoundError for the first shard in which the directory and `meta.json` differ."""
     listed = {shard.file: shard.tokens for shard in meta.shards.get(split, ())}
     for path, count in zip(paths, counts, strict=True):
         if path.name not in listed:
@@ -282,7 +285,7 @@ class ShardWriter:
     """Writes one split as shards of `shard_tokens` tokens, each under a temporary name until it is complete.
 
     After a `flush()`, the result of `state()` is enough to continue after any interruption: `restore` removes all
-    that was written later. So the final bytes do not depend on where a run was interrupted.
+    data that were written after the flush. So the final bytes do not depend on where a run was interrupted.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
@@ -353,7 +356,7 @@ class ShardWriter:
         return tuple(self.finished)
 
     def flush(self) -> None:
-        """Write everything so far to the disk."""
+        """Force everything that was written so far to the disk (fsync)."""
         if self._file is not None:
             try:
                 self._file.flush()
@@ -367,7 +370,7 @@ class ShardWriter:
         return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to `state`: delete what was written after it was saved.
+        """Go back to `state`: delete everything that was written after the state was saved.
 
         Raises ValueError when the files on the disk no longer contain what `state` describes.
         """

@@ -50,7 +50,7 @@ def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
     """
     header: list[str] = []
     number = 0
-    rows = csv.reader(lines, strict=True)  # otherwise the rest of the file after an open quote would be one field
+    rows = csv.reader(lines, strict=True)  # otherwise a missing quote would make the rest of the file one field
     while True:
         try:
             row = next(rows, None)
@@ -92,7 +92,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_table(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a .csv file with a header, or of a .jsonl file.
 
-    Raises FileNotFoundError, or ValueError for another type of file, an empty one, or a row that cannot be read.
+    Raises OSError when the file cannot be read, ValueError for another type of file, for an empty file, or for a row
+    that cannot be read.
     """
     path = Path(path)
     readers = {".csv": read_csv, ".jsonl": read_json_lines}

@@ -108,7 +108,7 @@ class Tokenizer(ABC):
     def token_bytes(self) -> np.ndarray:
         """Return the number of UTF-8 bytes of each id: (vocab_size,) int64, 0 for special tokens.
 
-        The metric bits per byte is computed from it.
+        The metric bits per byte is computed from these numbers.
         """
         lengths = np.array([len(token) for token in self._bytes_of_id], np.int64)
         lengths[self._special_ids] = 0
@@ -122,7 +122,7 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path, *, pads: bool = False, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
-        `model_max_length` is the longest sequence of the model, in tokens, to which transformers truncates on request.
+        `model_max_length` is the model's longest sequence in tokens; transformers truncates texts to it on request.
         `pads` makes end-of-text the padding token too, because batches for a classifier need one. For a language model,
         end-of-text must not be the padding token: the collator of transformers excludes padding from the loss, so that
         the model would not learn to end a text.
@@ -164,7 +164,8 @@ class ByteLevelTokenizer(Tokenizer):
         merges: pairs of tokens in the order in which they are merged.
         special: tokens of `vocab` that `encode` never returns, such as `[PAD]`. End-of-text is always one of them.
 
-    Raises ValueError when a byte has no token, a token is not spelled with bytes, or the ids are not 0, 1, 2, ...
+    Raises ValueError when a byte has no token, a token is not spelled with these characters, a merge cannot be used,
+    the ids are not 0, 1, 2, ..., or there are more than MAX_VOCAB_SIZE ids.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class ByteLevelTokenizer(Tokenizer):
             import gigatoken  # imported here, because it is optional: not every platform has a wheel of it
         except ImportError:
             return None
-        # gigatoken would recognize a special token inside a text, so none is given to it.
+        # gigatoken would recognize special tokens inside a text, so none of them is declared.
         model = {"type": "BPE", "vocab": self.vocab, "merges": self.merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
         described = {"added_tokens": [], "model": model, "pre_tokenizer": byte_level, "decoder": byte_level}
@@ -234,7 +235,7 @@ class ByteLevelTokenizer(Tokenizer):
 
     @property
     def bulk_encoder(self) -> str:
-        # Only look for the package. To build gigatoken's encoder takes a while, and this process may never encode.
+        # Only look for the package. Building gigatoken's encoder takes a while, and this process may never encode.
         found = importlib.util.find_spec("gigatoken")
         name = "gigatoken" if found else "tiktoken" if self.kind == "gpt2" else "tokenizers"
         return f"{name} {importlib.metadata.version(name)}"
@@ -321,8 +322,8 @@ def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) ->
     `add_end_of_text` adds `<|endoftext|>` to a vocabulary that lacks it, with the next id. A model that was trained
     without this token has no embedding for the id.
 
-    Raises FileNotFoundError when there is no tokenizer, ValueError when it is of an unknown kind, OSError when GPT-2's
-    vocabulary is not cached and cannot be downloaded.
+    Raises FileNotFoundError when there is no tokenizer, ValueError when its files are damaged or describe an unknown
+    kind, OSError when GPT-2's vocabulary is not cached and cannot be downloaded.
     """
     directory = Path(name_or_dir)
     path = directory / "tokenizer.json"
@@ -341,7 +342,7 @@ def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) ->
         except ValueError as error:
             names = " and ".join(file.name for file in files)
             raise ValueError(f"{names} in {directory} cannot be used: {error}") from None
-    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # tried after a directory of that name
+    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # a directory with this name has priority
         return _gpt2()
     if re.fullmatch(r"char|bpe:\d+", str(name_or_dir)):
         raise ValueError(
@@ -369,7 +370,7 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
 
 
 def _build(described: Described, add_end_of_text: bool) -> Tokenizer:
-    """Build a tokenizer from what its files describe. Raises ValueError for a vocabulary that cannot be used."""
+    """Build the tokenizer that `described` specifies. Raises ValueError for a vocabulary that cannot be used."""
     vocab = described.vocab
     if END_OF_TEXT not in vocab and not add_end_of_text:
         raise ValueError(
@@ -460,7 +461,11 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _in_thread(function: Callable[[], None]) -> None:
-    """Call a function that runs native code for seconds. A thread runs it, so that Ctrl-C ends the process at once."""
+    """Call, in a thread, a function that runs native code for seconds.
+
+    While native code runs in the main thread, Python does not handle Ctrl-C. Here the main thread only waits, so Ctrl-C
+    ends the process at once.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -469,7 +474,7 @@ def _in_thread(function: Callable[[], None]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # daemon: Python does not wait for it when it exits
+    thread = threading.Thread(target=run, daemon=True)  # daemon: Python can exit while this thread still runs
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
@@ -478,10 +483,10 @@ def _in_thread(function: Callable[[], None]) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """Return GPT-2's printable character for each of the 256 bytes. Its vocabulary is spelled with these characters.
+    """Return GPT-2's printable character for each of the 256 bytes. GPT-2's tokens are spelled with them.
 
-    A byte that is a printable character in Latin-1 maps to this character. The others map to the code points from 256
-    on, in order.
+    A byte that is a printable character in Latin-1 maps to this character. The other bytes map to the code points from
+    256 on, in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
@@ -489,7 +494,7 @@ def _byte_characters() -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file of the tokenizer. Raises OSError that names it."""
+    """Write a file of the tokenizer. Raises OSError, naming the file, when it cannot be written."""
     try:
         path.write_bytes(text.encode())
     except OSError as error:

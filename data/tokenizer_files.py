@@ -1,6 +1,6 @@
-"""Read the files of a tokenizer, tokenizer.json, or vocab.json with merges.txt, and refuse what is not understood.
+"""Read the files of a tokenizer: either tokenizer.json, or vocab.json and merges.txt.
 
-OpenAI names the last two files encoder.json and vocab.bpe.
+OpenAI names the latter two files encoder.json and vocab.bpe.
 
 A tokenizer.json can describe many steps that `data.tokenizer` does not have. If a field or its value is not understood,
 the file is refused, and the message names the field. Otherwise, the ids could be wrong without notice.
@@ -31,8 +31,9 @@ _MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
     "ignore_merges": (False,),
 }
 _ANY_BOOL = (True, False)
-# The values that the fields of a ByteLevel step may have: of the pre-tokenizer, which has to split text into words as
-# GPT-2 does, and of the decoder and the post-processor. Where both values are allowed, they give the same ids.
+# The values that each field of a ByteLevel step may have. _SPLITTER is for the pre-tokenizer, which has to split text
+# into words as GPT-2 does, _BYTE_LEVEL for the decoder and the post-processor. Where True and False are both allowed,
+# they give the same ids.
 _SPLITTER = {"type": ("ByteLevel",), "add_prefix_space": (False,), "trim_offsets": _ANY_BOOL, "use_regex": (True,)}
 _BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": _ANY_BOOL, "trim_offsets": _ANY_BOOL, "use_regex": _ANY_BOOL}
 
@@ -43,7 +44,7 @@ class Described:
 
     vocab: the id of each token, including those in `special`;
     merges: pairs of tokens in the order in which they are merged;
-    special: the special tokens, which no encoded text contains;
+    special: the special tokens, which `encode` never returns;
     byte_level: whether tokens are spelled with GPT-2's characters for bytes; otherwise each token is one character.
     """
 
@@ -63,7 +64,7 @@ def read_tokenizer_json(path: Path) -> Described:
         _refuse("version", described["version"], '"1.0"')
     for field in ("truncation", "padding", "normalizer"):
         if described.get(field) is not None:
-            # transformers writes these settings of the last call into the file, and ignores them when it loads it.
+            # transformers saves the truncation and padding of its last call, and ignores both when it loads the file.
             remedy = "" if field == "normalizer" else " (load the original tokenizer with transformers, and save it)"
             _refuse(field, described[field], f"null{remedy}")
     model = _object(described.get("model"), "model")
@@ -89,9 +90,9 @@ def read_tokenizer_json(path: Path) -> Described:
             _refuse("post_processor", described["post_processor"], "null")
     try:
         # The library also requires fields that do not change the ids. Other tools read the file with this library, so
-        # it must accept the file.
+        # refuse a file that the library cannot read.
         tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no subclass of Exception
+    except Exception as error:  # the library raises Exception itself, not a subclass
         raise ValueError(f"the library tokenizers cannot read it ({error})") from None
     return Described(vocab, merges, special, byte_level)
 
@@ -116,7 +117,7 @@ def find_vocab_and_merges(directory: Path) -> tuple[Path, Path] | None:
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
-    """Return what these files describe, with the special tokens of added_tokens.json, if there are any.
+    """Return what these files describe, and add the special tokens of added_tokens.json, if this file exists.
 
     Raises ValueError naming the file that is damaged or not understood.
     """
@@ -218,8 +219,8 @@ def _read_merges(merges: Any) -> list[tuple[str, str]]:
 def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
     """Add the special tokens in `added` to `vocab` and return them.
 
-    Raises ValueError for a token that is not special: `tokenizers` would find it in a text before it splits the text
-    into words.
+    Raises ValueError for a token that is not special: the library `tokenizers` would search a text for such a token
+    before splitting the text into words, which `data.tokenizer` does not do.
     """
     if not isinstance(added, list):
         _refuse("added_tokens", added, "a list")

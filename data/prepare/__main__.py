@@ -214,7 +214,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _filtered(source: Source, args: argparse.Namespace) -> Source:
-    """Return the source with the filters of the options."""
+    """Return the source with the filters that the options choose. Raises ValueError if they cannot be used."""
     filters = Filters(args.min_chars, args.max_chars, tuple(args.language), args.deduplicate)
     if filters.by_text and args.command == "tokens":
         raise ValueError("--min-chars, --max-chars and --language need text, and these documents are tokens already")

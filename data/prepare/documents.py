@@ -77,7 +77,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 
 
 def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
-    """Return file and line, document or row of an error, for messages.
+    """Return the place of an error, for messages: the file, and the number of the line, document or row.
 
     `offset` is the position of the error in the document `raw`.
     """
@@ -91,8 +91,8 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
             skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
             number += sum(block.count(b"\n") for block in skipped)
     if chunk.offset:
-        # The process that cut the file did not count lines or documents, because counting is
-        # slow. Count those before the chunk here.
+        # The process that cut the file did not count lines or documents, because counting is slow. So count here those
+        # that precede the chunk.
         separated = chunk.format == "separated" and options.separator
         mark = separator_pattern(options.separator or "") if separated else re.compile(rb"\n|\r(?!\n)")
         with open(chunk.file.name, "rb") as file:
@@ -117,7 +117,7 @@ def _raw_documents(
         separator = line_feeds((options.separator or "").encode())[0]
         texts = [text.strip(b"\n") for text in text.split(separator)]
         documents.separators += len(texts) - 1
-        # A chunk ends after a separator, so the text after its last one is empty, except at the end of the file.
+        # A chunk ends after a separator, so the last of `texts` is empty, except at the end of the file.
         return enumerate(texts if texts[-1] else texts[:-1], chunk.first)
     if chunk.format == "jsonl":
         return _json_lines(chunk, options)

@@ -30,7 +30,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 # least this many documents per shard.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
-# Check at least this many bytes of a document. Of a longer document, check only as many bytes as are still needed.
+# Check at least this many bytes of each sampled document, and more only if CHECKED_BYTES is not reached yet.
 CHECKED_PREFIX = 1 << 10
 # At most this many bytes of text per worker are waiting or being encoded, which bounds the memory.
 IN_FLIGHT_BYTES = 1 << 27
@@ -40,7 +40,7 @@ IN_FLIGHT_BYTES = 1 << 27
 class ValidationRule:
     """Which documents form the validation split, where the source does not define it.
 
-    description: the text in `meta.json`;
+    description: the text that `meta.json` has under `validation`;
     fraction: a document is a candidate when its hash, as a number in [0, 1), is below this;
     tokens: candidates are taken until they have this many tokens; None takes all.
     """
@@ -160,7 +160,7 @@ class Encoder:
             return
         at_least = math.ceil(CHECKED_DOCUMENTS * len(tokens) / self.shard_tokens)
         left = CHECKED_BYTES * sum(len(text) for text in texts)
-        # The sample depends on the position alone, so that a repeated run checks the same documents.
+        # The sample depends on the position of the chunk alone, so that a repeated run checks the same documents.
         order = random.Random(repr(chunk.position)).sample(range(len(texts)), len(texts))
         for n, i in enumerate(order):
             if n >= at_least and left <= 0:
@@ -204,8 +204,8 @@ def encode_in_order(
 ) -> Iterator[tuple[list[Chunk], Encoded]]:
     """Encode `batches` in `workers` processes and yield each batch and its result, in order.
 
-    `tokenizer` is the directory from which the workers load their tokenizer. With one worker, this process encodes.
-    Memory is bounded: batches are read only as fast as they are encoded. Raises OSError when a worker dies.
+    `tokenizer` is the directory from which the workers load their tokenizer. With `workers` = 1, this process
+    encodes. Memory is bounded: batches are read only as fast as they are encoded. Raises OSError when a worker dies.
     """
     if workers == 1:
         yield from ((batch, encoder(batch)) for batch in batches)
@@ -240,7 +240,7 @@ def encode_in_order(
 def read_batches(source: Source, files: range, start: tuple[int, int], limit: int) -> Iterator[list[Chunk]]:
     """Iterate over the chunks of `files` (indices into `source.files`) from position `start` on, in batches.
 
-    A batch has about `limit` bytes and may combine small files, because sending each of them to a worker would be slow.
+    A batch has about `limit` bytes. It may combine small files, because sending them to workers one by one is slow.
     """
     batch: list[Chunk] = []
     size = 0

@@ -1,7 +1,7 @@
 """Prepare the parts of a dataset as tasks of datatrove's executors: on this machine, on a Slurm cluster or on Ray.
 
 A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. A part continues
-where it was interrupted. So little work is lost when a task is killed, and the bytes of the dataset stay the same.
+where it was interrupted. Therefore a task that is killed loses little work, and the bytes of the dataset do not change.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
 
     Args:
         executor: one of EXECUTORS.
-        arguments: of `data.prepare`, to which --part is added.
+        arguments: the arguments of `data.prepare`, to which this function adds --part.
         out: directory of the dataset.
         tasks: number of parts.
-        workers: processes of each task.
+        workers: number of processes of each task.
         slurm: options for the executor "slurm".
 
     Raises:

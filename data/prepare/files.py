@@ -18,14 +18,14 @@ COMPRESSIONS = (".gz", ".zst")
 _KINDS = ".txt, .jsonl, .csv, .parquet or .arrow, plain, .gz or .zst"
 # A directory that macOS adds to archives. Its files have the same names as the real ones, but hold no text.
 _NOT_TEXT = "__MACOSX"
-HASHED_BYTES = 1 << 16  # the revision reads this many at the beginning and at the end of a file
+HASHED_BYTES = 1 << 16  # the revision reads this many bytes at the beginning and at the end of a file
 
 
 def find_files(pattern: str) -> list[Path]:
-    """Return the files that one file name, directory or glob matches, sorted, and print how many were skipped.
+    """Return the files that one file name, directory or glob matches, sorted.
 
     Raises FileNotFoundError when there is none, ValueError when a file has an unknown type. In a directory, files of an
-    unknown type are skipped instead.
+    unknown type are not an error: they are skipped, and their number is printed.
     """
     path = Path(pattern)
     if path.is_dir():
@@ -45,7 +45,7 @@ def is_remote(name: str) -> bool:
 
 
 def file_system(address: str) -> Any:
-    """Return fsspec's file system for an address. Raises ValueError, naming the package that is missing."""
+    """Return fsspec's file system for an address. Raises ValueError for an unknown protocol or a missing package."""
     if address.startswith("hf://"):
         return huggingface_hub.HfFileSystem()
     try:
@@ -57,8 +57,8 @@ def file_system(address: str) -> Any:
 def find_remote_files(address: str) -> dict[str, int]:
     """Return address and size in bytes of the files that one address, directory or pattern matches, sorted.
 
-    Raises FileNotFoundError when there is none, ValueError when a file has an unknown type. In a directory, files of an
-    unknown type are skipped instead.
+    Raises FileNotFoundError when there is none, OSError when the store cannot be read, ValueError when a file has an
+    unknown type. In a directory, files of an unknown type are not an error: they are skipped.
     """
     system = file_system(address)
     try:
@@ -79,13 +79,16 @@ def find_remote_files(address: str) -> dict[str, int]:
 
 
 def _glob(pattern: str) -> list[Path]:
-    """Return the files that a pattern matches, sorted. `glob` itself does not match hidden names with a wildcard."""
+    """Return the files that a pattern matches, sorted. A wildcard does not match hidden names: `glob` excludes them."""
     paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
     return sorted(path for path in paths if path.is_file() and _NOT_TEXT not in path.parts)
 
 
 def _walk(directory: Path) -> list[Path]:
-    """Return the files of a known type below a directory, without hidden ones; linked directories are not entered."""
+    """Return the files of a known type below a directory, without hidden ones, and print how many files were skipped.
+
+    Linked directories are not entered. Raises FileNotFoundError when there is no such file.
+    """
     found: list[Path] = []
     passed_over: list[Path] = []
     for path in sorted(directory.rglob("*")):
@@ -124,7 +127,7 @@ def display_name(path: str | Path) -> str:
 
 
 def files_revision(paths: Iterable[str | Path]) -> str:
-    """Return a revision for files that come without one.
+    """Return a text that identifies the version of files whose source states no revision.
 
     For a local file, the revision changes when its name, size, modification time, beginning or end changes; for a file
     in an object store, when its address or the version that the store reports changes.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-LANGUAGE_BYTES = 1 << 12  # at the beginning of a document, which decide its language
+LANGUAGE_BYTES = 1 << 12  # the first bytes of a document, which decide its language
 SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
 
 
@@ -72,7 +72,7 @@ def languages() -> Any:
 
 
 def check_languages(codes: tuple[str, ...]) -> None:
-    """Raise ValueError for a code that py3langid does not know, or when it is missing."""
+    """Raise ValueError for a code that py3langid does not know, or when py3langid is not installed."""
     if not codes:
         return
     known = sorted(code for code, _ in languages().rank(""))
@@ -84,7 +84,8 @@ class SeenDocuments:
     """The hashes of all documents so far, in a file, so that memory does not grow with their number.
 
     Each hash is stored with the number of the first document that has it. After an interruption, the file may contain
-    documents that the continued run reads again. They have the same numbers as before, so they are no duplicates.
+    hashes of documents that the continued run reads again. These documents have the same numbers as before, so they do
+    not count as duplicates.
 
     Raises OSError when the file cannot be read or written.
     """

@@ -22,7 +22,8 @@ SHORT_TEXT = 1_000
 BYTES_PER_TOKEN = 3.0
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
-# A match ends at a border: the beginning of a paragraph or a line, or the space before a word. Text comes before it.
+# A match ends at a border: the beginning of a paragraph or a line, or the space before a word. A match begins with the
+# last character before the border that is not white space.
 _BORDERS = {
     "paragraph": re.compile(rb"\S[ \t]*" + _LINE_END + rb"(?:[ \t]*" + _LINE_END + rb")+(?=[^\r\n])"),
     "line": re.compile(rb"\S[ \t]*" + _LINE_END + rb"+(?=[^\r\n])"),
@@ -44,8 +45,8 @@ def hold_out_end(
 ) -> tuple[Source, ValidationRule]:
     """Return the source with the end of its text as the validation split, and the rule that describes the split.
 
-    The split has about the size that `rule` asks for, and begins at the border of a paragraph, else of a line, else
-    of a word. Returns both unchanged when the text has no border.
+    The split has about the size that `rule` asks for, and begins at a border of a file, paragraph, line or word (see
+    `_find_border`). When no such border is found, `source` and `rule` are returned unchanged.
 
     Args:
         source: a source for which `has_few_documents` is true.

@@ -124,7 +124,7 @@ def _saved_files(directory: Path) -> dict[str, list[str]]:
 
 def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[str, list[str]]:
     """Return the local paths or hf:// addresses of the files of each split."""
-    import datasets  # imported here: it takes 0.6 s, and text files do not need it
+    import datasets  # imported here: the import takes 0.6 s, and `data.prepare text` does not need it
 
     try:
         builder = datasets.load_dataset_builder(dataset, name, revision=revision)
@@ -171,8 +171,8 @@ def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Itera
 def download(name: str, directory: Path) -> DatasetMeta:
     """Download shards that are already tokenized, check header and sha256 of each, and write `meta.json`.
 
-    Files that are already in `directory` are not downloaded again. Raises OSError when the hub cannot be reached,
-    ValueError for a damaged shard.
+    Files that are already in `directory` are not downloaded again. Returns the content of `meta.json`. Raises
+    OSError when the hub cannot be reached, ValueError for a damaged shard.
     """
     if directory.is_dir() and (meta := read_meta(directory)) is not None:
         return meta

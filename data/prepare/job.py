@@ -92,7 +92,7 @@ class Job:
         return range(n * (index - 1) // count, n * index // count)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as in `meta.json`. A run can continue a dataset only if they are equal."""
+        """Return the settings as in `meta.json`. A run can continue only a dataset with the same settings."""
         return {
             "tokenizer": self.tokenizer,
             "source": self.source.name,
@@ -149,7 +149,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 
     deduplicate = job.source.options.filters.deduplicate
     dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot, deduplicate=deduplicate)
-    # Also for a new dataset: this deletes what an interrupted run may have written before it first saved its state.
+    # Call `restore` for a new dataset too: an interrupted run may have written data before it first saved its state.
     dataset.restore(progress.get("state", dataset.state()))
     _encode(job, tokenizer, dataset, progress, workers)
     if job.source.options.separator and not dataset.counted["separators"]:
@@ -161,7 +161,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 
 
 def _begin(job: Job) -> dict[str, Any] | None:
-    """Return the content of the progress file, which is made if there is none, or None when the dataset is complete.
+    """Return the content of the progress file, or None when the dataset is complete. Makes the file for a new dataset.
 
     Keys: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once something has been written.
     Raises ValueError when the directory holds other shards, or a dataset with other settings or another tokenizer.
@@ -174,8 +174,8 @@ def _begin(job: Job) -> dict[str, Any] | None:
         progress = json.loads(path.read_text(encoding="utf-8"))
         earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
-            # No shards have been written yet, so start again with the new settings. A source file that was repaired has
-            # changed them, too.
+            # No state has been saved yet, so start again with the new settings. They also differ when the user has
+            # repaired a source file, because this changes the revision.
             progress, earlier = {"settings": settings}, settings
             write_json(path, progress)
     elif meta is not None:
@@ -233,7 +233,10 @@ def _encode(
 
 
 def _refuse_empty(job: Job, dataset: DatasetWriter) -> None:
-    """Raise ValueError when a split has no documents, and remove everything that was written."""
+    """If a split has no documents, remove everything that was written, and raise ValueError.
+
+    An empty validation split is allowed if the fraction of the validation rule is 0.
+    """
     documents = {split: writer.n_documents for split, writer in dataset.writers.items()}
     empty = [split for split in SPLITS if not documents[split]]
     if not empty or (empty == ["val"] and job.validation.fraction == 0):

@@ -60,8 +60,8 @@ def dialogue(markdown: str) -> str:
         if speaker:
             speeches.append("\n".join([speaker[1].replace(":", "") + ":", *lines]))
         elif speeches:
-            # A paragraph without a speaker continues the speech before it, after a stage direction. Lines in capitals
-            # at its beginning are headings that lack their Markdown: leave them out.
+            # A paragraph without a speaker continues the previous speech after a stage direction. Lines in capitals
+            # at its beginning are headings without Markdown markup: leave them out.
             speech = itertools.dropwhile(lambda line: line.isupper() and line[-1].isalpha(), lines)
             speeches[-1] = "\n".join([speeches[-1], *speech])
     return "".join(f"{speech}\n\n" for speech in speeches if "\n" in speech)

@@ -19,8 +19,8 @@ class SourceFile:
     name: path, hf:// address, or any name that the source's `read` understands;
     size: bytes, for the progress display;
     split: "train" or "val" where the source defines the split, None where a hash of each document decides;
-    begin, end: the part of its text to read, as byte positions in the text as UTF-8 without a byte-order mark; None as
-        `end` is the end of the text.
+    begin, end: the part of the text to read. Both are byte positions in the text after its conversion to UTF-8 without
+        a byte-order mark. If `end` is None, the part reaches to the end of the text.
     """
 
     name: str

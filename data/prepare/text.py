@@ -35,10 +35,10 @@ from data.tables import parse_csv
 from data.tokenizer_files import END_OF_TEXT
 
 BLOCK_BYTES = 1 << 20  # bytes read at once
-FILES_EXAMINED = 100  # at most this many, for a notice about a missing separator
+FILES_EXAMINED = 100  # `unused_separators` examines at most this many files
 # A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
-# The place where a chunk may end is searched backward, in steps of this size.
+# The place where a chunk may end is searched backward, in steps of this many bytes.
 SEARCH_BYTES = 1 << 16
 # A row group with more bytes of text than this is read by the main process, which cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
@@ -46,7 +46,7 @@ ROW_GROUP_BYTES = 1 << 26
 LONGEST_PIECE = 1 << 22
 # A safe cut does not change the tokens of a document. It is possible before a newline or space if the next character
 # is not white space, because every tokenizer begins a token there: GPT-2's pattern separates the last white-space
-# character before a word from the white space before it. _NO_SPACE matches a UTF-8 character that is not white space.
+# character before a word from any earlier white space. _NO_SPACE matches a UTF-8 character that is not white space.
 # ASCII white space is a byte below "!". Other white space begins with C2, E1, E2 or E3: U+0085, U+00A0, U+1680, U+180E
 # (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
@@ -54,7 +54,7 @@ _NO_SPACE = (
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
 )
 _SAFE_CUT = re.compile(rb"(?<=.)[\n ](?=" + _NO_SPACE + rb")", re.DOTALL)
-# The same in the bytes of a file, in which \r\n and \r become \n later. A cut is never between \r and \n.
+# The same rule for the bytes of a file before \r\n and \r are replaced by \n. A cut is never between \r and \n.
 _FILE_CUT = re.compile(rb"(?:(?<=[^\r])\n|(?<=.)(?:\r\n?| ))(?=" + _NO_SPACE + rb")", re.DOTALL)
 # Safe cuts for text without white space: between an ASCII letter and a digit, between a letter or digit and the ASCII
 # punctuation after it, and between an ideograph and the Chinese punctuation after it. A token ends at these places. The
@@ -90,7 +90,7 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
 def unused_separators(source: Source) -> list[str]:
     """Return the names of text files with <|endoftext|>, which is read as ordinary text but may separate documents.
 
-    Only the first block of the first FILES_EXAMINED files is read, and none if a separator is given.
+    Reads only the first block of each of the first FILES_EXAMINED files. If a separator is given, reads no file.
     """
     found = []
     for file in source.files[:FILES_EXAMINED] if not source.options.separator else ():
@@ -179,7 +179,7 @@ def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
-    # The stream reader of zstandard does not notice when a file ends inside a frame.
+    # The stream reader of zstandard does not notice when a file ends inside a frame. So decompress frame by frame here.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # what `zstd --long=31` needs; the default is 2^27
     frame = decompressor.decompressobj()
     complete = True
@@ -302,7 +302,7 @@ def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: 
 
 
 def safe_cut(text: bytes, start: int) -> int:
-    """Return the first place from `start` on where `text` may be cut without changing its tokens, else its end."""
+    """Return the first place from `start` on where a cut does not change the tokens, or len(text) if there is none."""
     found = _SAFE_CUT.search(text, start)
     return found.start() if found else len(text)
 
@@ -386,7 +386,7 @@ def _check_text_column(schema: Any, name: str, text_key: str) -> None:
 
 
 def _row_groups(file: SourceFile, raw: Any, limit: int, text_key: str, read_here_above: int) -> Iterator[Chunk]:
-    """Yield one chunk for each row group, which a worker then reads.
+    """Yield one chunk for each row group. A worker then reads the row group.
 
     A row group with more than `read_here_above` bytes of text is read in this process and gives several chunks.
     """

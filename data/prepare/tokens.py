@@ -25,7 +25,7 @@ MEGATRON_DTYPES = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class TokenFile(NamedTuple):
-    """The index of a file, which holds the tokens of documents, one after the other.
+    """The index of a file that stores the tokens of documents one after the other.
 
     dtype: the integer type of a token;
     ends: (documents,) int64, the number of tokens up to the end of each document.
@@ -65,7 +65,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def open_tokens(path: Path) -> TokenFile:
-    """Read the index of a file. Raises ValueError when it does not fit the file, OSError when it cannot be read."""
+    """Read the index of a token file. Raises ValueError if it does not fit the file, OSError if it cannot be read."""
     file = _megatron_index(path.with_suffix(".idx")) if path.suffix == ".bin" else _datatrove_index(path)
     expected = int(file.ends[-1]) * file.dtype.itemsize if len(file.ends) else 0
     if (size := path.stat().st_size) != expected:
@@ -93,7 +93,7 @@ def _megatron_index(path: Path) -> TokenFile:
 
 def _datatrove_index(path: Path) -> TokenFile:
     ends = np.fromfile(path.with_name(path.name + ".index"), "<u8").astype(np.int64)
-    # Only an optional file states the bytes of a token. They also follow from the size of the file.
+    # Only an optional file states the number of bytes per token, so compute it from the size of the .ds file.
     size = path.stat().st_size // int(ends[-1]) if len(ends) and ends[-1] else 2
     if size not in (2, 4):
         raise ValueError(f"{path} has {size} bytes for each token of its index, expected 2 or 4: copy both files again")
@@ -103,7 +103,7 @@ def _datatrove_index(path: Path) -> TokenFile:
 def read_documents(file: SourceFile, limit: int, tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Read the documents of one file in chunks of about `limit` bytes, with end-of-text before each document.
 
-    Raises ValueError, naming the file, when the index does not fit it or a token is outside the vocabulary.
+    Raises ValueError, naming the file, when its index does not fit or a token is outside the vocabulary.
     """
     path = Path(file.name)
     dtype, ends = open_tokens(path)
@@ -124,7 +124,7 @@ def read_documents(file: SourceFile, limit: int, tokenizer: Tokenizer) -> Iterat
 
 
 def move_end_of_text(tokens: np.ndarray, bounds: np.ndarray, eot: int) -> np.ndarray:
-    """Return the documents with end-of-text before each and none after it, without empty ones: (tokens,) uint16.
+    """Return the documents that are not empty, each with one end-of-text before it and none after it: (tokens,) uint16.
 
     Args:
         tokens: (n,) of any integer type, the documents one after the other.

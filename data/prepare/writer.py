@@ -123,7 +123,7 @@ class DatasetWriter:
             val = self._assign(encoded)
             counted["open_split"] = "val" if val[-1] else "train"
             ends = np.cumsum(encoded.lengths)
-            # Consecutive documents of the same split are copied as one slice: most datasets have few changes.
+            # Consecutive documents of the same split are copied as one slice. The split changes rarely.
             begins = np.flatnonzero(np.diff(val, prepend=not val[0]))
             parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
             for begin, end in itertools.pairwise([*begins.tolist(), len(val)]):
@@ -143,7 +143,7 @@ class DatasetWriter:
         counted["position"] = [file, index + 1]
 
     def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
-        """Return the documents that differ from all earlier ones, and count the others. Keep parts of documents."""
+        """Return the documents that differ from all earlier ones, and count the others. Keep all parts of documents."""
         new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
         self.counted["documents"] += len(new)
         filtered = encoded.filtered | {"duplicate": int((~new).sum())}
@@ -181,7 +181,7 @@ class DatasetWriter:
         return {"counted": self.counted, **{split: writer.state() for split, writer in self.writers.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to `state`: delete what was written after it was saved."""
+        """Go back to `state`: delete everything that was written after the state was saved."""
         self.counted = self.counted | state["counted"]
         for split, writer in self.writers.items():
             writer.restore(state[split])
