@@ -1,12 +1,12 @@
-"""Write a page about training runs: curves with the results of GPT-2, evaluations, samples and configurations.
+"""Write a page about training runs: curves, evaluations, samples and configurations, with GPT-2's results.
 
 python -m report runs/shakespeare                     writes runs/shakespeare/report.html
 python -m report runs/a runs/b --out compared.html    compares several runs
 python -m report --all runs/shakespeare               also writes attention.html, tokens.html and embeddings.html
 python -m report runs/a runs/b --watch                serves a page on this machine that follows the training
 
-The page is one HTML file that opens offline. Every chart is also written as a PNG next to it. The page includes the
-results that eval.run wrote to .json files in the directory of a run:
+The page is one HTML file that opens offline. Every chart is also written as a PNG next to the page. The page includes
+the results that eval.run wrote to .json files in the directory of a run, for example with
 `python -m eval.run --model RUN --tasks hellaswag,lambada --json RUN/eval.json`
 """
 

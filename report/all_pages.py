@@ -35,7 +35,7 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 
 
 def example_text(config: dict[str, Any]) -> str:
-    """Return the beginning of the validation split that a run with this configuration was validated on.
+    """Return the text at the beginning of the validation split of a run with this configuration.
 
     Raises ValueError if the dataset no longer exists, or does not consist of token shards.
     """

@@ -1,4 +1,4 @@
-"""The command line of the report commands. It does not import torch, so wrong arguments are reported at once."""
+"""The command line of the report commands. This file does not import torch, so wrong arguments are reported at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def command_line(
 ) -> None:
     """Parse the arguments of `python -m name` and run the command.
 
-    Errors end the process with a message and status 2, Ctrl-C with status 130.
+    An error ends the process with a message and status 2. Ctrl-C ends it with status 130.
     """
     parser = CommandParser(
         prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter

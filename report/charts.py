@@ -14,7 +14,7 @@ from model import PRESETS
 from report.curves import draw_references, late_range, new_figure, save_figure, smooth
 from report.run_log import RunLog, ValidationSet
 
-POINTS = 2000  # limit of the points of a series; a screen does not have enough columns of pixels to show more
+POINTS = 2000  # the most points that a series may have; a screen has too few columns of pixels to show more
 SIZES = dict(zip(PRESETS, ("124M", "350M", "774M", "1558M"), strict=True))
 # Readers with any type of color blindness can distinguish these: four colors of Okabe and Ito's palette, and a violet.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
@@ -58,9 +58,9 @@ class Chart:
 
     @property
     def y_range(self) -> tuple[float, float] | None:
-        """The y range that is shown at first, from `late_range`, or None for a chart without a running mean.
+        """The initial y range, from `late_range`, or None for a chart without a running mean.
 
-        The values of single steps are included only if there is one run: with several runs they are hidden at first.
+        With several runs, the range ignores the values of single steps, because these values are hidden at first.
         """
         if not any(series.kind == "mean" for series in self.series):
             return None
@@ -127,7 +127,7 @@ def by_validation_set(logs: Sequence[RunLog]) -> list[list[int]]:
 
 
 def named_references(logs: Sequence[RunLog]) -> list[tuple[str, float]]:
-    """Return the reference losses of the runs without duplicates. Released models are named by their size."""
+    """Return the reference losses of all runs, each only once. A released model is named by its size: GPT-2 124M."""
     losses = dict.fromkeys(loss for log in logs for loss in log.reference_losses)
 
     def readable(name: str) -> str:
@@ -144,7 +144,10 @@ def loss_series(index: int, log: RunLog) -> list[Series]:
 
 
 def make_series(index: int, log: RunLog, split: str, name: str, kind: str) -> Series:
-    """Return a column of a split as a series, without missing values (a skipped step has no loss)."""
+    """Return a column of a split as a series, or its running mean if `kind` is "mean".
+
+    Missing values are left out: a skipped step, for example, has no loss.
+    """
     columns = log.splits[split]
     present = np.flatnonzero(np.isfinite(columns[name]))
     values = columns[name][present]
@@ -157,13 +160,13 @@ def make_series(index: int, log: RunLog, split: str, name: str, kind: str) -> Se
 def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
     """Return the indices of at most `points` values that keep the shape of a curve. (n,) without NaN -> (m,)
 
-    The indices are those of the first and last value, and of the minimum and maximum of each of points / 2 - 1
-    intervals. The peak of a single step is therefore never lost.
+    The values are divided into points / 2 - 1 intervals. The result has the indices of the minimum and the maximum of
+    each interval, and those of the first and the last value. So the peak of a single step is never lost.
     """
     n = len(values)
     if n <= points:
         return np.arange(n)
-    edges = np.linspace(0, n, points // 2).astype(int)  # points / 2 - 1 intervals of two points, and the two ends
+    edges = np.linspace(0, n, points // 2).astype(int)  # the edges of points / 2 - 1 intervals
     intervals = [(a, values[a:b]) for a, b in itertools.pairwise(edges)]
     lowest = [start + part.argmin() for start, part in intervals]
     highest = [start + part.argmax() for start, part in intervals]

@@ -1,4 +1,4 @@
-"""The loss plot of a run, loss.png, and the functions that it shares with the other PNGs."""
+"""The loss plot of a run, loss.png, and functions that report/charts.py uses too."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def late_range(
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """Return an empty figure. It is not made with pyplot, which would keep a reference to it and need a display."""
+    """Return an empty figure and its axes. pyplot is not used, because it keeps a reference to each of its figures."""
     # Imported here: importing matplotlib takes a second, and only the main process of a training run draws.
     from matplotlib.figure import Figure
 
@@ -102,7 +102,8 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
         formatter.ENG_PREFIXES = {**formatter.ENG_PREFIXES, 9: "B"}
         axes.xaxis.set_major_formatter(formatter)
     axes.grid(alpha=0.3)
-    # get_legend_handles_labels would omit names that begin with "_". matplotlib names lines without a label "_child0".
+    # get_legend_handles_labels would omit runs whose names begin with "_". Here, only lines without a label are left
+    # out: matplotlib gives these the labels "_child0", "_child1", ...
     lines = [line for line in axes.get_lines() if not re.fullmatch(r"_child\d+", str(line.get_label()))]
     if lines:
         labels = [str(line.get_label()) for line in lines]

@@ -39,10 +39,10 @@ def diagnose(directory: Path) -> list[Finding]:
 
 
 def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | None:
-    """Look for matrices that are equal in the first and the last checkpoint that exist, bit for bit.
+    """Look for matrices that are bitwise equal in the first and the last of the checkpoints.
 
-    Vectors are left out: the weights of a LayerNorm are near 1, and the small steps at the end of a schedule may not
-    change them.
+    Vectors are left out: the weights of a LayerNorm are near 1, and a step at the end of a schedule can be too small
+    to change them.
     """
     if len(checkpoints) < 2 or freeze_layers:  # with model.freeze_layers, equal weights are intended
         return None

@@ -1,4 +1,4 @@
-"""Serve a page about training runs that is updated while they train, with Python's http.server.
+"""Serve a page about training runs with Python's http.server. The page is updated while the runs train.
 
 The server answers only requests from this machine. It reads the files of the runs and writes none.
 """
@@ -41,7 +41,7 @@ class LivePage:
         self._page = b""
 
     def get(self) -> bytes:
-        """Return the page. Several clients share it."""
+        """Return the page, the same for all clients. RENDER_SHARE limits how often it is rendered."""
         with self._lock:
             state = [run_state(run) for run in self.directories]
             began = time.monotonic()
@@ -84,7 +84,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Serves the page `/` and the library of its charts, `/plotly.js`."""
+    """Serves the page at `/` and, at `/plotly.js`, the library that draws the charts of the page."""
 
     daemon_threads = True
 
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = REQUEST_SECONDS
 
     def do_GET(self) -> None:
-        """Send the page, the library of its charts, or an error."""
+        """Send the page, plotly.js, or an error."""
         path = self.path.partition("?")[0]
         if self.headers.get("Host", "").partition(":")[0] not in HOST_NAMES:
             self.send_error(403, "This server answers only requests to 127.0.0.1 or localhost")

@@ -76,7 +76,10 @@ def packed_attentions(model: GPT, ids: Sequence[int]) -> bytes:
 
 
 class TokenPredictions(NamedTuple):
-    """The predictions of a model with L layers for T tokens, each given the tokens before it."""
+    """The predictions of a model with L layers for T tokens, each given the tokens before it.
+
+    The fields whose names begin with `lens` are the results of the logit lens, see `predict_tokens`.
+    """
 
     losses: Tensor  # (T,) in nats
     ranks: Tensor  # (T,) number of tokens that are more probable than the actual token
@@ -90,8 +93,8 @@ class TokenPredictions(NamedTuple):
 def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions:
     """Predict each of `ids`. As in training, the text starts after `eot`, the id of end-of-text.
 
-    The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") applies the last LayerNorm and the output
-    head to the hidden states after each layer.
+    The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") shows what the model would predict
+    without the later layers: it applies the last LayerNorm and the output head to the hidden states after each layer.
 
     Raises ValueError if the text is empty or longer than the model's block size.
     """
@@ -103,6 +106,7 @@ def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions
         states = model(inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
         lens = []
         for layer, state in enumerate(states):
+            # The model has applied ln_f to the last state already.
             x = state[0] if layer == config.n_layer else model.transformer.ln_f(state[0])  # (T, C)
             log_p = (x @ model.transformer.wte.weight.T).log_softmax(dim=-1)  # (T, V), one layer at a time
             best, token = log_p.max(dim=-1)
@@ -121,7 +125,7 @@ def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions
 def write_tokens_page(
     model: GPT, tokenizer: Tokenizer, name: str, text: str, out: Path, links: Sequence[str] = ()
 ) -> None:
-    """Write the page with the loss, the alternatives and the logit lens for each token of a text."""
+    """Write the page with the loss, the most probable tokens and the logit lens for each token of a text."""
     ids = tokenizer.encode(text)
     predictions = predict_tokens(model, ids, tokenizer.eot)
 
@@ -161,7 +165,10 @@ def write_tokens_page(
 
 
 def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
-    """Return k and the cosine similarities of every k-th position, m <= MAX_SIMILARITY_ROWS. (n, C) -> k, (m, m)"""
+    """Return k and the cosine similarities between every k-th position. (n, C) -> k, (m, m)
+
+    k is the smallest number for which m <= MAX_SIMILARITY_ROWS.
+    """
     every = math.ceil(len(embeddings) / MAX_SIMILARITY_ROWS)
     taken = embeddings[::every]
     unit = taken / np.linalg.norm(taken, axis=1, keepdims=True).clip(min=1e-12)
@@ -173,7 +180,7 @@ def write_embeddings_page(model: GPT, name: str, out: Path, links: Sequence[str]
     embeddings = model.transformer.wpe.weight.detach().numpy()  # (block_size, C)
     every, cosines = similarity(embeddings)
     n, width = embeddings.shape
-    chosen = [round(width * fraction) for fraction in (0.2, 0.26, 0.33)]  # 154, 200 and 253 of GPT-2's 768 dimensions
+    chosen = [round(width * fraction) for fraction in (0.2, 0.26, 0.33)]  # for GPT-2's 768: dimensions 154, 200, 253
     write_page(
         out,
         "embeddings.html",

@@ -29,7 +29,9 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, template: str, *, links: Sequence[str] = (), **values: Any) -> None:
-    """Render a page with links to the pages `links`, which are files in the same directory, and write it to `path`.
+    """Render a page, and write it to `path`.
+
+    links: the names, without .html, of pages in the same directory that this page links to.
 
     Raises OSError if the file cannot be written.
     """

@@ -40,7 +40,7 @@ class RunLog:
 
     Attributes:
         splits: the columns of metrics.jsonl by split and name, (n,) each, with NaN for missing values.
-        convention: convention of the HellaSwag results, or "".
+        convention: convention of the HellaSwag results, or "" if there are none.
         source: source of the dataset.
         reference_losses: (model, nats per token) of other models on the same validation set.
         evaluations: results in the format of eval.run, some with the "checkpoint" that was evaluated.
@@ -74,7 +74,7 @@ class RunLog:
 def read_run_log(directory: Path, name: str) -> RunLog:
     """Read the files that train.py and `eval.run --json` wrote to a run's directory.
 
-    Raises FileNotFoundError if it is not the directory of a run, ValueError if it has no metrics or a damaged file.
+    Raises FileNotFoundError if `directory` is not that of a run, ValueError if it has no metrics or a damaged file.
     """
     run = RunDirectory(directory)
     path = run.metrics_path

@@ -22,7 +22,7 @@ TOOLTIP_SUFFIXES = {"step": ", each step", "mean": ", running mean", "validation
 def write_runs_page(directories: Sequence[Path], out: Path, links: Sequence[str] = ()) -> None:
     """Read the runs, write the page to `out` and the PNG of each chart next to it.
 
-    links: the names of pages in the same directory that this page links to.
+    links: the names, without .html, of pages in the same directory that this page links to.
     """
     logs = read_logs(directories)
     charts = make_charts(logs)
@@ -33,7 +33,7 @@ def write_runs_page(directories: Sequence[Path], out: Path, links: Sequence[str]
 
 
 def read_logs(directories: Sequence[Path]) -> list[RunLog]:
-    """Read the runs. Runs of the same name are named by their directories."""
+    """Read the runs. If several runs have the same name, each is named by the path of its directory."""
     names = [directory.resolve().name for directory in directories]
     return [
         read_run_log(directory, str(directory) if names.count(name) > 1 else name)
@@ -42,7 +42,7 @@ def read_logs(directories: Sequence[Path]) -> list[RunLog]:
 
 
 def page_values(logs: Sequence[RunLog], charts: Sequence[Chart]) -> dict[str, Any]:
-    """Return what runs.html shows about the runs."""
+    """Return the values with which the template runs.html is filled."""
     groups = by_validation_set(logs)
     evaluations = evaluation_table(logs)
     known = [any(row["published"][i] for row in evaluations) for i in range(len(SIZES))]
@@ -66,7 +66,7 @@ def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> 
     """Return one table for each validation set: the tokens and the training time in which each run reached each loss.
 
     If adjacent rows have equal cells, only the row with the lowest loss and the rows with a name are kept. A table
-    without two different rows is left out, because the curves show the same.
+    whose rows are all equal is left out, because the curves show the same information.
     """
     tables = []
     for number, members in enumerate(groups, 1):

@@ -56,7 +56,7 @@ class Curves:
 
     @property
     def from_scratch(self) -> bool:
-        """True if model.init_from is scratch. A branch of another run has this value too."""
+        """True if model.init_from is scratch, which is also the case in a branch of another run."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property
@@ -102,7 +102,7 @@ def first_loss(curves: Curves) -> Finding | None:
 
 
 def no_learning(curves: Curves) -> Finding | None:
-    """Check that the loss falls by more than its noise, except in a branch, which may begin near its lowest loss."""
+    """Check that the loss falls by more than its noise. A branch is not checked: it may begin near its lowest loss."""
     if curves.is_branch:
         return None
     fall = curves.trend[0] - curves.trend.min()
@@ -170,7 +170,7 @@ def learning_rate(curves: Curves) -> Finding | None:
 def spikes(curves: Curves) -> Finding | None:
     """Look for single steps with a far higher loss than their neighbors."""
     high = curves.residuals > max(8 * curves.noise, 0.3)
-    high[: 2 * WIDTH] = False  # at the start, the loss falls too fast for a running median
+    high[: 2 * WIDTH] = False  # at the start, the running median cannot follow the fall of the loss
     if not high.any():
         return None
     where = ", ".join(f"{step:.0f}" for step in curves.steps[high][:8])
@@ -246,7 +246,8 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # At a larger distance there are fewer pairs of steps, so the sum has fewer terms: divide by their fraction.
+    # At distance k, only len(x) - k of the len(x) steps have a partner, so the sum has fewer terms: divide by this
+    # fraction.
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -282,9 +283,10 @@ def sudden_rise(curves: Curves) -> Finding | None:
     if len(curves.losses) < 3 * WIDTH or jump_at_resume(curves):
         return None
     medians = np.median(np.lib.stride_tricks.sliding_window_view(curves.losses, 5), axis=1)
-    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]  # of the median of five losses over that of the five before
+    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]  # median of five losses minus that of the five before
     first = int(rises.argmax())
-    if rises[first] < max(6 * curves.noise, 0.15):  # 6, not 5 as in jump_at_resume: here every step is a candidate
+    # The factor is 6, not 5 as in jump_at_resume: noise exceeds a limit more often if every step is checked.
+    if rises[first] < max(6 * curves.noise, 0.15):
         return None
     step = curves.steps[first + 2 * WIDTH]
     return Finding(

@@ -32,15 +32,15 @@ def summary(log: RunLog) -> dict[str, str]:
 
 
 def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, float]]:
-    """Return (name, loss) in descending order for the table of tokens and time to a loss.
+    """Return the losses of the rows of a progress table as (name, loss), the highest loss first.
 
-    The losses are the reference losses, the best loss of each run, and about `count` round values without a name.
+    They are the reference losses, the best loss of each run, and about `count` round values without a name.
     """
     measured = [log for log in logs if np.isfinite(log.splits["val"]["loss"]).any()]
     if not measured:
         return []
     best = {f"best of {log.name}": float(np.nanmin(log.splits["val"]["loss"])) for log in measured}
-    # The losses of the first validations, which are near those of random predictions, get no round values.
+    # The quantile leaves out the first validations, whose losses are near those of random predictions.
     highest = float(np.nanquantile(np.concatenate([log.splits["val"]["loss"] for log in measured]), 0.8))
     round_values = MaxNLocator(count).tick_values(min(best.values()), highest)
     thresholds = [("", float(loss)) for loss in round_values if min(best.values()) < loss < highest]
@@ -102,7 +102,7 @@ def differences(logs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
 
 
 def format_count(count: float) -> str:
-    """Format a number with three digits, for example 1.06M or 10.3B."""
+    """Format a number with three significant digits, for example 1.06M or 10.3B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g}{letter}"

@@ -1,4 +1,4 @@
-"""Write a page with a model's loss, alternatives and logit lens for each token of a text.
+"""Write a page with a model's loss, most probable tokens and logit lens for each token of a text.
 
 python -m report.tokens --model runs/shakespeare --text "To be, or not to be"
 """

@@ -5,7 +5,8 @@
     python sample.py --model models/llm-c --prompt "Hello"
 
 Only the weights are converted, not the state of the optimizer. If the vocabulary was padded for speed, the padding is
-removed. The directory gets the tokenizer of --tokenizer or, if the vocabulary has GPT-2's size, GPT-2's tokenizer.
+removed. The directory gets the tokenizer of --tokenizer. Without this option, it gets GPT-2's if the vocabulary has
+GPT-2's size, and otherwise none.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LLM_C_BLOCK = (
 def read_llm_c(path: Path) -> GPT:
     """Return the model in a file of llm.c (`write_model` in its train_gpt2.py documents the format).
 
-    Raises ValueError if the file is incomplete or has another version.
+    Raises ValueError if the file is incomplete or has an unsupported version.
     """
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
     if len(header) < HEADER_BYTES // 4 or header[0] != LLM_C_MAGIC or header[1] not in LLM_C_DTYPES:
@@ -83,7 +84,7 @@ def read_llm_c(path: Path) -> GPT:
 def read_nanogpt(path: Path, activation: str) -> GPT:
     """Return the model in nanoGPT's ckpt.pt, without executing code that the file contains.
 
-    Raises ValueError if the file holds something else.
+    Raises ValueError if the file is not a checkpoint of nanoGPT or its tensors do not match its configuration.
     """
     checkpoint = unpickle_weights_only(path)
     fields: Any = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
@@ -123,7 +124,7 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
-    """Return a model with the tensors of `state`. Raises ValueError with the name of the file if they do not fit."""
+    """Return a model with the tensors of `state`. Raises ValueError that names `path` if the tensors do not fit."""
     with torch.device("meta"):
         model = GPT(config).eval()
     try:

@@ -41,7 +41,7 @@ class Idea:
 
 
 class UndecayedEmbeddings(Idea):
-    """AdamW has no weight decay. With Muon, this concerns only the token and position embeddings."""
+    """The weight decay of AdamW is 0. With Muon, this changes only the token and position embeddings."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -50,7 +50,7 @@ class UndecayedEmbeddings(Idea):
 
 
 class SmallPositions(Idea):
-    """Position embeddings are initialized with N(0, 0.01) as in OpenAI's code, not with N(0, 0.02)."""
+    """The standard deviation of the initial position embeddings is 0.01, as in OpenAI's code, instead of 0.02."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -59,7 +59,7 @@ class SmallPositions(Idea):
 
 
 class ZLoss(Idea):
-    """Adds 1e-4 times the mean squared logarithm of softmax's denominator (Chowdhery et al. 2022, PaLM)."""
+    """Adds 1e-4 times the mean of log(Z)^2 to the loss. Z is softmax's denominator (Chowdhery et al. 2022, PaLM)."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -79,7 +79,7 @@ class _LossWithZ(nn.Module):
 class Averaged(Idea):
     """The last validation uses the mean of the weights over all steps in which the learning rate decreased."""
 
-    first = 0.0  # fraction of the run's steps, at its start, whose weights are left out
+    first = 0.0  # the mean leaves out this fraction of the run's steps, at the start of the run
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -107,7 +107,7 @@ class Averaged(Idea):
 class MomentumWarmUp(Idea):
     """Muon's momentum grows from 0.85 to its configured value, as in modded-nanogpt.
 
-    This takes 300 steps, or the whole run if it has fewer steps.
+    The momentum grows for 300 steps, or for the whole run if the run has fewer steps.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -124,7 +124,7 @@ class MomentumWarmUp(Idea):
 
 
 class SmallBatchesFirst(Idea):
-    """In the first third of the run, each half of a batch is an optimizer step, with the same learning rate."""
+    """In the first third of the run, each batch is split into two optimizer steps with the same learning rate."""
 
     def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
         if run.state.step >= run.config.optim.steps // 3:
@@ -163,7 +163,10 @@ class TailAverage(Averaged):
 
 
 class OuterNesterov(Idea):
-    """Every 5 steps, the sum of their updates gets Nesterov momentum (Kallusky et al. 2025, SNOO, arXiv 2510.15830)."""
+    """Every 5 steps, an outer optimizer with Nesterov momentum takes a step. Its input is the sum of the 5 updates.
+
+    See Kallusky et al. 2025, SNOO, arXiv 2510.15830.
+    """
 
     period, rate, momentum = 5, 0.8, 0.5
 
@@ -287,8 +290,8 @@ class LargerWide(ChangedMuon):
     change = _LargerWide
 
 
-# The coefficients (a, b, c) of the first five iterations of `polar_express`, for singular values above 0.001 and a
-# safety factor of 1.02, as in modded-nanogpt.
+# The coefficients (a, b, c) of the five iterations in `polar_express`, for singular values above 0.001 and a safety
+# factor of 1.02, as in modded-nanogpt.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -340,7 +343,7 @@ IDEAS: dict[str, type[Idea]] = {
 def find_idea(names: str) -> type[Idea]:
     """Return the idea of this name, or a combination of ideas whose names are joined by plus signs.
 
-    Raises ValueError if there is no idea of a name.
+    Raises ValueError if one of the names is unknown.
     """
     if unknown := [name for name in names.split("+") if name not in IDEAS]:
         raise ValueError(f"there is no idea {', '.join(unknown)}: choose from {', '.join(IDEAS)}")

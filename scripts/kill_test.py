@@ -2,11 +2,11 @@
 
     python -m scripts.kill_test --config FILE.yaml --dir DIR --kills 80 --processes 1
 
-An attempt at the run is one start of train.py. It is forked from this process, which has imported all modules already,
-so it starts within a fraction of a second. With several processes, this script does the work of torchrun. SIGKILL comes
-at a random moment: during the start, after some steps, or while a checkpoint is being written. The script prints one
-JSON object with counts. The exit status is 1 if weights, optimizer state or metrics differ from those of the run that
-was never killed, or if a temporary file remains.
+An attempt at the run is one start of train.py. Its processes are forked from this one, which has imported all modules
+already, so they start within a fraction of a second. With several processes, this script does the work of torchrun.
+SIGKILL comes at a random moment: during the start, after some steps, or while a checkpoint is being written. The script
+prints one JSON object with counts. The exit status is 1 if weights, optimizer state or metrics differ from those of the
+run that was never killed, or if a temporary file remains.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Attempt:
     def kill(self, pids: list[int]) -> bool:
         """Send SIGKILL to some processes and, as torchrun does, SIGTERM to the others.
 
-        Return whether all of them end within GRACE seconds.
+        Return whether all processes end within GRACE seconds. Those that do not are killed then.
         """
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def become_train(arguments: list[str], log: Path) -> None:
 
 
 def metrics_inode(run: RunDirectory) -> int:
-    """Return the inode of metrics.jsonl, 0 if there is no file. Each attempt replaces the file by a new one."""
+    """Return the inode of metrics.jsonl, or 0 if there is no file. Each attempt replaces the file by a new one."""
     return run.metrics_path.stat().st_ino if run.metrics_path.exists() else 0
 
 
@@ -121,7 +121,7 @@ def last_step(run: RunDirectory) -> int:
 def unfinished_checkpoint(run: RunDirectory) -> Path | None:
     """Return the partial directory of the checkpoint that is being written, or None.
 
-    A partial directory that is older than a complete checkpoint is being deleted.
+    A partial directory of an earlier step than the newest complete checkpoint is ignored, because it is being deleted.
     """
     complete = list_checkpoints(run.checkpoints)
     for path in run.checkpoints.glob(f"step-*{PARTIAL_SUFFIX}"):
@@ -133,7 +133,11 @@ def unfinished_checkpoint(run: RunDirectory) -> Path | None:
 def kill_once(
     run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
 ) -> dict[str, bool] | None:
-    """Wait for `moment`, then kill the attempt. Return what was observed, or None if the attempt ended by itself."""
+    """Wait for `moment`, then kill the attempt, see `Attempt.kill`.
+
+    Return whether the attempt had taken a step, whether a checkpoint was half-written, and whether a process did not
+    end in time. Return None if the attempt ended by itself.
+    """
     started, inode_before, unfinished_before = time.monotonic(), metrics_inode(run), unfinished_checkpoint(run)
     stale = unfinished_before.stat().st_ino if unfinished_before is not None else 0
     delay, new_steps = chance.uniform(0, 0.6), chance.randint(1, steps)

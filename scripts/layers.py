@@ -1,8 +1,9 @@
 """Check the direction of the imports between the project's modules: `python -m scripts.layers`.
 
 The script parses every Python file except the tests, without importing any, and prints how many import cycles, upward
-imports and imports inside functions there are, and how much train.py imports. Each violation is listed with its file
-and line. The exit status is 1 if there is a cycle or an upward import, or if a number exceeds its limit, else 0.
+imports and imports inside functions there are, and how much train.py imports. For each number above its limit, the
+violations are listed. The exit status is 1 if there is a cycle or an upward import, or if a number exceeds its limit,
+else 0.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FORBIDDEN = {("sample", "training")}
 
 # The limits. An import inside a function hides a dependency, and its errors appear only when the function is called.
 IMPORTS_IN_FUNCTIONS = 39
-TRAIN_NAMES, TRAIN_MODULES = 20, 8  # imports of train.py: a reader of it must know these names and modules
+TRAIN_NAMES, TRAIN_MODULES = 20, 8  # imports of train.py: its readers must know these names and modules
 
 
 class Place(Enum):
@@ -62,7 +63,7 @@ class Statement(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """One name that a module of the project imports from a module of the project."""
+    """One name that a module of the project imports from another module of the project."""
 
     importer: str
     imported: str
@@ -174,7 +175,7 @@ def read_tree(root: Path) -> Tree:
 def find_cycles(edges: Sequence[Edge]) -> list[list[Edge]]:
     """Return one cycle for each group of modules that import each other, directly or through others.
 
-    It is a shortest cycle through that module of the group whose name comes first in the alphabet, as a list of edges.
+    The cycle is a list of edges. It is a shortest cycle through the alphabetically first module of the group.
     """
     graph: dict[str, dict[str, Edge]] = {}
     for edge in edges:

@@ -5,8 +5,8 @@
 
 The checkpoint is the newest one, or the best one if eval.patience ended the run. The optimizer state and the manifest
 are not uploaded. Without --card, the card is made from the files of the run: architecture, data, losses, the
-evaluations of this checkpoint in RUN/*.json (`eval.run --json`), and the command. Choose a license with --license:
-without one, nobody else may use the model. `hf auth login` stores the token.
+evaluations of this checkpoint in RUN/*.json (`eval.run --json`), and the command of the last start. Choose a license
+with --license: without one, nobody else may use the model. `hf auth login` stores the token.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def command(log: RunLog) -> str:
 
 
 def is_of_checkpoint(row: dict[str, Any], checkpoint: Path) -> bool:
-    """Return whether an evaluation is of this checkpoint, or does not name the checkpoint that was evaluated."""
+    """Return whether an evaluation belongs to this checkpoint. One that names no checkpoint is counted as well."""
     step = int(checkpoint.name.removeprefix("step-"))
     evaluated = row.get("checkpoint")
     return evaluated is None or evaluated == f"step {step}" or Path(evaluated).name == checkpoint.name

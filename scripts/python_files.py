@@ -3,8 +3,8 @@
     python -m scripts.python_files data/python.jsonl
     python -m data.prepare text data/python.jsonl --out data/python --tokenizer bpe:50257 --val-fraction 0.01
 
-Each file is a document. The first line of a document is the file's path, so that a prompt can say what the file is
-about.
+Each file is a document. The first line of a document is the path of the file. So the prompt of a model that is trained
+on this corpus can begin with a path that says what the file is about.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEFT_OUT = {"plotly"}  # its files are generated and nearly equal
 
 
 def documents(packages: Path) -> Iterator[str]:
-    """Yield the files without duplicates. The order by a hash of the path mixes the packages in both splits."""
+    """Yield the files without duplicates, ordered by a hash of the path: so both splits have files of all packages."""
     seen = set()
     paths = {path.relative_to(packages).as_posix(): path for path in packages.rglob("*.py")}
     for name in sorted(paths, key=lambda name: hashlib.sha256(name.encode()).digest()):

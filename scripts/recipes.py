@@ -170,9 +170,10 @@ def compare(losses: dict[int, float], others: dict[int, float]) -> list[float]:
 
 
 def steps_to(target: float, losses: Losses, seed: int) -> float | None:
-    """Return the steps of a run whose final loss would be `target`, or None if no two lengths of the seed enclose it.
+    """Return the number of steps after which a run with this seed would end with the loss `target`.
 
-    The loss is interpolated between the final losses of neighboring lengths, linearly in the logarithm of the steps.
+    Between the final losses of neighboring lengths, the loss is interpolated, linearly in the logarithm of the steps.
+    Return None if `target` is not between two of these losses.
     """
     points = sorted((steps, of_seed[seed]) for steps, of_seed in losses.items() if seed in of_seed)
     for (short, high), (long, low) in itertools.pairwise(points):
@@ -205,9 +206,10 @@ def loss_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[float]]:
-    """Return each recipe's steps to the mean final loss of the recipe `present`, for each seed with several lengths.
+    """Return, for each recipe and each of its seeds, the steps in which it reaches the mean final loss of `present`.
 
-    A recipe is left out if, for one of these seeds, that loss is not between the losses of two lengths.
+    Only seeds with runs of several lengths are used. A recipe is left out if, for one of these seeds, the loss of
+    `present` is not between the losses of two lengths.
     """
     finals = recipes.get("present", {}).get(SIZES[size].steps)
     found = {}
@@ -225,7 +227,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
     """Return the table of the recipes that have runs with fewer steps than the full length of the present recipe.
 
     Runs of all lengths are compared with full runs of the present recipe. If the p-value of a shorter length is below
-    0.01, its loss is lower, so fewer steps are enough.
+    0.01, the loss after these steps is significantly lower, so fewer steps are enough.
     """
     full, found = SIZES[size].steps, steps_to_present(size, recipes)
     base = recipes.get("present", {}).get(full, {})
@@ -248,7 +250,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw loss against steps for `present` and recipes with shorter runs. Bars are two standard errors of the mean."""
+    """Draw loss against steps for `present` and for recipes that have shorter runs. Bars are two standard errors."""
     figure = Figure(figsize=(5 * len(results), 5.5), layout="constrained")
     for axes, (size, recipes) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         full = SIZES[size].steps

@@ -33,8 +33,8 @@ from typing import Any
 import torch
 import yaml
 
-# This script imports none of the project's modules: they may move between BASE and HEAD. It knows the command lines,
-# the configuration's fields and the files that a run writes.
+# This script imports none of the project's modules, because they may move between BASE and HEAD. It depends only on the
+# command lines, the configuration's fields and the files that a run writes.
 
 Facts = dict[tuple[str, str], Any]  # (what, where) -> value, such as ("train loss", "step 3") -> 5.91
 
@@ -286,7 +286,8 @@ def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))
-    # With `must`, HEAD fails if it finds no checkpoint. With `auto` it would start at step 0 and reach the same bits.
+    # With `must`, HEAD fails if it finds no checkpoint. With `auto`, this error would not be noticed: HEAD would start
+    # at step 0 and reach the same bits.
     arguments = ("--config", f"{name}.yaml", "--run.dir", "resumed", "--run.resume", "must")
     head.launch("train.py", *arguments, processes=processes)
     return run_facts(run)
@@ -441,7 +442,7 @@ def find_commit(revision: str, repository: Path) -> str:
 
 @contextlib.contextmanager
 def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
-    """Check out a commit in a worktree at `directory`, and remove the worktree afterwards. "." means the repository."""
+    """Check out a commit in a worktree at `directory`, and remove the worktree afterwards. "." yields `repository`."""
     if commit == ".":
         yield repository
         return

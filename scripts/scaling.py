@@ -64,7 +64,10 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Return the shape of a text such as 3x128: layers and channels."""
+        """Return the shape that a text such as 3x128 (3 layers, 128 channels) describes.
+
+        Raises argparse's error for another text.
+        """
         if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
             raise argparse.ArgumentTypeError(f"{text}: expected LAYERSxCHANNELS, such as 3x128")
         return cls(int(match[1]), int(match[2]))

@@ -2,11 +2,11 @@
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
-Every combination of the values given with --vary is trained with every seed, one after another. Each is a separate run
-under --dir. A run that has finished already is read and not repeated. A run that diverges gets a loss of inf. To
+Every combination of the values given with --vary is trained with every seed, one run after another. The runs are
+written to --dir. A run that has finished already is read and not repeated. A run that diverges gets a loss of inf. To
 reproduce a row of the table, pass its last column to --vary. `--idea` trains with one or several of the changes in
-scripts/ideas.py. With `--best`, the table has the lowest validation loss of each run instead of the last one, and its
-step. docs/recipes.md and docs/small-data.md have such tables.
+scripts/ideas.py. With `--best`, the table has the lowest validation loss of each run, and its step, instead of the last
+validation loss. docs/recipes.md and docs/small-data.md have such tables.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from training.setup import setup
 
 
 def finish(arguments: list[str], idea: type[Idea] | None) -> None:
-    """Train the run that these arguments of train.py describe until it finishes, with `idea` if it is given.
+    """Train a run until it ends. `arguments` are those of train.py. `idea`, if given, changes the training.
 
     Raises:
         ValueError: the run has no validations, or cannot be continued because an idea's state is not stored.
@@ -57,9 +57,9 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
     """Train a run as `finish` does. Return its last validation loss, or inf if it diverged, and its metrics.
 
-    With eval.final_tokens, this is the loss on these tokens. But a run that eval.patience ends early is not scored on
-    them. So with eval.patience the loss of every run is that on eval.tokens: losses on different tokens cannot be
-    compared.
+    If eval.final_tokens is set, this is the loss on these tokens. But a run that eval.patience ends early is not scored
+    on them, and losses on different tokens cannot be compared. So if eval.patience is set too, the loss of every run is
+    that on eval.tokens.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"
@@ -102,7 +102,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Train what has not been trained yet, and return the table in Markdown."""
+    """Train the runs that have not finished yet, and return the table in Markdown."""
     choices = [  # split at commas outside brackets: betas=[0.9,0.95],[0.9,0.99] are two values
         [(name, value) for value in re.split(r",(?![^\[]*\])", values)]
         for name, _, values in (field.partition("=") for field in args.vary)

@@ -2,9 +2,9 @@
 
     python -m scripts.transfer --sweep muon --shapes 64x4 512x4 --values 0.01 0.014 0.02 0.028 0.04 --seeds 1 2
 
-A sweep varies one field of the configuration and holds all other fields. A shape is WIDTHxLAYERS, or WIDTHxLAYERSxSTEPS
-for a run of another length. Every value is trained with every seed in every shape. Runs that are already in the file of
-results are not repeated. The tables and the figure of docs/transfer.md come from that file:
+A sweep varies one field of the configuration and keeps the others constant. A shape is WIDTHxLAYERS, or
+WIDTHxLAYERSxSTEPS for a run of another length. Every value is trained with every seed in every shape. Runs that are
+already in the file of results are not repeated. The tables and the figure of docs/transfer.md come from that file:
 
     python -m scripts.transfer --figure docs/transfer.png
 """
@@ -70,7 +70,7 @@ class Sweep(NamedTuple):
     optimizer: str
     field: str
     held: str
-    lr: float | None = None  # optim.lr at width 64 with 4 layers; the rule gives that of other shapes
+    lr: float | None = None  # optim.lr at width 64 with 4 layers; for other shapes, the rule changes it
 
 
 BASE = "configs/shakespeare.yaml"
@@ -90,7 +90,10 @@ SWEEPS = {
 
 
 def fields_of(sweep: Sweep, shape: Shape, value: float, seed: int) -> list[str]:
-    """Return the fields of a run in bfloat16 on the CPU, with one validation after the last step, sorted."""
+    """Return the fields of a run in bfloat16 on the CPU, with one validation after the last step.
+
+    The fields are sorted, so that two sweeps give equal lists for the same run.
+    """
     fields = [*COMMON.split(), f"optim.name={sweep.optimizer}", *sweep.held.split(), f"optim.{sweep.field}={value:g}"]
     if sweep.lr is not None:
         factor = scale(sweep.optimizer, "lr", Size(WIDTH, LAYERS), Size(shape.width, shape.layers))
@@ -200,7 +203,8 @@ def excess(losses: Losses, value: float) -> float | None:
 def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
     """Return groups of at least two shapes in which only the width, only the layers or only the steps differ.
 
-    The other numbers are those of the base shape. Widths with another number of steps form groups too.
+    The other numbers are those of the base shape. There is one exception: shapes in which only the width differs also
+    form a group if they all have the same number of steps, but not that of the base shape.
     """
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],
@@ -213,7 +217,7 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
 
 
 def describe_optimum(losses: Losses) -> str:
-    """Return the optimum as text, with its range over seeds. If no values enclose it, return a bound."""
+    """Return the optimum as text, with its range over seeds, or a bound if the values do not enclose an optimum."""
     if found := optima(losses):
         several = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
         return f"{statistics.geometric_mean(found):.3g}{several}"
@@ -255,7 +259,8 @@ def loss_table(name: str, shapes: dict[Shape, Losses]) -> str:
 def draw(results: Results, path: Path) -> None:
     """Draw the mean loss against the swept value: a panel for each series, with each shape's optimum as a star.
 
-    A dashed line shows the optimum that is predicted from the first shape of the series.
+    A dashed line shows the optimum that is predicted from the first shape of the series. Raises ValueError if there is
+    no series.
     """
     panels = [(name, varied, m) for name, shapes in results.items() for varied, m in series(shapes).items()]
     if not panels:
@@ -292,7 +297,7 @@ def draw(results: Results, path: Path) -> None:
 def run_all(args: argparse.Namespace) -> Results:
     """Train the runs that the file of results lacks, add each result to the file, and return all results.
 
-    Two sweeps can contain the same run. It is trained once.
+    Two sweeps can contain the same run. Such a run is trained only once.
     """
     results = read_results(args.results)
     trained = {

@@ -3,7 +3,7 @@
     python -m scripts.windows --config configs/shakespeare.yaml --held-out data/shakespeare --seeds 1 2 3 4 5
 
 Other options are passed to train.py. The table has means and standard deviations over the seeds. Each model is scored
-twice: in windows of the held-out text, where tokens see the documents before their own, and with each document by
+twice: in windows of the held-out text, where a token also attends to earlier documents, and with each document by
 itself. Runs and scores that exist already are not repeated. docs/data.md has the results.
 """
 
@@ -41,7 +41,7 @@ def score(run: Path, held_out: str, flags: list[str]) -> float:
 
 
 def table(args: argparse.Namespace, flags: list[str]) -> str:
-    """Train and score what is missing, and return the table in Markdown. `flags` are options of train.py."""
+    """Train and score the runs that are missing, and return the table in Markdown. `flags` are options of train.py."""
     rows = []
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     for seed in args.seeds:  # outer loop: after an interruption, each finished seed has results of every setting

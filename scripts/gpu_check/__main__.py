@@ -50,7 +50,7 @@ TIME_LIMIT = 600.0  # seconds that a part may take
 
 
 class Outcome(NamedTuple):
-    """What is known of a part after it has ended."""
+    """The result of a part that has ended."""
 
     passed: bool
     reason: str  # why the part failed, or "" if it passed

@@ -25,7 +25,7 @@ DECODING_GOAL = {1: 4.0, 8: 3.0}
 
 
 def check_inference(settings: Settings, report: Report) -> None:
-    """Time decoding and scoring."""
+    """Compare the speed of decoding with transformers, check the CUDA graph of decoding, and time scoring."""
     new = 20 if settings.tiny else NEW_TOKENS
     theirs, ours = make_twins(settings.shape, 0.02, settings.device)
     theirs.to(settings.dtype)
@@ -76,7 +76,10 @@ def check_graph(model: GPT, settings: Settings, report: Report) -> None:
 
 
 def score_questions(settings: Settings, report: Report) -> None:
-    """Time questions with four endings whose lengths are those of HellaSwag; the tokens are random."""
+    """Time the scoring of questions with four endings, and compare some scores with those in float32.
+
+    The tokens are random. The questions and the endings are about as long as those of HellaSwag.
+    """
     torch.manual_seed(0)
     model = GPT(settings.shape).to(settings.device).eval()
     chance, limit = random.Random(0), settings.tokens // 8

@@ -35,7 +35,7 @@ class Settings:
 
     @property
     def compiles(self) -> bool:
-        """Whether to use torch.compile: for a tiny model on a CPU, compiling takes longer than all the rest."""
+        """Whether to use torch.compile. False for a tiny model on a CPU: compiling would take longer than the rest."""
         return self.device == "cuda" or not self.tiny
 
     @property
@@ -63,11 +63,11 @@ class Settings:
         return find_card(self.card) == find_card(name)
 
     def processes(self, dtype: torch.dtype, world_size: int = 1) -> Processes:
-        """Return a description of this process that computes in `dtype`."""
+        """Return a description of this process, as rank 0 of `world_size`, with `dtype` as its precision."""
         return Processes(0, world_size, torch.device(self.device), dtype)
 
     def config(self, rows: int, shape: GPTConfig, *, compiled: bool = True, optim: Optim | None = None) -> Config:
-        """Return the configuration of a run with batches of `rows` windows."""
+        """Return the configuration of a run whose batches are one micro-batch of `rows` windows each."""
         tokens = shape.block_size
         return Config(
             data=Data(batch_tokens=rows * tokens, sequence_length=tokens, micro_batch=rows),
@@ -111,7 +111,7 @@ Part = Callable[[Settings, Report], None]
 
 
 def format_cell(value: object) -> str:
-    """Return a cell of a table: numbers with three significant digits, large ones as integers, "-" for None."""
+    """Return a cell of a table: floats with three significant digits, from 1000 on as integers, and "-" for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "-" if value is None else str(value)

@@ -41,7 +41,10 @@ KINDS = {
 
 
 def check_speed(settings: Settings, report: Report) -> None:
-    """Time our training step and that of each peer with several micro-batches, and ours without compiling or cuDNN."""
+    """Time our training step and that of each peer with several micro-batches, and check the memory estimate and MFU.
+
+    Our step is also timed without compiling, and without cuDNN's attention.
+    """
     sizes, middle = ((2, 4), 4) if settings.tiny else ((16, 32, 64, 128), 64)
     table = [measure(settings, report, rows, "ours") for rows in sizes]
     table.append(measure(settings, report, middle, "ours, not compiled", compiled=False))
@@ -145,7 +148,8 @@ def check_profile(settings: Settings, report: Report) -> None:
 def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
     """Return the milliseconds of each kind of operation. On a GPU, kernels are counted; on a CPU, operators.
 
-    Everything inside the operator of the loss counts as the loss.
+    Everything inside the operator of the loss counts as the loss. A kernel does not record the operator that launched
+    it, but an operator records its kernels. So the time of the loss is first summed for each kernel name.
     """
     events = profiler.events() or []
     times: dict[str, float] = dict.fromkeys(
@@ -179,7 +183,7 @@ def kind_of(name: str) -> str:
 
 
 def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
-    """Measure Muon's part of a step, train with the automatic micro-batch, and try one that is too large."""
+    """Measure Muon's part of the time of a step, and train with an automatic and with a very large micro-batch."""
     rows = 4 if settings.tiny else 64
     table: list[dict[str, Any]] = []
     names: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")

@@ -46,7 +46,7 @@ def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: i
 
 
 def check_curves(settings: Settings, report: Report) -> None:
-    """Compare the losses of a small model with a CPU's, and those of the model in 16 bits with those in float32."""
+    """Compare a small model's losses with those on a CPU, and the full model's in 16 bits with those in float32."""
     torch.set_float32_matmul_precision("highest")
     steps, rows = (6, 4) if settings.tiny else (30, 8)
     report.say(f"{steps} steps of a small model in float32, on the CPU and on {settings.device}")
