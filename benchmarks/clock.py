@@ -20,7 +20,7 @@ Run = Callable[[], object]  # the work that is timed
 
 
 class Call(NamedTuple):
-    """A call of a function, given by names. So it can be sent to another process before the module is imported."""
+    """A function call, given by names. So a process can send the call to another one without importing the module."""
 
     module: str  # "benchmarks.ours.decode"
     function: str
@@ -33,9 +33,9 @@ class Call(NamedTuple):
 
 
 def call_in_process(module: str, function: str, *arguments: Any) -> Any:
-    """Call a function in a new process, so that this process does not load its libraries, and return its result.
+    """Call a function in a new process, and return its result. So this process does not load the function's libraries.
 
-    If the function raises an exception, this function raises the same one.
+    If the function raises an exception, `call_in_process` raises the same exception.
     """
     return receive(start_process(answer, Call(module, function, arguments)))
 
@@ -46,8 +46,8 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
     The order is reversed in every second turn, so that no contestant always runs after the same other one.
 
     A contestant is given by a call that sets up its work, in a process of its own, and returns the function to time.
-    Returns for each contestant "seconds" (the median), "lowest" and "highest", and "peak_memory" in bytes. This is the
-    memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes.
+    Returns for each contestant "seconds" (the median), "lowest" and "highest" in seconds, and "peak_memory" in bytes:
+    the memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes.
     """
     pipes: dict[str, Connection] = {}
     durations: dict[str, list[float]] = {name: [] for name in contestants}
@@ -158,9 +158,10 @@ def own_peak() -> int:
 
 
 def watch_memory(peak: list[int], running: threading.Event) -> None:
-    """While `running` is set, keep the peak memory of this process plus its descendants in peak[0], in bytes.
+    """While `running` is set, measure memory twice a second, and keep the highest value in peak[0], in bytes.
 
-    Memory that several processes share is counted once for each of them.
+    A value is the memory of this process plus that of its descendants. Memory that several processes share is counted
+    once for each of them.
     """
     this = psutil.Process()
     while running.wait():

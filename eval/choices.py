@@ -42,7 +42,7 @@ class Answers(NamedTuple):
 
     gold: np.ndarray  # (N,) index of the correct choice
     choice: np.ndarray  # (N,) index of the choice with the highest log-probability
-    choice_norm: np.ndarray  # (N,) index of the choice with the highest log-probability divided by its length
+    choice_norm: np.ndarray  # (N,) index of the choice with the highest normalized log-probability
     scores: list[list[float]]  # for each question, the log-probability of each choice, in nats
     bits_per_byte: np.ndarray | None  # (N,) negative log2-probability of the correct choice per UTF-8 byte
 
@@ -150,7 +150,7 @@ def with_shots(
     The examples of a question depend only on the seed and on the index of the question.
 
     Args:
-        leave_one_out: `pool` contains the evaluated questions themselves. No question is then its own example.
+        leave_one_out: `pool` begins with the evaluated questions, in the same order. A question is never its example.
 
     Raises ValueError if the pool is too small.
     """

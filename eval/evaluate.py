@@ -17,7 +17,7 @@ from weights import locate
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate a model on the tasks in `args`, the arguments that `eval.run` parsed.
+    """Evaluate a model, print the results and write the requested files. `args` are the parsed arguments of `eval.run`.
 
     Raises ValueError or OSError for invalid arguments, if possible before the model is loaded.
     """
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def result_rows(task: str, result: TaskResult, checkpoint: str) -> list[dict[str, Any]]:
-    """Return the entries of the JSON file for a task: one per metric, with the published values of its convention.
+    """Return the entries of the JSON file for a task: one per metric, with its published values.
 
     `checkpoint` is the directory or hub name of the evaluated model.
     """

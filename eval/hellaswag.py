@@ -79,7 +79,7 @@ def hellaswag(
     world_size: int = 1,
     reduce: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model during training. All ranks divide the work, and each returns the same metrics.
+    """Evaluate a model during training. The ranks divide the questions, and all ranks return the same metrics.
 
     The caller chooses the device and enables autocast. The model is set to eval mode and back to its previous mode.
 

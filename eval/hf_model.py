@@ -29,7 +29,7 @@ class HFModel(nn.Module):
             these ids get no probability.
     """
 
-    # Some models have thousands of vocabulary entries that their tokenizer does not use. They must be fewer than this.
+    # Some models have thousands of vocabulary entries that their tokenizer does not use, but fewer than 65,536.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any, n_tokens: int) -> None:

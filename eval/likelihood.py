@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# `log_likelihoods` with all arguments but the requests bound. Tasks that score requests use a model only through it.
+# `log_likelihoods` with all arguments bound except the requests. `answer` and `perplexity` take a Scorer, not a model.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -69,7 +69,7 @@ class _Batch(NamedTuple):
 
 
 def check_pair(model: Any, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if the size of the vocabularies shows that the tokenizer does not belong to the model."""
+    """Raise ValueError if the sizes of the vocabularies show that the tokenizer does not belong to the model."""
     found, expected = tokenizer.vocab_size, model.config.vocab_size
     if not 0 <= expected - found < getattr(model, "vocab_padding_limit", PADDING_LIMIT):
         raise ValueError(
@@ -92,8 +92,8 @@ def log_likelihoods(
     """Score every continuation given its context.
 
     If context and continuation together are longer than the model's block size, the context is cut on the left, as in
-    lm-evaluation-harness. If the continuation alone is longer, it is scored in windows of half the block size, each
-    given as many tokens before the window as fit.
+    lm-evaluation-harness. If the continuation alone is longer, it is scored in windows of half the block size. The
+    context of a window is then as many of the tokens before it as fit.
 
     Args:
         model: a GPT, or a module with `config.block_size`, `config.vocab_size` and a forward method that takes
@@ -124,10 +124,10 @@ def log_likelihoods(
                 "model do not belong together"
             )
     batches = _make_batches(requests, block_size, batch_size)
-    # Every rank counts the forward passes of all ranks, so that it knows how many more it must run at the end.
+    # Every rank counts the forward passes of all ranks. At the end, it runs passes until all have the same number.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    # Two rows: the log-probability, and the number of tokens that are not the most likely ones.
+    # Two rows with a number for each request: its log-probability, and how many of its tokens are not the most likely.
     scores = torch.zeros(2, len(requests), dtype=dtype, device=device)
     with _eval_mode(model):
         head = _output_head(model)
@@ -185,8 +185,8 @@ def _score(
     a mask (R, T) that is True where another token is the most likely one.
     """
     device = next(model.parameters()).device
-    # The first pass reads the contexts without their last tokens. The second pass reads the last token of each context,
-    # because the logits at this token predict the first token that is scored.
+    # The first pass reads the contexts without their last tokens. The logits at the last token of a context predict the
+    # first token of the continuation, so the later passes read this last token together with the continuation.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (contexts, P)
     cache = None
     if head is not None and contexts.size(1):

@@ -84,7 +84,7 @@ def split_loss(
     The result is the same on every rank and for every number of ranks. The caller sets the model to eval mode.
 
     Args:
-        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token; 0 for end-of-text, but its loss counts.
+        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token: 0 for end-of-text, whose loss still counts.
         micro_batch: windows per forward pass.
         rank, world_size: each of `world_size` ranks computes a contiguous part of the windows.
         reduce: returns the sum of a tensor over all ranks.

@@ -115,7 +115,7 @@ class Corpus:
         hub: dataset, configuration and split on the hub.
         detokenize: restores plain text from the corpus; `str` leaves the corpus unchanged.
         field: the column that holds the text.
-        separator: is put between two rows.
+        separator: the text that joins two rows.
         convention: prefix of the convention's name.
     """
 

@@ -15,7 +15,7 @@ from files import write_json
 
 
 class Published(NamedTuple):
-    """Values by model, and who published them."""
+    """The published values of each model, and their source."""
 
     values: dict[str, float]
     source: str
@@ -82,7 +82,7 @@ REFERENCE_FILE = "reference.json"
 def save_reference(directory: str | Path, model: str, results: dict[str, Any]) -> Path:
     """Store a model's results on the validation split of a dataset in the dataset's `reference.json`.
 
-    The entries of other models do not change.
+    The entries of other models do not change. Returns the path of the file.
 
     Args:
         results: "loss" in nats per token, "bits_per_byte", "tokens", and "tokenizer", the kind of the tokenizer.
@@ -93,7 +93,10 @@ def save_reference(directory: str | Path, model: str, results: dict[str, Any]) -
 
 
 def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """Read the results stored by `save_reference`, by model. Raises ValueError if the file is damaged."""
+    """Return the results that `save_reference` stored, with the model's name as the key; empty if there are none.
+
+    Raises ValueError if the file is damaged.
+    """
     path = Path(directory) / REFERENCE_FILE
     if not path.exists():
         return {}

@@ -23,7 +23,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str, Any]]:
     """Load the rows of a dataset from the local cache of the hub, or download them.
 
-    Raises OSError if the dataset is neither in the cache nor can be downloaded.
+    Raises OSError if the dataset is not in the cache and cannot be downloaded.
     """
     # Imported here: the import takes seconds, and most tasks do not use the hub.
     from datasets import load_dataset

@@ -1,4 +1,4 @@
-"""The tasks of `eval.run` by name. A task is a function of the arguments and an evaluator that returns metrics."""
+"""The tasks of `eval.run` by name. A task is a function that turns the arguments and an evaluator into a TaskResult."""
 
 from __future__ import annotations
 
@@ -188,7 +188,9 @@ def run_corpus(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Tas
 def _slide(
     args: argparse.Namespace, evaluator: Evaluator, tokens: list[int], text: str | None, n_words: int
 ) -> TaskResult:
-    """Compute the perplexity of `tokens`. If given, `text` is the text of the tokens, and has `n_words` words.
+    """Compute the perplexity of `tokens`.
+
+    `text` is the text of the tokens, or None if it is unknown. `n_words` is its number of words before detokenization.
 
     The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
     There is then no metric per byte or per word, because the bytes and words would include text that was not scored.
@@ -202,7 +204,8 @@ def _slide(
     elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
-        # With --limit, only a part of the detokenized text is scored. How many words of the corpus it has is unknown.
+        # With --limit, only a part of the detokenized text is scored. It is unknown how many words this part had before
+        # detokenization.
         n_words = 0 if text is not None else sum(len(document.split()) for document in documents)
     else:
         n_bytes = len(text.encode())
@@ -211,7 +214,7 @@ def _slide(
 
 
 def _report_dropped_text(evaluator: Evaluator) -> None:
-    """Say on stderr that the tokenizer does not represent all of the text."""
+    """Report on stderr that the tokenizer does not represent all of the text."""
     if evaluator.processes.is_main:
         print(
             f"{evaluator.name}: decoding the tokens does not give the original text, so there is no figure per byte or "

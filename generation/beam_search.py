@@ -19,7 +19,7 @@ IMPOSSIBLE = -1.0e9
 
 
 class Beams(NamedTuple):
-    """The same number of hypotheses for each of B prompts: K running or finished ones, or the candidates of a step.
+    """A set of hypotheses: for each of B prompts, the K running ones, the K finished ones, or a step's candidates.
 
     A hypothesis is a prompt with one continuation. Running and finished hypotheses are sorted by descending score.
     """
@@ -28,7 +28,8 @@ class Beams(NamedTuple):
     scores: Tensor
     ids: Tensor  # (B, K, prompt + max_new_tokens)
     logprobs: Tensor  # (B, K, max_new_tokens), log-probability of each new token, from the unprocessed logits
-    origins: Tensor  # (B, K, max_new_tokens), row (below B * K) that each token was chosen in; -1: no token yet
+    # (B, K, max_new_tokens), row of the scores (B * K, V) that each new token was chosen from; -1: no token yet.
+    origins: Tensor
 
     @property
     def prompt_length(self) -> int:
@@ -111,12 +112,12 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     already has.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
-    # Each eos token ends at most K candidates, one for each beam. K more candidates do not end with an eos token.
+    # Each eos token ends at most K candidates, one for each beam. Add K, so that at least K candidates do not end.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
-        # With Gumbel noise, n_candidates can be drawn even if fewer have a nonzero probability. torch.multinomial does
-        # not support this.
+        # Fewer than n_candidates pairs may have a nonzero probability. With Gumbel noise, the scores also rank the
+        # pairs whose probability is rounded to 0. torch.multinomial would choose arbitrarily among these pairs.
         chosen = draw(totals, n_candidates, options.generator, gumbel=True)
     else:
         chosen = totals.topk(n_candidates).indices
@@ -137,7 +138,9 @@ def is_full(finished: Beams) -> Tensor:
 def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int, options: GenerationOptions) -> Beams:
     """Return the best num_beams hypotheses among the finished ones and the candidates that end in this step.
 
-    ended is (B, n_candidates), True for the candidates that end. length is the number of new tokens of the candidates.
+    Of the candidates, only the best num_beams count. With early_stopping=True, none are added to a prompt that already
+    has num_beams finished hypotheses. ended is (B, n_candidates), True for the candidates that end and whose prompt is
+    still searched. length is the number of new tokens of the candidates.
     """
     K = options.num_beams
     may_finish = ended & ~(is_full(finished) & (options.early_stopping is True))
@@ -160,7 +163,10 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
 
 
 def best_results(finished: Beams, records: dict[str, Any], options: GenerationOptions) -> GenerateOutput:
-    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the longest one."""
+    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the length of the longest one.
+
+    Raises ValueError if a prompt has fewer finished hypotheses, because too many tokens are banned.
+    """
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
     lengths = (best.origins >= 0).sum(dim=1)
     undivided = best.scores * lengths.clamp(min=1) ** options.length_penalty  # the sum of log-probabilities

@@ -94,18 +94,18 @@ def generate(  # type: ignore[empty-body]
         min_p: keep the tokens that are at least p times as probable as the most probable one.
         num_beams: number of beams of each prompt. Hypotheses are compared by
             log-probability / (new tokens ** length_penalty).
-        early_stopping: the condition that ends the search for a prompt after num_beams hypotheses are finished. True:
-            no other condition. False: no running beam, at its present length, scores higher than the worst finished
-            hypothesis. "never": no running beam could score higher, even with max_new_tokens tokens.
+        early_stopping: when the search for a prompt with num_beams finished hypotheses ends. True: at once. False: as
+            soon as no running beam, at its present length, scores higher than the worst finished hypothesis. "never":
+            as soon as no running beam could score higher, even with max_new_tokens tokens.
         repetition_penalty: for tokens that the row already contains, including its prompt, divide positive scores by
             this number and multiply negative scores by it.
         no_repeat_ngram_size: if n > 0, ban tokens that would repeat an n-gram of the row, including its prompt.
-        bad_words_ids: token sequences that must not be generated.
+        bad_words_ids: token sequences that must not be generated. A sequence of a single eos token is ignored.
         min_new_tokens: ban the eos tokens until a row has this number of new tokens.
         stop_strings: strings that end a row when they appear in its text. They need `tokenizer`.
         num_return_sequences: number of results for each prompt. They are adjacent rows.
         gumbel: sample with the Gumbel-max trick. The distribution stays the same, but the same seed gives other tokens.
-        sliding: allow more tokens than block_size. The model then sees the last block_size tokens.
+        sliding: allow more tokens than block_size. The model then sees only the last block_size tokens.
         eos_token_id: the token or tokens that end a row. The first one fills the rest of the row. None means the
             tokenizer's end-of-text if there are stop_strings, and no token otherwise.
         generator: one generator for all rows, or one for each of the B * num_return_sequences rows (in beam search, for
@@ -121,5 +121,6 @@ def generate(  # type: ignore[empty-body]
         fewer than max_new_tokens new tokens if all rows end earlier.
 
     Raises:
-        ValueError: an option is impossible, an id is outside the vocabulary, or the tokens do not fit in block_size.
+        ValueError: an option is impossible, an id is outside the vocabulary, the tokens do not fit in block_size, all
+            tokens are banned, or the model's logits are NaN.
     """

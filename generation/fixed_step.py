@@ -88,7 +88,7 @@ class FixedStep:
         return self.logits.clone()  # the next step overwrites them
 
     def _run(self) -> None:
-        """The operations of a step. They read and write only tensors that exist already."""
+        """Run the operations of a step. Position, mask and cache are updated in place."""
         transformer = self.model.transformer
         self.mask.index_fill_(3, self.position, 0.0)  # from now on, the new token may be attended to
         x = transformer.wte(self.tokens) + transformer.wpe(self.position_ids)  # (N, 1, C)
@@ -110,7 +110,7 @@ class FixedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for capturing. All calls return the same one, because cuBLAS keeps memory for each stream."""
+    """Return the stream for capturing. A device has only one, because cuBLAS keeps memory for each stream."""
     return torch.cuda.Stream(device)
 
 

@@ -34,8 +34,8 @@ class CachedForward:
     """The model's forward pass over growing rows: it reads only the new tokens, and the cache holds the earlier ones.
 
     If rows are longer than block_size, the model sees only their last block_size tokens, and each step moves these
-    tokens by one position. GPT-2's position embeddings are learned and absolute, so a token has other keys and values
-    at another position. The cache is then useless, and each step reads all block_size tokens again.
+    tokens by one position. GPT-2's position embeddings are learned and absolute, so the keys and values of a token
+    change with its position. The cache is then useless, and each step reads all block_size tokens again.
     """
 
     def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> None:
@@ -65,7 +65,7 @@ class CachedForward:
             logits, output = self._read_one(ids[:, -1:]), GPTOutput(cache=self.cache)
         else:
             logits, output = self._read(ids, first)
-        if not self.checked and logits.isnan().any():  # only once: the host waits for the result
+        if not self.checked and logits.isnan().any():  # only once, because the host waits for the result
             raise ValueError(
                 "the model's logits are NaN: its weights are damaged or overflow in this dtype. Use another "
                 "checkpoint or float32"
@@ -115,8 +115,8 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether the last token completes a stop string. The token's text may continue after the stop string.
 
-    An end-of-text token is not part of the text; an empty prompt, for example, consists of one. So the search begins
-    after the last end-of-text token, without counting the last token of `ids`.
+    End-of-text tokens are not part of the text. (An empty prompt, for example, becomes one end-of-text token.) So the
+    search begins after the last end-of-text token in ids[:-1].
     """
     # A stop string of n bytes spans at most n tokens, because each token has at least one byte.
     tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]
@@ -132,7 +132,7 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
     mask is (N, T) or longer, 0 for padding, or None. Padding is not searched for stop strings.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # one by one, because the host would have to wait to copy them to the device as a tensor
+    for token in options.eos:  # one by one: copying a tensor of them to the device would make the host wait
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

@@ -47,7 +47,7 @@ SETTINGS = {
 
 def run(args: argparse.Namespace) -> None:
     """Load the model that the arguments of sample.py select, and continue prompts from the terminal."""
-    with contextlib.suppress(ImportError):  # not on Windows; the import gives input() line editing and a history
+    with contextlib.suppress(ImportError):  # readline gives input() line editing and a history; Windows lacks readline
         import readline  # noqa: F401
     model, tokenizer, name, size = load(args)
     print(f"{name}: {size}")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 class Session:
     """The state of `sample.py --interactive`: the settings, the seed of the next sample, and the last text.
 
-    Each prompt is continued by itself: the model sees earlier ones only after `:more`.
+    The model sees only the current prompt, not the earlier ones. `:more` uses the last text as the prompt.
     """
 
     def __init__(self, args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> None:
@@ -86,7 +86,11 @@ class Session:
                 print()
 
     def answer(self, prompt: str) -> None:
-        """Print `num_samples` continuations of a prompt as they are generated."""
+        """Print `num_samples` continuations of a prompt as they are generated.
+
+        If `show_probs` is set, first print the table of probabilities. Raises ValueError, and prints nothing, if the
+        model cannot continue the prompt.
+        """
         options = self.check(prompt)
         if self.args.show_probs:
             print_probabilities(self.model, self.tokenizer, prompt, self.args.show_probs)
@@ -95,7 +99,7 @@ class Session:
             self.last_text = prompt + print_stream(self.model, self.tokenizer, prompt, seed, options)
 
     def command(self, name: str = "", *values: str) -> None:
-        """Carry out a line that starts with a colon. Raises ValueError if it is not a command."""
+        """Run a command, given as the words of its line without the colon. Raises ValueError if it is impossible."""
         setting = name.replace("-", "_")
         if name == "help" and not values:
             print(HELP)
@@ -111,7 +115,8 @@ class Session:
     def change(self, name: str, value: str) -> None:
         """Change a setting. Raises ValueError, and changes nothing, if the value is impossible.
 
-        After a change of temperature, top_k or top_p, decoding is greedy if the temperature is 0, otherwise sampling.
+        A change of temperature, top_k or top_p also selects the method: greedy decoding if the temperature is 0,
+        otherwise sampling.
         """
         setting, before, vocab_size = SETTINGS[name], dict(vars(self.args)), self.model.config.vocab_size
         line = f":{name.replace('_', '-')} {value}".strip()

@@ -108,14 +108,18 @@ class GenerationOptions:
 
 
 class GenerateOutput(NamedTuple):
-    """The result of `generate` with return_dict=True. Outputs that were not requested are None. S = number of steps."""
+    """The result of `generate` with return_dict=True. Outputs that were not requested are None.
+
+    S is the number of steps. N is B * num_return_sequences, but in beam search logits, scores, hidden_states and
+    attentions have B * num_beams rows.
+    """
 
     sequences: Tensor  # (N, prompt + S); filled with eos after the end of a row
     logprobs: Tensor  # (N, S), log-probability of each new token, from the unprocessed logits; 0 after the end of a row
-    sequences_scores: Tensor  # (N,), (sum of logprobs; beam search: of scores) / new tokens ** length_penalty
+    sequences_scores: Tensor  # (N,), sum of logprobs (in beam search, of scores) / new tokens ** length_penalty
     lengths: Tensor  # (N,), number of new tokens of each row, including the token that ended it
     logits: list[Tensor] | None = None  # S tensors (N, V), float32, unprocessed
     scores: list[Tensor] | None = None  # S tensors (N, V), processed logits; beam search: log-probabilities
-    hidden_states: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer + 1 tensors; step 0: whole prompt
+    hidden_states: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer + 1 tensors; step 0 reads the prompt
     attentions: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer tensors
     beam_indices: Tensor | None = None  # (N, S), row of `scores` that each token was chosen from; -1 after the end

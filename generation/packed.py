@@ -1,6 +1,7 @@
 """Store a model's weights in a layout that makes decoding faster.
 
-In decoding, a weight matrix multiplies only a few rows at a time, so converting it to this layout each time is slow.
+In decoding, a weight matrix is multiplied by only a few rows at a time. If the matrix were converted to this layout for
+each product, the conversion would take a large part of the time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class DecodingHead(nn.Module):
     """Compute float32 logits (N, V) from hidden states (N, C), with a matrix product in the dtype of the weights.
 
     If the dtype is less precise than float32, the product uses the head minus its mean row (`centered_head` explains
-    why). The logit that belongs to the mean row, one number for each row of x, is then added in float32.
+    why). Then the product of x and the mean row, one number for each row of x, is added to the logits in float32.
     """
 
     def __init__(self, weight: Tensor, *, pack: bool) -> None:

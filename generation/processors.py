@@ -94,7 +94,7 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
             scores = scores.clone()
-            for token in options.eos:  # one by one, because the host would have to wait to copy them as a tensor
+            for token in options.eos:  # one by one: copying a tensor of them to the device would make the host wait
                 scores[:, token] = BANNED
         for processor in custom:
             scores = processor(ids, scores)

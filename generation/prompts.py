@@ -1,4 +1,4 @@
-"""Turn prompts into a batch of token ids and an attention mask, and check everything that a request needs."""
+"""Turn prompts into a batch of token ids and an attention mask, and check whether the model can process a request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int
 
 
 def left_pad(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad prompts of different lengths on the left with `fill`. Returns ids (B, T) and attention mask (B, T)."""
+    """Pad prompts of different lengths on the left with `fill`. Returns ids (B, T) and attention mask (B, T).
+
+    Raises ValueError if there are no prompts, or if a prompt is empty.
+    """
     if any(isinstance(prompt, int) for prompt in prompts):
         raise ValueError("got one list of ids, expected a list of such lists, one for each prompt")
     if not prompts or not all(len(prompt) for prompt in prompts):
@@ -35,7 +38,7 @@ def prepare_prompts(
     """Check whether the model can process a request, and return the batch that decoding starts with.
 
     Returns:
-        ids: (N, T), on the model's device. Each prompt has num_return_sequences adjacent rows, or in beam search one.
+        ids: (N, T) on the model's device. A prompt has num_return_sequences adjacent rows, or one row in beam search.
         mask: (N, T + max_new_tokens), or None if no prompt is padded.
 
     Raises:

@@ -48,7 +48,7 @@ def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] 
 def draw_without_waiting(probabilities: Tensor, count: int, generator: Generator | None) -> Tensor:
     """Sample without replacement, (N, V) -> (N, count), with the same computation and result as `torch.multinomial`.
 
-    `torch.multinomial` also checks the probabilities, and the host has to wait for the GPU to know the result.
+    `torch.multinomial` also checks the probabilities, and the host has to wait for the GPU's result of this check.
     """
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / noise).topk(count).indices
@@ -72,7 +72,8 @@ def sample_steps(
     """Continue ids (N, T) greedily or by sampling, and yield each step as soon as its tokens are chosen.
 
     mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. The function checks only after every
-    `check_every` steps whether all rows have ended, so in the last steps yielded all rows may already have ended.
+    `check_every` steps whether all rows have ended. So after all rows have ended, it may yield up to check_every - 1
+    more steps. Raises ValueError if all tokens of a row are banned.
     """
     rows, prompt_length = ids.shape
     length = prompt_length + options.max_new_tokens
@@ -106,9 +107,10 @@ def sample_steps(
 
 
 def steps_between_checks(device: torch.device, options: GenerationOptions) -> int:
-    """Return after how many steps to check whether all rows have ended.
+    """Return the number of steps between two checks whether all rows have ended.
 
-    With stop strings, the host waits for the GPU in each step anyway, so it also checks after each step.
+    The number is larger than 1 only on CUDA, where a check makes the host wait for the GPU. With stop strings, the host
+    waits in each step anyway, so the number is 1.
     """
     return STEPS_BETWEEN_CHECKS if device.type == "cuda" and not options.stop_strings else 1
 
@@ -126,7 +128,7 @@ def sample(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOpti
             record(records, step.logits, step.scores, step.output)
             logprob = -F.cross_entropy(step.logits, step.tokens, reduction="none")
             logprobs.append(logprob.where(step.running, 0.0))
-    steps = int(lengths.max())  # there may be more steps, in which all rows had ended
+    steps = int(lengths.max())  # `tokens` may hold more steps, made after all rows had ended
     sequences = torch.cat((ids, torch.stack(tokens[:steps], dim=1)), dim=1)
     if not options.return_dict:
         return sequences
@@ -158,6 +160,9 @@ def gumbel_softmax(
 
     Returns:
         (B, max_new_tokens, V). Each row of V numbers sums to 1.
+
+    Raises:
+        ValueError: the temperature is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")

@@ -76,7 +76,7 @@ def first_seed(args: argparse.Namespace) -> int:
 def find_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts of --prompt or --file, or else the text that is piped or redirected to standard input.
 
-    Without any of these, the only prompt is empty.
+    Without any of these, return a single empty prompt.
     """
     if args.file:
         return read_prompts(args.file)
@@ -138,7 +138,7 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
 def printable(text: str) -> str:
     """Return text for the standard output: on a terminal, control characters are replaced by escapes, such as \\x1b.
 
-    Otherwise, text from a model or a file could move the cursor, or change the title and the colors of the terminal.
+    Control characters in text from a model or a file could move the cursor, or change the terminal's title and colors.
     """
     if not sys.stdout.isatty():
         return text
@@ -146,7 +146,7 @@ def printable(text: str) -> str:
 
 
 def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> None:
-    """Print a table of the `count` most probable next tokens."""
+    """Print a table of the `count` most probable next tokens. Raises ValueError if the vocabulary has fewer tokens."""
     if count > model.config.vocab_size:
         raise ValueError(f"--show-probs {count} is more than the vocabulary of {model.config.vocab_size}")
     ids = [encode_prompt(tokenizer, prompt)]

@@ -30,8 +30,8 @@ def stream(
 ) -> Iterator[StreamedToken]:
     """Continue one prompt and yield each new token as soon as it is chosen. The text of an eos token is empty.
 
-    The options are those of `generate`, without beam search and several sequences. The joined texts are the decoded
-    continuation.
+    The options are those of `generate`, without beam search and several sequences. The texts of all tokens together are
+    the decoded continuation. An impossible request raises ValueError at the call, before the first token.
     """
     chosen = GenerationOptions(max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
     if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
@@ -44,7 +44,7 @@ def stream(
 def _stream_tokens(
     model: GPT, tokenizer: Tokenizer, ids: Tensor, mask: Tensor | None, options: GenerationOptions
 ) -> Iterator[StreamedToken]:
-    pending: list[int] = []  # tokens whose last character is incomplete
+    pending: list[int] = []  # tokens that are not in a yielded text yet, because a character is incomplete
     for step in sample_steps(model, ids, mask, options):
         token = int(step.tokens[0])
         if token not in options.eos:
@@ -77,7 +77,7 @@ def generate_text(
     progress: Callable[[int], object] | None = None,
     **options: Any,
 ) -> list[Completion]:
-    """Continue any number of prompts in batches of similar length.
+    """Continue any number of prompts in batches. The prompts of a batch have similar lengths.
 
     Args:
         batch_size: the largest number of prompts that are continued together.

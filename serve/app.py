@@ -136,7 +136,7 @@ def check_model(asked: Any, name: str) -> None:
 
 
 async def next_event(job: Job) -> Part | None:
-    """Return the next part of a job, or None at its end. Raises RequestError or another error of the job."""
+    """Return the next part of a job, or None at its end. If the job has failed, raises the error of the job."""
     event = await job.events.get()
     if isinstance(event, Exception):
         raise event
@@ -183,7 +183,10 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
 
 
 async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
-    """Yield server-sent events, one for each part. If the client disconnects, the job is canceled."""
+    """Yield server-sent events: one for each part, then an error or the requested usage, if any, and "[DONE]".
+
+    If the client disconnects, the job is canceled.
+    """
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}
     n_tokens = 0

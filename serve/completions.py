@@ -1,6 +1,6 @@
 """OpenAI's protocol for completions: parse a request, and format the parts of a response.
 
-https://platform.openai.com/docs/api-reference/completions describes it. The fields `top_k`, `num_beams` and
+https://platform.openai.com/docs/api-reference/completions describes the protocol. The fields `top_k`, `num_beams` and
 `sliding` are additions.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 MAX_TOKENS = 4096  # new tokens of one completion
-MAX_CHOICES = 16  # completions of one request: the prompts times n
+MAX_CHOICES = 16  # completions of one request: the number of prompts times n
 MAX_STOPS = 8
 MAX_STOP_LENGTH = 200  # characters
 MAX_LOGPROBS = 20
@@ -54,7 +54,7 @@ class CompletionRequest:
     stream: bool = False
     include_usage: bool = False  # whether a stream ends with the numbers of tokens
     echo: bool = False
-    sliding: bool = False  # allow more tokens than block_size; the model sees the last block_size of them
+    sliding: bool = False  # allow more tokens than block_size; the model sees only the last block_size tokens
 
 
 class TokenInfo(NamedTuple):
@@ -66,7 +66,7 @@ class TokenInfo(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A whole completion, or the next part of its stream."""
+    """A whole completion, or a part of a completion that is generated in several parts."""
 
     number: int  # index of the completion in the request
     text: str
@@ -192,7 +192,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any]:
-    """Return a part as an entry of "choices". `offset` is the number of characters before it."""
+    """Return a part as an entry of "choices". `offset` is the number of characters before the part."""
     logprobs = None
     if with_logprobs:
         offsets = [offset]

@@ -118,7 +118,7 @@ class Engine:
         request = job.request
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in request.prompts]
         job.prompt_tokens = sum(map(len, prompts))
-        for prompt in prompts:  # all prompts first, because a stream that has begun cannot be refused
+        for prompt in prompts:  # check all before the first part: a stream that has begun cannot be refused
             check_prompt(self.model, self.tokenizer, prompt, request)
         seed = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
         for i, prompt in enumerate(prompts):
@@ -194,7 +194,7 @@ class Engine:
         return TokenInfo(self._label(token), float(logprobs[token]), alternatives)
 
     def _label(self, token: int) -> str:
-        """Return the text of a token. For part of a character, the text is bytes:\\xf0, as in OpenAI's protocol."""
+        """Return the text of a token. A token with part of a character gives "bytes:\\xf0", as in OpenAI's protocol."""
         text = self.tokenizer.decode_bytes([token])
         try:
             return text.decode()
@@ -209,7 +209,7 @@ def check_prompt(model: GPT, tokenizer: Tokenizer, prompt: list[int], request: C
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Return the index in `text` at which the first stop string begins, or None if there is none."""
+    """Return the first index in `text` at which a stop string begins, or None if `text` contains no stop string."""
     return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
 

@@ -16,8 +16,8 @@ from device import autocast, native_dtypes
 def train(directory: str, device: str, rows: int, tokens: int) -> Run:
     """Set up nanoGPT's training step of the 124M model with its own optimizer and padded vocabulary.
 
-    On a CPU it computes in float32 and is not compiled, as its README recommends. On CUDA it is compiled and computes
-    in the GPU's 16-bit precision and TF32, as its train.py does.
+    On a CPU, the model computes in float32 and is not compiled, as nanoGPT's README recommends. On CUDA, the model is
+    compiled and computes in the GPU's 16-bit precision and TF32, as in nanoGPT's train.py.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ BATCH_CHARACTERS = 1 << 26  # characters of text that one call encodes
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up encode_ordinary_batch(). Each run writes its ids to a new directory beside the .jsonl file `corpus`."""
+    """Set up tiktoken's encode_ordinary_batch(). Each run writes ids to a new directory beside the file `corpus`."""
     tokenizer: Any = load_tokenizer("gpt2")
 
     def run() -> None:
