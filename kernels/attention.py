@@ -1,6 +1,6 @@
 """The choice of PyTorch's attention kernel on CUDA, and a faster backward pass for training on a CPU below float32.
 
-`CausalAttention` has PyTorch's forward pass. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with
+`CausalAttention` uses PyTorch's forward pass. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with
 avx512_bf16, one thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as the one here and is slightly
 less accurate.
 """
@@ -20,16 +20,16 @@ from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_k
 # The backends of scaled_dot_product_attention that need no preparation for a new shape. The fourth backend, cuDNN,
 # builds a plan for each new shape, which takes up to half a second.
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# Newer forms of FlashAttention by the major compute capability of the card: the name in PyTorch, and the module needed.
+# Newer forms of FlashAttention: major compute capability of the card -> (name in PyTorch, module that it needs).
 NEWER_FLASH_ATTENTION = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}
 
 # The backward pass handles a block of 128 queries and at most about a million attention weights at a time. More would
-# leave the CPU's cache, fewer would make the matrix products too small to be fast.
+# not fit into the CPU's cache; fewer would make the matrix products too small to be fast.
 BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
 
 
 def attention_backends(device: torch.device, *, fixed_shapes: bool) -> AbstractContextManager:
-    """Exclude cuDNN from the kernels of `F.scaled_dot_product_attention` on CUDA, unless the shapes are fixed.
+    """Return a context that excludes cuDNN from PyTorch's attention kernels on CUDA, unless the shapes are fixed.
 
     In pretraining, all batches have one shape. cuDNN builds one plan for it and is then often the fastest kernel. In
     decoding, evaluation and classification, almost every batch has another shape, which would need a new plan.
@@ -53,8 +53,8 @@ def fused_attention(
 def use_newer_flash_attention(device: torch.device, dropout: float) -> str | None:
     """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card; return its name, or None.
 
-    cuDNN is then switched off, because PyTorch may prefer it. FlashAttention 3 and 4 do not support dropout of
-    attention weights.
+    cuDNN is then switched off, because PyTorch may prefer cuDNN. With dropout, nothing is changed: FlashAttention 3 and
+    4 do not support dropout of attention weights.
     """
     if device.type != "cuda" or dropout:
         return None

@@ -23,7 +23,9 @@ from torch import Tensor
 from kernels.compiled import Compiled
 from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
 
-HEAD_MULTIPLE = 128  # rows of the padded head: 50,304 for GPT-2. Tensor cores need 8; 128 is the width of their tiles
+# The padded head has a multiple of this number of rows: 50,304 for GPT-2. Tensor cores need a multiple of 8, and their
+# tiles are 128 wide.
+HEAD_MULTIPLE = 128
 FEWEST_ROWS, MOST_ROWS = 512, 8192  # rows of logits at a time; more than 8,192 make the products hardly faster
 LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use
 

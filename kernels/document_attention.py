@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from kernels.attention import causal_attention_gradients
 
-# If q, k and v are below float32, the backward pass of a document of at most this number of tokens is PyTorch's kernel
-# in float32. The matrix products of so few tokens are too small to be faster in bfloat16: on an Intel Xeon,
-# `causal_attention_gradients` takes 2.6 to 10 times as long.
+# If q, k and v have a precision below float32, documents of at most this number of tokens are converted to float32 for
+# PyTorch's backward kernel. The matrix products of so few tokens are too small to be faster in bfloat16: on an Intel
+# Xeon, `causal_attention_gradients` takes 2.6 to 10 times as long.
 SHORT = 256
 
 
@@ -92,7 +92,10 @@ class DocumentAttention(torch.autograd.Function):
 
 
 def find_documents(ids: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows and the tokens of each document of ids (B, T). Neighboring rows with equal borders are joined."""
+    """Yield the slices (rows, tokens) of each document of ids (B, T).
+
+    Neighboring rows whose documents have the same borders are yielded together.
+    """
     ends = [[*(torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist(), len(row)] for row in ids]
     first = 0
     for row in range(1, len(ends) + 1):
@@ -127,7 +130,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def document_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to q, k and v, given the gradient `dy` of the output; all (B, H, T, D)."""
+    """Return the gradients with respect to q, k and v, given the gradient `dy` of the output; all (B, H, T, D).
+
+    y and log_sums are the results of `attend_documents`.
+    """
     gradients = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     for rows, tokens in find_documents(ids):
         part = [t[rows, :, tokens] for t in (dy, q, k, v, y, log_sums)]

@@ -16,14 +16,14 @@ def gelu(x: Tensor) -> Tensor:
     # exact form, the logits of the released weights would differ from those of every other implementation.
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh u)/2 is sigmoid(2u), and on a CPU the compiler's kernel for sigmoid takes half the time of that for tanh
+    # (1 + tanh u)/2 is sigmoid(2u). On a CPU, the compiler's kernel for sigmoid takes half the time of its tanh kernel.
     z = x.float()
     u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
     return (z * torch.sigmoid(2 * u)).to(x.dtype)
 
 
-# Activations by their names in transformers: first GPT-2's, then those of GPT-2 variants. `gelu` is the exact form with
-# erf, which nanoGPT uses.
+# Activations by their names in transformers: first GPT-2's, then those of GPT-2 variants. "gelu" is the exact form
+# with erf, which nanoGPT uses.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": gelu,
     "gelu": F.gelu,

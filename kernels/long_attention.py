@@ -13,7 +13,7 @@ a query attends to the keys of all rounds. Two points differ from the paper:
   chunks do not limit them. So the loss measures the probability of a text, and cached decoding gives the same result
   as a pass over the whole text.
 
-`Window` and `LSH` have two methods: the call is the fast form, and `mask` is the plain form, which returns the keys
+`Window` and `LSH` have two methods: `__call__` is the fast form, and `mask` is the plain form, which returns the keys
 that each query attends to. Memory grows with T in the fast forms and with T² in the plain forms.
 """
 
@@ -78,7 +78,7 @@ class Window(NamedTuple):
 
 
 class LSH(NamedTuple):
-    """Each token attends to itself and, in each of `rounds`, to the last `chunk` earlier keys of its query's bucket."""
+    """Each token attends to itself and, in each round, to the last `chunk` earlier keys in the bucket of its query."""
 
     buckets: int  # 1 or even
     rounds: int
@@ -168,11 +168,11 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The fast form of LSH
 #
-# All sequences and heads are one list of N queries and one of M keys. In each round, queries and keys are sorted by
-# sequence and head, then by bucket, then by position. After sorting, the keys that a query sees are a range of at most
-# `chunk` neighbors. The sorted keys are cut into blocks of `chunk` keys, so a range lies in at most two neighboring
-# blocks. Queries whose ranges end in the same block are processed together with two blocks of keys, in groups of equal
-# size.
+# The queries of all sequences and heads form one list of N queries, the keys form one list of M keys. In each round,
+# queries and keys are sorted by sequence and head, then by bucket, then by position. After sorting, the keys that a
+# query sees are a range of at most `chunk` neighbors. The sorted keys are cut into blocks of `chunk` keys, so a range
+# lies in at most two neighboring blocks. Queries whose ranges end in the same block are processed together with these
+# two blocks of keys, in groups of equal size.
 
 
 class Round(NamedTuple):
@@ -227,7 +227,10 @@ def group_queries(order: Round, chunk: int) -> Groups:
 
 
 def into_blocks(sorted_keys: Tensor, chunk: int, fill: int) -> Tensor:
-    """Cut a tensor (M,) into blocks, (1 + ceil(M / chunk), chunk). An extra first block, and padding, have `fill`."""
+    """Cut a tensor (M,) into blocks, (1 + ceil(M / chunk), chunk).
+
+    An extra first block and the padding of the last block contain `fill`.
+    """
     return F.pad(sorted_keys, (chunk, -len(sorted_keys) % chunk), value=fill).unflatten(0, (-1, chunk))
 
 
@@ -244,10 +247,11 @@ class Part(NamedTuple):
 
 
 def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
-    """Yield the groups of the last of `rounds`. A key that a query sees in an earlier round is hidden from it here.
+    """Yield the groups of the last of `rounds`, for q (N, D), k and v (M, D).
 
-    q (N, D), k and v (M, D). So each key counts once. In the paper (appendix A), a key that a query sees in n rounds
-    has the weight 1/n in each of these rounds, which gives the same result.
+    Keys that a query has seen in an earlier round are hidden from this query, so each key counts once. In the paper
+    (appendix A), a key that a query sees in n rounds has the weight 1/n in each of these rounds, which gives the same
+    result.
     """
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
@@ -371,7 +375,10 @@ def lsh_attention_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_total: Tensor,
     keys: Tensor, queries: Tensor, first: Tensor, last: Tensor, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients with respect to q, k and v, given that of y (`dy`) and the results of `lsh_attention`."""
+    """Return the gradients with respect to q, k and v.
+
+    `dy` is the gradient of y. The arguments from y to last are the results of `lsh_attention`.
+    """
     (_, _, T, D), S = q.shape, k.size(2)
     chunk, scale = min(chunk, S), 1 / math.sqrt(D)
     orders = [Round(*fields) for fields in zip(keys, queries, first, last, strict=True)]

@@ -32,7 +32,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of the logits x weightᵀ, in nats, over the targets that are not IGNORE_INDEX.
 
     x (N, C), weight (V, C), targets (N,). If all targets are IGNORE_INDEX, the result is 0 instead of NaN, so for every
-    batch the mean times the number of counted targets is the sum. Under autocast the matrix products run in its dtype.
+    batch the mean times the number of counted targets is the sum. Under autocast, matrix products run in the dtype of
+    autocast.
 
     Raises NotImplementedError in forward-mode differentiation, such as `torch.func.jvp`.
     """
@@ -54,9 +55,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def centered_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the head (V, C) in `dtype`; below float32, the mean row is subtracted from each row first.
 
-    Subtracting the mean row shifts all logits of a position equally, so softmax is unchanged. It makes the logits
-    smaller and their rounding finer: those of the released GPT-2 lie near -80, where neighboring bfloat16 numbers are
-    0.5 apart.
+    Subtracting the mean row shifts all logits of a position equally, so softmax is unchanged. The logits become
+    smaller, and their rounding finer: the logits of the released GPT-2 lie near -80, where neighboring bfloat16 numbers
+    are 0.5 apart.
     """
     if dtype.itemsize >= 4:
         return weight.to(dtype)
@@ -79,7 +80,7 @@ def loss_and_gradients(
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
     head = centered_head(weight, dtype)
     # Softmax needs float32, and a few rows at a time need little memory. On a CPU, 64 rows nearly fit into the cache.
-    # On a GPU, one launch processes all rows of a chunk.
+    # On a GPU, one kernel launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half, so that a small batch has no tensor of all logits
     buffer = head.new_empty(rows, len(weight))

@@ -1,4 +1,4 @@
-"""Checkpoints: directories that other tools load as a GPT-2, with the state of training beside the model.
+"""Checkpoints: directories that other tools can load as a GPT-2, and that also hold the training state.
 
     checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
                                trainer/optimizer.safetensors trainer/state.json   manifest.json
@@ -35,9 +35,10 @@ from weights import save_weights
 
 
 def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return copies in host memory of the weights by name and the optimizer state by `parameter name/key`.
+    """Copy the weights and the optimizer state to host memory. Return both as dictionaries.
 
-    Sharded tensors are gathered, so every process must call this function. Only the main process gets the tensors.
+    The keys of the optimizer state are "<parameter name>/<key>". Sharded tensors are gathered, so every process must
+    call this function. Only the main process gets the tensors.
     """
     from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
@@ -52,7 +53,10 @@ def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Ten
 
 
 def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) -> None:
-    """Load the optimizer state of a checkpoint. Learning rates and other hyperparameters stay as configured."""
+    """Load the optimizer state of a checkpoint. Learning rates and other hyperparameters stay as configured.
+
+    Raises ValueError if the file of the state is not a safetensors file.
+    """
     from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
     state: dict[str, Any] = {}
@@ -65,15 +69,15 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor
-    # Only the parameter groups are needed. This call has no full_state_dict, which would gather the whole state on each
-    # process and could fill a GPU.
+    # Only the parameter groups are needed here. So do not set the option full_state_dict: it would gather the whole
+    # state on each process and could fill a GPU.
     groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
 
 
 def check_finite(tensors: dict[str, Tensor], step: int) -> None:
-    """Raise FloatingPointError if a value after `step` is NaN or infinite. The message names the first such tensor."""
+    """Raise FloatingPointError if a value is NaN or infinite. The message names the first such tensor and the step."""
     for name, tensor in tensors.items():
         # Check only the smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, aminmax
         # needs no second tensor of this size.
@@ -88,7 +92,8 @@ class Checkpoints:
         directory: runs/<name>/checkpoints.
         keep: number of newest checkpoints to keep, in addition to the one with the best validation loss.
         on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
-            the error. "continue": this call prints the error on stderr, and only `wait(last=True)` raises it.
+            the error. "continue": the next call only prints the error on stderr. If the next call is
+            `wait(last=True)`, the error is raised for either value.
         resumed: the checkpoint from which the run resumes, see `find_newest`.
         damaged: damaged checkpoints that are newer than `resumed`. They are never deleted.
 
@@ -111,7 +116,7 @@ class Checkpoints:
         return self.directory / f"step-{step:06d}"
 
     def best(self) -> tuple[float, Path] | None:
-        """Return the lowest validation loss of the existing checkpoints, and its checkpoint; or None (`find_best`)."""
+        """Return the lowest validation loss and the existing checkpoint with this loss, or None; see `find_best`."""
         return find_best(self.directory, self._unreadable)
 
     def advice(self) -> str:
@@ -122,10 +127,10 @@ class Checkpoints:
     def save(
         self, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, state: dict[str, Any], *, write: bool
     ) -> None:
-        """Copy model and optimizer state to host memory, and start the thread that writes them.
+        """Copy the weights and the optimizer state to host memory, and start a thread that writes them.
 
-        Every process must call this method, because sharded tensors are gathered. Only one process writes. The method
-        waits until the previous checkpoint is written.
+        Every process must call this method, because sharded tensors are gathered. Only one process writes. This
+        process first waits for the previous checkpoint, and raises the errors that `wait` raises.
 
         Args:
             state: the content of trainer/state.json; its "step" names the directory.
@@ -156,7 +161,7 @@ class Checkpoints:
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise or print the error of the last `save` if its thread has ended. Do not wait for a thread that writes."""
+        """Raise or print the error of the last `save` if its thread has ended. Do not wait for a running thread."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
@@ -167,7 +172,8 @@ class Checkpoints:
             last: no other checkpoint follows, so an error is raised for either value of `on_error`.
 
         Raises FloatingPointError if the weights or the optimizer state of the checkpoint are not finite. Raises OSError
-        if the checkpoint could not be written and `on_error` is "stop" or `last` is True.
+        if the checkpoint could not be written and `on_error` is "stop" or `last` is True. If `on_error` is "continue"
+        and `last` is False, the error is printed on stderr instead.
         """
         if self._thread is not None:
             self._thread.join()
@@ -203,7 +209,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # frees the space for the next attempt
             raise
         replaced = None
-        if final == self._resumed:  # the same step again: only its validation loss is new
+        if final == self._resumed:  # the run resumed from this checkpoint, and adds a validation loss to it
             replaced = final.rename(f"{final}.replaced{PARTIAL_SUFFIX}")
         elif os.path.lexists(final):  # a damaged checkpoint, from which the run could not resume
             names = (final.with_name(f"{final.name}.damaged{n or ''}") for n in itertools.count())
@@ -216,7 +222,7 @@ class Checkpoints:
         self._prune()
 
     def _flush(self, *directories: Path) -> None:
-        """Flush directories to the disk. If that fails, only print one warning: the checkpoint is still complete."""
+        """Flush directories to the disk. If this fails, print one warning only: the checkpoint is still complete."""
         try:
             for directory in directories:
                 sync_directory(directory)

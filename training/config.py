@@ -290,7 +290,7 @@ class Config:
                 )
 
     def _check_final_tokens(self) -> None:
-        """Raise ValueError if eval.final_tokens is given, but would score nothing or no more than eval.tokens."""
+        """Raise ValueError if eval.final_tokens is set, but no validation runs or each scores as many tokens."""
         final, tokens = self.eval.final_tokens, self.eval.tokens
         if final is None:
             return
@@ -315,15 +315,15 @@ class Config:
             raise ValueError(f"data.mixture has {twice} twice: list it once, with the sum of its weights")
 
     def model_config(self, vocab_size: int, initial: ModelFiles | None = None) -> GPTConfig:
-        """Return the configuration of the model to train: from scratch, or of the model of model.init_from.
+        """Return the configuration of the model to train: a new model, or the one that model.init_from names.
 
         Args:
             vocab_size: number of tokens of the dataset's tokenizer. The vocabulary in the files of `initial` may be
                 larger, because it may be padded.
-            initial: the model that the run starts from, or None. If model.init_from is scratch, `initial` is a
-                checkpoint, and its shape is not used.
+            initial: the model that the run starts from, or None. If model.init_from is scratch, this model is a
+                checkpoint of a run. Its shape is then not used, because the fields of `model` define the shape.
 
-        Raises ValueError if the fields of `model` are not valid, or contradict the model of model.init_from.
+        Raises ValueError if the fields of `model` are not valid, or contradict the model that model.init_from names.
         """
         asked = self.model
         if initial is None or asked.init_from == "scratch":
@@ -349,7 +349,7 @@ class Config:
         return fields
 
     def _shape_of(self, initial: ModelFiles) -> dict[str, Any]:
-        """Return the fields of GPTConfig of the model of model.init_from, with the block size of this run."""
+        """Return the fields of GPTConfig for the model that model.init_from names, with the block size of this run."""
         model, directory, found = self.model, initial.directory, initial.config
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(model, name) not in (None, getattr(found, name)):
@@ -385,7 +385,7 @@ class Flags:
     """Options of one start of train.py that are not part of the configuration."""
 
     dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
-    mfu: float | None = None  # fraction of the peak FLOP/s that the estimate assumes; None: estimate each part
+    mfu: float | None = None  # fraction of the peak FLOP/s to assume; None: estimate each part of a step
     verify: bool = False
     profile: bool = False
 
@@ -403,7 +403,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 @functools.cache
 def make_parser() -> ArgumentParser:
-    """Return the parser of train.py's command line. It is cached, because reading all docstrings of fields is slow."""
+    """Return the parser of train.py's command line. It is cached, because reading the fields' docstrings is slow."""
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run] [--verify] [--profile]",
@@ -433,7 +433,10 @@ def make_parser() -> ArgumentParser:
 
 
 def parse_command_line(arguments: list[str] | None = None) -> tuple[Config, Flags]:
-    """Parse train.py's command line. An error ends the process with a message and status 2."""
+    """Return the configuration and the flags of train.py's command line (default: the arguments of this process).
+
+    An error ends the process with a message and exit status 2.
+    """
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     names = {

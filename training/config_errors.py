@@ -44,9 +44,9 @@ EXPECTED: dict[Any, list[str]] = {
 
 
 def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str, Any]:
-    """Return the values in a configuration file by "section.field".
+    """Return the values in a configuration file, as a dictionary from "section.field" to the value.
 
-    The names in `flags` may stand beside the sections, as in the output of --print_config.
+    The file may also have the names in `flags` at its top level, as in the output of --print_config.
 
     Raises ValueError, which names the file, if the file is unreadable, is not a configuration or has an unknown field.
     """
@@ -94,7 +94,7 @@ def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
 def explain(message: str, arguments: list[str], fields: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
     """Rewrite jsonargparse's error message in plain words.
 
-    `files` maps the path of each configuration file to its values, by the name of the field.
+    `arguments` is the command line. `files` maps the path of each configuration file to its values (`read_fields`).
     """
     if unknown := re.search(r"unrecognized arguments: (--)?([^\s=]+)", message):
         option, name = unknown.groups()

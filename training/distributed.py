@@ -46,7 +46,8 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
     Blocks are compiled one by one, because they are also the units of communication. FSDP gathers the weights of a
     block before the block runs and shards them afterwards, in hooks that cannot be part of a graph. DDP averages the
     gradients of a block while the backward pass continues with the previous block. A single graph of the whole model
-    would return all gradients at its end. In eval mode, where shapes vary, the blocks run uncompiled.
+    would return all gradients at its end, too late for this overlap. In eval mode, where shapes vary, the blocks run
+    uncompiled.
     """
     import torch._dynamo.config as dynamo_config  # imported here: it takes a second, and few runs compile
 
@@ -64,12 +65,12 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
 def shard(model: GPT, dtype: torch.dtype) -> None:
     """Divide parameters, gradients and optimizer state between all processes with FSDP2.
 
-    `dtype` is the precision of autocast. The matrices of a block, which autocast would convert, are gathered in
-    `dtype`, with one collective operation for each block. All other parameters are gathered in float32, once for a
-    forward and backward pass. So the residual stream is float32, and the results are those of DDP.
+    `dtype` is the precision of autocast. The parameters of a block's linear layers, which autocast would convert, are
+    gathered in `dtype`, with one collective operation for each block. All other parameters are gathered in float32,
+    once for a forward and backward pass. So the residual stream is float32, and the results are the same as with DDP.
 
-    The other parameters include the LayerNorms of the blocks, which together are smaller than one matrix. Gathering
-    them block by block would take two thirds of all collective operations.
+    The other parameters include the LayerNorms of the blocks, which together are smaller than one matrix. If the
+    LayerNorms were gathered block by block, they would need two thirds of all collective operations.
     """
     # imported here: it takes a second, and few runs shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

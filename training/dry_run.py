@@ -1,4 +1,4 @@
-"""What a run costs, without training: `train.py --dry-run`."""
+"""Estimate what a run costs, without training: `train.py --dry-run`."""
 
 from __future__ import annotations
 
@@ -82,20 +82,20 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
 
 
 def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
-    """Return where the run would start, and a message if the checkpoint for the start is absent, otherwise "".
+    """Return where the run would start, and a message if the checkpoint that it needs is absent, otherwise "".
 
-    This function does not wait for other processes.
+    Unlike `find_start`, this function does not wait for other processes.
     """
     directory = Path(config.run.dir) / config.run.name / "checkpoints"
     try:
         return find_start(config, directory, Processes(0, 1, processes.device, processes.dtype)), ""
     except FileNotFoundError as error:
-        # If the error was about the model of model.init_from, this call raises it again.
+        # If the missing file is the model that model.init_from names, `find_initial_model` raises the error again.
         return Start(None, False, [], find_initial_model(config, None)), str(error)
 
 
 def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs | None) -> list[str]:
-    """Return lines about the checkpoint that the run would start from. Raises ValueError if it cannot start from it."""
+    """Return lines about the checkpoint that the run would start from. Raises ValueError if the run cannot use it."""
     if start.checkpoint is None:
         return []
     if inputs is None:  # without a dataset, the identity of the run is not known, so nothing is checked
@@ -109,7 +109,10 @@ def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs |
 
 
 def find_target(config: Config, processes: Processes, name: str) -> Target:
-    """Return the hardware with a name such as 8xH100, or that of this process. Raises ValueError for another name."""
+    """Return the hardware that `name` describes, such as 8xH100, or that of this process if `name` is "".
+
+    Raises ValueError if `name` has another form, or if the device is not in `device.CARDS`.
+    """
     if not name:
         device, hardware = processes.device, Hardware.of(processes)
         free, part = usable_memory(device)
@@ -135,7 +138,7 @@ def strategies(config: Config, count: int) -> dict[str, bool]:
 
 
 def choose_micro_batch(config: Config, workload: Workload, target: Target, *, sharded: bool) -> int | None:
-    """Return the micro-batch that a run on this hardware would use; None if not even one window fits."""
+    """Return the number of windows in a micro-batch on this hardware; None if not even one window fits."""
     if config.data.micro_batch != "auto":
         return min(config.data.micro_batch, workload.windows)
     return workload.fit_rows(target.budget, sharded=sharded)

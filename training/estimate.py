@@ -65,7 +65,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of a step and its hardware, from which FLOPs, memory and the size of micro-batches are computed."""
+    """The work of a step and the hardware that does this work. They determine FLOPs, memory and micro-batches."""
 
     model: GPTConfig
     n_parameters: int
@@ -77,7 +77,7 @@ class Workload:
 
     @classmethod
     def of(cls, config: Config, model: GPTConfig, n_parameters: int, hardware: Hardware) -> Workload:
-        """Return the workload of a run with this configuration, which has a model of `n_parameters` parameters."""
+        """Return the workload of a run with this configuration and a model of `n_parameters` parameters."""
         return cls(
             model,
             n_parameters,
@@ -100,7 +100,7 @@ class Workload:
 
     @property
     def seconds_at_peak(self) -> float | None:
-        """Seconds of a step if all devices computed at their peak (100% MFU); None if it is not known."""
+        """Seconds of a step if all devices computed at their peak (100% MFU); None if the peak is not known."""
         peak = self.hardware.peak_flops
         return self.flops / (peak * self.hardware.count) if peak else None
 
@@ -119,7 +119,7 @@ class Workload:
         # GELU's output is not kept.
         block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
-        # The peak is in one of three places. In the backward pass of a block, two tensors of 4 `width` channels exist
+        # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
         # (the output of GELU and its gradient, then the gradients of GELU's output and input), and two float32
         # gradients of the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those
         # of `muon_memory`. The part "logits" of the result already counts the memory of the loss, so "activations" has
@@ -168,31 +168,31 @@ class Workload:
 
 
 def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
-    """Return the bytes that the loss operator needs besides the head's gradient: see kernels/loss.py, cuda_loss.py."""
+    """Return the bytes that the loss operator needs besides the head's gradient: see kernels/{loss,cuda_loss}.py."""
     size = hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # a chunk of logits, and 64 rows of it in float32
         return min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size * size + 64 * model.vocab_size * 4
-    # A chunk of logits; the product that is added to the head's gradient, which in float32 and on ROCm is a tensor of
-    # its own (see `add_product`); and the gradient of the hidden states.
+    # A chunk of logits; the product that is added to the head's gradient (in float32 and on ROCm, `add_product` needs a
+    # separate tensor for it); and the gradient of the hidden states.
     chunk = min(tokens, rows_at_a_time(hardware.gpu_memory, model.vocab_size, size)) * padded(model.vocab_size) * size
     return chunk + 4 * padded(model.vocab_size) * model.n_embd + 4 * tokens * model.n_embd
 
 
 def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
-    """Return the bytes that a step of Muon needs, when no activations exist."""
+    """Return the bytes that a step of Muon needs besides momentum, weights and gradients. No activations exist then."""
     width, size = model.n_embd, hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # the updates of all matrices in float32, and their results
         return (4 + size) * 12 * width**2 * model.n_layer
-    # The largest group of equal shapes has one matrix of each MLP. Each process orthogonalizes a part of the group,
-    # which takes three tensors in float32 and four in `dtype`. The results of this group and of the previous one exist
-    # at the same time.
+    # The largest group of matrices with equal shapes has one matrix from the MLP of each block. Each process
+    # orthogonalizes a part of the group, which takes three tensors in float32 and four in `dtype`. The results of this
+    # group and of the previous one exist at the same time.
     group = 4 * width**2 * model.n_layer
     part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
     return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)
 
 
 def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:
-    """Return the number of rows (windows) of a micro-batch if a step has `windows` windows; None if no row fits.
+    """Return the rows (windows) per micro-batch if a process has `windows` windows per step; None if no row fits.
 
     Only sizes that divide the windows into nearly equal micro-batches are tried, because a small remainder would waste
     a forward pass. The largest divisor of `windows` that fits is preferred if it is at least half of the largest size

@@ -35,7 +35,7 @@ class Inputs:
     """An open dataset and its tokenizer."""
 
     train: TrainingWindows
-    val: dict[str, Windows]  # by dataset, several only for a mixture; empty only if eval.every is 0
+    val: dict[str, Windows]  # by directory of the dataset, several for a mixture; empty only if eval.every is 0
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids to continue when sampling at validation
     notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
@@ -64,6 +64,8 @@ class Inputs:
 def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> Inputs:
     """Open and check the dataset. With `verify`, compare every shard with its hash.
 
+    If the run scores HellaSwag, also download its questions.
+
     Raises ValueError or OSError if something is missing or damaged; the message says what to do.
     """
     if config.data.format == "completions":
@@ -91,7 +93,10 @@ def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> 
 
 
 def open_datasets(config: Config, *, verify: bool) -> Inputs:
-    """Open the token shards of data.dir or, with data.mixture, of its datasets, which must have the same tokenizer."""
+    """Open the token shards of data.dir or of all datasets of data.mixture.
+
+    Raises ValueError if the datasets of a mixture have different tokenizers.
+    """
     mixture, names = config.data.mixture, dataset_names(config.data)
     parts = [open_tokens(config, name, verify=verify) for name in names]
     if not mixture:
@@ -113,7 +118,7 @@ def open_datasets(config: Config, *, verify: bool) -> Inputs:
 
 
 def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
-    """Open token shards with the tokenizer in their directory. Without a meta.json, the tokenizer is GPT-2's."""
+    """Open the token shards and the tokenizer in a directory. Without a meta.json, the tokenizer is GPT-2's."""
     directory = Path(dataset)
     train, val = open_split(directory, "train"), None
     if list_shards(directory, "val") or (train.meta and train.meta.shards.get("val")):
@@ -199,7 +204,7 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
     if model.preset and as_released:
         batch_tokens, lr = RECIPES[model.preset]
         fraction = data.batch_tokens / batch_tokens
-        # Only for AdamW: with Muon, the demo trains well with a higher optim.lr than `lr` and 2,048 tokens in a batch.
+        # Only for AdamW: with Muon, configs/shakespeare.yaml trains well at optim.lr 0.01 and 2,048 tokens in a batch.
         if fraction <= 0.5 and optim.lr >= lr and optim.name == "adamw":
             found.append(
                 f"data.batch_tokens {data.batch_tokens:,} is {1 / fraction:.0f} times below the {batch_tokens:,} for "

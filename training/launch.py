@@ -25,7 +25,7 @@ class StopSignal:
     the start, as under nohup, it stays ignored.
 
     Args:
-        announce: print on stderr that the request was received: True on the main process.
+        announce: whether to print on stderr that the request was received; True on the main process only.
     """
 
     def __init__(self, *, announce: bool) -> None:

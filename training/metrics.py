@@ -31,8 +31,9 @@ SAMPLE_CHARACTERS = 66  # with the indentation, an excerpt of a sample fits on a
 class Progress:
     """Shows progress as a bar on a terminal. If the output is not a terminal, prints a line every `every` steps.
 
-    Both show the loss, the rate, the MFU if it is known, and the remaining time. `bytes_per_token`, the mean of the
-    training text, turns the loss into bits per byte, which are comparable between tokenizers.
+    Both show the loss, the tokens per second, the MFU if it is known, and the remaining time. If `bytes_per_token` (the
+    mean of the training text) is known, both also show the loss in bits per byte, which is comparable between
+    tokenizers.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Progress:
 
 
 def wrapped(message: str) -> str:
-    """Return a message whose lines are divided between words to fit the terminal; unchanged if there is none."""
+    """Wrap the lines of a message to the width of the terminal; without a terminal, return it unchanged."""
     if not sys.stdout.isatty():
         return message
     width = shutil.get_terminal_size().columns
@@ -122,7 +123,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: tensors on a GPU, or on a CPU the resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, and in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

@@ -46,9 +46,9 @@ class Muon(Optimizer):
             stacked: parameters that are square matrices on top of each other, (2C or 3C, C).
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
-            batched: process all matrices of a shape together, for a GPU, which a single matrix cannot keep busy. On a
-                CPU, a single matrix is enough work: use False.
-            orthogonalize: `newton_schulz` (the default), or a compiled form of it.
+            batched: process all matrices of the same shape together. Use True on a GPU, which a single matrix cannot
+                keep busy, and False on a CPU, where a single matrix is enough work.
+            orthogonalize: with `batched`, `newton_schulz` (the default) or a compiled form of it.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
         self.dtype, self.batched, self._orthogonalize = dtype, batched, orthogonalize or newton_schulz
@@ -88,14 +88,14 @@ class Muon(Optimizer):
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        """Move a parameter, or this process's part of it, against its update. The whole parameter has shape `shape`."""
+        """Apply weight decay and the update to a parameter of shape `shape`, or to this process's part of it."""
         rows, columns = shape
         rows = columns if group["stacked"] else rows
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _step_in_batches(self) -> None:
-        """Process all matrices of a shape together. While the results of a shape are sent, process the next shape."""
+        """Process all matrices of the same shape together. While their results are sent, process the next shape."""
         waiting: Callable[[], None] | None = None
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
@@ -112,9 +112,9 @@ class Muon(Optimizer):
             waiting()
 
     def _start_replicated(self, group: dict[str, Any], parameters: list[Tensor]) -> Callable[[], None]:
-        """Orthogonalize this process's part of N matrices of one shape, and start to send it to the other processes.
+        """Orthogonalize this process's part of the matrices of one shape, and start to send the results to the others.
 
-        Returns the function that waits for the parts of the others and updates the parameters.
+        Returns a function that waits for the results of the other processes and updates the parameters.
         """
         rank, world_size = rank_and_world_size()
         part = ceil_div(len(parameters), world_size)  # matrices per process; the last processes may have fewer
@@ -139,7 +139,7 @@ class Muon(Optimizer):
         return finish
 
     def _start_sharded(self, group: dict[str, Any], parameters: list[Any]) -> Callable[[], None]:
-        """Do what `_start_replicated` does, with parameters of which each process has some rows (FSDP).
+        """Do the same as `_start_replicated` for parameters whose rows are divided between the processes (FSDP).
 
         Each process sends its rows of a matrix to the process that orthogonalizes this matrix, and receives its rows of
         the result. So no process ever holds all matrices.
@@ -187,7 +187,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None:
-    """Replace each tensor of the list by its `newton_schulz`; process r of n computes elements r, r + n, r + 2n, ..."""
+    """Apply `newton_schulz` to each tensor of the list, in place. Process r of n computes elements r, r + n, ..."""
     rank, world_size = rank_and_world_size()
     broadcasts = []
     for i, update in enumerate(updates):
@@ -200,7 +200,7 @@ def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return matrices ([N,] rows, columns) in `dtype` whose singular values are all about 1 (0.7 to 1.2).
+    """Return the matrices ([N,] rows, columns) in `dtype`, with all singular values changed to about 1 (0.7 to 1.2).
 
     This takes five steps of a Newton-Schulz iteration, which consists of matrix products only. The coefficients of its
     quintic polynomial are those of Jordan et al. With them, small singular values grow quickly, but the singular values
@@ -220,7 +220,7 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-    """Return the optimizers of a model's trainable parameters; each parameter group has its peak rate in `peak_lr`.
+    """Return the optimizers of a model's trainable parameters; each parameter group stores its peak rate as `peak_lr`.
 
     `dtype` is the precision of Muon's matrix products, which the device should compute natively (`fast_dtype`). Weight
     decay applies to tensors with two or more dimensions: embeddings and matrices, not biases and LayerNorms.
@@ -261,7 +261,7 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
 
 
 def learning_rate_factor(step: int, config: Optim) -> float:
-    """Return the factor of the peak learning rate in optimizer step `step` (from 0), in (0, 1]."""
+    """Return the learning rate of optimizer step `step` (from 0) as a fraction of its peak, in (0, 1]."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":

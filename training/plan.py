@@ -55,7 +55,7 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
     and change the last bits of the results.
 
     Args:
-        resumed_state: trainer/state.json of the checkpoint from which the run resumes, or empty.
+        resumed_state: trainer/state.json of the checkpoint from which the run resumes or branches; empty without one.
 
     Raises ValueError if not even one window fits into the memory.
     """
@@ -94,8 +94,8 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
 def should_shard(config: Config, workload: Workload, processes: Processes) -> tuple[bool, str]:
     """Return whether to use FSDP, and the reason.
 
-    FSDP is used if it is configured, or if one process alone would fill more than half of a GPU's free memory with the
-    smallest micro-batch.
+    FSDP is used if it is configured. With system.parallel auto, FSDP is used if DDP with the smallest micro-batch would
+    fill more than half of a GPU's free memory.
     """
     if processes.world_size == 1:
         return False, "one process"

@@ -38,12 +38,12 @@ class Fit(NamedTuple):
     runs: list[dict[str, Any]]  # the fitted runs
 
     def predict(self, run: dict[str, Any]) -> tuple[float, float, float]:
-        """Return the expected loss of a run of this size, and the two ends of the 95% interval of its loss."""
+        """Return the expected loss of a run, and the two ends of its 95% interval; `run` has the keys of `size_of`."""
         size = run["parameters"], run["tokens"]
         return float(self.law.loss(*size)), *interval(self.samples, *size)
 
     def extrapolations(self, run: dict[str, Any]) -> list[str]:
-        """Return in which quantities a run is outside the range of the fitted runs, and by what factor."""
+        """Describe each quantity in which a run is outside the range of the fitted runs, with the factor."""
         found = []
         for name, unit in (("parameters", "parameters"), ("tokens", "tokens"), ("flops", "FLOPs")):
             values = [fitted[name] for fitted in self.runs]

@@ -91,7 +91,7 @@ class RunDirectory:
         """Yield "step N" and the texts that were sampled after this step, in the order of writing."""
         path, heading, texts = self.path / "samples.txt", "", list[str]()
         for step, block in split_samples(path.read_bytes() if path.exists() else b""):
-            # After the heading comes the text, with a line break and an empty line at its end.
+            # A block is a heading, the text, a line break and an empty line.
             text = block.decode("utf-8", errors="replace").partition("\n")[2].removesuffix("\n\n")
             text = ESCAPED.sub("", text)
             if f"step {step}" != heading and texts:
@@ -120,6 +120,8 @@ class RunDirectory:
         self, config: Config, start: dict[str, Any], last_step: int, last_validation: int, say: Callable[[str], None]
     ) -> None:
         """Create the directory, or remove what was written after the step from which the run resumes.
+
+        Then write config.yaml, provenance.json and status.json, and start the trackers.
 
         Args:
             start: the entry of this start in provenance.json.
@@ -188,9 +190,9 @@ class RunDirectory:
     def draw_losses(
         self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]], *, last: bool = False
     ) -> None:
-        """Draw the losses so far to loss.png, unless the start or the last picture is too recent.
+        """Draw the losses so far to loss.png.
 
-        Too recent means less than SECONDS_BETWEEN_PICTURES ago.
+        Do nothing if the start or the last picture was less than SECONDS_BETWEEN_PICTURES ago.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
@@ -261,7 +263,10 @@ class MetricsLog:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open until the run ends)
 
     def write(self, split: str, step: int, **values: Any) -> None:
-        """Append one record. Numbers that are not finite become null, because JSON has no such numbers."""
+        """Append one record. Numbers that are not finite become null, because JSON has no such numbers.
+
+        Raises OSError if the record cannot be written, unless checkpoint.on_error is continue.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._waiting += json.dumps({"split": split, "step": step, **clean}).encode() + b"\n"
         try:

@@ -65,7 +65,7 @@ class Observations(NamedTuple):
 
 
 def fit(runs: Observations, form: Form) -> Law:
-    """Return the law of this form that fits the runs best. Raises ValueError if there are too few."""
+    """Return the law of this form that fits the runs best. Raises ValueError if the runs have too few sizes."""
     return Law(*fit_weighted(runs, form, np.ones((1, len(runs.losses))))[0])
 
 
@@ -160,11 +160,11 @@ def huber(residuals: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 0) -> np.ndarray:
-    """Return (count, 7): in each row the fields of a law, fitted to runs drawn with replacement, and a residual.
+    """Return an array (count, 7). Each row has the fields of a law that was fitted to a random sample, and a residual.
 
-    The residual, log(loss / predicted loss) of a random run, stands for what the law cannot explain, such as the
-    influence of the seed. A law with f free numbers fits its own n runs too well, so residuals are multiplied by the
-    square root of n / (n - f).
+    The sample has n runs, drawn with replacement from all n runs. The residual is log(loss / loss by `law`) of a random
+    run. It represents what a law cannot explain, such as the influence of the seed. `law` was fitted to all runs. It
+    has f free numbers and fits its own n runs too well, so residuals are multiplied by the square root of n / (n - f).
     """
     generator = np.random.default_rng(seed)
     n, n_free = len(runs.losses), form.matrix.shape[1]
@@ -181,7 +181,10 @@ def interval(samples: np.ndarray, parameters: float, tokens: float, level: float
 
 
 def leave_one_size_out(runs: Observations, form: Form) -> np.ndarray:
-    """Return log(predicted loss / loss) of each run, (n,). Each law was fitted without the runs of this run's size."""
+    """Return log(predicted loss / loss) of each run, (n,).
+
+    Each prediction comes from a law that was fitted without the runs of the same size.
+    """
     sizes = np.stack([runs.parameters, runs.tokens], axis=1)
     same = (sizes[:, None] == sizes[None]).all(axis=-1)
     laws = fit_weighted(runs, form, (~same).astype(float), fit(runs, form))

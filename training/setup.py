@@ -64,7 +64,7 @@ class TrainingRun:
     directory: RunDirectory
     progress: Progress
     state: TrainingState = field(default_factory=TrainingState)
-    identity: dict[str, Any] = field(default_factory=dict)  # what may not change when a run resumes
+    identity: dict[str, Any] = field(default_factory=dict)  # what must not change when a run resumes
     clock: Stopwatch = field(default_factory=Stopwatch)  # times the parts of the current step
 
     @property
@@ -101,7 +101,7 @@ class TrainingRun:
         An out-of-memory error is replaced by a ValueError, which names a smaller micro-batch that is estimated to fit.
         """
         if kind is not None:
-            with contextlib.suppress(OSError):  # must not hide the error that ended the run
+            with contextlib.suppress(OSError):  # a failed write must not hide the error that ended the run
                 self.directory.write_status("failed", self.state.step)
         if isinstance(self.loader, Loader):
             self.loader.close()
@@ -116,7 +116,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def setup(config: Config, processes: Processes, *, verify: bool = False) -> TrainingRun:
-    """Prepare a new run, from scratch or from a checkpoint of another run, or resume one from its newest checkpoint.
+    """Prepare a run: a new one, one that branches from another run, or one that resumes from its newest checkpoint.
 
     With `verify`, every shard of the dataset is compared with its hash first.
 
@@ -129,7 +129,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         directory.lock()
     start = find_start(config, directory.checkpoints, processes)
     # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
-    # reach its timeout. On one machine, the page cache saves all processes but the first from reading the disk.
+    # reach its timeout. On one machine, only the first process reads the disk; the others read the page cache.
     inputs = open_inputs(config, start.model, verify=verify)
     shape = config.model_config(inputs.tokenizer.vocab_size, start.model)
     identity = run_identity(config, shape, inputs)
@@ -213,8 +213,8 @@ def open_directory(run: TrainingRun, start: Start) -> None:
     """Create the run's directory, or remove what was written after the step from which the run resumes."""
     step = run.state.step if start.resumes else None
     last_step = -1 if step is None else step
-    # If the checkpoint lacks its validation, this attempt starts with this validation. An earlier attempt may have
-    # logged the same validation: remove its records.
+    # If the checkpoint lacks the validation of its step, this attempt begins with that validation. Remove its records,
+    # which an earlier attempt may have written.
     last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
     branched_from = start.checkpoint if start.branches else None
     described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)

@@ -1,4 +1,4 @@
-"""Where a run starts: with new weights, with a given model, or from a checkpoint of its own or of another run."""
+"""Where a run starts: with new weights, with a given model, or from a checkpoint of this or of another run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from weights import load_weights
 class Start(NamedTuple):
     """Where a run starts."""
 
-    checkpoint: Path | None  # its training state is loaded; None for a new run
+    checkpoint: Path | None  # its training state is loaded; None: the run starts at step 0
     branches: bool  # True if the checkpoint belongs to another run
     damaged: list[Path]  # newer checkpoints of this run, which were skipped; only the main process knows them
     model: ModelFiles | None  # of the checkpoint or of model.init_from; None for new weights
@@ -77,7 +77,10 @@ def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Pat
 
 
 def parse_branch_point(name: str) -> tuple[Path, str]:
-    """Return the directory and the step, or "newest", of run.branch_from. Raises ValueError if it has another form."""
+    """Split run.branch_from into the directory of a run and the step. Without @STEP, the step is "newest".
+
+    Raises ValueError if the form is not RUN or RUN@STEP.
+    """
     run, at, step = name.rpartition("@") if "@" in name else (name, "", "newest")
     if at and not step.isdecimal():
         raise ValueError(f"run.branch_from {name}: expected RUN or RUN@STEP, such as runs/stable@1000")
@@ -85,9 +88,10 @@ def parse_branch_point(name: str) -> tuple[Path, str]:
 
 
 def find_branch_point(name: str) -> Path:
-    """Return the checkpoint that run.branch_from names, verified.
+    """Return the checkpoint that run.branch_from names, after verifying its files.
 
-    Raises ValueError or FileNotFoundError if there is no such run or no such step.
+    Raises FileNotFoundError if there is no such run or step. Raises ValueError if `name` has another form, or
+    if the checkpoint is damaged.
     """
     directory, step = parse_branch_point(name)
     if not is_run(directory):
@@ -98,25 +102,25 @@ def find_branch_point(name: str) -> Path:
 
 
 def find_initial_model(config: Config, checkpoint: Path | None) -> ModelFiles | None:
-    """Return the checkpoint to resume from, otherwise the model that model.init_from names, or None for scratch."""
+    """Return the model in `checkpoint` or, without one, the model that model.init_from names; None for scratch."""
     if checkpoint is None and config.model.init_from == "scratch":
         return None
     return find_model(str(checkpoint or config.model.init_from))
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """Return the settings by section that may not change when a run resumes; `run_identity` adds model and dataset."""
+    """Return the settings by section that must not change when a run resumes; `run_identity` adds model and dataset."""
     fields = config.to_dict()
     names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
     data = {name: fields["data"][name] for name in names}
-    # The directories of a mixture may move, so only the weights count. The identity of the dataset covers the content.
+    # The directories of a mixture may move, so only the weights are compared. The hash of the dataset covers the text.
     data["mixture"] = [part.weight for part in config.data.mixture]
     run = {name: fields["run"][name] for name in ("seed", "branch_from")}
     return {"run": run, "data": data, "optim": fields["optim"]}
 
 
 def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return what may not change when a run resumes, by section: the training recipe, the model and the dataset."""
+    """Return what must not change when a run resumes, by section: the training recipe, the model and the dataset."""
     return fixed_settings(config) | {
         "model": dataclasses.asdict(model)
         | {"freeze_layers": config.model.freeze_layers, "init_from": config.model.init_from},
@@ -132,8 +136,8 @@ def same_model(init_from: str, *others: str | None) -> bool:
 def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
     """Return whether the losses in a trainer/state.json were measured on another number of tokens than `val_tokens`.
 
-    The result is False if a number is not known. This is so if there is no validation split, or if the checkpoint is
-    older than the field "val_tokens".
+    The result is False if one of the two numbers is not known, because there is no validation split, or because the
+    checkpoint is older than the field "val_tokens".
     """
     return bool(state.get("val_tokens") and val_tokens) and state["val_tokens"] != val_tokens
 
@@ -188,11 +192,11 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, is_parent: bool = False) -> None:
-    """Raise a ValueError that lists the differences between two identities of a run, with old and new values.
+    """Raise ValueError if two identities of a run differ. The message lists the old and new values.
 
     With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ. A checkpoint
-    that lacks a setting is older than the setting, and was made with its default. With `is_parent`, `before`
-    is the identity of the run that a new run branches from.
+    that lacks a setting is older than the setting: the default of the setting counts as its value. With `is_parent`,
+    `before` is the identity of the run that a new run branches from.
     """
     defaults = Config().to_dict()
 

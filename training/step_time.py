@@ -27,15 +27,15 @@ PUBLISHED = [("H100", "llm.c", 468_000), ("A100", "llm.c", 218_000), ("RTX 4090"
 PRODUCTS, ATTENTION = 0.78, 0.40
 PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
 FAST_CARD = 700e12  # FLOP/s
-BANDWIDTH, LINK = 0.9, 0.8  # fractions that are reached of the bytes/s of memory, and of the GPUs' link
-NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to others: eight adapters of 400 Gbit/s
+BANDWIDTH, LINK = 0.9, 0.8  # reached fractions of the bandwidths of memory and of the link between GPUs
+NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to other machines: eight adapters of 400 Gbit/s
 LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in addition to the transfer
 # Bytes of memory traffic for each token and channel of a block, outside of matrix products, with 2 bytes per number: 40
 # in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients
 # of biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences take longer per token
-TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3  # measured on an H200; depends on the number of kernels
+TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3  # per token, measured on an H200; depends on the number of kernels
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
 SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
@@ -112,7 +112,7 @@ def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtyp
     """Return the seconds of one token's loss: three matrix products, and the logits read twice and written once."""
     columns = padded(model.vocab_size)
     rows = rows_at_a_time(card.memory * 2**30, model.vocab_size, dtype.itemsize)
-    # Each chunk of rows is added to the head's gradient, which is read and written: two numbers of 4 bytes per weight.
+    # The product of each chunk of rows is added to the head's gradient: 4 bytes read and 4 bytes written per weight.
     traffic = 3 * columns * dtype.itemsize + 8 * columns * model.n_embd / rows
     return 6 * columns * model.n_embd / (fractions(card)[0] * peak) + traffic / (BANDWIDTH * card.bandwidth)
 
@@ -138,9 +138,9 @@ def seconds_of_communication(
         # the backward pass, so at least its all-reduce cannot overlap.
         reduce = 2 * seconds(4 * parameters, 1 + model.n_layer)
         return max(2 * seconds(4 * embeddings, 1), reduce - last_backward)
-    gather = seconds(2 * dtype.itemsize * blocks, 2 * model.n_layer)  # before the forward and the backward pass
+    gather = seconds(2 * dtype.itemsize * blocks, 2 * model.n_layer)  # once for forward, once for backward
     reduce = seconds(4 * blocks, model.n_layer)
-    around = seconds(4 * embeddings, 1)  # before the first block and after the last, where nothing can overlap
+    around = seconds(4 * embeddings, 1)  # for embeddings and head, where no computation can overlap
     # A forward and a backward pass together take 1.5 times as long as the backward pass.
     return (passes + 1) * around + max(0.0, passes * (gather - 1.5 * last_backward)) + max(0.0, reduce - last_backward)
 
@@ -153,6 +153,7 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
     if workload.muon:
         # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns. Each block has four square
         # matrices and two with 4 C columns. The processes divide the matrices of each shape between them.
+        # These products are assumed to reach 0.6 times the rate of other products.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
         seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
     return seconds

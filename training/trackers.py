@@ -45,7 +45,7 @@ def how_to_remove(name: str) -> str:
 
 
 def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str, Tracker]:
-    """Start the trackers of a run by name.
+    """Start the trackers of a run, and return them by name.
 
     Args:
         directory: the run's directory.

@@ -1,7 +1,7 @@
-"""Learning rates and weight decay of a model from those of a smaller one: the rule of docs/transfer.md.
+"""Compute learning rates and weight decay for a model from those of a smaller model, by the rule of docs/transfer.md.
 
 The rule changes the learning rates and the weight decay only. The initialization is GPT-2's, and the forward pass has
-no multipliers, so a checkpoint is a GPT-2 of any size. `scripts/transfer.py` measured the rule.
+no multipliers, so checkpoints of every size are standard GPT-2 models. `scripts/transfer.py` measured the rule.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
     optim: Optim
 
 
-RULE = {  # (optim.name, field of optim)
+RULE = {  # (optim.name, field of optim) -> powers of the size
     ("muon", "muon_lr"): Powers(0.0, 0.0),
     ("muon", "lr"): Powers(-0.5, 0.0),
     ("adamw", "lr"): Powers(-0.5, 0.0),
@@ -49,9 +49,9 @@ TUNED = {
 def scale(optimizer: str, field: str, old: Size, new: Size) -> float:
     """Return the factor by which the best value of a field changes from a model of size `old` to one of size `new`.
 
-    The factor of the weight decay is the inverse of the factor of the learning rate of the matrices in the blocks. So
-    learning rate times weight decay, the fraction of a weight that decays in a step, is constant (Wang and Aitchison
-    2024, https://arxiv.org/abs/2405.13698).
+    Learning rate times weight decay is the fraction of a weight that decays in a step. For the matrices in the blocks,
+    this product stays constant (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). So the factor of the weight
+    decay is the inverse of the factor of their learning rate.
 
     Args:
         optimizer: adamw or muon, as in `optim.name`.

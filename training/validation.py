@@ -27,8 +27,8 @@ class Validation(NamedTuple):
     """The results of a validation, the same on all processes except `texts`."""
 
     loss: SplitLoss
-    parts: dict[str, SplitLoss]  # of each dataset, only if there are several
-    final: SplitLoss | None  # on eval.final_tokens, after the last step
+    parts: dict[str, SplitLoss]  # by dataset; empty if there is only one dataset
+    final: SplitLoss | None  # on eval.final_tokens; None before the last step, or if not configured
     hellaswag: dict[str, Any] | None  # None if it was not scored
     texts: list[str]  # samples; only the main process's are used
 
@@ -53,10 +53,10 @@ def interrupt_if(model: GPT, stop_requested: Callable[[], bool]) -> Iterator[Non
 
 
 def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
-    """Score the validation split and HellaSwag, and sample texts. Return None if a stop is requested meanwhile.
+    """Score the validation split and HellaSwag, and generate texts. Return None if a stop is requested meanwhile.
 
-    All processes run the same number of forward passes and agree before each of them whether to go on. The model is in
-    training mode before and after.
+    All processes score with the same number of forward passes, and agree before each pass whether to continue. The
+    model is in training mode before and after this function.
     """
     processes, model = run.processes, run.model
 
@@ -84,10 +84,10 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
 
 
 def score_split(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], SplitLoss | None]:
-    """Return the loss on eval.tokens, that of each part of a mixture and, after the last step, that on final_tokens.
+    """Return the loss on eval.tokens, the loss of each dataset of a mixture, and the loss on eval.final_tokens.
 
-    The loss on final_tokens comes from a separate pass, so it is bit for bit the loss of a validation with eval.tokens
-    set to that number.
+    The loss on eval.final_tokens is None before the last step, or if the setting is null. This loss comes from a
+    separate pass, so it is bit for bit the loss of a validation that has this number as eval.tokens.
     """
     assert run.inputs.val  # open_inputs raises an error if there is none
     losses = split_losses(run, run.inputs.val)
@@ -139,7 +139,8 @@ def hellaswag_is_due(step: int, config: Config) -> bool:
 def sample_texts(run: TrainingRun) -> list[str]:
     """Sample eval.samples texts that start with end-of-text, or that continue prompts of the validation split.
 
-    The seed is the same at each validation, so that the texts show how the model changes.
+    The seed is the same at each validation, so that the texts show how the model changes. Only the last block_size / 2
+    tokens of a prompt are used.
     """
     n, block_size, tokenizer = run.config.eval.samples, run.model.config.block_size, run.inputs.tokenizer
     if n == 0:
