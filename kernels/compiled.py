@@ -12,8 +12,8 @@ import torch
 class Compiled:
     """A function that is compiled at its first call. If compiling fails, it prints a warning and runs uncompiled.
 
-    The first call also compiles the backward pass. By default, PyTorch would compile it in `loss.backward()`. That is
-    too late to fall back, because gradients of other micro-batches may exist already.
+    The first call also compiles the backward pass. By default, PyTorch would compile it in `loss.backward()`, after the
+    call has returned, and a failure could not be caught here.
 
     Args:
         function: what to compile.

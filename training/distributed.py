@@ -69,8 +69,8 @@ def shard(model: GPT, dtype: torch.dtype) -> None:
     gathered in `dtype`, with one collective operation for each block. All other parameters are gathered in float32,
     once for a forward and backward pass. So the residual stream is float32, and the results are the same as with DDP.
 
-    The other parameters include the LayerNorms of the blocks, which together are smaller than one matrix. If the
-    LayerNorms were gathered block by block, they would need two thirds of all collective operations.
+    The other parameters include all LayerNorms of the blocks, whose weights together are fewer than those of one
+    matrix. If each LayerNorm were gathered by itself, two thirds of all all-gathers would be for LayerNorms.
     """
     # imported here: it takes a second, and few runs shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
