@@ -28,7 +28,7 @@ from training.estimate import Hardware, Workload, count_parameters, flops_per_to
 from training.setup import TrainingRun
 
 LOWEST_MFU = 0.41  # on an H100 or H200 with 64 sequences in a micro-batch; llm.c has this MFU on an H100
-WORST_ESTIMATE = 0.15  # largest relative error that is allowed for the estimated peak memory
+WORST_ESTIMATE = 0.15  # largest relative error that is allowed for the estimate of the memory
 LOSS = "gpt2::linear_cross_entropy_sum"
 # Kind -> pattern of the names of its CUDA kernels and CPU operators. The first pattern that matches a name counts.
 KINDS = {
