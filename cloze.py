@@ -138,7 +138,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
 def score_all(
     model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer, batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the scores (N, K) of N texts on the CPU, computed in eval mode in batches of texts of similar length."""
+    """Compute the scores of N texts in eval mode, in batches of texts of similar length; return (N, K) on the CPU."""
     order = sorted(range(len(clozes)), key=lambda i: len(clozes[i].fillings[0]))
     scores = torch.empty(len(clozes), len(verbalizer.classes))
     model.eval()

@@ -52,7 +52,7 @@ class Member(NamedTuple):
 
 
 class Labeled(NamedTuple):
-    """Labeled texts for one pattern: the filled-in texts, and the index of the class of each."""
+    """Labeled texts for one pattern: the cloze of each text, and the index of the text's class."""
 
     clozes: list[Cloze]
     labels: list[int]

@@ -42,7 +42,8 @@ FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
 BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and therefore not a GPT-2
 # Fields that affect the attention scores, with GPT-2's values. Other values of the two scale_ fields multiply the
 # scores by a factor: `query_scale` returns the factor, and `load_weights` multiplies the weights of the queries by it.
-# With reorder_and_upcast_attn, transformers computes the scores in float32, as our attention always does.
+# reorder_and_upcast_attn changes only the precision in which transformers computes the scores: both values are
+# accepted.
 ATTENTION_CONFIG = {
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
@@ -269,7 +270,8 @@ def check_config(fields: dict[str, Any]) -> None:
     for name in ("add_cross_attention", "causal", *ATTENTION_CONFIG):
         if not isinstance(fields[name], bool):
             raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
-    if fields["activation_function"] not in tuple(ACTIVATION_NAMES):  # a tuple: a list cannot be looked up in a dict
+    # In a tuple, because the value may be a list, which cannot be looked up in a dict.
+    if fields["activation_function"] not in tuple(ACTIVATION_NAMES):
         found, expected = fields["activation_function"], ", ".join(ACTIVATION_NAMES)
         raise ValueError(f"activation_function is {found!r}, expected one of {expected}")
     check_shared_fields(fields | {"dropout": max(fields[name] for name in DROPOUTS)})

@@ -69,7 +69,7 @@ class Windows(Protocol):
 
 
 class TrainingWindows(Windows, Protocol):
-    """Windows that training reads in epochs without end. Each epoch contains every window once."""
+    """Windows that training reads epoch after epoch, without end. Each epoch contains every window once."""
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """Return the windows at consecutive places (k,) of the endless sequence of epochs: (k,) int64, for `read`.
@@ -77,8 +77,8 @@ class TrainingWindows(Windows, Protocol):
         Places count the windows of all epochs, from 0. With `shuffle`, each epoch has an order of its own; otherwise
         the windows come in the order of the text.
         """
-        # A batch may begin in one epoch and end in the next. Dropping the rest of an epoch instead would make the
-        # number of windows seen depend on the batch size.
+        # A batch may begin in one epoch and end in the next. If the rest of an epoch were dropped instead, the number
+        # of windows in an epoch would depend on the batch size.
         epoch, window = places // len(self), places % len(self)
         if shuffle:
             for e in np.unique(epoch):

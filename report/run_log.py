@@ -23,7 +23,8 @@ TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
 class ValidationSet(NamedTuple):
     """The data that a validation loss was measured on. Losses on different validation sets cannot be compared."""
 
-    data: str  # sha256 of the shards if the dataset still exists, else the name of its directory
+    # The sha256 of each validation shard, or of val.jsonl. Without meta.json and val.jsonl: the path of the dataset.
+    data: str
     tokens: int  # number of tokens; 0 for prompts and completions, which are always used completely
     sequence_length: int
     tokenizer: str

@@ -30,7 +30,7 @@ class Target(NamedTuple):
     name: str  # of each device, such as H100
     hardware: Hardware
     card: Card | None  # None if it is not in device.CARDS
-    budget: float  # bytes of memory that the estimate may use on each device
+    budget: float  # largest number of bytes that a run may need on each device
 
 
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:

@@ -143,7 +143,7 @@ class Workload:
         }
 
     def _weights(self, *, sharded: bool) -> int:
-        """Return the bytes of the weights on one process, including copies for matrix products and gathered weights."""
+        """Return the bytes of the weights on one process, with gathered weights and the copies for matrix products."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
         # Matrix products in 16 bits use copies of the weights. FSDP gathers a block and prefetches the next one in 16
         # bits; it gathers embeddings and head in float32.

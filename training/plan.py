@@ -14,7 +14,7 @@ from processes import Processes
 from training.config import Config
 from training.estimate import Workload
 
-GPU_SHARE = 0.8  # fraction of a GPU's free memory that the memory estimate may use
+GPU_SHARE = 0.8  # largest fraction of a GPU's free memory that a run may need, by its estimate
 SAVE_MEMORY = (
     "use a shorter data.sequence_length, a smaller model, system.activation_checkpointing true, or system.parallel "
     "fsdp on more processes"
@@ -109,7 +109,7 @@ def should_shard(config: Config, workload: Workload, processes: Processes) -> tu
 
 
 def usable_memory(device: torch.device) -> tuple[int, float]:
-    """Return the bytes of memory that are free for this process, and the fraction of them that an estimate may use."""
+    """Return the bytes of memory that are free for this process, and the fraction of them that a run may need."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
     # The C library keeps freed memory, which fragments: a process used up to 1.45 times the estimate. So the fraction

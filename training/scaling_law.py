@@ -91,7 +91,9 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
     else:
         log_a, log_b = near.log_A - near.a * centers[0], near.log_B - near.b * centers[1]
         starts = np.array([[np.log(near.E), log_a, near.a, log_b, near.b, near.c]])
-    free = np.tile((starts - form.offset) @ np.linalg.pinv(form.matrix).T, (len(weights), 1))  # (k * starts, free)
+    free = np.tile(
+        (starts - form.offset) @ np.linalg.pinv(form.matrix).T, (len(weights), 1)
+    )  # (k * len(starts), n_free)
     free, errors = minimize(free, form, x, y, np.log(runs.losses), np.repeat(weights, len(starts), axis=0))
     best = errors.reshape(len(weights), -1).argmin(axis=1) + np.arange(len(weights)) * len(starts)
     log_e, log_a, a, log_b, b, c = (form.offset + free[best] @ form.matrix.T).T

@@ -153,8 +153,8 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
     if workload.muon:
         # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns. Each block has four square
         # matrices and two with 4 C columns. The processes divide the matrices of each shape between them.
-        # These products are assumed to reach 0.6 times the rate of other products. With this factor, a step of Muon on an
-        # H200 is estimated at 5.7 ms; it took 6.3 ms.
+        # These products are assumed to reach 0.6 times the rate of other products. With this factor, a step of Muon on
+        # an H200 is estimated at 5.7 ms; it took 6.3 ms.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
         seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
     return seconds

@@ -41,7 +41,10 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
 
 
 def decode(directory: str, device: str) -> Run:
-    """Set up decoding as in nanoGPT's sample.py: one sample at a time, without a cache, in float32, with top-k 200."""
+    """Set up decoding in float32, one sample at a time and without a cache, with the sampling options of sample.py.
+
+    On CUDA, nanoGPT's sample.py computes in 16 bits instead.
+    """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
     model = nanogpt.GPT(nanogpt.GPTConfig()).to(device).eval()

@@ -164,7 +164,8 @@ def _begin(job: Job) -> dict[str, Any] | None:
     """Return the content of the progress file, or None when the dataset is complete. Makes the file for a new dataset.
 
     Keys: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once something has been written.
-    Raises ValueError when the directory holds other shards, or a dataset with other settings or another tokenizer.
+    Raises ValueError when the directory holds shards that this command did not write, or a dataset with other settings
+    or another tokenizer.
     """
     path = job.out / PROGRESS_FILE
     settings = job.settings()
