@@ -11,7 +11,7 @@
 The contestants are this repository and its peers, the other implementations. Each contestant runs in a process of its
 own. The contestants take turns, so that a change of the machine's speed affects all of them. The tables show medians.
 For a peer that is not a package, give a directory with a clone of its repository. `tokenize` always includes tiktoken.
-With --device cuda all contestants run on the GPU, and benchmarks of work that only a CPU does are left out.
+With --device cuda all contestants run on the GPU, and only `train`, `decode` and `hellaswag` are measured.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def spread(result: dict[str, float]) -> float:
 
 
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Print and return a table: each contestant's rate in `unit` per second, and our speed divided by that rate.
+    """Print and return a table: each contestant's rate in `unit` per second, and our rate divided by that rate.
 
-    Both numbers are also added to `results`. amount is the work of one run, in `unit`.
+    The rate and the ratio are also added to the contestant's entry in `results`. The printed table also shows spread
+    and peak memory. amount is the work of one run, in `unit`.
     """
     print(f"\n{title}")
     print(f"  {'':<14}{unit + '/s':>12}{'spread':>9}{'peak MiB':>10}{'ours is':>10}")
@@ -92,7 +93,7 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 
 def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time a training step, and compare its FLOP/s with those of the fastest of its matrix products alone."""
+    """Time a training step, and compare its FLOP/s with the FLOP/s of its fastest matrix product, measured alone."""
     rows, tokens = BATCH[device]
     work = (device, rows, tokens)
     contestants = {"ours": Call("benchmarks.ours.train", "train", work)}
@@ -126,7 +127,7 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
             contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "decode", (peers["nanogpt"], device))
         title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
         table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
-        # A step reads every weight once, except the position embeddings: it needs only one of their 1,024 rows.
+        # A step reads every weight once, except the position embeddings: a step needs only one of their 1,024 rows.
         bytes_read = (PARAMETERS - 1024 * 768) * (4 if dtype == "float32" else 2)
         bytes_per_second = bytes_read * table["results"]["ours"]["rate"] / batch
         fraction = bytes_per_second / call_in_process("benchmarks.machine", "read_bandwidth", device)

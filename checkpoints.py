@@ -32,11 +32,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare every file of a checkpoint with the size and the hash in its manifest.
+    """Compare every file that a checkpoint's manifest lists with the size and the hash in the manifest.
 
     Raises:
-        ValueError, OSError: a file is missing or differs from the manifest, or the manifest is missing or damaged. The
-            message names the first such file.
+        ValueError, OSError: a listed file is missing or differs from the manifest; or the manifest is missing or
+            damaged, or does not list a required file. The message names the first such file.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -86,16 +86,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | None:
     """Return the lowest validation loss of the existing checkpoints, and its checkpoint, or None if no loss is known.
 
-    A checkpoint stores its own validation loss. It also stores the lowest loss so far, with the step of that loss: a
-    checkpoint that was saved on a stop request lacks its own loss, because its validation ran only after the run had
-    resumed. If that validation gives the lowest loss so far, later checkpoints store the loss.
+    A checkpoint stores two losses, if they are known: its own validation loss, and the lowest validation loss of the
+    run so far, with the step of that loss. A checkpoint that was saved on a stop request lacks its own loss, because
+    its validation ran only after the run had resumed. If the loss of that validation is the lowest so far, later
+    checkpoints store it as the lowest loss.
 
     Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, losses on
-    another number of tokens than the newest loss are ignored. Losses from older versions, which did not store this
-    number, are always compared.
+    another number of tokens than the newest loss are ignored. Older versions of this repository did not store the
+    number of tokens. Losses without this number are never ignored.
 
-    directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored. If another checkpoint has no readable
-    trainer/state.json, its path is printed on stderr and added to `unreadable`.
+    directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored. If the trainer/state.json of a
+    checkpoint cannot be read, the path of the checkpoint is printed on stderr and added to `unreadable`.
     """
     measured: list[tuple[int | None, Path, float]] = []  # tokens (None in older checkpoints), checkpoint, loss
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(directory)}
@@ -133,8 +134,8 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
             None means "newest".
 
     Raises:
-        FileNotFoundError: the run has no such checkpoint.
-        ValueError: the chosen checkpoint is damaged, or `which` has another value.
+        FileNotFoundError: the run has no checkpoint, no checkpoint of this step or, for "best", no validation loss.
+        ValueError: the chosen checkpoint (for "newest": every checkpoint) is damaged, or `which` has another value.
     """
     directory = run / "checkpoints"
     existing = list_checkpoints(directory)
@@ -170,7 +171,8 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
 def _ended_by_patience(newest: Path) -> bool:
     """Return whether eval.patience ended the run of this newest checkpoint: the run finished before its last step.
 
-    Return False if that is not known: older versions did not store in a checkpoint whether the run had finished.
+    Return False if the checkpoint does not tell: its state cannot be read, or an older version of this repository wrote
+    the state and did not store whether the run had finished.
     """
     try:
         state = read_state(newest)

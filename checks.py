@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_FIELD = 2**24  # a larger number in a configuration is a mistake, and could fill the memory before it is noticed
+# The largest integer that a config.json may contain for a size. A larger number is a mistake, and a model of this size
+# could fill the memory before the mistake is noticed.
+LARGEST_FIELD = 2**24
 
 
 def check_config(config: dict[str, Any], activations: Collection[str]) -> None:
@@ -79,7 +81,7 @@ def check_shape(what: str, tensor: Tensor, *expected: tuple[int | str, ...]) -> 
 
 
 def check_ids(what: str, ids: Tensor, limit: int, limit_name: str, ignored: int | None = None) -> None:
-    """Raise ValueError unless all ids are in 0..limit-1, or are equal to `ignored`.
+    """Raise ValueError unless every id is in 0..limit-1 or equal to `ignored`.
 
     The check is skipped on a GPU, where it would make the host wait for the device, and inside torch.compile, where
     reading a value would break the graph.
@@ -102,7 +104,7 @@ def check_tokens(
     labels: Tensor | None,
     ignored: int,
 ) -> tuple[int, int]:
-    """Check the tokens and targets of `GPT.forward`. Return B and T, the numbers of sequences and of tokens in each.
+    """Check the tokens and targets of `GPT.forward`. Return the number of sequences, B, and the length of each, T.
 
     Args:
         config: the model's GPTConfig.

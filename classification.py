@@ -37,7 +37,7 @@ class Example(NamedTuple):
     """The first tokens of a text, and its class."""
 
     tokens: list[int]
-    label: int | list[float]  # index of the class (-1: unknown), or a list: the probability of each class
+    label: int | list[float]  # index of the class (-1: unknown), or the probability of each class
 
 
 class Score(NamedTuple):
@@ -60,7 +60,10 @@ def read_column(path: Path, key: str) -> list[str]:
 
 
 def read_labels(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """Return the sorted names of all classes, and the class of each row of --train and of --val."""
+    """Return the sorted names of the classes, and the class of each row of --train and of each row of --val.
+
+    Raises ValueError if --train has fewer than two classes, or if --val has a class that --train lacks.
+    """
     train_labels = read_column(args.train, args.label_key)
     classes = sorted(set(train_labels))
     if len(classes) < 2:
@@ -72,7 +75,10 @@ def read_labels(args: argparse.Namespace) -> tuple[list[str], list[str], list[st
 
 
 def choose_length(args: argparse.Namespace, longest: int) -> int:
-    """Return --max-length if it is given, otherwise `longest`, the largest length that the model supports."""
+    """Return --max-length if it is given, otherwise `longest`, the number of tokens that the model supports.
+
+    Raises ValueError if --max-length is above `longest`.
+    """
     if args.max_length and args.max_length > longest:
         raise ValueError(f"--max-length {args.max_length} is above the {longest} tokens that the model supports")
     return args.max_length or longest
@@ -89,7 +95,7 @@ def encode(
 
 
 def batch(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids and attention mask, both (B, T) and padded on the right, and labels, (B,) or (B, K)."""
+    """Return token ids and attention mask, (B, T), padded on the right, and labels (B,) or probabilities (B, K)."""
     T = max(len(example.tokens) for example in examples)
     ids, mask = torch.zeros(2, len(examples), T, dtype=torch.int64)
     for row, kept, example in zip(ids, mask, examples, strict=True):
@@ -101,7 +107,10 @@ def batch(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Te
 def compute_logits(
     classifier: SequenceClassifier, examples: list[Example], batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the logits (N, K) of N examples over K classes, computed in batches of texts of similar length."""
+    """Return float32 logits (N, K) on the CPU, for N examples and K classes. Leave the classifier in eval mode.
+
+    Each batch holds texts of similar length, so that it needs little padding.
+    """
     device = classifier.score.weight.device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     results = torch.empty(len(examples), classifier.num_labels)
@@ -164,7 +173,7 @@ def fit(
     """Train a classifier, and write its state after the epoch with the lowest validation loss to --out.
 
     Training ends early after --patience epochs without a lower validation loss. The labels of the training examples may
-    be probabilities; the labels of the validation examples are classes.
+    be probabilities; the labels of the validation examples are indices of classes.
     """
     device = classifier.score.weight.device
     dtype = find_dtype(args.dtype, device)
@@ -220,8 +229,9 @@ def train_step(
 ) -> float:
     """Take one optimizer step on the loss of a batch, and return this loss in nats.
 
-    Unlike a step of train.py, this step runs in a single process and does not accumulate gradients. It raises
-    FloatingPointError if the gradient is not finite for a reason other than the loss scale.
+    Unlike a step of train.py, this step runs in a single process and does not accumulate gradients.
+
+    Raises FloatingPointError if the gradient is not finite, unless the loss scale of float16 may be the reason.
     """
     with autocast(next(model.parameters()).device, dtype):
         loss = compute_loss()
@@ -254,7 +264,7 @@ def save(classifier: SequenceClassifier, tokenizer: Tokenizer, directory: Path) 
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Print {"text", "label", "probability"} for each row of a file, in the order of the file."""
+    """Print a JSON object {"text", "label", "probability"} for each row of --file, in the order of the rows."""
     device = find_device(args.device, "--device")
     directory = locate(resolve_model(args.model, checkpoint=args.checkpoint))
     classifier = SequenceClassifier.from_pretrained(directory, dtype=torch.float32, device=device)

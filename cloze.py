@@ -7,7 +7,7 @@ log-probabilities (Schick et al. 2020, arXiv:2010.13641).
 
 Different words in the same blank give texts that begin with the same tokens. The log-probability of these tokens is the
 same in every score. It changes neither the differences between the scores nor their softmax, so it is not computed.
-Therefore, if the pattern ends with the blank, a score is the log-probability of the word alone.
+Therefore, if the pattern ends with the blank, a score is the log-probability of the word, given the text before it.
 
 Shapes: N texts, W words, K classes.
 """
@@ -51,7 +51,7 @@ class Verbalizer:
 class Cloze(NamedTuple):
     """The texts that result from one text when each word of a verbalizer fills the blank of a pattern."""
 
-    fillings: list[list[int]]  # W lists of tokens, which begin with end-of-text
+    fillings: list[list[int]]  # W lists of tokens; each list begins with end-of-text
     start: int  # number of tokens at the beginning that are the same in all lists
 
 
@@ -91,7 +91,7 @@ def make_clozes(
     """Fill the blank of a pattern with each word, for each text.
 
     A text is cut at its end if the filled-in pattern is longer than `max_length` tokens; the number of such texts is
-    printed on stderr. Raises ValueError if the pattern with a word is too long even for an empty text.
+    printed on stderr. Raises ValueError if the pattern with a word is too long even with an empty text.
     """
     clozes, n_cut = [], 0
     for text in texts:
@@ -116,7 +116,7 @@ def _fill(text: str, pattern: str, words: Sequence[str], tokenizer: Tokenizer) -
 
 
 def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) -> Tensor:
-    """Return the scores (N, K) of N texts in nats, in float32."""
+    """Return the scores (N, K) of N texts, in nats, in float32 and on the device of the model."""
     device = model.transformer.wte.weight.device
     rows = [(filling, cloze.start) for cloze in clozes for filling in cloze.fillings]
     ids = torch.zeros(len(rows), max(len(filling) for filling, _ in rows), dtype=torch.int64)
@@ -127,7 +127,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
     ids, scored = ids.to(device), scored.to(device)
     # Padding on the right needs no mask, because attention is causal.
     x = model(ids, return_logits=False).last_hidden_state  # (N W, T, C), for W words of each text
-    # The hidden state of a token predicts the next token. Compute logits only for the tokens that count in the score.
+    # The hidden state of a token predicts the next token. Compute logits only for tokens whose log-probability is used.
     logits = F.linear(x[:, :-1][scored[:, 1:]], model.transformer.wte.weight).float()  # (scored tokens, V)
     log_probs = -F.cross_entropy(logits, ids[:, 1:][scored[:, 1:]], reduction="none")
     sums = torch.zeros(len(rows), device=device).index_add(0, scored.nonzero()[:, 0], log_probs)  # (N W,)

@@ -30,7 +30,7 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, traceback:
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = _report_uncaught  # set before the following imports, which take a second or more
+sys.excepthook = _report_uncaught  # set before torch is imported, which takes a second or more
 
 try:
     import openmp  # noqa: F401 (it must come before torch, and commands import this module first)
@@ -107,7 +107,7 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
 
 
 def described(error: Exception) -> str:
-    """Return the message of an error. For an error of the operating system: the file and the reason, without errno."""
+    """Return the message of an error. For an OSError about at most one file: the file and the reason, without errno."""
     if isinstance(error, OSError) and error.strerror and error.filename2 is None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
@@ -139,9 +139,9 @@ class NoReader(BaseException):
 
 
 class _LastingFile(io.FileIO):
-    """A file descriptor that becomes /dev/null when the reader of its pipe or its terminal goes away."""
+    """A file descriptor that becomes /dev/null after a write has failed because the pipe or the terminal was closed."""
 
-    needs_reader = False  # if True, `write` raises NoReader when the reader has gone away
+    needs_reader = False  # if True, `write` then raises NoReader
 
     def write(self, data: Any, /) -> int:
         try:

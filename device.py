@@ -1,8 +1,8 @@
-"""Device and precision: the only module that decides which precision the arithmetic uses.
+"""Device and precision: this module decides which device computes, and in which precision.
 
 In training, weights, gradients, optimizer state and the loss are always float32. Only the precision of the matrix
 products varies (autocast). Compared with float32, a precision of 16 bits is two to sixteen times faster on a processor
-that supports it natively, and ten times slower on a processor that has to emulate it.
+with matrix units for it (tensor cores, AMX), and ten times slower on a processor that has to emulate it.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ CARDS = {
     "V100": Card(torch.float16, 125e12, 16, 0.90e12, 150e9),
     "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
-# If one of these words follows a key of CARDS in the name of a device, the device is another card or a part of a card
-# (MIG). Its peak is not known.
+# If one of these words follows a key of CARDS in the name of a device, the device is not the card of this key: it is
+# another card, or a part of a card (MIG). So `find_card` does not use the numbers of this key.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -87,6 +87,8 @@ def find_card(name: str) -> Card | None:
 
 def find_device(name: str, option: str) -> torch.device:
     """Return the device for `auto`, for `cuda` (under torchrun, the GPU of this process) or for a PyTorch device name.
+
+    `auto` is the first available device of cuda, mps and cpu.
 
     Raises ValueError if the device cannot be used. The message names `option`, which selected the device.
     """
@@ -106,7 +108,7 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
     """Return the precisions that a device computes matrix products in without emulation, the preferred one first.
 
     bfloat16 comes before float16 because it has the range of float32: it needs no gradient scaler and cannot overflow.
-    float32 comes first on devices where the other two are not faster.
+    float32 comes first on devices where the other two are not faster, or where their speed is not known.
     """
     if device.type == "cuda":
         # Ampere (2020) and later have bfloat16. Volta and Turing (V100, T4) have tensor cores for float16 only.
@@ -152,8 +154,8 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
     """Return the precision that `auto`, `float32`, `bfloat16` or `float16` means on a device.
 
     `auto` is the first of `native_dtypes`. With `decoding` on a CPU, `auto` is a native precision of 16 bits, if there
-    is one, even if its products are not faster than products in float32. The reason is that each new token reads all
-    weights from memory, and 16-bit weights have half as many bytes.
+    is one, even if its products are not faster than products in float32. The reason is that the model reads all its
+    weights from memory for each new token, and 16-bit weights have half as many bytes.
 
     If the processor has to emulate the requested precision, the function warns on stderr, but returns this precision.
     """
@@ -168,9 +170,9 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return `dtype` if the device computes in it natively, otherwise float32.
+    """Return `dtype` if the device computes matrix products in `dtype` without emulation, otherwise float32.
 
-    Use it where speed matters more than the configured precision, as in Muon's iteration.
+    Use this function where speed matters more than the configured precision, as in Muon's iteration.
     """
     return dtype if dtype in native_dtypes(device) else torch.float32
 

@@ -26,7 +26,10 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the hidden state of each row's last kept token. Padding may be on either side. (B, T, C) -> (B, C)."""
+    """Return the hidden state of each row's last kept token, or of its first token if the row keeps none.
+
+    Padding may be on either side. (B, T, C) -> (B, C).
+    """
     if attention_mask is None:
         return x[:, -1]
     positions = torch.arange(x.size(1), device=x.device)
@@ -88,7 +91,8 @@ def save_with_head(
 def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
     """Return the names of the classes in the `fields` of the config.json at `path`, in the order of their numbers.
 
-    Raises ValueError unless id2label is an object with the keys "0", "1", ... whose values are the names.
+    If id2label is missing or empty, the names are LABEL_0 and LABEL_1. Otherwise raises ValueError unless id2label is
+    an object with the keys "0", "1", ... whose values are the names.
     """
     names = fields.get("id2label")
     if names is None or names == {}:
@@ -107,15 +111,15 @@ class SequenceClassifier(nn.Module):
     Args:
         gpt: the language model whose hidden states are classified.
         num_labels: K, the number of classes.
-        strategy: the input of the classifier. `last` (Texar's cls_time): the state of each sequence's last kept token.
-            `all` (all_time): the states of all its kept tokens, concatenated. `token` (time_wise): the state of one
-            token; each token is classified separately.
+        strategy: the input of the classifier. `last` (Texar's cls_time): the state of the sequence's last kept token.
+            `all` (all_time): the states of all kept tokens of the sequence, concatenated and padded with zeros up to
+            max_length. `token` (time_wise): the state of one token; each token is classified separately.
         max_length: the longest sequence in tokens; None means block_size. Only strategy `all` has this limit.
 
     The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean
     regression (squared error), and integers 0 and 1 mean binary classification (logistic loss). With K > 1, integers
-    (B,) are class indices (cross-entropy), and floating-point labels (B, K) from 0 to 1 state for each class whether it
-    applies (logistic loss; several classes may apply to one sequence).
+    are class indices (cross-entropy), and K floating-point labels from 0 to 1 say which classes apply to a
+    sequence or token (logistic loss; several classes may apply).
     """
 
     def __init__(
@@ -149,8 +153,8 @@ class SequenceClassifier(nn.Module):
         Args:
             input_ids, attention_mask: (B, T). The mask is the only information about padding: without it, all tokens
                 are kept.
-            labels: (B,) integers or floats, or (B, K) floats; with `token` (B, T) or (B, T, K). An integer may be
-                IGNORE_INDEX, for example at padding. The loss ignores it.
+            labels: (B,) integers; (B, K) floats; or, with K = 1, (B,) floats. With `token`, (B, T) replaces (B,), and
+                (B, T, K) replaces (B, K). The loss ignores integers that are IGNORE_INDEX, for example at padding.
             inputs: other arguments of `GPT.forward`: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
         """
         output = self.gpt(input_ids, attention_mask=attention_mask, return_logits=False, **inputs)
@@ -309,7 +313,7 @@ class DoubleHeads(nn.Module):
         stored = open_model(locate(name_or_dir))
         gpt, directory = make_trunk(stored), stored.directory
         fields = read_json(directory / "config.json")
-        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # only this head needs them
+        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # only this class needs these fields
             if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
                 raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):

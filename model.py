@@ -8,7 +8,7 @@ the masks, and faster forms of attention and of the loss. checks.py validates th
 Letters in shapes:
     B  sequences in the batch              V  vocab_size
     T  tokens of a sequence in this pass   L  n_layer
-    C  channels, n_embd                    S  keys that a query attends to: cached tokens and the T new ones
+    C  channels, n_embd                    S  keys: those of the cached tokens and of the T new tokens
     H  attention heads, n_head             M  tokens of an encoder's output (cross-attention only)
     D  channels of each head, C / H
 """
@@ -60,9 +60,9 @@ class GPTConfig:
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
-    # full: each token attends to all earlier ones, as in GPT-2, in time proportional to T². The others are for long
-    # sequences (kernels/long_attention.py). window: each token attends to the last window_size tokens. lsh: each token
-    # attends to earlier tokens whose keys have the same hash as its query.
+    # full: each token attends to itself and all earlier tokens, as in GPT-2, in time proportional to T². window and lsh
+    # are for long sequences (kernels/long_attention.py). window: each token attends to the last window_size tokens,
+    # itself included. lsh: each token attends to itself and to earlier tokens whose keys have the hash of its query.
     attention: str = "full"
     window_size: int = 256
     lsh_buckets: int = 64
@@ -77,7 +77,10 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """Return the configuration of a released GPT-2: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`."""
+        """Return the configuration of a released GPT-2: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`.
+
+        Raises ValueError for any other name.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         n_layer, n_head, n_embd = PRESETS[name]
@@ -90,7 +93,7 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None = None  # (), mean over the targets that are not IGNORE_INDEX, in nats
     logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
     last_hidden_state: Tensor | None = None  # (B, T, C), after ln_f
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): after embeddings, blocks 1 to L - 1, ln_f
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): embeddings, blocks 1 to L - 1, ln_f
     attentions: tuple[Tensor, ...] | None = None  # L of (B, H, T, S)
     cache: KVCache | None = None
 
@@ -108,7 +111,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal and not cross
-        # Which earlier keys a query attends to; None: all of them.
+        # Which of the earlier keys a query attends to; None: all of them.
         self.pattern = None if cross else find_pattern(asdict(config), layer)
         if cross:
             self.q_attn = nn.Linear(config.n_embd, config.n_embd)
@@ -136,8 +139,9 @@ class Attention(nn.Module):
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
         # Without the causal mask a token could read its own target from the next position: the training loss would go
-        # to zero and the model could not generate. A single query (cached decoding) attends to every key: no mask.
-        # PyTorch's kernel needs a Python bool, but in torch.export and torch.jit.trace the size is a symbol.
+        # to zero and the model could not generate. A single query (cached decoding) belongs to the last token: it may
+        # attend to every key and needs no mask. PyTorch's kernel needs a Python bool, but in torch.export and
+        # torch.jit.trace the size is a symbol, and so is the result of the comparison.
         is_causal = bool(self.causal and mask is None and q.size(2) > 1)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -162,7 +166,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between them, applied to each position separately."""
+    """Two linear layers with an activation (GPT-2: GELU) between them, applied to each position separately."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -174,10 +178,10 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.c_fc(x)  # (B, T, 4 C)
+        h = self.c_fc(x)  # (B, T, n_inner)
         if not self.training:
             return self._project(h)
-        # GELU's output is as large as h. Computing it again in the backward pass is cheaper than storing it until then.
+        # GELU's output is as large as h. To save memory, compute it again in the backward pass instead of storing it.
         return checkpoint(self._project, h, use_reentrant=False, preserve_rng_state=False)
 
     def _project(self, h: Tensor) -> Tensor:
@@ -248,8 +252,8 @@ class GPT(nn.Module):
 
     def init_weights(self) -> None:
         """Initialize all parameters as GPT-2 does."""
-        # With weights this small the first predictions are nearly uniform, so the loss starts near ln(50257) = 10.8
-        # nats. A much higher first loss means that the initialization is wrong.
+        # The weights are so small (standard deviation 0.02) that the first predictions are nearly uniform. So the loss
+        # starts near ln(50257) = 10.8 nats. A much higher first loss means that the initialization is wrong.
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -281,20 +285,20 @@ class GPT(nn.Module):
             targets: (B, T), for each input the id of the token that follows it, or IGNORE_INDEX. Not with labels.
             labels: (B, T) ids (usually the inputs themselves), which this function shifts by one, as in transformers.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
-            position_ids: (B, T) or (T,). By default, positions begin at `past`. With an attention mask, they count the
-                kept tokens of each row, so that a left-padded row has the same positions as without padding.
+            position_ids: (B, T) or (T,). By default, positions begin at `past`. With an attention mask, the default
+                positions count the kept tokens of each row, so padding on the left does not change them.
             document_ids: (B, T), equal for neighboring tokens of the same document. Tokens then attend to their own
-                document only, and positions begin at 0 in each document. Not with a cache or an attention mask.
+                document only, and default positions begin at 0 in each document. Not with a cache or an attention mask.
             head_mask: (H,) or (L, H), multiplies the attention weights of each head.
             cache: keys and values of the past tokens, from `new_cache`; those of the new tokens are appended.
             encoder_hidden_states: (B, M, C), for a model with cross_attention.
             encoder_attention_mask: (B, M), 1 for a token to keep and 0 for padding.
-            return_logits: whether to compute logits. None computes them only if there is no loss.
+            return_logits: whether to compute logits. None computes them only if there are no targets or labels.
             logits_to_keep: k > 0 computes the logits of the last k positions only, 0 those of all positions.
 
         Raises:
             ValueError: wrong combination, shape, length or id. The range of ids is not checked inside torch.compile or
-                on a GPU, where reading ids makes the host wait for the device: check ids before you copy them there.
+                on a GPU, where reading ids makes the host wait: check ids before you copy them to the GPU.
         """
         config = self.config
         past = 0 if cache is None else cache.length
@@ -340,7 +344,10 @@ class GPT(nn.Module):
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """Return an empty cache for `max_length` tokens of each sequence, on the model's device and in its dtype."""
+        """Return an empty cache for `max_length` tokens of each sequence, on the model's device and in its dtype.
+
+        Raises ValueError if max_length is above block_size, or if the model is not causal.
+        """
         if max_length > self.config.block_size:
             raise ValueError(f"a cache of {max_length} tokens is longer than block_size {self.config.block_size}")
         if not self.config.causal:
@@ -361,7 +368,8 @@ class GPT(nn.Module):
     def freeze(self, layers: int = 0, embeddings: bool = True) -> None:
         """Exclude the first `layers` blocks and, by default, the embeddings from training.
 
-        The token embeddings are also the output head, so `embeddings` also freezes the head.
+        The token embeddings are also the output head, so `embeddings` also freezes the head. Raises ValueError if the
+        model has fewer blocks.
         """
         if not 0 <= layers <= self.config.n_layer:
             raise ValueError(f"cannot freeze {layers} layers of {self.config.n_layer}")
@@ -378,7 +386,7 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> GPT:
-        """Load a GPT-2 from a directory in transformers' layout (such as our own) or from the hub, in eval mode.
+        """Load a GPT-2, in eval mode, from a run, a directory in transformers' or OpenAI's layout, or the hub.
 
         Args:
             name_or_dir: a directory; `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`; or another hub id.
@@ -386,9 +394,10 @@ class GPT(nn.Module):
             device: device of the parameters. They are moved one by one, so the host never holds the model twice.
 
         Raises:
-            FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
-            ValueError: the architecture is not GPT-2's, or tensors are missing, unknown or have the wrong shape (all
-                are listed).
+            FileNotFoundError: the name is neither a directory nor a model that could be downloaded, or the
+                directory lacks a configuration or weights.
+            ValueError: the architecture is not GPT-2's; tensors are missing, unknown or have the wrong shape (all are
+                listed); or a file is damaged.
         """
         stored = open_model(locate(name_or_dir))
         with torch.device("meta"):  # shapes only: the values come from the file
@@ -448,14 +457,17 @@ class KVCache:
         self, config: GPTConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        # Allocated once at full length: concatenation would copy everything for each token.
+        # Allocated once at full length: concatenation would copy all stored keys and values for each new token.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
 
     def extend(self, batch_size: int, n_tokens: int) -> list[LayerCache]:
-        """Reserve space for `n_tokens` tokens in each of `batch_size` rows, and return a LayerCache for each layer."""
+        """Reserve space for `n_tokens` tokens in each of `batch_size` rows, and return a LayerCache for each layer.
+
+        Raises ValueError if the cache has another number of rows, or too little space.
+        """
         past, length = self.length, self.length + n_tokens
         if batch_size != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the input {batch_size}")
@@ -470,7 +482,7 @@ class KVCache:
             tensor[:, :, : self.length] = tensor[:, :, : self.length].index_select(0, rows)
 
     def crop(self, length: int) -> None:
-        """Remove all but the first `length` tokens."""
+        """Keep only the first `length` tokens. Raises ValueError if the cache holds fewer tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length

@@ -6,8 +6,8 @@
     model.ckpt.data-00000-of-00001    the tensors, little-endian, one after the other
     encoder.json, vocab.bpe           the tokenizer, which data/tokenizer.py reads
 
-Each block of the table and each tensor is stored with its CRC32C, a checksum. The checksums are compared, so a damaged
-file is never loaded.
+Each block of the table and each tensor is stored with its CRC32C, a checksum. This module computes the checksum of what
+it reads and compares it with the stored one, so damaged data is never returned.
 
 Formats: https://github.com/google/leveldb/blob/main/doc/table_format.md for the table, and
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto for its values.
@@ -187,7 +187,7 @@ def _read_place(value: bytes) -> Place:
 
 
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a LevelDB table. The checksum of each block is compared."""
+    """Yield the keys and values of a LevelDB table. Raises ValueError if the checksum of a block is wrong."""
     footer = data[-FOOTER_SIZE:]
     if len(footer) < FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != MAGIC:
         raise ValueError(f"its {len(data):,} bytes do not end like a TensorFlow index")
@@ -199,11 +199,11 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a block of a table, after its checksum was compared.
+    """Verify the checksum of a block of a table, then yield the keys and values of the block.
 
-    A key is stored without the beginning that it has in common with the previous key. The block ends with the offsets
-    of the keys that are stored completely, and the number of these offsets. The offsets are not read, because only a
-    search for a single key needs them.
+    Some keys are stored completely. Any other key is stored without the beginning that it has in common with the
+    previous key. The block ends with the offsets of the complete keys, and the number of these offsets. The offsets are
+    not read, because only a search for a single key needs them.
     """
     block, trailer = data[offset : offset + size + 1], data[offset + size + 1 : offset + size + TRAILER_SIZE]
     if len(trailer) < TRAILER_SIZE - 1 or int.from_bytes(trailer, "little") != masked_crc32c(block):

@@ -17,7 +17,8 @@ import os
 import psutil
 
 SPINS_WHEN_BUSY = "1000"
-BUSY_CORES = 0.75  # cores in use by other processes; a process that always computes uses 1
+# The machine is busy if at least this number of cores is in use. A process that always computes uses 1 core.
+BUSY_CORES = 0.75
 
 
 def cores_in_use(seconds: float = 0.1) -> float:
@@ -26,7 +27,7 @@ def cores_in_use(seconds: float = 0.1) -> float:
 
 
 def adapt_to_load() -> None:
-    """Make waiting threads sleep after a short spin if other processes use the cores now.
+    """Make waiting threads sleep after a short spin if other processes use BUSY_CORES or more now.
 
     Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. This setting does not change any result.
     If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed.

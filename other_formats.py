@@ -19,9 +19,10 @@ def is_llm_c(path: Path) -> bool:
 
 
 def conversion_hint(path: Path) -> str:
-    """Return the end of an error message that says how to convert a file, or the first known file in a directory.
+    """Return the end of an error message, which says how to convert a file. The text is empty if the format is unknown.
 
-    The text has the form "; it is a file of PROGRAM: run COMMAND". It is empty if no format is recognized.
+    The text has the form "; it is a file of PROGRAM: run COMMAND". If `path` is a directory, the text is about
+    the first file in the directory that has a known format, and has the name of the file in place of "it".
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:

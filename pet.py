@@ -39,13 +39,13 @@ from training.config import Optim
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 
 UNLABELED_PER_LABELED = 3  # unlabeled texts for each labeled text in a step, as in the paper
-PART_OF_OTHERS = 0.25  # iPET: the fraction of the other patterns' models that label the texts for a model
+PART_OF_OTHERS = 0.25  # iPET: of the models of the other patterns, the fraction that labels texts for a new model
 GROWTH = 5  # iPET: the factor by which the number of labeled texts grows with each generation
-FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: texts of each class that train the second generation
+FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: number of texts of each class for the second generation
 
 
 class Member(NamedTuple):
-    """A model of the ensemble after its training: its pattern, and its scores of the unlabeled texts."""
+    """A model of the ensemble, without its weights: the index of its pattern, and its scores of N unlabeled texts."""
 
     pattern: int
     scores: Tensor  # (N, K)
@@ -67,12 +67,12 @@ class Task:
     train: list[Labeled]
     unlabeled: list[list[Cloze]]
     val: list[Labeled]
-    unlabeled_tokens: list[list[int]]  # each text without a pattern, for the language-modeling loss
+    unlabeled_tokens: list[list[int]]  # tokens of each unlabeled text alone, for the language-modeling loss
     dtype: torch.dtype
     args: argparse.Namespace
 
     def score(self, model: GPT, clozes: list[Cloze]) -> Tensor:
-        """Return the scores (N, K) of texts."""
+        """Return the scores (N, K) of N texts, given as clozes, on the CPU."""
         return score_all(model, clozes, self.verbalizer, self.args.batch_size, self.dtype)
 
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(args, verbalizer, unlabeled, val_texts, val_labels)
     args.out.mkdir(parents=True, exist_ok=True)  # fail before the training, not after it
     probabilities = label_texts(task)
-    # Load the classifier only now, so that its training uses the same random numbers as `classify.py train`.
+    # Load the classifier only now: this sets the seed, so its training uses the random numbers of `classify.py train`.
     classifier, tokenizer = load_classifier(args, verbalizer.classes)
     train_examples = encode(unlabeled, probabilities.tolist(), tokenizer, classifier.max_length)
     val_examples = encode(val_texts, val_labels, tokenizer, classifier.max_length)
@@ -98,7 +98,10 @@ def make_task(
     val_texts: Sequence[str],
     val_labels: list[int],
 ) -> Task:
-    """Load the model, and fill all texts into the patterns. Raises ValueError for a pattern that cannot be used."""
+    """Load the model, and fill all texts into the patterns.
+
+    Raises ValueError if a pattern cannot be used, a text's class has no word, or the model is not causal.
+    """
     patterns = [read_escapes(pattern) for pattern in args.pattern]
     for pattern in patterns:
         check_pattern(pattern)
@@ -148,9 +151,10 @@ def label_texts(task: Task) -> Tensor:
 
 
 def first_generation(task: Task) -> tuple[list[float], list[Member]]:
-    """Return the weight of each pattern, and the ensemble before training: one member for each pattern.
+    """Return the weight of each pattern, and the ensemble before training: for each pattern, the pretrained model.
 
-    A pattern's weight is the accuracy of the model on the labeled texts before training. Without labeled texts it is 1.
+    A pattern's weight is the accuracy of the pretrained model on the labeled texts in this pattern. Without labeled
+    texts, each weight is 1.
     """
     weights, ensemble = [], []
     for i, labeled in enumerate(task.train):
@@ -183,7 +187,10 @@ def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature:
 
 
 def train_generation(task: Task, previous: list[Member], weights: list[float], generation: int) -> list[Member]:
-    """Train several models with different seeds for each pattern, and return a Member for each model."""
+    """Train several models with different seeds for each pattern, and return a Member for each model.
+
+    From generation 2 on, models also learn from unlabeled texts, which members of `previous` label.
+    """
     ensemble = []
     for i in range(len(task.train) * task.args.models_per_pattern):
         pattern = i // task.args.models_per_pattern
@@ -216,8 +223,9 @@ def pseudo_label(
     """Choose unlabeled texts, and label them with a random subset of `others` (iPET). Return {index of text: class}.
 
     The number of labeled texts grows by the factor GROWTH with each generation, and the classes keep their proportions
-    in `labels`. If `labels` is empty, all classes get the same number of texts. Texts about which the models are more
-    certain are drawn more often.
+    in `labels`. If `labels` is empty, all classes get the same number of texts. The texts of a class are drawn from the
+    texts to which the models give this class. Texts about which the models are more certain are drawn more often. If a
+    class has too few such texts, all of them are used.
     """
     rng = np.random.default_rng(seed)
     size = max(1, round(PART_OF_OTHERS * len(others)))
@@ -261,7 +269,10 @@ def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
 
 
 def draw(texts: Sequence[list[int]], start: int, count: int, seed: int) -> list[list[int]]:
-    """Return texts start .. start + count - 1 of an endless sequence. Each epoch has all texts in a new order."""
+    """Return texts start .. start + count - 1 of an endless sequence: all texts in a random order, again and again.
+
+    The order is a new one in each epoch, and depends only on the seed and the epoch.
+    """
     n = len(texts)
     return [texts[int(permute(np.array([i % n]), n, seed, i // n)[0])] for i in range(start, start + count)]
 
@@ -274,7 +285,7 @@ def pattern_loss(
     verbalizer: Verbalizer,
     alpha: float,
 ) -> Tensor:
-    """Return the loss (): (1 - alpha) * cross-entropy of the classes + alpha * language-modeling loss."""
+    """Return the loss (): (1 - alpha) * cross-entropy of the classes + alpha * language-modeling loss on `texts`."""
     scores = class_scores(model, clozes, verbalizer)
     loss = torch.nn.functional.cross_entropy(scores, torch.tensor(labels, device=scores.device))
     if alpha == 0:
@@ -285,4 +296,4 @@ def pattern_loss(
     return (1 - alpha) * loss + alpha * model(ids[:, :-1], targets=targets).loss
 
 
-COMMANDS = {"train": train, "predict": predict, "pet": run}  # the functions that classify.py calls
+COMMANDS = {"train": train, "predict": predict, "pet": run}  # classify.py calls these functions

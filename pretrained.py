@@ -20,13 +20,14 @@ PADDING_LIMIT = 128  # padding a vocabulary to a multiple of 64 or 128, for spee
 def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str | None = None) -> str:
     """Return the model directory or hub name that the options `--model` and `--checkpoint` select.
 
-    None selects the newest run in the directory `runs`. A run's directory is replaced by one of its checkpoints (see
-    `choose_checkpoint`), which is named on stderr. Any other value is returned unchanged.
+    None selects the run in the directory `runs` that wrote a checkpoint last. The directory of a run is replaced by one
+    of its checkpoints (see `choose_checkpoint`), which is named on stderr. Any other value is returned unchanged.
 
     Raises:
         FileNotFoundError: there is no run, the run does not exist, or it has no such checkpoint; or a directory is not
             a model, but holds runs or checkpoints.
-        ValueError: the checkpoint is damaged, or `checkpoint` is given and the model is not a run.
+        ValueError: the checkpoint is damaged; or `checkpoint` has an unknown value, or is given for a model that is not
+            a run.
     """
     if name_or_dir is None:
         found = [path for run in Path(runs).glob("*/checkpoints") for path in list_checkpoints(run)]
@@ -126,7 +127,7 @@ def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> N
 
 
 def extend_positions(model: GPT, block_size: int) -> GPT:
-    """Return a model with new position embeddings for up to `block_size` tokens, and otherwise the same weights.
+    """Return a model with new position embeddings for up to `block_size` tokens, which shares all other weights.
 
     The new position embeddings are interpolated linearly between the learned ones, so that each position lies between
     positions that the model was trained with (Chen et al. 2023, "Extending context window via position interpolation").

@@ -119,7 +119,7 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
 
 
 def rendezvous(rank: int, world_size: int) -> dist.Store:
-    """Return the store through which the processes find each other, without keys from an earlier attempt.
+    """Return the store through which the processes find each other. Keys of earlier attempts are not visible in it.
 
     torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. In this store, a restarted process may
     find the address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the
@@ -127,11 +127,12 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     process chooses a random key and announces this key in the store. The main process stores the name under the
     announced key, so no process can read the name of an earlier attempt.
 
-    Raises TimeoutError, which names the missing processes, if the others do not connect within JOIN_TIMEOUT.
+    Raises TimeoutError if a process does not connect within JOIN_TIMEOUT. The main process names the missing processes;
+    the other processes name process 0 if it does not answer.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has no store
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun provides no store
             # `dist.rendezvous` would wait for the others here, and could not name those that are missing.
             store: dist.Store = dist.TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
         else:
@@ -173,7 +174,7 @@ def stop_processes() -> None:
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Return whether an error means that another process has ended. NCCL and gloo report a broken connection."""
+    """Return whether an error comes from the communication between processes: usually another process has ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -182,8 +183,8 @@ def name_lost_processes() -> str:
 
     The collective operation fails in every process. Each process that is alive calls this function, which announces the
     process in the store. A process that is not announced after ANSWER_TIMEOUT has ended or hangs. If the store does not
-    answer, the process that held the store has ended: process 0 or torchrun. If all processes answer, only a connection
-    has failed, and the function names that.
+    answer, the process that held it (process 0 or torchrun) has ended, and the result is "process 0". If all processes
+    answer, only a connection has failed, and the result names the connection.
     """
     try:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line. Ends the process if options cannot be combined."""
+    """Parse the command line. Ends the process if a value is impossible, or if options cannot be combined."""
     add_arguments(parser)
     args = parser.parse_args(arguments)
     at_least_one(parser, args, "num_samples", "batch_size", "num_beams", "max_new_tokens", "show_probs")

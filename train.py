@@ -30,8 +30,8 @@ from training.optim import learning_rate_factor, set_learning_rate
 from training.setup import TrainingRun, dry_run, is_due, setup
 from training.validation import measure
 
-# Training stops after this number of consecutive bad steps. The loss or the gradient of a bad step is not finite, for a
-# reason other than an overflow of float16.
+# Training stops after this number of bad steps without a good step between them. The loss or the gradient of a bad step
+# is not finite, for a reason other than an overflow of float16. Steps with such an overflow are neither bad nor good.
 MAX_BAD_STEPS = 10
 
 
@@ -47,8 +47,9 @@ class StepResult(NamedTuple):
 def accumulate_gradients(run: TrainingRun) -> Tensor:
     """Compute the gradient of the next global batch in micro-batches. Return this process's part of the loss, ().
 
-    The activations of a whole global batch usually need too much memory. Each backward pass adds the gradient of its
-    micro-batch to `.grad`, and the sum is the gradient of the global batch.
+    The parts of all processes add up to the mean loss of the global batch, in nats. The activations of a whole global
+    batch usually need too much memory. Each backward pass adds the gradient of its micro-batch to `.grad`, and the sum
+    over the micro-batches of all processes is the gradient of the global batch.
     """
     processes, device = run.processes, run.processes.device
     micro_batches = next(run.loader)
@@ -74,7 +75,7 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
 
 
 def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
-    """Take one optimizer step over a global batch. A step whose loss or gradient is not finite is skipped."""
+    """Take one optimizer step on a global batch, and log it. A step that is not finite leaves the weights unchanged."""
     config, processes, state = run.config, run.processes, run.state
     run.clock, state.val_loss = Stopwatch(), None
     # Dropout masks depend on the seed, the step and the rank alone. So a resumed run draws the same masks, and a
@@ -111,7 +112,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
     run.clock.lap("optimizer")
-    # While the scaler searches for its scale, the gradient of some steps overflows float16 although the loss is finite.
+    # If the loss scale is too large, the gradient overflows float16, but the loss is finite. Then the scale is halved.
     overflowed = math.isfinite(loss) and loss_scale > 1 and next_loss_scale < loss_scale
     diverged = not finite and not overflowed
     state.step += 1
@@ -122,9 +123,9 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
 
 def validate(run: TrainingRun, signal: StopSignal) -> bool:
-    """Score the validation split and HellaSwag, generate samples, and log all results.
+    """Score the validation split and (if configured) HellaSwag, generate samples, and log and store the results.
 
-    Return False, and log nothing, if a stop request interrupted this work. All processes return the same value.
+    Return False, without logging, if a stop request interrupted this work. All processes return the same value.
     """
     result = measure(run, signal)
     if result is None:
@@ -187,7 +188,9 @@ def train(
     """Train to the last step, until eval.patience ends the run, or until a signal asks to stop. Return the status.
 
     status.json contains the same status. scripts/ideas.py passes its own `train_step` and `validate`. With `profile`,
-    three steps are traced, and the trace is written to trace.json.
+    the main process traces three steps and writes the trace to trace.json.
+
+    Raises FloatingPointError after MAX_BAD_STEPS bad steps. An error in writing a checkpoint can also end the run.
     """
     config, state = run.config, run.state
     signal = StopSignal(announce=run.processes.is_main)
@@ -312,7 +315,10 @@ def conclude(run: TrainingRun, status: str) -> None:
 
 
 def main() -> None:
-    """Read the command line and train. The exit status is 2 for an error that the user can correct."""
+    """Read the command line, and train or, with --dry-run, print a report.
+
+    The exit status is 2 for an error that the user can correct.
+    """
     with training_process() as (config, flags, processes):
         if flags.dry_run is None:
             with setup(config, processes, verify=flags.verify) as run:

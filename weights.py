@@ -57,7 +57,8 @@ ACTIVATION_NAMES = {
 }
 # Fields that the configuration of a plain GPT-2 does not have, and their values that mean the same as a missing field.
 ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
-# Other fields that transformers writes, with its default values. Nothing in this repository depends on them.
+# Other fields that transformers writes, with its default values. GPT does not depend on them. heads.DoubleHeads
+# requires the default values of three of the summary_ fields.
 INERT_CONFIG = {
     "initializer_range": 0.02,
     "pad_token_id": None,
@@ -85,7 +86,8 @@ CONFIG_FIELDS = {
 }
 # Fields of this repository, which are written only if the attention is not full. Other tools ignore them.
 ATTENTION_FIELDS = ("attention", "window_size", "lsh_buckets", "lsh_rounds")
-# The fields of the model's shape, and other names that transformers accepts for them. Old files also have n_ctx.
+# The fields of the model's shape, and other names for them: transformers accepts these names, or old files have them
+# (n_ctx).
 SHAPE_ALIASES = {
     "vocab_size": (),
     "n_positions": ("max_position_embeddings", "n_ctx"),
@@ -131,7 +133,9 @@ def locate(name_or_dir: str | Path) -> Path:
     cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for the hub's names.
 
     Raises:
-        FileNotFoundError: the name is neither a directory nor a model that could be downloaded.
+        FileNotFoundError: the name is neither a directory nor a model that could be downloaded; or a run has no
+            checkpoint.
+        ValueError: the checkpoint of a run is damaged.
     """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
@@ -159,7 +163,7 @@ def locate(name_or_dir: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ValueError, naming the file, if it holds something else."""
+    """Return the object in a JSON file. Raises ValueError, naming the file, if the file does not hold a JSON object."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested lists
@@ -189,7 +193,7 @@ class StoredModel:
         return self.config_file.name == "hparams.json"
 
     def config_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `GPTConfig` for this model. Warn if its three dropout rates differ."""
+        """Return the keyword arguments of `GPTConfig`. If the three dropout rates differ, warn and use the largest."""
         fields, dropouts = self.fields, {self.fields[name] for name in DROPOUTS}
         if len(dropouts) > 1:
             found = f"{self.config_file} has dropout rates {sorted(dropouts)}"
@@ -205,7 +209,8 @@ def open_model(directory: str | Path) -> StoredModel:
 
     Raises:
         FileNotFoundError: the directory has no config.json or hparams.json, see `find_config`.
-        ValueError: the file describes another architecture than GPT-2's, or lacks a field. The message names the field.
+        ValueError: the file is not JSON, describes another architecture than GPT-2's, lacks a field, or has a field
+            with an impossible value. The message names the file and the field.
     """
     path = find_config(directory)
     if not path.is_file():
@@ -255,7 +260,7 @@ def query_scale(fields: dict[str, Any], name: str) -> float:
 
 
 def check_config(fields: dict[str, Any]) -> None:
-    """Raise ValueError, naming the field, if a field of a complete config.json has an impossible value or type."""
+    """Raise ValueError, naming the field, if a field of a `StoredModel` has an impossible value or type."""
     for name in (*SHAPE_ALIASES, "n_inner"):
         value, largest = fields[name], LARGEST.get(name, LARGEST_FIELD)
         if value is None and name == "n_inner":  # None means 4 n_embd
@@ -309,7 +314,7 @@ def find_weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in their shards.
+    """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in the shards of either.
 
     Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
     first, because the caller then holds few other tensors. This order keeps the peak of memory low.
@@ -349,8 +354,8 @@ def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
 def unpickle_weights_only(path: Path) -> Any:
     """Return the object in a file that torch.save wrote, without executing code that it contains.
 
-    Its tensors are on the CPU, and memory-mapped unless PyTorch before 1.6 wrote the file. Raises ValueError if the
-    file is damaged or holds objects of other classes than tensors and Python's own.
+    All tensors are on the CPU, and memory-mapped unless PyTorch before 1.6 wrote the file. Raises ValueError if the
+    file is damaged, or holds objects other than tensors and Python's basic types.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -383,6 +388,7 @@ def load_weights(
     The model may be on the meta device. dtype=None keeps the dtype of the file.
 
     Raises:
+        FileNotFoundError: there are no weights, or a file of OpenAI's layout is missing.
         ValueError: tensors are missing, unknown, not floating-point or have the wrong shape (all are listed); two
             tensors for the same parameter differ; or a file is damaged.
     """
@@ -395,7 +401,7 @@ def load_weights(
     for source, tensor in read_openai_tensors(directory) if stored.is_openai else read_tensors(directory):
         if STALE_BUFFER.search(source):
             continue
-        # The head is tied to the token embedding. Files that GPT2Model saved lack the prefix "transformer.".
+        # GPT-2 ties the head to the token embedding. Files that GPT2Model saved lack the prefix "transformer.".
         name = "transformer.wte.weight" if source == "lm_head.weight" else source
         name = name if name in wanted else f"transformer.{name}"
         if name not in wanted:
@@ -441,10 +447,12 @@ def save_weights(
         state: tensors with the names and shapes of our modules.
         config: the fields of GPTConfig, by name.
         directory: created if it does not exist.
-        eos_token_id: the id of the tokenizer's end-of-text token. None means 50256 if the vocabulary has 50257 tokens.
+        eos_token_id: the id of the tokenizer's end-of-text token. None means 50256 if the vocabulary has 50257
+            tokens, otherwise no such token.
         max_shard_size: weights above this size are divided into several files.
-        architecture: the class of transformers that loads the files.
-        extra_config: additional fields of config.json that this class reads.
+        architecture: name of the class that loads the files, usually a class of transformers. If the model is not
+            causal, config.json names BidirectionalGPT2 instead.
+        extra_config: additional fields of config.json.
     """
     from huggingface_hub import save_torch_state_dict  # imported here: loading a model does not need it
 
