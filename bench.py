@@ -11,7 +11,7 @@
 The contestants are this repository and its peers, the other implementations. Each contestant runs in a process of its
 own. The contestants take turns, so that a change of the machine's speed affects all of them. The tables show medians.
 For a peer that is not a package, give a directory with a clone of its repository. `tokenize` always includes tiktoken.
-With --device cuda all contestants run on the GPU, and benchmarks of work that only a CPU does are left out.
+With --device cuda all contestants run on the GPU, and only the benchmarks train, decode and hellaswag are run.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 
 def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time a training step, and compare its FLOP/s with those of the fastest of its matrix products alone."""
+    """Time a training step, and compare its FLOP/s with the FLOP/s of the fastest of its matrix products, run alone."""
     rows, tokens = BATCH[device]
     work = (device, rows, tokens)
     contestants = {"ours": Call("benchmarks.ours.train", "train", work)}
@@ -126,7 +126,7 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
             contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "decode", (peers["nanogpt"], device))
         title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
         table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
-        # A step reads every weight once, except the position embeddings: it needs only one of their 1,024 rows.
+        # A step reads every weight once, but of the 1,024 rows of the position embeddings, it needs only one.
         bytes_read = (PARAMETERS - 1024 * 768) * (4 if dtype == "float32" else 2)
         bytes_per_second = bytes_read * table["results"]["ours"]["rate"] / batch
         fraction = bytes_per_second / call_in_process("benchmarks.machine", "read_bandwidth", device)
@@ -154,8 +154,9 @@ def bench_tokenize(
 ) -> list[dict[str, Any]]:
     """Time `data.prepare`, from text to shards, for two corpora.
 
-    The first corpus consists of the files in the directories `corpus` (default: the Python installation, /usr/share and
-    /usr/include). The second consists of the plays of Shakespeare, repeated.
+    The first corpus consists of the text files in the directories `corpus`, with equal contents only once. The default
+    directories are those of the Python installation, /usr/share and /usr/include. The second corpus consists of the
+    plays of Shakespeare, repeated.
     """
     roots = corpus or list(dict.fromkeys([sys.prefix, sys.base_prefix, "/usr/share", "/usr/include"]))
     corpora: list[tuple[str, str, tuple]] = [
