@@ -20,7 +20,7 @@ Run = Callable[[], object]  # the work that is timed
 
 
 class Call(NamedTuple):
-    """A function call, given by names. So a process can send the call to another one without importing the module."""
+    """A function call, given by names. So a process can send it to another process without importing the module."""
 
     module: str  # "benchmarks.ours.decode"
     function: str
@@ -35,7 +35,8 @@ class Call(NamedTuple):
 def call_in_process(module: str, function: str, *arguments: Any) -> Any:
     """Call a function in a new process, and return its result. So this process does not load the function's libraries.
 
-    If the function raises an exception, `call_in_process` raises the same exception.
+    If the function raises an exception, `call_in_process` raises the same exception. If the new process ends without a
+    result, for example because it was killed, `call_in_process` raises ChildProcessError.
     """
     return receive(start_process(answer, Call(module, function, arguments)))
 
@@ -47,7 +48,8 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 
     A contestant is given by a call that sets up its work, in a process of its own, and returns the function to time.
     Returns for each contestant "seconds" (the median), "lowest" and "highest" in seconds, and "peak_memory" in bytes:
-    the memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes.
+    the memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes. Raises the
+    exception of a contestant that fails.
     """
     pipes: dict[str, Connection] = {}
     durations: dict[str, list[float]] = {name: [] for name in contestants}
@@ -80,7 +82,10 @@ def start_process(target: Callable[..., None], *arguments: Any) -> Connection:
 
 
 def receive(pipe: Connection) -> Any:
-    """Return what the other process sends. Raise its exception, or ChildProcessError if the process was killed."""
+    """Return the value that the other process sends, or raise the exception that it sends.
+
+    Raises ChildProcessError if the other process ended without sending a value, for example because it was killed.
+    """
     try:
         value = pipe.recv()
     except EOFError:
@@ -103,7 +108,8 @@ def answer(call: Call, pipe: Connection) -> None:
 def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
     """Run in the process of a contestant: set up, warm up, and time one run for each True that the pipe delivers.
 
-    After False, the process sends its peak memory in bytes and ends.
+    Send None after the warm-up, and the duration in seconds after each timed run. After False, send the peak memory in
+    bytes and end. If an exception occurs, send the exception and end.
     """
     peak, running = [0], threading.Event()
     threading.Thread(target=watch_memory, args=(peak, running), daemon=True).start()

@@ -28,12 +28,15 @@ def write_files(roots: list[str], path: Path) -> tuple[float, float]:
 
 
 def write_plays(path: Path) -> tuple[float, float]:
-    """Write PLAYS_BYTES bytes of repeated plays to a .jsonl file. Returns the numbers that `write_corpus` returns."""
+    """Write at least PLAYS_BYTES bytes of plays to a .jsonl file. Returns the numbers that `write_corpus` returns."""
     return write_corpus(repeated_plays(PLAYS_BYTES), path)
 
 
 def text_files(roots: list[str]) -> Iterator[str]:
-    """Yield the text of each file under `roots` that has a suffix of a text file. Yield equal contents only once."""
+    """Yield the text of each file under `roots` that has a suffix of a text file. Yield equal contents only once.
+
+    Symbolic links, empty files and files that are not UTF-8 are skipped.
+    """
     seen = set()
     for path in itertools.chain.from_iterable(sorted(Path(root).rglob("*")) for root in roots):
         if path.suffix not in CODE | MARKUP | PROSE or path.is_symlink() or not path.is_file():
@@ -63,7 +66,7 @@ def write_corpus(texts: Iterator[str], path: Path) -> tuple[float, float]:
     """Write texts to a .jsonl file.
 
     Returns the megabytes of text, and the number of different words per megabyte. A word is a piece into which
-    GPT-2's splitting rule cuts a text. The words are counted in a random sample of the documents, of about 20 MB.
+    GPT-2's splitting rule cuts a text. The words are counted in a random sample of the documents, about 20 MB in total.
     """
     size, lengths = 0, []
     with open(path, "w", encoding="utf-8") as file:

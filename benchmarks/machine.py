@@ -28,7 +28,7 @@ def native_dtypes(where: str) -> tuple[list[str], str]:
 
 
 def matmul_rate(dtype_name: str, where: str) -> float:
-    """Return the highest FLOP/s of the matrix products that a training step consists of, forward and backward."""
+    """Return the FLOP/s of the fastest matrix product of the linear layers and the output head, forward or backward."""
     dtype, best, (rows, tokens) = device.DTYPES[dtype_name], 0.0, BATCH[where]
     # The number of logits that the loss computes for a token. On a GPU, the loss pads the vocabulary.
     vocab = VOCAB if where == "cpu" else math.ceil(VOCAB / HEAD_MULTIPLE) * HEAD_MULTIPLE

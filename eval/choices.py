@@ -81,7 +81,10 @@ def make_questions(
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, convention: Convention) -> Request:
-    """Encode a context and its continuation, which starts with the space between the two."""
+    """Encode a context and its continuation, which starts with the space between the two.
+
+    A context without tokens is replaced by end-of-text.
+    """
     if convention == "completion":
         context_ids, continuation_ids = _encode(tokenizer, context), tokenizer.encode(continuation)
     else:
@@ -111,7 +114,8 @@ def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, c
     """Score every choice of every question, and choose the most probable choice of each question.
 
     The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
-    bits_per_byte is then None, because the number of bytes would include text that was not scored.
+    If this happens in a correct choice, bits_per_byte is None, because the number of bytes would include text that was
+    not scored.
     """
     requests = make_requests(tuple(questions), tokenizer, convention)
     log_probs = score(requests).log_probs
@@ -150,7 +154,7 @@ def with_shots(
     The examples of a question depend only on the seed and on the index of the question.
 
     Args:
-        leave_one_out: `pool` begins with the evaluated questions, in the same order. A question is never its example.
+        leave_one_out: `pool` begins with `questions`, in the same order. A question is never its own example.
 
     Raises ValueError if the pool is too small.
     """

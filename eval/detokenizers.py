@@ -16,7 +16,10 @@ def detokenize_ptb_style(text: str) -> str:
 
 
 def detokenize_ptb(text: str) -> str:
-    """Undo the tokenization of Mikolov's Penn Treebank: one sentence per line, numbers written as N."""
+    """Undo the tokenization of Mikolov's Penn Treebank, which has one sentence per line and N in place of each number.
+
+    The line breaks and the N stay.
+    """
     return detokenize_ptb_style(re.sub(r"^ | $", "", text, flags=re.MULTILINE)).replace("$ N", "$N")
 
 

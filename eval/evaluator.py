@@ -110,11 +110,12 @@ def model_fingerprint(directory: Path) -> str:
 
 @contextlib.contextmanager
 def join_processes(device_name: str, dtype_name: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, and leave them when the `with` block ends.
+    """Join the processes that torchrun started, and leave them when the `with` block ends. Without torchrun, this
+    process works alone.
 
     Raises ValueError if the device is not available.
     """
-    # processes.start_processes is not used, because it enables TF32. This would change float32 results on CUDA.
+    # processes.start_processes is not used, because it enables TF32, which would change float32 results on CUDA.
     device = find_device(device_name, "--device")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cpu":

@@ -85,7 +85,7 @@ def hellaswag(
 
     Args:
         limit: evaluate only the first `limit` questions.
-        batch_size: sequences per forward pass; None chooses a default.
+        batch_size: sequences per forward pass; None means 8 on CPU and 64 elsewhere.
         rank, world_size, reduce: see `eval.likelihood.log_likelihoods`.
 
     Returns {"convention", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "count"}.

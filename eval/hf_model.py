@@ -29,7 +29,8 @@ class HFModel(nn.Module):
             these ids get no probability.
     """
 
-    # Some models have thousands of vocabulary entries that their tokenizer does not use, but fewer than 65,536.
+    # `check_pair` requires that the model has fewer than this number of vocabulary entries without a token of the
+    # tokenizer. Some models have thousands of such entries.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any, n_tokens: int) -> None:
@@ -41,13 +42,16 @@ class HFModel(nn.Module):
         self.config = HFModelConfig(config.vocab_size, block_size)
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0) -> GPTOutput:
-        """Return the logits of the last `logits_to_keep` positions (B, k, V), or of all positions if it is 0."""
+        """Return the logits (B, k, V) of the last k = `logits_to_keep` positions, or of all positions if k is 0."""
         logits = self.model(input_ids, use_cache=False, logits_to_keep=logits_to_keep).logits
         return GPTOutput(logits=logits[..., : self.n_tokens])
 
 
 class HFTokenizer:
-    """A tokenizer of transformers that adds no special tokens to a text."""
+    """A tokenizer of transformers that adds no special tokens to a text.
+
+    `eot` is the bos token, or the eos token if there is no bos token. Raises ValueError if the tokenizer has neither.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -70,7 +74,7 @@ class HFTokenizer:
 def load_hf_model(directory: str | Path, device: torch.device) -> tuple[HFModel, HFTokenizer]:
     """Load a causal model and its tokenizer from a directory in transformers' layout, in float32 and eval mode.
 
-    Raises ValueError if transformers cannot load it.
+    Raises ValueError if transformers cannot load the model or the tokenizer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: evaluating a GPT-2 does not use it
 

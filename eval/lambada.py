@@ -29,7 +29,7 @@ class LastWordScores(NamedTuple):
     """The scores of the last words of N passages."""
 
     log_probs: np.ndarray  # (N,) log-probability of the whole word, in nats
-    correct: np.ndarray  # (N,) bool
+    correct: np.ndarray  # (N,) bool: True if each token of the word is the most likely one
 
 
 def read_passages() -> list[str]:
@@ -54,7 +54,7 @@ def passage_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def score_last_words(texts: Sequence[str], tokenizer: Tokenizer, score: Scorer) -> LastWordScores:
-    """Score the last word of each text, given the text before it."""
+    """Score the last word of each text, given the text before this word. Raises ValueError if there are no texts."""
     if not texts:
         raise ValueError("lambada: the data has no passages")
     pairs = [text.rpartition(" ") for text in texts]

@@ -1,9 +1,10 @@
 """Log-probabilities of continuations given their contexts. All evaluation tasks except `loss` are computed from them.
 
-The model reads a context once, even if several requests share the context. A batch of contexts, padded on the left,
-fills a KV cache. The continuations are then scored with copies of the cache's rows. Log-probabilities are computed in
-float32, and only at the positions of the continuations. The division of requests into batches depends only on the
-requests and the batch size, so the scores do not depend on the number of processes.
+A GPT reads a context once, even if several requests share the context. A batch of contexts, padded on the left, fills a
+KV cache. The continuations are then scored with copies of the cache's rows. Models of other architectures read the
+context again for each continuation. Log-probabilities are computed in float32, and only at the positions of the
+continuations. The division of requests into batches depends only on the requests and the batch size, so the scores do
+not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SOFTMAX_ROWS = 128  # positions whose float32 logits are computed at a time: 26 
 
 
 class Request(NamedTuple):
-    """Token ids of a continuation to score and of its context. At the start of a text, the context is end-of-text."""
+    """The token ids of a continuation to score, and of its context, which is end-of-text at the start of a text."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -64,7 +65,7 @@ class _Batch(NamedTuple):
             yield rows[start : start + batch_size]
 
     def passes(self, batch_size: int) -> int:
-        """Return the number of forward passes that this batch needs."""
+        """Return the number of forward passes that a GPT needs for this batch."""
         return int(len(self.contexts[0]) > 1) + ceil_div(sum(map(len, self.parts)), batch_size)
 
 
@@ -124,10 +125,10 @@ def log_likelihoods(
                 "model do not belong together"
             )
     batches = _make_batches(requests, block_size, batch_size)
-    # Every rank counts the forward passes of all ranks. At the end, it runs passes until all have the same number.
+    # Every rank counts the forward passes of all ranks. At the end, ranks with fewer passes run additional ones.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    # Two rows with a number for each request: its log-probability, and how many of its tokens are not the most likely.
+    # (2, requests): the log-probability of each continuation, and how many of its tokens are not the most likely ones.
     scores = torch.zeros(2, len(requests), dtype=dtype, device=device)
     with _eval_mode(model):
         head = _output_head(model)
@@ -163,8 +164,8 @@ def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int)
             groups.setdefault(before, []).append(_Part(tokens, i))
     batches: list[_Batch] = []
     longest = 0
-    # The longest contexts come first, so that the first batch fails if memory does not suffice, and so that the
-    # progress bar does not underestimate the remaining time.
+    # The longest contexts come first, for two reasons: if memory does not suffice, the first batch already fails, and
+    # the progress bar does not underestimate the remaining time.
     for context in sorted(groups, key=len, reverse=True):
         longest = max(longest, *(len(part.tokens) for part in groups[context]))
         full = not batches or len(batches[-1].contexts) == batch_size
@@ -182,7 +183,7 @@ def _score(
     """Score the continuations of a batch in groups of R rows. `head` is the result of `_output_head`.
 
     Yields for each group the indices of the R requests, the log-probabilities of the tokens (R, T), 0 at padding, and
-    a mask (R, T) that is True where another token is the most likely one.
+    a mask (R, T) that is True where the token of the continuation is not the most likely token.
     """
     device = next(model.parameters()).device
     # The first pass reads the contexts without their last tokens. The logits at the last token of a context predict the
@@ -203,7 +204,7 @@ def _score(
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Padding only on the right needs neither a mask nor position ids, which architectures handle differently.
+            # Pad only on the right: this needs neither a mask nor position ids. Architectures handle those differently.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1

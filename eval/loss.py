@@ -25,7 +25,7 @@ class SplitLoss(NamedTuple):
 
 
 def joined(losses: Collection[SplitLoss]) -> SplitLoss:
-    """Return the mean loss over all targets of several splits. The loss of a single split is returned unchanged."""
+    """Return the loss and bits per byte of several splits together. A single SplitLoss is returned unchanged."""
     if len(losses) == 1:
         return next(iter(losses))
     tokens = sum(part.tokens for part in losses)
@@ -55,7 +55,10 @@ class ArrayWindows:
         return ceil_div(self.n_targets, self.sequence_length)
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Copy a window to `inputs` and `targets`, (T,) int64 each. Pad with 0 and IGNORE_INDEX, respectively."""
+        """Copy a window to `inputs` and `targets`, (T,) int64 each. Pad with 0 and IGNORE_INDEX, respectively.
+
+        `documents` is ignored, because these windows have no document mask.
+        """
         start = window * self.sequence_length
         tokens = self.tokens[start : start + self.sequence_length + 1]
         n = len(tokens) - 1
@@ -63,7 +66,7 @@ class ArrayWindows:
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows, without padding."""
+        """Return the number of targets in the windows with these indices, without padding."""
         return int(np.minimum(self.sequence_length, self.n_targets - windows * self.sequence_length).sum())
 
 
@@ -81,7 +84,8 @@ def split_loss(
 ) -> SplitLoss:
     """Compute the mean loss over every target of the windows that is not IGNORE_INDEX.
 
-    The result is the same on every rank and for every number of ranks. The caller sets the model to eval mode.
+    All ranks return the same result. The number of ranks changes the result only by rounding errors. The caller must
+    set the model to eval mode.
 
     Args:
         token_bytes: (vocab_size,) the number of UTF-8 bytes of each token: 0 for end-of-text, whose loss still counts.

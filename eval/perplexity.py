@@ -1,8 +1,8 @@
 """Perplexity of long texts with a sliding window that scores every token once.
 
-The text is treated as one document that starts with end-of-text. With stride s, each forward pass scores s new tokens.
-Each of them is predicted from at least block_size - s tokens, or from all previous tokens at the start of the text. A
-smaller stride needs more forward passes and gives a lower perplexity. Stride 1 gives every token the longest possible
+The text is treated as one document that starts with end-of-text. With stride s, each window scores s new tokens. Each
+of these tokens is predicted from at least block_size + 1 - s tokens, or from all previous tokens if there are fewer. A
+smaller stride needs more windows, and usually gives a lower perplexity. Stride 1 gives every token the longest possible
 context. Perplexities with different strides cannot be compared.
 """
 
@@ -21,8 +21,9 @@ from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_w
 from eval.likelihood import Request, Scorer
 from eval.rows import load_hub_rows
 
-# JSON cannot represent infinity, and exp(709) is the largest integer power of e that a float can represent. A limit of
-# 700 leaves a factor of e⁹ for the standard error, which may be larger than the perplexity.
+# The largest nats per word for which perplexity per word, exp(nats), is computed. JSON cannot represent infinity, and
+# exp(709) is the largest integer power of e that a float can represent. A limit of 700 leaves a factor of e⁹ for the
+# standard error, which may be larger than the perplexity.
 MAX_NATS = 700.0
 
 
@@ -109,7 +110,7 @@ def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[s
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus whose perplexity is published.
+    """A corpus on which perplexity or bits per byte of GPT-2 models is published.
 
     Attributes:
         hub: dataset, configuration and split on the hub.

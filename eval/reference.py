@@ -27,8 +27,8 @@ def _by_size(*values: float | None) -> dict[str, float]:
 
 
 # Validation losses of the released models in nats per token. Each key is a regular expression that must match a whole
-# word of the dataset's source. FineWeb, FineWeb-Edu and FineWeb 2 are different datasets. The losses of the 124M model
-# on FineWeb (3.42) and on FineWeb-Edu (3.29) are often confused.
+# word of a dataset's `source` (see DatasetMeta in data/shards.py). FineWeb, FineWeb-Edu and FineWeb 2 are different
+# datasets. The losses of the 124M model on FineWeb (3.42) and on FineWeb-Edu (3.29) are often confused.
 VALIDATION_LOSS: dict[str, Published] = {
     "openwebtext": Published(_by_size(3.12, 2.84, 2.67, 2.54), "nanoGPT, README"),
     "fineweb(-10b|10B(-gpt2)?)?": Published(_by_size(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
@@ -110,7 +110,10 @@ def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def published_losses(source: str) -> dict[str, float]:
-    """Return the released models' validation losses on a dataset, in nats per token; empty if none are known."""
+    """Return the released models' validation losses on the dataset with this `source`, in nats per token.
+
+    The result is empty if none are known.
+    """
     found = (losses for name, losses in VALIDATION_LOSS.items() if re.search(rf"(^|[ /]){name}($|[,: ])", source))
     return next((losses.values for losses in found), {})
 

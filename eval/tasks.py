@@ -48,7 +48,7 @@ TaskFunction = Callable[[argparse.Namespace, Evaluator], TaskResult]
 
 
 def find_tasks(names: Sequence[str]) -> dict[str, TaskFunction]:
-    """Return the functions of the named tasks. Raises ValueError for an unknown name."""
+    """Return the functions of the named tasks. Raises ValueError for an unknown name, or if there are no names."""
     known: dict[str, TaskFunction] = {"hellaswag": run_hellaswag}
     known |= {name: functools.partial(run_choices, name) for name in CHOICE_TASKS}
     known |= {name: functools.partial(run_lambada, name) for name in ("lambada", "lambada_openai")}
@@ -190,7 +190,8 @@ def _slide(
 ) -> TaskResult:
     """Compute the perplexity of `tokens`.
 
-    `text` is the text of the tokens, or None if it is unknown. `n_words` is its number of words before detokenization.
+    `text` is the text of the tokens, or None if the text is unknown. `n_words` is the number of words that the text had
+    before detokenization; it is ignored if `text` is None.
 
     The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
     There is then no metric per byte or per word, because the bytes and words would include text that was not scored.
@@ -224,7 +225,7 @@ def _report_dropped_text(evaluator: Evaluator) -> None:
 
 
 def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
-    """Yield the tokens between the end-of-text tokens, which separate documents."""
+    """Yield the tokens of each document. End-of-text tokens separate the documents, and are left out."""
     part: list[int] = []
     for token in tokens:
         if token == eot:
@@ -236,7 +237,7 @@ def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
 
 
 def _open_validation(directory: Path) -> tuple[Split, Tokenizer]:
-    """Open the validation split of a dataset, and load the tokenizer that the dataset was made with."""
+    """Open the validation split of a dataset, and its tokenizer (GPT-2's if the dataset has no tokenizer.json)."""
     split = open_split(directory, "val")
     return split, load_tokenizer(directory if (directory / "tokenizer.json").is_file() else "gpt2")
 

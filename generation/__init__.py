@@ -1,7 +1,7 @@
 """Generate text with a GPT: greedy decoding, sampling, beam search, streaming.
 
-`generate` has the argument names and the semantics of transformers' method of the same name, so that tests can compare
-the two token by token.
+The arguments of `generate` that also exist in transformers' method `generate` have the same meaning there. So tests can
+compare the results of the two functions token by token.
 
     options.py      GenerationOptions and GenerateOutput: what `generate` takes and returns
     prompts.py      prompts -> a checked batch of token ids and its mask
@@ -9,15 +9,15 @@ the two token by token.
     sampling.py     greedy decoding and sampling, Gumbel-softmax samples
     beam_search.py  beam search and beam sampling
     forward.py      code shared by sampling and beam search: cached forward pass, stop conditions, recorded outputs
-    fixed_step.py   a decoding step with fixed shapes, which CUDA can replay as a graph
+    fixed_step.py   a decoding step whose shapes never change, so that CUDA can replay the step as a graph
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
     packed.py       pack_weights: a memory layout of the weights that makes decoding faster
     text.py         stream and generate_text: strings instead of token ids
     terminal.py     the work of sample.py: prompts in, text out
     interactive.py  sample.py --interactive
 
-Sizes in the shapes of this package: B prompts; K beams for each prompt; N rows, which are B * num_return_sequences when
-sampling and B * K during beam search; T tokens in each row so far, including prompt and padding; V = vocab_size.
+Sizes in the shapes of this package: B prompts; K beams for each prompt; N rows, which are B * K in beam search and
+otherwise B * num_return_sequences; T tokens in each row so far, including prompt and padding; V = vocab_size.
 """
 
 from generation.decode import generate

@@ -21,14 +21,15 @@ IMPOSSIBLE = -1.0e9
 class Beams(NamedTuple):
     """A set of hypotheses: for each of B prompts, the K running ones, the K finished ones, or a step's candidates.
 
-    A hypothesis is a prompt with one continuation. Running and finished hypotheses are sorted by descending score.
+    A hypothesis is a prompt with one continuation. Running and finished hypotheses are sorted by descending score. If
+    the set holds the candidates of a step, K in the shapes below is the number of candidates of each prompt.
     """
 
-    # (B, K), the sum of log-probabilities. For finished hypotheses it is divided by new tokens ** length_penalty.
+    # (B, K), sum of processed log-probabilities; for finished hypotheses, divided by new tokens ** length_penalty.
     scores: Tensor
     ids: Tensor  # (B, K, prompt + max_new_tokens)
     logprobs: Tensor  # (B, K, max_new_tokens), log-probability of each new token, from the unprocessed logits
-    # (B, K, max_new_tokens), row of the scores (B * K, V) that each new token was chosen from; -1: no token yet.
+    # (B, K, max_new_tokens), for each new token, the row of the scores (B * K, V) it was chosen from; -1: no token yet.
     origins: Tensor
 
     @property
@@ -50,8 +51,8 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
     """Keep the num_beams most probable continuations of each prompt at every step, and return the best finished ones.
 
     ids is (B, T), mask (B, T + max_new_tokens) or None. The rules are those of `_beam_search` in transformers. The
-    candidates of a step are all pairs of a running beam and a next token. Candidates that end and are among the best
-    num_beams candidates join the finished hypotheses. The best num_beams candidates that do not end become the running
+    candidates of a step are the best (or sampled) pairs of a running beam and a next token. `add_finished` adds
+    candidates that end to the finished hypotheses. The best num_beams candidates that do not end become the running
     beams.
     """
     (n_prompts, prompt_length), K = ids.shape, options.num_beams
@@ -60,7 +61,7 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
     forward = CachedForward(model, ids.repeat_interleave(K, dim=0), mask, options)
     process = make_processor(options, prompt_length, mask)
     running, finished = start(ids, options)
-    improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)  # (B, 1), whether the search continues
+    improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)  # (B, 1), False once the search ended
     records = empty_records(options)
 
     for t in range(prompt_length, length):
@@ -91,16 +92,16 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
 def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
     """Return the running and the finished beams before the first step.
 
-    The running beams of a prompt are equal, so all but the first have the score IMPOSSIBLE. There are no finished
-    hypotheses yet, so all finished beams have the score IMPOSSIBLE.
+    All K running beams of a prompt are copies of the prompt. Only the first has the score 0, and the others have the
+    score IMPOSSIBLE. There are no finished hypotheses yet, so all finished beams have the score IMPOSSIBLE.
     """
     n_prompts, K = len(ids), options.num_beams
     fill = options.eos[0] if options.eos else 0
     blank = torch.zeros(n_prompts, K, options.max_new_tokens, device=ids.device)
     padded = F.pad(ids, (0, options.max_new_tokens), value=fill)[:, None].expand(-1, K, -1)
     finished = Beams(torch.full((n_prompts, K), IMPOSSIBLE, device=ids.device), padded, blank, blank.long() - 1)
-    # Only the first beam has the score 0. The first step then selects all its candidates from this beam. If it selected
-    # candidates from several equal beams, the candidates would be equal too.
+    # Because only the first beam has the score 0, the first step selects its candidates from this beam. If the step
+    # selected candidates from several equal beams, these candidates would be equal too.
     running = finished._replace(scores=finished.scores.index_fill(1, ids.new_tensor([0]), 0.0))
     return running, finished
 
@@ -112,7 +113,7 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     already has.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
-    # Each eos token ends at most K candidates, one for each beam. Add K, so that at least K candidates do not end.
+    # Each eos token ends at most K candidates, one for each beam. With K more, at least K candidates do not end in eos.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
@@ -138,9 +139,10 @@ def is_full(finished: Beams) -> Tensor:
 def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int, options: GenerationOptions) -> Beams:
     """Return the best num_beams hypotheses among the finished ones and the candidates that end in this step.
 
-    Of the candidates, only the best num_beams count. With early_stopping=True, none are added to a prompt that already
-    has num_beams finished hypotheses. ended is (B, n_candidates), True for the candidates that end and whose prompt is
-    still searched. length is the number of new tokens of the candidates.
+    Only the first num_beams candidates of a prompt can be added: the best ones or, with do_sample, those drawn first.
+    With early_stopping=True, no candidate is added if the prompt already has num_beams finished hypotheses. ended is
+    (B, n_candidates), True for each candidate that ends, unless the search for its prompt is over. length is the number
+    of new tokens of the candidates.
     """
     K = options.num_beams
     may_finish = ended & ~(is_full(finished) & (options.early_stopping is True))
@@ -153,8 +155,9 @@ def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int,
 def can_improve(running: Beams, finished: Beams, length: int, options: GenerationOptions) -> Tensor:
     """Return (B, 1) booleans, True for each prompt whose running beams can still improve its finished hypotheses.
 
-    This is so if fewer than num_beams hypotheses are finished, or if the best running beam can score higher than the
-    worst finished hypothesis.
+    The beams can improve them if fewer than num_beams hypotheses are finished, or if the best running beam would score
+    higher than the worst finished hypothesis. The beam is scored at its present length or, with early_stopping="never"
+    and a positive length_penalty, at the length of max_new_tokens.
     """
     at_full_length = options.early_stopping == "never" and options.length_penalty > 0
     final_length = options.max_new_tokens if at_full_length else length
@@ -163,9 +166,10 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
 
 
 def best_results(finished: Beams, records: dict[str, Any], options: GenerationOptions) -> GenerateOutput:
-    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the length of the longest one.
+    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the longest returned hypothesis.
 
-    Raises ValueError if a prompt has fewer finished hypotheses, because too many tokens are banned.
+    Raises ValueError if a prompt has fewer than num_return_sequences finished hypotheses. The reason is then that too
+    many tokens are banned.
     """
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
     lengths = (best.origins >= 0).sum(dim=1)

@@ -23,7 +23,7 @@ R = TypeVar("R")
 def generate_with_options(
     model: GPT, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, options: GenerationOptions
 ) -> Tensor | GenerateOutput:
-    """Continue prompts as `generate` does, with its options in one object."""
+    """Continue prompts as `generate` does. `options` holds all other arguments of `generate`."""
     ids, mask = prepare_prompts(model, input_ids, attention_mask, options)
     if options.num_beams == 1:
         return sample(model, ids, mask, options)
@@ -34,8 +34,8 @@ def generate_with_options(
 def collects_options(implementation: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a function without a body, whose signature and docstring describe the options.
 
-    The decorated function makes a GenerationOptions, which checks the keyword arguments, and passes it to
-    `implementation`.
+    The decorated function makes a GenerationOptions from its keyword arguments, and passes the GenerationOptions to
+    `implementation`. The constructor of GenerationOptions checks the arguments.
     """
 
     def decorate(declaration: Callable[P, R]) -> Callable[P, R]:
@@ -87,12 +87,12 @@ def generate(  # type: ignore[empty-body]
         model: a model in eval mode.
         input_ids: (B, T), padded on the left if prompts differ in length, or a list of token lists, which is padded
             automatically.
-        attention_mask: (B, T), 0 for padding.
+        attention_mask: (B, T), 0 for padding. It is allowed only if input_ids is a tensor.
         do_sample: sample from softmax(scores / temperature), restricted by top_k, top_p and min_p in this order.
-        top_k: keep the k most probable tokens. None or 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least p.
-        min_p: keep the tokens that are at least p times as probable as the most probable one.
-        num_beams: number of beams of each prompt. Hypotheses are compared by
+        top_k: keep the top_k most probable tokens. None or 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least top_p.
+        min_p: keep the tokens that are at least min_p times as probable as the most probable one.
+        num_beams: number of beams of each prompt. Finished hypotheses are compared by
             log-probability / (new tokens ** length_penalty).
         early_stopping: when the search for a prompt with num_beams finished hypotheses ends. True: at once. False: as
             soon as no running beam, at its present length, scores higher than the worst finished hypothesis. "never":
@@ -104,13 +104,14 @@ def generate(  # type: ignore[empty-body]
         min_new_tokens: ban the eos tokens until a row has this number of new tokens.
         stop_strings: strings that end a row when they appear in its text. They need `tokenizer`.
         num_return_sequences: number of results for each prompt. They are adjacent rows.
-        gumbel: sample with the Gumbel-max trick. The distribution stays the same, but the same seed gives other tokens.
+        gumbel: sample with the Gumbel-max trick. The distribution is the same as without `gumbel`, but a given seed
+            gives different tokens.
         sliding: allow more tokens than block_size. The model then sees only the last block_size tokens.
         eos_token_id: the token or tokens that end a row. The first one fills the rest of the row. None means the
             tokenizer's end-of-text if there are stop_strings, and no token otherwise.
         generator: one generator for all rows, or one for each of the B * num_return_sequences rows (in beam search, for
-            each of the B prompts). With one for each, a row does not depend on the other rows. Generators must be on
-            the model's device.
+            each of the B prompts). If each row has its own generator, its random numbers do not depend on the other
+            rows. Generators must be on the model's device.
         logits_processor: a function or functions (ids, scores) -> scores, called after the other processors and before
             temperature.
         return_dict: return a GenerateOutput, which holds the tensors requested by output_logits, output_scores,

@@ -22,8 +22,8 @@ from model import GPT, KVCache
 class FixedLayerCache(NamedTuple):
     """One layer of a KVCache, with the current length in a tensor on the device.
 
-    It replaces `model.LayerCache`, which has its lengths as numbers on the host. A CUDA graph would repeat the same
-    numbers in every step.
+    It replaces `model.LayerCache`, whose lengths are numbers on the host. A CUDA graph would use the same numbers again
+    in every step.
     """
 
     keys: Tensor  # (N, H, max_length, D)
@@ -31,7 +31,7 @@ class FixedLayerCache(NamedTuple):
     position: Tensor  # (1,), index at which the next key and value are written
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (N, H, 1, D) at the position, and return the whole cache, (N, H, max_length, D)."""
+        """Write k and v (N, H, 1, D) at `position`. Return all keys and all values, (N, H, max_length, D) each."""
         self.keys.index_copy_(2, self.position, k.to(self.keys.dtype))
         self.values.index_copy_(2, self.position, v.to(self.values.dtype))
         return self.keys.to(k.dtype), self.values.to(v.dtype)
@@ -41,8 +41,8 @@ class FixedStep:
     """A step that reads one more token of each row. Its state is in tensors that keep their shapes and addresses.
 
     With `capture`, the first call runs the operations one by one, which also warms up the libraries. The second call
-    captures the operations as a CUDA graph and replays the graph. Later calls only replay it. If capturing fails, all
-    calls run the operations one by one.
+    captures the operations as a CUDA graph and replays the graph. Later calls only replay the graph. Without `capture`,
+    or if capturing fails, all calls run the operations one by one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FixedStep:
         """Continue after the tokens that `cache` holds.
 
         Args:
-            mask: (N, max_length or more), 0 for padding; None if no row is padded.
+            mask: (N, tokens in `cache` or more), 0 for padding; None if no row is padded.
             head: (N, C) -> logits (N, V).
         """
         weight, past, rows = model.transformer.wte.weight, cache.length, cache.batch_size
@@ -85,7 +85,7 @@ class FixedStep:
             self._run()
         self.warm = True
         self.cache.length += 1
-        return self.logits.clone()  # the next step overwrites them
+        return self.logits.clone()  # the next step may overwrite self.logits
 
     def _run(self) -> None:
         """Run the operations of a step. Position, mask and cache are updated in place."""
@@ -110,7 +110,7 @@ class FixedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for capturing. A device has only one, because cuBLAS keeps memory for each stream."""
+    """Return the stream for capturing. Each device has only one, because cuBLAS keeps memory for every stream."""
     return torch.cuda.Stream(device)
 
 
@@ -127,8 +127,8 @@ def capture_graph(run: Callable[[], None], device: torch.device) -> torch.cuda.C
     """Return a CUDA graph of the operations that `run` queues. Raises RuntimeError if one of them cannot be captured.
 
     `torch.cuda.graph` is not used here, because it would also empty the memory allocator's cache, and training would
-    have to fill it again. During the capture, other threads may use CUDA: the loader pins memory, and NCCL queries its
-    events.
+    have to fill this cache again. The error mode "thread_local" lets other threads use CUDA during the capture: the
+    loader pins memory, and NCCL queries its events.
     """
     graph = torch.cuda.CUDAGraph()
 

@@ -52,8 +52,8 @@ class CachedForward:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
-        V is the model's vocab_size, or the tokenizer's if a tokenizer is given and its vocab_size is smaller: the other
-        ids have no text.
+        V is the smaller of the model's vocab_size and that of the tokenizer, if one is given: larger ids have no text.
+        If a FixedStep read the token, the output holds only the cache.
 
         Raises:
             ValueError: the logits of the first call are NaN.
@@ -132,7 +132,7 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
     mask is (N, T) or longer, 0 for padding, or None. Padding is not searched for stop strings.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # one by one: copying a tensor of them to the device would make the host wait
+    for token in options.eos:  # not as one tensor: copying it to the device would make the host wait
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

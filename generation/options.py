@@ -110,8 +110,8 @@ class GenerationOptions:
 class GenerateOutput(NamedTuple):
     """The result of `generate` with return_dict=True. Outputs that were not requested are None.
 
-    S is the number of steps. N is B * num_return_sequences, but in beam search logits, scores, hidden_states and
-    attentions have B * num_beams rows.
+    S is the number of new tokens of the longest row, and N is B * num_return_sequences. In beam search, however, the
+    lists have one entry for each step of the search (S or more), and the tensors in the lists have B * num_beams rows.
     """
 
     sequences: Tensor  # (N, prompt + S); filled with eos after the end of a row
@@ -122,4 +122,4 @@ class GenerateOutput(NamedTuple):
     scores: list[Tensor] | None = None  # S tensors (N, V), processed logits; beam search: log-probabilities
     hidden_states: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer + 1 tensors; step 0 reads the prompt
     attentions: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer tensors
-    beam_indices: Tensor | None = None  # (N, S), row of `scores` that each token was chosen from; -1 after the end
+    beam_indices: Tensor | None = None  # (N, S), only in beam search: each token's row in `scores`; -1 after the end

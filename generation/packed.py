@@ -20,7 +20,7 @@ from model import GPT
 class PackedLinear(nn.Module):
     """Compute x Wᵀ + b on a CPU, with W stored in the memory layout that oneDNN's kernels read.
 
-    F.linear would convert W to this layout again for every token.
+    In bfloat16, F.linear would convert W to this layout again in every call.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -48,8 +48,8 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
     """Keep the smallest set of most probable tokens whose probabilities sum to at least p, and ban the other tokens
-    (nucleus sampling, Holtzman et al. 2020). The sum starts at the least probable token, as in transformers, so that
-    the results equal those of transformers bit for bit."""
+    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. The code sums from the
+    least probable token on, as in transformers, so that the results equal those of transformers bit for bit."""
     ascending, order = scores.sort()
     banned = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     banned[:, -min_tokens_to_keep:] = False
@@ -57,7 +57,8 @@ def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
 
 
 def keep_min_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
-    """Ban tokens whose probability is less than p times that of the most probable token (Nguyen et al. 2024)."""
+    """Ban tokens whose probability is less than p times that of the most probable token (Nguyen et al. 2024). The
+    min_tokens_to_keep most probable tokens are never banned."""
     probabilities = scores.softmax(dim=-1)
     banned = probabilities < p * probabilities.amax(dim=-1, keepdim=True)
     most_probable = probabilities.topk(min(min_tokens_to_keep, scores.size(1))).indices
@@ -71,7 +72,7 @@ def _tokens_to_mask(tokens: Tensor, scores: Tensor) -> Tensor:
 
 
 def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor | None) -> Processor:
-    """Combine all processors that the options request, in the order of transformers.
+    """Return one processor that calls all processors that the options request, in the order of transformers.
 
     prompt_length includes padding. mask is (N, prompt + new tokens), 0 for padding, or None.
     """
@@ -88,13 +89,13 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
     warpers = make_warpers(options)
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
-        # -1 replaces padding, because no token is equal to -1. So a row gets the same scores as without padding.
+        # Replace padding by -1, which equals no token id. So a row gets the same scores as without padding.
         history = ids if mask is None or not history_processors else ids.masked_fill(mask[:, : ids.size(1)] == 0, -1)
         for processor in history_processors:
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
             scores = scores.clone()
-            for token in options.eos:  # one by one: copying a tensor of them to the device would make the host wait
+            for token in options.eos:  # not as one tensor: copying it to the device would make the host wait
                 scores[:, token] = BANNED
         for processor in custom:
             scores = processor(ids, scores)
@@ -108,7 +109,7 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
 def make_warpers(options: GenerationOptions) -> list[Callable[[Tensor], Tensor]]:
     """Return the functions of scores (N, V) that change the distribution to sample from, in transformers' order."""
     warpers: list[Callable[[Tensor], Tensor]] = []
-    # Beam search keeps at least one token more than there are eos tokens, so that each beam can continue.
+    # Beam search keeps at least two tokens, and more than there are eos tokens, so that each beam can continue.
     min_tokens_to_keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos))
     if options.temperature != 1:
         warpers.append(lambda scores: scores / options.temperature)

@@ -20,7 +20,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int
 def left_pad(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
     """Pad prompts of different lengths on the left with `fill`. Returns ids (B, T) and attention mask (B, T).
 
-    Raises ValueError if there are no prompts, or if a prompt is empty.
+    Raises ValueError if there are no prompts, if a prompt is empty, or if `prompts` is a single list of ids.
     """
     if any(isinstance(prompt, int) for prompt in prompts):
         raise ValueError("got one list of ids, expected a list of such lists, one for each prompt")

@@ -31,8 +31,8 @@ def gumbel_noise(like: Tensor, generator: Generator | Sequence[Generator] | None
 def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] | None, gumbel: bool = False) -> Tensor:
     """Sample `count` different tokens of each row from softmax(scores), in the order drawn: (N, V) -> (N, count).
 
-    With `gumbel`, the tokens with the highest scores + Gumbel noise are taken. Their distribution is the same (Maddison
-    et al. 2014), also for several draws without replacement (Kool et al. 2019).
+    With `gumbel`, the tokens with the highest scores + Gumbel noise are taken. The samples have the same distribution
+    as without `gumbel` (Maddison et al. 2014), even if several tokens are drawn (Kool et al. 2019).
     """
     if gumbel:
         return (scores + gumbel_noise(scores, generator)).topk(count).indices
@@ -73,7 +73,7 @@ def sample_steps(
 
     mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. The function checks only after every
     `check_every` steps whether all rows have ended. So after all rows have ended, it may yield up to check_every - 1
-    more steps. Raises ValueError if all tokens of a row are banned.
+    more steps. Raises ValueError if all tokens of a row are banned, or if the model's logits are NaN.
     """
     rows, prompt_length = ids.shape
     length = prompt_length + options.max_new_tokens

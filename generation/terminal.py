@@ -92,7 +92,10 @@ def find_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts in a file: its lines that are not blank or, in a .jsonl file, the "prompt" of each object."""
+    """Return the prompts in a file: its lines that are not blank or, in a .jsonl file, the "prompt" of each object.
+
+    Raises ValueError if the file is not UTF-8 text, has an invalid line, or has no prompt.
+    """
     try:
         # str.splitlines() would also split at characters that a prompt may contain, such as U+2028 and form feeds.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -117,7 +120,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> dict[str, Any]:
-    """Return the keyword arguments of `generate` that the command line selects, checked against the longest prompt."""
+    """Return the keyword arguments of `generate` that the command line selects.
+
+    Raises ValueError if the model cannot continue the longest prompt with these arguments.
+    """
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
     room = max(1, model.config.block_size + 1 - len(longest))  # the model never reads the last token
     fitting = args.default_new_tokens if args.sliding else min(args.default_new_tokens, room)
@@ -160,7 +166,7 @@ def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: in
 
 
 def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, options: dict[str, Any]) -> str:
-    """Print one continuation of a prompt as it is generated, and return it."""
+    """Print one continuation of a prompt while it is generated, and return the continuation."""
     generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
     text = ""
     for streamed in stream(model, tokenizer, prompt, generator=generator, **options):

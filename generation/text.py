@@ -18,7 +18,10 @@ from model import GPT
 
 
 class StreamedToken(NamedTuple):
-    """A new token, and the text that it completes: whole characters, or "" while a character is incomplete."""
+    """A new token, and the text that it completes: whole characters, or "" while a character is incomplete.
+
+    If the last character is still incomplete at the last token, the text contains U+FFFD in its place.
+    """
 
     token: int
     text: str
@@ -28,7 +31,7 @@ class StreamedToken(NamedTuple):
 def stream(
     model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], *, max_new_tokens: int, **options: Any
 ) -> Iterator[StreamedToken]:
-    """Continue one prompt and yield each new token as soon as it is chosen. The text of an eos token is empty.
+    """Continue one prompt and yield each new token as soon as it is chosen. An eos token adds no text.
 
     The options are those of `generate`, without beam search and several sequences. The texts of all tokens together are
     the decoded continuation. An impossible request raises ValueError at the call, before the first token.
@@ -83,7 +86,7 @@ def generate_text(
         batch_size: the largest number of prompts that are continued together.
         seed: result i is drawn with a generator of seed `seed + i`. In beam search, all results of prompt i are drawn
             with one generator of seed `seed + i`. So float32 results do not depend on the batch size. bfloat16 results
-            can, because rounding depends on the batch size.
+            can differ, because rounding depends on the batch size.
         progress: called after each batch with the number of prompts in it.
         options: options of `generate`. The default of eos_token_id is the tokenizer's end-of-text.
 
@@ -127,7 +130,7 @@ def _completion(
     tokenizer: Tokenizer,
     options: GenerationOptions,
 ) -> Completion:
-    """Return the completion for the new tokens of one row. The last of them may be eos."""
+    """Return the completion for the new tokens of one row. The last token may be eos."""
     ended = bool(find_ended(torch.tensor([prompt_tokens + tokens]), None, options))
     length = len(tokens) - (tokens[-1] in options.eos)
     reason: Literal["stop", "length"] = "stop" if ended else "length"

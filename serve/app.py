@@ -29,8 +29,10 @@ from serve.completions import Part, RequestError, choice, join, parse_request, u
 from serve.engine import Engine, Job
 
 MAX_BODY = 1 << 20  # bytes; far more than any prompt that fits into a GPT-2
-MAX_DISCARDED = 64 << 20  # bytes of a larger body to read and discard, so that the client can finish and read the error
-BODY_SECONDS = 30  # seconds in which a client must send its request
+# A body of more than MAX_BODY bytes is refused, but is read up to this number of bytes and discarded. Otherwise the
+# client could not finish sending, and would not read the error.
+MAX_DISCARDED = 64 << 20
+BODY_SECONDS = 30  # seconds in which a client must send the body of its request
 MAX_CONNECTIONS = 512
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 HERE = Path(__file__).parent
@@ -108,7 +110,8 @@ async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
     Raises RequestError if its content type is not JSON, if it is too large, or if it does not arrive in time. JSON is
-    required because a browser lets pages of other websites send some other content types without this server's consent.
+    required for security: without this server's consent, a browser does not let pages of other websites send JSON. Some
+    other content types need no consent.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body, size = bytearray(), 0
@@ -153,7 +156,8 @@ async def cancel_on_disconnect(request: Request, engine: Engine, job: Job) -> No
 async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
     """Return the response to a request in the queue: a stream of events, or one object.
 
-    Raises RequestError if the model cannot answer the request, ClientDisconnect if the client has disconnected.
+    Raises RequestError if the model cannot answer the request, and ClientDisconnect if the job was canceled: the client
+    has disconnected, or the server stops.
     """
     heading: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -183,9 +187,10 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
 
 
 async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
-    """Yield server-sent events: one for each part, then an error or the requested usage, if any, and "[DONE]".
+    """Yield server-sent events: one for each part, then an error, if there is one, and at the end "[DONE]".
 
-    If the client disconnects, the job is canceled.
+    If there is no error and the request asks for the usage, an event with the usage precedes "[DONE]". If the client
+    disconnects, the job is canceled.
     """
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}
@@ -223,7 +228,7 @@ def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, A
 
 
 async def refuse(request: Request, error: RequestError) -> Response:
-    """Return the response to an impossible request."""
+    """Return the response to a request that is refused."""
     return JSONResponse(error_body(str(error)), error.status)
 
 

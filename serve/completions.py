@@ -38,7 +38,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A valid request. The fields have the names and the meaning that they have in OpenAI's protocol."""
+    """A valid request. The fields are those of OpenAI's protocol, and the additions that the module names."""
 
     prompts: list[str | list[int]]
     model: Any = None  # the application compares it with the name of its model
@@ -71,7 +71,7 @@ class Part(NamedTuple):
     number: int  # index of the completion in the request
     text: str
     tokens: list[TokenInfo]
-    n_tokens: int  # new tokens, including the end-of-text that ended the completion
+    n_tokens: int  # new tokens, including end-of-text if it ended the completion
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -148,7 +148,7 @@ class _Reader:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
             raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]}")
-        if not low <= value <= high:  # this is also true for NaN
+        if not low <= value <= high:  # this condition is also true for NaN
             raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]} from {low:g} to {high:g}")
         return kind(value)
 
@@ -163,7 +163,10 @@ def _shown(value: Any) -> str:
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
-    """Return the prompts of a request: a text, token ids, or a list of either."""
+    """Return the prompts in the field "prompt", which is a text, token ids, or a list of texts or of lists of ids.
+
+    Raises RequestError if the field has another value, or a text that is not valid Unicode.
+    """
 
     def is_ids(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
@@ -180,7 +183,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    """Return the stop strings of a request."""
+    """Return the stop strings in the field "stop". Raises RequestError if its value is invalid."""
     stops = [stop] if isinstance(stop, str) else stop
     valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)
     if not valid or len(stops) > MAX_STOPS:
@@ -192,7 +195,10 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any]:
-    """Return a part as an entry of "choices". `offset` is the number of characters before the part."""
+    """Return a part as an entry of "choices".
+
+    `offset` is the total length, in characters, of the tokens in the earlier parts of the same completion.
+    """
     logprobs = None
     if with_logprobs:
         offsets = [offset]
@@ -217,7 +223,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def join(parts: Sequence[Part]) -> list[Part]:
-    """Join the parts of each completion. Returns one part for each, in the order of the completions."""
+    """Join the parts of each completion. Returns one part for each completion, in the order of the completions."""
     joined: dict[int, list[Part]] = {}
     for part in parts:
         joined.setdefault(part.number, []).append(part)

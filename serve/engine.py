@@ -133,7 +133,7 @@ class Engine:
                 yield from self._sample(job, prompt, index, seed + index)
 
     def _sample(self, job: Job, prompt: list[int], index: int, seed: int) -> Iterator[Part]:
-        """Yield a completion token by token. Text that may be the beginning of a stop string is held back."""
+        """Yield a completion token by token. Hold back text that may be the beginning of a stop string."""
         request = job.request
         options: dict[str, Any] = {"sliding": request.sliding, "eos_token_id": self.tokenizer.eot}
         if request.temperature > 0:  # 0 means greedy decoding, as in OpenAI's protocol
@@ -214,6 +214,6 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def stop_overlap(text: str, stops: Sequence[str]) -> int:
-    """Return the length of the longest suffix of `text` that is the beginning of a stop string."""
+    """Return the length of the longest suffix of `text` that is the beginning of a stop string, but not all of it."""
     lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
     return max(lengths, default=0)

@@ -41,9 +41,9 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
 
 
 def decode(directory: str, device: str) -> Run:
-    """Set up decoding in float32, one sample at a time and without a cache, with the sampling options of sample.py.
+    """Set up decoding of one sample in float32, without a cache, with the sampling options of nanoGPT's sample.py.
 
-    On CUDA, nanoGPT's sample.py computes in 16 bits instead.
+    On CUDA, nanoGPT's sample.py itself would compute in 16 bits.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
