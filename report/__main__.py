@@ -5,8 +5,8 @@ python -m report runs/a runs/b --out compared.html    compares several runs
 python -m report --all runs/shakespeare               also writes attention.html, tokens.html and embeddings.html
 python -m report runs/a runs/b --watch                serves a page on this machine that follows the training
 
-The page is one HTML file that opens offline. Every chart is also written as a PNG next to the page. The page includes
-the results that eval.run wrote to .json files in the directory of a run, for example with
+Without --watch, the page is one HTML file that opens offline, and every chart is also written as a PNG next to the
+page. The page includes the results that eval.run wrote to .json files in the directory of a run, for example with
 `python -m eval.run --model RUN --tasks hellaswag,lambada --json RUN/eval.json`
 """
 

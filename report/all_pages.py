@@ -23,7 +23,8 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 
     The pages about attention and tokens show `text`. Without a text, they show the beginning of the validation split.
 
-    Raises ValueError or OSError if the run cannot be read, or if there is neither a text nor a validation split.
+    Raises ValueError or OSError if the run cannot be read, if a page cannot show the text or cannot be written, or if
+    there is neither a text nor a validation split.
     """
     log = read_run_log(run, run.name)
     text = text or example_text(log.config)
@@ -35,9 +36,10 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 
 
 def example_text(config: dict[str, Any]) -> str:
-    """Return the text at the beginning of the validation split of a run with this configuration.
+    """Return the text of the first EXAMPLE_TOKENS tokens of a run's validation split, without end-of-text tokens.
 
-    Raises ValueError if the dataset no longer exists, or does not consist of token shards.
+    `config` is the run's configuration. Raises ValueError if the split or its tokenizer cannot be read, for example
+    because the dataset no longer exists or does not consist of token shards.
     """
     directory = config.get("data", {}).get("dir", "")
     try:

@@ -15,9 +15,10 @@ def command_line(
     add_arguments: Callable[[Callable[..., Any]], None],
     run: Callable[[argparse.Namespace], None],
 ) -> None:
-    """Parse the arguments of `python -m name` and run the command.
+    """Parse the arguments of `python -m name`, and call `run` with them.
 
-    An error ends the process with a message and status 2. Ctrl-C ends it with status 130.
+    A wrong argument, or an error that the user can correct, ends the process with a message and status 2. Ctrl-C ends
+    the process with status 130.
     """
     parser = CommandParser(
         prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter

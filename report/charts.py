@@ -138,13 +138,13 @@ def named_references(logs: Sequence[RunLog]) -> list[tuple[str, float]]:
 
 
 def loss_series(index: int, log: RunLog) -> list[Series]:
-    """Return the loss of each step, its running mean, and the validation loss."""
+    """Return three series of the run with this index: the loss of each step, its running mean, the validation loss."""
     train = [make_series(index, log, "train", "loss", kind) for kind in ("step", "mean")]
     return [*train, make_series(index, log, "val", "loss", "validation")]
 
 
 def make_series(index: int, log: RunLog, split: str, name: str, kind: str) -> Series:
-    """Return a column of a split as a series, or its running mean if `kind` is "mean".
+    """Return the column `name` of a split as a series or, if `kind` is "mean", the running mean of the column.
 
     Missing values are left out: a skipped step, for example, has no loss.
     """
@@ -174,7 +174,7 @@ def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
 
 
 def draw_chart(chart: Chart, names: Sequence[str], path: Path) -> None:
-    """Draw a chart, and write it to a PNG file. `names` are the names of all runs."""
+    """Draw a chart, and write it to a PNG file. `names[i]` is the name of run i."""
     figure, axes = new_figure()
     kinds = {"step": "each step", "mean": "running mean"}
     in_legend: set[str] = set()

@@ -77,7 +77,7 @@ def late_range(
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """Return an empty figure and its axes. pyplot is not used, because it keeps a reference to each of its figures."""
+    """Return an empty figure and its axes. pyplot is not used, because it keeps every figure in memory."""
     # Imported here: importing matplotlib takes a second, and only the main process of a training run draws.
     from matplotlib.figure import Figure
 
@@ -92,7 +92,7 @@ def draw_references(axes: Axes, references: Sequence[tuple[str, float]]) -> None
 
 
 def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) -> None:
-    """Add grid and legend, and write the figure to a PNG file."""
+    """Add grid and legend, format the x axis, and write the figure to a PNG file."""
     # Imported here for the same reason as in `new_figure`.
     from matplotlib import text, ticker
 

@@ -16,15 +16,18 @@ from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
 from weights import open_model, read_tensors
 
-READ_TOKENS = 10_000_000  # tokens at the start of the training split in which validation passages are searched
-PASSAGE = 32  # tokens in one of these passages
-SAMPLE_TOKENS = 4096  # tokens that are decoded and encoded again
+# `shared_text` reads at most this number of tokens from the training split, and at most a tenth of this number from the
+# validation split.
+READ_TOKENS = 10_000_000
+PASSAGE = 32  # tokens in a passage that `shared_text` searches for
+SAMPLE_TOKENS = 4096  # tokens that `encoding` decodes and encodes again
 
 
 def diagnose(directory: Path) -> list[Finding]:
     """Return what the checks found in a run: problems first, then notes.
 
-    Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if the run has too few steps.
+    Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if the run has too few steps or a
+    damaged file.
     """
     log = read_run_log(directory, directory.name)
     checkpoints = list_checkpoints(RunDirectory(directory).checkpoints)
@@ -39,7 +42,7 @@ def diagnose(directory: Path) -> list[Finding]:
 
 
 def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | None:
-    """Look for matrices that are bitwise equal in the first and the last of the checkpoints.
+    """Look for matrices that are bitwise equal in the first and the last of the checkpoints that still exist.
 
     Vectors are left out: the weights of a LayerNorm are near 1, and a step at the end of a schedule can be too small
     to change them.
@@ -61,7 +64,10 @@ def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | Non
 
 
 def dataset_findings(config: dict[str, Any]) -> list[Finding]:
-    """Return the findings on the token shards of a run, or a note if they no longer exist."""
+    """Return the findings on the token shards of a run, or a note if the shards cannot be read.
+
+    Datasets of prompts and completions are not checked.
+    """
     data = config.get("data", {})
     directory = Path(data.get("dir", ""))
     if data.get("format", "tokens") != "tokens" or not data.get("dir"):
@@ -83,7 +89,8 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
     """Check the tokenizer: decode a sample of tokens, and encode the text again.
 
-    Only the tokenizer that made the tokens returns about the same number of them.
+    If another tokenizer made the tokens, a token can be outside the vocabulary, or the text usually gives a different
+    number of tokens.
     """
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
@@ -99,7 +106,7 @@ def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
 
 
 def shared_text(train: Split, val: Split) -> Finding | None:
-    """Look for passages of the validation split in the training split."""
+    """Look for passages of the validation split in the training split. Only the beginning of each split is read."""
     n_train, n_val = min(READ_TOKENS, train.n_tokens), min(READ_TOKENS // 10, val.n_tokens)
     tokens, held_out = np.empty(n_train, TOKEN), np.empty(n_val, TOKEN)
     train.read(0, tokens)

@@ -1,7 +1,7 @@
 """Say whether a training run looks right: python -m report.doctor runs/shakespeare
 
 The command reads the metrics and the checkpoints of the run, and the dataset if it still exists. For each problem, it
-prints the evidence and advice. The exit status is 1 if something is wrong, 0 if not, and 2 if the run cannot be read.
+prints the evidence and advice. The exit status is 1 if a problem was found, 0 if none, and 2 if the run cannot be read.
 """
 
 from __future__ import annotations

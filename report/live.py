@@ -64,7 +64,9 @@ class LivePage:
 
 
 def run_state(directory: Path) -> object:
-    """Return what the page of a run depends on: the modification time and size of each file, and the run's status.
+    """Return the modification times and sizes of the files in a run's directory, and the run's status.
+
+    The page is rendered again when one of these values has changed.
 
     If a run is killed, none of its files change. But its lock becomes free, so its status changes to "killed".
     """
@@ -140,7 +142,7 @@ def watch(directories: Sequence[Path], port: int) -> None:
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        OSError: the port is in use.
+        OSError: the port cannot be used, for example because another program uses it.
     """
     for directory in directories:
         if not directory.is_dir():

@@ -29,7 +29,10 @@ MAX_SIMILARITY_ROWS = 512  # limit of the rows, and of the columns, of the matri
 def write_attention_page(
     model: GPT, tokenizer: Tokenizer, name: str, text: str, out: Path, links: Sequence[str] = ()
 ) -> None:
-    """Write the page with the attention weights of every layer and head for a text."""
+    """Write the page with the attention weights of every layer and head for a text.
+
+    Raises ValueError as `packed_attentions` does, OSError if the file cannot be written.
+    """
     ids = tokenizer.encode(text)
     weights = packed_attentions(model, ids)
     write_page(
@@ -49,7 +52,8 @@ def write_attention_page(
 def packed_attentions(model: GPT, ids: Sequence[int]) -> bytes:
     """Return the attention weights w over T tokens as bytes 255 * sqrt(w). The square root keeps small weights visible.
 
-    For each layer and head, the bytes are the lower triangle row by row: L * H * T (T + 1) / 2 bytes in total.
+    For each layer and head, the bytes are the lower triangle of the weights, row by row. A model with L layers of H
+    heads has L * H * T (T + 1) / 2 bytes in total.
 
     Raises ValueError if the model is not causal, or if the text is empty, longer than the model's block size, or too
     long for a page.
@@ -108,7 +112,7 @@ def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions
         for layer, state in enumerate(states):
             # The model has applied ln_f to the last state already.
             x = state[0] if layer == config.n_layer else model.transformer.ln_f(state[0])  # (T, C)
-            log_p = (x @ model.transformer.wte.weight.T).log_softmax(dim=-1)  # (T, V), one layer at a time
+            log_p = (x @ model.transformer.wte.weight.T).log_softmax(dim=-1)  # (T, V), of this layer only
             best, token = log_p.max(dim=-1)
             lens.append((token, best.exp(), log_p.gather(1, actual)[:, 0].exp()))
         most_probable = log_p.topk(min(ALTERNATIVES, config.vocab_size))
@@ -125,7 +129,10 @@ def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions
 def write_tokens_page(
     model: GPT, tokenizer: Tokenizer, name: str, text: str, out: Path, links: Sequence[str] = ()
 ) -> None:
-    """Write the page with the loss, the most probable tokens and the logit lens for each token of a text."""
+    """Write the page with the loss, the most probable tokens and the logit lens for each token of a text.
+
+    Raises ValueError as `predict_tokens` does, OSError if the file cannot be written.
+    """
     ids = tokenizer.encode(text)
     predictions = predict_tokens(model, ids, tokenizer.eot)
 
@@ -176,7 +183,7 @@ def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def write_embeddings_page(model: GPT, name: str, out: Path, links: Sequence[str] = ()) -> None:
-    """Write the page with the position embeddings of a model."""
+    """Write the page with the position embeddings of a model. Raises OSError if the file cannot be written."""
     embeddings = model.transformer.wpe.weight.detach().numpy()  # (block_size, C)
     every, cosines = similarity(embeddings)
     n, width = embeddings.shape

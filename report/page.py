@@ -52,14 +52,17 @@ def plotly_script() -> Markup:
 
 
 def pack(values: np.ndarray) -> dict[str, str]:
-    """Encode an array in base64, in the form that plotly.js reads: exact, and half as long as decimal numbers."""
+    """Encode an array in base64, in the form that plotly.js reads.
+
+    The values stay exact, and the text is about half as long as decimal numbers.
+    """
     kind = {"float64": "f8", "float32": "f4", "int32": "i4"}[values.dtype.name]
     shape = {"shape": ",".join(map(str, values.shape))} if values.ndim > 1 else {}
     return {"dtype": kind, "bdata": base64.b64encode(values.tobytes()).decode(), **shape}
 
 
 def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token. A token that is only part of a character is shown as its bytes: ⟨F0 9F⟩."""
+    """Return the text of each token. A token with an incomplete character is shown as its bytes: ⟨F0 9F⟩."""
 
     def label(token: int) -> str:
         text = tokenizer.decode_bytes([token])

@@ -23,11 +23,12 @@ TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
 class ValidationSet(NamedTuple):
     """The data that a validation loss was measured on. Losses on different validation sets cannot be compared."""
 
-    # The sha256 of each validation shard, or of val.jsonl. Without meta.json and val.jsonl: the path of the dataset.
+    # For token shards, the sha256 of each validation shard in meta.json. For prompts and completions, the sha256 of
+    # val.jsonl. If meta.json or val.jsonl is missing: the path of the dataset.
     data: str
-    tokens: int  # number of tokens; 0 for prompts and completions, which are always used completely
+    tokens: int  # number of tokens; 0 for prompts and completions, because every validation uses all of them
     sequence_length: int
-    tokenizer: str
+    tokenizer: str  # kind of the tokenizer, or "" if unknown
 
     def __str__(self) -> str:
         if not self.tokens:
@@ -64,7 +65,7 @@ class RunLog:
     def seconds(self, steps: np.ndarray) -> np.ndarray:
         """Return the training time in seconds up to each step, without validation and checkpoints. (n,) -> (n,)
 
-        All values are NaN if no training step has been logged.
+        The time is interpolated between the logged steps. All values are NaN if no training step has been logged.
         """
         train = self.splits["train"]
         if not len(train["step"]):
@@ -75,7 +76,8 @@ class RunLog:
 def read_run_log(directory: Path, name: str) -> RunLog:
     """Read the files that train.py and `eval.run --json` wrote to a run's directory.
 
-    Raises FileNotFoundError if `directory` is not that of a run, ValueError if it has no metrics or a damaged file.
+    `name` becomes the name of the log. Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if
+    metrics.jsonl has no complete record or a file is damaged.
     """
     run = RunDirectory(directory)
     path = run.metrics_path

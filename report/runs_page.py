@@ -23,6 +23,8 @@ def write_runs_page(directories: Sequence[Path], out: Path, links: Sequence[str]
     """Read the runs, write the page to `out` and the PNG of each chart next to it.
 
     links: the names, without .html, of pages in the same directory that this page links to.
+
+    Raises FileNotFoundError and ValueError as `read_run_log` does, OSError if a file cannot be written.
     """
     logs = read_logs(directories)
     charts = make_charts(logs)
@@ -66,7 +68,7 @@ def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> 
     """Return one table for each validation set: the tokens and the training time in which each run reached each loss.
 
     If adjacent rows have equal cells, only the row with the lowest loss and the rows with a name are kept. A table
-    whose rows are all equal is left out, because the curves show the same information.
+    is left out if all its rows have equal cells, because such a table would add nothing to the curves.
     """
     tables = []
     for number, members in enumerate(groups, 1):

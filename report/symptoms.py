@@ -15,7 +15,7 @@ import numpy as np
 
 from report.run_log import RunLog
 
-WIDTH = 20  # steps of the running median that separates the trend of a loss curve from its noise
+WIDTH = 20  # width, in steps, of the running median that separates the trend of a loss curve from the noise
 
 
 class Finding(NamedTuple):
@@ -35,7 +35,7 @@ class Curves:
         config: the content of config.yaml.
         train, val: columns of metrics.jsonl by name, (n,) each, with NaN for missing values.
         resumed: steps from which the run resumed.
-        vocab_size, n_embd: of the model, or None if no checkpoint exists.
+        vocab_size, n_embd: fields of the model's configuration, or None if the run has no checkpoint.
     """
 
     config: dict[str, Any]
@@ -51,12 +51,12 @@ class Curves:
         self.trend = running_median(self.losses)
         self.residuals = self.losses - self.trend
         later = self.residuals[len(self.residuals) // 2 :]
-        # 1.4826 times the median absolute deviation estimates the standard deviation. A few outliers hardly change it.
+        # 1.4826 times the median absolute deviation estimates the standard deviation. Outliers hardly matter.
         self.noise = 1.4826 * float(np.median(np.abs(later))) if len(later) else 0.0
 
     @property
     def from_scratch(self) -> bool:
-        """True if model.init_from is scratch, which is also the case in a branch of another run."""
+        """True if model.init_from is scratch. This can also be true for a branch, which has trained weights."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property
@@ -85,7 +85,10 @@ def running_median(values: np.ndarray) -> np.ndarray:
 
 
 def first_loss(curves: Curves) -> Finding | None:
-    """Compare the first loss with ln V: an untrained model predicts all tokens with nearly the same probability."""
+    """Compare the first loss with ln(vocab_size), the loss of a model that gives all tokens the same probability.
+
+    An untrained model has nearly this loss.
+    """
     if curves.vocab_size is None or curves.is_branch:
         return None
     at_start = len(curves.val["step"]) and curves.val["step"][0] == 0
@@ -147,7 +150,10 @@ def early_instability(curves: Curves) -> Finding | None:
 
 
 def learning_rate(curves: Curves) -> Finding | None:
-    """Compare the learning rate with those of GPT-3 (Brown et al. 2020, table 2.1): near 6e-4 * 768 / n_embd."""
+    """Compare optim.lr with the learning rates of GPT-3 (Brown et al. 2020, table 2.1): near 6e-4 * 768 / n_embd.
+
+    Also look for a very high learning rate of Muon, and for a warm-up that is too short.
+    """
     if curves.n_embd is None:
         return None
     lr, usual, muon_lr = curves.optim("lr", 0.0), 6e-4 * 768 / curves.n_embd, curves.optim("muon_lr", 0.0)
@@ -192,7 +198,10 @@ def skipped_steps(curves: Curves) -> Finding | None:
 
 
 def float16_overflows(curves: Curves) -> Finding | None:
-    """Count the overflows of float16. After each one, the gradient scaler halves its scale. A few are normal."""
+    """Count the overflows of float16. After each overflow, the gradient scaler halves the loss scale.
+
+    A few overflows are normal, but a loss scale that ends below 1 is not.
+    """
     scale = curves.train["loss_scale"]
     scale = scale[np.isfinite(scale)]
     if len(scale) < 2:
@@ -246,8 +255,8 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # At distance k, only len(x) - k of the len(x) steps have a partner, so the sum has fewer terms: divide by this
-    # fraction.
+    # At lag k, the sum has only len(x) - k terms, because the last k steps have no partner. Divide by the fraction of
+    # steps that have one.
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -261,7 +270,7 @@ def periodic_loss(curves: Curves) -> Finding | None:
 
 
 def jump_at_resume(curves: Curves) -> Finding | None:
-    """Look for a jump of the loss where the run was resumed. A missing optimizer state causes one."""
+    """Look for a sudden rise of the loss where the run was resumed. A missing optimizer state causes one."""
     for step in curves.resumed:
         before, after = (
             curves.losses[(curves.steps > first) & (curves.steps <= first + 5)] for first in (step - 5, step)
@@ -279,7 +288,10 @@ def jump_at_resume(curves: Curves) -> Finding | None:
 
 
 def sudden_rise(curves: Curves) -> Finding | None:
-    """Look for a step after which the loss stays higher, as after a resume that provenance.json does not record."""
+    """Look for a step after which the loss stays higher, as after a resume that provenance.json does not record.
+
+    If `jump_at_resume` finds a rise, this check is not made.
+    """
     if len(curves.losses) < 3 * WIDTH or jump_at_resume(curves):
         return None
     medians = np.median(np.lib.stride_tricks.sliding_window_view(curves.losses, 5), axis=1)
@@ -311,7 +323,7 @@ def missing_steps(curves: Curves) -> Finding | None:
 
 
 def slower_steps(curves: Curves) -> Finding | None:
-    """Check that the throughput stays about constant."""
+    """Check that the throughput in the last quarter of the steps is not far below that in the first half."""
     rate = curves.train["tokens_per_second"]
     rate = rate[np.isfinite(rate)]
     if len(rate) < 4 * WIDTH:

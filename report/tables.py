@@ -40,7 +40,7 @@ def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, f
     if not measured:
         return []
     best = {f"best of {log.name}": float(np.nanmin(log.splits["val"]["loss"])) for log in measured}
-    # The quantile leaves out the first validations, whose losses are near those of random predictions.
+    # The quantile leaves out the first validations. With their high losses, the round values would be too far apart.
     highest = float(np.nanquantile(np.concatenate([log.splits["val"]["loss"] for log in measured]), 0.8))
     round_values = MaxNLocator(count).tick_values(min(best.values()), highest)
     thresholds = [("", float(loss)) for loss in round_values if min(best.values()) < loss < highest]
@@ -49,7 +49,10 @@ def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, f
 
 
 def reached(log: RunLog, loss: float) -> str:
-    """Return, as text, the tokens and training time at the run's first validation with a loss of at most `loss`."""
+    """Return, as text, the tokens and training time at the run's first validation with a loss of at most `loss`.
+
+    If there is no such validation, the text is "not reached".
+    """
     val = log.splits["val"]
     under = np.flatnonzero(val["loss"] <= loss)
     if not len(under):
@@ -61,7 +64,8 @@ def reached(log: RunLog, loss: float) -> str:
 def evaluation_table(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
     """Return a row per task, convention and metric, with one cell per run and one per released model.
 
-    The "details" of a cell are the checkpoint and the number of examples.
+    If a run has several results for a row, its cell has the last one. The "details" of a cell are the checkpoint and
+    the number of examples.
     """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for i, log in enumerate(logs):

@@ -4,9 +4,9 @@
     python -m scripts.convert log124M/model_00019560.bin --out models/llm-c
     python sample.py --model models/llm-c --prompt "Hello"
 
-Only the weights are converted, not the state of the optimizer. If the vocabulary was padded for speed, the padding is
-removed. The directory gets the tokenizer of --tokenizer. Without this option, it gets GPT-2's if the vocabulary has
-GPT-2's size, and otherwise none.
+Only the weights are converted, not the state of the optimizer. The directory gets the tokenizer of --tokenizer. Without
+this option, the directory gets GPT-2's tokenizer if the vocabulary has GPT-2's size, with or without padding, and
+otherwise no tokenizer. Padding of the vocabulary is removed if the llm.c file or the tokenizer gives the real size.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
-    """Return a model with the tensors of `state`. Raises ValueError that names `path` if the tensors do not fit."""
+    """Return a model with the tensors of `state`.
+
+    Raises ValueError if the tensors do not match the configuration. The message names the file `path`.
+    """
     with torch.device("meta"):
         model = GPT(config).eval()
     try:
@@ -135,9 +138,10 @@ def build(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
 
 
 def choose_tokenizer(model: GPT, name_or_dir: str | None) -> Tokenizer | None:
-    """Return the tokenizer of --tokenizer, or GPT-2's if the vocabulary has GPT-2's size, or None.
+    """Return the tokenizer of --tokenizer. Without this option, return GPT-2's if it fits, else None.
 
-    With a tokenizer, the padding of the model's vocabulary is removed in place.
+    GPT-2's tokenizer fits a vocabulary of GPT-2's size, with or without padding. If a tokenizer is returned, padding is
+    removed from the model's vocabulary in place. Raises ValueError if the tokenizer of --tokenizer does not fit.
     """
     if name_or_dir is None and not 0 <= model.config.vocab_size - GPT2_VOCAB_SIZE < PADDING_LIMIT:
         return None

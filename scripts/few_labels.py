@@ -60,7 +60,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def zero_shot(model_name: str, test: Sequence[Row]) -> float:
-    """Return the accuracy of the model before fine-tuning, with all patterns at equal weight."""
+    """Return the accuracy on the test texts before fine-tuning. All patterns have equal weight."""
     model, tokenizer, _ = load_model(model_name)
     verbalizer = read_verbalizer(WORDS)
     texts = [text for text, _ in test]
@@ -89,7 +89,10 @@ def accuracy(directory: Path, test: Sequence[Row]) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the accuracy of each method for each number of labeled texts and each seed, then means and deviations."""
+    """Print the accuracy of each method for each number of labeled texts and each seed.
+
+    Then print the mean and the standard deviation over the seeds.
+    """
     results: dict[tuple[str, int], list[float]] = {}
     lr = ["--lr", str(args.lr)]
     rows = read_sst2()

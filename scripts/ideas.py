@@ -77,9 +77,9 @@ class _LossWithZ(nn.Module):
 
 
 class Averaged(Idea):
-    """The last validation uses the mean of the weights over all steps in which the learning rate decreased."""
+    """Before the last validation, the weights become their mean over all steps in which the learning rate decreased."""
 
-    first = 0.0  # the mean leaves out this fraction of the run's steps, at the start of the run
+    first = 0.0  # the mean leaves out the steps in this first fraction of the run
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -124,7 +124,7 @@ class MomentumWarmUp(Idea):
 
 
 class SmallBatchesFirst(Idea):
-    """In the first third of the run, each batch is split into two optimizer steps with the same learning rate."""
+    """In the first third of the run, each batch gives two optimizer steps, one per half, with equal learning rates."""
 
     def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
         if run.state.step >= run.config.optim.steps // 3:
@@ -240,9 +240,9 @@ class _NorMuon(Muon):
 
 
 class NorMuon(ChangedMuon):
-    """Each row of an update is divided by the root of a running mean of its squares (Li et al. 2025, NorMuon).
+    """Each row of an update is divided by the root of a running mean of its squared elements (Li et al. 2025, NorMuon).
 
-    The rows of an orthogonal matrix have equal norms if it is square or wide. So the idea changes tall matrices most.
+    In a square or wide orthogonal matrix, all rows have the same norm. So the idea changes tall matrices most.
     https://arxiv.org/abs/2510.05491
     """
 

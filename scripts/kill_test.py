@@ -2,11 +2,12 @@
 
     python -m scripts.kill_test --config FILE.yaml --dir DIR --kills 80 --processes 1
 
-An attempt at the run is one start of train.py. Its processes are forked from this one, which has imported all modules
-already, so they start within a fraction of a second. With several processes, this script does the work of torchrun.
-SIGKILL comes at a random moment: during the start, after some steps, or while a checkpoint is being written. The script
-prints one JSON object with counts. The exit status is 1 if weights, optimizer state or metrics differ from those of the
-run that was never killed, or if a temporary file remains.
+An attempt at the run is one start of train.py. Its processes are forked from the script's process, which has imported
+all modules already. So an attempt starts within a fraction of a second. With several processes, this script does the
+work of torchrun. SIGKILL comes at a random moment: during the start, after some steps, or while a checkpoint is being
+written. The script prints one JSON object with counts. The exit status is 1 if weights, optimizer state or metrics
+differ from those of the run that was never killed, if a temporary file remains, if an attempt fails, or if the run ends
+before the last kill.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from training.config import Config, parse_config
 from training.run_directory import RunDirectory
 
 MOMENTS = {"start": 0.15, "step": 0.55, "checkpoint": 0.3}  # moment of the kill -> fraction of all kills
-GRACE = 60.0  # seconds in which the other processes must end after one was killed
+GRACE = 60.0  # seconds in which all processes of an attempt must end after some of them were killed
 
 
 class Attempt:
@@ -69,7 +70,7 @@ class Attempt:
     def kill(self, pids: list[int]) -> bool:
         """Send SIGKILL to some processes and, as torchrun does, SIGTERM to the others.
 
-        Return whether all processes end within GRACE seconds. Those that do not are killed then.
+        Return whether all processes end within GRACE seconds. Processes that still run after this time get SIGKILL.
         """
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -111,7 +112,7 @@ def metrics_inode(run: RunDirectory) -> int:
 
 
 def last_step(run: RunDirectory) -> int:
-    """Return the last step in metrics.jsonl, or 0 if there is none. Only the end of the file is read."""
+    """Return the step of the last complete line of metrics.jsonl, or 0 if there is none. Read only the file's end."""
     with open(run.metrics_path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         complete = file.read().split(b"\n")[:-1]
@@ -133,10 +134,10 @@ def unfinished_checkpoint(run: RunDirectory) -> Path | None:
 def kill_once(
     run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
 ) -> dict[str, bool] | None:
-    """Wait for `moment`, then kill the attempt, see `Attempt.kill`.
+    """Wait for `moment`, then kill a random choice of the attempt's processes, see `Attempt.kill`.
 
     Return whether the attempt had taken a step, whether a checkpoint was half-written, and whether a process did not
-    end in time. Return None if the attempt ended by itself.
+    end within GRACE seconds. Return None if the attempt ended by itself.
     """
     started, inode_before, unfinished_before = time.monotonic(), metrics_inode(run), unfinished_checkpoint(run)
     stale = unfinished_before.stat().st_ino if unfinished_before is not None else 0
@@ -167,7 +168,7 @@ def kill_once(
 
 
 def differences(alone: RunDirectory, killed: RunDirectory, config: Config) -> list[str]:
-    """Describe how two finished runs differ."""
+    """Describe how two finished runs differ, and name temporary files that remain in the killed one."""
     found = []
     last = [list_checkpoints(run.checkpoints)[-1] for run in (alone, killed)]
     hashes = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in last]

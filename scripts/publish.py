@@ -103,7 +103,7 @@ def command(log: RunLog) -> str:
 
 
 def is_of_checkpoint(row: dict[str, Any], checkpoint: Path) -> bool:
-    """Return whether an evaluation belongs to this checkpoint. One that names no checkpoint is counted as well."""
+    """Return whether the row of an evaluation names this checkpoint, or no checkpoint at all."""
     step = int(checkpoint.name.removeprefix("step-"))
     evaluated = row.get("checkpoint")
     return evaluated is None or evaluated == f"step {step}" or Path(evaluated).name == checkpoint.name

@@ -25,7 +25,10 @@ LEFT_OUT = {"plotly"}  # its files are generated and nearly equal
 
 
 def documents(packages: Path) -> Iterator[str]:
-    """Yield the files without duplicates, ordered by a hash of the path: so both splits have files of all packages."""
+    """Yield the files, without duplicates, in the order of a hash of their paths.
+
+    This order mixes the packages, so that both the training and the validation split have files of many packages.
+    """
     seen = set()
     paths = {path.relative_to(packages).as_posix(): path for path in packages.rglob("*.py")}
     for name in sorted(paths, key=lambda name: hashlib.sha256(name.encode()).digest()):

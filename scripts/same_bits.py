@@ -3,11 +3,12 @@
     python -m scripts.same_bits BASE HEAD
 
 BASE and HEAD are git revisions; `.` is the working tree with its uncommitted changes. Each revision is checked out into
-a temporary git worktree. There its command lines prepare datasets, train tiny models for 20 steps, decode and evaluate.
+a temporary git worktree. The commands of the revision prepare datasets, train tiny models for 20 steps, decode and
+evaluate.
 The script compares the hashes of the shards, weights and optimizer states, the metrics that do not depend on time, the
 decoded tokens and the scores. HEAD also resumes BASE's checkpoints of step 10.
 
-Exit status 0: all results are equal. 1: a result differs, or a command failed. 2: the arguments cannot be used.
+Exit status 0: all compared results are equal. 1: a result differs, or a command failed. 2: the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CHECKPOINT_FILES = ("model.safetensors", "trainer/optimizer.safetensors")
 TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these words are not reproducible
 TIMEOUT = 600.0  # seconds for one command, which usually takes less than ten
 GRACE = 60.0  # seconds in which a stopped command must end
-SHOWN = 3  # differences printed for each case
+SHOWN = 3  # the most differences that are printed for one case
 
 CONFIG: dict[str, dict[str, Any]] = {
     "run": {"dir": "runs"},
@@ -157,7 +158,7 @@ def sha256(path: Path) -> str:
 
 
 def metrics_facts(path: Path) -> Facts:
-    """Return the columns of a metrics.jsonl that must not depend on time, by split, column and step.
+    """Return the values of a metrics.jsonl that do not depend on time, by split, column and step.
 
     Raises Failure if the run did not log its last step.
     """
@@ -282,7 +283,7 @@ def train(side: Side, name: str, changes: Mapping[str, Any], processes: int) -> 
 
 
 def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
-    """Resume BASE's run at HEAD from the checkpoint of step RESUME_AT; return the facts of the finished run."""
+    """Resume a copy of BASE's run with HEAD's code from step RESUME_AT; return the facts of the finished run."""
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))
@@ -455,7 +456,10 @@ def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
 
 
 def run(commits: tuple[str, str], repository: Path, keep: Path | None, *, short: bool) -> bool:
-    """Run all cases and print the report. Return False if a case differed or failed."""
+    """Run all cases and print the report. Return False if a case differed or failed.
+
+    Datasets and runs are written to the new directory `keep`, or to a temporary directory if it is None.
+    """
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-bits-"))).resolve()
         work = temporary / "work" if keep is None else keep.resolve()

@@ -66,7 +66,7 @@ class Shape(NamedTuple):
     def parse(cls, text: str) -> Shape:
         """Return the shape that a text such as 3x128 (3 layers, 128 channels) describes.
 
-        Raises argparse's error for another text.
+        Raises argparse.ArgumentTypeError for any other text.
         """
         if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
             raise argparse.ArgumentTypeError(f"{text}: expected LAYERSxCHANNELS, such as 3x128")
@@ -86,7 +86,7 @@ def head_width(path: str) -> int:
 def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
     """Return train.py's arguments for a run of this size, which validates once, after the last step.
 
-    Raises ValueError if the channels are no multiple of the width of the configuration's heads.
+    Raises ValueError if the channels are not a multiple of the width of the configuration's heads.
     """
     width = head_width(path)
     if shape.n_embd % width:
@@ -100,7 +100,7 @@ def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
 
 
 def describe(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the recipe of a run, and its entry in the file of results, without the loss."""
+    """Return the recipe of a run, and its entry in the file of results, without "loss" and "held_out"."""
     inputs = open_inputs(config, None, verify=False)
     model = config.model_config(inputs.tokenizer.vocab_size)
     precision = start_processes(config.system.device, config.system.dtype).dtype
@@ -211,7 +211,7 @@ def form_table(study: Study, found: Fit) -> str:
 
 
 def check(study: Study, found: Fit) -> list[str]:
-    """Return a sentence for each held-out size: the prediction, its interval, the measured loss and the error."""
+    """Return a text for each held-out size: the prediction, its interval, the measured loss and the error."""
     lines = []
     for group in by_size([run for run in study["runs"] if run["held_out"]]):
         run, losses = group[0], [run["loss"] for run in group]
@@ -227,7 +227,7 @@ def check(study: Study, found: Fit) -> list[str]:
 
 
 def draw(study: Study, found: Fit, path: Path) -> None:
-    """Draw loss against tokens: the runs, the law of each model, and the held-out runs with the predicted interval."""
+    """Draw loss against tokens: fitted runs, the law's curve for each model, held-out runs, and predicted intervals."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     models = {(run["layers"], run["channels"]): run["parameters"] for run in found.runs}

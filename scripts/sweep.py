@@ -38,6 +38,7 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 
     Raises:
         ValueError: the run has no validations, or cannot be continued because an idea's state is not stored.
+        FloatingPointError: the run diverged.
         KeyboardInterrupt: a stop request ended the run.
     """
     config = parse_config(arguments)
@@ -55,11 +56,11 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 
 
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
-    """Train a run as `finish` does. Return its last validation loss, or inf if it diverged, and its metrics.
+    """Train a run as `finish` does. Return its last validation loss and its metrics.
 
-    If eval.final_tokens is set, this is the loss on these tokens. But a run that eval.patience ends early is not scored
-    on them, and losses on different tokens cannot be compared. So if eval.patience is set too, the loss of every run is
-    that on eval.tokens.
+    The loss is inf if the run diverged or the loss is not finite. If eval.final_tokens is set, the loss is that on
+    these tokens. But a run that eval.patience ends early is not scored on them, and losses on different tokens cannot
+    be compared. So if eval.patience is set too, the loss of every run is that on eval.tokens.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"

@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 
 def parse_shape(text: str) -> Shape:
-    """Return the shape that a text such as 64x4 or 64x4x400 describes. Raises argparse's error for another text."""
+    """Return the shape that a text such as 64x4 or 64x4x400 describes. Raises ArgumentTypeError for other texts."""
     parts = text.split("x")
     if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: expected WIDTHxLAYERS such as 64x4, or WIDTHxLAYERSxSTEPS")
@@ -70,7 +70,8 @@ class Sweep(NamedTuple):
     optimizer: str
     field: str
     held: str
-    lr: float | None = None  # optim.lr at width 64 with 4 layers; for other shapes, the rule changes it
+    # optim.lr at width 64 with 4 layers, which `scale` changes for other shapes. None: `held` or `field` sets optim.lr.
+    lr: float | None = None
 
 
 BASE = "configs/shakespeare.yaml"
@@ -149,10 +150,10 @@ def predict(name: str, old: Shape, new: Shape, value: float) -> float:
 def find_optimum(losses: dict[float, float]) -> float | None:
     """Return the value with the lowest loss according to a parabola, or None if the values do not enclose a minimum.
 
-    The parabola is a function of the logarithm of the value. It is fitted by least squares to the value with the lowest
-    loss and to all values within a factor of about 2 of it. There must be a smaller and a larger value than the one
-    with the lowest loss. If the parabola has no minimum between the outermost fitted values, the value with the lowest
-    loss is returned. Values of 0 and losses of inf are not fitted, but the larger value may have a loss of inf.
+    `best` is the value with the lowest measured loss. The values enclose a minimum if a smaller and a larger value than
+    `best` were measured. The parabola is a function of the logarithm of the value. It is fitted by least squares to all
+    values within a factor of about 2 of `best`. Values of 0 are ignored, and losses of inf are not fitted. If fewer
+    than three values can be fitted, or the parabola has no minimum between the fitted values, the result is `best`.
     """
     points = {value: loss for value, loss in losses.items() if value > 0}
     if not points:
@@ -217,7 +218,10 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
 
 
 def describe_optimum(losses: Losses) -> str:
-    """Return the optimum as text, with its range over seeds, or a bound if the values do not enclose an optimum."""
+    """Return the geometric mean of the seeds' optima as text, with the range of the optima.
+
+    If the values enclose no minimum for any seed, return the bound from the first seed, such as "at least 0.04".
+    """
     if found := optima(losses):
         several = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
         return f"{statistics.geometric_mean(found):.3g}{several}"
@@ -259,8 +263,8 @@ def loss_table(name: str, shapes: dict[Shape, Losses]) -> str:
 def draw(results: Results, path: Path) -> None:
     """Draw the mean loss against the swept value: a panel for each series, with each shape's optimum as a star.
 
-    A dashed line shows the optimum that is predicted from the first shape of the series. Raises ValueError if there is
-    no series.
+    For each shape, a dashed line shows the optimum that is predicted from the first shape of the series. Raises
+    ValueError if there is no series.
     """
     panels = [(name, varied, m) for name, shapes in results.items() for varied, m in series(shapes).items()]
     if not panels:

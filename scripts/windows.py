@@ -44,7 +44,7 @@ def table(args: argparse.Namespace, flags: list[str]) -> str:
     """Train and score the runs that are missing, and return the table in Markdown. `flags` are options of train.py."""
     rows = []
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for seed in args.seeds:  # outer loop: after an interruption, each finished seed has results of every setting
+    for seed in args.seeds:  # the outer loop: an interrupted comparison then has complete seeds, with all settings
         for way, settings in WAYS.items():
             run = Path(args.dir) / f"{way.replace(', ', '-')}-seed_{seed}"
             names = ["--run.dir", args.dir, "--run.name", run.name, "--run.seed", str(seed)]

@@ -46,7 +46,7 @@ PARTS: dict[int, tuple[str, Part]] = {
     8: ("decoding and scoring", check_inference),
     9: ("Muon and the micro-batch", check_muon_and_micro_batch),
 }
-TIME_LIMIT = 600.0  # seconds that a part may take
+TIME_LIMIT = 600.0  # seconds after which a part is killed and counts as failed
 
 
 class Outcome(NamedTuple):
@@ -79,7 +79,7 @@ def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outc
         else:
             reason = f"not finished after {limit:.0f} seconds"
             for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended meanwhile
+                with contextlib.suppress(psutil.NoSuchProcess):  # the child may have ended meanwhile
                     child.kill()
             process.kill()
     except EOFError:

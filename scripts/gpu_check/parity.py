@@ -17,7 +17,7 @@ from model import GPT, GPTConfig
 from scripts.gpu_check.report import Report, Settings, relative_difference
 from training.distributed import distribute
 
-# Precision -> largest relative difference between its gradient and that of a CPU in float32.
+# Precision -> largest allowed relative difference of the gradient in this precision from that of a CPU in float32.
 GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 # float16 cannot represent small gradients, so the loss is multiplied by a power of two, as the gradient scaler does.
 SCALE = {"float32": 1, "bfloat16": 1, "float16": 2**12}
@@ -39,7 +39,10 @@ def check_parity(settings: Settings, report: Report) -> None:
 
 
 def make_twins(shape: GPTConfig, spread: float, device: str) -> tuple[Any, GPT]:
-    """Return a GPT-2 of transformers, with random weights of standard deviation `spread`, and our copy of it."""
+    """Return a GPT-2 of transformers and a GPT of this repository with the same random weights.
+
+    `spread` is the standard deviation of the weights.
+    """
     disable_progress_bar()  # `save_pretrained` would show one
     torch.manual_seed(0)
     config = GPT2Config(
@@ -87,7 +90,10 @@ def check_gradients(settings: Settings, report: Report) -> None:
 
 @torch.no_grad()
 def check_tokens(model: GPT, settings: Settings, report: Report) -> None:
-    """Compare greedy tokens: on this device and a CPU, with and without a cache, in a padded batch and alone."""
+    """Compare greedy tokens: on this device and a CPU, with and without a cache, in a padded batch and alone.
+
+    The model is moved to the CPU.
+    """
     new = 24 if settings.tiny else 64
     together = generate(model, PROMPTS, max_new_tokens=new)
     assert isinstance(together, Tensor)

@@ -56,9 +56,9 @@ def time_products(settings: Settings, report: Report) -> None:
 
 
 def check_loss(settings: Settings, report: Report) -> None:
-    """Compare the loss of a micro-batch of 64 sequences with PyTorch's compiled cross-entropy.
+    """Compare our loss with PyTorch's compiled cross-entropy: values, gradients, and memory. Time both.
 
-    Values, gradients, time and memory are compared.
+    The input has the rows of a micro-batch of 64 sequences of 1024 tokens, or 256 rows if `settings.tiny`.
     """
     shape, rows = settings.shape, 256 if settings.tiny else 65536
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def check_loss(settings: Settings, report: Report) -> None:
 
 
 def reset_peak(settings: Settings) -> int:
-    """Start a new measurement of the peak memory, and return the bytes that are in use now."""
+    """Start a new measurement of the GPU's peak memory. Return the bytes in use now, or 0 on a CPU."""
     if settings.device != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""The sizes of the work of all parts, and the record of what a part measured and checked."""
+"""The settings of all parts, and the record of what a part measured and checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.config import Config, Data, Optim, System
 
 @dataclass(frozen=True)
 class Settings:
-    """What to check, and with which shapes. `tiny` is for the rehearsal: every part with small shapes on a CPU."""
+    """The device to check, the shapes and the peers. `tiny` selects small shapes, for a rehearsal on a CPU."""
 
     device: Literal["cpu", "cuda"]
     tiny: bool = False
@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the device prefers."""
+        """The precision that `auto` selects for training on the device: the first one of `native_dtypes`."""
         return native_dtypes(torch.device(self.device))[0]
 
     @property

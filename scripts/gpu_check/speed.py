@@ -149,7 +149,8 @@ def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
     """Return the milliseconds of each kind of operation. On a GPU, kernels are counted; on a CPU, operators.
 
     Everything inside the operator of the loss counts as the loss. A kernel does not record the operator that launched
-    it, but an operator records its kernels. So the time of the loss is first summed for each kernel name.
+    it, but an operator records its kernels. So the time of the loss is first summed for each kernel name,
+    and then subtracted from the time of the kernels with this name.
     """
     events = profiler.events() or []
     times: dict[str, float] = dict.fromkeys(
@@ -183,7 +184,7 @@ def kind_of(name: str) -> str:
 
 
 def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
-    """Measure Muon's part of the time of a step, and train with an automatic and with a very large micro-batch."""
+    """Measure the optimizer's part of a step's time, and train with an automatic and with a very large micro-batch."""
     rows = 4 if settings.tiny else 64
     table: list[dict[str, Any]] = []
     names: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
@@ -206,7 +207,7 @@ def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
 
 
 def step_optimizers(run: TrainingRun) -> None:
-    """Update the weights with the gradients that exist."""
+    """Update the weights with the gradients of the last `accumulate_gradients`, and keep these gradients."""
     for optimizer in run.optimizers:
         optimizer.step()
 
