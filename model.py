@@ -77,10 +77,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """Return the configuration of a released GPT-2: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`.
-
-        Raises ValueError for any other name.
-        """
+        """Return the configuration of a released GPT-2, a name of PRESETS. Raises ValueError for any other name."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         n_layer, n_head, n_embd = PRESETS[name]
@@ -344,10 +341,7 @@ class GPT(nn.Module):
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """Return an empty cache for `max_length` tokens of each sequence, on the model's device and in its dtype.
-
-        Raises ValueError if max_length is above block_size, or if the model is not causal.
-        """
+        """Return an empty cache for `max_length` tokens of each sequence, on the model's device and in its dtype."""
         if max_length > self.config.block_size:
             raise ValueError(f"a cache of {max_length} tokens is longer than block_size {self.config.block_size}")
         if not self.config.causal:
@@ -464,10 +458,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, batch_size: int, n_tokens: int) -> list[LayerCache]:
-        """Reserve space for `n_tokens` tokens in each of `batch_size` rows, and return a LayerCache for each layer.
-
-        Raises ValueError if the cache has another number of rows, or too little space.
-        """
+        """Reserve space for `n_tokens` tokens in each of `batch_size` rows, and return a LayerCache for each layer."""
         past, length = self.length, self.length + n_tokens
         if batch_size != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the input {batch_size}")
