@@ -1,4 +1,4 @@
-"""The choice of PyTorch's attention kernel on CUDA, and a faster backward pass for training on a CPU below float32.
+"""The choice of PyTorch's attention kernel on CUDA, and a faster backward pass for 16-bit training on a CPU.
 
 `CausalAttention` uses PyTorch's forward pass. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with
 avx512_bf16, one thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as the one here and is slightly
@@ -23,8 +23,9 @@ ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 # Newer forms of FlashAttention: major compute capability of the card -> (name in PyTorch, module that it needs).
 NEWER_FLASH_ATTENTION = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}
 
-# The backward pass handles a block of 128 queries and at most about a million attention weights at a time. More would
-# not fit into the CPU's cache; fewer would make the matrix products too small to be fast.
+# The backward pass handles 128 queries of each head at a time, and as many sequences together as have at most about a
+# million attention weights, but at least one sequence. More weights would not fit into the CPU's cache; fewer would
+# make the matrix products too small to be fast.
 BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
 
 
@@ -44,7 +45,8 @@ def fused_attention(
 ) -> Tensor:
     """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D).
 
-    A mask means padding, so the next batch probably has another shape, and cuDNN is excluded (`attention_backends`).
+    cuDNN is excluded outside of training, and with a mask, which usually means padding: in both cases, the next batch
+    probably has another shape (`attention_backends`).
     """
     with attention_backends(q.device, fixed_shapes=training and mask is None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

@@ -27,12 +27,12 @@ def fast_attention(
         mask: see `kernels.masks.Mask`; None masks nothing.
         is_causal: each query sees the keys up to its own position; only without a mask.
         pattern: which earlier keys a query attends to on long sequences; None: all.
-        training: the model is in training mode, where shapes are fixed.
+        training: the model is in training mode, in which all batches without a mask should have the same shape.
     """
     if isinstance(mask, DocumentMask):
         return mask.attend(q, k, v, dropout)
     if pattern is not None:
         return pattern(q, k, v, mask, dropout)
     if is_causal and not dropout and q.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad:
-        return CausalAttention.apply(q, k, v)  # the same result, and below float32 a faster backward pass
+        return CausalAttention.apply(q, k, v)  # the same result with a faster backward pass in 16 bits
     return fused_attention(q, k, v, mask, dropout, is_causal, training=training)

@@ -10,15 +10,15 @@ import torch
 
 
 class Compiled:
-    """A function that is compiled at its first call. If compiling fails, it prints a warning and runs uncompiled.
+    """A function that is compiled at its first call. If compiling fails, the function runs uncompiled after a warning.
 
-    The first call also compiles the backward pass. By default, PyTorch would compile it in `loss.backward()`, after the
-    call has returned, and a failure could not be caught here.
+    The first call also compiles the backward pass. By default, PyTorch would compile the backward pass only in
+    `loss.backward()`, after the call has returned, and this class could not catch a failure.
 
     Args:
         function: what to compile.
         what: its name in the warning.
-        dynamic: passed to torch.compile. False compiles again for each new shape.
+        dynamic: passed to torch.compile. False: compile again for each new shape; None: PyTorch decides.
     """
 
     def __init__(self, function: Callable[..., Any], what: str, *, dynamic: bool | None = False) -> None:

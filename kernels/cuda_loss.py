@@ -27,7 +27,7 @@ from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_
 # tiles are 128 wide.
 HEAD_MULTIPLE = 128
 FEWEST_ROWS, MOST_ROWS = 512, 8192  # rows of logits at a time; more than 8,192 make the products hardly faster
-LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use
+LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use, if FEWEST_ROWS do not need more
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -81,7 +81,7 @@ def padded(vocab_size: int) -> int:
 def cuda_loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, x_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `kernels.loss.loss_and_gradients` returns. It runs on any device; the tests run it on a CPU."""
+    """Return the same results as `kernels.loss.loss_and_gradients`. Any device can run this form; tests use a CPU."""
     vocab_size, n_channels = weight.shape
     head = weight.new_zeros(padded(vocab_size), n_channels, dtype=dtype)
     head[:vocab_size] = centered_head(weight, dtype)

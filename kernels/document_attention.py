@@ -1,7 +1,9 @@
 """Causal attention inside documents: if a sequence has several texts, each token attends to its own text only.
 
 On a CPU, PyTorch's kernel is called for each document, so a sequence of short documents costs less than one long text.
-On CUDA, FlexAttention (Dong et al. 2024) skips a block of keys if no query of a block of queries may see it.
+On CUDA, FlexAttention (Dong et al. 2024) divides queries and keys into blocks. For each block of queries, it skips the
+blocks of keys to which none of these queries may attend. With dropout and on other devices, PyTorch's kernel gets the
+plain mask (T, T).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch.nn import functional as F
 from kernels.attention import causal_attention_gradients
 
 # If q, k and v have a precision below float32, documents of at most this number of tokens are converted to float32 for
-# PyTorch's backward kernel. The matrix products of so few tokens are too small to be faster in bfloat16: on an Intel
-# Xeon, `causal_attention_gradients` takes 2.6 to 10 times as long.
+# PyTorch's backward kernel. The matrix products of so few tokens are too small to be faster in bfloat16: for such
+# documents on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10 times as long as PyTorch's kernel.
 SHORT = 256
 
 

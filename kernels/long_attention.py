@@ -2,10 +2,10 @@
 
 `Window`: each token attends to the last `size` tokens, itself included.
 
-`LSH`: locality-sensitive hashing, after the Reformer (Kitaev et al. 2020, section 2). A query attends mostly to keys
-that point in a similar direction, and a hash puts vectors of similar direction into the same bucket. So each query
-attends to the last `chunk` keys of its own bucket, and to its own key. Each round repeats this with another hash, and
-a query attends to the keys of all rounds. Two points differ from the paper:
+`LSH`: locality-sensitive hashing, after the Reformer (Kitaev et al. 2020, section 2). In full attention, keys that
+point in a similar direction as a query get most of its weight. A hash usually puts vectors of similar direction into
+the same bucket. So with LSH, each query attends only to the last `chunk` keys in its own bucket, and to its own key.
+Each round uses another hash, and a query attends to the keys of all rounds. Two points differ from the paper:
 
 - Queries and keys are hashed separately, so the model stays a GPT-2. The paper makes them equal.
 - In the paper, tokens after a query can change which earlier keys the query attends to, because these tokens move the
@@ -29,9 +29,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HASH_SEED = 2020  # the hashes are constants of the architecture: equal in every run, process and attempt
-MOST_DIRECTIONS = 64  # a hash with more random vectors than this is made of two smaller ones
-CHUNK_QUERIES = 64  # queries that share two blocks of keys; fewer make the products small, more add padding
-# Attention scores that are computed in one call. On a CPU: for each thread, as many as fit into the cache of its core.
+MOST_DIRECTIONS = 64  # instead of a hash with more random vectors than this, `factors` chooses two smaller hashes
+# Maximum number of queries in a group that shares two blocks of keys. Smaller groups would make the products small, and
+# larger groups would have more padding.
+CHUNK_QUERIES = 64
+# Number of scores to compute in one call: on a CPU for each thread, so that its scores fit into the cache of its core.
 CPU_SCORES, GPU_SCORES = 2**18, 2**22
 
 
@@ -193,7 +195,7 @@ class Groups(NamedTuple):
 
 
 def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
-    """Return a round for the buckets of queries (G, T) and keys (G, S).
+    """Return a round for the buckets of queries (G, T) and keys (G, S), where G counts the heads of all sequences.
 
     The range of a query does not include its own key, which `lsh_attention` adds once for all rounds.
     """

@@ -1,8 +1,8 @@
 """Mean cross-entropy of the output head, computed in chunks, so that the logits are never all in memory.
 
 With GPT-2's vocabulary the logits are the largest tensor of a training step: for 64 sequences of 1,024 tokens they take
-13 GB in float32, and their gradient takes another 13 GB. `linear_cross_entropy` computes a few hundred rows of logits
-at a time, and overwrites each chunk with its gradient before it computes the next one.
+13 GB in float32, and their gradient takes another 13 GB. `linear_cross_entropy` computes a chunk of logits at a time
+(up to 512 rows, on CUDA up to 8,192), and overwrites each chunk with its gradient before it computes the next one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entropy and transformers
 
-# Rows of logits in one chunk, which has the dtype of the matrix product. This many rows let the product run at full
-# speed.
+# Maximum number of rows of logits in one chunk (kernels/cuda_loss.py has other chunks). A CPU computes the product of
+# this number of rows at full speed.
 MATMUL_ROWS = 512
 
 
@@ -80,7 +80,7 @@ def loss_and_gradients(
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
     head = centered_head(weight, dtype)
     # Softmax needs float32, and a few rows at a time need little memory. On a CPU, 64 rows nearly fit into the cache.
-    # On a GPU, one kernel launch processes all rows of a chunk.
+    # On any other device, one kernel launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half, so that a small batch has no tensor of all logits
     buffer = head.new_empty(rows, len(weight))
@@ -107,7 +107,7 @@ def loss_and_gradients(
             dx[chunk] = (logits @ head) * counts
         if weight_grad:
             x_rows = x_rows * counts
-            # Add in blocks of columns, so that no second tensor is as large as the weight.
+            # On a CPU, add in blocks of columns, so that no second tensor is as large as the weight.
             for block, gradient in zip(dweight.split(columns), logits.split(columns, dim=1), strict=True):
                 add_product(block, gradient, x_rows)
     return total, dx, dweight.to(weight.dtype)

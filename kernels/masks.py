@@ -35,10 +35,11 @@ def make_mask(
 ) -> Mask | None:
     """Return which keys each query may attend to. With `causal`, no query attends to a later key.
 
-    The other arguments are those of `find_positions`. With document_ids they are not used: `checks.check_masks` refuses
-    padding and cached tokens together with documents.
+    The other arguments are those of `find_positions`. With document_ids, the mask is causal, and no other argument is
+    used: `checks.check_masks` refuses documents together with padding, cached tokens or a model that is not causal.
 
-    The result is None if there is no padding and `is_causal` of PyTorch's kernel is enough, see `model.Attention`.
+    The result is None if no mask is needed: without attention_mask, every query may attend to every key, or `is_causal`
+    of PyTorch's kernel is enough, see `model.Attention`.
     """
     if document_ids is not None:
         return DocumentMask.of(document_ids)

@@ -69,8 +69,8 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor
-    # Only the parameter groups are needed here. So do not set the option full_state_dict: it would gather the whole
-    # state on each process and could fill a GPU.
+    # Only the parameter groups are needed here. So do not set the option full_state_dict here: with this option, each
+    # process would gather the whole state, which could fill a GPU.
     groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
@@ -129,8 +129,8 @@ class Checkpoints:
     ) -> None:
         """Copy the weights and the optimizer state to host memory, and start a thread that writes them.
 
-        Every process must call this method, because sharded tensors are gathered. Only one process writes. This
-        process first waits for the previous checkpoint, and raises the errors that `wait` raises.
+        Every process must call this method, because sharded tensors are gathered. Only one process writes. Before it
+        starts the thread, it waits for the thread of the previous checkpoint, and raises the errors that `wait` raises.
 
         Args:
             state: the content of trainer/state.json; its "step" names the directory.
@@ -166,7 +166,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait until the last `save` is on the disk.
+        """Wait until the thread of the last `save` has ended, and raise or print its error.
 
         Args:
             last: no other checkpoint follows, so an error is raised for either value of `on_error`.
@@ -189,7 +189,11 @@ class Checkpoints:
         print(message, file=sys.stderr)
 
     def _write(self, final: Path, write_files: Callable[[Path], None]) -> None:
-        """Write one checkpoint to a temporary directory, then rename the directory to `final`."""
+        """Write one checkpoint to a temporary directory, rename the directory to `final`, and delete old checkpoints.
+
+        If `final` exists, the new checkpoint takes its place. An undamaged old checkpoint is deleted, and a damaged one
+        is renamed.
+        """
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         try:
             (partial / "trainer").mkdir(parents=True)
@@ -236,7 +240,7 @@ class Checkpoints:
             self._cannot_flush = True
 
     def _prune(self) -> None:
-        """Delete all checkpoints except the newest `keep`, the best by validation loss, and unreadable ones."""
+        """Delete all checkpoints that are not in `_unreadable`, except the newest `keep` and the best one."""
         best = self.best()  # also finds the checkpoints whose state cannot be read
         paths = [path for path in list_checkpoints(self.directory) if path not in self._unreadable]
         for path in paths[: -self.keep]:

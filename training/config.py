@@ -290,7 +290,7 @@ class Config:
                 )
 
     def _check_final_tokens(self) -> None:
-        """Raise ValueError if eval.final_tokens is set, but no validation runs or each scores as many tokens."""
+        """Raise ValueError if eval.final_tokens is set with eval.every 0 or completions, or is at most eval.tokens."""
         final, tokens = self.eval.final_tokens, self.eval.tokens
         if final is None:
             return
@@ -323,7 +323,8 @@ class Config:
             initial: the model that the run starts from, or None. If model.init_from is scratch, this model is a
                 checkpoint of a run. Its shape is then not used, because the fields of `model` define the shape.
 
-        Raises ValueError if the fields of `model` are not valid, or contradict the model that model.init_from names.
+        Raises ValueError if the fields of `model` are not valid or contradict the model that model.init_from names, or
+        if data.sequence_length is above the block size of that model.
         """
         asked = self.model
         if initial is None or asked.init_from == "scratch":

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Names that other trainers give a field, with our field of the same meaning. A name that is spelled almost like our
-# field needs no entry, because difflib finds it.
+# Names of settings in other training programs, and our field for each. A name that is spelled almost like our field
+# needs no entry, because difflib finds the field.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
@@ -78,7 +78,10 @@ def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str
 
 
 def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
-    """Return the end of a message about an unknown field: the names of similar fields, each with `prefix` before it."""
+    """Return the end of a message about an unknown field: the names of similar fields, each with `prefix` before it.
+
+    If no field has a similar name, the text refers to --help.
+    """
     last = unknown.rpartition(".")[2].replace("-", "_")
     by_last = {name.rpartition(".")[2]: name for name in fields}
     near = [name for name in fields if name.endswith(f".{last}")]
@@ -92,7 +95,7 @@ def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
 
 
 def explain(message: str, arguments: list[str], fields: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
-    """Rewrite jsonargparse's error message in plain words.
+    """Rewrite jsonargparse's error message in plain words. A message of an unknown form is returned unchanged.
 
     `arguments` is the command line. `files` maps the path of each configuration file to its values (`read_fields`).
     """

@@ -18,10 +18,10 @@ from processes import Processes
 
 
 class Loss(nn.Module):
-    """(inputs, targets) -> mean loss: the only function of a model that is compiled and distributed.
+    """The mean loss of a model as a module of its own, which `distribute` compiles and distributes for training.
 
-    Evaluation and sampling call the GPT itself, which has the same weights. So they neither recompile the function nor
-    synchronize gradients.
+    Evaluation and sampling call the GPT itself, which has the same weights. So evaluation and sampling run uncompiled,
+    and do not synchronize gradients.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -36,12 +36,12 @@ class Loss(nn.Module):
 
 
 def recomputing_forward(block: Block, *inputs: Any) -> Any:
-    """Run `Block.forward`, but keep only its inputs. The backward pass computes the activations again."""
+    """Run `Block.forward`, and keep only its inputs for the backward pass, which computes the activations again."""
     return checkpoint(functools.partial(Block.forward, block), *inputs, use_reentrant=False)
 
 
 def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
-    """Compile `forward`, the forward pass of a block, for training. Operations outside of the blocks run uncompiled.
+    """Compile `forward`, the forward pass of a block, for training. Only the blocks are compiled here.
 
     Blocks are compiled one by one, because they are also the units of communication. FSDP gathers the weights of a
     block before the block runs and shards them afterwards, in hooks that cannot be part of a graph. DDP averages the
@@ -100,7 +100,9 @@ def distribute(
     sequence_length: int,
     activation_checkpointing: bool = False,
 ) -> nn.Module:
-    """Return the model's `Loss`, compiled and distributed over all processes. The GPT keeps its parameter names.
+    """Return the model's `Loss`, compiled if requested, and distributed if there are several processes.
+
+    The names of the GPT's parameters do not change.
 
     Args:
         compiled: use torch.compile, for the whole loss on one process and for each block on several.

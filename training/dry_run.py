@@ -36,9 +36,9 @@ class Target(NamedTuple):
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
     """Return the text that `train.py --dry-run` prints, and a message about what a run on this machine lacks.
 
-    The text states the size of the model, the tokens, the checkpoint to start from, the memory of each micro-batch and
-    whether it fits, and the time. If there is a fit to runs with the same recipe and dataset (docs/scaling.md), the
-    text also states the expected validation loss.
+    The text states the size of the model, the tokens, the checkpoint to start from, the memory that each size of
+    micro-batch needs and whether this memory is available, and the time. If a law was fitted to runs with the same
+    recipe and dataset (docs/scaling.md), the text also states the expected validation loss.
 
     `flags.dry_run` names the hardware, such as 8xH100. If it is "", the hardware is that of this process. The message
     is "" if nothing is missing, or if `flags.dry_run` names hardware.
@@ -138,7 +138,7 @@ def strategies(config: Config, count: int) -> dict[str, bool]:
 
 
 def choose_micro_batch(config: Config, workload: Workload, target: Target, *, sharded: bool) -> int | None:
-    """Return the number of windows in a micro-batch on this hardware; None if not even one window fits."""
+    """Return the windows per micro-batch on this hardware; None if data.micro_batch is auto and no window fits."""
     if config.data.micro_batch != "auto":
         return min(config.data.micro_batch, workload.windows)
     return workload.fit_rows(target.budget, sharded=sharded)
@@ -166,7 +166,10 @@ def describe_memory(config: Config, workload: Workload, target: Target) -> list[
 
 
 def describe_time(config: Config, workload: Workload, target: Target, mfu: float | None) -> list[str]:
-    """Return the expected duration of a step and of the run, with the parts of a step if the card is known."""
+    """Return lines with the expected duration of a step and of the run.
+
+    If the peak of the card is known and `mfu` is None, the lines also show the duration of each part of a step.
+    """
     hardware, card, steps = target.hardware, target.card, config.optim.steps
     precision = str(hardware.dtype).removeprefix("torch.")
     peak = card.peak_in(hardware.dtype) if card else None

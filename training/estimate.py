@@ -21,8 +21,8 @@ from training.config import Config
 def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
 
-    N is the number of parameters, L that of blocks, C the width and T the sequence length. With attention window or
-    lsh, T is at most the number of tokens that a token can attend to.
+    N is the number of parameters, L the number of blocks, C the width and T the sequence length. With attention window
+    or lsh, T is at most the number of tokens that a token can attend to.
     """
     pattern = find_pattern(asdict(model), layer=0)
     keys = sequence_length if pattern is None else min(sequence_length, pattern.most_keys)
@@ -32,7 +32,7 @@ def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -
 def peak_flops(device: torch.device) -> float | None:
     """Return the peak rate of matrix products of a device in FLOP/s; None if it is not known.
 
-    The rate is that of the card's 16-bit precision in `device.CARDS`.
+    It is the rate in the 16-bit precision that `device.CARDS` lists for the card.
     """
     card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if card is None else card.peak_flops
@@ -40,7 +40,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 @functools.cache
 def count_parameters(model: GPTConfig) -> int:
-    """Return the number of parameters without allocating them; the tied head counts once."""
+    """Return the number of parameters without allocating them. The tensor that head and embedding share counts once."""
     with torch.device("meta"):
         return GPT(model).num_parameters()
 
@@ -72,7 +72,7 @@ class Workload:
     hardware: Hardware
     batch_tokens: int  # of a step, over all devices
     sequence_length: int
-    recompute: bool = False  # activation checkpointing, with which a block keeps only its input
+    recompute: bool = False  # activation checkpointing: a block keeps only its input for the backward pass
     muon: bool = False  # the matrices of the blocks are trained with Muon
 
     @classmethod
@@ -122,8 +122,8 @@ class Workload:
         # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
         # (the output of GELU and its gradient, then the gradients of GELU's output and input), and two float32
         # gradients of the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those
-        # of `muon_memory`. The part "logits" of the result already counts the memory of the loss, so "activations" has
-        # only what the other places need in addition.
+        # of `muon_memory`. The part "logits" of the result already counts the memory of the loss, so "activations"
+        # counts only the bytes that the backward pass or the optimizer needs beyond the memory of the loss.
         matrices = 12 * width**2 * model.n_layer if self.muon else 0
         muon_bytes = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
         backward = tokens * width * (2 * 4 * size + 2 * 4 + (block_bytes if self.recompute else 0))
@@ -143,10 +143,10 @@ class Workload:
         }
 
     def _weights(self, *, sharded: bool) -> int:
-        """Return the bytes of the weights on one process, with gathered weights and the copies for matrix products."""
+        """Return the bytes of the weights on one process: its own, those that FSDP gathers, and 16-bit copies."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
-        # Matrix products in 16 bits use copies of the weights. FSDP gathers a block and prefetches the next one in 16
-        # bits; it gathers embeddings and head in float32.
+        # Matrix products in 16 bits use 16-bit copies of the weights. FSDP gathers a block, and already the next block,
+        # in the precision of matrix products. It gathers the embeddings, which are also the head, in float32.
         embeddings = (model.vocab_size + model.block_size) * model.n_embd
         copied, gathered = self.n_parameters, 0
         if shards > 1:
@@ -158,7 +158,7 @@ class Workload:
     def fit_rows(self, budget: float, *, sharded: bool, below: int | None = None) -> int | None:
         """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.
 
-        With `below`, the micro-batch must have fewer than `below` rows.
+        With `below`, the micro-batch must have fewer than `below` rows (windows).
         """
 
         def fits(rows: int) -> bool:
@@ -172,8 +172,8 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
     size = hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # a chunk of logits, and 64 rows of it in float32
         return min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size * size + 64 * model.vocab_size * 4
-    # A chunk of logits; the product that is added to the head's gradient (in float32 and on ROCm, `add_product` needs a
-    # separate tensor for it); and the gradient of the hidden states.
+    # A chunk of logits; the product that is added to the head's gradient (counted in every case, although `add_product`
+    # needs a separate tensor for it only in float32 and on ROCm); and the gradient of the hidden states.
     chunk = min(tokens, rows_at_a_time(hardware.gpu_memory, model.vocab_size, size)) * padded(model.vocab_size) * size
     return chunk + 4 * padded(model.vocab_size) * model.n_embd + 4 * tokens * model.n_embd
 
@@ -184,8 +184,8 @@ def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     if hardware.gpu_memory is None:  # the updates of all matrices in float32, and their results
         return (4 + size) * 12 * width**2 * model.n_layer
     # The largest group of matrices with equal shapes has one matrix from the MLP of each block. Each process
-    # orthogonalizes a part of the group, which takes three tensors in float32 and four in `dtype`. The results of this
-    # group and of the previous one exist at the same time.
+    # orthogonalizes a part of the group. This takes three tensors in float32 and four in the precision of matrix
+    # products, each as large as the part. The results of this group and of the previous one exist at the same time.
     group = 4 * width**2 * model.n_layer
     part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
     return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)

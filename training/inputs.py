@@ -37,7 +37,7 @@ class Inputs:
     train: TrainingWindows
     val: dict[str, Windows]  # by directory of the dataset, several for a mixture; empty only if eval.every is 0
     tokenizer: Tokenizer
-    prompts: list[list[int]]  # token ids to continue when sampling at validation
+    prompts: list[list[int]]  # token ids of the texts that sampling at validation continues
     notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
     n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
     final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; empty without it
@@ -118,7 +118,10 @@ def open_datasets(config: Config, *, verify: bool) -> Inputs:
 
 
 def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
-    """Open the token shards and the tokenizer in a directory. Without a meta.json, the tokenizer is GPT-2's."""
+    """Open the token shards and the tokenizer in a directory. Without a meta.json, the tokenizer is GPT-2's.
+
+    Raises ValueError or OSError if shards are missing or damaged, or if meta.json states another tokenizer.
+    """
     directory = Path(dataset)
     train, val = open_split(directory, "train"), None
     if list_shards(directory, "val") or (train.meta and train.meta.shards.get("val")):

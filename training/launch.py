@@ -21,8 +21,8 @@ from training.config import Config, Flags, parse_command_line
 class StopSignal:
     """Records SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C, so that the loop can stop after the current step.
 
-    A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP is sent when the terminal is closed; if it is ignored at
-    the start, as under nohup, it stays ignored.
+    A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP is sent when the terminal is closed. If the process
+    ignores SIGHUP when it starts, as under nohup, SIGHUP stays ignored.
 
     Args:
         announce: whether to print on stderr that the request was received; True on the main process only.
@@ -48,8 +48,8 @@ class StopSignal:
 def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
     """Read the command line and join the other processes for the `with` block.
 
-    An error in the block ends this process with a message. The exit status is 2 for an error that the user can correct,
-    1 if another process has ended, and 130 for Ctrl-C.
+    Some errors in the block end this process with a message. The exit status is 2 for an error that the user can
+    correct, 1 if another process has ended, and 130 for Ctrl-C. All other errors are raised unchanged.
     """
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     with lasting_output():

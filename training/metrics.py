@@ -128,9 +128,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def start_profiler(path: Path) -> torch.profiler.profile:
-    """Trace the third, fourth and fifth step from now, after compilation, and write the trace to `path`.
+    """Trace the third, fourth and fifth step from now, and write the trace to `path`.
 
-    The caller calls `step()` after each step. chrome://tracing shows the trace.
+    Compilation happens in earlier steps. The caller must call the method `step` of the result after each training step.
+    chrome://tracing shows the trace.
     """
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),

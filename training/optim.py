@@ -80,7 +80,7 @@ class Muon(Optimizer):
                 self._apply(group, parameter, update, parameter.shape)
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Return the Nesterov momentum of a parameter's gradient, gathered from all processes if it is sharded."""
+        """Update a parameter's momentum buffer. Return the Nesterov momentum, gathered if the parameter is sharded."""
         gradient = parameter.grad
         assert gradient is not None
         average = self.state[parameter]["momentum_buffer"].lerp_(gradient, 1 - momentum)
@@ -88,7 +88,10 @@ class Muon(Optimizer):
         return update.full_tensor() if hasattr(update, "full_tensor") else update
 
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        """Apply weight decay and the update to a parameter of shape `shape`, or to this process's part of it."""
+        """Apply weight decay and the update to a parameter, or to this process's part of it.
+
+        `shape` is the shape of the whole parameter.
+        """
         rows, columns = shape
         rows = columns if group["stacked"] else rows
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -187,7 +190,10 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None:
-    """Apply `newton_schulz` to each tensor of the list, in place. Process r of n computes elements r, r + n, ..."""
+    """Replace each tensor of the list by the result of `newton_schulz`.
+
+    Process r of n computes elements r, r + n, ... of the list, and sends them to the other processes.
+    """
     rank, world_size = rank_and_world_size()
     broadcasts = []
     for i, update in enumerate(updates):
@@ -200,11 +206,11 @@ def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrices ([N,] rows, columns) in `dtype`, with all singular values changed to about 1 (0.7 to 1.2).
+    """Return the matrices ([N,] rows, columns) in `dtype`, with the singular values changed to about 1 (0.7 to 1.2).
 
     This takes five steps of a Newton-Schulz iteration, which consists of matrix products only. The coefficients of its
-    quintic polynomial are those of Jordan et al. With them, small singular values grow quickly, but the singular values
-    do not converge to exactly 1.
+    quintic polynomial are those of Jordan et al. With these coefficients, small singular values grow quickly, but the
+    singular values do not converge to exactly 1. Singular values that are almost 0 stay below 0.7.
     """
     # The elements of a gradient may be smaller than the smallest float16: normalize before converting to float16.
     wide_range = torch.finfo(dtype).tiny < 1e-30

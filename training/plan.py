@@ -24,9 +24,9 @@ SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes lo
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run computes. Every process has the same plan."""
+    """How a run computes. `sharded` and `micro_batch` are the same on every process."""
 
-    workload: Workload  # from which the estimates were computed; its hardware may differ between processes
+    workload: Workload  # the input of the estimates; Workload.hardware may differ between processes
     dtype: torch.dtype  # precision of matrix products
     sharded: bool  # FSDP instead of DDP
     micro_batch: int  # maximum number of windows per forward pass
@@ -50,9 +50,9 @@ class Plan:
 def make_plan(config: Config, workload: Workload, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
     """Decide how a run computes.
 
-    Free memory differs between processes and changes with time, but all processes must use the same plan. A run that
-    resumes with the same settings and hardware keeps its micro-batch: another one would sum gradients in another order
-    and change the last bits of the results.
+    Free memory differs between processes and changes with time, but all processes must use the same strategy and the
+    same micro-batch. A run that resumes with the same settings and hardware keeps its micro-batch: with another
+    micro-batch, gradients would be summed in another order, which changes the last bits of the results.
 
     Args:
         resumed_state: trainer/state.json of the checkpoint from which the run resumes or branches; empty without one.
@@ -94,8 +94,8 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
 def should_shard(config: Config, workload: Workload, processes: Processes) -> tuple[bool, str]:
     """Return whether to use FSDP, and the reason.
 
-    FSDP is used if it is configured. With system.parallel auto, FSDP is used if DDP with the smallest micro-batch would
-    fill more than half of a GPU's free memory.
+    One process never uses FSDP. Several processes use FSDP if system.parallel is fsdp. With auto, they use FSDP only on
+    GPUs, if DDP with the smallest micro-batch would fill more than half of a GPU's free memory.
     """
     if processes.world_size == 1:
         return False, "one process"
@@ -118,9 +118,9 @@ def usable_memory(device: torch.device) -> tuple[int, float]:
 
 
 def fit_micro_batch(config: Config, workload: Workload, processes: Processes, *, sharded: bool) -> tuple[int, str]:
-    """Return the configured micro-batch or, for auto, the largest one that is estimated to fit, and the reason.
+    """Return the configured micro-batch or, for auto, the `largest_micro_batch` by the estimate, and the reason.
 
-    Raises ValueError if not even one window fits.
+    Raises ValueError if the micro-batch is auto and not even one window fits.
     """
     if config.data.micro_batch != "auto":
         return config.data.micro_batch, "as configured"

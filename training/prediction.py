@@ -20,8 +20,8 @@ from training.start import run_identity
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "scaling.json"
 SIZES = ("n_layer", "n_head", "n_embd")  # fields of the model that differ between the runs of a study
 
-# The warm-up has the same number of steps in all runs, so it is a larger part of a short run. If it is more than a
-# tenth of the steps, the run does not follow the law of longer runs (docs/scaling.md).
+# The warm-up has the same number of steps in all runs, so it is a larger part of a short run. A run whose warm-up is
+# more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
 MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
 SAMPLES = 200  # number of bootstrap laws for each form; intervals are computed from them
 
@@ -33,7 +33,7 @@ class Fit(NamedTuple):
 
     form: str  # name in FORMS
     law: Law
-    errors: dict[str, float]  # by form: root mean square of the relative errors of `leave_one_size_out`
+    errors: dict[str, float]  # by form: root mean square of the log errors that `leave_one_size_out` returns
     samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms
     runs: list[dict[str, Any]]  # the fitted runs
 
@@ -97,7 +97,8 @@ def read_studies(path: Path) -> list[Study]:
 def find_study(studies: list[Study], recipe: dict[str, Any]) -> Study | None:
     """Return the study whose runs have this recipe, or None.
 
-    A study that lacks a setting is older than the setting, and its runs were trained with the default.
+    If the recipe of a study lacks a setting, the study is older than the setting. Its runs were trained with the
+    setting's default.
     """
     defaults = Config().to_dict() | {"model": dataclasses.asdict(GPTConfig())}
 

@@ -77,7 +77,7 @@ class RunDirectory:
         return "killed" if status == "running" and not self.is_locked() else status
 
     def is_locked(self) -> bool:
-        """Return whether some process holds the lock. True if the lock cannot be read."""
+        """Return whether some process holds the lock. True if the file .lock cannot be opened."""
         try:
             with open(self.path / ".lock", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -119,9 +119,10 @@ class RunDirectory:
     def open(
         self, config: Config, start: dict[str, Any], last_step: int, last_validation: int, say: Callable[[str], None]
     ) -> None:
-        """Create the directory, or remove what was written after the step from which the run resumes.
+        """Create the directory if it does not exist, write config.yaml and other files, and start the trackers.
 
-        Then write config.yaml, provenance.json and status.json, and start the trackers.
+        If the directory exists, first remove incomplete checkpoints, and the records and samples that an earlier
+        attempt wrote for steps after the step from which the run resumes.
 
         Args:
             start: the entry of this start in provenance.json.
@@ -129,8 +130,8 @@ class RunDirectory:
             last_validation: the last step whose validation is kept. Later validations and samples are removed.
             say: prints a message to the user.
 
-        Raises OSError if the directory cannot be written. Raises ValueError if it is locked, if another process has
-        made checkpoints in it since the start of this one, or if a tracker does not start.
+        Raises OSError if the directory cannot be written. Raises ValueError if another process holds the lock, if
+        another process has written checkpoints since this process was started, or if a tracker does not start.
         """
         self._say, self._continue_on_error = say, config.checkpoint.on_error == "continue"
         try:
@@ -192,7 +193,8 @@ class RunDirectory:
     ) -> None:
         """Draw the losses so far to loss.png.
 
-        Do nothing if the start or the last picture was less than SECONDS_BETWEEN_PICTURES ago.
+        Do nothing if the start or the last picture was less than SECONDS_BETWEEN_PICTURES ago. An error is printed and
+        not raised.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
@@ -203,7 +205,7 @@ class RunDirectory:
         is_recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
         if self._log is None or (is_recent and not last):
             return
-        every = max(1, step // POINTS_DRAWN)  # memory must not grow with the length of the run
+        every = max(1, step // POINTS_DRAWN)  # all training losses of a long run would need too much memory
         try:
             metrics = iterate_metrics(self.metrics_path)
             records = [r for r in metrics if r["split"] != "train" or r["step"] % every == 0]
@@ -246,9 +248,9 @@ class RunDirectory:
 class MetricsLog:
     """Writes metrics.jsonl: one object per line, written without delay.
 
-    The run resumes from `last_step`. Opening the log removes the training records after `last_step`, all other records
-    after `last_validation` (default: `last_step`), and an incomplete last line. So no step appears twice. With
-    `checkpoint.on_error: continue`, records that cannot be written wait until the disk has space.
+    The run resumes from `last_step` (-1: a new run). Opening the log removes the training records after `last_step`,
+    all other records after `last_validation` (default: `last_step`), and an incomplete last line. So no step appears
+    twice. With `checkpoint.on_error: continue`, records that cannot be written wait until the disk has space.
     """
 
     def __init__(self, path: Path, last_step: int, config: Config, *, last_validation: int | None = None) -> None:
@@ -279,7 +281,7 @@ class MetricsLog:
                 ) from error
 
     def _write_waiting(self) -> None:
-        """Write the records that wait. Raises OSError, and keeps what was not written, if the disk is full."""
+        """Write the records that wait. If the disk is full, raises OSError; the rest waits for the next call."""
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
@@ -310,7 +312,7 @@ def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics.jsonl; none if there is no file. An incomplete last line is skipped.
 
-    Raises ValueError, naming the line, if another line is not a record.
+    Raises ValueError, naming the line, if any complete line is not a record.
     """
     if not path.exists():
         return

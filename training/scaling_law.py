@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-HUBER = 1e-3  # log residuals above this count linearly and not squared, as in Hoffmann et al. 2022
+# Residuals of the log loss that are larger than this count linearly and not squared, as in Hoffmann et al. 2022.
+HUBER = 1e-3
 STEPS = 200  # maximum number of steps of the Levenberg-Marquardt algorithm
 
 
@@ -38,7 +39,7 @@ class Law(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A law with fewer free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ (the free numbers)."""
+    """Laws with fewer than six free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ (the free numbers)."""
 
     description: str
     matrix: np.ndarray  # (6, free numbers)
@@ -112,9 +113,10 @@ def starting_points(losses: np.ndarray) -> np.ndarray:
 def minimize(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimize the weighted Huber loss from each starting point of `free` (k, f); return the minima and their losses.
+    """Minimize the weighted Huber loss from each starting point in a row of `free` (k, f).
 
-    x, y and target (n,) are the logarithms of parameters, tokens and losses; weights is (k, n).
+    x and y (n,) are the centered logarithms of parameters and tokens. target (n,) has the logarithms of the losses, and
+    weights is (k, n). Return the free numbers at the minima, (k, f), and the Huber losses there, (k,).
     """
     damping = np.full(len(free), 1e-2)
     residuals, jacobian = evaluate(free, form, x, y, target)
@@ -165,8 +167,9 @@ def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 
     """Return an array (count, 7). Each row has the fields of a law that was fitted to a random sample, and a residual.
 
     The sample has n runs, drawn with replacement from all n runs. The residual is log(loss / loss by `law`) of a random
-    run. It represents what a law cannot explain, such as the influence of the seed. `law` was fitted to all runs. It
-    has f free numbers and fits its own n runs too well, so residuals are multiplied by the square root of n / (n - f).
+    run. It represents what a law cannot explain, such as the influence of the seed. `law` was fitted to all runs
+    with f free numbers. Its residuals for these n runs are smaller than for other runs, so they are multiplied by the
+    square root of n / (n - f).
     """
     generator = np.random.default_rng(seed)
     n, n_free = len(runs.losses), form.matrix.shape[1]

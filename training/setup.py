@@ -39,11 +39,11 @@ class TrainingState:
 
     step: int = 0  # optimizer steps so far, including skipped ones
     seconds: float = 0.0  # duration of these steps
-    skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite; overflow_steps are counted separately
     overflow_steps: int = 0  # steps whose gradient overflowed float16
     val_loss: float | None = None  # validation loss after this step; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
-    val_tokens: int = 0  # targets that val_loss and best were measured on; 0: the run has no validation split
+    val_tokens: int = 0  # number of targets over which val_loss and best are means; 0: no validation split so far
     save_seconds: float = 0.0  # duration of the training pause for the last checkpoint; logged with the next step
 
 
@@ -56,7 +56,7 @@ class TrainingRun:
     plan: Plan
     inputs: Inputs
     model: GPT
-    loss_function: nn.Module  # (inputs, targets) -> mean loss; compiled and distributed
+    loss_function: nn.Module  # (inputs, targets, documents or None) -> mean loss; the result of `distribute`
     optimizers: list[Optimizer]
     scaler: torch.amp.GradScaler  # disabled unless the precision is float16
     loader: Iterator[list[MicroBatch]]  # this process's part of each global batch
@@ -69,7 +69,7 @@ class TrainingRun:
 
     @property
     def lacks_validation(self) -> bool:
-        """True if a validation is due after this step and has no result yet.
+        """True if a validation is due after step `state.step` and has no result yet.
 
         Unless eval.every is 0, a validation is also due after the last step of the run.
         """
@@ -98,7 +98,8 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         """Write a failure to status.json if an exception ended the block; stop the loader, and close the directory.
 
-        An out-of-memory error is replaced by a ValueError, which names a smaller micro-batch that is estimated to fit.
+        An out-of-memory error is replaced by a ValueError. Its message names a smaller micro-batch that is estimated to
+        fit, or says how else to save memory.
         """
         if kind is not None:
             with contextlib.suppress(OSError):  # a failed write must not hide the error that ended the run
@@ -120,7 +121,8 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 
     With `verify`, every shard of the dataset is compared with its hash first.
 
-    Raises ValueError or OSError if the run cannot work. The function makes its checks before it creates anything.
+    Raises ValueError or OSError if the run cannot work. The settings, the dataset, the checkpoint and the memory are
+    checked before the directory of a new run is created.
     """
     if processes.is_main:
         check_packages(config.log)
@@ -128,8 +130,9 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     if processes.is_main and directory.path.is_dir():
         directory.lock()
     start = find_start(config, directory.checkpoints, processes)
-    # Every process verifies the dataset. If the others only waited for the main process, a collective operation would
-    # reach its timeout. On one machine, only the first process reads the disk; the others read the page cache.
+    # Every process verifies the dataset. If the other processes waited for the main process to verify it, a collective
+    # operation could reach its timeout. The processes of a machine read a file from the disk only once: after that, the
+    # file is in the page cache.
     inputs = open_inputs(config, start.model, verify=verify)
     shape = config.model_config(inputs.tokenizer.vocab_size, start.model)
     identity = run_identity(config, shape, inputs)
@@ -210,7 +213,7 @@ def prepare_model(
 
 
 def open_directory(run: TrainingRun, start: Start) -> None:
-    """Create the run's directory, or remove what was written after the step from which the run resumes."""
+    """Create the run's directory, or remove the records of an earlier attempt after the step from which it resumes."""
     step = run.state.step if start.resumes else None
     last_step = -1 if step is None else step
     # If the checkpoint lacks the validation of its step, this attempt begins with that validation. Remove its records,

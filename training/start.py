@@ -58,7 +58,8 @@ def find_start(config: Config, directory: Path, processes: Processes) -> Start:
 def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Path]]:
     """Return the checkpoint that run.resume selects, or None for a new run, and the newer checkpoints that are damaged.
 
-    Raises ValueError or FileNotFoundError if run.resume contradicts the checkpoints that exist.
+    Raises ValueError or FileNotFoundError if run.resume contradicts the checkpoints that exist, or if all of them are
+    damaged.
     """
     if resume == "never":
         if list_checkpoints(directory):
@@ -109,7 +110,7 @@ def find_initial_model(config: Config, checkpoint: Path | None) -> ModelFiles | 
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """Return the settings by section that must not change when a run resumes; `run_identity` adds model and dataset."""
+    """Return, by section, settings that must not change when a run resumes; `run_identity` adds model and dataset."""
     fields = config.to_dict()
     names = ("format", "batch_tokens", "sequence_length", "shuffle", "windows", "shift", "document_mask")
     data = {name: fields["data"][name] for name in names}
@@ -154,7 +155,7 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     """Return the trainer/state.json of the checkpoint that a run starts from, or {} if there is none.
 
     Validation losses that cannot be compared with those of this run are set to None. These are the losses of a parent
-    (the run of run.branch_from), and losses on another number of tokens than `val_tokens` (eval.tokens).
+    (the run of run.branch_from), and losses on another number of tokens than `val_tokens`, which this run scores.
 
     Raises ValueError if this run cannot resume from the checkpoint or, for a branch, cannot branch from it.
     """
@@ -225,8 +226,8 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, 
 def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens: int) -> list[str]:
     """Return lines that name the checkpoint, and say if another number of validation tokens is scored from now on.
 
-    The lines warn if a branch starts with another learning rate than its parent had in the last step. `saved` is the
-    result of `read_saved_state`.
+    For a branch, the lines warn if the learning rate that its parent had in the last step before the branch differs
+    from the rate of the branch's own schedule in that step. `saved` is the result of `read_saved_state`.
     """
     if start.checkpoint is None:
         return []

@@ -26,7 +26,7 @@ PUBLISHED = [("H100", "llm.c", 468_000), ("A100", "llm.c", 218_000), ("RTX 4090"
 # clock rate in large products, because these need more power than the card may use.
 PRODUCTS, ATTENTION = 0.78, 0.40
 PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
-FAST_CARD = 700e12  # FLOP/s
+FAST_CARD = 700e12  # FLOP/s; the fractions of fast cards are for cards with a higher peak
 BANDWIDTH, LINK = 0.9, 0.8  # reached fractions of the bandwidths of memory and of the link between GPUs
 NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to other machines: eight adapters of 400 Gbit/s
 LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in addition to the transfer
@@ -34,10 +34,14 @@ LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in a
 # in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients
 # of biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
-HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0  # tokens with padding; short sequences take longer per token
-TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3  # per token, measured on an H200; depends on the number of kernels
+# HELLASWAG_TOKENS includes padding. The sequences are short, so the forward pass of a token takes HELLASWAG_SLOWDOWN
+# times as long as in training.
+HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0
+# Tokens of each sampled text, and the seconds to sample one token of all texts, measured on an H200. The seconds depend
+# on the number of kernels.
+TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
-SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches
+SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches; if a step is fast enough at this rate, the CPU is not measured
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
 
 
@@ -120,7 +124,10 @@ def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtyp
 def seconds_of_communication(
     workload: Workload, card: Card, passes: int, last_backward: float, *, sharded: bool
 ) -> float:
-    """Return the seconds of a step in which the GPUs wait for collective operations."""
+    """Return the seconds of a step in which the GPUs wait for collective operations.
+
+    `passes` is the number of micro-batches of a step, and `last_backward` the seconds of one backward pass.
+    """
     model, count, dtype = workload.model, workload.hardware.count, workload.hardware.dtype
     if count == 1:
         return 0.0
@@ -153,8 +160,8 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
     if workload.muon:
         # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns. Each block has four square
         # matrices and two with 4 C columns. The processes divide the matrices of each shape between them.
-        # These products are assumed to reach 0.6 times the rate of other products. With this factor, a step of Muon on
-        # an H200 is estimated at 5.7 ms; it took 6.3 ms.
+        # These products are assumed to reach 0.6 times the rate of other products. With this factor, Muon's part of a
+        # step on an H200 is estimated at 5.7 ms. The measured time was 6.3 ms.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
         seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
     return seconds

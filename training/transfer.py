@@ -21,7 +21,7 @@ class Size(NamedTuple):
 
 
 class Powers(NamedTuple):
-    """The powers of the width and of the number of blocks that a learning rate is proportional to."""
+    """The exponents p and q in the rule that a learning rate is proportional to width^p * layers^q."""
 
     width: float
     layers: float

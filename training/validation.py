@@ -68,8 +68,8 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
         with interrupt_if(model, stop_requested):
             loss, parts, final = score_split(run)
             answers = score_hellaswag(run)
-        # Nothing can be sampled from weights that are not finite. Under FSDP all processes take part in a forward pass,
-        # so all of them sample, and only the main process writes its texts. Otherwise the main process samples alone.
+        # If the loss is not finite, no text can be sampled. Under FSDP, all processes take part in a forward pass, so
+        # all of them sample, and only the main process writes its texts. Otherwise the main process samples alone.
         texts: list[str] = []
         if math.isfinite(loss.loss) and (processes.is_main or run.plan.sharded):
             requested = stop_requested if run.plan.sharded else lambda: signal.received
@@ -137,8 +137,9 @@ def hellaswag_is_due(step: int, config: Config) -> bool:
 
 
 def sample_texts(run: TrainingRun) -> list[str]:
-    """Sample eval.samples texts that start with end-of-text, or that continue prompts of the validation split.
+    """Sample eval.samples texts. Each text continues a prompt.
 
+    With data.format completions, the prompts are those of the validation split; with tokens, the prompt is end-of-text.
     The seed is the same at each validation, so that the texts show how the model changes. Only the last block_size / 2
     tokens of a prompt are used.
     """
