@@ -1,7 +1,7 @@
 """Windows that begin where a document begins, if possible. Best-fit packing fills them with whole documents.
 
 T is the sequence length. If the text is cut every T tokens, most windows begin and end in the middle of a document.
-Here each document of at most T tokens stays whole, and documents are combined so that they fill windows ("Fewer
+Here most documents of at most T tokens stay whole, and documents are combined so that they fill windows ("Fewer
 Truncations Improve Language Modeling", Ding et al. 2024). Three more rules keep all tokens and waste little
 computation:
 
@@ -10,13 +10,13 @@ computation:
   shortest remaining document is cut.
 - If no remaining document fits, and the gap is at most T / 32 tokens, the gap becomes padding.
 
-Each token of the split, except the last one, is an input once in an epoch. The target of a document's last token is the
-end-of-text token that follows it in the split, even if that token is an input of another window. So each input has the
-same target as in `data.loader.TokenWindows`.
+Each token of the split, except the last one, is an input once in an epoch. The target of an input is the next token of
+the split, even if the next token is an input of another window. So each input has the same target as in
+`data.loader.TokenWindows`, and the last token of a document has the next document's end-of-text as its target.
 
-The packing is computed once and stored in an index file beside the shards. Groups of about 16 million tokens are packed
-separately. This bounds the memory. It also means that the documents of a window are close together: they come from one
-or two shards of the default size.
+The packing is computed once and stored in an index file beside the shards. Each group of documents with about 16
+million tokens in total is packed separately, which bounds the memory. Therefore the documents of a window are close
+together in the split: usually in the same shard or in two neighboring shards of the default size.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # position of its first
 
 
 class AlignedWindows(TrainingWindows):
-    """Windows of whole documents. A window consists of pieces of the split, one after the other, and then padding.
+    """Windows of whole documents, if possible. A window consists of pieces of the split and then padding.
 
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: `read` raises an error that names the shard for a token id of this value or larger.
+        vocab_size: `read` raises an error, which names the shard, if a token id is not below this number.
         eot: the id of end-of-text, with which each document begins.
         document_mask: each token attends to its own document only.
 
@@ -63,7 +63,7 @@ class AlignedWindows(TrainingWindows):
 
     Raises:
         ValueError: when the split has fewer than two tokens.
-        OSError: when the index cannot be written beside the shards.
+        OSError: when a shard cannot be read, or the index beside the shards cannot be read or written.
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class AlignedWindows(TrainingWindows):
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
         """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
 
-        Raises ValueError for a token id outside the vocabulary.
+        `documents` gets the index of the document within the window, -1 for padding. Raises ValueError for a token id
+        outside the vocabulary, OSError when a shard or the index cannot be read.
         """
         done = 0
         if documents is not None:
@@ -110,11 +111,11 @@ class AlignedWindows(TrainingWindows):
             if documents is not None:
                 documents[done : done + length] = i
             done += length
-        # Padding needs no attention mask: attention is causal, so the tokens before the padding do not attend to it.
+        # Padding needs no attention mask: with causal attention, no token attends to the padding after it.
         inputs[done:], targets[done:] = 0, IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,)."""
+        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
         return sum(int(self._windows(window, 1)["targets"][0]) for window in windows.tolist())
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:
@@ -135,7 +136,7 @@ class AlignedWindows(TrainingWindows):
 
 
 def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dict[str, Any]:
-    """Return the header of the index at `path`. If there is no index for this split, make it first."""
+    """Return the header of the index at `path`. If there is no complete index for these arguments, make it first."""
     wanted = {"version": VERSION, "tokens": split.fingerprint, "sequence_length": sequence_length, "eot": eot}
     if (header := _read_header(path, wanted)) is not None:
         return header
@@ -156,7 +157,7 @@ def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dic
 
 
 def _read_header(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the header of an index that is complete and has the properties `wanted`, otherwise None."""
+    """Return the header of the index if the index is complete and its header contains `wanted`, otherwise None."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(HEADER_BYTES))
@@ -168,7 +169,7 @@ def _read_header(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Pack the documents of a split and write the index: header, pieces, windows. Return its header."""
+    """Pack the documents of a split and write the index: header, pieces, windows. Return the header."""
     T = wanted["sequence_length"]
     counts = dict.fromkeys(("documents", "long", "cut", "inside", "pieces", "windows"), 0)
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -212,7 +213,7 @@ def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, cou
 
 
 def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """Iterate over groups of documents. Yields the start of each document of a group, and the end of the last one.
+    """Iterate over groups of documents. Yields the start of each document, and the end of the group's last one.
 
     Each group is an array (documents + 1,) int64 of positions in the split. The last token of the split is only a
     target, so no document includes it. Tokens before the first end-of-text are a document too.
@@ -235,8 +236,9 @@ def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
 def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
-    A window takes the longest remaining piece, then repeatedly the longest one that fits into the gap. In a window,
-    pieces that begin a document come before pieces that continue a document.
+    A window takes the longest remaining piece, then repeatedly the longest one that fits into the gap. If no piece
+    fits, the shortest is cut or the gap becomes padding, as the module's docstring describes. In a window, pieces that
+    begin a document come before pieces that continue a document.
 
     Args:
         bounds: (documents + 1,), the starts of the documents, and the end of the last one.

@@ -1,7 +1,7 @@
 """Check a dataset and describe it: `python -m data.check DIR`.
 
-Verifies the shards, prints `meta.json`, counts documents and duplicates, shows the first documents as text, and draws a
-histogram of the document lengths.
+Verifies the shards, prints the main entries of `meta.json`, counts documents and duplicates, shows the beginning of the
+first documents as text, and draws a histogram of the document lengths.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DocumentStatistics:
 def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
     """Iterate over the tokens of each document, without its end-of-text.
 
-    Memory holds at most the longest document and READ_TOKENS more tokens.
+    The memory in use is proportional to READ_TOKENS plus the length of the longest document.
     """
     rest = np.empty(0, np.uint16)
     first = True
@@ -87,9 +87,10 @@ def draw_histogram(splits: dict[str, DocumentStatistics], path: Path) -> None:
 
 
 def read_epochs(config: Path, train_tokens: int) -> float:
-    """Return the number of epochs of the train split in a run with the configuration file `config`.
+    """Return how many epochs a run with the configuration file `config` makes over a train split of `train_tokens`.
 
-    Raises FileNotFoundError when the file does not exist, ValueError when it does not set the length of the run.
+    Raises FileNotFoundError when the file does not exist, ValueError when the file is not YAML or does not set
+    optim.steps and data.batch_tokens.
     """
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def read_epochs(config: Path, train_tokens: int) -> float:
 
 
 def describe(meta: DatasetMeta | None) -> str:
-    """Return the most important entries of `meta.json` as lines of text."""
+    """Return the main entries of `meta.json` as lines of text. For None, return a line that says that it is missing."""
     if meta is None:
         return "no meta.json: the tokens are assumed to be GPT-2's, and there are no hashes to verify"
     lines = [f"source      {meta.source}", f"revision    {meta.revision}"]
@@ -117,10 +118,10 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
         directory: the dataset.
         shown: the number of documents of each split to print.
         histogram: path of the PNG.
-        config: a configuration file: also print the number of epochs of the train split in a run with it. None: do not.
+        config: a configuration file, to print how many epochs a run with it makes over the train split; or None.
 
     Raises:
-        ValueError: when the dataset is damaged.
+        ValueError: when the dataset is incomplete or damaged, or `config` does not set the length of a run.
         OSError: when a file cannot be read or written.
     """
     meta = read_meta(directory)

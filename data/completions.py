@@ -2,8 +2,9 @@
 
 The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
 {"prompt": "...", "completion": "..."}. An example consists of the prompt's tokens, the completion's tokens and
-`<|endoftext|>`. So the model learns to write a completion and then to end the text. Prompt and completion are encoded
-separately, so that no token contains characters of both. In generation, a prompt is encoded alone, too.
+`<|endoftext|>`, which counts in the loss too. So the model learns to write a completion and then to end the text.
+Prompt and completion are encoded separately, so that no token contains characters of both: generation encodes a prompt
+alone, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
 
-PROMPTS_KEPT = 64  # number of prompts kept for the samples during training, which need far fewer
+PROMPTS_KEPT = 64  # number of prompts that are kept; the samples during training need far fewer
 
 
 class CompletionWindows(TrainingWindows):
@@ -27,17 +28,18 @@ class CompletionWindows(TrainingWindows):
         path: a .jsonl file.
         tokenizer: encodes prompts and completions.
         sequence_length: T. If an example is too long, the beginning of its prompt is cut, never its completion.
-        pack: put as many consecutive examples into a window as fit. Otherwise each example has its own window. The rest
-            of a window is padding.
-        document_mask: the tokens of an example do not attend to the earlier examples in the same window. Without the
-            mask they do, as in pretraining without a mask.
+        pack: True puts as many consecutive examples into a window as fit, False gives each example its own window. The
+            rest of a window is padding.
+        document_mask: with True, the tokens of an example do not attend to earlier examples in the same window. With
+            False, they do, as in pretraining without a mask.
 
     Attributes:
         prompts: the tokens of the first PROMPTS_KEPT prompts.
         n_cut: the number of prompts that were cut.
 
     Raises:
-        ValueError: naming the line, when a line is not an example or a completion does not fit into a window.
+        ValueError: when a line is not an example, cannot be encoded or has a completion that does not fit into a window
+            (the message names the line), or when the file has no example.
         OSError: when the file cannot be read.
     """
 
@@ -48,8 +50,8 @@ class CompletionWindows(TrainingWindows):
         self.n_cut = 0
         examples = [self._encode(prompt, completion, tokenizer, n) for n, prompt, completion in read_examples(path)]
         lengths = np.array([len(tokens) for tokens, _ in examples])
-        # All examples are put one after the other. Window w holds their tokens from _bounds[w] up to _bounds[w + 1]. A
-        # window of T inputs has room for T + 1 tokens, because the last one is only a target.
+        # The tokens of all examples are put one after the other. Window w begins at token _bounds[w] and ends before
+        # token _bounds[w + 1]. It has room for T + 1 tokens, because its last token is only a target, not an input.
         ends = np.cumsum(lengths)
         self._bounds = [0]
         for start, end in zip(ends - lengths, ends, strict=True):
@@ -70,7 +72,7 @@ class CompletionWindows(TrainingWindows):
         """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window."""
         tokens = self._tokens[self._bounds[window] : self._bounds[window + 1]]
         n = len(tokens) - 1
-        # Padding needs no attention mask: attention is causal, so the tokens before the padding do not attend to it.
+        # Padding needs no attention mask: with causal attention, no token attends to the padding after it.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = np.where(self._is_target(window), tokens[1:], IGNORE_INDEX), IGNORE_INDEX
         if documents is not None:
@@ -78,7 +80,7 @@ class CompletionWindows(TrainingWindows):
             documents[:n], documents[n:] = self._example[first : first + n], -1
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
+        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
         return int(self._n_targets[windows].sum())
 
     def _is_target(self, window: int) -> np.ndarray:
@@ -108,7 +110,8 @@ class CompletionWindows(TrainingWindows):
 def read_examples(path: Path) -> list[tuple[int, str, str]]:
     """Return line number, prompt and completion of each line that is not blank.
 
-    Raises FileNotFoundError when the file is missing, ValueError naming the line when a line is not an example.
+    Raises FileNotFoundError when the file is missing, ValueError when a line is not an example (the message names
+    the line) or the file holds no example.
     """
     if not path.is_file():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""The commands that make the datasets with known names. Error messages show them.
+"""The commands that make the datasets with known names. Error messages show these commands.
 
 The names are those of the dataset directories in configs/ and of the presets of `python -m data.prepare`. The table has
 a module of its own, so that code that reads a dataset does not have to import the code that makes datasets.

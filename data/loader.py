@@ -1,10 +1,10 @@
-"""From windows of tokens to batches, in an order that depends on the seed alone.
+"""From windows of tokens to batches, in an order that does not depend on the number of processes.
 
 Global batch n holds the same windows for any number of processes and any micro-batch size. Therefore one integer, the
 step, is the position of a run in its data; a run can resume on another number of processes; and the loss curves of two
 runs can be compared step by step.
 
-Letters in shapes: T is the sequence length, B the windows of a global batch, b the windows of a micro-batch.
+Letters in shapes: T is the sequence length, B the number of windows in a global batch, b in a micro-batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MicroBatch(NamedTuple):
 
     inputs: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64: the token after each input, or IGNORE_INDEX
-    weight: float  # this micro-batch's fraction of the global batch's targets, not counting IGNORE_INDEX
+    weight: float  # targets here / targets of the global batch or of all validation windows, not counting IGNORE_INDEX
     documents: Tensor | None = None  # (b, T) int64, equal for neighboring inputs of the same document; None: no mask
 
 
@@ -65,17 +65,17 @@ class Windows(Protocol):
         """Fill `inputs`, `targets` and, with `document_mask`, `documents`, each (T,) int64, with one window."""
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
+        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
 
 
 class TrainingWindows(Windows, Protocol):
-    """Windows that training reads epoch after epoch, without end. Each epoch contains every window once."""
+    """Windows that training reads in one epoch after the other. Each epoch contains every window once."""
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the windows at consecutive places (k,) of the endless sequence of epochs: (k,) int64, for `read`.
+        """Return the number of the window at each of the `places`, (k,): an array (k,) int64 of arguments for `read`.
 
-        Places count the windows of all epochs, from 0. With `shuffle`, each epoch has an order of its own; otherwise
-        the windows come in the order of the text.
+        `places` are consecutive positions, from 0, in a sequence of all epochs: epoch e begins at e * len(self). With
+        `shuffle`, each epoch has its own order; otherwise the windows come in the order of the text.
         """
         # A batch may begin in one epoch and end in the next. If the rest of an epoch were dropped instead, the number
         # of windows in an epoch would depend on the batch size.
@@ -92,15 +92,16 @@ class TokenWindows(TrainingWindows):
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: `read` raises an error that names the shard for a token id of this value or larger.
-        tokens: use the first `tokens` targets of the split, or all if it has fewer; the last window is then padded when
-            it is not full. With None, use full windows only, as training does.
-        shift: cut the split at different places in each epoch. Window w of epoch e has the number e * len(self) + w.
+        vocab_size: `read` raises an error, which names the shard, if a token id is not below this number.
+        tokens: use this number of targets from the beginning of the split, or all if the split has fewer. The last
+            window is padded if it is not full. With None, use all full windows, as training does.
+        shift: cut the split at different places in each epoch, which moves every window by up to T - 1 tokens. Window w
+            of epoch e has the number e * len(self) + w.
         mask_eot: the id of end-of-text, with which each document begins. Each token then attends to its own document
             only. None: no mask.
 
     Raises:
-        ValueError: when the split is too short for one window.
+        ValueError: when the split is too short for one full window or, with `tokens`, for one target.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class TokenWindows(TrainingWindows):
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
         """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
 
-        Raises ValueError for a token id outside the vocabulary.
+        Raises ValueError for a token id outside the vocabulary, OSError when a shard cannot be read.
         """
         epoch, window = divmod(window, len(self))
         start = window * self.sequence_length
@@ -145,19 +146,19 @@ class TokenWindows(TrainingWindows):
         # window is the first input of the next window. Without this overlap, one target in T would be lost.
         tokens = self._read[: n + 1]
         read_tokens(self.split, start + shift_of(epoch, self.sequence_length), tokens, self.vocab_size)
-        # The input id of padding may be any valid id: attention is causal, so no earlier position attends to padding.
+        # The input id of padding may be any valid id: with causal attention, no earlier position attends to padding.
         inputs[:n], inputs[n:] = tokens[:-1], 0
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
         if documents is not None:
             np.cumsum(inputs == self.mask_eot, out=documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,): T each, fewer in the last window of the split."""
+        """Return the number of targets in these windows (k,): T for each, or fewer in the last window of the split."""
         places = windows % len(self)
         return int(np.minimum(self.sequence_length, self.n_targets - places * self.sequence_length).sum())
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the windows at consecutive places (k,). With `shift`, their numbers contain the epoch."""
+        """Return the numbers of the windows at `places` (k,). With `shift`, epoch e adds e * len(self) to each."""
         windows = super().order(places, seed, shuffle)
         return windows + places // len(self) * len(self) if self.shift else windows
 
@@ -174,7 +175,7 @@ def shift_of(epoch: int, sequence_length: int) -> int:
 def read_tokens(split: Split, start: int, tokens: np.ndarray, vocab_size: int) -> None:
     """Fill `tokens`, (n,) uint16, with the tokens of the split from `start` on.
 
-    Raises ValueError, naming the shard, for a token id outside the vocabulary.
+    Raises ValueError, naming the shard, for a token id outside the vocabulary, OSError when a shard cannot be read.
     """
     split.read(start, tokens)
     # Check ids here, where the shard is known. On a GPU, an id outside the embedding table stops the process with an
@@ -189,14 +190,14 @@ def read_tokens(split: Split, start: int, tokens: np.ndarray, vocab_size: int) -
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Map indices in 0..n-1 to their values in the shuffled order of an epoch: a permutation of 0..n-1.
+    """Return the elements at positions `index` of a pseudorandom permutation of 0..n-1, which seed and epoch determine.
 
     A shuffled list of all windows would take memory proportional to the corpus, and every process would have to compute
     all of it. This function computes any element without the others: a Feistel network (Luby & Rackoff 1988) permutes
     0..4^k - 1 for some k, and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
 
     Args:
-        index: (k,) int64.
+        index: (k,) int64, positions in 0..n-1.
 
     Returns:
         (k,) int64.
@@ -218,7 +219,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
         for key in keys:
             # The round function: a multiplicative hash of the right half. 0x9E37... is 2^64 / golden ratio, which
             # spreads every bit upward (Knuth's Fibonacci hashing); the shift brings high bits back down. 0xD6E8... is
-            # the multiplier of a published 64-bit hash (degski64). Any change here changes the order of every run.
+            # the multiplier of a published 64-bit hash (degski64). Any change here changes the order of windows in
+            # every run.
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
             # The right half is kept, and the left half is XORed with a hash of the right half. Such a round can be
@@ -231,11 +233,12 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Loader:
-    """Iterates without end over this rank's part of every global batch, from `start_step` on.
+    """Iterates over this rank's part of every global batch, from `start_step` on. The iteration never ends.
 
-    An epoch visits every window once. Global step s takes the windows at places s*B .. s*B + B - 1 of the endless
-    sequence of epochs. A background thread reads ahead into a fixed set of buffers. The tensors of a step are valid
-    until the next step is requested, so copies of them to a device must have finished by then.
+    Each step gives a list of micro-batches. Global step s takes the windows at places s*B .. s*B + B - 1 of the
+    sequence of all epochs (see `TrainingWindows.order`). A background thread reads ahead into a fixed set of buffers.
+    The tensors of a step are valid until the next step is requested, so copies of them to a device must have finished
+    by then.
 
     Args:
         windows: the data.
@@ -274,15 +277,16 @@ class Loader:
                 f"{world_size} processes: raise batch_tokens or use fewer processes"
             )
         self.windows, self.seed, self.shuffle = windows, seed, shuffle
-        # This rank's positions within a global batch. They are contiguous: those of rank 0 are first, then rank 1, ...
+        # This rank's positions within a global batch: first come the positions of rank 0, then those of rank 1, ...
         self.rows = split_evenly(self.windows_per_step, rank, world_size)
         # Every rank makes the same number of forward passes, although their numbers of windows may differ by one. Under
-        # FSDP each pass gathers the weights from all ranks, so the others would wait for a rank that made fewer passes.
+        # FSDP each pass gathers weights from all ranks, so the others would wait forever for a rank with fewer passes.
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
-        # Buffers circulate through two queues: free ones go to the thread, full ones come back. All are allocated here,
-        # so memory does not grow with time, and page-locking the memory, which is slow, happens only once.
+        # Buffers circulate through two queues: free ones go to the thread, full ones come back. All buffers are
+        # allocated here, so memory does not grow with time, and page-locking the memory, which is slow, happens only
+        # once.
         self._ready: queue.Queue[tuple[int, list[float], Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
@@ -330,7 +334,7 @@ class Loader:
             self._ready.put(ready)  # the next call raises it again
             raise ready
         step, weights, self._in_use = ready
-        # The thread is ahead by some steps. A checkpoint must store the step that the caller has reached.
+        # The thread is some steps ahead of the caller. `self.step` is the step that the caller requests next.
         self.step = step + 1
         return self._divide(self._in_use, weights)
 
@@ -340,7 +344,7 @@ class Loader:
         return [split_evenly(len(self.rows), part, n) for part in range(n)]
 
     def _weights(self, order: np.ndarray) -> list[float]:
-        """Return the weights of this rank's micro-batches. The weights of all ranks together add up to 1."""
+        """Return the weights of this rank's micro-batches. The sum over all ranks is 1, or 0 without targets."""
         in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
         return [self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all) for rows in self._parts()]
 
@@ -371,9 +375,9 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Iterate once over this rank's part of all windows, in order.
 
-    Every rank yields the same number of batches, so that the ranks can communicate during each batch. The last batches
-    of a rank may have no targets. The weights of all ranks add up to 1, so the loss does not depend on the number of
-    ranks.
+    Every rank yields the same number of batches, so that the ranks can communicate during each batch. The last batch of
+    a rank may have no windows, only padding. The weights of all ranks add up to 1. So the sum of weight * mean loss
+    over all batches is the mean loss of all targets, for any number of ranks.
     """
     in_all = windows.count(np.arange(len(windows)))
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)

@@ -1,10 +1,11 @@
 """Several datasets in one run: each has a fixed fraction of the windows, spread evenly.
 
-A schedule says which dataset each window comes from. It has at most about 10,000 places, gives each dataset exactly its
-fraction of them, and is repeated without end. Among the first n windows of a run, a dataset with fraction f has f n
-windows, rounded up or down. In any range of places as long as the schedule, this dataset has exactly the fraction
-f of the windows. If the weights are whole percentages, the same is true for any 100 steps. The window at a place in the
-run is a function of the place and the seed alone, so the state of a run is still one integer.
+A schedule says from which dataset each window comes. The schedule has at most about 10,000 places, and each dataset has
+exactly its fraction of these places. After its last place, the schedule begins again. Among the first n windows of a
+run, a dataset with fraction f has f n windows, rounded up or down. In any m consecutive places, where m is the length
+of the schedule, this dataset has exactly the fraction f of the windows. If the weights are whole percentages, the same
+is true for any 100 consecutive steps. The window at a place in the run depends only on the place, the seed, the
+datasets and their weights, so the state of a run is still one integer.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
 def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
     """Return the index of the dataset at each place of the schedule: (n,).
 
-    n is the smallest length that gives each dataset a whole number of places. Below, places and the windows of each
-    dataset are counted from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and its
+    n is the smallest length that gives each dataset a whole number of places. This paragraph counts places, and the
+    windows of each dataset, from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and its
     deadline is place k / f. Of the windows that may be put at a place, the one with the earliest deadline is taken (the
     quota method of Balinski & Young 1975).
     """
@@ -80,7 +81,7 @@ class MixtureWindows(TrainingWindows):
         return sum(map(len, self.parts))
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the windows at consecutive places (k,) of the run, as numbers. Each dataset has epochs of its own."""
+        """Return the number of the window at each of the consecutive `places` (k,). Each dataset has its own epochs."""
         # Each dataset has its own seed: datasets of the same length would otherwise be shuffled in the same order.
         seeds = np.random.SeedSequence([seed, len(self.parts)]).generate_state(len(self.parts)).tolist()
         repetition, place = np.divmod(places, len(self._schedule))
@@ -99,6 +100,6 @@ class MixtureWindows(TrainingWindows):
         self.parts[i].read(own, inputs, targets, documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,) that are not IGNORE_INDEX."""
+        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
         own, i = np.divmod(windows, len(self.parts))
         return sum(part.count(own[i == n]) for n, part in enumerate(self.parts))

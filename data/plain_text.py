@@ -1,7 +1,7 @@
 """Read text files in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Refuse files that are not text.
 
-All code that reads text uses these functions, so that every command reads a file in the same way. This module imports
-no other module of the project.
+Prompts, tables and sources of datasets are read with these functions, so that all commands treat a file in the same
+way. This module imports no other module of the project.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-HEAD_BYTES = 1 << 12  # the first bytes of a file, from which its encoding is detected
+HEAD_BYTES = 1 << 12  # the encoding of a file is detected from this number of bytes at its beginning
 # UTF-32 comes before UTF-16, because the mark of little-endian UTF-32 begins with the mark of little-endian UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -62,8 +62,8 @@ def refuse_nul(text: bytes, name: str) -> None:
 def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
     """Convert the content of a text file, given in blocks of bytes, to blocks of UTF-8 without a byte-order mark.
 
-    Raises ValueError, naming the file, when it is not a text file, or is invalid UTF-16 or UTF-32. Invalid UTF-8 is not
-    an error here: its bytes are not changed.
+    Raises ValueError, naming the file, when its first HEAD_BYTES are not text, or it is invalid UTF-16 or UTF-32.
+    Invalid UTF-8 is not an error here: its bytes are not changed.
     """
     iterator = iter(blocks)
     head = b""
@@ -85,7 +85,7 @@ def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
 
 
 def read_utf8(path: Path) -> str:
-    """Return the content of a small text file, decoded as `utf8_blocks` does; line ends are kept.
+    """Return the content of a small text file. The encoding is detected as in `utf8_blocks`, and line ends are kept.
 
     Raises ValueError naming the file when it is not a text file, or naming the file and the line of invalid UTF-8.
     """

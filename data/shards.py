@@ -33,13 +33,13 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header stores the token count as int32
 META_FILE = "meta.json"
-# This file exists while `data.prepare` makes a dataset: the dataset in its directory is not complete yet.
+# As long as this file exists, the dataset in its directory is incomplete. `data.prepare` deletes the file at the end.
 PROGRESS_FILE = "prepare-progress.json"
 
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """The entry of one shard in `meta.json`. `documents` is the number of documents that begin in it."""
+    """The entry of one shard in `meta.json`. `documents` is the number of documents that begin in the shard."""
 
     file: str
     tokens: int
@@ -49,15 +49,15 @@ class ShardMeta:
 
 @dataclass(frozen=True)
 class DatasetMeta:
-    """The content of `meta.json`. Its dictionaries are keyed by split, "train" and "val".
+    """The content of `meta.json`. The dictionaries described as "of each split" have the keys "train" and "val".
 
     tokenizer, tokenizer_sha256, vocab_size: kind, fingerprint and size of the tokenizer;
     source, revision, filter: where the text comes from, in which version, and which part of it was kept;
     validation: how the validation split was chosen;
     shard_tokens: tokens of a full shard;
-    tokens, documents, text_bytes: totals of each split, `text_bytes` in UTF-8;
+    tokens, documents, text_bytes: totals of each split; `text_bytes`, in UTF-8, is empty for downloaded shards;
     shards: the shards of each split, in order;
-    skipped: counts of unusual documents (empty, with invalid UTF-8, longer than a shard);
+    skipped: counts of documents that were omitted, changed or longer than a shard, by reason, and of changed line ends;
     versions: versions of the libraries that made the dataset;
     part: "I of N" for one part of a dataset that is prepared in parts, else empty.
     """
@@ -149,7 +149,7 @@ class Split:
         self.name = name
         self.meta = meta
         self.paths = paths
-        # _ends[i] is the number of tokens in shards 0..i.
+        # _ends[i] is the number of tokens in the shards 0..i together.
         self._ends = [int(end) for end in np.cumsum(counts)]
         self.n_tokens = self._ends[-1]
         # Only one shard is open at a time: a dataset can have more shards than a process may have open files.
@@ -159,7 +159,8 @@ class Split:
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (1-D, contiguous uint16) with tokens [start, start + len(out)).
 
-        Raises ValueError for a range outside the split, OSError when a shard has vanished or shrunk since `open_split`.
+        Raises ValueError for a range outside the split or an `out` of another kind, OSError when a shard has vanished
+        or shrunk since `open_split`.
         """
         if out.dtype != TOKEN or out.ndim != 1 or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous 1-D uint16 array, got {out.dtype} of shape {out.shape}")
@@ -178,9 +179,10 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that identifies the tokens.
+        """A hash that identifies the split.
 
-        The hash covers the sha256 of each shard or, without `meta.json`, the names and token counts of the shards.
+        The hash covers the sha256 of each shard. Without `meta.json`, it covers only the names and the token counts of
+        the shards, so it does not notice other changes of the tokens.
         """
         if self.meta is not None:
             described = [shard.sha256 for shard in self.meta.shards[self.name]]
@@ -211,7 +213,7 @@ class Split:
             raise OSError(f"cannot read shard {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the open shard, if there is one. The next `read` opens it again."""
+        """Close the open shard, if there is one. The next `read` opens the shard that it needs."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor, self._open_shard = -1, -1
@@ -222,7 +224,10 @@ class Split:
             self.close()
 
     def verify(self) -> None:
-        """Compare the sha256 of every shard with `meta.json`. Raises ValueError naming the first shard that differs."""
+        """Compare the sha256 of every shard with `meta.json`.
+
+        Raises ValueError naming the first shard that differs, or when there is no `meta.json`.
+        """
         if self.meta is None:
             raise ValueError(f"{self.paths[0].parent} has no {META_FILE}, so there are no hashes to verify its shards")
         for path, listed in zip(self.paths, self.meta.shards[self.name], strict=True):
@@ -247,8 +252,9 @@ def list_shards(directory: Path, split: str) -> list[Path]:
 def open_split(directory: str | Path, split: str) -> Split:
     """Open the "train" or "val" split of a dataset, checking every header against the file and `meta.json`.
 
-    Raises FileNotFoundError when the directory or the split is missing, ValueError when a shard does not match its
-    header or `meta.json`, OSError when a shard cannot be read. No file stays open.
+    Raises FileNotFoundError when the directory, the split or a listed shard is missing, ValueError when the dataset is
+    incomplete, the split has no tokens, or a shard does not match its header or `meta.json`, OSError when a shard
+    cannot be read. No file stays open.
     """
     directory = _existing(directory)
     if (directory / PROGRESS_FILE).exists():
@@ -266,7 +272,7 @@ def open_split(directory: str | Path, split: str) -> Split:
 
 
 def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Path], counts: list[int]) -> None:
-    """Raise ValueError or FileNotFoundError for the first shard in which the directory and `meta.json` differ."""
+    """Raise ValueError or FileNotFoundError if the shards in the directory are not those that `meta.json` lists."""
     listed = {shard.file: shard.tokens for shard in meta.shards.get(split, ())}
     for path, count in zip(paths, counts, strict=True):
         if path.name not in listed:
@@ -284,8 +290,8 @@ def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Pa
 class ShardWriter:
     """Writes one split as shards of `shard_tokens` tokens, each under a temporary name until it is complete.
 
-    After a `flush()`, the result of `state()` is enough to continue after any interruption: `restore` removes all
-    data that were written after the flush. So the final bytes do not depend on where a run was interrupted.
+    After a `flush()`, `state()` returns all that a new writer needs to continue after an interruption: its `restore`
+    removes all data that were written after the flush. So the final bytes do not depend on where a run was interrupted.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
@@ -313,7 +319,7 @@ class ShardWriter:
         return self.directory / f"{self.split}_{len(self.finished):06d}.bin{PARTIAL_SUFFIX if partial else ''}"
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append the next `tokens` (1-D uint16) of the split. They may begin and end inside a document."""
+        """Append the next `tokens` (1-D uint16) of the split. The tokens may begin and end inside a document."""
         tokens = np.ascontiguousarray(tokens, TOKEN)
         while len(tokens):
             head, tokens = np.split(tokens, [self.shard_tokens - self._tokens])
@@ -351,7 +357,7 @@ class ShardWriter:
         self._file, self._tokens, self._documents = None, 0, 0
 
     def finish(self) -> tuple[ShardMeta, ...]:
-        """Complete the last shard, which may be shorter than the others, and return all shards in order."""
+        """Complete the last shard, which may be shorter. Returns the `meta.json` entries of all shards, in order."""
         self._finish_shard()
         return tuple(self.finished)
 
@@ -365,7 +371,7 @@ class ShardWriter:
                 raise self._explain(error) from error
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, as a JSON value."""
+        """Return a JSON value for `restore`. Call `flush` first: the value counts everything that was written."""
         shards = [dataclasses.asdict(shard) for shard in self.finished]
         return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
 

@@ -45,12 +45,12 @@ def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
     """Iterate over the rows of a CSV file, beginning with the header; blank rows are skipped.
 
     `lines` are the lines of the file, with their line ends. Raises ValueError naming the file and the row (from 1,
-    after the header) when the quotes of a row do not match, or it has more or fewer fields than the header. Raises
+    after the header) when the quotes of a row do not match, or the row has more or fewer fields than the header. Raises
     ValueError also when two columns have the same name.
     """
     header: list[str] = []
     number = 0
-    rows = csv.reader(lines, strict=True)  # otherwise a missing quote would make the rest of the file one field
+    rows = csv.reader(lines, strict=True)  # without `strict`, a missing quote makes the rest of the file one field
     while True:
         try:
             row = next(rows, None)
@@ -92,8 +92,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_table(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a .csv file with a header, or of a .jsonl file.
 
-    Raises OSError when the file cannot be read, ValueError for another type of file, for an empty file, or for a row
-    that cannot be read.
+    Raises OSError when the file cannot be read, ValueError for another type of file, for a file without rows, or for
+    a row that cannot be read.
     """
     path = Path(path)
     readers = {".csv": read_csv, ".jsonl": read_json_lines}

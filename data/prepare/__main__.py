@@ -198,7 +198,7 @@ def _job(args: argparse.Namespace) -> Job:
     else:
         source = _source(args)
     source = _filtered(source, args)
-    part = args.part or (1, args.tasks or 1)  # with an executor, this job is only made to check the options
+    part = args.part or (1, args.tasks or 1)  # with --executor but no --part, this job only checks the options
     count = part[1]
     if count > len(source.files):
         raise ValueError(f"{len(source.files)} files cannot make {count} parts: a part is at least one file")

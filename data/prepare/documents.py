@@ -40,7 +40,7 @@ class Documents:
 
 
 def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Documents:
-    """Add the documents of `chunk` to `documents` and return it.
+    """Add the documents of `chunk` to `documents`, and return `documents`.
 
     Raises ValueError naming the file and the line or row when a document cannot be used.
     """
@@ -86,13 +86,13 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
             return chunk.file.name
         number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
     if chunk.offset is None and chunk.file.begin:
-        # The text before `begin` is in the other split. Count its lines too.
+        # The text before `begin` belongs to the train split, but line numbers count from the beginning of the file.
         with open_file(chunk.file.name) as opened:
             skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
             number += sum(block.count(b"\n") for block in skipped)
     if chunk.offset:
-        # The process that cut the file did not count lines or documents, because counting is slow. So count here those
-        # that precede the chunk.
+        # The process that cut the file did not count lines or documents, because counting is slow. So count here the
+        # lines or documents before the chunk.
         separated = chunk.format == "separated" and options.separator
         mark = separator_pattern(options.separator or "") if separated else re.compile(rb"\n|\r(?!\n)")
         with open(chunk.file.name, "rb") as file:

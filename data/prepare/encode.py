@@ -30,7 +30,8 @@ from data.tokenizer import Tokenizer, load_tokenizer
 # least this many documents per shard.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
-# Check at least this many bytes of each sampled document, and more only if CHECKED_BYTES is not reached yet.
+# Check at least this many bytes of each sampled document (all bytes of a shorter one), and more only if CHECKED_BYTES
+# is not reached yet.
 CHECKED_PREFIX = 1 << 10
 # At most this many bytes of text per worker are waiting or being encoded, which bounds the memory.
 IN_FLIGHT_BYTES = 1 << 27
@@ -41,8 +42,9 @@ class ValidationRule:
     """Which documents form the validation split, where the source does not define it.
 
     description: the text that `meta.json` has under `validation`;
-    fraction: a document is a candidate when its hash, as a number in [0, 1), is below this;
-    tokens: candidates are taken until they have this many tokens; None takes all.
+    fraction: a document is a candidate when its hash, as a number in [0, 1), is below this fraction;
+    tokens: candidates are taken in order while they have at most this many tokens together, but at least one candidate;
+        None takes all.
     """
 
     description: str
@@ -52,9 +54,9 @@ class ValidationRule:
     def candidate(self, chunk: Chunk, text: bytes) -> bool:
         """Return whether a document of `chunk` is a candidate for the validation split.
 
-        If the source does not define the split, the result depends only on the first bytes of the document. So it is
-        the same for any order of the documents, any number of workers and any division into parts. Equal documents
-        get the same result.
+        If the source does not define the split, the result depends only on `fraction` and the first bytes of the
+        document. So the result is the same for any order of the documents, any number of workers and any division into
+        parts. Equal documents get the same result.
         """
         if chunk.file.split is not None:
             return chunk.file.split == "val"
@@ -66,8 +68,8 @@ class ValidationRule:
 class Encoded:
     """The documents of a batch of chunks after encoding.
 
-    tokens: (tokens,) uint16, all documents one after the other, each preceded by end-of-text;
-    lengths: (documents,) int64, tokens of each document including end-of-text;
+    tokens: (tokens,) uint16, all documents one after the other, each preceded by end-of-text, except a continuation;
+    lengths: (documents,) int64, tokens of each document including its end-of-text;
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
     text_bytes: (documents,) int64, UTF-8 bytes of each document;
     continues: whether the first document is the continuation of the last document of the previous batch;
@@ -155,7 +157,10 @@ class Encoder:
         )
 
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:
-        """Compare the bulk encoder with the reference on a sample of documents. Raises ValueError if they differ."""
+        """Compare gigatoken with the reference on a sample of documents. Raises ValueError if they differ.
+
+        The other bulk encoders are the reference itself, so they are not checked.
+        """
         if not self.tokenizer.bulk_encoder.startswith("gigatoken"):
             return
         at_least = math.ceil(CHECKED_DOCUMENTS * len(tokens) / self.shard_tokens)
@@ -205,7 +210,8 @@ def encode_in_order(
     """Encode `batches` in `workers` processes and yield each batch and its result, in order.
 
     `tokenizer` is the directory from which the workers load their tokenizer. With `workers` = 1, this process
-    encodes. Memory is bounded: batches are read only as fast as they are encoded. Raises OSError when a worker dies.
+    encodes; otherwise the chunks that are yielded no longer hold their `data`. Memory is bounded: batches are read only
+    as fast as they are encoded. Raises OSError when a worker dies.
     """
     if workers == 1:
         yield from ((batch, encoder(batch)) for batch in batches)
@@ -240,7 +246,8 @@ def encode_in_order(
 def read_batches(source: Source, files: range, start: tuple[int, int], limit: int) -> Iterator[list[Chunk]]:
     """Iterate over the chunks of `files` (indices into `source.files`) from position `start` on, in batches.
 
-    A batch has about `limit` bytes. It may combine small files, because sending them to workers one by one is slow.
+    `start` is (index of the file, index of the chunk in the file). A batch has about `limit` bytes. A batch may combine
+    small files, because sending them to workers one by one is slow. A chunk that continues a document begins a batch.
     """
     batch: list[Chunk] = []
     size = 0

@@ -37,15 +37,15 @@ def _python_path() -> str:
 class RunCommand:
     """A step of a datatrove pipeline: runs a command until it succeeds, at most ATTEMPTS times.
 
-    The command runs in the directory in which this object was made. In task I of N, `{part}` in the command is replaced
-    by I/N, and the output is appended to `logs`/part-I.txt.
+    The command runs in the working directory of the process that made this object. In task I of N, `{part}` in the
+    command is replaced by I/N. The output of task 1 is appended to `logs`/part-001.txt, and so on.
     """
 
     def __init__(self, command: list[str], logs: Path) -> None:
         self.command, self.logs, self.directory = command, logs, Path.cwd()
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        """Run the command. Raises RuntimeError with the end of its output if it fails in every attempt."""
+        """Run the command. Raises RuntimeError with the last line of its output if every attempt fails."""
         command = [word.replace("{part}", f"{rank + 1}/{world_size}") for word in self.command]
         environment = os.environ | {"PYTHONPATH": _python_path()}
         log = self.logs / f"part-{rank + 1:03d}.txt"
@@ -61,6 +61,8 @@ class RunCommand:
 def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, workers: int, slurm: SlurmOptions) -> None:
     """Prepare all parts of a dataset. On Slurm, submit jobs for the parts and for merging them, and return at once.
 
+    The other executors return when all parts are complete, and the caller has to merge them.
+
     Args:
         executor: one of EXECUTORS.
         arguments: the arguments of `data.prepare`, to which this function adds --part.
@@ -71,7 +73,7 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
 
     Raises:
         ValueError: when a package or an option is missing.
-        OSError: when a task failed in every attempt; a repeated call runs only what is missing.
+        OSError: when a task failed in every attempt; a repeated call continues the incomplete parts.
     """
     for package in ("datatrove", "ray") if executor == "ray" else ("datatrove",):
         if importlib.util.find_spec(package) is None:
@@ -101,8 +103,8 @@ def datatrove_executors() -> Any:
 
 def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
     at_once = min(tasks, max(1, available_cores() // workers))
-    # Do not use datatrove's record of finished tasks, which would also skip a part that was deleted. A part itself
-    # checks whether it is complete.
+    # Do not use datatrove's record of finished tasks, which would also skip a part that was deleted. `data.prepare`
+    # itself checks whether a part is complete.
     datatrove_executors().LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
 
 
@@ -122,7 +124,7 @@ def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: i
         "partition": slurm.partition,
         "qos": None,
         "skip_completed": False,
-        # Slurm starts a command of datatrove, which imports this module.
+        # Slurm starts a command of datatrove: PATH is needed to find the command, PYTHONPATH to import this module.
         "env_command": f'export PATH="{bin_directory}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"',
     }
     executor = datatrove_executors().SlurmPipelineExecutor

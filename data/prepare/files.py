@@ -16,9 +16,9 @@ import huggingface_hub
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = (".gz", ".zst")
 _KINDS = ".txt, .jsonl, .csv, .parquet or .arrow, plain, .gz or .zst"
-# A directory that macOS adds to archives. Its files have the same names as the real ones, but hold no text.
+# A directory that macOS adds to archives. Its files are named like the real files, but hold no text.
 _NOT_TEXT = "__MACOSX"
-HASHED_BYTES = 1 << 16  # the revision reads this many bytes at the beginning and at the end of a file
+HASHED_BYTES = 1 << 16  # `files_revision` hashes this many bytes at the beginning and at the end of a file
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -87,7 +87,7 @@ def _glob(pattern: str) -> list[Path]:
 def _walk(directory: Path) -> list[Path]:
     """Return the files of a known type below a directory, without hidden ones, and print how many files were skipped.
 
-    Linked directories are not entered. Raises FileNotFoundError when there is no such file.
+    Linked directories are not entered. Raises FileNotFoundError when no file is found.
     """
     found: list[Path] = []
     passed_over: list[Path] = []

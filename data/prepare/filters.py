@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-LANGUAGE_BYTES = 1 << 12  # the first bytes of a document, which decide its language
+LANGUAGE_BYTES = 1 << 12  # the language of a document is recognized from this many bytes at its beginning
 SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
 
 
@@ -30,7 +30,7 @@ class Filters:
 
     @property
     def by_text(self) -> bool:
-        """Whether a condition depends on the text of each document alone."""
+        """Whether there is a condition on the text of a single document: any condition except `deduplicate`."""
         return bool(self.min_chars or self.max_chars is not None or self.languages)
 
     def describe(self) -> str:
@@ -104,7 +104,7 @@ class SeenDocuments:
         Args:
             tokens: (tokens,) uint16, the documents one after the other.
             lengths: (documents,) the number of tokens of each document.
-            first_number: number of the first of these documents, counted from the beginning of the source.
+            first_number: how many documents come before these in the dataset, duplicates included.
         """
         new = np.empty(len(lengths), bool)
         begin = 0

@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 
 MANY_DOCUMENTS = 20  # with this number or more, a hash of each document decides its split
 SEARCHED_BYTES = 1 << 20  # a border is searched at most this far before and after the requested place
-# A text of fewer bytes that has no line border is not divided.
+# A text of fewer bytes is not divided at a word, only at the border of a file, a paragraph or a line.
 SHORT_TEXT = 1_000
 # An estimate of the bytes per token, for a tokenizer that will be made from the text later. It only affects the size of
 # the split.
@@ -112,9 +112,9 @@ def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
 
 
 def _find_border(source: Source, lengths: list[int], target: int, size: int) -> tuple[int, int, str] | None:
-    """Return file index, offset in the file and kind of the border nearest to byte `target` of all text, None if none.
+    """Return file index, offset in the file and kind of a border near byte `target` of all text, or None.
 
-    The kinds are tried in this order, and the first that has a border is chosen:
+    The kinds are tried in this order. Of the first kind that has a border, the border nearest to `target` is chosen:
 
     1. A paragraph or a file, if the split then has at least half the requested `size`, and at most the larger of twice
        this size and a tenth of the text.

@@ -42,7 +42,7 @@ def hub_source(
     """Return a dataset of the hub as a source.
 
     Args:
-        dataset: id on the hub, or a local directory that is a copy of it or was written by `datasets.save_to_disk`.
+        dataset: id on the hub, or a local directory: a copy of a dataset, or written by `datasets.save_to_disk`.
         name: configuration of the dataset.
         split: read only this split. With None, read "train", and "validation", if there is one, as validation split.
         options: how the files become documents.
@@ -50,7 +50,7 @@ def hub_source(
 
     Raises:
         OSError: when the hub cannot be reached.
-        ValueError: for a missing configuration or split, or an unknown type of file.
+        ValueError: for a missing configuration or split, an unknown type of file, or a damaged local directory.
     """
     local = Path(dataset).is_dir()
     commit = "" if local else _dataset_info(dataset).sha
@@ -171,8 +171,9 @@ def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Itera
 def download(name: str, directory: Path) -> DatasetMeta:
     """Download shards that are already tokenized, check header and sha256 of each, and write `meta.json`.
 
-    Files that are already in `directory` are not downloaded again. Returns the content of `meta.json`. Raises
-    OSError when the hub cannot be reached, ValueError for a damaged shard.
+    Files that are already in `directory` are not downloaded again. If `directory` has a `meta.json`, nothing is
+    downloaded or checked. Returns the content of `meta.json`. Raises OSError when the hub cannot be reached, ValueError
+    for a damaged shard.
     """
     if directory.is_dir() and (meta := read_meta(directory)) is not None:
         return meta

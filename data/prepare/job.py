@@ -30,14 +30,14 @@ from files import write_json
 
 # Chunks have about CHUNK_BYTES. For small shards they have less, but at least MIN_CHUNK_BYTES.
 CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 1 << 16
-SAVE_SECONDS = 5  # between two updates of the progress file
-SMALL_BYTES = 1 << 25  # a smaller source is encoded in less time than worker processes need to start
-# A BPE is trained on the beginning of the train split, at most this many bytes: more text hardly changes its merges.
+SAVE_SECONDS = 5  # the progress file is updated after this time, or earlier if a shard is complete
+SMALL_BYTES = 1 << 25  # a smaller source is encoded in this process, in less time than workers need to start
+# A BPE is trained on the beginning of the train split, about this many bytes: more text hardly changes its merges.
 BPE_TRAINING_BYTES = 1 << 28
 
 
 def make_tokenizer(kind: str, source: Source, validation: ValidationRule) -> Tokenizer:
-    """Return GPT-2's tokenizer, or one made from the source: "char" from all of it, "bpe:N" from its train split.
+    """Return GPT-2's tokenizer, or one made from the source: "char" from all text, "bpe:N" from the train split.
 
     Raises ValueError when there is too little text for N tokens.
     """
@@ -65,7 +65,7 @@ def make_tokenizer(kind: str, source: Source, validation: ValidationRule) -> Tok
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the bytes of a dataset depend on, and where to write it.
+    """Everything that the bytes of a dataset depend on, and the directory for the dataset.
 
     source: the text;
     out: directory of the dataset, or of this part of it;
@@ -163,7 +163,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 def _begin(job: Job) -> dict[str, Any] | None:
     """Return the content of the progress file, or None when the dataset is complete. Makes the file for a new dataset.
 
-    Keys: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once something has been written.
+    Keys of the file: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once the state has been saved.
     Raises ValueError when the directory holds shards that this command did not write, or a dataset with other settings
     or another tokenizer.
     """
@@ -176,7 +176,7 @@ def _begin(job: Job) -> dict[str, Any] | None:
         earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
             # No state has been saved yet, so start again with the new settings. They also differ when the user has
-            # repaired a source file, because this changes the revision.
+            # repaired a source file, because the repair changes the revision.
             progress, earlier = {"settings": settings}, settings
             write_json(path, progress)
     elif meta is not None:

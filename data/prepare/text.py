@@ -44,8 +44,8 @@ SEARCH_BYTES = 1 << 16
 ROW_GROUP_BYTES = 1 << 26
 # A piece of a document without a safe cut (see `_SAFE_CUT`) is cut anyway at this length, which bounds the memory.
 LONGEST_PIECE = 1 << 22
-# A safe cut does not change the tokens of a document. It is possible before a newline or space if the next character
-# is not white space, because every tokenizer begins a token there: GPT-2's pattern separates the last white-space
+# A safe cut does not change the tokens of a document. It is possible before a newline or space if the next character is
+# not white space, because each of our tokenizers begins a token there: GPT-2's pattern separates the last white-space
 # character before a word from any earlier white space. _NO_SPACE matches a UTF-8 character that is not white space.
 # ASCII white space is a byte below "!". Other white space begins with C2, E1, E2 or E3: U+0085, U+00A0, U+1680, U+180E
 # (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
@@ -70,10 +70,10 @@ _CUT_CONTEXT = 8
 
 
 def text_source(patterns: list[str], options: ParseOptions) -> Source:
-    """Return a source of the files that `patterns` (files, directories, globs) match, in this order.
+    """Return a source of the files that `patterns` (files, directories, globs) match.
 
-    The files of one pattern are sorted. Raises FileNotFoundError when a pattern matches nothing, ValueError for a file
-    of an unknown type.
+    The order of the files is that of the patterns; the files of one pattern are sorted. Raises FileNotFoundError when a
+    pattern matches nothing, ValueError for a file of an unknown type.
     """
     sizes: dict[str, int] = {}
     for pattern in patterns:
@@ -149,7 +149,7 @@ def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[bytes]:
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Add the name of the file to the errors of decompressors and object stores, which do not mention it."""
+    """Replace an error of a decompressor or an object store with a ValueError or OSError that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -180,7 +180,7 @@ def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
     # The stream reader of zstandard does not notice when a file ends inside a frame. So decompress frame by frame here.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # what `zstd --long=31` needs; the default is 2^27
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # for files of `zstd --long=31`; default: 2^27
     frame = decompressor.decompressobj()
     complete = True
     while chunk := raw.read(BLOCK_BYTES // 4):
@@ -275,7 +275,7 @@ def _last_cut(
             return begin + cut
         if begin == start:
             return 0
-        # Search the first bytes again, because a mark may end in them.
+        # Search the first bytes of this block again, because a mark that begins before the block may end in them.
         end = begin + _context(marks)
 
 
@@ -298,7 +298,7 @@ def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: 
         # Do not cut before a continuation byte (10xxxxxx), or before \n, because \r may precede it in a line end.
         if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
             return end - 4 + i
-    return end  # invalid UTF-8
+    return end  # a newline precedes `end`, or the text is invalid UTF-8
 
 
 def safe_cut(text: bytes, start: int) -> int:

@@ -65,7 +65,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def open_tokens(path: Path) -> TokenFile:
-    """Read the index of a token file. Raises ValueError if it does not fit the file, OSError if it cannot be read."""
+    """Read the index of a token file. Raises ValueError if the file does not match, OSError if it cannot be read."""
     file = _megatron_index(path.with_suffix(".idx")) if path.suffix == ".bin" else _datatrove_index(path)
     expected = int(file.ends[-1]) * file.dtype.itemsize if len(file.ends) else 0
     if (size := path.stat().st_size) != expected:
@@ -124,7 +124,10 @@ def read_documents(file: SourceFile, limit: int, tokenizer: Tokenizer) -> Iterat
 
 
 def move_end_of_text(tokens: np.ndarray, bounds: np.ndarray, eot: int) -> np.ndarray:
-    """Return the documents that are not empty, each with one end-of-text before it and none after it: (tokens,) uint16.
+    """Return the documents, each with one end-of-text before it, as one array: (tokens,) uint16.
+
+    One end-of-text at the beginning and one at the end of each document is removed first. Documents that are then
+    empty are omitted.
 
     Args:
         tokens: (n,) of any integer type, the documents one after the other.

@@ -75,14 +75,14 @@ class DatasetWriter:
     """Writes the two splits of a dataset and records the counts and the position in the source.
 
     `counted` is a part of the progress file, from which an interrupted run continues:
-        position: index of the next file, index of the next chunk in it;
+        position: index of the file to read next, index of the chunk to read next in this file;
         source_bytes: bytes of the source that have been read;
         text_bytes: UTF-8 bytes written to each split;
         skipped: counts of unusual documents, as in `meta.json`;
         separators: how often the separator of the documents was found;
         open_split: the split of the last document, for a chunk that continues it;
         open_tokens: the tokens of the last document so far;
-        val_is_full: whether `validation.tokens` has been reached;
+        val_is_full: whether a document was left out of the validation split because of `validation.tokens`;
         documents: with `deduplicate`, how many documents there were so far, including duplicates.
 
     With `deduplicate`, a document that equals an earlier one is left out.
@@ -143,7 +143,7 @@ class DatasetWriter:
         counted["position"] = [file, index + 1]
 
     def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
-        """Return the documents that differ from all earlier ones, and count the others. Keep all parts of documents."""
+        """Return the documents that differ from all earlier ones, and count the others. Parts of documents are kept."""
         new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
         self.counted["documents"] += len(new)
         filtered = encoded.filtered | {"duplicate": int((~new).sum())}
@@ -156,7 +156,8 @@ class DatasetWriter:
             val[0] = self.counted["open_split"] == "val"
         limit, written = self.validation.tokens, self.writers["val"].n_tokens
         for i in np.flatnonzero(val) if limit is not None else ():
-            # Take whole documents while they fit, but at least one. The first that does not fit ends the selection.
+            # Take whole documents while they fit into `limit`, but at least one. After one that does not fit, take
+            # none.
             if not (encoded.continues and i == 0):
                 self.counted["val_is_full"] |= bool(written and written + encoded.lengths[i] > limit)
                 val[i] = not self.counted["val_is_full"]
