@@ -285,7 +285,7 @@ def pattern_loss(
     verbalizer: Verbalizer,
     alpha: float,
 ) -> Tensor:
-    """Return the loss (): (1 - alpha) * cross-entropy of the classes + alpha * language-modeling loss on `texts`."""
+    """Return (1 - alpha) * cross-entropy of the classes + alpha * language-modeling loss on `texts`, as a tensor ()."""
     scores = class_scores(model, clozes, verbalizer)
     loss = torch.nn.functional.cross_entropy(scores, torch.tensor(labels, device=scores.device))
     if alpha == 0:

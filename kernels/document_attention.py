@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from kernels.attention import causal_attention_gradients
 
-# If q, k and v have a precision below float32, documents of at most this number of tokens are converted to float32 for
-# PyTorch's backward kernel. The matrix products of so few tokens are too small to be faster in bfloat16: for such
-# documents on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10 times as long as PyTorch's kernel.
+# Below float32, the backward pass uses `causal_attention_gradients`, which multiplies in the precision of its inputs. For
+# documents of at most this number of tokens, the inputs are converted to float32 for PyTorch's backward kernel instead,
+# because such small products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10
+# times as long for them.
 SHORT = 256
 
 

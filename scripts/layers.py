@@ -78,7 +78,7 @@ class Edge(NamedTuple):
 class Tree(NamedTuple):
     """The import statements of a project."""
 
-    statements: list[tuple[str, Statement]]  # (file such as "data/loader.py", any import statement in it)
+    statements: list[tuple[str, Statement]]  # (file such as "data/loader.py", one of its import statements)
     edges: list[Edge]
     modules: set[str]
 

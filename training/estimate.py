@@ -181,7 +181,7 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
 def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     """Return the bytes that a step of Muon needs besides momentum, weights and gradients. No activations exist then."""
     width, size = model.n_embd, hardware.dtype.itemsize
-    if hardware.gpu_memory is None:  # the updates of all matrices in float32, and their results
+    if hardware.gpu_memory is None:  # the updates of all matrices in float32, and the orthogonalized updates
         return (4 + size) * 12 * width**2 * model.n_layer
     # The largest group of matrices with equal shapes has one matrix from the MLP of each block. Each process
     # orthogonalizes a part of the group. This takes three tensors in float32 and four in the precision of matrix

@@ -112,12 +112,12 @@ def _walk(directory: Path) -> list[Path]:
 
 
 def compression(name: str) -> str:
-    """Return the compression of a file by its name, in upper or lower case: ".gz", ".zst", or "" for none."""
+    """Return the compression of a file by its name, ignoring case: ".gz", ".zst", or "" for none."""
     return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
 
 
 def file_format(name: str) -> str | None:
-    """Return the type of a file by its name, in upper or lower case: a value of FORMATS, or None for another type."""
+    """Return the type of a file by its name, ignoring case: a value of FORMATS, or None for another type."""
     return FORMATS.get(Path(name.lower().removesuffix(compression(name))).suffix)
 
 

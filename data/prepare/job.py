@@ -149,7 +149,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 
     deduplicate = job.source.options.filters.deduplicate
     dataset = DatasetWriter(job.out, job.validation, job.shard_tokens, tokenizer.eot, deduplicate=deduplicate)
-    # Call `restore` for a new dataset too: an interrupted run may have written data before it first saved its state.
+    # Call `restore` even if no state was saved: it deletes what an earlier run wrote before it was interrupted.
     dataset.restore(progress.get("state", dataset.state()))
     _encode(job, tokenizer, dataset, progress, workers)
     if job.source.options.separator and not dataset.counted["separators"]:
