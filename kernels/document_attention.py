@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from kernels.attention import causal_attention_gradients
 
-# Below float32, the backward pass uses `causal_attention_gradients`, which multiplies in the precision of its inputs. For
-# documents of at most this number of tokens, the inputs are converted to float32 for PyTorch's backward kernel instead,
+# Below float32, the backward pass uses `causal_attention_gradients`, which multiplies in the precision of its inputs.
+# For documents of at most this number of tokens, the inputs are converted to float32 for PyTorch's backward kernel,
 # because such small products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10
 # times as long for them.
 SHORT = 256
