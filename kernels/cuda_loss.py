@@ -6,8 +6,8 @@ This form differs from the form for a CPU in four points:
   every second row of 16-bit logits would begin at an address that is not a multiple of 4 bytes, and the matrix products
   would run on slow kernels. The padding exists only here; the parameter keeps GPT-2's shape.
 - It computes thousands of rows of logits at a time, because small matrix products cannot keep a GPU busy.
-- Everything between the products is one function for `torch.compile`, which reads the logits twice and writes their
-  gradient once. Separate operators would read and write the logits several more times.
+- Everything between the products is one function for `torch.compile`, which fuses its operations. Separate operators
+  would read and write the logits several more times.
 - The matrix products themselves add to the head's gradient in float32, without a separate addition.
 """
 
@@ -42,7 +42,8 @@ def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor
     counts = (targets != IGNORE_INDEX).unsqueeze(1)
     one_hot = columns == targets.unsqueeze(1)
     log_sum = scores.logsumexp(dim=1, keepdim=True)
-    # A sum over the row is fused with the other operations. A gather would be a separate pass over the logits.
+    # As a sum over the row, because with a gather the compiled function is slower: on an H200 it takes 10.0 instead of
+    # 9.0 ms for 65,536 rows.
     target_score = torch.where(one_hot, scores, 0.0).sum(dim=1, keepdim=True)
     # A target outside the vocabulary has no column. Make the loss NaN, so that the error is noticed.
     outside = ((targets < 0) | (targets >= vocab_size)).unsqueeze(1)

@@ -109,7 +109,7 @@ def test_it_refuses_a_device_that_it_does_not_know(report):
 def test_the_estimates_are_near_published_rates(name, project, published):
     card = find_card(name)
     step = estimate_step(Config(), workload(dtype=torch.bfloat16), card, 16, sharded=False)
-    assert Config().data.batch_tokens / (step.total - step.evaluation) == pytest.approx(published, rel=0.08)
+    assert Config().data.batch_tokens / (step.total - step.evaluation) == pytest.approx(published, rel=0.07)
 
 
 def test_the_parts_of_a_step_grow_with_what_causes_them():
