@@ -21,18 +21,27 @@ SPINS_WHEN_BUSY = "1000"
 BUSY_CORES = 0.75
 
 
-def cores_in_use(seconds: float = 0.1) -> float:
+def cores_in_use(seconds: float) -> float:
     """Return how many cores all processes use together, measured for `seconds` while this process waits."""
     return psutil.cpu_percent(seconds) / 100 * (psutil.cpu_count() or 1)
 
 
+def machine_is_busy() -> bool:
+    """Return whether other processes use BUSY_CORES or more in two measurements, of 0.1 and then 0.4 seconds.
+
+    A process that has just ended uses a core until its memory is released. So a single measurement is not enough. The
+    second one takes time only if the first one finds a busy machine.
+    """
+    return all(cores_in_use(seconds) >= BUSY_CORES for seconds in (0.1, 0.4))
+
+
 def adapt_to_load() -> None:
-    """Make waiting threads sleep after a short spin if other processes use BUSY_CORES or more now.
+    """Make waiting threads sleep after a short spin if the machine is busy now.
 
     Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. This setting does not change any result.
     If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed.
     """
-    if os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}) and cores_in_use() >= BUSY_CORES:
+    if os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}) and machine_is_busy():
         os.environ["GOMP_SPINCOUNT"] = SPINS_WHEN_BUSY
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,11 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
     If the function raises an exception, `call_in_process` raises the same exception. If the new process ends without a
     result, for example because it was killed, `call_in_process` raises ChildProcessError.
     """
-    return receive(start_process(answer, Call(module, function, arguments)))
+    process, pipe = start_process(answer, Call(module, function, arguments))
+    try:
+        return receive(pipe)
+    finally:
+        process.join()
 
 
 def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -51,10 +56,12 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
     the memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes. Raises the
     exception of a contestant that fails.
     """
+    processes: list[BaseProcess] = []
     pipes: dict[str, Connection] = {}
     durations: dict[str, list[float]] = {name: [] for name in contestants}
     for name, setup in contestants.items():
-        pipes[name] = start_process(serve, setup, warm_up)
+        process, pipes[name] = start_process(serve, setup, warm_up)
+        processes.append(process)
         receive(pipes[name])  # wait for its warm-up to end before the next contestant starts
     for turn in range(runs):
         for name in list(pipes)[:: -1 if turn % 2 else 1]:
@@ -69,16 +76,23 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
             "highest": max(durations[name]),
             "peak_memory": receive(pipe),
         }
+    for process in processes:
+        process.join()
     return results
 
 
-def start_process(target: Callable[..., None], *arguments: Any) -> Connection:
-    """Start `target(*arguments, pipe)` in a new process, and return this process's end of the pipe."""
+def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
+    """Start `target(*arguments, pipe)` in a new process, and return the process and this process's end of the pipe.
+
+    After the last result, join the process. Until it has ended, it uses a core to release its memory. A contestant that
+    starts at the same time would take the machine for busy (openmp.py), and would be slower for all its runs.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=target, args=(*arguments, there), daemon=True).start()
+    process = context.Process(target=target, args=(*arguments, there), daemon=True)
+    process.start()
     there.close()  # otherwise receive() would wait forever for a process that was killed
-    return here
+    return process, here
 
 
 def receive(pipe: Connection) -> Any:

@@ -19,13 +19,18 @@ import train
 """
 
 
-@pytest.mark.parametrize(("load", "expected"), [(5.0, None), (15.0, None), (25.0, openmp.SPINS_WHEN_BUSY)])
-def test_threads_stop_spinning_early_only_on_a_busy_machine(monkeypatch, load, expected):
+@pytest.mark.parametrize(
+    ("loads", "expected"),
+    [([5.0], None), ([15.0], None), ([25.0, 25.0], openmp.SPINS_WHEN_BUSY), ([100.0, 10.0], None)],
+    ids=["quiet", "half a core", "a core", "a short burst"],
+)
+def test_threads_stop_spinning_early_only_on_a_busy_machine(monkeypatch, loads, expected):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that monkeypatch removes what is set below
         monkeypatch.delenv(name)
     monkeypatch.setattr("psutil.cpu_count", lambda: 4)
-    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: load)
+    measured = iter(loads)
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: next(measured))
     openmp.adapt_to_load()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 

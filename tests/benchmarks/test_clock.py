@@ -1,5 +1,6 @@
 """The clock: contestants run in turn in processes of their own, and errors reach the parent process."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -52,6 +53,15 @@ def test_a_call_imports_its_module_in_the_other_process_only():
     sys.modules.pop("colorsys", None)  # another test of this process may have imported it
     assert call_in_process("colorsys", "rgb_to_hsv", 1.0, 1.0, 1.0) == (0.0, 0.0, 1.0)
     assert "colorsys" not in sys.modules
+
+
+def test_no_process_is_left_that_would_slow_down_the_next_measurement():
+    call_in_process("colorsys", "rgb_to_hsv", 1.0, 1.0, 1.0)
+    assert not multiprocessing.active_children()
+    compare(
+        {"ours": Call(__name__, "make_sleeper", (0.0, 1)), "other": Call(__name__, "make_sleeper", (0.0, 1))}, runs=1
+    )
+    assert not multiprocessing.active_children()
 
 
 def test_the_error_of_another_process_is_raised_here():
