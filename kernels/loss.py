@@ -21,6 +21,11 @@ IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entro
 # this number of rows at full speed.
 MATMUL_ROWS = 512
 
+# Rows of logits begin at multiples of this number of columns. GPT-2's vocabulary has an odd size. Without a multiple,
+# the rows would begin in the middle of cache lines (64 bytes), and the products with float32 logits take up to a third
+# longer on an AMD EPYC (Zen 3).
+ROW_MULTIPLE = 32
+
 
 def plain_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The plain form that `linear_cross_entropy` must equal. It keeps all logits (N, V) for the backward pass."""
@@ -83,7 +88,9 @@ def loss_and_gradients(
     # On any other device, one kernel launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half, so that a small batch has no tensor of all logits
-    buffer = head.new_empty(rows, len(weight))
+    # The rows of the buffer begin at multiples of ROW_MULTIPLE, although they have only V columns.
+    stride = math.ceil(len(weight) / ROW_MULTIPLE) * ROW_MULTIPLE
+    buffer = head.new_empty(rows, stride)[:, : len(weight)]
     for first in range(0, len(x), rows or 1):
         chunk = slice(first, first + rows)
         x_rows = x[chunk].to(dtype)

@@ -5,7 +5,14 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.loss import IGNORE_INDEX, MATMUL_ROWS, linear_cross_entropy, loss_and_gradients, plain_linear_cross_entropy
+from kernels.loss import (
+    IGNORE_INDEX,
+    MATMUL_ROWS,
+    ROW_MULTIPLE,
+    linear_cross_entropy,
+    loss_and_gradients,
+    plain_linear_cross_entropy,
+)
 from model import GPT, GPTConfig
 
 
@@ -136,7 +143,27 @@ def test_the_float32_logits_of_a_batch_never_exist_at_once(B, dtype):
         loss_and_gradients(x, model.transformer.wte.weight, ids.flatten(), dtype, True, True)
     # In bfloat16 only the softmax is in float32, 64 rows at a time. In float16 a block of the gradient is, too.
     rows = min(B * T, 128) if dtype == torch.bfloat16 else min(B * T / 2, MATMUL_ROWS)
-    assert 0 < largest.numel <= rows * V
+    assert 0 < largest.numel <= rows * (V + ROW_MULTIPLE)
+
+
+class LogitsStrides(TorchDispatchMode):
+    """Records the row strides of the tensors that matrix products write to with `out`."""
+
+    def __init__(self):
+        super().__init__()
+        self.strides = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "out" in (kwargs or {}) and function.overloadpacket.__name__ == "mm":
+            self.strides.append(kwargs["out"].stride(0))
+        return function(*args, **(kwargs or {}))
+
+
+def test_rows_of_logits_begin_at_a_multiple_of_32_columns():
+    x, weight, targets = torch.randn(1100, 8), torch.randn(257, 8), torch.randint(257, (1100,))
+    with LogitsStrides() as mode:
+        loss_and_gradients(x, weight, targets, torch.float32, True, True)
+    assert mode.strides == [288, 288, 288]
 
 
 # ---- float16, whose largest number is 65,504
