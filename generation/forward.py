@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from generation.fixed_step import FixedStep
+from generation.numpy_step import NumpyStep, numpy_can_read
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
 
@@ -30,6 +31,12 @@ def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     return weight.is_cuda and long_enough and not outputs and full and not sharded
 
 
+def uses_numpy_step(model: GPT, rows: int, mask: Tensor | None, options: GenerationOptions) -> bool:
+    """Return whether single tokens are read by a `NumpyStep`: a CPU decodes a single row, and needs only the logits."""
+    outputs = options.output_hidden_states or options.output_attentions
+    return rows == 1 and mask is None and not outputs and numpy_can_read(model)
+
+
 class CachedForward:
     """The model's forward pass over growing rows: it reads only the new tokens, and the cache holds the earlier ones.
 
@@ -45,7 +52,8 @@ class CachedForward:
         if self.fixed:
             length = -(-length // 8) * 8  # CUDA's attention would copy a mask whose rows are not a multiple of 16 bytes
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
-        self.fixed_step: FixedStep | None = None
+        self.numpy = not self.fixed and uses_numpy_step(model, len(ids), mask, options)
+        self.step: FixedStep | NumpyStep | None = None
         self.head = model._modules.get("decoding_head")  # exists after pack_weights
         self.checked = False
 
@@ -53,7 +61,7 @@ class CachedForward:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
         V is the smaller of the model's vocab_size and that of the tokenizer, if one is given: larger ids have no text.
-        If a FixedStep read the token, the output holds only the cache.
+        If a FixedStep or a NumpyStep read the token, the output holds only the cache.
 
         Raises:
             ValueError: the logits of the first call are NaN.
@@ -61,7 +69,7 @@ class CachedForward:
         first = max(0, ids.size(1) - self.model.config.block_size)
         if first:
             self.cache.crop(0)
-        if self.fixed and not first and ids.size(1) == self.cache.length + 1:
+        if (self.fixed or self.numpy) and not first and ids.size(1) == self.cache.length + 1:
             logits, output = self._read_one(ids[:, -1:]), GPTOutput(cache=self.cache)
         else:
             logits, output = self._read(ids, first)
@@ -92,11 +100,13 @@ class CachedForward:
 
     def _read_one(self, tokens: Tensor) -> Tensor:
         """Add `tokens` (N, 1) to the cache, and return the logits (N, V) of the token after them."""
-        if self.fixed_step is None:
+        if self.step is None and self.numpy:
+            self.step = NumpyStep(self.model, self.cache)
+        elif self.step is None:
             weight = self.model.transformer.wte.weight
             head = self.head or (lambda x: F.linear(x, weight).float())
-            self.fixed_step = FixedStep(self.model, self.cache, self.mask, head, capture=weight.is_cuda)
-        return self.fixed_step(tokens)
+            self.step = FixedStep(self.model, self.cache, self.mask, head, capture=weight.is_cuda)
+        return self.step(tokens)
 
 
 def empty_records(options: GenerationOptions) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from device import packing_is_faster
+from generation.numpy_step import numpy_can_read
 from kernels.loss import centered_head
 from model import GPT
 
@@ -50,12 +51,15 @@ class DecodingHead(nn.Module):
         return logits if self.mean is None else logits + (x.float() @ self.mean).unsqueeze(1)
 
 
-def pack_weights(model: GPT) -> None:
-    """Prepare a model for decoding, in place: add a `DecodingHead`, and pack all linear layers if that is faster.
+def pack_weights(model: GPT, rows: int) -> None:
+    """Prepare a model to decode `rows` rows at a time: add a `DecodingHead`, and pack linear layers if that is faster.
 
-    Afterwards the model can only decode: it cannot be trained, saved or moved to another device.
+    Afterwards the model can only decode: it cannot be trained, saved or moved to another device. A single row in
+    float32 on a CPU is decoded by a `NumpyStep`, which reads unpacked weights. For such a row the model stays as it is.
     """
     weight = model.transformer.wte.weight
+    if rows == 1 and numpy_can_read(model):
+        return
     pack = packing_is_faster(weight)
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     for module, name, child in linears if pack else ():

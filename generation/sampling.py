@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,21 @@ def draw_without_waiting(probabilities: Tensor, count: int, generator: Generator
     return (probabilities / noise).topk(count).indices
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch's operators in the calling thread only.
+
+    After an operator with several threads, these threads wait for the next one by spinning for a few milliseconds
+    (openmp.py). Meanwhile the threads of NumPy's matrix products would have to share the cores with them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Step(NamedTuple):
     """One new token for each row, and the tensors that the tokens were chosen from."""
 
@@ -84,15 +100,17 @@ def sample_steps(
     ids = F.pad(ids, (0, options.max_new_tokens))
     for t in range(prompt_length, length):
         logits, output = forward(ids[:, :t])
-        scores = process(ids[:, :t], logits)
-        if may_ban_all and (scores[running] == BANNED).all(dim=-1).any():
-            raise ValueError(f"no token is left to choose at position {t}: all are banned")
-        if options.do_sample:
-            # If a row has ended, all its tokens may be banned. Drawing would then be an error, so its scores become 0.
-            choices = scores.masked_fill(~running[:, None], 0.0) if may_ban_all else scores
-            tokens = draw(choices, 1, options.generator, options.gumbel)[:, 0]
-        else:
-            tokens = scores.argmax(dim=-1)
+        with one_thread() if forward.numpy else nullcontext():
+            scores = process(ids[:, :t], logits)
+            if may_ban_all and (scores[running] == BANNED).all(dim=-1).any():
+                raise ValueError(f"no token is left to choose at position {t}: all are banned")
+            if options.do_sample:
+                # If a row has ended, all its tokens may be banned. Drawing would then be an error, so its scores
+                # become 0.
+                choices = scores.masked_fill(~running[:, None], 0.0) if may_ban_all else scores
+                tokens = draw(choices, 1, options.generator, options.gumbel)[:, 0]
+            else:
+                tokens = scores.argmax(dim=-1)
         was_running, is_last = running, t + 1 == length
         if options.eos:
             tokens = tokens.where(running, options.eos[0])

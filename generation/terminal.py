@@ -31,10 +31,12 @@ SEPARATOR = "-" * 15  # printed after each sample if there are several
 def run(args: argparse.Namespace) -> None:
     """Generate and print what the arguments of sample.py request."""
     prompts = find_prompts(args)
-    model, tokenizer, *_ = load(args)
+    samples = len(prompts) * args.num_samples
+    rows = 1 if args.stream else min(args.batch_size, samples) * args.num_beams
+    model, tokenizer, *_ = load(args, rows)
     seed = first_seed(args)
     options = decoding_options(args, model, tokenizer, prompts)
-    several = len(prompts) * args.num_samples > 1
+    several = samples > 1
     if args.show_probs:
         for prompt in prompts:
             print_probabilities(model, tokenizer, prompt, args.show_probs)
@@ -54,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
                 print(SEPARATOR)
 
 
-def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, str]:
-    """Load the model that the arguments select, ready to decode.
+def load(args: argparse.Namespace, rows: int = 1) -> tuple[GPT, Tokenizer, str, str]:
+    """Load the model that the arguments select, ready to decode `rows` rows at a time.
 
     Returns the model, its tokenizer, the directory or hub name that it was loaded from, and a description of its size.
     """
@@ -64,7 +66,7 @@ def load(args: argparse.Namespace) -> tuple[GPT, Tokenizer, str, str]:
     model, tokenizer, name = load_model(args.model, checkpoint=args.checkpoint, dtype=dtype, device=device)
     # The parameters are counted before pack_weights, because packed weights are not parameters.
     size = f"{model.num_parameters():,} parameters, sees up to {model.config.block_size:,} tokens"
-    pack_weights(model)
+    pack_weights(model, rows)
     return model, tokenizer, name, size
 
 

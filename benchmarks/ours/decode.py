@@ -15,6 +15,6 @@ def decode(batch: int, dtype: str, device: str) -> Run:
     """Set up greedy decoding of `batch` random prompts with the 124M model in a precision such as "bfloat16"."""
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset("gpt2")).to(device, DTYPES[dtype]).eval()
-    pack_weights(model)
+    pack_weights(model, batch)
     ids = torch.randint(VOCAB, (batch, PROMPT_TOKENS)).to(device)
     return lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)

@@ -29,7 +29,7 @@ def check_inference(settings: Settings, report: Report) -> None:
     new = 20 if settings.tiny else NEW_TOKENS
     theirs, ours = make_twins(settings.shape, 0.02, settings.device)
     theirs.to(settings.dtype)
-    pack_weights(ours.to(settings.dtype))
+    pack_weights(ours.to(settings.dtype), rows=64)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     rows: list[dict[str, Any]] = []
     for batch in (1, 8, 64):

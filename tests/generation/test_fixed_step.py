@@ -129,7 +129,7 @@ def test_a_stream_yields_no_token_after_the_end(pair_of, fixed, tokenizer):
 def test_packed_weights_and_autocast(pair, fixed, tmp_path):
     pair[1].save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path)
-    pack_weights(model)
+    pack_weights(model, rows=2)
 
     def run():
         with torch.autocast("cpu", torch.bfloat16):

@@ -18,7 +18,7 @@ def test_packed_weights_choose_the_same_tokens(tmp_path, monkeypatch, intel):
     _, model = make_pair(SHAPES[2], tmp_path)
     ids, mask = ragged_batch(500)
     expected = generate(model, ids, attention_mask=mask, max_new_tokens=40, return_dict=True, output_logits=True)
-    pack_weights(model)
+    pack_weights(model, rows=4)
     assert any(isinstance(module, PackedLinear) for module in model.modules()) == (not intel)
     output = generate(model, ids, attention_mask=mask, max_new_tokens=40, return_dict=True, output_logits=True)
     assert torch.equal(output.sequences, expected.sequences)
@@ -40,7 +40,7 @@ def test_packed_logits_with_a_common_offset_are_accurate_in_bfloat16():
         return generate(model, ids, **options).logits[0]
 
     plain, exact = logits(model), logits(copy.deepcopy(model).float())
-    pack_weights(model)
+    pack_weights(model, rows=4)
     packed = logits(model)
     assert -90 < exact.min() < exact.max() < -70
     torch.testing.assert_close(packed, exact, atol=0.2, rtol=0)  # the hidden state is rounded to bfloat16
