@@ -140,12 +140,15 @@ def is_intel_cpu() -> bool:
 
 
 def packing_is_faster(weight: torch.Tensor) -> bool:
-    """Return whether decoding is faster if oneDNN stores this weight in the layout that its kernels read."""
+    """Return whether decoding is faster if oneDNN stores this weight in the layout that its kernels read.
+
+    A single row in float32 is decoded without this layout (generation/numpy_step.py).
+    """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        # Without packing, F.linear uses Intel's MKL. On Intel's CPUs, MKL multiplies a single row faster than oneDNN:
-        # on a Xeon, the 124M model decodes 40 tokens/s with MKL and 34 with packed weights.
+        # Without packing, F.linear uses Intel's MKL. On Intel's CPUs, only a single row was measured. For it, MKL was
+        # faster: on a Xeon, the 124M model decoded 40 tokens/s with MKL and 34 with packed weights.
         return not is_intel_cpu()
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -10,6 +10,7 @@ compare the results of the two functions token by token.
     beam_search.py  beam search and beam sampling
     forward.py      code shared by sampling and beam search: cached forward pass, stop conditions, recorded outputs
     fixed_step.py   a decoding step whose shapes never change, so that CUDA can replay the step as a graph
+    numpy_step.py   a decoding step in NumPy, for a single row on a CPU in float32
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
     packed.py       pack_weights: a memory layout of the weights that makes decoding faster
     text.py         stream and generate_text: strings instead of token ids

@@ -1,4 +1,4 @@
-"""Store a model's weights in a layout that makes decoding faster.
+"""Store a model's weights in a layout that makes decoding faster on a CPU.
 
 In decoding, a weight matrix is multiplied by only a few rows at a time. If the matrix were converted to this layout for
 each product, the conversion would take a large part of the time.
