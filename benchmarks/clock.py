@@ -42,6 +42,9 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
     process, pipe = start_process(answer, Call(module, function, arguments))
     try:
         return receive(pipe)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
     finally:
         process.join()
 
@@ -85,7 +88,7 @@ def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BasePro
     """Start `target(*arguments, pipe)` in a new process, and return the process and this process's end of the pipe.
 
     After the last result, join the process. Until it has ended, it uses a core to release its memory. A contestant that
-    starts at the same time would take the machine for busy (openmp.py), and would be slower for all its runs.
+    starts at the same time would find a busy machine (openmp.py), and would be slower in all its runs.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -32,7 +32,7 @@ def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
 
 
 def uses_numpy_step(model: GPT, rows: int, mask: Tensor | None, options: GenerationOptions) -> bool:
-    """Return whether single tokens are read by a `NumpyStep`: a CPU decodes a single row, and needs only the logits."""
+    """Return whether a `NumpyStep` reads single tokens: for one row without padding, if only its logits are needed."""
     outputs = options.output_hidden_states or options.output_attentions
     return rows == 1 and mask is None and not outputs and numpy_can_read(model)
 

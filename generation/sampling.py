@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -55,19 +56,29 @@ def draw_without_waiting(probabilities: Tensor, count: int, generator: Generator
     return (probabilities / noise).topk(count).indices
 
 
+_one_thread_is_set = threading.Lock()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run PyTorch's operators in the calling thread only.
 
     After an operator with several threads, these threads wait for the next one by spinning for a few milliseconds
     (openmp.py). Meanwhile the threads of NumPy's matrix products would have to share the cores with them.
+
+    PyTorch's number of threads is a setting of the whole process. So if another thread of this process is inside
+    `one_thread`, nothing is changed. A thread that uses PyTorch for the first time at this moment keeps one thread.
     """
+    if not _one_thread_is_set.acquire(blocking=False):
+        yield
+        return
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)
+        _one_thread_is_set.release()
 
 
 class Step(NamedTuple):

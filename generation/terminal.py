@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace, rows: int = 1) -> tuple[GPT, Tokenizer, str, str]:
-    """Load the model that the arguments select, ready to decode `rows` rows at a time.
+    """Load the model that the arguments select, ready to decode `rows` rows at a time. Another number may be slower.
 
     Returns the model, its tokenizer, the directory or hub name that it was loaded from, and a description of its size.
     """

@@ -22,8 +22,8 @@ IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entro
 MATMUL_ROWS = 512
 
 # Rows of logits begin at multiples of this number of columns. GPT-2's vocabulary has an odd size. Without a multiple,
-# the rows would begin in the middle of cache lines (64 bytes), and the products with float32 logits take up to a third
-# longer on an AMD EPYC (Zen 3).
+# most rows would begin in the middle of a cache line (64 bytes), and products with float32 logits would take up to a
+# third longer (measured with MKL on an AMD EPYC, Zen 3).
 ROW_MULTIPLE = 32
 
 

@@ -61,6 +61,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",
@@ -344,7 +345,7 @@ def make_cases(base: Side, head: Side, *, short: bool) -> list[Case]:
 
     muon = {"optim.name": "muon"}
     tokenizers = ("bpe:512",) if short else ("bpe:512", "gpt2", "char")
-    methods: tuple[tuple[str, ...], ...] = (("--greedy",),)
+    methods: tuple[tuple[str, ...], ...] = (("--greedy",), ("--greedy", "--batch-size", "1"))
     if not short:
         methods += (("--seed", "1", "--top-k", "50", "--num-samples", "2"), ("--num-beams", "3"))
     cases = [

@@ -1,8 +1,12 @@
 """Fixtures for many tests: small datasets, which the commands of a user make once, and small runs."""
 
+import os
+
+# NumPy reads the number of its threads when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess

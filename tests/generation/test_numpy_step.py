@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Generator, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import generation.forward
 from generation import generate, pack_weights
@@ -125,9 +126,22 @@ def test_it_is_used_only_where_it_computes_what_the_model_does(pair):
     assert not uses_numpy_step(copy.deepcopy(model).bfloat16(), 1, None, ONE)
     assert not uses_numpy_step(GPT(GPTConfig(61, 32, 1, 2, 16, attention="window")).eval(), 1, None, ONE)
     packed = copy.deepcopy(model)
-    pack_weights(packed, rows=2)
-    packed.transformer.h[0].mlp.c_fc = PackedLinear(torch.zeros(128, 32), None)  # also where packing is not faster
+    packed.transformer.h[0].mlp.c_fc = PackedLinear(torch.zeros(128, 32), None)
     assert not uses_numpy_step(packed, 1, None, ONE)
+    packed = copy.deepcopy(model)
+    pack_weights(packed, rows=2)
+    assert not uses_numpy_step(packed, 1, None, ONE)
+    for change in (
+        lambda block: block.mlp.train(),
+        lambda block: setattr(block.mlp, "forward", lambda x: x),
+        lambda block: setattr(block.mlp.c_fc, "bias", None),
+        lambda block: setattr(
+            block.mlp.c_fc, "weight", nn.Parameter(TwoTensor(torch.ones(128, 32), torch.ones(128, 32)))
+        ),
+    ):
+        changed = copy.deepcopy(model)
+        change(changed.transformer.h[1])
+        assert not uses_numpy_step(changed, 1, None, ONE)
 
 
 @pytest.mark.parametrize("row", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6]]])
@@ -146,3 +160,16 @@ def test_torch_has_one_thread_while_a_single_row_chooses_its_token(pair, row):
     finally:
         torch.set_num_threads(1)
     assert counts == [1 if len(row) == 1 else 3] * 5
+
+
+def test_the_number_of_threads_is_kept_when_two_threads_decode(pair):
+    def nested(ids, scores):
+        generate(pair[1], [[4, 5]], max_new_tokens=3)  # as another thread would, while this one chooses its token
+        return scores
+
+    torch.set_num_threads(3)
+    try:
+        generate(pair[1], [[1, 2, 3]], max_new_tokens=3, logits_processor=nested)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
