@@ -39,9 +39,12 @@ def adapt_to_load() -> None:
     """Make waiting threads sleep after a short spin if the machine is busy now.
 
     Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. This setting does not change any result.
-    If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed.
+    If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed. With OMP_NUM_THREADS=1, which is what
+    torchrun sets, there are no threads that wait.
     """
-    if os.environ.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}) and machine_is_busy():
+    is_set = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
+    one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
+    if not (is_set or one_thread) and machine_is_busy():
         os.environ["GOMP_SPINCOUNT"] = SPINS_WHEN_BUSY
 
 

@@ -25,7 +25,7 @@ import train
     ids=["quiet", "half a core", "a core", "a short burst"],
 )
 def test_threads_stop_spinning_early_only_on_a_busy_machine(monkeypatch, loads, expected):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that monkeypatch removes what is set below
         monkeypatch.delenv(name)
     monkeypatch.setattr("psutil.cpu_count", lambda: 4)
@@ -35,9 +35,18 @@ def test_threads_stop_spinning_early_only_on_a_busy_machine(monkeypatch, loads, 
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
+def test_a_single_thread_needs_no_measurement(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("openmp.cores_in_use", lambda seconds: pytest.fail("measured"))
+    openmp.adapt_to_load()
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
 def test_the_users_own_setting_is_kept(monkeypatch, name):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for unset in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(unset, raising=False)
     monkeypatch.setenv(name, "7")
     monkeypatch.setattr("psutil.cpu_percent", lambda seconds: 100.0)
     openmp.adapt_to_load()
