@@ -43,7 +43,7 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
     try:
         return receive(pipe)
     except KeyboardInterrupt:
-        process.terminate()
+        process.terminate()  # otherwise join() would wait until the function returns
         raise
     finally:
         process.join()

@@ -18,6 +18,11 @@ from model import GPT, GPTOutput
 MIN_GRAPH_TOKENS = 8  # for fewer new tokens, capturing a CUDA graph would probably take longer than it saves
 
 
+def needs_only_logits(options: GenerationOptions) -> bool:
+    """Return whether the options request no output of the model besides its logits."""
+    return not (options.output_hidden_states or options.output_attentions)
+
+
 def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     """Return whether single tokens are read by a `FixedStep`, which needs CUDA and returns only logits.
 
@@ -25,16 +30,14 @@ def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     FSDP has sharded, because FSDP gathers the weights only in a forward pass through the whole model.
     """
     weight = model.transformer.wte.weight
-    outputs = options.output_hidden_states or options.output_attentions
     long_enough = options.max_new_tokens >= MIN_GRAPH_TOKENS
     full, sharded = model.config.attention == "full", hasattr(weight, "full_tensor")
-    return weight.is_cuda and long_enough and not outputs and full and not sharded
+    return weight.is_cuda and long_enough and needs_only_logits(options) and full and not sharded
 
 
 def uses_numpy_step(model: GPT, rows: int, mask: Tensor | None, options: GenerationOptions) -> bool:
     """Return whether a `NumpyStep` reads single tokens: for one row without padding, if only its logits are needed."""
-    outputs = options.output_hidden_states or options.output_attentions
-    return rows == 1 and mask is None and not outputs and numpy_can_read(model)
+    return rows == 1 and mask is None and needs_only_logits(options) and numpy_can_read(model)
 
 
 class CachedForward:

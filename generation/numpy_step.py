@@ -73,8 +73,8 @@ class NumpyBlock:
 
     def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
         self.ln_1, self.ln_2 = (LayerNorm(*arrays(layer), layer.eps) for layer in (block.ln_1, block.ln_2))
-        self.qkv, self.out = Linear(*arrays(block.attn.c_attn)), Linear(*arrays(block.attn.c_proj))
-        self.fc, self.proj = Linear(*arrays(block.mlp.c_fc)), Linear(*arrays(block.mlp.c_proj))
+        self.c_attn, self.attn_proj = Linear(*arrays(block.attn.c_attn)), Linear(*arrays(block.attn.c_proj))
+        self.c_fc, self.mlp_proj = Linear(*arrays(block.mlp.c_fc)), Linear(*arrays(block.mlp.c_proj))
         self.activation = block.mlp.activation
         self.keys, self.values = keys[0].numpy(), values[0].numpy()  # (H, max_length, D)
 
@@ -86,16 +86,16 @@ class NumpyBlock:
     def attention(self, x: Array, position: int) -> Array:
         """Return the result of attention (C,), and write the token's key and value into the cache."""
         H, _, D = self.keys.shape
-        q, self.keys[:, position], self.values[:, position] = self.qkv(x).reshape(3, H, D)
+        q, self.keys[:, position], self.values[:, position] = self.c_attn(x).reshape(3, H, D)
         keys, values = self.keys[:, : position + 1], self.values[:, : position + 1]  # (H, S, D)
         scores = np.matvec(keys, q / math.sqrt(D))  # (H, S)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         y = np.vecmat(weights, values) / weights.sum(axis=1, keepdims=True)  # (H, D)
-        return self.out(y.ravel())
+        return self.attn_proj(y.ravel())
 
     def mlp(self, x: Array) -> Array:
         """Return the result of the MLP (C,)."""
-        return self.proj(self.activation(torch.from_numpy(self.fc(x))).numpy())
+        return self.mlp_proj(self.activation(torch.from_numpy(self.c_fc(x))).numpy())
 
 
 class NumpyStep:

@@ -57,9 +57,9 @@ def pack_weights(model: GPT, rows: int) -> None:
     Afterwards the model can only decode: it cannot be trained, saved or moved to another device. A single row in
     float32 on a CPU is decoded by a `NumpyStep`, which reads unpacked weights. For such a row the model stays as it is.
     """
-    weight = model.transformer.wte.weight
     if rows == 1 and numpy_can_read(model):
         return
+    weight = model.transformer.wte.weight
     pack = packing_is_faster(weight)
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     for module, name, child in linears if pack else ():

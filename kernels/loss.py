@@ -88,7 +88,6 @@ def loss_and_gradients(
     # On any other device, one kernel launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
     rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half, so that a small batch has no tensor of all logits
-    # The rows of the buffer begin at multiples of ROW_MULTIPLE, although they have only V columns.
     stride = math.ceil(len(weight) / ROW_MULTIPLE) * ROW_MULTIPLE
     buffer = head.new_empty(rows, stride)[:, : len(weight)]
     for first in range(0, len(x), rows or 1):
