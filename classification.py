@@ -154,7 +154,7 @@ def load_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[Seque
     directory = locate(resolve_model(args.model, checkpoint=args.checkpoint))
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(args.seed)
-    gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # half precision would round small updates away
+    gpt = GPT.from_pretrained(directory, dtype=torch.float32)  # in half precision, small updates would have no effect
     fit_vocabulary(gpt, tokenizer, directory)
     max_length = choose_length(args, gpt.config.block_size)
     classifier = SequenceClassifier(gpt, len(classes), args.strategy, max_length).to(device)
@@ -173,11 +173,11 @@ def fit(
     """Train a classifier, and write its state after the epoch with the lowest validation loss to --out.
 
     Training ends early after --patience epochs without a lower validation loss. The labels of the training examples may
-    be probabilities; the labels of the validation examples are indices of classes.
+    be probabilities, but the labels of the validation examples must be indices of classes.
     """
     device = classifier.score.weight.device
     dtype = find_dtype(args.dtype, device)
-    args.out.mkdir(parents=True, exist_ok=True)  # fail before the first epoch, not after it
+    args.out.mkdir(parents=True, exist_ok=True)  # if --out cannot be created, fail before the first epoch
     steps_per_epoch = math.ceil(len(train_examples) / args.batch_size)
     steps = args.epochs * steps_per_epoch
     optim = Optim(lr=args.lr, warmup_steps=steps // 10, steps=steps, min_lr_ratio=0.0)
@@ -214,7 +214,7 @@ def fit(
 
 
 def classification_loss(classifier: SequenceClassifier, examples: Sequence[Example]) -> Tensor:
-    """Return the mean cross-entropy of a batch of examples, (), in nats."""
+    """Return the mean cross-entropy of a batch of examples as a tensor (), in nats."""
     ids, mask, labels = batch(examples, classifier.score.weight.device)
     return cross_entropy(classifier(ids, attention_mask=mask).logits.float(), labels)
 
@@ -231,7 +231,8 @@ def train_step(
 
     Unlike a step of train.py, this step runs in a single process and does not accumulate gradients.
 
-    Raises FloatingPointError if the gradient is not finite, unless the loss scale of float16 may be the reason.
+    Raises FloatingPointError if the gradient is not finite. If the loss is finite and the loss scale of float16 may be
+    the reason, the scaler skips the step instead.
     """
     with autocast(next(model.parameters()).device, dtype):
         loss = compute_loss()
@@ -239,7 +240,8 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, grad_clip)
-    # A loss scale above 1 can itself make gradients infinite. Then the scaler skips this step and lowers the scale.
+    # A loss scale above 1 can itself make gradients infinite although the loss is finite. Then the scaler skips this
+    # step and lowers the scale.
     if not torch.isfinite(norm) and (not loss.isfinite() or scaler.get_scale() <= 1):
         raise FloatingPointError("the gradient is not finite; lower --lr")
     for optimizer in optimizers:

@@ -6,7 +6,8 @@ python classify.py pet --model gpt2 --train few.csv --unlabeled many.csv --val h
 python classify.py predict --model runs/reviews --file new.csv > classes.jsonl
 
 Files are .csv with a header or .jsonl. The columns are "text" and "label", or those of --text-key and --label-key. With
---strategy last, transformers loads the result as a GPT2ForSequenceClassification with the names of the classes.
+--strategy last, transformers can load the trained classifier as a GPT2ForSequenceClassification, which has the names of
+the classes.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     add_model_options(add, note="", required=True)
     add("--text-key", default="text", metavar="KEY", help="column with the texts (default: text)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch (default: 16)")
-    add("--max-length", type=int, metavar="N", help="tokens to read of each text (default: as many as the model can)")
+    add("--max-length", type=int, metavar="N", help="read at most N tokens of each text (default: the model's limit)")
     add_device_options(add)
     training = argparse.ArgumentParser(add_help=False, parents=[shared])
     add = training.add_argument
-    add("--val", type=Path, required=True, metavar="FILE", help="texts with labels that select the best epoch")
+    add("--val", type=Path, required=True, metavar="FILE", help="labeled texts; their loss decides which epoch is kept")
     add("--out", type=Path, required=True, metavar="DIR", help="directory to write the best classifier to")
     add("--label-key", default="label", metavar="KEY", help="column with the classes (default: label)")
     add(
         "--strategy",
         choices=("last", "all"),
         default="last",
-        help="hidden states that the class is computed from: those of the last token or of all",
+        help="compute the class from the hidden state of the last token, or from those of all tokens (default: last)",
     )
     add("--epochs", type=int, default=3, metavar="N", help="largest number of epochs (default: 3)")
     add(
@@ -88,7 +89,7 @@ def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         type=Path,
         metavar="FILE",
-        help="labeled texts (default: none; the model itself labels the unlabeled texts)",
+        help="labeled texts (default: none; then the pretrained model labels the unlabeled texts)",
     )
     add("--unlabeled", type=Path, required=True, metavar="FILE", help="texts without labels")
     add(
@@ -103,13 +104,13 @@ def add_pet_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="WORD=CLASS",
-        help="a word or words that replace {label} in texts of a class; give at least one for each class",
+        help="a word or phrase that replaces {label} for this class. Repeat the option: at least one word per class",
     )
     add("--alpha", type=float, default=1e-4, help="weight of the language-modeling loss (default: 1e-4)")
-    add("--temperature", type=float, default=2.0, help="divides the scores of unlabeled texts (default: 2)")
-    add("--pattern-epochs", type=int, default=10, metavar="N", help="epochs of each pattern's models (default: 10)")
+    add("--temperature", type=float, default=2.0, help="divides the scores that give the soft labels (default: 2)")
+    add("--pattern-epochs", type=int, default=10, metavar="N", help="epochs to train a pattern's models (default: 10)")
     add("--models-per-pattern", type=int, default=3, metavar="N", help="models for each pattern (default: 3)")
-    add("--generations", type=int, default=1, metavar="N", help="generations of models; iPET: more than 1 (default: 1)")
+    add("--generations", type=int, default=1, metavar="N", help="generations of models; above 1: iPET (default: 1)")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ class Verbalizer:
 
 
 class Cloze(NamedTuple):
-    """The texts that result from one text when each word of a verbalizer fills the blank of a pattern."""
+    """The texts that one text and one pattern give: one for each word of a verbalizer, with this word in the blank."""
 
     fillings: list[list[int]]  # W lists of tokens; each list begins with end-of-text
     start: int  # number of tokens at the beginning that are the same in all lists
@@ -88,7 +88,7 @@ def check_pattern(pattern: str) -> None:
 def make_clozes(
     texts: Sequence[str], pattern: str, words: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> list[Cloze]:
-    """Fill the blank of a pattern with each word, for each text.
+    """Return a Cloze for each text: the pattern filled with this text and with each of `words` in turn.
 
     A text is cut at its end if the filled-in pattern is longer than `max_length` tokens; the number of such texts is
     printed on stderr. Raises ValueError if the pattern with a word is too long even with an empty text.
@@ -125,12 +125,12 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
         row[: len(filling)] = torch.tensor(filling)
         mask[start : len(filling)] = True
     ids, scored = ids.to(device), scored.to(device)
-    # Padding on the right needs no mask, because attention is causal.
-    x = model(ids, return_logits=False).last_hidden_state  # (N W, T, C), for W words of each text
+    # Padding on the right needs no mask: attention is causal, so no token attends to the padding after it.
+    x = model(ids, return_logits=False).last_hidden_state  # (N * W, T, C), W words for each text
     # The hidden state of a token predicts the next token. Compute logits only for tokens whose log-probability is used.
     logits = F.linear(x[:, :-1][scored[:, 1:]], model.transformer.wte.weight).float()  # (scored tokens, V)
     log_probs = -F.cross_entropy(logits, ids[:, 1:][scored[:, 1:]], reduction="none")
-    sums = torch.zeros(len(rows), device=device).index_add(0, scored.nonzero()[:, 0], log_probs)  # (N W,)
+    sums = torch.zeros(len(rows), device=device).index_add(0, scored.nonzero()[:, 0], log_probs)  # (N * W,)
     return verbalizer.class_means(sums.view(len(clozes), -1))
 
 
@@ -138,7 +138,10 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
 def score_all(
     model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer, batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Compute the scores of N texts in eval mode, in batches of texts of similar length; return (N, K) on the CPU."""
+    """Return the scores (N, K) of N texts on the CPU. Leave the model in eval mode.
+
+    Each batch holds texts of similar length, so that it needs little padding.
+    """
     order = sorted(range(len(clozes)), key=lambda i: len(clozes[i].fillings[0]))
     scores = torch.empty(len(clozes), len(verbalizer.classes))
     model.eval()

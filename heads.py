@@ -1,8 +1,8 @@
 """GPT-2 for tasks other than predicting the next token: classification, multiple choice and sentence vectors.
 
-Each head uses the GPT that it is given, without a copy: `SequenceClassifier(GPT.from_pretrained("gpt2"), 3)` starts
-fine-tuning from the released weights, and `classifier.gpt.freeze(layers=6)` freezes half of the blocks. Models are
-saved in the format of the corresponding transformers class. Shapes are written as in model.py; K is the number of
+A head uses the GPT that it is given, without a copy. For example, `SequenceClassifier(GPT.from_pretrained("gpt2"), 3)`
+starts fine-tuning from the released weights, and `classifier.gpt.freeze(layers=6)` freezes half of the blocks. Models
+are saved in the format of the corresponding transformers class. Shapes are written as in model.py; K is the number of
 classes.
 """
 
@@ -26,9 +26,10 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the hidden state of each row's last kept token, or of its first token if the row keeps none.
+    """Return the hidden state of the last kept token of each row, (B, T, C) -> (B, C).
 
-    Padding may be on either side. (B, T, C) -> (B, C).
+    A token is kept if its attention mask is not 0. Padding may be on either side. If a row keeps no token, the result
+    is the state of its first token.
     """
     if attention_mask is None:
         return x[:, -1]
@@ -67,7 +68,7 @@ def encode(
 
 
 def make_trunk(stored: StoredModel) -> GPT:
-    """Build the GPT of a stored model on the meta device: shapes without values."""
+    """Build the GPT of a stored model on the meta device: its parameters have shapes, but no values yet."""
     with torch.device("meta"):
         return GPT(GPTConfig(**stored.config_arguments()))
 
@@ -91,12 +92,12 @@ def save_with_head(
 def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
     """Return the names of the classes in the `fields` of the config.json at `path`, in the order of their numbers.
 
-    If id2label is missing or empty, the names are LABEL_0 and LABEL_1. Otherwise raises ValueError unless id2label is
-    an object with the keys "0", "1", ... whose values are the names.
+    If id2label is missing or empty, the names are LABEL_0 and LABEL_1. Raises ValueError if id2label is anything else
+    than an object with the keys "0", "1", ... whose values are the names.
     """
     names = fields.get("id2label")
     if names is None or names == {}:
-        return ["LABEL_0", "LABEL_1"]  # transformers does not write these default names
+        return ["LABEL_0", "LABEL_1"]  # the default names, which transformers does not write into config.json
     if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
         raise ValueError(f'{path}: id2label is {names!r}, expected an object with the keys "0", "1", ...')
     labels = [names[str(i)] for i in range(len(names))]
@@ -111,10 +112,11 @@ class SequenceClassifier(nn.Module):
     Args:
         gpt: the language model whose hidden states are classified.
         num_labels: K, the number of classes.
-        strategy: the input of the classifier. `last` (Texar's cls_time): the state of the sequence's last kept token.
-            `all` (all_time): the states of all kept tokens of the sequence, concatenated and padded with zeros up to
-            max_length. `token` (time_wise): the state of one token; each token is classified separately.
-        max_length: the longest sequence in tokens; None means block_size. Only strategy `all` has this limit.
+        strategy: the input of the classifier. `last` (Texar's cls_time): the hidden state of the last token that is not
+            padding. `all` (all_time): the hidden states of all tokens that are not padding, concatenated and padded
+            with zeros up to max_length. `token` (time_wise): the hidden state of one token; each token is classified
+            separately.
+        max_length: the longest sequence in tokens; None means block_size. Only strategy `all` enforces this limit.
 
     The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean
     regression (squared error), and integers 0 and 1 mean binary classification (logistic loss). With K > 1, integers
@@ -151,8 +153,7 @@ class SequenceClassifier(nn.Module):
         """Return the logits, (B, K) or, with strategy `token`, (B, T, K), and the loss if labels are given.
 
         Args:
-            input_ids, attention_mask: (B, T). The mask is the only information about padding: without it, all tokens
-                are kept.
+            input_ids, attention_mask: (B, T). Only the mask says which tokens are padding: without it, no token is.
             labels: (B,) integers; (B, K) floats; or, with K = 1, (B,) floats. With `token`, (B, T) replaces (B,), and
                 (B, T, K) replaces (B, K). The loss ignores integers that are IGNORE_INDEX, for example at padding.
             inputs: other arguments of `GPT.forward`: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
@@ -167,7 +168,7 @@ class SequenceClassifier(nn.Module):
         return output._replace(logits=logits, loss=None if labels is None else self._loss(logits, labels))
 
     def _concatenate(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Concatenate the states of the kept tokens, followed by zeros. (B, T, C) -> (B, max_length * C)."""
+        """Concatenate the states of the tokens that are not padding, then zeros. (B, T, C) -> (B, max_length * C)."""
         B, T, C = x.shape
         if self.max_length < T:
             raise ValueError(f"a sequence of {T} tokens is longer than max_length {self.max_length}")
@@ -202,7 +203,10 @@ class SequenceClassifier(nn.Module):
     def from_pretrained(
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Self:
-        """Load a classifier saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
+        """Load a classifier that `save_pretrained` or transformers has saved, and put it in eval mode.
+
+        The arguments and the errors are those of `GPT.from_pretrained`.
+        """
         stored = open_model(locate(name_or_dir))
         gpt, path = make_trunk(stored), stored.directory / "config.json"
         fields = read_json(path)
@@ -222,7 +226,7 @@ class SequenceClassifier(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, eos_token_id: int | None = None) -> None:
-        """Write the classifier; with strategy `last`, transformers can load it as a GPT2ForSequenceClassification."""
+        """Write the classifier. With strategy `last`, transformers can load it as a GPT2ForSequenceClassification."""
         fields: dict[str, Any] = {}
         if self.labels != ["LABEL_0", "LABEL_1"]:
             numbers = {label: i for i, label in enumerate(self.labels)}
@@ -246,7 +250,7 @@ class DoubleHeadsOutput(NamedTuple):
 
 
 class DoubleHeads(nn.Module):
-    """A multiple-choice head beside the language model (Radford et al. 2018): transformers' GPT2DoubleHeadsModel."""
+    """A GPT with a second head, for multiple choice (Radford et al. 2018), like transformers' GPT2DoubleHeadsModel."""
 
     def __init__(self, gpt: GPT) -> None:
         super().__init__()
@@ -268,14 +272,15 @@ class DoubleHeads(nn.Module):
         mc_labels: Tensor | None = None,
         return_logits: bool | None = None,
     ) -> DoubleHeadsOutput:
-        """Process B questions with N choices each.
+        """Return a score for each choice, and the outputs of the GPT, for B questions with N choices each.
 
         Args:
             input_ids, attention_mask: (B, N, T), one row per choice.
-            mc_token_ids: (B, N), the position in each row whose state is scored; None means the last kept token.
+            mc_token_ids: (B, N), the position in each row of the token whose state is scored. None means the last token
+                that is not padding.
             labels: (B, N, T) token ids, which `GPT.forward` shifts by one; the loss ignores IGNORE_INDEX.
             mc_labels: (B,), the index of the correct choice.
-            return_logits: whether to return the language model's logits; None returns them if there are no `labels`.
+            return_logits: whether to return the language model's logits. None means: only if `labels` is None.
         """
         check_shape("input_ids (questions, choices, tokens)", input_ids, ("B", "N", "T"))
         B, N, T = input_ids.shape
@@ -309,11 +314,14 @@ class DoubleHeads(nn.Module):
     def from_pretrained(
         cls, name_or_dir: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> Self:
-        """Load double heads saved here or by transformers, in eval mode. Raises what `GPT.from_pretrained` raises."""
+        """Load a model with both heads that `save_pretrained` or transformers has saved, and put it in eval mode.
+
+        The arguments and the errors are those of `GPT.from_pretrained`.
+        """
         stored = open_model(locate(name_or_dir))
         gpt, directory = make_trunk(stored), stored.directory
         fields = read_json(directory / "config.json")
-        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # only this class needs these fields
+        for name in ("summary_activation", "summary_type", "summary_use_proj"):  # GPT itself ignores these fields
             if (found := fields.get(name, INERT_CONFIG[name])) != INERT_CONFIG[name]:
                 raise ValueError(f"{directory}: {name} is {found!r}, and only {INERT_CONFIG[name]!r} is implemented")
         with torch.device("meta"):

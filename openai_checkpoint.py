@@ -7,7 +7,7 @@
     encoder.json, vocab.bpe           the tokenizer, which data/tokenizer.py reads
 
 Each block of the table and each tensor is stored with its CRC32C, a checksum. This module computes the checksum of what
-it reads and compares it with the stored one, so damaged data is never returned.
+it reads and compares it with the stored checksum, so damaged data is never returned.
 
 Formats: https://github.com/google/leveldb/blob/main/doc/table_format.md for the table, and
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto for its values.
@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOOTER_SIZE = 48  # at the end of a table: two handles (offset and size of a block), padding, MAGIC
+FOOTER_SIZE = 48  # bytes at the end of a table: two handles (offset and size of a block), padding, MAGIC
 MAGIC = 0xDB4775248B80FB57
-TRAILER_SIZE = 5  # after each block: its compression (0: none) and its CRC32C
-CRC_MASK = 0xA282EAD8  # LevelDB masks a CRC32C, because the CRC32C of data that contains a CRC32C is unreliable
+TRAILER_SIZE = 5  # bytes after each block: its compression (1 byte, 0: none) and its CRC32C (4 bytes)
+CRC_MASK = 0xA282EAD8  # see `masked_crc32c`
 
 # TensorFlow's numbers of data types (types.proto).
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
@@ -74,7 +74,7 @@ def convert_hparams(hparams: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield for each tensor its name in transformers and the memory-mapped tensor. The largest tensor comes first.
+    """Yield (name in transformers, memory-mapped tensor) for each tensor. The largest tensor comes first.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -101,7 +101,7 @@ def read_openai_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_prefix(directory: Path) -> Path:
-    """Return the beginning of the paths of a checkpoint's files, such as DIR/model.ckpt.
+    """Return the common beginning of the paths of a checkpoint's files, such as DIR/model.ckpt.
 
     The file `checkpoint` in the directory names the checkpoint.
 
@@ -192,9 +192,9 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(footer) < FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != MAGIC:
         raise ValueError(f"its {len(data):,} bytes do not end like a TensorFlow index")
     statistics, end = _read_handle(footer, 0)
-    list(read_block(data, *statistics))  # only to compare the checksum: TensorFlow leaves this block empty
+    list(read_block(data, *statistics))  # read only to verify its checksum: TensorFlow leaves this block empty
     handle, _ = _read_handle(footer, end)
-    for _, value in read_block(data, *handle):  # the values of this block are the handles of the others
+    for _, value in read_block(data, *handle):  # each value in this block is the handle of another block
         yield from read_block(data, *_read_handle(value, 0)[0])
 
 
@@ -265,18 +265,21 @@ def read_message(data: bytes) -> dict[int, list[int | bytes]]:
 
 
 def _number(message: dict[int, list[int | bytes]], field: int) -> int:
-    """Return a number of a protocol buffer. If the field is missing, the number is 0: protocol buffers omit zeros."""
+    """Return the number in a field of a protocol buffer, or 0 if it is missing, because protocol buffers omit zeros."""
     value = message.get(field, [0])[-1]
     return value if isinstance(value, int) else 0
 
 
 def _data(message: dict[int, list[int | bytes]], field: int) -> bytes:
-    """Return the bytes in a field of a protocol buffer. If the field is missing, they are empty."""
+    """Return the bytes in a field of a protocol buffer, or b"" if the field is missing."""
     value = message.get(field, [b""])[-1]
     return value if isinstance(value, bytes) else b""
 
 
 def masked_crc32c(data: bytes | np.ndarray) -> int:
-    """Return the CRC32C of read-only bytes in the form in which LevelDB stores it."""
+    """Return the masked CRC32C of read-only bytes, which is the number that LevelDB stores.
+
+    LevelDB masks it, because the CRC32C of data that itself contains a CRC32C is unreliable.
+    """
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + CRC_MASK) & 0xFFFFFFFF

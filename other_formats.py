@@ -19,10 +19,10 @@ def is_llm_c(path: Path) -> bool:
 
 
 def conversion_hint(path: Path) -> str:
-    """Return the end of an error message, which says how to convert a file. The text is empty if the format is unknown.
+    """Return the end of an error message, which says how to convert a file. The result is "" if the format is unknown.
 
-    The text has the form "; it is a file of PROGRAM: run COMMAND". If `path` is a directory, the text is about
-    the first file in the directory that has a known format, and has the name of the file in place of "it".
+    The text has the form "; it is a file of PROGRAM: run COMMAND". If `path` is a directory, the text is about the
+    first file in the directory that has a known format, and has the name of this file in place of "it".
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
@@ -33,7 +33,7 @@ def conversion_hint(path: Path) -> str:
 
 
 def _recognize(file: Path) -> tuple[str, str] | None:
-    """Return the program that wrote a file and how to convert the file, or None if the format is unknown."""
+    """Return the program that wrote a file, and an instruction to convert the file. None if the format is unknown."""
     directory = file.parent
     if file.name in ("model_optim_rng.pt", "latest_checkpointed_iteration.txt"):
         # Megatron-LM writes DIR/latest_checkpointed_iteration.txt and DIR/iter_NNNNNNN/mp_rank_NN/model_optim_rng.pt.

@@ -39,13 +39,13 @@ from training.config import Optim
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 
 UNLABELED_PER_LABELED = 3  # unlabeled texts for each labeled text in a step, as in the paper
-PART_OF_OTHERS = 0.25  # iPET: of the models of the other patterns, the fraction that labels texts for a new model
+PART_OF_OTHERS = 0.25  # iPET: the fraction of the other patterns' models that label texts for a new model
 GROWTH = 5  # iPET: the factor by which the number of labeled texts grows with each generation
-FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: number of texts of each class for the second generation
+FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: number of texts per class that generation 2 is trained on
 
 
 class Member(NamedTuple):
-    """A model of the ensemble, without its weights: the index of its pattern, and its scores of N unlabeled texts."""
+    """What is kept of a model of the ensemble: the index of its pattern, and its scores of N unlabeled texts."""
 
     pattern: int
     scores: Tensor  # (N, K)
@@ -62,9 +62,9 @@ class Labeled(NamedTuple):
 class Task:
     """The inputs that all models of an ensemble share. `train`, `unlabeled` and `val` have one element per pattern."""
 
-    base: GPT
+    base: GPT  # the pretrained model, which is copied for each model of the ensemble
     verbalizer: Verbalizer
-    train: list[Labeled]
+    train: list[Labeled]  # without --train, there are no texts in it
     unlabeled: list[list[Cloze]]
     val: list[Labeled]
     unlabeled_tokens: list[list[int]]  # tokens of each unlabeled text alone, for the language-modeling loss
@@ -82,9 +82,10 @@ def run(args: argparse.Namespace) -> None:
     unlabeled = read_column(args.unlabeled, args.text_key)
     val_texts, val_labels = read_labeled(args, args.val, verbalizer)
     task = make_task(args, verbalizer, unlabeled, val_texts, val_labels)
-    args.out.mkdir(parents=True, exist_ok=True)  # fail before the training, not after it
+    args.out.mkdir(parents=True, exist_ok=True)  # if --out cannot be created, fail before the training
     probabilities = label_texts(task)
-    # Load the classifier only now: this sets the seed, so its training uses the random numbers of `classify.py train`.
+    # Load the classifier only now: loading sets the seed, so the training that follows uses the same random numbers as
+    # `classify.py train`.
     classifier, tokenizer = load_classifier(args, verbalizer.classes)
     train_examples = encode(unlabeled, probabilities.tolist(), tokenizer, classifier.max_length)
     val_examples = encode(val_texts, val_labels, tokenizer, classifier.max_length)
@@ -151,7 +152,7 @@ def label_texts(task: Task) -> Tensor:
 
 
 def first_generation(task: Task) -> tuple[list[float], list[Member]]:
-    """Return the weight of each pattern, and the ensemble before training: for each pattern, the pretrained model.
+    """Return the weight of each pattern, and an ensemble whose only member for each pattern is the pretrained model.
 
     A pattern's weight is the accuracy of the pretrained model on the labeled texts in this pattern. Without labeled
     texts, each weight is 1.
@@ -177,8 +178,8 @@ def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature:
     """Return the combined probabilities (N, K) of models: softmax(weighted mean of their scores / temperature).
 
     Args:
-        scores: (N, K) of each model.
-        weights: of each model; if all of them are 0, the models have equal weights.
+        scores: one tensor (N, K) for each model.
+        weights: one number for each model. If all of them are 0, the models have equal weights.
     """
     if not any(weights):
         weights = [1.0] * len(scores)
@@ -222,10 +223,11 @@ def pseudo_label(
 ) -> dict[int, int]:
     """Choose unlabeled texts, and label them with a random subset of `others` (iPET). Return {index of text: class}.
 
-    The number of labeled texts grows by the factor GROWTH with each generation, and the classes keep their proportions
-    in `labels`. If `labels` is empty, all classes get the same number of texts. The texts of a class are drawn from the
-    texts to which the models give this class. Texts about which the models are more certain are drawn more often. If a
-    class has too few such texts, all of them are used.
+    `labels` are the classes of the texts in --train. With each generation, the number of labeled texts, including these
+    texts, grows by the factor GROWTH, and the classes keep the proportions that they have in `labels`. If `labels` is
+    empty, all classes get the same number of texts. The texts of a class are drawn at random from those that the models
+    assign to this class. Texts about which the models are more certain are more likely to be drawn. If a class has too
+    few such texts, all of them are used.
     """
     rng = np.random.default_rng(seed)
     size = max(1, round(PART_OF_OTHERS * len(others)))
@@ -269,9 +271,9 @@ def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
 
 
 def draw(texts: Sequence[list[int]], start: int, count: int, seed: int) -> list[list[int]]:
-    """Return texts start .. start + count - 1 of an endless sequence: all texts in a random order, again and again.
+    """Return the texts at the places start .. start + count - 1 of an endless sequence.
 
-    The order is a new one in each epoch, and depends only on the seed and the epoch.
+    The sequence repeats all texts in each epoch, in a new random order, which depends only on the seed and the epoch.
     """
     n = len(texts)
     return [texts[int(permute(np.array([i % n]), n, seed, i // n)[0])] for i in range(start, start + count)]

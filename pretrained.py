@@ -24,8 +24,8 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     of its checkpoints (see `choose_checkpoint`), which is named on stderr. Any other value is returned unchanged.
 
     Raises:
-        FileNotFoundError: there is no run, the run does not exist, or it has no such checkpoint; or a directory is not
-            a model, but holds runs or checkpoints.
+        FileNotFoundError: there is no run, the named run does not exist, or the run lacks the requested checkpoint; or
+            a directory is not a model, but holds runs or checkpoints.
         ValueError: the checkpoint is damaged; or `checkpoint` has an unknown value, or is given for a model that is not
             a run.
     """
@@ -40,7 +40,7 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     if is_run(directory):
         return str(choose_checkpoint(directory, checkpoint))
     beside = sorted(run.parent.name for run in directory.parent.glob("*/checkpoints"))
-    names_a_run = directory.parent != Path() and (beside or directory.parent == Path(runs))  # false for "gpt2"
+    names_a_run = directory.parent != Path() and (beside or directory.parent == Path(runs))  # False for hub names
     if names_a_run and not directory.exists():
         others = f"the runs in {directory.parent} are {', '.join(beside)}" if beside else "there are no runs beside it"
         raise FileNotFoundError(f"{name_or_dir} does not exist; {others}")
@@ -58,7 +58,7 @@ class ModelFiles(NamedTuple):
 
     name: str  # directory or hub name, as `resolve_model` returns it
     stored: StoredModel
-    config: GPTConfig  # its vocabulary may be padded
+    config: GPTConfig  # its vocab_size may include padding (see `fit_vocabulary`)
     tokenizer: Tokenizer
 
     @property
@@ -75,7 +75,7 @@ def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelF
         ValueError: the files are damaged, or the tokenizer does not belong to the model (see `check_vocabulary`).
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
-    stored = open_model(locate(name))  # first, so that the error for an empty directory is about the model
+    stored = open_model(locate(name))  # before the tokenizer, so that an empty directory gives an error about the model
     config, tokenizer = GPTConfig(**stored.config_arguments()), load_tokenizer(stored.directory)
     check_vocabulary(config.vocab_size, tokenizer, stored.directory)
     return ModelFiles(name, stored, config, tokenizer)
@@ -116,8 +116,8 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Pat
 def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
     """Remove from a model, in place, the tokens that a tokenizer lacks.
 
-    Many trainers pad the vocabulary, for example from 50,257 to 50,304 tokens. The added ids have no text. Without rows
-    in the embedding, these ids get no probability and cannot be sampled.
+    Many trainers pad the vocabulary, for example from 50,257 to 50,304 tokens. The added ids have no text. After their
+    rows are removed from the token embedding, these ids get no probability and cannot be sampled.
 
     Raises ValueError if the tokenizer does not belong to the model in `directory`.
     """
@@ -127,7 +127,7 @@ def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> N
 
 
 def extend_positions(model: GPT, block_size: int) -> GPT:
-    """Return a model with new position embeddings for up to `block_size` tokens, which shares all other weights.
+    """Return a model with position embeddings for `block_size` tokens, which shares all other weights with `model`.
 
     The new position embeddings are interpolated linearly between the learned ones, so that each position lies between
     positions that the model was trained with (Chen et al. 2023, "Extending context window via position interpolation").
@@ -135,7 +135,8 @@ def extend_positions(model: GPT, block_size: int) -> GPT:
     """
     old = model.transformer.wpe.weight.detach()
     new = F.interpolate(old.T.unsqueeze(0), block_size, mode="linear", align_corners=True)[0].T.contiguous()
-    with torch.device("meta"):  # a new model, because attention lsh depends on the block size
+    # Build a new model, because the modules of attention="lsh" depend on block_size.
+    with torch.device("meta"):
         longer = GPT(replace(model.config, block_size=block_size))
     longer.load_state_dict(model.state_dict() | {"transformer.wpe.weight": new}, assign=True)
     return longer

@@ -3,7 +3,7 @@
 python sample.py --prompt "To be"                             continue a prompt with the newest run in runs/
 python sample.py --model gpt2 --interactive                   ask for prompts and print the text as it is generated
 python sample.py --file prompts.txt --num-samples 4 --json    print one JSON object for each sample
-python sample.py --model gpt2 --serve                         a page to try the model, and OpenAI's protocol
+python sample.py --model gpt2 --serve                         serve a page to try the model, and OpenAI's protocol
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from command import CommandParser, add_device_options, add_model_options, at_lea
 from data.plain_text import read_escapes
 
 SERVER_OPTIONS = {"model", "checkpoint", "serve", "host", "port", "dtype", "device"}
-HOST, PORT = "127.0.0.1", 8000  # of the server
+HOST, PORT = "127.0.0.1", 8000  # default address of the server
 DEFAULT_NEW_TOKENS = 200  # fewer if they do not fit into block_size
 
 
@@ -29,19 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text to continue (default: the text that is piped to this command, or else start from <|endoftext|>)",
     )
     source.add_argument(
-        "--file", type=Path, help='a file with one prompt per line; *.jsonl: one object with a "prompt"'
+        "--file", type=Path, help='one prompt per line; in a .jsonl file, each line is an object with a "prompt"'
     )
-    source.add_argument("--serve", action="store_true", help="serve a page and OpenAI's completions on this machine")
-    source.add_argument("--interactive", action="store_true", help="ask for prompts; :help lists its commands")
+    source.add_argument("--serve", action="store_true", help="serve a page to try the model, and OpenAI's protocol")
+    source.add_argument("--interactive", action="store_true", help="ask for prompts; typing :help lists the commands")
     add("--host", help=f"address of --serve (default: {HOST}, only this machine)")
     add("--port", type=port_number, help=f"port of --serve; 0: any free one (default: {PORT})")
     add("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts that are continued together (default: 8)")
+    add("--batch-size", type=int, default=8, metavar="N", help="samples (beam search: prompts) in a batch (default: 8)")
     add(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"tokens to generate (default: {DEFAULT_NEW_TOKENS}, or as many as fit after the longest prompt)",
+        help=f"tokens to generate (default: {DEFAULT_NEW_TOKENS}, or fewer if the longest prompt leaves less room)",
     )
     add("--temperature", type=float, help="below 1 favors probable tokens, above 1 improbable ones (default: 0.8)")
     add("--top-k", type=int, metavar="K", help="sample from the K most probable tokens (default: from all)")
@@ -60,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=r"end a sample after this text; \n is a line break. Repeat the option for several texts",
     )
-    add("--sliding", action="store_true", help="allow more tokens than the model can see: it sees the last ones")
-    add("--seed", type=int, help="the same seed gives the same text, in float32 for any batch size (default: random)")
+    add("--sliding", action="store_true", help="allow more tokens than the model can see; it sees the last of them")
+    add("--seed", type=int, help="the same seed gives the same text; in float32, with any batch size (default: random)")
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print objects with prompt, text, tokens, logprobs and finish_reason")
     add("--show-probs", type=int, metavar="K", help="first print the K most probable next tokens")
-    add_device_options(add, ". The weights are converted to it too")
+    add_device_options(add, ". The weights are converted to the chosen precision too")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

@@ -1,7 +1,8 @@
-"""Read and write GPT-2's files in the layout of Hugging Face transformers: config.json and tensors.
+"""Read and write GPT-2's files in the layout of Hugging Face transformers: config.json and files of tensors.
 
 Parameters have the same names here as in transformers, but transformers stores some matrices transposed. This module
-knows no model class: it handles `GPTConfig`'s fields as a dictionary, and any `nn.Module` with GPT-2's parameter names.
+does not import the model's classes: it handles the fields of `GPTConfig` as a dictionary, and any `nn.Module` whose
+parameters have GPT-2's names.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from other_formats import conversion_hint
 # transformers stores these matrices as Conv1D weights, (in, out), and nn.Linear stores (out, in). They are selected by
 # name, because attn.c_proj is square and its shape does not show whether it is transposed.
 CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
-# Buffers that hold the causal mask in old checkpoints. They are not parameters.
+# Names of buffers that hold the causal mask in old checkpoints. These buffers are not parameters, and are skipped.
 STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
 # The parameters that compute queries: all rows of q_attn, and the first n_embd rows of c_attn, whose other rows compute
@@ -55,7 +56,8 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_new",
     "swish": "silu",
 }
-# Fields that the configuration of a plain GPT-2 does not have, and their values that mean the same as a missing field.
+# Fields that a plain GPT-2 does not have, each with the values that mean the same as a missing field. Other values are
+# refused.
 ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
 # Other fields that transformers writes, with its default values. GPT does not depend on them. heads.DoubleHeads
 # requires the default values of three of the summary_ fields.
@@ -69,7 +71,7 @@ INERT_CONFIG = {
     "summary_use_proj": True,
     "use_cache": True,
 }
-# transformers' name -> GPTConfig's name. GPTConfig has one dropout rate for transformers' three.
+# transformers' name -> GPTConfig's name. GPTConfig has one dropout rate in place of transformers' three rates.
 CONFIG_FIELDS = {
     "vocab_size": "vocab_size",
     "n_positions": "block_size",
@@ -84,10 +86,11 @@ CONFIG_FIELDS = {
     "activation_function": "activation",
     "layer_norm_epsilon": "layer_norm_epsilon",
 }
-# Fields of this repository, which are written only if the attention is not full. Other tools ignore them.
+# Fields that only this repository defines. They are written only if the attention is not full, and other tools ignore
+# them.
 ATTENTION_FIELDS = ("attention", "window_size", "lsh_buckets", "lsh_rounds")
-# The fields of the model's shape, and other names for them: transformers accepts these names, or old files have them
-# (n_ctx).
+# The fields of the model's shape, each with other names under which a config.json may have it. transformers accepts
+# these names, except n_ctx, which old files have.
 SHAPE_ALIASES = {
     "vocab_size": (),
     "n_positions": ("max_position_embeddings", "n_ctx"),
@@ -106,8 +109,8 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# Stricter limits than LARGEST_FIELD. Building a model with more layers could take hours, and only then would
-# `load_weights` report that most of its tensors are missing.
+# Limits that are stricter than LARGEST_FIELD. Building a model with more layers could take hours. Without this limit,
+# `load_weights` would find only after these hours that most of the tensors are missing.
 LARGEST = {"n_layer": 10_000}
 
 # OpenAI's names of the released models -> their names on the hub. 117M and 345M are earlier names of 124M and 355M.
@@ -128,9 +131,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 def locate(name_or_dir: str | Path) -> Path:
     """Return the directory that holds a model's files.
 
-    A directory is returned as it is, except the directory of a run: the result is then one of its checkpoints, see
-    `choose_checkpoint`. Any other name is a model on the Hugging Face hub: the result is its snapshot in the local
-    cache, which is downloaded if it is missing. OpenAI's names, such as 124M, stand for the hub's names.
+    A directory is returned unchanged, unless it is the directory of a run: then one of its checkpoints is returned (see
+    `choose_checkpoint`). Any other name is the name of a model on the Hugging Face hub: its snapshot in the local cache
+    is returned, and is downloaded first if it is missing. OpenAI's names, such as 124M, stand for the hub's names.
 
     Raises:
         FileNotFoundError: the name is neither a directory nor a model that could be downloaded; or a run has no
@@ -244,12 +247,12 @@ def open_model(directory: str | Path) -> StoredModel:
 def query_scale(fields: dict[str, Any], name: str) -> float:
     """Return the factor for the queries that the parameter `name` computes, or 1 if it computes no queries.
 
-    Our attention divides the product of query and key by √D. With scale_attn_weights=False, transformers does not. With
-    scale_attn_by_inverse_layer_idx, transformers also divides the scores of layer l, counted from 0, by l + 1. If the
-    queries are multiplied by the factor, our attention computes the same scores as transformers.
+    Our attention divides the product of query and key by √D. transformers does not divide by √D if scale_attn_weights
+    is False. If scale_attn_by_inverse_layer_idx is True, transformers also divides the scores of layer l, counted from
+    0, by l + 1. If the queries are multiplied by the factor, our attention computes the same scores as transformers.
 
     Args:
-        fields: of a `StoredModel`.
+        fields: the `fields` of a `StoredModel`.
         name: the name of a parameter, with the prefix `transformer.`.
     """
     match = QUERIES.match(name)
@@ -275,7 +278,7 @@ def check_config(fields: dict[str, Any]) -> None:
     for name in ("add_cross_attention", "causal", *ATTENTION_CONFIG):
         if not isinstance(fields[name], bool):
             raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
-    # In a tuple, because the value may be a list, which cannot be looked up in a dict.
+    # Search a tuple and not the dict, because the value may be a list, which is not hashable.
     if fields["activation_function"] not in tuple(ACTIVATION_NAMES):
         found, expected = fields["activation_function"], ", ".join(ACTIVATION_NAMES)
         raise ValueError(f"activation_function is {found!r}, expected one of {expected}")
@@ -316,8 +319,9 @@ def find_weight_files(directory: Path) -> list[Path]:
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in the shards of either.
 
-    Only one tensor is in memory at a time: copy it before you ask for the next one. The largest tensor of a file comes
-    first, because the caller then holds few other tensors. This order keeps the peak of memory low.
+    Only one tensor is in memory at a time, so the caller must copy it before it asks for the next one. The largest
+    tensor of a file comes first, when the caller holds few copies of other tensors. This order keeps the peak of memory
+    low.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
@@ -354,8 +358,8 @@ def read_pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
 def unpickle_weights_only(path: Path) -> Any:
     """Return the object in a file that torch.save wrote, without executing code that it contains.
 
-    All tensors are on the CPU, and memory-mapped unless PyTorch before 1.6 wrote the file. Raises ValueError if the
-    file is damaged, or holds objects other than tensors and Python's basic types.
+    All tensors are on the CPU. They are memory-mapped, unless PyTorch before version 1.6 wrote the file. Raises
+    ValueError if the file is damaged, or holds objects other than tensors and Python's basic types.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -401,7 +405,8 @@ def load_weights(
     for source, tensor in read_openai_tensors(directory) if stored.is_openai else read_tensors(directory):
         if STALE_BUFFER.search(source):
             continue
-        # GPT-2 ties the head to the token embedding. Files that GPT2Model saved lack the prefix "transformer.".
+        # GPT-2's output head is the token embedding, so both names mean the same parameter. Files that GPT2Model saved
+        # lack the prefix "transformer.".
         name = "transformer.wte.weight" if source == "lm_head.weight" else source
         name = name if name in wanted else f"transformer.{name}"
         if name not in wanted:
@@ -465,8 +470,8 @@ def save_weights(
     fields["n_ctx"] = fields["n_positions"]  # the name that llama.cpp and mlx-lm read
     fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if not config["causal"]:
-        # Other programs do not implement a bidirectional GPT-2. They refuse this model because they do not know its
-        # model_type. If it had GPT-2's model_type, they would load it and apply the causal mask.
+        # Other programs do not implement a bidirectional GPT-2, and would apply the causal mask if the model_type were
+        # GPT-2's. They refuse this model, because they do not know its model_type.
         fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     if config["attention"] != "full":
         fields |= {name: config[name] for name in ATTENTION_FIELDS}

@@ -14,11 +14,12 @@ compare the results of the two functions token by token.
     processors.py   changes to the scores of the next token: penalties, bans, temperature, top-k, top-p
     packed.py       pack_weights: a memory layout of the weights that makes decoding faster
     text.py         stream and generate_text: strings instead of token ids
-    terminal.py     the work of sample.py: prompts in, text out
+    terminal.py     the work of sample.py: it reads prompts, generates text and prints it
     interactive.py  sample.py --interactive
 
-Sizes in the shapes of this package: B prompts; K beams for each prompt; N rows, which are B * K in beam search and
-otherwise B * num_return_sequences; T tokens in each row so far, including prompt and padding; V = vocab_size.
+Letters in the shapes of this package (model.py explains C, D and H): B is the number of prompts, K the number of beams
+of each prompt, N the number of rows (B * K in beam search, otherwise B * num_return_sequences), T the number of tokens
+that each row has so far, including prompt and padding, and V the size of the vocabulary.
 """
 
 from generation.decode import generate

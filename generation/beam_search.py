@@ -14,22 +14,26 @@ from generation.processors import make_processor
 from generation.sampling import draw
 from model import GPT
 
-# The score of a beam that must not be selected. It is finite because it is multiplied by booleans, and -inf * 0 is NaN.
+# The score of a beam that must not be selected. The score is finite, because the code multiplies it by booleans, and
+# -inf * False would be NaN.
 IMPOSSIBLE = -1.0e9
 
 
 class Beams(NamedTuple):
-    """A set of hypotheses: for each of B prompts, the K running ones, the K finished ones, or a step's candidates.
+    """Hypotheses for B prompts, the same number for each prompt.
 
-    A hypothesis is a prompt with one continuation. Running and finished hypotheses are sorted by descending score. If
-    the set holds the candidates of a step, K in the shapes below is the number of candidates of each prompt.
+    A hypothesis is a prompt with one continuation. A Beams holds the K running hypotheses of each prompt, its K
+    finished hypotheses, or its candidates of one step. Running and finished hypotheses are sorted by descending score.
+    If a Beams holds candidates, K in the shapes below is the number of candidates of each prompt.
     """
 
-    # (B, K), sum of processed log-probabilities; for finished hypotheses, divided by new tokens ** length_penalty.
+    # (B, K), the sum of the processed log-probabilities of the new tokens. For a finished hypothesis, the sum is
+    # divided by (number of new tokens) ** length_penalty.
     scores: Tensor
     ids: Tensor  # (B, K, prompt + max_new_tokens)
     logprobs: Tensor  # (B, K, max_new_tokens), log-probability of each new token, from the unprocessed logits
-    # (B, K, max_new_tokens), for each new token, the row of the scores (B * K, V) it was chosen from; -1: no token yet.
+    # (B, K, max_new_tokens), for each new token, the index of the row of the scores (B * K, V) that the token was
+    # chosen from. The index is -1 where there is no token yet.
     origins: Tensor
 
     @property
@@ -50,10 +54,11 @@ class Beams(NamedTuple):
 def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> GenerateOutput:
     """Keep the num_beams most probable continuations of each prompt at every step, and return the best finished ones.
 
-    ids is (B, T), mask (B, T + max_new_tokens) or None. The rules are those of `_beam_search` in transformers. The
-    candidates of a step are the best (or sampled) pairs of a running beam and a next token. `add_finished` adds
-    candidates that end to the finished hypotheses. The best num_beams candidates that do not end become the running
-    beams.
+    ids is (B, T). mask is (B, T + max_new_tokens), or None if no prompt is padded. The algorithm is that of
+    `_beam_search` in transformers. The candidates of a step are the best (or sampled) pairs of a running beam and a
+    next token. A candidate ends if its last token ends the row (see `find_ended`), or if it has max_new_tokens tokens.
+    `add_finished` adds candidates that end to the finished hypotheses. The best num_beams candidates that do not end
+    become the running beams.
     """
     (n_prompts, prompt_length), K = ids.shape, options.num_beams
     length = prompt_length + options.max_new_tokens
@@ -61,7 +66,7 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
     forward = CachedForward(model, ids.repeat_interleave(K, dim=0), mask, options)
     process = make_processor(options, prompt_length, mask)
     running, finished = start(ids, options)
-    improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)  # (B, 1), False once the search ended
+    improvable = torch.ones(n_prompts, 1, dtype=torch.bool, device=ids.device)  # False if a prompt's search has ended
     records = empty_records(options)
 
     for t in range(prompt_length, length):
@@ -100,8 +105,9 @@ def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
     blank = torch.zeros(n_prompts, K, options.max_new_tokens, device=ids.device)
     padded = F.pad(ids, (0, options.max_new_tokens), value=fill)[:, None].expand(-1, K, -1)
     finished = Beams(torch.full((n_prompts, K), IMPOSSIBLE, device=ids.device), padded, blank, blank.long() - 1)
-    # Because only the first beam has the score 0, the first step selects its candidates from this beam. If the step
-    # selected candidates from several equal beams, these candidates would be equal too.
+    # The running beams of a prompt are equal at first. Only the first beam has the score 0, so the first step selects
+    # all candidates from this beam, and no two candidates are equal. If all beams had the score 0, each candidate would
+    # appear K times.
     running = finished._replace(scores=finished.scores.index_fill(1, ids.new_tensor([0]), 0.0))
     return running, finished
 
@@ -113,12 +119,14 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     already has.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
-    # Each eos token ends at most K candidates, one for each beam. With K more, at least K candidates do not end in eos.
+    # Each eos token ends at most K candidates, one for each beam. So at least K of (1 + the number of eos tokens) * K
+    # candidates do not end in eos. Like transformers, the function returns at least 2 K candidates.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
-        # Fewer than n_candidates pairs may have a nonzero probability. With Gumbel noise, the scores also rank the
-        # pairs whose probability is rounded to 0. torch.multinomial would choose arbitrarily among these pairs.
+        # Fewer than n_candidates pairs may have a nonzero probability. torch.multinomial, which `draw` uses without
+        # `gumbel`, would choose the other candidates arbitrarily. With Gumbel noise, the scores also rank the pairs
+        # whose probability is rounded to 0.
         chosen = draw(totals, n_candidates, options.generator, gumbel=True)
     else:
         chosen = totals.topk(n_candidates).indices
@@ -141,8 +149,8 @@ def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int,
 
     Only the first num_beams candidates of a prompt can be added: the best ones or, with do_sample, those drawn first.
     With early_stopping=True, no candidate is added if the prompt already has num_beams finished hypotheses. ended is
-    (B, n_candidates), True for each candidate that ends, unless the search for its prompt is over. length is the number
-    of new tokens of the candidates.
+    (B, n_candidates), True for each candidate that ends, if the search for its prompt has not ended. length is the
+    number of new tokens of each candidate.
     """
     K = options.num_beams
     may_finish = ended & ~(is_full(finished) & (options.early_stopping is True))
@@ -156,8 +164,9 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
     """Return (B, 1) booleans, True for each prompt whose running beams can still improve its finished hypotheses.
 
     The beams can improve them if fewer than num_beams hypotheses are finished, or if the best running beam would score
-    higher than the worst finished hypothesis. The beam is scored at its present length or, with early_stopping="never"
-    and a positive length_penalty, at the length of max_new_tokens.
+    higher than the worst finished hypothesis. For this comparison, the sum of the beam's log-probabilities is divided
+    by length ** length_penalty, where length is the present number of new tokens. With early_stopping="never" and a
+    positive length_penalty, length is max_new_tokens instead.
     """
     at_full_length = options.early_stopping == "never" and options.length_penalty > 0
     final_length = options.max_new_tokens if at_full_length else length
@@ -166,10 +175,10 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
 
 
 def best_results(finished: Beams, records: dict[str, Any], options: GenerationOptions) -> GenerateOutput:
-    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the longest returned hypothesis.
+    """Return the best num_return_sequences finished hypotheses of each prompt, cut to the length of the longest.
 
-    Raises ValueError if a prompt has fewer than num_return_sequences finished hypotheses. The reason is then that too
-    many tokens are banned.
+    Raises ValueError if a prompt has fewer than num_return_sequences finished hypotheses. This happens only if too many
+    tokens are banned.
     """
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
     lengths = (best.origins >= 0).sum(dim=1)

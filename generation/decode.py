@@ -34,8 +34,8 @@ def generate_with_options(
 def collects_options(implementation: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a function without a body, whose signature and docstring describe the options.
 
-    The decorated function makes a GenerationOptions from its keyword arguments, and passes the GenerationOptions to
-    `implementation`. The constructor of GenerationOptions checks the arguments.
+    The decorated function makes a GenerationOptions from its keyword arguments other than attention_mask, and passes it
+    to `implementation`. The constructor of GenerationOptions checks the arguments.
     """
 
     def decorate(declaration: Callable[P, R]) -> Callable[P, R]:
@@ -87,33 +87,36 @@ def generate(  # type: ignore[empty-body]
         model: a model in eval mode.
         input_ids: (B, T), padded on the left if prompts differ in length, or a list of token lists, which is padded
             automatically.
-        attention_mask: (B, T), 0 for padding. It is allowed only if input_ids is a tensor.
+        attention_mask: (B, T), 0 for padding. It is allowed only if input_ids is a tensor. None means that the tensor
+            has no padding.
         do_sample: sample from softmax(scores / temperature), restricted by top_k, top_p and min_p in this order.
         top_k: keep the top_k most probable tokens. None or 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least top_p.
-        min_p: keep the tokens that are at least min_p times as probable as the most probable one.
+        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least top_p. None keeps all.
+        min_p: keep the tokens that are at least min_p times as probable as the most probable token. None keeps all.
         num_beams: number of beams of each prompt. Finished hypotheses are compared by
             log-probability / (new tokens ** length_penalty).
-        early_stopping: when the search for a prompt with num_beams finished hypotheses ends. True: at once. False: as
-            soon as no running beam, at its present length, scores higher than the worst finished hypothesis. "never":
-            as soon as no running beam could score higher, even with max_new_tokens tokens.
+        early_stopping: when beam search ends for a prompt that has num_beams finished hypotheses. True: at once. False:
+            as soon as no running beam, at its present length, scores higher than the worst finished hypothesis.
+            "never": as soon as no running beam could score higher, even after more tokens, up to max_new_tokens.
         repetition_penalty: for tokens that the row already contains, including its prompt, divide positive scores by
             this number and multiply negative scores by it.
-        no_repeat_ngram_size: if n > 0, ban tokens that would repeat an n-gram of the row, including its prompt.
-        bad_words_ids: token sequences that must not be generated. A sequence of a single eos token is ignored.
+        no_repeat_ngram_size: a number n. Ban each token that would complete an n-gram that the row, including its
+            prompt, already contains. 0 bans no token.
+        bad_words_ids: token sequences that must not be generated. A sequence that is a single eos token is ignored.
         min_new_tokens: ban the eos tokens until a row has this number of new tokens.
-        stop_strings: strings that end a row when they appear in its text. They need `tokenizer`.
-        num_return_sequences: number of results for each prompt. They are adjacent rows.
-        gumbel: sample with the Gumbel-max trick. The distribution is the same as without `gumbel`, but a given seed
-            gives different tokens.
+        stop_strings: strings that end a row when they appear in its text. They need `tokenizer`, which decodes the row.
+        num_return_sequences: number of results for each prompt. The results of a prompt are adjacent rows.
+        gumbel: sample with the Gumbel-max trick. The distribution is the same as without `gumbel`, but the same seed
+            gives other tokens.
         sliding: allow more tokens than block_size. The model then sees only the last block_size tokens.
-        eos_token_id: the token or tokens that end a row. The first one fills the rest of the row. None means the
-            tokenizer's end-of-text if there are stop_strings, and no token otherwise.
+        eos_token_id: the token or tokens that end a row. The rest of an ended row is filled with the first of these
+            tokens. None means the tokenizer's end-of-text if there are stop_strings, and no token otherwise.
         generator: one generator for all rows, or one for each of the B * num_return_sequences rows (in beam search, for
             each of the B prompts). If each row has its own generator, its random numbers do not depend on the other
-            rows. Generators must be on the model's device.
+            rows. Generators must be on the model's device. None means PyTorch's default generator.
         logits_processor: a function or functions (ids, scores) -> scores, called after the other processors and before
-            temperature.
+            the scores are divided by the temperature.
+        tokenizer: required for stop_strings. Token ids outside its vocabulary are never chosen.
         return_dict: return a GenerateOutput, which holds the tensors requested by output_logits, output_scores,
             output_hidden_states and output_attentions.
 

@@ -1,9 +1,10 @@
 """A decoding step with fixed shapes, which CUDA can replay as a graph.
 
-A step consists of nearly 200 small operations. The host needs longer to queue them than a GPU needs to run them. A CUDA
-graph queues all of them with one call. The graph repeats the same operations at the same memory addresses, so no shape
-and no argument may change from step to step. Therefore the position of the new token is a tensor on the device, and
-attention covers the whole cache, with a mask that hides the part that is not filled yet.
+A step of the 124M model consists of nearly 200 small operations. The host needs longer to queue them than a GPU needs
+to run them. A CUDA graph queues all of them with one call. The graph repeats the same operations at the same memory
+addresses, so no shape and no argument may change from step to step. Therefore the position of the new token is a tensor
+on the device. For the same reason, attention always reads the whole cache, and a mask hides the part that is not filled
+yet.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from model import GPT, KVCache
 class FixedLayerCache(NamedTuple):
     """One layer of a KVCache, with the current length in a tensor on the device.
 
-    It replaces `model.LayerCache`, whose lengths are numbers on the host. A CUDA graph would use the same numbers again
-    in every step.
+    It replaces `model.LayerCache`, whose lengths are numbers on the host. A CUDA graph would record these numbers once,
+    and use the recorded numbers in every step.
     """
 
     keys: Tensor  # (N, H, max_length, D)
-    values: Tensor
+    values: Tensor  # (N, H, max_length, D)
     position: Tensor  # (1,), index at which the next key and value are written
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +41,9 @@ class FixedLayerCache(NamedTuple):
 class FixedStep:
     """A step that reads one more token of each row. Its state is in tensors that keep their shapes and addresses.
 
-    With `capture`, the first call runs the operations one by one, which also warms up the libraries. The second call
-    captures the operations as a CUDA graph and replays the graph. Later calls only replay the graph. Without `capture`,
-    or if capturing fails, all calls run the operations one by one.
+    With `capture`, the first call runs the operations one by one, so that libraries such as cuBLAS initialize
+    themselves before the capture. The second call captures the operations as a CUDA graph and replays the graph. Later
+    calls only replay the graph. Without `capture`, or if capturing fails, all calls run the operations one by one.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class FixedStep:
 
         Args:
             mask: (N, tokens in `cache` or more), 0 for padding; None if no row is padded.
-            head: (N, C) -> logits (N, V).
+            head: the function that computes logits (N, V) from hidden states (N, C).
         """
         weight, past, rows = model.transformer.wte.weight, cache.length, cache.batch_size
         device = weight.device
@@ -63,7 +64,7 @@ class FixedStep:
         self.position = torch.full((1,), past, device=device)
         self.layers = [FixedLayerCache(k, v, self.position) for k, v in zip(cache.keys, cache.values, strict=True)]
         read = torch.ones(rows, past, dtype=torch.bool, device=device) if mask is None else mask[:, :past].bool()
-        # Padding does not count: the position of the new token is the number of real tokens before it.
+        # The position of the new token is the number of tokens before it, without padding.
         self.position_ids = read.sum(dim=1, keepdim=True)  # (N, 1)
         # The mask holds 0 and -inf, which attention adds to its scores. A mask of booleans would be converted to these
         # numbers in every layer.
@@ -90,7 +91,7 @@ class FixedStep:
     def _run(self) -> None:
         """Run the operations of a step. Position, mask and cache are updated in place."""
         transformer = self.model.transformer
-        self.mask.index_fill_(3, self.position, 0.0)  # from now on, the new token may be attended to
+        self.mask.index_fill_(3, self.position, 0.0)  # unmask the new token, for this step and all later ones
         x = transformer.wte(self.tokens) + transformer.wpe(self.position_ids)  # (N, 1, C)
         for block, layer in zip(transformer.h, self.layers, strict=True):
             x, _ = block(x, self.mask, None, layer)
@@ -110,12 +111,16 @@ class FixedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for capturing. Each device has only one, because cuBLAS keeps memory for every stream."""
+    """Return the stream that all captures on a device share, because cuBLAS keeps memory for every stream."""
     return torch.cuda.Stream(device)
 
 
 def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
-    """Call `run` on the capture stream, after the current stream's work. The current stream then waits for `run`."""
+    """Call `run` on the capture stream.
+
+    The operations that `run` queues start after the earlier work of the current stream. Later work of the current
+    stream starts after these operations.
+    """
     stream, current = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -126,9 +131,10 @@ def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
 def capture_graph(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Return a CUDA graph of the operations that `run` queues. Raises RuntimeError if one of them cannot be captured.
 
-    `torch.cuda.graph` is not used here, because it would also empty the memory allocator's cache, and training would
-    have to fill this cache again. The error mode "thread_local" lets other threads use CUDA during the capture: the
-    loader pins memory, and NCCL queries its events.
+    `torch.cuda.graph` is not used here, because it would also empty the cache of the memory allocator. train.py
+    generates samples between training steps, and the next training step would have to fill the cache again. The error
+    mode "thread_local" lets other threads of train.py use CUDA during the capture: the loader's thread pins memory, and
+    NCCL's thread queries events.
     """
     graph = torch.cuda.CUDAGraph()
 

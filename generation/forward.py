@@ -15,7 +15,7 @@ from generation.numpy_step import NumpyStep, numpy_can_read
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
 
-MIN_GRAPH_TOKENS = 8  # for fewer new tokens, capturing a CUDA graph would probably take longer than it saves
+MIN_GRAPH_TOKENS = 8  # for fewer new tokens, capturing a CUDA graph probably takes more time than the graph saves
 
 
 def needs_only_logits(options: GenerationOptions) -> bool:
@@ -36,24 +36,29 @@ def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
 
 
 def uses_numpy_step(model: GPT, rows: int, mask: Tensor | None, options: GenerationOptions) -> bool:
-    """Return whether a `NumpyStep` reads single tokens: for one row without padding, if only its logits are needed."""
+    """Return whether a `NumpyStep` reads single tokens.
+
+    It supports only one row without padding, returns only logits, and needs a model that `numpy_can_read` accepts.
+    """
     return rows == 1 and mask is None and needs_only_logits(options) and numpy_can_read(model)
 
 
 class CachedForward:
-    """The model's forward pass over growing rows: it reads only the new tokens, and the cache holds the earlier ones.
+    """The model's forward pass over growing rows. It reads only new tokens, and a cache holds the earlier ones.
 
-    If rows are longer than block_size, the model sees only their last block_size tokens, and each step moves these
-    tokens by one position. GPT-2's position embeddings are learned and absolute, so the keys and values of a token
-    change with its position. The cache is then useless, and each step reads all block_size tokens again.
+    If rows are longer than block_size, the model sees only their last block_size tokens, and each step decreases the
+    position of each of these tokens by one. GPT-2's position embeddings are learned and absolute, so the keys and
+    values of a token change with its position. The cached keys and values are then useless, and each step reads all
+    block_size tokens again.
     """
 
     def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> None:
         self.model, self.mask, self.options = model, mask, options
-        length = ids.size(1) + options.max_new_tokens - 1  # the last token is never read
+        length = ids.size(1) + options.max_new_tokens - 1  # the last new token is never an input of the model
         self.fixed = uses_fixed_step(model, options)
         if self.fixed:
-            length = -(-length // 8) * 8  # CUDA's attention would copy a mask whose rows are not a multiple of 16 bytes
+            # CUDA's attention copies a mask whose rows are not a multiple of 16 bytes, which are 8 numbers of 16 bits.
+            length = -(-length // 8) * 8
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
         self.numpy = not self.fixed and uses_numpy_step(model, len(ids), mask, options)
         self.step: FixedStep | NumpyStep | None = None
@@ -63,8 +68,8 @@ class CachedForward:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
-        V is the smaller of the model's vocab_size and that of the tokenizer, if one is given: larger ids have no text.
-        If a FixedStep or a NumpyStep read the token, the output holds only the cache.
+        V is the model's vocab_size or, if a tokenizer with a smaller vocabulary is given, the tokenizer's: larger ids
+        have no text. If a FixedStep or a NumpyStep has read the token, the output holds only the cache.
 
         Raises:
             ValueError: the logits of the first call are NaN.
@@ -76,7 +81,7 @@ class CachedForward:
             logits, output = self._read_one(ids[:, -1:]), GPTOutput(cache=self.cache)
         else:
             logits, output = self._read(ids, first)
-        if not self.checked and logits.isnan().any():  # only once, because the host waits for the result
+        if not self.checked and logits.isnan().any():  # only in the first call, because the host waits for the result
             raise ValueError(
                 "the model's logits are NaN: its weights are damaged or overflow in this dtype. Use another "
                 "checkpoint or float32"
@@ -87,7 +92,8 @@ class CachedForward:
     def _read(self, ids: Tensor, first: int) -> tuple[Tensor, GPTOutput]:
         """Return the logits (N, V) of the token after ids (N, T), and the model's output.
 
-        The model sees the ids from index `first` on, and reads those that the cache does not hold yet.
+        The model does not see the ids before index `first`. Of the other ids, it reads those that the cache does not
+        hold yet.
         """
         output = self.model(
             ids[:, first + self.cache.length :],
@@ -113,13 +119,13 @@ class CachedForward:
 
 
 def empty_records(options: GenerationOptions) -> dict[str, Any]:
-    """Return an empty list for each output that the options request. `record` appends to it at every step."""
+    """Return {name: []} for each output that the options request. `record` appends to these lists at every step."""
     names = ("logits", "scores", "hidden_states", "attentions")
     return {name: [] for name in names if getattr(options, f"output_{name}")}
 
 
 def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTOutput) -> None:
-    """Append one step's tensors to the lists of `empty_records`."""
+    """Append one step's tensors to the lists that `empty_records` has made."""
     values = output._asdict() | {"logits": logits, "scores": scores}
     for name, steps in records.items():
         steps.append(values[name])
@@ -128,10 +134,11 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether the last token completes a stop string. The token's text may continue after the stop string.
 
-    End-of-text tokens are not part of the text. (An empty prompt, for example, becomes one end-of-text token.) So the
-    search begins after the last end-of-text token in ids[:-1].
+    An end-of-text token stands, for example, in place of an empty prompt. Its text is not part of the generated text,
+    so the search begins after the last end-of-text token in ids[:-1].
     """
-    # A stop string of n bytes spans at most n tokens, because each token has at least one byte.
+    # Each token has at least one byte, so a stop string of n bytes spans at most n tokens. Earlier tokens need no
+    # search.
     tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]
     tail = tail[max((i + 1 for i, token in enumerate(tail[:-1]) if token == tokenizer.eot), default=0) :]
     text, before = tokenizer.decode(tail), tokenizer.decode(tail[:-1]).rstrip("\ufffd")
@@ -142,10 +149,10 @@ def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], token
 def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> Tensor:
     """Return (N,) booleans, True for each row of ids (N, T) whose last token ends the row.
 
-    mask is (N, T) or longer, 0 for padding, or None. Padding is not searched for stop strings.
+    mask is (N, T or more), 0 for padding, or None if no row is padded. Padding is not searched for stop strings.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # not as one tensor: copying it to the device would make the host wait
+    for token in options.eos:  # a loop, because the host would wait while a tensor of these tokens is copied to a GPU
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

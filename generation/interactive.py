@@ -20,7 +20,7 @@ A line that starts with a colon is a command:
   :top-p 0.9             sample from the most probable tokens whose probabilities sum to 0.9
   :max-new-tokens 100    tokens to generate
   :num-samples 3         samples of each prompt
-  :show-probs 5          first print the 5 most probable next tokens (0: do not)
+  :show-probs 5          first print the 5 most probable next tokens (0: print none)
   :more                  continue the last text
   :help                  print this
   :quit                  end the program, as Ctrl-D does
@@ -31,7 +31,7 @@ class Setting(NamedTuple):
     """A setting that a command can change."""
 
     convert: Callable[[str], float]  # converts what the user types; raises ValueError if this is not a number
-    is_possible: Callable[[float], bool]
+    is_possible: Callable[[float], bool]  # returns whether the setting may have the converted value
     expected: str  # the possible values, in words, for error messages
 
 
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
 class Session:
     """The state of `sample.py --interactive`: the settings, the seed of the next sample, and the last text.
 
-    The model sees only the current prompt, not the earlier ones. `:more` uses the last text as the prompt.
+    The model sees only the current prompt, not the earlier ones. The last text is the last prompt with its
+    continuation, and `:more` uses it as the prompt.
     """
 
     def __init__(self, args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> None:
@@ -99,7 +100,10 @@ class Session:
             self.last_text = prompt + print_stream(self.model, self.tokenizer, prompt, seed, options)
 
     def command(self, name: str = "", *values: str) -> None:
-        """Run a command, given as the words of its line without the colon. Raises ValueError if it is impossible."""
+        """Run the command `name` with the arguments `values`, the words that follow the colon in the user's line.
+
+        Raises ValueError if the command is unknown, or if an argument is impossible.
+        """
         setting = name.replace("-", "_")
         if name == "help" and not values:
             print(HELP)
@@ -138,5 +142,5 @@ class Session:
             raise
 
     def check(self, prompt: str) -> dict[str, Any]:
-        """Return the options of `generate` for a prompt. Raises ValueError if they are impossible."""
+        """Return the options of `generate` for a prompt. Raises ValueError if the model cannot continue the prompt."""
         return decoding_options(self.args, self.model, self.tokenizer, [prompt])

@@ -1,10 +1,12 @@
 """GPT-2's forward pass for one token of one sequence, in NumPy.
 
-For a single row, a matrix product reads each weight once and computes little, so the speed of the memory limits it. In
-float32, NumPy's matrix products come closer to this limit than PyTorch's (measured on an AMD EPYC, Zen 3). The other
-operations are so small that most of their time is the cost of a call, which is lower in NumPy, too.
+For a single row, a matrix product uses each weight only once, so it cannot be faster than reading the weights from
+memory. In float32, NumPy's matrix products come closer to this limit than PyTorch's (measured on an AMD EPYC, Zen 3).
+The other operations are so small that most of their time is the overhead of the call. This overhead is also smaller in
+NumPy.
 
-NumPy does not read `torch.set_num_threads`. The environment variable OMP_NUM_THREADS limits the threads of both.
+`torch.set_num_threads` has no effect on NumPy. The environment variable OMP_NUM_THREADS limits the threads of NumPy and
+of PyTorch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from model import GPT, MLP, Attention, Block, KVCache, Transformer
 
 Array: TypeAlias = np.ndarray
 
-# A step computes what these modules compute. Other modules, such as packed layers or adapters, may compute more.
+# The classes of the modules that a NumpyStep can replace. A model with other modules, such as packed layers or
+# adapters, may compute something else.
 MODULES = {GPT, Transformer, Block, Attention, MLP, nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout}
 
 
@@ -28,13 +31,17 @@ def numpy_can_read(model: GPT) -> bool:
     """Return whether a `NumpyStep` computes what the model does: on a CPU, in float32, with unchanged modules."""
     if model.config.attention != "full" or torch.is_autocast_enabled("cpu"):
         return False
-    # The type excludes sharded and quantized parameters.
+    # Sharded and quantized parameters have other types than nn.Parameter, so the comparison is False for them.
     parameters = {(type(p), p.device.type, p.dtype) for p in model.parameters()}
     return parameters == {(nn.Parameter, "cpu", torch.float32)} and all(map(is_unchanged, model.modules()))
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Return whether a module, in eval mode, computes what its class defines: no hooks, and no method replaced."""
+    """Return whether a module computes what a `NumpyStep` computes for its class.
+
+    The class must be in MODULES, a layer that can have a bias must have one, and the module must be in eval mode,
+    without hooks and without a replaced `forward`.
+    """
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     has_bias = getattr(module, "bias", True) is not None
     return type(module) in MODULES and has_bias and not (hooked or module.training)
@@ -46,7 +53,7 @@ def arrays(layer: nn.Linear | nn.LayerNorm) -> tuple[Array, Array]:
 
 
 class Linear(NamedTuple):
-    """W x + b."""
+    """Compute W x + b for a vector x (in,). The result is (out,)."""
 
     weight: Array  # (out, in)
     bias: Array  # (out,)
@@ -69,7 +76,7 @@ class LayerNorm(NamedTuple):
 
 
 class NumpyBlock:
-    """A `Block` with its layer of the cache. The arrays share the memory of the model's and the cache's tensors."""
+    """A `Block` and its layer of the KVCache. The arrays share the memory of the tensors of model and cache."""
 
     def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
         self.ln_1, self.ln_2 = (LayerNorm(*arrays(layer), layer.eps) for layer in (block.ln_1, block.ln_2))
@@ -79,22 +86,22 @@ class NumpyBlock:
         self.keys, self.values = keys[0].numpy(), values[0].numpy()  # (H, max_length, D)
 
     def __call__(self, x: Array, position: int) -> Array:
-        """Return the new residual stream (C,) of the token at `position`."""
+        """Return x (C,), the residual stream of the token at `position`, plus the results of attention and MLP."""
         x = x + self.attention(self.ln_1(x), position)
         return x + self.mlp(self.ln_2(x))
 
     def attention(self, x: Array, position: int) -> Array:
-        """Return the result of attention (C,), and write the token's key and value into the cache."""
+        """Return the result of attention (C,) for x (C,), and write the token's key and value into the cache."""
         H, _, D = self.keys.shape
         q, self.keys[:, position], self.values[:, position] = self.c_attn(x).reshape(3, H, D)
-        keys, values = self.keys[:, : position + 1], self.values[:, : position + 1]  # (H, S, D)
+        keys, values = self.keys[:, : position + 1], self.values[:, : position + 1]  # (H, S, D), S = position + 1
         scores = np.matvec(keys, q / math.sqrt(D))  # (H, S)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         y = np.vecmat(weights, values) / weights.sum(axis=1, keepdims=True)  # (H, D)
         return self.attn_proj(y.ravel())
 
     def mlp(self, x: Array) -> Array:
-        """Return the result of the MLP (C,)."""
+        """Return the result of the MLP (C,) for x (C,)."""
         return self.mlp_proj(self.activation(torch.from_numpy(self.c_fc(x))).numpy())
 
 
@@ -102,7 +109,7 @@ class NumpyStep:
     """A step that reads one more token of a single sequence. Its logits equal the model's, apart from rounding."""
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        """Continue after the tokens that `cache` holds. `numpy_can_read` must hold for the model."""
+        """Continue after the tokens that `cache` holds. `numpy_can_read(model)` must be True."""
         transformer = model.transformer
         self.wte, self.wpe = (layer.weight.detach().numpy() for layer in (transformer.wte, transformer.wpe))
         caches = zip(cache.keys, cache.values, strict=True)
@@ -113,7 +120,7 @@ class NumpyStep:
         self.cache = cache
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Add `tokens` (1, 1) to the cache, and return the logits (1, V) of the token after it."""
+        """Add one token, `tokens` (1, 1), to the cache, and return the logits (1, V) of the token after it."""
         position = self.cache.length
         x = self.wte[int(tokens)] + self.wpe[position]  # (C,)
         for block in self.blocks:

@@ -13,9 +13,9 @@ Processor = Callable[[Tensor, Tensor], Tensor]  # (ids (N, T), scores (N, V)) ->
 
 
 class Tokenizer(Protocol):
-    """The part of a tokenizer that decoding uses."""
+    """The methods and attributes of a tokenizer that `generate` and the other functions of this package use."""
 
-    eot: int
+    eot: int  # id of the end-of-text token
     vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -88,11 +88,11 @@ class GenerationOptions:
             raise ValueError("stop_strings contain an empty string, which would end every text at once: remove it")
 
     def n_choices(self, vocab_size: int) -> int:
-        """Return how many token ids may be chosen: the smaller of the model's `vocab_size` and the tokenizer's."""
+        """Return the number of token ids that may be chosen: `vocab_size`, or the tokenizer's if it is smaller."""
         return vocab_size if self.tokenizer is None else min(vocab_size, self.tokenizer.vocab_size)
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Raise ValueError if a token id in the options is outside the vocabulary, or a banned word is empty."""
+        """Raise ValueError if a token id in the options is outside the vocabulary, or a word to ban has no tokens."""
         words = [token for word in self.bad_words_ids or () for token in word or (-1,)]
         if not all(0 <= token < vocab_size for token in (*words, *self.eos)):
             raise ValueError(
@@ -101,7 +101,7 @@ class GenerationOptions:
 
     @property
     def eos(self) -> list[int]:
-        """The tokens that end a row. The first of these tokens fills the rest of the row."""
+        """The tokens that end a row; empty if no token does. The first of them fills the rest of an ended row."""
         if self.eos_token_id is None:
             return [self.tokenizer.eot] if self.stop_strings and self.tokenizer else []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
@@ -116,10 +116,16 @@ class GenerateOutput(NamedTuple):
 
     sequences: Tensor  # (N, prompt + S); filled with eos after the end of a row
     logprobs: Tensor  # (N, S), log-probability of each new token, from the unprocessed logits; 0 after the end of a row
-    sequences_scores: Tensor  # (N,), sum of logprobs (in beam search, of scores) / new tokens ** length_penalty
+    # (N,), the score of each row: the sum of `logprobs` (in beam search, of the processed log-probabilities) divided by
+    # `lengths` ** length_penalty.
+    sequences_scores: Tensor
     lengths: Tensor  # (N,), number of new tokens of each row, including the token that ended it
     logits: list[Tensor] | None = None  # S tensors (N, V), float32, unprocessed
-    scores: list[Tensor] | None = None  # S tensors (N, V), processed logits; beam search: log-probabilities
-    hidden_states: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer + 1 tensors; step 0 reads the prompt
-    attentions: list[tuple[Tensor, ...]] | None = None  # S tuples of n_layer tensors
-    beam_indices: Tensor | None = None  # (N, S), only in beam search: each token's row in `scores`; -1 after the end
+    scores: list[Tensor] | None = None  # S tensors (N, V): processed logits, in beam search log-probabilities
+    # S tuples of n_layer + 1 tensors (N, tokens that the step reads, C). Step 0 reads the whole prompt.
+    hidden_states: list[tuple[Tensor, ...]] | None = None
+    # S tuples of n_layer tensors (N, H, tokens that the step reads, tokens so far).
+    attentions: list[tuple[Tensor, ...]] | None = None
+    # (N, S), only in beam search: for each token, the index of the row in `scores` that it was chosen from; -1 after
+    # the end.
+    beam_indices: Tensor | None = None

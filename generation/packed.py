@@ -1,7 +1,8 @@
 """Store a model's weights in a layout that makes decoding faster on a CPU.
 
-In decoding, a weight matrix is multiplied by only a few rows at a time. If the matrix were converted to this layout for
-each product, the conversion would take a large part of the time.
+oneDNN, which computes matrix products for PyTorch on a CPU, reads weights in a memory layout of its own. In decoding, a
+weight matrix is multiplied by only a few rows at a time. If the matrix were converted to this layout for each product,
+the conversion would take a large part of the time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PackedLinear(nn.Module):
 class DecodingHead(nn.Module):
     """Compute float32 logits (N, V) from hidden states (N, C), with a matrix product in the dtype of the weights.
 
-    If the dtype is less precise than float32, the product uses the head minus its mean row (`centered_head` explains
+    If the dtype is less precise than float32, the product uses the weight minus its mean row (`centered_head` explains
     why). Then the product of x and the mean row, one number for each row of x, is added to the logits in float32.
     """
 
@@ -55,7 +56,8 @@ def pack_weights(model: GPT, rows: int) -> None:
     """Prepare a model to decode `rows` rows at a time: add a `DecodingHead`, and pack linear layers if that is faster.
 
     Afterwards the model can only decode: it cannot be trained, saved or moved to another device. A single row in
-    float32 on a CPU is decoded by a `NumpyStep`, which reads unpacked weights. For such a row the model stays as it is.
+    float32 on a CPU is decoded by a `NumpyStep`, which reads unpacked weights. In this case the function does not
+    change the model.
     """
     if rows == 1 and numpy_can_read(model):
         return

@@ -48,8 +48,8 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
     """Keep the smallest set of most probable tokens whose probabilities sum to at least p, and ban the other tokens
-    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. The code sums from the
-    least probable token on, as in transformers, so that the results equal those of transformers bit for bit."""
+    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. Like transformers, the
+    code adds the probabilities in ascending order, so that both round equally and the results are equal bit for bit."""
     ascending, order = scores.sort()
     banned = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     banned[:, -min_tokens_to_keep:] = False
@@ -66,13 +66,13 @@ def keep_min_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
 
 
 def _tokens_to_mask(tokens: Tensor, scores: Tensor) -> Tensor:
-    """Return (N, V) booleans that are True at the tokens (N, any number) of each row; a token of -1 is ignored."""
+    """Return (N, V) booleans, True for each id in the same row of `tokens` (N, any number); -1 is ignored."""
     mask = torch.zeros(len(scores), scores.size(1) + 1, dtype=torch.bool, device=scores.device)
     return mask.scatter_(1, tokens.where(tokens >= 0, scores.size(1)), True)[:, :-1]
 
 
 def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor | None) -> Processor:
-    """Return one processor that calls all processors that the options request, in the order of transformers.
+    """Return one processor that calls all requested processors, one after the other, in the order of transformers.
 
     prompt_length includes padding. mask is (N, prompt + new tokens), 0 for padding, or None.
     """
@@ -89,13 +89,14 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
     warpers = make_warpers(options)
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
-        # Replace padding by -1, which equals no token id. So a row gets the same scores as without padding.
+        # Replace padding by -1, which is no token id, so that padding does not count as a token of the row.
         history = ids if mask is None or not history_processors else ids.masked_fill(mask[:, : ids.size(1)] == 0, -1)
         for processor in history_processors:
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
             scores = scores.clone()
-            for token in options.eos:  # not as one tensor: copying it to the device would make the host wait
+            # A loop, because the host would wait while a tensor of these tokens is copied to a GPU.
+            for token in options.eos:
                 scores[:, token] = BANNED
         for processor in custom:
             scores = processor(ids, scores)
@@ -107,9 +108,10 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
 
 
 def make_warpers(options: GenerationOptions) -> list[Callable[[Tensor], Tensor]]:
-    """Return the functions of scores (N, V) that change the distribution to sample from, in transformers' order."""
+    """Return functions (N, V) -> (N, V) that change the distribution to sample from, in the order of transformers."""
     warpers: list[Callable[[Tensor], Tensor]] = []
-    # Beam search keeps at least two tokens, and more than there are eos tokens, so that each beam can continue.
+    # In beam search, top_k, top_p and min_p keep at least two tokens, and more tokens than there are eos tokens. So at
+    # least one token that does not end the beam is kept.
     min_tokens_to_keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos))
     if options.temperature != 1:
         warpers.append(lambda scores: scores / options.temperature)

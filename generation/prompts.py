@@ -13,7 +13,10 @@ from model import GPT
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Return the token ids of a prompt. An empty prompt becomes end-of-text, which precedes documents in training."""
+    """Return the token ids of a prompt. An empty prompt becomes one end-of-text token.
+
+    In the training data, this token stands before each document, so the model then begins a new document.
+    """
     return (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [tokenizer.eot]
 
 
@@ -39,7 +42,7 @@ def prepare_prompts(
 
     Returns:
         ids: (N, T) on the model's device. A prompt has num_return_sequences adjacent rows, or one row in beam search.
-        mask: (N, T + max_new_tokens), or None if no prompt is padded.
+        mask: (N, T + max_new_tokens), 0 for padding, or None if no prompt is padded.
 
     Raises:
         ValueError: token ids, shapes, lengths or the number of generators are impossible for this model.
@@ -57,7 +60,7 @@ def prepare_prompts(
     if low < 0 or high >= vocab_size:
         raise ValueError(f"input_ids contain {low if low < 0 else high}, outside 0..{vocab_size - 1}")
     prompt_length = input_ids.size(1)
-    # The model never reads the last token, so block_size + 1 tokens fit.
+    # The last new token is never an input of the model, so a row can have block_size + 1 tokens.
     if prompt_length + options.max_new_tokens - 1 > config.block_size and not options.sliding:
         raise ValueError(
             f"{prompt_length} prompt tokens + {options.max_new_tokens} new > block_size {config.block_size} + 1: "

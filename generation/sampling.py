@@ -63,11 +63,13 @@ _one_thread_is_set = threading.Lock()
 def one_thread() -> Iterator[None]:
     """Run PyTorch's operators in the calling thread only.
 
-    After an operator with several threads, these threads wait for the next one by spinning for a few milliseconds
-    (openmp.py). Meanwhile the threads of NumPy's matrix products would have to share the cores with them.
+    After PyTorch has run an operator in several threads, these threads spin for a few milliseconds, in case another
+    operator follows (see openmp.py). Meanwhile, the threads of NumPy's matrix products would have to share the cores
+    with the spinning threads.
 
-    PyTorch's number of threads is a setting of the whole process. So if another thread of this process is inside
-    `one_thread`, nothing is changed. A thread that uses PyTorch for the first time at this moment keeps one thread.
+    PyTorch's number of threads is a setting of the whole process. So if another thread of this process is already
+    inside `one_thread`, this call changes nothing. A thread that uses PyTorch for the first time while the setting is 1
+    keeps using one thread afterwards.
     """
     if not _one_thread_is_set.acquire(blocking=False):
         yield
@@ -89,7 +91,7 @@ class Step(NamedTuple):
     scores: Tensor  # (N, V), processed
     output: GPTOutput
     running: Tensor  # (N,) booleans, True for each row that had not ended before this token
-    is_last: bool
+    is_last: bool  # whether no step follows
 
 
 @torch.no_grad()
@@ -116,8 +118,8 @@ def sample_steps(
             if may_ban_all and (scores[running] == BANNED).all(dim=-1).any():
                 raise ValueError(f"no token is left to choose at position {t}: all are banned")
             if options.do_sample:
-                # If a row has ended, all its tokens may be banned. Drawing would then be an error, so its scores
-                # become 0.
+                # All tokens of a row that has ended may be banned. Drawing from such scores would raise an error, so
+                # the scores of ended rows are set to 0.
                 choices = scores.masked_fill(~running[:, None], 0.0) if may_ban_all else scores
                 tokens = draw(choices, 1, options.generator, options.gumbel)[:, 0]
             else:
@@ -138,8 +140,8 @@ def sample_steps(
 def steps_between_checks(device: torch.device, options: GenerationOptions) -> int:
     """Return the number of steps between two checks whether all rows have ended.
 
-    The number is larger than 1 only on CUDA, where a check makes the host wait for the GPU. With stop strings, the host
-    waits in each step anyway, so the number is 1.
+    The number is larger than 1 only on CUDA, where a check makes the host wait for the GPU. With stop strings, the
+    number is 1, because the host decodes the tokens of each step and therefore waits in each step anyway.
     """
     return STEPS_BETWEEN_CHECKS if device.type == "cuda" and not options.stop_strings else 1
 
@@ -157,7 +159,7 @@ def sample(model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOpti
             record(records, step.logits, step.scores, step.output)
             logprob = -F.cross_entropy(step.logits, step.tokens, reduction="none")
             logprobs.append(logprob.where(step.running, 0.0))
-    steps = int(lengths.max())  # `tokens` may hold more steps, made after all rows had ended
+    steps = int(lengths.max())  # `tokens` may hold more steps, which were made after all rows had ended
     sequences = torch.cat((ids, torch.stack(tokens[:steps], dim=1)), dim=1)
     if not options.return_dict:
         return sequences

@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace, rows: int = 1) -> tuple[GPT, Tokenizer, str, str]:
-    """Load the model that the arguments select, ready to decode `rows` rows at a time. Another number may be slower.
+    """Load the model that the arguments select, and prepare it to decode `rows` rows at a time.
+
+    Decoding another number of rows works too, but may be slower.
 
     Returns the model, its tokenizer, the directory or hub name that it was loaded from, and a description of its size.
     """
@@ -127,7 +129,7 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
     Raises ValueError if the model cannot continue the longest prompt with these arguments.
     """
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
-    room = max(1, model.config.block_size + 1 - len(longest))  # the model never reads the last token
+    room = max(1, model.config.block_size + 1 - len(longest))  # the last new token is never an input of the model
     fitting = args.default_new_tokens if args.sliding else min(args.default_new_tokens, room)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or fitting, "sliding": args.sliding}
     options |= {"eos_token_id": tokenizer.eot, "stop_strings": args.stop or None}
@@ -154,7 +156,7 @@ def printable(text: str) -> str:
 
 
 def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> None:
-    """Print a table of the `count` most probable next tokens. Raises ValueError if the vocabulary has fewer tokens."""
+    """Print a table of the `count` most probable next tokens. Raises ValueError if the vocabulary is smaller."""
     if count > model.config.vocab_size:
         raise ValueError(f"--show-probs {count} is more than the vocabulary of {model.config.vocab_size}")
     ids = [encode_prompt(tokenizer, prompt)]
@@ -168,7 +170,7 @@ def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: in
 
 
 def print_stream(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, options: dict[str, Any]) -> str:
-    """Print one continuation of a prompt while it is generated, and return the continuation."""
+    """Continue a prompt once, print the continuation token by token while it is generated, and return it."""
     generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
     text = ""
     for streamed in stream(model, tokenizer, prompt, generator=generator, **options):
@@ -182,7 +184,7 @@ def complete(
     args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, prompts: list[str], seed: int, options: dict[str, Any]
 ) -> list[Completion]:
     """Return all samples of all prompts. On a terminal, show a progress bar if there are several batches."""
-    if args.num_beams == 1:  # one prompt for each sample, so that a batch has at most batch_size samples
+    if args.num_beams == 1:  # repeat a prompt for each of its samples, so that a batch has at most batch_size samples
         prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     hide = True if len(prompts) <= args.batch_size else None  # None hides the bar if stderr is not a terminal
     with tqdm(total=len(prompts), disable=hide, unit="prompt", leave=False) as bar:

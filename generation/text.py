@@ -20,7 +20,7 @@ from model import GPT
 class StreamedToken(NamedTuple):
     """A new token, and the text that it completes: whole characters, or "" while a character is incomplete.
 
-    If the last character is still incomplete at the last token, the text contains U+FFFD in its place.
+    If the last token leaves a character incomplete, its text ends with U+FFFD in place of this character.
     """
 
     token: int
@@ -33,13 +33,15 @@ def stream(
 ) -> Iterator[StreamedToken]:
     """Continue one prompt and yield each new token as soon as it is chosen. An eos token adds no text.
 
-    The options are those of `generate`, without beam search and several sequences. The texts of all tokens together are
-    the decoded continuation. An impossible request raises ValueError at the call, before the first token.
+    The options are those of `generate`, but num_beams and num_return_sequences must be 1. The texts of all tokens,
+    joined together, are the decoded continuation. An impossible request raises ValueError at the call, before the first
+    token.
     """
     chosen = GenerationOptions(max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
     if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
         raise ValueError("only one sequence can be streamed: set num_beams and num_return_sequences to 1")
-    # This function has no `yield`, so it checks the request now, and not only when the caller asks for the first token.
+    # This function is not a generator, so it checks the request when it is called. The code of a generator would run
+    # only when the caller asks for the first token.
     ids, mask = prepare_prompts(model, [encode_prompt(tokenizer, prompt)], None, chosen)
     return _stream_tokens(model, tokenizer, ids, mask, chosen)
 
@@ -61,13 +63,13 @@ def _stream_tokens(
 
 
 class Completion(NamedTuple):
-    """A prompt and its continuation. `text` and `tokens` contain neither the prompt nor eos."""
+    """A prompt and its continuation. `text` and `tokens` contain neither the prompt nor the eos token."""
 
     prompt: str
     text: str
     tokens: list[int]
     logprobs: list[float]  # log-probability of each of `tokens`, from the unprocessed logits
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]  # "stop": eos or a stop string; "length": max_new_tokens tokens
 
 
 def generate_text(
@@ -84,14 +86,16 @@ def generate_text(
 
     Args:
         batch_size: the largest number of prompts that are continued together.
-        seed: result i is drawn with a generator of seed `seed + i`. In beam search, all results of prompt i are drawn
-            with one generator of seed `seed + i`. So float32 results do not depend on the batch size. bfloat16 results
-            can differ, because rounding depends on the batch size.
+        seed: the result with index i in the returned list is drawn with a generator of its own, which has the seed
+            `seed + i`. In beam search, all results of prompt i are drawn with one generator of seed `seed + i`. So no
+            random number depends on the batch size, and neither do float32 results. bfloat16 results can differ,
+            because rounding depends on the batch size. If it is None, the generator in `options` is used, or else
+            PyTorch's default generator.
         progress: called after each batch with the number of prompts in it.
         options: options of `generate`. The default of eos_token_id is the tokenizer's end-of-text.
 
     Returns:
-        The completions in the order of the prompts: num_return_sequences adjacent ones for each prompt.
+        The completions in the order of the prompts. Each prompt has num_return_sequences adjacent completions.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string, expected a list of strings")

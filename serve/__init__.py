@@ -3,5 +3,5 @@
 completions.py  what a request may contain, and the parts of a response
 engine.py       one queue, and one thread that generates text
 app.py          the ASGI application and the command `sample.py --serve`
-page.html       the page, with page.js
+page.html       the page; its script is page.js
 """

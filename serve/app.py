@@ -29,14 +29,14 @@ from serve.completions import Part, RequestError, choice, join, parse_request, u
 from serve.engine import Engine, Job
 
 MAX_BODY = 1 << 20  # bytes; far more than any prompt that fits into a GPT-2
-# A body of more than MAX_BODY bytes is refused, but is read up to this number of bytes and discarded. Otherwise the
-# client could not finish sending, and would not read the error.
+# A request whose body has more than MAX_BODY bytes is refused. The server still reads the body, up to this number of
+# bytes, and discards it, because a client may read the error only after it has sent the whole body.
 MAX_DISCARDED = 64 << 20
 BODY_SECONDS = 30  # seconds in which a client must send the body of its request
 MAX_CONNECTIONS = 512
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 HERE = Path(__file__).parent
-REPORT_TEMPLATES = HERE.parent / "report" / "templates"  # the page has the style of the reports
+REPORT_TEMPLATES = HERE.parent / "report" / "templates"  # the page shares its style and a script with the reports
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
@@ -46,8 +46,9 @@ CONTENT_SECURITY_POLICY = (
 def make_app(engine: Engine, name: str, description: str, *, local: bool = True) -> Starlette:
     """Return the application for a model called `name`.
 
-    With `local`, the Host header of a request must be a name of this machine. This prevents DNS rebinding: a page
-    of another website could otherwise reach the server through its own domain name, resolved to 127.0.0.1.
+    With `local`, the Host header of a request must be one of LOCAL_NAMES. This prevents DNS rebinding: the owner of
+    another website could let its domain name resolve to 127.0.0.1, and the pages of that website could then reach this
+    server.
     """
 
     @contextlib.asynccontextmanager
@@ -90,7 +91,7 @@ def make_page(name: str, description: str) -> str:
     page = (HERE / "page.html").read_text(encoding="utf-8")
     values = {
         "name": html.escape(name),
-        "heading": html.escape(name).replace("/", "/<wbr>"),  # allow a line break: a path may be wider than a phone
+        "heading": html.escape(name).replace("/", "/<wbr>"),  # a long path may break after "/" on a narrow screen
         "description": html.escape(description),
         "style": (REPORT_TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "script": "".join(
@@ -110,8 +111,8 @@ async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
     Raises RequestError if its content type is not JSON, if it is too large, or if it does not arrive in time. JSON is
-    required for security: without this server's consent, a browser does not let pages of other websites send JSON. Some
-    other content types need no consent.
+    required for security: a browser lets a page of another website send JSON to this server only if the server
+    consents, and this server does not. Other content types, such as text/plain, need no consent.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body, size = bytearray(), 0
@@ -139,7 +140,7 @@ def check_model(asked: Any, name: str) -> None:
 
 
 async def next_event(job: Job) -> Part | None:
-    """Return the next part of a job, or None at its end. If the job has failed, raises the error of the job."""
+    """Return the next part of a job, or None at its end. If the job has failed, raise the exception that ended it."""
     event = await job.events.get()
     if isinstance(event, Exception):
         raise event
@@ -156,8 +157,8 @@ async def cancel_on_disconnect(request: Request, engine: Engine, job: Job) -> No
 async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
     """Return the response to a request in the queue: a stream of events, or one object.
 
-    Raises RequestError if the model cannot answer the request, and ClientDisconnect if the job was canceled: the client
-    has disconnected, or the server stops.
+    Raises RequestError if the model cannot answer the request. Raises ClientDisconnect if the job was canceled, either
+    because the client has disconnected or because the server stops.
     """
     heading: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -173,7 +174,7 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
             parts.append(part)
             part = await next_event(job)
     finally:
-        watcher.cancel()  # StreamingResponse itself detects that a client disconnects
+        watcher.cancel()  # from here on, StreamingResponse itself detects whether the client disconnects
     if job.canceled:
         raise ClientDisconnect
     if job.request.stream:

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 MAX_TOKENS = 4096  # new tokens of one completion
 MAX_CHOICES = 16  # completions of one request: the number of prompts times n
-MAX_STOPS = 8
+MAX_STOPS = 8  # stop strings of one request
 MAX_STOP_LENGTH = 200  # characters
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # alternatives that are returned for each token
 MAX_BEAMS = 16
 # Unsupported fields, with the values at which they have no effect. A request with another value is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -24,8 +24,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "suffix": (None, ""),
 }
-IGNORED = {"user"}  # the name that the client gives to its own user
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # no effect in beam search: refused if num_beams > 1
+IGNORED = {"user"}  # a field without effect, which identifies the client's own user
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # beam search does not use them: refused if num_beams > 1
 
 
 class RequestError(ValueError):
@@ -38,22 +38,22 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A valid request. The fields are those of OpenAI's protocol, and the additions that the module names."""
+    """A valid request. Its fields are those of OpenAI's protocol and the additions that the module docstring names."""
 
     prompts: list[str | list[int]]
-    model: Any = None  # the application compares it with the name of its model
+    model: Any = None  # name of the model, which the application checks; None: the server's only model
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0: all tokens
     num_beams: int = 1
     n: int = 1
-    seed: int | None = None
-    logprobs: int | None = None
+    seed: int | None = None  # None: random
+    logprobs: int | None = None  # number of alternatives for each token; None: return no log-probabilities
     stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False  # whether a stream ends with the numbers of tokens
-    echo: bool = False
+    echo: bool = False  # whether the text of a completion begins with the prompt
     sliding: bool = False  # allow more tokens than block_size; the model sees only the last block_size tokens
 
 
@@ -70,20 +70,20 @@ class Part(NamedTuple):
 
     number: int  # index of the completion in the request
     text: str
-    tokens: list[TokenInfo]
-    n_tokens: int  # new tokens, including end-of-text if it ended the completion
-    finish_reason: Literal["stop", "length"] | None
+    tokens: list[TokenInfo]  # may be empty if the request does not ask for log-probabilities
+    n_tokens: int  # number of new tokens, including end-of-text if it ended the completion
+    finish_reason: Literal["stop", "length"] | None  # None if another part of the completion follows
 
 
 def parse_request(body: bytes) -> CompletionRequest:
-    """Return the request in a body. If it is invalid, raises RequestError, whose message says what to change."""
+    """Parse the body of an HTTP request. If it is invalid, raise RequestError, whose message says what to change."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RequestError(f"the body is a JSON {type(fields).__name__}, expected an object with a prompt")
-    best_of = (None, 1, fields.get("n"))  # None, 1 and n have no effect: all n completions are returned
+    best_of = (None, 1, fields.get("n"))  # with these values, all n completions are returned, as without best_of
     for name, neutral in (NEUTRAL | {"best_of": best_of}).items():
         if fields.pop(name, None) not in neutral:
             raise RequestError(f"{name} is not supported: omit it")
@@ -134,14 +134,17 @@ class _Reader:
         self.fields = fields
 
     def pop(self, name: str, kind: type, default: Any) -> Any:
-        """Return a field of the type `kind`, or its default. Raises RequestError if the value has another type."""
+        """Return the field `name`, or `default` if it is missing. Raises RequestError if it is not of type `kind`."""
         value = self.fields.pop(name, default)
         if not isinstance(value, kind):
             raise RequestError(f"{name} is {_shown(value)}, expected {_KINDS[kind]}")
         return value
 
     def number(self, name: str, kind: type, default: Any, low: float, high: float) -> Any:
-        """Return a number in [low, high], or its default. Raises RequestError if the value is anything else."""
+        """Return the number in the field `name`, or `default` if the field is missing.
+
+        Raises RequestError if the value is not a number of the type `kind`, or is outside [low, high].
+        """
         if name not in self.fields:
             return default
         value = self.fields.pop(name)

@@ -29,12 +29,12 @@ class Canceled(Exception):
 
 
 class Job:
-    """A request in the queue, and its events: parts of completions, perhaps an error, and None at the end."""
+    """A request and the queue of its events: parts of completions, then an error if one occurs, and None at the end."""
 
     def __init__(self, request: CompletionRequest) -> None:
         self.request = request
         self.events: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
-        self.prompt_tokens = 0
+        self.prompt_tokens = 0  # number of tokens of all prompts, known when the engine begins to answer the request
         self.canceled = False
         self._loop = asyncio.get_running_loop()
 
@@ -118,7 +118,8 @@ class Engine:
         request = job.request
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in request.prompts]
         job.prompt_tokens = sum(map(len, prompts))
-        for prompt in prompts:  # check all before the first part: a stream that has begun cannot be refused
+        # Check all prompts before the first part is sent: a response that has begun can no longer have an error status.
+        for prompt in prompts:
             check_prompt(self.model, self.tokenizer, prompt, request)
         seed = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
         for i, prompt in enumerate(prompts):
@@ -194,7 +195,10 @@ class Engine:
         return TokenInfo(self._label(token), float(logprobs[token]), alternatives)
 
     def _label(self, token: int) -> str:
-        """Return the text of a token. A token with part of a character gives "bytes:\\xf0", as in OpenAI's protocol."""
+        """Return the text of a token. If its bytes are not whole characters, return them in the form "bytes:\\xf0".
+
+        OpenAI's protocol writes such tokens in this form.
+        """
         text = self.tokenizer.decode_bytes([token])
         try:
             return text.decode()
@@ -214,6 +218,6 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def stop_overlap(text: str, stops: Sequence[str]) -> int:
-    """Return the length of the longest suffix of `text` that is the beginning of a stop string, but not all of it."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of a stop string, or 0."""
     lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
     return max(lengths, default=0)

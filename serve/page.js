@@ -19,15 +19,16 @@ function requestOf(changes) {
   return { ...sampling, ...fields };
 }
 
-// Beam search does not sample: the settings of sampling have no effect on it.
+// Disables the settings of sampling if beam search is selected, because beam search does not use them.
 function showSettings() {
   for (const id of SAMPLING) field(id).disabled = Number(field("num_beams").value) > 1;
 }
 
 field("num_beams").addEventListener("input", showSettings);
-showSettings(); // a browser may keep the values when the page is loaded again
+showSettings(); // when a page is loaded again, a browser may keep the number of beams that was entered before
 
-// Calls `take` with each choice of a stream. Throws an Error with the server's message if the request is refused.
+// Sends a request, and calls `take` with each choice in the stream of the response. Throws an Error with the server's
+// message if the request is refused or fails.
 async function complete(fields, take, signal) {
   const response = await fetch("v1/completions", {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(fields), signal,
@@ -101,7 +102,8 @@ field("next").addEventListener("click", () => whileBusy(async (signal) => {
 
 // ---- tokens
 
-// JavaScript puts keys such as "2" before the others, so the tokens are sorted by probability again.
+// A JavaScript object lists keys that are integers, such as "2", before all other keys, so the order in which the
+// server sent the tokens is lost. They are sorted by probability again.
 const ranked = (alternatives) => Object.entries(alternatives).sort((a, b) => b[1] - a[1]);
 const bytesOf = (text) => text.replace(/^bytes:(.*)$/s, (_, bytes) => `⟨${bytes.replaceAll("\\x", " ").trim().toUpperCase()}⟩`);
 
