@@ -32,15 +32,18 @@ torch.set_num_threads(1)  # as in the processes that `python` starts: the number
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub has the mark `network` and unsets this
 
 
-def run_python(*arguments, check=True, timeout=300, **environment):
-    """Run `python ...` in the repository and capture its output. With `check`, fail if the exit status is not 0."""
+def run_python(*arguments, check=True, timeout=300, processes=1, **environment):
+    """Run `python ...` in the repository and capture its output. With `check`, fail if the exit status is not 0.
+
+    With several processes, they are started as by torchrun, but in less time.
+    """
     command = [str(argument) for argument in arguments]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    if environment or (command[0].startswith("-") and command[0] != "-m"):
+    if environment.keys() - {"PYTHONPATH"} or (command[0].startswith("-") and command[0] != "-m"):
         python = [sys.executable, *command]
         result = subprocess.run(python, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout)
     else:
-        result = forked.run(command, variables, timeout)
+        result = forked.run(command, variables, timeout, processes)
     if check and result.returncode != 0:
         pytest.fail(f"{arguments} exited with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     return result

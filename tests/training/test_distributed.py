@@ -48,9 +48,8 @@ def in_turn(python, write_config):
     """`in_turn(processes, configs)`: train all of them in one start of the processes; returns their directories."""
 
     def run(processes, configs):
-        launch = (*TORCHRUN, "--standalone", f"--nproc_per_node={processes}") if processes > 1 else ()
         files = [write_config(config) for config in configs]
-        python(*launch, "tests/training/run_in_turn.py", *files, PYTHONPATH=".", timeout=900)
+        python("tests/training/run_in_turn.py", *files, processes=processes, PYTHONPATH=".", timeout=900)
         return [files[0].parent / "runs" / config.run.name for config in configs]
 
     return run

@@ -77,8 +77,7 @@ def test_an_overflow_on_one_rank_skips_that_step_on_all(tiny_run, write_config, 
     configs = [tiny_run(parallel, **changes, **{"system.parallel": parallel}) for parallel in ("ddp", "fsdp")]
     script = "tests/training/overflow_on_one_rank.py"
     python(script, write_config(alone), PYTHONPATH=".")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    python(*launch, script, *map(write_config, configs), PYTHONPATH=".")
+    python(script, *map(write_config, configs), processes=2, PYTHONPATH=".")
     directory = write_config(alone).parent / "runs"
     for config in (alone, *configs):
         run = directory / config.run.name

@@ -112,9 +112,8 @@ def test_all_processes_leave_an_interrupted_validation_together(tiny_run, write_
     """The request reaches one of two processes, under DDP and under FSDP."""
     changes = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1, "data.micro_batch": 1}
     configs = [tiny_run(parallel, **changes, **{"system.parallel": parallel}) for parallel in ("ddp", "fsdp")]
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     script = "tests/training/stop_in_validation.py"
-    result = python(*launch, script, *map(write_config, configs), PYTHONPATH=".")
+    result = python(script, *map(write_config, configs), processes=2, PYTHONPATH=".")
     assert result.stdout.count("preempted forward passes after step 2: 3") == 4, result.stdout
     for config in configs:
         run = write_config(config).parent / "runs" / config.run.name

@@ -171,8 +171,7 @@ def test_muon_in_batches_skips_matrices_without_a_gradient():
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_muon_in_batches_gives_the_same_on_any_number_of_processes(python, processes):
-    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    output = python(*launch, "tests/training/muon_in_batches.py", PYTHONPATH=".").stdout
+    output = python("tests/training/muon_in_batches.py", processes=processes, PYTHONPATH=".").stdout
     differences = [float(number) for number in output.split()]
     assert len(differences) == 2 * processes
     assert max(differences) < 1e-5
