@@ -51,7 +51,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def native_dtypes(device: str) -> list[str]:
-    """Return the precisions that the device does not emulate, the default first. Print a note if bfloat16 is absent."""
+    """Return the precisions that the device computes without emulation, the default one first.
+
+    If bfloat16 is not among them, print a note that the tables have no rows in bfloat16.
+    """
     native, name = call_in_process("benchmarks.machine", "native_dtypes", device)
     if "bfloat16" not in native:
         print(f"\n  no rows in bfloat16: this {'CPU' if device == 'cpu' else 'card'} ({name}) emulates it")
@@ -59,7 +62,10 @@ def native_dtypes(device: str) -> list[str]:
 
 
 def check_shards(directory: Path) -> None:
-    """Raise ValueError unless all datasets in a directory have the same shards, byte by byte. Print the shard count."""
+    """Check that all datasets in a directory have equal shards, byte by byte, and print the number of shards.
+
+    Raises ValueError if two shards differ, or if there are no shards.
+    """
     datasets = [path for path in directory.iterdir() if path.is_dir()]
     hashes = [[file_sha256(shard) for shard in sorted(dataset.glob("train_*.bin"))] for dataset in datasets]
     if hashes[0] == [] or any(found != hashes[0] for found in hashes):
@@ -93,7 +99,7 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 
 def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time a training step, and compare its FLOP/s with the FLOP/s of its fastest matrix product, measured alone."""
+    """Time a training step. Compare the FLOP/s of our step with those of its fastest matrix product, timed alone."""
     rows, tokens = BATCH[device]
     work = (device, rows, tokens)
     contestants = {"ours": Call("benchmarks.ours.train", "train", work)}
@@ -103,7 +109,7 @@ def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str,
         contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "train", (peers["nanogpt"], *work))
     results = compare(contestants, runs)
     table = report(f"training step, 124M, {rows} x {tokens} tokens", "tokens", rows * tokens, results)
-    flops = rows * tokens * (6 * PARAMETERS + 12 * 12 * 768 * tokens)  # see estimate.flops_per_token
+    flops = rows * tokens * (6 * PARAMETERS + 12 * 12 * 768 * tokens)  # as in training/estimate.py
     for dtype in native_dtypes(device):
         rate = call_in_process("benchmarks.machine", "matmul_rate", dtype, device)
         table[f"matmul_{dtype}"] = rate
@@ -123,7 +129,7 @@ def bench_decode(peers: dict[str, str], runs: int, device: str) -> list[dict[str
             contestants["transformers"] = Call("benchmarks.peers.transformers", "decode", (batch, dtype, device))
         if "ctranslate2" in peers and dtype == "float32" and device == "cpu":
             contestants["ctranslate2"] = Call("benchmarks.peers.ctranslate2", "decode", (batch, dtype))
-        if "nanogpt" in peers and batch == 1 and dtype == "float32":  # nanoGPT decodes one sample at a time
+        if "nanogpt" in peers and batch == 1 and dtype == "float32":  # nanoGPT's sample.py decodes one sample at a time
             contestants["nanogpt"] = Call("benchmarks.peers.nanogpt", "decode", (peers["nanogpt"], device))
         title = f"greedy decoding, 124M, {dtype}, batch {batch}, {NEW_TOKENS} new tokens"
         table = report(title, "tokens", batch * NEW_TOKENS, compare(contestants, runs))
@@ -181,7 +187,7 @@ def bench_tokenize(
 
 
 def bench_loader(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time reading batches of 524,288 tokens from a shard."""
+    """Time how long our loader takes to read batches of 524,288 tokens from a shard. There is no peer."""
     with tempfile.TemporaryDirectory() as temporary:
         results = compare({"ours": Call("benchmarks.ours.loader", "load", (Path(temporary),))}, runs)
     return [report("loader", "Mtokens", LOADER_BATCHES * LOADER_BATCH_TOKENS / 1e6, results)]
@@ -206,7 +212,7 @@ def bench_attention(peers: dict[str, str], runs: int, device: str) -> list[dict[
 
 
 def bench_startup(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time how long a command takes to print its help."""
+    """Time how long train.py and sample.py take to print their help, including the time of their imports."""
     print()
     tables = []
     for command in ("train.py", "sample.py"):

@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 
 import psutil
 
-Run = Callable[[], object]  # the work that is timed
+Run = Callable[[], object]  # a function whose calls are timed
 
 
 class Call(NamedTuple):
-    """A function call, given by names. So a process can send it to another process without importing the module."""
+    """A function call. Module and function are given by their names.
 
-    module: str  # "benchmarks.ours.decode"
+    So a process can send the call to another process without importing the module.
+    """
+
+    module: str  # such as "benchmarks.ours.decode"
     function: str
     arguments: tuple = ()
 
@@ -50,7 +53,7 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
 
 
 def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
-    """Time the contestants in turn, `runs` times each.
+    """Time the contestants in turn, `runs` times each, after `warm_up` calls of each that are not timed.
 
     The order is reversed in every second turn, so that no contestant always runs after the same other one.
 
@@ -87,8 +90,9 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
     """Start `target(*arguments, pipe)` in a new process, and return the process and this process's end of the pipe.
 
-    After the last result, join the process. Until it has ended, it uses a core to release its memory. A contestant that
-    starts at the same time would find a busy machine (openmp.py), and would be slower in all its runs.
+    The caller must join the process after its last result. Until the process has ended, it uses a core to release its
+    memory. If a contestant started at this time, it would find a busy machine, and its threads would sleep while they
+    wait (openmp.py), which would make all its runs slower.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -143,7 +147,7 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         gpu = used_gpu()
         pipe.send(max(own_peak(), peak[0]) if gpu is None else gpu.max_memory_allocated())
     except Exception as error:
-        # If an exception of torch were sent, the parent process would import torch to receive it.
+        # Send a ValueError instead of an exception of torch: to receive that, the parent process would import torch.
         if type(error).__name__ == "OutOfMemoryError":
             error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
         pipe.send(error)
@@ -152,7 +156,7 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
 
 
 def seconds(run: Run) -> float:
-    """Return the seconds that one call takes, including the work that it queues on a GPU."""
+    """Return how many seconds one call of `run` takes, including the work that the call queues on a GPU."""
     synchronize()
     began = time.perf_counter()
     run()
@@ -161,13 +165,16 @@ def seconds(run: Run) -> float:
 
 
 def used_gpu() -> Any:
-    """Return torch.cuda if this process has used a GPU, otherwise None. Not every process imports torch."""
+    """Return torch.cuda if this process has used a GPU. Otherwise, or if it has not imported torch, return None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def synchronize() -> None:
-    """If this process uses a GPU, wait until all queued work is done: calls return before their operations have run."""
+    """If this process uses a GPU, wait until the GPU has finished all queued work.
+
+    This is necessary because a call of an operation on a GPU returns before the operation has run.
+    """
     if gpu := used_gpu():
         gpu.synchronize()
 

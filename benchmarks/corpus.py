@@ -18,7 +18,7 @@ from data.prepare.shakespeare import read_plays
 CODE = {".py", ".pyi", ".pyx", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".js", ".ts", ".sh", ".pl", ".java", ".rs"}
 MARKUP = {".html", ".xml", ".svg", ".css", ".json", ".ipynb", ".toml", ".yaml", ".yml", ".cmake", ".po"}
 PROSE = {".txt", ".md", ".rst", ".tex"}
-PLAYS_BYTES = 10**9
+PLAYS_BYTES = 10**9  # size of the corpus of repeated plays
 SAMPLE_BYTES = 20e6  # size of the sample of documents whose words are counted
 
 
@@ -65,8 +65,9 @@ def repeated_plays(size: int) -> Iterator[str]:
 def write_corpus(texts: Iterator[str], path: Path) -> tuple[float, float]:
     """Write texts to a .jsonl file.
 
-    Returns the megabytes of text, and the number of different words per megabyte. A word is a piece into which
-    GPT-2's splitting rule cuts a text. The words are counted in a random sample of the documents, about 20 MB in total.
+    Returns the megabytes of text, and the number of different words per megabyte. A word is one of the pieces into
+    which GPT-2's tokenizer splits a text before it merges bytes. The words are counted in a random sample of the
+    documents, about 20 MB in total.
     """
     size, lengths = 0, []
     with open(path, "w", encoding="utf-8") as file:

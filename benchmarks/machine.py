@@ -21,14 +21,20 @@ def describe(where: str) -> tuple[dict[str, Any], float]:
 
 
 def native_dtypes(where: str) -> tuple[list[str], str]:
-    """Return the device's native precisions, the default first, and the CPU's instruction set or the GPU's name."""
+    """Return the precisions that a device computes without emulation, the default one first, and the device's name.
+
+    The name is that of the GPU, or that of the CPU's instruction set.
+    """
     native = device.native_dtypes(torch.device(where))
     name = torch.cuda.get_device_name() if where == "cuda" else device.cpu_instruction_set()
     return [str(dtype).removeprefix("torch.") for dtype in native], name
 
 
 def matmul_rate(dtype_name: str, where: str) -> float:
-    """Return the FLOP/s of the fastest matrix product of the linear layers and the output head, forward or backward."""
+    """Return the FLOP/s of the fastest matrix product in the linear layers and the output head of GPT-2 124M.
+
+    The products of the forward and of the backward pass are timed one by one, with the batch of `bench.py train`.
+    """
     dtype, best, (rows, tokens) = device.DTYPES[dtype_name], 0.0, BATCH[where]
     # The number of logits that the loss computes for a token. On a GPU, the loss pads the vocabulary.
     vocab = VOCAB if where == "cpu" else math.ceil(VOCAB / HEAD_MULTIPLE) * HEAD_MULTIPLE

@@ -1,1 +1,1 @@
-"""Reports: from metrics to charts and pages."""
+"""Reports: charts and HTML pages about training runs and models, and checks of runs."""

@@ -1,9 +1,9 @@
-"""Write a page about training runs: curves, evaluations, samples and configurations, with GPT-2's results.
+"""Write a page about training runs: curves, evaluations, samples and configurations, beside GPT-2's results.
 
 python -m report runs/shakespeare                     writes runs/shakespeare/report.html
 python -m report runs/a runs/b --out compared.html    compares several runs
 python -m report --all runs/shakespeare               also writes attention.html, tokens.html and embeddings.html
-python -m report runs/a runs/b --watch                serves a page on this machine that follows the training
+python -m report runs/a runs/b --watch                serves a page to this machine, updated during training
 
 Without --watch, the page is one HTML file that opens offline, and every chart is also written as a PNG next to the
 page. The page includes the results that eval.run wrote to .json files in the directory of a run, for example with
@@ -12,7 +12,7 @@ page. The page includes the results that eval.run wrote to .json files in the di
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m report")
 
 import argparse
@@ -34,8 +34,8 @@ def add_arguments(add: Callable[..., Any]) -> None:
         metavar="FILE",
         help="HTML file to write (default: report.html in the run's directory, or in the current one for several runs)",
     )
-    add("--all", action="store_true", help="write all pages about a run to its directory, linked with each other")
-    add("--text", help="with --all: the text of the pages about attention and tokens (default: validation text)")
+    add("--all", action="store_true", help="write all pages about a run to its directory; the pages link to each other")
+    add("--text", help="with --all: text that the pages about attention and tokens show (default: validation text)")
     add("--checkpoint", metavar="best|newest|N", help=f"with --all: {CHECKPOINT_HELP}")
     add("--watch", action="store_true", help="serve a page on 127.0.0.1 that follows the runs, until Ctrl-C")
     add("--port", type=port_number, help=f"port of --watch; 0: any free one (default: {PORT})")

@@ -15,13 +15,14 @@ from report.run_log import read_run_log
 from report.runs_page import write_runs_page
 
 PAGES = ("report", "attention", "tokens", "embeddings")
-EXAMPLE_TOKENS = 48  # few enough for an attention matrix with readable labels
+EXAMPLE_TOKENS = 48  # length of the example text; the labels of a larger attention matrix would not be readable
 
 
 def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None:
     """Write report.html, attention.html, tokens.html and embeddings.html to the directory of a run.
 
-    The pages about attention and tokens show `text`. Without a text, they show the beginning of the validation split.
+    The pages about attention and tokens show `text`. If it is None, they show the beginning of the validation split.
+    `checkpoint` is best, newest or a step, or None for the default of --checkpoint.
 
     Raises ValueError or OSError if the run cannot be read, if a page cannot show the text or cannot be written, or if
     there is neither a text nor a validation split.

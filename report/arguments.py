@@ -1,4 +1,7 @@
-"""The command line of the report commands. This file does not import torch, so wrong arguments are reported at once."""
+"""The command line of the report commands.
+
+This file does not import torch, which takes seconds. So a wrong argument is reported without this delay.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ def command_line(
 ) -> None:
     """Parse the arguments of `python -m name`, and call `run` with them.
 
-    A wrong argument, or an error that the user can correct, ends the process with a message and status 2. Ctrl-C ends
-    the process with status 130.
+    `add_arguments` declares the arguments: it is called with the method `add_argument` of the parser. A wrong argument,
+    or an error that the user can correct, ends the process with a message and status 2. Ctrl-C ends the process with
+    status 130.
     """
     parser = CommandParser(
         prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""The charts of the report on runs: their series, and their drawing as PNGs."""
+"""Make the charts of the page about runs: choose the points of their lines, and draw the charts as PNG files."""
 
 from __future__ import annotations
 
@@ -14,39 +14,45 @@ from model import PRESETS
 from report.curves import draw_references, late_range, new_figure, save_figure, smooth
 from report.run_log import RunLog, ValidationSet
 
-POINTS = 2000  # the most points that a series may have; a screen has too few columns of pixels to show more
+POINTS = 2000  # largest number of points in a line; a screen has too few columns of pixels to show more points
 SIZES = dict(zip(PRESETS, ("124M", "350M", "774M", "1558M"), strict=True))
-# Readers with any type of color blindness can distinguish these: four colors of Okabe and Ito's palette, and a violet.
+# The colors of the runs, which readers with any type of color blindness can distinguish: four colors of Okabe and Ito's
+# palette, and a violet.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
 
 
 @dataclass
 class Series:
-    """A line of a chart, with n points that `thin` selected. The arrays have shape (n,)."""
+    """A line of a chart. It has the n points that `thin` selected, and its arrays have the shape (n,)."""
 
     run: int  # index of the run
-    kind: str  # "step" (every step), "mean" (its running mean), "validation", or "value" (a line that is always shown)
-    steps: np.ndarray
-    tokens: np.ndarray
-    seconds: np.ndarray
-    values: np.ndarray
+    # "step" (the value of each step), "mean" (the running mean of these values), "validation" or "value". The page has
+    # a checkbox for each kind that hides its lines, except for "value".
+    kind: str
+    steps: np.ndarray  # number of the optimizer step at each point
+    tokens: np.ndarray  # number of training tokens up to this step
+    seconds: np.ndarray  # training time up to this step
+    values: np.ndarray  # y value of each point
 
 
 @dataclass
 class Chart:
-    """A chart, as drawn on the page and as a PNG."""
+    """A chart, which is drawn on the page and as a PNG file."""
 
     key: str  # part of the PNG's file name
     title: str
-    x: str  # "tokens" or "seconds"
+    x: str  # quantity of the x axis: "tokens" or "seconds"
     y: str  # label of the y axis, with its unit
-    digits: str  # format of the y values in tooltips, in the syntax of d3
+    digits: str  # format of the y values in tooltips, in the syntax of d3-format (JavaScript)
     series: list[Series]
     references: list[tuple[str, float]] = field(default_factory=list)  # (name, value), drawn as horizontal lines
 
     @property
     def x_unit(self) -> tuple[str, float]:
-        """The unit of the x axis and its size in tokens or seconds. The longest run determines the unit of time."""
+        """The unit of the x axis, and how many tokens or seconds it has: ("minutes", 60.0).
+
+        The longest run determines the unit of time.
+        """
         if self.x == "tokens":
             return "tokens", 1.0
         longest = max((float(series.seconds[-1]) for series in self.series if len(series.seconds)), default=0.0)
@@ -58,9 +64,10 @@ class Chart:
 
     @property
     def y_range(self) -> tuple[float, float] | None:
-        """The initial y range, from `late_range`, or None for a chart without a running mean.
+        """The y range (low, high) that the chart shows at first, or None for a chart without a running mean.
 
-        With several runs, the range ignores the values of single steps, because these values are hidden at first.
+        `late_range` computes it. With several runs, the values of single steps have no influence on the range, because
+        these values are hidden at first.
         """
         if not any(series.kind == "mean" for series in self.series):
             return None
@@ -72,7 +79,8 @@ class Chart:
 def make_charts(logs: Sequence[RunLog]) -> list[Chart]:
     """Return all charts that have data.
 
-    Losses on different validation sets, and HellaSwag results with different conventions, have separate charts.
+    Losses on different validation sets cannot be compared, so they have separate charts. For the same reason, HellaSwag
+    results with different conventions (eval/hellaswag.py) have separate charts.
     """
     charts = [*_loss_charts(logs), *_hellaswag_charts(logs)]
     for name, title, unit, digits in (
@@ -119,7 +127,7 @@ def _hellaswag_charts(logs: Sequence[RunLog]) -> list[Chart]:
 
 
 def by_validation_set(logs: Sequence[RunLog]) -> list[list[int]]:
-    """Group the indices of the runs by validation set."""
+    """Return the indices of the runs in groups: each group has the runs that were validated on the same set."""
     groups: dict[ValidationSet, list[int]] = {}
     for i, log in enumerate(logs):
         groups.setdefault(log.validation, []).append(i)
@@ -127,7 +135,10 @@ def by_validation_set(logs: Sequence[RunLog]) -> list[list[int]]:
 
 
 def named_references(logs: Sequence[RunLog]) -> list[tuple[str, float]]:
-    """Return the reference losses of all runs, each only once. A released model is named by its size: GPT-2 124M."""
+    """Return the losses of other models that the runs have as references, as (name, loss), each pair only once.
+
+    A released model is named by its size, such as "GPT-2 124M".
+    """
     losses = dict.fromkeys(loss for log in logs for loss in log.reference_losses)
 
     def readable(name: str) -> str:
@@ -146,7 +157,7 @@ def loss_series(index: int, log: RunLog) -> list[Series]:
 def make_series(index: int, log: RunLog, split: str, name: str, kind: str) -> Series:
     """Return the column `name` of a split as a series or, if `kind` is "mean", the running mean of the column.
 
-    Missing values are left out: a skipped step, for example, has no loss.
+    Steps without a value are left out. For example, a skipped step has no loss.
     """
     columns = log.splits[split]
     present = np.flatnonzero(np.isfinite(columns[name]))

@@ -1,4 +1,4 @@
-"""The loss plot of a run, loss.png, and functions that report/charts.py uses too."""
+"""Draw loss.png, the loss plot of a run. report/charts.py also uses the smaller functions of this file."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ def draw_loss(
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title, ylim=y_range)
     save_figure(figure, axes, path, x_is_tokens=True)
     del figure, axes
-    gc.collect()  # figures contain reference cycles: without this call, a run accumulates dozens of megabytes of them
+    # A figure contains reference cycles. Without this call, the old figures of a run would hold dozens of megabytes.
+    gc.collect()
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the running mean of values (n,), also (n,). The window holds about SMOOTHING * n values.
+    """Return the running mean of `values` over a window of about SMOOTHING * n values. (n,) -> (n,)
 
-    The window is centered, and shorter near both ends. A mean of earlier values alone would lie above a falling curve.
+    The window is centered on each value, and shorter near both ends. If it had only the earlier values, the mean would
+    lie above a falling curve.
     """
     n, half = len(values), round(SMOOTHING * len(values) / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -63,9 +65,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def late_range(
     lines: Sequence[tuple[np.ndarray, np.ndarray]], references: Sequence[float]
 ) -> tuple[float, float] | None:
-    """Return a y range that shows lines (x, y) and references, or None without lines.
+    """Return the y range (low, high) that shows the lines (x, y) and the references, or None if there are no lines.
 
-    The range ignores the first 5% of each line: the high losses of the first steps would make the rest look flat.
+    The points in the first 5% of a line's x range have no influence: with the high losses of the first steps, the y
+    range would be so large that the rest of the line would look flat.
     """
     late = [y[x >= 0.05 * x[-1]] for x, y in lines if len(x)]
     if not late:
@@ -78,7 +81,7 @@ def late_range(
 
 def new_figure() -> tuple[Figure, Axes]:
     """Return an empty figure and its axes. pyplot is not used, because it keeps every figure in memory."""
-    # Imported here: importing matplotlib takes a second, and only the main process of a training run draws.
+    # Imported here, because the import takes a second, and only one process of a training run, the main one, draws.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -107,11 +110,12 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
     lines = [line for line in axes.get_lines() if not re.fullmatch(r"_child\d+", str(line.get_label()))]
     if lines:
         labels = [str(line.get_label()) for line in lines]
-        # The legend is below the axes: finding the best place among many points takes matplotlib seconds.
+        # The legend is below the axes. Inside the axes, matplotlib would search for the place that covers the fewest of
+        # many points, which takes seconds.
         columns = max(1, min(3, 90 // max(map(len, labels))))
         figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
     for part in figure.findobj(text.Text):
-        part.set_parse_math(False)  # "$" in the name of a run does not begin a formula
+        part.set_parse_math(False)  # otherwise "$" in the name of a run would begin a formula
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)  # atomic, so that an image viewer never reads an incomplete file

@@ -44,8 +44,8 @@ def diagnose(directory: Path) -> list[Finding]:
 def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | None:
     """Look for matrices that are bitwise equal in the first and the last of the checkpoints that still exist.
 
-    Vectors are left out: the weights of a LayerNorm are near 1, and a step at the end of a schedule can be too small
-    to change them.
+    Vectors are not compared, because they can be equal in a healthy run: the weights of a LayerNorm are near 1, and at
+    the end of a learning-rate schedule, an update can be too small to change a float32 number near 1.
     """
     if len(checkpoints) < 2 or freeze_layers:  # with model.freeze_layers, equal weights are intended
         return None
@@ -89,8 +89,8 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
     """Check the tokenizer: decode a sample of tokens, and encode the text again.
 
-    If another tokenizer made the tokens, a token can be outside the vocabulary, or the text usually gives a different
-    number of tokens.
+    If the tokens come from another tokenizer, a token can be outside the vocabulary. If none is, the decoded text
+    usually gives a different number of tokens when it is encoded again.
     """
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
@@ -137,7 +137,10 @@ def passage_hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def beside_references(curves: Curves, references: list[tuple[str, float]]) -> list[Finding]:
-    """Return a note with the last validation loss beside those of other models on the same validation set."""
+    """Return a note with the last validation loss of the run and the losses of other models on the same validation set.
+
+    The list is empty if the run has no validation loss or no other model's loss is known.
+    """
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in references)
     if not others or not len(curves.val["loss"]):
         return []

@@ -6,7 +6,7 @@ prints the evidence and advice. The exit status is 1 if a problem was found, 0 i
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m report.doctor")
 
 import argparse

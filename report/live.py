@@ -23,11 +23,11 @@ from report.runs_page import page_values, read_logs
 from training.run_directory import RunDirectory
 
 HOST = "127.0.0.1"
-# Names that a request may have in its Host header. Any other name is a sign of DNS rebinding: a page of another site
-# reaches this server through a domain name of that site, which resolves to 127.0.0.1.
+# Names that a request may have in its Host header. Any other name is a sign of an attack by DNS rebinding: a page of
+# another site sends requests to a domain name of that site, and this name resolves to 127.0.0.1, which is this server.
 HOST_NAMES = (HOST, "localhost")
 RENDER_SHARE = 0.1  # largest fraction of the time that rendering the page may take
-REQUEST_SECONDS = 30  # a client that is silent for longer is disconnected
+REQUEST_SECONDS = 30  # a client that sends nothing for this time is disconnected
 
 
 class LivePage:
@@ -41,7 +41,10 @@ class LivePage:
         self._page = b""
 
     def get(self) -> bytes:
-        """Return the page, the same for all clients. RENDER_SHARE limits how often it is rendered."""
+        """Return the page. If a run has changed, first render it again, but only as often as RENDER_SHARE allows.
+
+        All clients get the same page. So RENDER_SHARE limits the time for all clients together.
+        """
         with self._lock:
             state = [run_state(run) for run in self.directories]
             began = time.monotonic()
@@ -66,9 +69,8 @@ class LivePage:
 def run_state(directory: Path) -> object:
     """Return the modification times and sizes of the files in a run's directory, and the run's status.
 
-    The page is rendered again when one of these values has changed.
-
-    If a run is killed, none of its files change. But its lock becomes free, so its status changes to "killed".
+    The page is rendered again when one of these values has changed. The status is included because the files of a run
+    do not change when the run is killed. But the run's lock becomes free, so its status changes to "killed".
     """
     files = sorted(path for path in directory.glob("*.*") if path.suffix != PARTIAL_SUFFIX)
     stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
@@ -81,7 +83,7 @@ def run_state(directory: Path) -> object:
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except OSError:  # the file was replaced after it was listed
+    except OSError:  # the file was removed after it was listed
         return None
 
 
@@ -101,7 +103,7 @@ class LiveServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET. http.server refuses the other methods with status 501."""
+    """Answers GET requests. http.server itself answers a request with another method with status 501."""
 
     server: LiveServer
     timeout = REQUEST_SECONDS
@@ -119,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404, "This server has only the page /")
 
     def _send(self, body: bytes, kind: str) -> None:
-        """Send a body, or status 304 if the client has the same one already."""
+        """Send `body` with the media type `kind`, or only status 304 if the client already has the same body."""
         etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
         changed = self.headers.get("If-None-Match") != etag
         self.send_response(200 if changed else 304)
@@ -134,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Print nothing: the page is requested every two seconds."""
+        """Print nothing. A line for each request would fill the terminal: an open page sends one every two seconds."""
 
 
 def watch(directories: Sequence[Path], port: int) -> None:

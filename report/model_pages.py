@@ -14,12 +14,12 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model import GPT
-from pretrained import load_model as load_model  # re-exported: the commands import it from here
+from pretrained import load_model as load_model  # exported again, because the commands import it from here
 from report.page import pack, plotly_script, token_labels, write_page
 
 MAX_ATTENTION_CHARACTERS = 18_000_000  # limit of the base64 text, so that the page stays under 20 MB
 ALTERNATIVES = 8  # number of most probable tokens that are shown for each position
-MAX_SIMILARITY_ROWS = 512  # limit of the rows, and of the columns, of the matrix of cosine similarities
+MAX_SIMILARITY_ROWS = 512  # largest number of rows (and of columns) of the matrix of cosine similarities
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,10 +50,11 @@ def write_attention_page(
 
 
 def packed_attentions(model: GPT, ids: Sequence[int]) -> bytes:
-    """Return the attention weights w over T tokens as bytes 255 * sqrt(w). The square root keeps small weights visible.
+    """Return the attention weights over T tokens. A weight w is stored as one byte, 255 * sqrt(w), rounded.
 
-    For each layer and head, the bytes are the lower triangle of the weights, row by row. A model with L layers of H
-    heads has L * H * T (T + 1) / 2 bytes in total.
+    Because of the square root, fewer small weights are rounded to 0. For each layer and head, the bytes are the lower
+    triangle of the matrix of weights, row by row. A model with L layers of H heads has L * H * T (T + 1) / 2 bytes in
+    total.
 
     Raises ValueError if the model is not causal, or if the text is empty, longer than the model's block size, or too
     long for a page.
@@ -89,8 +90,8 @@ class TokenPredictions(NamedTuple):
     ranks: Tensor  # (T,) number of tokens that are more probable than the actual token
     alternatives: Tensor  # (T, k) ids of the k most probable tokens
     probabilities: Tensor  # (T, k) probabilities of the alternatives
-    lens_tokens: Tensor  # (L + 1, T) most probable id after the embeddings and after each block
-    lens_probabilities: Tensor  # (L + 1, T) probability of that id
+    lens_tokens: Tensor  # (L + 1, T) id of the most probable token after the embeddings and after each block
+    lens_probabilities: Tensor  # (L + 1, T) probability of this most probable token
     lens_actual: Tensor  # (L + 1, T) probability of the actual token
 
 
@@ -112,9 +113,10 @@ def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions
         for layer, state in enumerate(states):
             # The model has applied ln_f to the last state already.
             x = state[0] if layer == config.n_layer else model.transformer.ln_f(state[0])  # (T, C)
-            log_p = (x @ model.transformer.wte.weight.T).log_softmax(dim=-1)  # (T, V), of this layer only
+            log_p = (x @ model.transformer.wte.weight.T).log_softmax(dim=-1)  # (T, V)
             best, token = log_p.max(dim=-1)
             lens.append((token, best.exp(), log_p.gather(1, actual)[:, 0].exp()))
+        # After the loop, log_p comes from the last layer, so it is the prediction of the model itself.
         most_probable = log_p.topk(min(ALTERNATIVES, config.vocab_size))
         own = log_p.gather(1, actual)
     return TokenPredictions(
@@ -139,7 +141,7 @@ def write_tokens_page(
     def rounded(tensor: Tensor) -> list[Any]:
         return [[round(value, 7) for value in row] for row in tensor.tolist()]
 
-    # The page stores the text of each token once; the other lists refer to it by index.
+    # The page stores the text of each predicted token only once. The lists of predictions have its index instead.
     used = sorted({*predictions.alternatives.flatten().tolist(), *predictions.lens_tokens.flatten().tolist()})
     index = {token: i for i, token in enumerate(used)}
     total = predictions.losses.sum().item()
@@ -172,7 +174,7 @@ def write_tokens_page(
 
 
 def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
-    """Return k and the cosine similarities between every k-th position. (n, C) -> k, (m, m)
+    """Return k, and the cosine similarities between the embeddings of every k-th position. (n, C) -> k, (m, m)
 
     k is the smallest number for which m <= MAX_SIMILARITY_ROWS.
     """

@@ -1,4 +1,4 @@
-"""Writing pages. A page is one HTML file that contains its styles, scripts and data, so it opens offline."""
+"""Write HTML pages. A page is one file that contains its styles, scripts and data, so it opens without a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, template: str, *, links: Sequence[str] = (), **values: Any) -> None:
-    """Render a page, and write it to `path`.
+    """Render a page as `render_page` does, and write it to `path`.
 
     links: the names, without .html, of pages in the same directory that this page links to.
 
@@ -47,7 +47,7 @@ def write_page(path: Path, template: str, *, links: Sequence[str] = (), **values
 
 
 def plotly_script() -> Markup:
-    """Return plotly.js as text that the template does not escape."""
+    """Return the source of plotly.js, marked as HTML so that the template does not escape its characters."""
     return Markup(get_plotlyjs())
 
 

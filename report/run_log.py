@@ -1,4 +1,4 @@
-"""Reading the files of a run, and the results that eval.run wrote to the same directory."""
+"""Read the files of a run, and the results that eval.run wrote to the same directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ValidationSet(NamedTuple):
     # For token shards, the sha256 of each validation shard in meta.json. For prompts and completions, the sha256 of
     # val.jsonl. If meta.json or val.jsonl is missing: the path of the dataset.
     data: str
-    tokens: int  # number of tokens; 0 for prompts and completions, because every validation uses all of them
+    tokens: int  # number of tokens; 0 for prompts and completions, because a validation always scores the whole file
     sequence_length: int
     tokenizer: str  # kind of the tokenizer, or "" if unknown
 
@@ -41,9 +41,10 @@ class RunLog:
     """The contents of a run's directory.
 
     Attributes:
+        status: the result of `RunDirectory.read_status`, such as "finished".
         splits: the columns of metrics.jsonl by split and name, (n,) each, with NaN for missing values.
         convention: convention of the HellaSwag results, or "" if there are none.
-        source: source of the dataset.
+        source: where the text of the dataset comes from, or the name of its directory if no file says it.
         reference_losses: (model, nats per token) of other models on the same validation set.
         evaluations: results in the format of eval.run, some with the "checkpoint" that was evaluated.
         samples: ("step 500", texts) in the order of writing.
@@ -147,7 +148,11 @@ def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, Valida
 
 
 def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
-    """Yield the last evaluations in metrics.jsonl, then the results in eval.run's JSON files, oldest file first."""
+    """Yield the results of a run as rows in the format of eval.run.
+
+    First come the last validation and the last HellaSwag result in metrics.jsonl, then the results in the JSON files
+    that eval.run wrote, the oldest file first.
+    """
     val, hellaswag = log.splits["val"], log.splits["hellaswag"]
     if len(val["step"]):
         released = {name.removesuffix(", published"): loss for name, loss in log.reference_losses}

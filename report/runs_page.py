@@ -1,4 +1,4 @@
-"""The page about training runs."""
+"""Write the page about training runs, and provide its values to the live page (report/live.py)."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ def page_values(logs: Sequence[RunLog], charts: Sequence[Chart]) -> dict[str, An
 
 
 def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Return one table for each validation set: the tokens and the training time in which each run reached each loss.
+    """Return a table for each validation set: after how many tokens and how much training time a run reached a loss.
 
-    If adjacent rows have equal cells, only the row with the lowest loss and the rows with a name are kept. A table
-    is left out if all its rows have equal cells, because such a table would add nothing to the curves.
+    The rows are the losses that `loss_thresholds` returns, and each run has a column. If adjacent rows have equal
+    cells, only the row with the lowest loss and the rows with a name are kept. A table is left out if all its rows have
+    equal cells, because such a table would add nothing to the curves.
     """
     tables = []
     for number, members in enumerate(groups, 1):

@@ -1,7 +1,7 @@
-"""The checks of report/doctor.py on the curves of a run. Each looks for one problem in metrics.jsonl.
+"""The checks of report/doctor.py on the curves of a run. Each check looks for one problem in metrics.jsonl.
 
 The thresholds were chosen with runs of small models (0.1 to 1.2 million parameters): healthy runs, and runs with a
-known error. tests/report/test_doctor.py has some of both kinds. A finding is a reason to look at the run. A run without
+known error. tests/report/test_doctor.py has examples of both. A finding is a reason to look at the run. A run without
 findings can still be wrong.
 """
 
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
     title: str
     evidence: str  # the numbers that the check saw
     advice: str = ""  # what to try
-    problem: bool = True  # False: worth knowing, but nothing is wrong
+    problem: bool = True  # False for a note, which is worth knowing although nothing is wrong
 
 
 @dataclass
@@ -36,6 +36,9 @@ class Curves:
         train, val: columns of metrics.jsonl by name, (n,) each, with NaN for missing values.
         resumed: steps from which the run resumed.
         vocab_size, n_embd: fields of the model's configuration, or None if the run has no checkpoint.
+        steps, losses: the training steps that have a finite loss, and this loss in nats per token, (n,) each.
+        trend, residuals: the running median of `losses`, and `losses` minus this median, (n,) each.
+        noise: the standard deviation of the residuals in the second half of the run, in nats per token.
     """
 
     config: dict[str, Any]
@@ -51,7 +54,7 @@ class Curves:
         self.trend = running_median(self.losses)
         self.residuals = self.losses - self.trend
         later = self.residuals[len(self.residuals) // 2 :]
-        # 1.4826 times the median absolute deviation estimates the standard deviation. Outliers hardly matter.
+        # 1.4826 times the median absolute deviation estimates the standard deviation. Outliers hardly change it.
         self.noise = 1.4826 * float(np.median(np.abs(later))) if len(later) else 0.0
 
     @property
@@ -65,7 +68,7 @@ class Curves:
         return self.config.get("run", {}).get("branch_from") is not None
 
     def optim(self, name: str, default: Any) -> Any:
-        """Return a field of the section `optim`."""
+        """Return a field of the section `optim`, or `default` if the configuration does not have it."""
         return self.config.get("optim", {}).get(name, default)
 
 
@@ -79,7 +82,7 @@ def find_curves(log: RunLog, vocab_size: int | None, n_embd: int | None) -> Curv
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
-    """Return the median of WIDTH + 1 values around each value, and of fewer near both ends. (n,) -> (n,)"""
+    """Return for each value the median of the WIDTH + 1 values around it, or of fewer near both ends. (n,) -> (n,)"""
     half = WIDTH // 2
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
@@ -133,7 +136,7 @@ def rising_loss(curves: Curves) -> Finding | None:
 def early_instability(curves: Curves) -> Finding | None:
     """Look for a rise of the loss at the start.
 
-    Without a warm-up, Adam's first steps change each weight by about the whole learning rate.
+    A missing warm-up can cause one, because Adam's first steps change each weight by about the whole learning rate.
     """
     end = max(2 * WIDTH, int(0.1 * len(curves.losses)))
     early = curves.losses[:end]
@@ -150,7 +153,7 @@ def early_instability(curves: Curves) -> Finding | None:
 
 
 def learning_rate(curves: Curves) -> Finding | None:
-    """Compare optim.lr with the learning rates of GPT-3 (Brown et al. 2020, table 2.1): near 6e-4 * 768 / n_embd.
+    """Compare optim.lr with 6e-4 * 768 / n_embd, which is near the rates of GPT-3 (Brown et al. 2020, table 2.1).
 
     Also look for a very high learning rate of Muon, and for a warm-up that is too short.
     """
@@ -255,8 +258,8 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # At lag k, the sum has only len(x) - k terms, because the last k steps have no partner. Divide by the fraction of
-    # steps that have one.
+    # At lag k, the sum has only len(x) - k products, because the last k steps have no step k later. So divide by the
+    # fraction of the steps that have one.
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -288,16 +291,18 @@ def jump_at_resume(curves: Curves) -> Finding | None:
 
 
 def sudden_rise(curves: Curves) -> Finding | None:
-    """Look for a step after which the loss stays higher, as after a resume that provenance.json does not record.
+    """Look for a step after which the loss stays higher. A resume that provenance.json does not record can cause this.
 
-    If `jump_at_resume` finds a rise, this check is not made.
+    If `jump_at_resume` finds a rise, the result is None, so that the same rise is not reported twice.
     """
     if len(curves.losses) < 3 * WIDTH or jump_at_resume(curves):
         return None
     medians = np.median(np.lib.stride_tricks.sliding_window_view(curves.losses, 5), axis=1)
-    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]  # median of five losses minus that of the five before
+    # The median of five losses, minus the median of the five losses before them.
+    rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]
     first = int(rises.argmax())
-    # The factor is 6, not 5 as in jump_at_resume: noise exceeds a limit more often if every step is checked.
+    # The factor is 6 and not 5 as in `jump_at_resume`, because this check looks at every step: among more steps, noise
+    # exceeds a limit more often.
     if rises[first] < max(6 * curves.noise, 0.15):
         return None
     step = curves.steps[first + 2 * WIDTH]
@@ -356,7 +361,7 @@ def overfitting(curves: Curves) -> Finding | None:
 
 
 def validation_gap(curves: Curves) -> Finding | None:
-    """Compare validation and training loss, which are close in the first epochs."""
+    """Compare the last validation loss with the training loss at this step. In the first epochs, both are close."""
     if not len(curves.val["loss"]) or not np.isfinite(curves.val["loss"][-1]):
         return None
     step, loss = curves.val["step"][-1], float(curves.val["loss"][-1])

@@ -1,4 +1,4 @@
-"""The tables of the report on runs."""
+"""Make the tables of the page about runs."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ def summary(log: RunLog) -> dict[str, str]:
 
 
 def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, float]]:
-    """Return the losses of the rows of a progress table as (name, loss), the highest loss first.
+    """Return the losses that are the rows of a progress table, as (name, loss), the highest loss first.
 
-    They are the reference losses, the best loss of each run, and about `count` round values without a name.
+    They are the reference losses, the best loss of each run, and about `count` round values, whose name is "".
     """
     measured = [log for log in logs if np.isfinite(log.splits["val"]["loss"]).any()]
     if not measured:
         return []
     best = {f"best of {log.name}": float(np.nanmin(log.splits["val"]["loss"])) for log in measured}
-    # The quantile leaves out the first validations. With their high losses, the round values would be too far apart.
+    # The quantile leaves out the highest losses, which are those of the first validations. With them, the round values
+    # would be too far apart.
     highest = float(np.nanquantile(np.concatenate([log.splits["val"]["loss"] for log in measured]), 0.8))
     round_values = MaxNLocator(count).tick_values(min(best.values()), highest)
     thresholds = [("", float(loss)) for loss in round_values if min(best.values()) < loss < highest]

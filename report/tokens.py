@@ -5,7 +5,7 @@ python -m report.tokens --model runs/shakespeare --text "To be, or not to be"
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m report.tokens")
 
 import argparse

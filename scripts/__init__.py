@@ -1,1 +1,1 @@
-"""Scripts for development: sweeps, ideas that were tried, a corpus for experiments, and checks of the whole project."""
+"""Scripts for development: sweeps, changes of the training that were tried, corpora for experiments, and checks."""

@@ -11,7 +11,7 @@ otherwise no tokenizer. Padding of the vocabulary is removed if the llm.c file o
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.convert")
 
 import argparse
@@ -33,9 +33,9 @@ from weights import STALE_BUFFER, check_pickled, unpickle_weights_only
 
 GPT2_VOCAB_SIZE = GPTConfig.vocab_size
 HEADER_BYTES = 1024
-# Version in the header of an llm.c model -> the dtype in which NumPy reads the tensors, and the dtype that they have.
-# NumPy has no bfloat16, so it reads the bytes as int16. Version 1, which has no padded vocabulary, is not supported:
-# llm.c no longer writes it.
+# Version in the header of an llm.c model -> the NumPy dtype with which the tensors are read, and their PyTorch dtype.
+# NumPy has no bfloat16, so these tensors are read as int16. Version 1, which has no padded vocabulary, is not
+# supported, because llm.c no longer writes it.
 LLM_C_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}
 # The parameters of a block in the order of llm.c's file: the first one for all blocks, then the second one for all
 # blocks, and so on.
@@ -101,7 +101,7 @@ def read_nanogpt(path: Path, activation: str) -> GPT:
         raise ValueError(f"{path}: model_args lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: model_args: {error}") from None
-    # torch.compile adds this prefix to the names.
+    # torch.compile adds the prefix "_orig_mod." to the names of the parameters.
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     state = {name: tensor for name, tensor in state.items() if not STALE_BUFFER.search(name)}
     n_layer = sum(name.endswith(".ln_1.weight") for name in state)

@@ -4,13 +4,13 @@
     python -m data.prepare text data/english.jsonl --out data/english --tokenizer bpe:4096 --val-fraction 0.05
 
 The documents are Shakespeare's plays in parts of about 4,000 characters, encyclopedia passages from BoolQ, and
-instructions and scene descriptions from HellaSwag with their correct endings. Do not evaluate a model that was trained
-on this corpus with HellaSwag: it has seen the answers.
+instructions and scene descriptions from HellaSwag with their correct endings. Do not use HellaSwag to evaluate a model
+that was trained on this corpus, because the corpus contains the answers.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.english")
 
 import json

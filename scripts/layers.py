@@ -16,8 +16,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-# The rows from top to bottom, each with its rooms. A room is a package, or a module that is in no package. A module may
-# import only modules of its own room and of the rows below.
+# The layers of the project from top to bottom. Each row lists its rooms: a room is a package, or a module that is in no
+# package. A module may import only modules of its own room and of the rows below.
 LAYERS = (
     ("scripts", "bench"),
     ("benchmarks",),
@@ -39,12 +39,16 @@ LAYERS = (
     ("checks", "command", "files", "other_formats"),
     ("openmp",),
 )
-# Downward imports that are forbidden as well: sample.py runs a model and must not depend on how one is trained.
+# Pairs (importer, imported) that are forbidden although they point downward. sample.py runs a model, so it must not
+# depend on the code that trains models.
 FORBIDDEN = {("sample", "training")}
 
-# The limits. An import inside a function hides a dependency, and its errors appear only when the function is called.
+# The largest number of imports inside functions. Such an import hides a dependency, and if it fails, the error appears
+# only when the function is called.
 IMPORTS_IN_FUNCTIONS = 39
-TRAIN_NAMES, TRAIN_MODULES = 20, 8  # what train.py may import: a reader of train.py must know these names and modules
+# The largest numbers of names that train.py may import, and of modules that it may import them from. A reader of
+# train.py must know all of them.
+TRAIN_NAMES, TRAIN_MODULES = 20, 8
 
 
 class Place(Enum):
@@ -84,7 +88,10 @@ class Tree(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the printed table. The check fails if `found` exceeds `limit`. `violations` lists what was counted."""
+    """A line of the printed table. The check fails if `found` exceeds `limit`; with None, there is no limit.
+
+    `violations` describes each of the `found` violations.
+    """
 
     title: str
     found: int
@@ -93,12 +100,12 @@ class Row(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the number exceeds the limit."""
+        """True if there is a limit and `found` exceeds it."""
         return self.limit is not None and self.found > self.limit
 
 
 def find_modules(root: Path) -> dict[str, Path]:
-    """Return the file of each module by its dotted name: the files in `root`, and the packages except `tests`."""
+    """Return {dotted name: file} of the modules in `root` and in the packages below it, except the package `tests`."""
     files = sorted(root.glob("*.py"))
     for package in sorted(root.glob("*/__init__.py")):
         if package.parent.name != "tests":
@@ -206,7 +213,7 @@ def _shortest_cycle(graph: Mapping[str, Mapping[str, Edge]], start: str) -> list
     """
     paths: list[list[Edge]] = [[edge] for edge in graph[start].values()]
     visited = {start}
-    for path in paths:  # grows during the iteration
+    for path in paths:  # the loop also visits the paths that it appends
         last = path[-1].imported
         if last == start:
             return path
@@ -232,7 +239,7 @@ def is_allowed(importer: str, imported: str) -> bool:
 
 
 def check_tree(tree: Tree) -> list[Row]:
-    """Compare a project with the rules of this file."""
+    """Count in a project what the rules of this file limit. Return a row of the table for each rule."""
     at_import = [edge for edge in tree.edges if edge.place is Place.MODULE]
     at_run_time = [edge for edge in tree.edges if edge.place is not Place.TYPE_CHECKING]
     # A statement that imports several names from the same module counts as one violation.
@@ -274,7 +281,7 @@ def describe(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m scripts.layers", description="Check the direction of the imports.")
     parser.add_argument(
         "root", nargs="?", type=Path, default=Path(), help="directory of the project (default: the current directory)"

@@ -1,14 +1,14 @@
 """Train a small model on a task that needs tokens from far back: `python -m scripts.long_context full window lsh`.
 
-The first half of a sequence is a table: each token holds a place and the symbol at this place, as the sum of their
-embeddings. Each place occurs 16 times, in random order. Each token of the second half holds only a place, and the model
-has to copy the symbol of this place from the table. Each sequence has new random symbols. docs/long-context.md has the
-results.
+The first half of a sequence is a table: each token is a pair of a place and the symbol at this place, and its embedding
+is the sum of their embeddings. Each place occurs 16 times, in random order. Each token of the second half is only a
+place, and the model has to copy the symbol of this place from the table. Each sequence has new random symbols.
+docs/long-context.md has the results.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.long_context")
 
 import math
@@ -24,8 +24,8 @@ from training.config import Optim
 from training.optim import make_optimizers
 
 COPIES = 16  # tokens of the table that hold the same place
-# A sequence uses only 4 of the 16 symbols. So the model first learns something easier: to read from the table which
-# symbols occur in a sequence. Then it learns at which place of the table to look.
+# The number of symbols, and how many of them one sequence uses. Because a sequence uses only a few, the model can first
+# learn an easier task: to read from the table which symbols occur in it. Then it learns where in the table to look.
 SYMBOLS, USED = 16, 4
 
 
@@ -45,7 +45,7 @@ def make_sequence(length: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the loss of the answers in a new sequence, and the fraction of right answers, () each."""
+    """Return the mean loss of the answers in a new sequence, in nats, and the fraction of right answers, () each."""
     places, symbols, targets = make_sequence(model.config.block_size, generator)
     embed = model.transformer.wte
     output = model(inputs_embeds=(embed(places) + embed(symbols))[None], targets=targets[None], return_logits=True)
@@ -56,7 +56,10 @@ def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def share_keys(model: GPT) -> None:
-    """Make keys equal to queries, as in the Reformer. They stay equal, because both get the sum of their gradients."""
+    """Make the keys of a model with one layer equal to its queries, as in the Reformer.
+
+    They stay equal in training, because a hook gives both of them the sum of their gradients.
+    """
 
     def sum_gradients(gradient: Tensor) -> Tensor:
         query, key, value = gradient.chunk(3)
@@ -70,7 +73,10 @@ def share_keys(model: GPT) -> None:
 
 
 def make_model(attention: str, length: int, buckets: int, rounds: int, shared: bool) -> GPT:
-    """Return a model with one layer of one head. Only this layer is trained."""
+    """Return a model with one layer of one head. Only this layer is trained.
+
+    `buckets` and `rounds` are used with attention lsh only. With `shared`, the keys are equal to the queries.
+    """
     vocab_size = SYMBOLS + 1 + length // 2 // COPIES
     config = GPTConfig(
         vocab_size,
@@ -96,7 +102,7 @@ def make_model(attention: str, length: int, buckets: int, rounds: int, shared: b
 
 
 def train(model: GPT, steps: int) -> tuple[float, float]:
-    """Train on one sequence per step. Return loss and accuracy of the answers in four new sequences."""
+    """Train on one sequence per step. Return the mean loss and accuracy of the answers in four new sequences."""
     optimizers = make_optimizers(model, Optim(name="muon", lr=0.003, weight_decay=0.0))
     generator = torch.Generator().manual_seed(1337)
     for step in range(1, steps + 1):
@@ -121,9 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("attention", nargs="+", choices=("full", "window", "lsh"), help="kinds of attention")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="sequences to train on (default: %(default)s)")
-    parser.add_argument("--buckets", type=int, default=64, help="lsh_buckets (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="lsh_rounds (default: %(default)s)")
-    parser.add_argument("--shared", action="store_true", help="keys are equal to queries, as in the Reformer")
+    parser.add_argument("--buckets", type=int, default=64, help="hash values of lsh attention (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="hashing rounds of lsh attention (default: %(default)s)")
+    parser.add_argument("--shared", action="store_true", help="make the keys equal to the queries, as in the Reformer")
     args = parser.parse_args(arguments)
     at_least_one(parser, args, "length", "steps", "rounds")
     if args.length % (2 * COPIES):

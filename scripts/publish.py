@@ -6,12 +6,13 @@
 The checkpoint is the newest one, or the best one if eval.patience ended the run. The optimizer state and the manifest
 are not uploaded. Without --card, the card is made from the files of the run: architecture, data, losses, the
 evaluations of this checkpoint in RUN/*.json (`eval.run --json`), and the command of the last start. Choose a license
-with --license: without one, nobody else may use the model. `hf auth login` stores the token.
+with --license: without one, nobody else may use the model. Before the first upload, store your token with `hf auth
+login`.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.publish")
 
 import argparse
@@ -90,7 +91,7 @@ def training(log: RunLog, state: dict[str, Any]) -> dict[str, str]:
     }
     val = log.splits["val"]
     for step, loss, bits in zip(val["step"], val["loss"], val["bits_per_byte"], strict=True):
-        if step <= state["step"]:  # the last validation up to the checkpoint overwrites the earlier ones
+        if step <= state["step"]:  # at the end, `rows` has the last of these validations
             rows["validation loss"] = f"{loss:.4f} nats per token after step {step:,.0f}, on {log.validation}"
             rows["bits per byte"] = f"{bits:.4f}"
     return {name: value for name, value in rows.items() if value}
@@ -103,7 +104,7 @@ def command(log: RunLog) -> str:
 
 
 def is_of_checkpoint(row: dict[str, Any], checkpoint: Path) -> bool:
-    """Return whether the row of an evaluation names this checkpoint, or no checkpoint at all."""
+    """Return whether the row of an evaluation belongs to this checkpoint. True if the row names no checkpoint."""
     step = int(checkpoint.name.removeprefix("step-"))
     evaluated = row.get("checkpoint")
     return evaluated is None or evaluated == f"step {step}" or Path(evaluated).name == checkpoint.name
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run of train.py")
     parser.add_argument("--repo", required=True, metavar="USER/NAME", help="repository on the hub; created if missing")
     parser.add_argument("--license", metavar="ID", help="license of the model for the card, such as mit")
-    parser.add_argument("--card", type=Path, metavar="FILE", help="README.md to upload instead of the one made here")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="README.md to upload instead of the generated card")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the card, and on stderr the files; upload nothing"

@@ -2,10 +2,10 @@
 
     python -m scripts.recipes --size characters --recipes present fast --fractions 1 0.85 0.75 --seeds 1 2 3
 
-Each recipe is trained with each seed and each length. A length is a fraction of the steps of the size (see SIZES). The
-learning rate decays to zero at the end of a run, so a loss in the middle of a long run is not the loss of a short run.
-Runs that are already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from
-that file:
+A size is a model with a dataset, see SIZES. Each recipe is trained with each seed and each length. Lengths are given as
+fractions of the steps of a full run. A short run is trained separately, because the learning rate decays to zero at the
+end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that are already in the file of
+results are not repeated. The tables and the figure of docs/recipes.md come from that file:
 
     python -m scripts.recipes --figure docs/recipes.png
 
@@ -14,7 +14,7 @@ A recipe changes fields of a configuration, and may change the training loop wit
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.recipes")
 
 import argparse
@@ -41,7 +41,10 @@ Results = dict[str, dict[str, Losses]]  # size -> recipe -> losses
 
 
 class Size(NamedTuple):
-    """A model, a dataset, a batch, and the number of steps of a full run, which fractions refer to."""
+    """A YAML file and `fields` that replace its values, which give the model, the dataset and the batch.
+
+    `steps` is the number of steps of a full run.
+    """
 
     config: str
     steps: int
@@ -49,7 +52,7 @@ class Size(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Fields of the configuration that differ from the present recipe, and names of ideas joined by plus signs."""
+    """Fields of the configuration that replace those of PRESENT, and names of ideas joined by plus signs."""
 
     fields: str = ""
     idea: str = ""
@@ -61,8 +64,8 @@ class Recipe(NamedTuple):
         return " ".join([*options, f"--idea {self.idea}"] if self.idea else options)
 
 
-# bfloat16 halves the time of a run if the CPU has instructions for bfloat16. The loss of `plays` with seed 1 changes by
-# 0.0007 compared with float32.
+# These runs use bfloat16, which halves the time of a run on a CPU with instructions for it. Compared with float32, the
+# final loss of a run of `plays` with seed 1 changes by 0.0007.
 SHORT_WINDOWS = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4 system.dtype=bfloat16"
 )
@@ -77,6 +80,7 @@ COMMON = (
     "eval.at_start=false eval.tokens=65536 eval.samples=0 checkpoint.every=0 log.every=100 "
     "system.device=cpu system.dtype=float32 system.compile=false"
 )
+# The recipe `present`, with which the other recipes are compared. The demo had it when the comparison was made.
 PRESENT = (
     "optim.name=muon optim.muon_lr=0.02 optim.muon_momentum=0.95 optim.lr=1e-2 optim.betas=[0.9,0.95] "
     "optim.weight_decay=0.1 optim.grad_clip=1.0 optim.schedule=wsd optim.warmup_steps=20 optim.decay_fraction=0.6 "
@@ -173,8 +177,8 @@ def compare(losses: dict[int, float], others: dict[int, float]) -> list[float]:
 def steps_to(target: float, losses: Losses, seed: int) -> float | None:
     """Return the number of steps after which a run with this seed would end with the loss `target`.
 
-    Between the final losses of neighboring lengths, the loss is interpolated, linearly in the logarithm of the steps.
-    Return None if `target` is not between two of these losses.
+    `losses` has the final losses of runs with several lengths. Between neighboring lengths, the loss is interpolated,
+    linearly in the logarithm of the steps. Return None if `target` is not between two of these losses.
     """
     points = sorted((steps, of_seed[seed]) for steps, of_seed in losses.items() if seed in of_seed)
     for (short, high), (long, low) in itertools.pairwise(points):
@@ -185,7 +189,7 @@ def steps_to(target: float, losses: Losses, seed: int) -> float | None:
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Return mean and standard deviation as text, or the value alone if there is only one."""
+    """Return mean and standard deviation as text, such as "4.1250 ± 0.0031". With one value, return only this value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -298,8 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="lengths of the runs, as fractions of the steps of the size (default: 1)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds (default: 1 2 3)")
-    parser.add_argument("--results", type=Path, default="docs/recipes.json", metavar="FILE", help="losses of all runs")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the last losses of runs of several lengths")
+    parser.add_argument("--results", type=Path, default="docs/recipes.json", metavar="FILE", help="file of results")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the final losses against the number of steps")
     args = parser.parse_args(arguments)
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):
         results = run_all(args)

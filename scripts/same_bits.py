@@ -3,10 +3,10 @@
     python -m scripts.same_bits BASE HEAD
 
 BASE and HEAD are git revisions; `.` is the working tree with its uncommitted changes. Each revision is checked out into
-a temporary git worktree. The commands of the revision prepare datasets, train tiny models for 20 steps, decode and
-evaluate.
-The script compares the hashes of the shards, weights and optimizer states, the metrics that do not depend on time, the
-decoded tokens and the scores. HEAD also resumes BASE's checkpoints of step 10.
+a temporary git worktree. With the code of each revision, the script prepares datasets, trains tiny models for 20 steps,
+decodes and evaluates. It compares the hashes of the shards, weights and optimizer states, the metrics that do not
+depend on time, the decoded tokens and the scores. With the code of HEAD, it also resumes BASE's runs from their
+checkpoints of step 10.
 
 Exit status 0: all compared results are equal. 1: a result differs, or a command failed. 2: the arguments are wrong.
 """
@@ -39,12 +39,12 @@ import yaml
 
 Facts = dict[tuple[str, str], Any]  # (what, where) -> value, such as ("train loss", "step 3") -> 5.91
 
-STEPS, RESUME_AT = 20, 10
+STEPS, RESUME_AT = 20, 10  # steps of each run, and the step whose checkpoint HEAD resumes
 CHECKPOINT_FILES = ("model.safetensors", "trainer/optimizer.safetensors")
-TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these words are not reproducible
+TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these words vary, so they are not compared
 TIMEOUT = 600.0  # seconds for one command, which usually takes less than ten
-GRACE = 60.0  # seconds in which a stopped command must end
-SHOWN = 3  # the most differences that are printed for one case
+GRACE = 60.0  # seconds that a command has to end after SIGTERM, before it is killed
+SHOWN = 3  # largest number of differences that are printed for one case
 
 CONFIG: dict[str, dict[str, Any]] = {
     "run": {"dir": "runs"},
@@ -90,7 +90,9 @@ class Side:
         return self.directory.parent / "inductor"
 
     def launch(self, *arguments: str, processes: int = 1) -> str:
-        """Run `python ...` with this side's code, under torchrun if there are several processes; return its output.
+        """Run `python ARGUMENTS` with this side's code, under torchrun if there are several processes.
+
+        Return the standard output.
 
         Raises Failure if the exit status is not 0 or the command exceeds TIMEOUT.
         """
@@ -128,12 +130,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison, one line of the report: for each side, a function that runs commands and returns the facts."""
+    """A comparison of BASE and HEAD, which is one line of the report."""
 
     name: str
-    base: Callable[[], Facts]
-    head: Callable[[], Facts]
-    not_run: str = ""  # the reason, if this machine cannot run the case
+    base: Callable[[], Facts]  # runs the commands of BASE and returns the facts that are compared
+    head: Callable[[], Facts]  # does the same for HEAD
+    not_run: str = ""  # the reason why this machine cannot run the case, or "" if it can
 
 
 @dataclass
@@ -142,7 +144,7 @@ class Result:
 
     name: str
     status: str  # equal | different | failed | not run
-    compared: int = 0
+    compared: int = 0  # number of values that were compared
     seconds: float = 0.0
     details: list[str] = field(default_factory=list)
 
@@ -179,7 +181,7 @@ def metrics_facts(path: Path) -> Facts:
 
 
 def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]]:
-    """Compare two sides' facts. Returns the differences and the additions, in words.
+    """Compare the facts of the two sides. Return the differences and the additions, each as a list of texts.
 
     If only HEAD has a quantity, such as a new column of the metrics, this is an addition. If both have the quantity,
     but only HEAD has a value at some place, such as a step that BASE did not log, this is a difference.
@@ -235,7 +237,7 @@ def write_inputs(directory: Path) -> None:
 
 
 def prepare(side: Side, tokenizer: str) -> Facts:
-    """Prepare a dataset of several shards; return the hashes of its shards and tokenizer."""
+    """Prepare a dataset of several shards. Return the hashes of the shards and of the tokenizer's file."""
     name = tokenizer.split(":")[0]
     out = f"prepared/{name}"
     options = ("--tokenizer", tokenizer, "--val-fraction", "0.1", "--shard-tokens", "8000", "--workers", "1")
@@ -247,7 +249,7 @@ def prepare(side: Side, tokenizer: str) -> Facts:
 
 
 def prepare_all(side: Side, tokenizers: tuple[str, ...]) -> Facts:
-    """Prepare a dataset with each tokenizer."""
+    """Prepare a dataset with each tokenizer. Return the facts of all datasets."""
     facts: Facts = {}
     for tokenizer in tokenizers:
         facts |= prepare(side, tokenizer)
@@ -270,7 +272,7 @@ def checkpoint_directory(run: Path, step: int) -> Path:
 
 
 def train(side: Side, name: str, changes: Mapping[str, Any], processes: int) -> Facts:
-    """Train CONFIG with `changes` ({"section.field": value}); return the run's facts."""
+    """Train a run with CONFIG and `changes` ({"section.field": value}). Return the run's facts."""
     config = {section: dict(fields) for section, fields in CONFIG.items()}
     config["run"]["name"] = name
     for path, value in changes.items():
@@ -284,19 +286,22 @@ def train(side: Side, name: str, changes: Mapping[str, Any], processes: int) -> 
 
 
 def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
-    """Resume a copy of BASE's run with HEAD's code from step RESUME_AT; return the facts of the finished run."""
+    """Resume a copy of BASE's run with HEAD's code from step RESUME_AT. Return the facts of the finished run."""
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))
-    # With `must`, HEAD fails if it finds no checkpoint. With `auto`, this error would not be noticed: HEAD would start
-    # at step 0 and reach the same bits.
+    # With `must`, HEAD fails if it finds no checkpoint. With `auto`, this error would not be noticed, because HEAD
+    # would start at step 0 and still end with the same bits.
     arguments = ("--config", f"{name}.yaml", "--run.dir", "resumed", "--run.resume", "must")
     head.launch("train.py", *arguments, processes=processes)
     return run_facts(run)
 
 
 def decode(side: Side, model: str, methods: tuple[tuple[str, ...], ...]) -> Facts:
-    """Continue the prompts with each decoding method; return texts, tokens and log-probabilities."""
+    """Continue the prompts with each decoding method, given as options of sample.py.
+
+    Return the texts, tokens and log-probabilities.
+    """
     common = ("--model", model, "--file", "prompts.txt", "--json", "--max-new-tokens", "24")
     facts: Facts = {}
     for method in methods:
@@ -310,7 +315,7 @@ def decode(side: Side, model: str, methods: tuple[tuple[str, ...], ...]) -> Fact
 
 
 def evaluate(side: Side, model: str) -> Facts:
-    """Evaluate a checkpoint on the val split and on a text. Return all fields of each result, such as the value."""
+    """Evaluate a checkpoint on the validation split and on a text. Return all fields of the results as facts."""
     facts: Facts = {}
     for task, source in (("loss", ("--data", "prepared/bpe")), ("perplexity", ("--text", "heldout.txt"))):
         arguments = ("--model", model, "--tasks", task, *source, "--dtype", "float32", "--device", "cpu")
@@ -431,7 +436,10 @@ def git(*arguments: str, directory: Path | None = None) -> str:
 
 
 def find_commit(revision: str, repository: Path) -> str:
-    """Return the commit that a revision names, or "." for the working tree. Raises ValueError for an unknown one."""
+    """Return the hash of the commit that a revision names. For the working tree, which is ".", return ".".
+
+    Raises ValueError if there is no such commit.
+    """
     if revision == ".":
         return revision
     try:
@@ -491,7 +499,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--keep", type=Path, metavar="DIR", help="new directory that keeps the datasets and runs of both sides"
     )
     args = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise SystemExit, so that worktrees are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit by an exception, so that the worktrees are removed
     try:
         repository = Path(git("rev-parse", "--show-toplevel"))
         commits = find_commit(args.base, repository), find_commit(args.head, repository)

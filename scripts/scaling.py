@@ -5,17 +5,17 @@
 
 With --train, small models are trained with the recipe and the dataset of a configuration, each with several lengths.
 Only the model's layers and channels, the number of steps and the seed differ. Attention heads always have as many
-channels as in the configuration. A run that is already in the file of results is not repeated. --held-out trains the
-configuration itself.
+channels as in the configuration. A run that is already in the file of results is not repeated. With --held-out, the
+configuration itself is trained too. This run is called the held-out run, because it is left out of the fit.
 
-Then a law is fitted to the small runs in the file. They have at most a quarter of the FLOPs of the configuration's own
-run. The prediction of the law is compared with the loss of that run. `train.py --dry-run` fits the runs of the same
-file to predict the loss of a run. docs/scaling.md explains the method.
+Then a law is fitted to the small runs in the file, which have at most a quarter of the FLOPs of the held-out run. The
+prediction of the law is compared with the loss of the held-out run. `train.py --dry-run` fits the runs of the same file
+to predict the loss of a run. docs/scaling.md explains the method.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.scaling")
 
 import argparse
@@ -53,11 +53,11 @@ from training.scaling_law import FORMS, fit
 
 SHAPES = ("2x64", "3x96", "2x128", "3x128")
 FRACTIONS = [1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4]
-HELD_OUT = 4  # the fit uses runs with at most 1/4 of the FLOPs of the configuration's own run
+HELD_OUT = 4  # the fit uses runs with at most 1/4 of the FLOPs of the held-out run
 
 
 class Shape(NamedTuple):
-    """The size of a model."""
+    """The size of a model: its layers and channels."""
 
     n_layer: int
     n_embd: int
@@ -100,7 +100,7 @@ def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
 
 
 def describe(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the recipe of a run, and its entry in the file of results, without "loss" and "held_out"."""
+    """Return the recipe of a run, and the run's entry in the file of results without the keys "loss" and "held_out"."""
     inputs = open_inputs(config, None, verify=False)
     model = config.model_config(inputs.tokenizer.vocab_size)
     precision = start_processes(config.system.device, config.system.dtype).dtype
@@ -120,8 +120,8 @@ def train_run(arguments: list[str]) -> float:
 def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Study], list[dict[str, Any]]]:
     """Return all studies in a file, and the list of runs of the study with this recipe.
 
-    If the file has no such study, the result contains a new one without runs. The file is read in each call, because
-    another process may add runs to it.
+    A study has the runs of one recipe. If the file has no study of this recipe, the result contains a new one without
+    runs. The file is read in each call, because another process may add runs to it.
     """
     studies = read_studies(path)
     study = find_study(studies, recipe)
@@ -134,7 +134,7 @@ def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Stu
 def train_all(args: argparse.Namespace) -> None:
     """Train the runs that the file of results lacks, and add each to the file when it ends.
 
-    Small runs with more than 1 / HELD_OUT of the FLOPs of the configuration's own run are skipped.
+    Small runs with more than 1 / HELD_OUT of the FLOPs of the held-out run are skipped.
     """
     base = parse_config(["--config", args.config])
     recipe, own = describe(base)
@@ -188,7 +188,10 @@ def run_table(study: Study, found: Fit) -> str:
 
 
 def form_table(study: Study, found: Fit) -> str:
-    """Return the table of the forms of the law: their errors for sizes left out of the fit, and for held-out runs."""
+    """Return the table of the forms of the law, with two errors for each form.
+
+    The first error is that for a size that was left out of the fit, the second is that for the held-out runs.
+    """
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]
     rows = []
@@ -227,7 +230,10 @@ def check(study: Study, found: Fit) -> list[str]:
 
 
 def draw(study: Study, found: Fit, path: Path) -> None:
-    """Draw loss against tokens: fitted runs, the law's curve for each model, held-out runs, and predicted intervals."""
+    """Draw loss against tokens: fitted runs, the law as a curve for each model, and held-out runs.
+
+    Bars at the held-out runs are the 95% intervals that the law predicts.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     models = {(run["layers"], run["channels"]): run["parameters"] for run in found.runs}
@@ -250,7 +256,7 @@ def draw(study: Study, found: Fit, path: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Fit the runs of the configuration's recipe; print the tables and the check, and draw the figure.
+    """Fit the runs of the configuration's recipe, print the tables and the check, and draw the figure.
 
     Raises ValueError if the file of results has too few of these runs.
     """
@@ -295,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="F",
         help="lengths to train, as fractions of the configuration's steps (default: 1/6 1/4 1/3 1/2 3/4)",
     )
-    add("--seeds", nargs="*", type=int, default=[1, 2], help="seeds of these runs (default: 1 2)")
+    add("--seeds", nargs="*", type=int, default=[1, 2], help="seeds of the small runs (default: 1 2)")
     add(
         "--held-out",
         nargs="*",
@@ -304,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="SEED",
         help="with --train: also train the configuration itself with these seeds",
     )
-    add("--results", type=Path, default=RESULTS, metavar="FILE", help="all runs and fits (default: docs/scaling.json)")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="file with all runs (default: docs/scaling.json)")
     add("--figure", type=Path, metavar="PNG", help="draw the losses and the fit")
     args = parser.parse_args(arguments)
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):

@@ -20,13 +20,14 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-.venv/bin/python}
-PROCESSES=${PROCESSES:-gpu}  # processes per node
+PROCESSES=${PROCESSES:-gpu}  # number of processes per node, or gpu for one process per GPU
 PORT=${PORT:-29500}
 
 run=$("$PYTHON" -c 'from training.config import parse_config; run = parse_config().run; print(f"{run.dir}/{run.name}")' "$@") || exit 2
 "$PYTHON" train.py "$@" --dry-run || exit 2  # finds errors in the configuration or dataset before all nodes start
 
-rm -f "$run/status.json"  # of the previous attempt: this one may fail before it writes its own
+# Delete the file of the previous attempt, because this attempt may fail before it writes its own.
+rm -f "$run/status.json"
 
 # The script that runs on each node. SIGUSR1 would kill torchrun, which would then kill its workers. Therefore torchrun
 # ignores the signal, and this script sends it to the workers, torchrun's child processes, which handle it. The script

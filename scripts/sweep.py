@@ -11,7 +11,7 @@ validation loss. docs/recipes.md and docs/small-data.md have such tables.
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.sweep")
 
 import argparse
@@ -58,9 +58,9 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
     """Train a run as `finish` does. Return its last validation loss and its metrics.
 
-    The loss is inf if the run diverged or the loss is not finite. If eval.final_tokens is set, the loss is that on
-    these tokens. But a run that eval.patience ends early is not scored on them, and losses on different tokens cannot
-    be compared. So if eval.patience is set too, the loss of every run is that on eval.tokens.
+    The loss is inf if the run diverged or the loss is not finite. If eval.final_tokens is set, the loss on these tokens
+    is returned. If eval.patience is set too, the loss on eval.tokens is returned for every run, because a run that
+    eval.patience ends early is not scored on eval.final_tokens, and losses on different tokens cannot be compared.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"
@@ -81,7 +81,7 @@ def train_apart(arguments: list[str], idea: type[Idea] | None = None) -> float:
 
 
 def as_flags(fields: Iterable[str]) -> list[str]:
-    """Return train.py's arguments for fields that are written as optim.lr=1e-3."""
+    """Return train.py's arguments for fields: ["optim.lr=1e-3"] gives ["--optim.lr", "1e-3"]."""
     return [part for name, _, value in (field.partition("=") for field in fields) for part in (f"--{name}", value)]
 
 
@@ -92,7 +92,7 @@ def first_below(records: list[dict], loss: float) -> int | None:
 
 
 def lowest(records: list[dict]) -> tuple[float, str]:
-    """Return the lowest validation loss of a run, which the best checkpoint has, and its step as text: " at 748"."""
+    """Return the lowest validation loss of a run, and the step of this validation as text, such as " at 748"."""
     loss, step = min((r["loss"], r["step"]) for r in records if r["split"] == "val" and r["loss"] is not None)
     return loss, f" at {step:,}"
 

@@ -35,7 +35,8 @@ def execute(path: Path, **environment: str) -> NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as sockets:
-        # Not TCP: another process could take a port after the client has chosen it and before the kernel binds it.
+        # The client and the kernel communicate through Unix sockets. With TCP, another process could take the port
+        # after the client has chosen it and before the kernel binds it.
         connection = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         client = NotebookClient(
             notebook,
@@ -53,7 +54,10 @@ def execute(path: Path, **environment: str) -> NotebookNode:
 
 
 def hash_sources(notebook: NotebookNode) -> str:
-    """Return a hash of the code cells. If it differs from the stored one, the stored outputs belong to other code."""
+    """Return a hash of the code cells. The notebook stores the hash of the code that its outputs come from.
+
+    If the two hashes differ, the code was changed after the outputs were stored.
+    """
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 

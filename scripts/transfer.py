@@ -11,7 +11,7 @@ already in the file of results are not repeated. The tables and the figure of do
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.transfer")
 
 import argparse
@@ -35,7 +35,7 @@ from training.transfer import Size, scale
 
 Losses = dict[float, dict[int, float]]  # value of the swept field -> seed -> validation loss
 HEAD_SIZE = 32  # channels of each head in every shape
-LAYERS, WIDTH = 4, 64  # of the base shape, see `series`
+LAYERS, WIDTH = 4, 64  # number of layers and channels of the base shape, see `series`
 STEPS = 100  # optimizer steps of a run whose shape does not give their number
 
 
@@ -70,7 +70,8 @@ class Sweep(NamedTuple):
     optimizer: str
     field: str
     held: str
-    # optim.lr at width 64 with 4 layers, which `scale` changes for other shapes. None: `held` or `field` sets optim.lr.
+    # The value of optim.lr at width 64 with 4 layers, which `scale` changes for other shapes. If it is None, `held` or
+    # `field` sets optim.lr.
     lr: float | None = None
 
 
@@ -202,10 +203,10 @@ def excess(losses: Losses, value: float) -> float | None:
 
 
 def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
-    """Return groups of at least two shapes in which only the width, only the layers or only the steps differ.
+    """Return groups of at least two shapes that differ in one number only: in the width, the layers or the steps.
 
-    The other numbers are those of the base shape. There is one exception: shapes in which only the width differs also
-    form a group if they all have the same number of steps, but not that of the base shape.
+    The other two numbers are those of the base shape (WIDTH, LAYERS, STEPS). There are also groups of shapes that
+    differ in the width and have another number of steps, which is then the same for the whole group.
     """
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],
@@ -218,7 +219,7 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
 
 
 def describe_optimum(losses: Losses) -> str:
-    """Return the geometric mean of the seeds' optima as text, with the range of the optima.
+    """Return the geometric mean of the optima of all seeds as text, with the range of these optima.
 
     If the values enclose no minimum for any seed, return the bound from the first seed, such as "at least 0.04".
     """
@@ -231,7 +232,11 @@ def describe_optimum(losses: Losses) -> str:
 
 
 def optimum_table(results: Results) -> str:
-    """Return the table that compares each shape's optimum with the prediction from the first shape of its series."""
+    """Return the table that compares the optimum of each shape with the prediction from the first shape of its series.
+
+    The last two columns have the ratio of the optimum to the prediction, as a power of √2 (+2 is a ratio of 2), and the
+    result of `excess` at the prediction.
+    """
     rows = []
     for name, shapes in results.items():
         for varied, members in series(shapes).items():
@@ -293,7 +298,7 @@ def draw(results: Results, path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    for axes in all_axes:  # the rest of the grid has no series
+    for axes in all_axes:  # the iterator continues with the axes of the grid that have no series
         axes.remove()
     figure.savefig(path, dpi=100)
 
@@ -328,11 +333,11 @@ def main(arguments: list[str] | None = None) -> None:
         description="Measure how the best learning rates and weight decay depend on the size of a model.",
     )
     shapes = "sizes of the model, such as 64x4 (width 64, 4 layers), or 64x4x400 for 400 steps"
-    parser.add_argument("--sweep", choices=SWEEPS, default="muon", help="what to vary (default: %(default)s)")
+    parser.add_argument("--sweep", choices=SWEEPS, default="muon", help="sweep to run (default: %(default)s)")
     parser.add_argument("--shapes", nargs="*", type=parse_shape, default=[], metavar="SHAPE", help=shapes)
     parser.add_argument("--values", nargs="*", type=float, default=[], metavar="V", help="values of the swept field")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of each value (default: 1)")
-    parser.add_argument("--results", type=Path, default="docs/transfer.json", metavar="FILE", help="losses of all runs")
+    parser.add_argument("--results", type=Path, default="docs/transfer.json", metavar="FILE", help="file of results")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses and the optima of all series")
     args = parser.parse_args(arguments)
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; the same command continues\n"):

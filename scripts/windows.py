@@ -2,14 +2,15 @@
 
     python -m scripts.windows --config configs/shakespeare.yaml --held-out data/shakespeare --seeds 1 2 3 4 5
 
-Other options are passed to train.py. The table has means and standard deviations over the seeds. Each model is scored
-twice: in windows of the held-out text, where a token also attends to earlier documents, and with each document by
-itself. Runs and scores that exist already are not repeated. docs/data.md has the results.
+Other options are passed to train.py. The table has means and standard deviations of the loss over the seeds. Each model
+is scored twice: once in windows of the held-out text, where a token also attends to earlier documents, and once with a
+mask, so that a token attends only to its own document. Runs and scores that exist already are not repeated.
+docs/data.md has the results.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.windows")
 
 import argparse
@@ -21,6 +22,7 @@ from command import CommandParser, ending
 from eval.run import main as evaluate
 from scripts.sweep import finish, markdown
 
+# Way of cutting text into windows -> options of train.py.
 WAYS = {
     "packed": [],
     "packed, shift": ["--data.shift", "true"],
@@ -28,6 +30,7 @@ WAYS = {
     "packed, mask": ["--data.document_mask", "true"],
     "aligned, mask": ["--data.windows", "aligned", "--data.document_mask", "true"],
 }
+# Heading of a column of the table -> options of eval.run.
 SCORES = {"with context across borders": [], "each document by itself": ["--document-mask"]}
 
 
@@ -44,7 +47,8 @@ def table(args: argparse.Namespace, flags: list[str]) -> str:
     """Train and score the runs that are missing, and return the table in Markdown. `flags` are options of train.py."""
     rows = []
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for seed in args.seeds:  # the outer loop: an interrupted comparison then has complete seeds, with all settings
+    # The seeds are the outer loop, so that an interrupted comparison has the runs of all ways for the first seeds.
+    for seed in args.seeds:
         for way, settings in WAYS.items():
             run = Path(args.dir) / f"{way.replace(', ', '-')}-seed_{seed}"
             names = ["--run.dir", args.dir, "--run.name", run.name, "--run.seed", str(seed)]
@@ -65,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML file of train.py")
-    add("--held-out", required=True, metavar="DIR", help="dataset with the same tokenizer; its validation is scored")
+    add("--held-out", required=True, metavar="DIR", help="dataset to score, with the same tokenizer (validation split)")
     add("--seeds", nargs="+", type=int, default=[1337], help="seeds of each setting (default: 1337)")
     add("--dir", default="runs/windows", help="directory of the runs (default: %(default)s)")
     args, flags = parser.parse_known_args(arguments)

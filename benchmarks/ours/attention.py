@@ -1,4 +1,4 @@
-"""The three kinds of attention on long sequences."""
+"""Forward and backward pass with each of the three kinds of attention on long sequences."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from model import GPT, GPTConfig
 def train(attention: str, tokens: int) -> Run:
     """Set up forward and backward pass of a model with one layer of two heads, over one sequence of random tokens.
 
-    With "window", a token attends to the last 256 tokens. With "lsh", it attends to itself and, in each of 2 rounds of
-    hashing, to at most 128 earlier tokens.
+    With "full" attention, a token attends to itself and to all earlier tokens. With "window", it attends to the last
+    256 tokens. With "lsh", it attends to itself and, in each of 2 rounds of hashing, to at most 128 earlier tokens.
     """
     torch.manual_seed(0)
     config = GPTConfig(

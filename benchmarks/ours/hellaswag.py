@@ -1,4 +1,4 @@
-"""HellaSwag as eval.run evaluates it."""
+"""The evaluation of HellaSwag, with the functions that eval.run uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from model import GPT, GPTConfig
 
 
 def evaluate(dtype: str, device: str) -> Run:
-    """Set up the evaluation of the 124M model under autocast to a precision, with the completion convention."""
+    """Set up the evaluation of the 124M model under autocast to `dtype`, with the completion convention.
+
+    eval/hellaswag.py defines the convention.
+    """
     keep_freed_memory()
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset("gpt2")).to(device).eval()

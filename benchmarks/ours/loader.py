@@ -1,4 +1,4 @@
-"""The loader of training batches."""
+"""Reading of training batches with data/loader.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to shards with the command `python -m data.prepare text`."""
+"""Preparation of shards from text with the command `python -m data.prepare text`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the root of this repository
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up the command. Each run writes its dataset to a new directory beside the .jsonl file `corpus`."""
+    """Set up the command for the .jsonl file `corpus`. Each run writes its dataset to a new directory beside it."""
     command = [sys.executable, "-m", "data.prepare", "text", str(corpus), "--val-fraction", "0", "--out"]
 
     def run() -> None:

@@ -41,7 +41,8 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     tokens, rows = config.data.sequence_length, config.data.batch_tokens // config.data.sequence_length
     ids = torch.randint(shape.vocab_size, (n_batches, rows, tokens + 1))
-    # Contiguous and in pinned memory, like the loader's batches. Otherwise the CPU would copy them before each step.
+    # Inputs and targets are contiguous and in pinned memory, as in the loader's batches. If they were not, the CPU
+    # would copy them before each step.
     pairs = torch.stack([ids[..., :-1], ids[..., 1:]], dim=1)
     if processes.device.type == "cuda":
         pairs = pairs.pin_memory()

@@ -1,4 +1,4 @@
-"""build-nanogpt, read from a clone of its repository."""
+"""build-nanogpt as a contestant. Its code is loaded from a clone of its repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate(directory: str, device: str) -> Run:
     questions instead.
     """
     tokenizer: Any = load_tokenizer("gpt2")
-    tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # the encoding that tiktoken would return
+    tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # equal to what tiktoken would download
     hellaswag: Any = load_file(Path(directory) / "hellaswag.py")
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config()).eval()

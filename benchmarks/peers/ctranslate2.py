@@ -1,4 +1,4 @@
-"""CTranslate2: an inference engine in C++."""
+"""CTranslate2, an inference engine in C++, as a contestant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoGPT, read from a clone of its repository."""
+"""nanoGPT as a contestant. Its code is loaded from a clone of its repository."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
 def decode(directory: str, device: str) -> Run:
     """Set up decoding of one sample in float32, without a cache, with the sampling options of nanoGPT's sample.py.
 
-    On CUDA, nanoGPT's sample.py itself would compute in 16 bits.
+    On CUDA, nanoGPT's sample.py would compute in 16 bits by default. Here, it computes in float32 like all contestants
+    of its table.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)

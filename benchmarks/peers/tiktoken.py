@@ -1,4 +1,4 @@
-"""tiktoken on all cores. Shards are written with this repository's code."""
+"""tiktoken, which encodes on all cores, as a contestant. This repository's code writes the shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_CHARACTERS = 1 << 26  # characters of text that one call encodes
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up tiktoken's encode_ordinary_batch(). Each run writes ids to a new directory beside the file `corpus`."""
+    """Set up encoding of the .jsonl file `corpus` by tiktoken. Each run writes shards to a new directory beside it."""
     tokenizer: Any = load_tokenizer("gpt2")
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: its GPT2LMHeadModel."""
+"""The GPT2LMHeadModel of Hugging Face transformers as a contestant."""
 
 from __future__ import annotations
 

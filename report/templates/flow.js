@@ -1,5 +1,5 @@
-// A text as a sequence of tokens, to which `add` appends one. Hovering, a tap or an arrow key chooses a token; `choose` is
-// called with its index.
+// Shows a text as a sequence of tokens in `element`. The method `add` appends a token. The user chooses a token with
+// the mouse, a tap or an arrow key, and then `choose` is called with the index of this token.
 function tokenFlow(element, tokens, choose) {
   const spans = [];
   let chosen = -1;

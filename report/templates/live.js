@@ -9,7 +9,7 @@ function replaceSection(section, next) {
   section.innerHTML = next.innerHTML;
   for (const one of section.querySelectorAll("details")) {
     const was = open.get(one.dataset.name);
-    if (was !== undefined) one.open = was;  // as the user left it; new samples are open
+    if (was !== undefined) one.open = was;  // old sections stay as the user left them, new samples are open
   }
 }
 
@@ -37,6 +37,6 @@ async function refresh() {
   live.textContent = `This page follows the training. Last change at ${new Date().toLocaleTimeString()}.`;
 }
 
-// The next request is sent after the answer to the last one, so that a slow server never has two of them.
+// The next request is sent two seconds after the last one was answered. So a slow server never has two of them.
 const refreshLater = () => setTimeout(() => refresh().finally(refreshLater), 2000);
 refreshLater();

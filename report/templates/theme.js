@@ -23,7 +23,7 @@ function layoutOf(margin) {
 
 const plotConfig = {
   displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "pan2d"],
-  showSendToCloud: false, plotlyServerURL: "",  // the buttons would upload the data
+  showSendToCloud: false, plotlyServerURL: "",  // no buttons that upload the data to plotly's server
 };
 
 // After a tap, browsers also send mouse events. With dragmode false, plotly treats them as a second tap: it hides the

@@ -1,4 +1,4 @@
-// shade() takes the square root of a fraction. The square makes the color proportional to the loss.
+// shade() takes the square root of its fraction. It is squared here, so that the color is proportional to the loss.
 const lossShade = (loss) => shade("loss", Math.min(1, loss / data.uniformLoss) ** 2);
 document.querySelector(".bar").style.background =
   `linear-gradient(to right, ${[0, 1].map((fraction) => lossShade(fraction * data.uniformLoss)).join(", ")})`;

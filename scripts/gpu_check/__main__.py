@@ -5,12 +5,13 @@
     python -m scripts.gpu_check --device cpu --tiny
 
 docs/gpu.md describes the parts. Each part runs in a separate process, so that a part that fails or crashes does not
-stop the others. No part needs a network. The last command is a rehearsal: it runs every part on a CPU with tiny shapes.
+stop the others. No part needs a network. The third command above needs no GPU: it runs every part on a CPU with tiny
+shapes, as a rehearsal.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # the file was started by its path, so the imports below would not find the modules
     raise SystemExit("Run this in the root of the repository: python -m scripts.gpu_check")
 
 import argparse
@@ -60,10 +61,10 @@ class Outcome(NamedTuple):
 
 
 def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outcome:
-    """Run a part in a separate process. A part that takes too long is killed with its child processes.
+    """Run a part in a separate process. After `limit` seconds, the process and its child processes are killed.
 
-    The new process is forked, so all modules are imported there already. The parent must never use the GPU, because a
-    forked process cannot use CUDA if its parent has used it.
+    The new process is forked from this one, so it has imported all modules already. This process must never use the
+    GPU, because a forked process cannot use CUDA if its parent has used it.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -106,14 +107,14 @@ def answer(number: int, settings: Settings, pipe: Connection) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Parse the command line."""
+    """Parse the command line. Return the arguments, whose `numbers` are the chosen parts, and the settings."""
     parser = CommandParser(
         prog="python -m scripts.gpu_check",
         description="Check this repository on a GPU. docs/gpu.md describes the parts.",
     )
     parser.add_argument("--parts", default="all", help="numbers of parts such as 1,3,8 (default: all)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: check that everything runs, not how fast")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="device to check (default: cuda)")
+    parser.add_argument("--tiny", action="store_true", help="use small shapes, to check only that everything runs")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME[=DIR]", help="transformers or nanogpt=DIR; repeatable"
     )

@@ -1,4 +1,4 @@
-"""Part 8: decoding compared with transformers, and scoring questions of HellaSwag's length."""
+"""Part 8 of the GPU check: decoding compared with transformers, and scoring of questions as long as HellaSwag's."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check_graph(model: GPT, settings: Settings, report: Report) -> None:
 
 
 def score_questions(settings: Settings, report: Report) -> None:
-    """Time the scoring of questions with four endings, and compare some scores with those in float32.
+    """Time the scoring of questions with four endings each. Compare the scores of the first two with those in float32.
 
     The tokens are random. The questions and the endings are about as long as those of HellaSwag.
     """

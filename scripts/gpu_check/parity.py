@@ -1,4 +1,4 @@
-"""Part 2: check that logits equal those of transformers, and that gradients and tokens equal those of a CPU."""
+"""Part 2 of the GPU check: logits must equal those of transformers, gradients and tokens those of a CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_twins(shape: GPTConfig, spread: float, device: str) -> tuple[Any, GPT]:
 
     `spread` is the standard deviation of the weights.
     """
-    disable_progress_bar()  # `save_pretrained` would show one
+    disable_progress_bar()  # otherwise `save_pretrained` would show a progress bar
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=shape.vocab_size,
@@ -90,9 +90,9 @@ def check_gradients(settings: Settings, report: Report) -> None:
 
 @torch.no_grad()
 def check_tokens(model: GPT, settings: Settings, report: Report) -> None:
-    """Compare greedy tokens: on this device and a CPU, with and without a cache, in a padded batch and alone.
+    """Check that greedy decoding gives the same tokens on this device and on a CPU, with and without a cache.
 
-    The model is moved to the CPU.
+    A prompt in a padded batch must also get the same tokens as alone. At the end, the model is on the CPU.
     """
     new = 24 if settings.tiny else 64
     together = generate(model, PROMPTS, max_new_tokens=new)

@@ -1,4 +1,4 @@
-"""Part 1: versions, the matrix products of the head, and the loss."""
+"""Part 1 of the GPU check: versions, the matrix products of the output head, and the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.metrics import hardware
 
 
 def check_products(settings: Settings, report: Report) -> None:
-    """Print the versions, time the products of the head, and compare the loss with PyTorch's compiled one."""
+    """Print the versions, time the products of the head, and compare the loss with PyTorch's compiled cross_entropy."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     if settings.device == "cuda":
         versions |= {"cudnn": torch.backends.cudnn.version(), "card": settings.card}
@@ -31,9 +31,9 @@ def best_milliseconds(work: partial) -> float:
 
 
 def time_products(settings: Settings, report: Report) -> None:
-    """Time the three matrix products of the head: logits, the gradient of its input, and the gradient of its weights.
+    """Time the three matrix products of the output head: the logits, and the gradients of its input and of its weights.
 
-    They are timed with and without a padded vocabulary, for chunks of several sizes.
+    They are timed with the vocabulary as it is and padded to a multiple of 128, and for several numbers of tokens.
     """
     report.say("timing the products of the head")
     vocab, width = settings.shape.vocab_size, settings.shape.n_embd

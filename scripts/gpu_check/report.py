@@ -24,23 +24,23 @@ class Settings:
 
     @property
     def shape(self) -> GPTConfig:
-        """The model: GPT-2 124M, or a small one if `tiny`."""
+        """The configuration of the model: GPT-2 124M, or a small model if `tiny`."""
         small = GPTConfig(vocab_size=211, block_size=64, n_layer=2, n_head=2, n_embd=32)
         return small if self.tiny else GPTConfig.preset("gpt2")
 
     @property
     def small_shape(self) -> GPTConfig:
-        """A model that is small enough to be trained on a CPU too."""
+        """The configuration of a model that is small enough to be trained on a CPU too."""
         return GPTConfig(vocab_size=211, block_size=64, n_layer=2, n_head=2, n_embd=32 if self.tiny else 256)
 
     @property
     def compiles(self) -> bool:
-        """Whether to use torch.compile. False for a tiny model on a CPU: compiling would take longer than the rest."""
+        """True if models are compiled. Tiny models on a CPU are not: compiling would take longer than the rest."""
         return self.device == "cuda" or not self.tiny
 
     @property
     def is_timed(self) -> bool:
-        """Whether speed and memory are compared with their targets, which apply only to a GPU and full shapes."""
+        """True if speed and memory are checked against limits. The limits apply only to a GPU and to full shapes."""
         return self.device == "cuda" and not self.tiny
 
     @property
@@ -67,7 +67,7 @@ class Settings:
         return Processes(0, world_size, torch.device(self.device), dtype)
 
     def config(self, rows: int, shape: GPTConfig, *, compiled: bool = True, optim: Optim | None = None) -> Config:
-        """Return the configuration of a run whose batches are one micro-batch of `rows` windows each."""
+        """Return the configuration of a run in which each batch is a single micro-batch of `rows` sequences."""
         tokens = shape.block_size
         return Config(
             data=Data(batch_tokens=rows * tokens, sequence_length=tokens, micro_batch=rows),
@@ -77,7 +77,7 @@ class Settings:
 
 
 class Report:
-    """The results of a part. Each one is printed immediately."""
+    """The results of a part: checks, which pass or fail, and tables. Each result is also printed when it is added."""
 
     def __init__(self) -> None:
         self.checks: list[dict[str, Any]] = []
@@ -111,7 +111,10 @@ Part = Callable[[Settings, Report], None]
 
 
 def format_cell(value: object) -> str:
-    """Return a cell of a table: floats with three significant digits, from 1000 on as integers, and "-" for None."""
+    """Return the text of a table cell. Floats have three significant digits, or none after the point from 1000 on.
+
+    None becomes "-".
+    """
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "-" if value is None else str(value)

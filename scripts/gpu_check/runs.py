@@ -14,12 +14,12 @@ from data.shards import DatasetMeta, ShardWriter
 from data.tokenizer import train_tokenizer
 from scripts.gpu_check.report import Settings
 
-ROOT = Path(__file__).resolve().parents[2]  # of the repository
+ROOT = Path(__file__).resolve().parents[2]  # the root of this repository
 SHARD_TOKENS = 100_000_000  # the default of data.prepare
 
 
 def write_dataset(directory: Path) -> Path:
-    """Write a dataset with characters as tokens: the documentation of this repository, without a validation split.
+    """Write a dataset without a validation split: this repository's documentation, with characters as tokens.
 
     `python -m data.prepare` is not used, because it needs packages that training does not need.
     """
@@ -49,7 +49,10 @@ def write_dataset(directory: Path) -> Path:
 
 
 def write_config(settings: Settings, directory: Path, dataset: Path, name: str, changes: dict[str, Any]) -> Path:
-    """Write the configuration of a short run of the small model. `changes` are fields by section."""
+    """Write the configuration of a short run of the small model, and return the path of the file.
+
+    `changes` is {section: {field: value}}. These values replace those of this function.
+    """
     shape = settings.small_shape
     config: dict[str, dict[str, Any]] = {
         "run": {"name": name, "dir": str(directory / "runs")},

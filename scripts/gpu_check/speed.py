@@ -27,12 +27,12 @@ from training.config import Optim
 from training.estimate import Hardware, Workload, count_parameters, flops_per_token, peak_flops
 from training.setup import TrainingRun
 
-LOWEST_MFU = 0.41  # on an H100 or H200 with 64 sequences in a micro-batch; llm.c has this MFU on an H100
+LOWEST_MFU = 0.41  # lowest allowed MFU on an H100 or H200 with micro-batches of 64 sequences; llm.c has it on an H100
 WORST_ESTIMATE = 0.15  # largest relative error that is allowed for the estimate of the memory
-LOSS = "gpt2::linear_cross_entropy_sum"
+LOSS = "gpt2::linear_cross_entropy_sum"  # the operator of kernels/loss.py, which includes the output head
 # Kind -> pattern of the names of its CUDA kernels and CPU operators. The first pattern that matches a name counts.
 KINDS = {
-    "elementwise": r"^triton",  # first: names of torch.compile's kernels list all the operators that they fuse
+    "elementwise": r"^triton",  # first, because the name of a kernel of torch.compile lists all operators that it fuses
     "attention": r"flash|fmha|attention|sdpa",
     "products": r"gemm|cutlass|nvjet|cublas|xmma|splitk|addmm|\bmm\b|bmm|matmul",
     "optimizer": r"multi_tensor|adam|newton_schulz",
@@ -68,7 +68,7 @@ def check_speed(settings: Settings, report: Report) -> None:
 
 
 def measure(settings: Settings, report: Report, rows: int, what: str, *, compiled: bool = True) -> dict[str, Any]:
-    """Return a row of the table for our training step."""
+    """Return a row of the table for our training step on a micro-batch of `rows` sequences. `what` names the row."""
     config = settings.config(rows, settings.shape, compiled=compiled)
     processes = start_processes(settings.device, "auto")
 
@@ -82,7 +82,8 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
 
 def measure_peer(settings: Settings, report: Report, rows: int, name: str, directory: str) -> dict[str, Any]:
     """Return a row of the table for a peer of bench.py, whose model has 124M parameters even if ours is tiny."""
-    module = importlib.import_module(f"benchmarks.peers.{name}")  # imported here: a peer has its own libraries
+    # Imported here, because the module of a peer needs libraries that the rest of this file does not need.
+    module = importlib.import_module(f"benchmarks.peers.{name}")
     arguments = (*([directory] if directory else []), settings.device, rows, settings.tokens)
     return time_steps(settings, report, rows, name, partial(module.train, *arguments)) | {"estimate, GiB": None}
 
@@ -149,8 +150,8 @@ def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
     """Return the milliseconds of each kind of operation. On a GPU, kernels are counted; on a CPU, operators.
 
     Everything inside the operator of the loss counts as the loss. A kernel does not record the operator that launched
-    it, but an operator records its kernels. So the time of the loss is first summed for each kernel name,
-    and then subtracted from the time of the kernels with this name.
+    it, but an operator records its kernels. So, on a GPU, the time of the loss is first summed for each kernel name,
+    and then subtracted from the time of all kernels with this name.
     """
     events = profiler.events() or []
     times: dict[str, float] = dict.fromkeys(
@@ -179,12 +180,15 @@ def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a kernel or operator: one of KINDS, or "elementwise", which includes reductions."""
+    """Return the kind of a kernel or operator, a key of KINDS. If no pattern matches the name, it is "elementwise"."""
     return next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), "elementwise")
 
 
 def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
-    """Measure the optimizer's part of a step's time, and train with an automatic and with a very large micro-batch."""
+    """Measure which part of a training step's time the optimizer takes, and then check the choice of the micro-batch.
+
+    AdamW and Muon are measured.
+    """
     rows = 4 if settings.tiny else 64
     table: list[dict[str, Any]] = []
     names: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
@@ -226,7 +230,7 @@ def check_micro_batch(settings: Settings, report: Report) -> None:
     del run
     gc.collect()
     if settings.device == "cuda":
-        torch.cuda.empty_cache()  # train.py, a process of its own, needs the memory
+        torch.cuda.empty_cache()  # train.py runs in another process, which needs this memory
     report.say("train.py with a micro-batch of 512")
     with tempfile.TemporaryDirectory() as directory:
         result = run_one_step(settings, Path(directory), windows=512)

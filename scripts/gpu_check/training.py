@@ -1,4 +1,4 @@
-"""Parts 5, 6 and 7: loss curves, kill and resume, and the gradients of DDP and FSDP."""
+"""Parts 5, 6 and 7 of the GPU check: loss curves, kill and resume, and the gradients of DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: i
 
 
 def check_curves(settings: Settings, report: Report) -> None:
-    """Compare a small model's losses with those on a CPU, and the full model's in 16 bits with those in float32."""
+    """Compare loss curves: of a small model here and on a CPU, and of the full model in 16 bits and in float32."""
     torch.set_float32_matmul_precision("highest")
     steps, rows = (6, 4) if settings.tiny else (30, 8)
     report.say(f"{steps} steps of a small model in float32, on the CPU and on {settings.device}")
@@ -64,7 +64,7 @@ def check_curves(settings: Settings, report: Report) -> None:
 
 
 def compare(report: Report, name: str, found: list[float], expected: list[float], limit: float) -> None:
-    """Check the largest difference of two loss curves, and show their first, middle and last step."""
+    """Check that two loss curves differ by at most `limit` at any step, and show their first, middle and last step."""
     shown = (0, len(found) // 2, len(found) - 1)
     rows = [{"step": i + 1, "loss": f"{found[i]:.5f}", "expected": f"{expected[i]:.5f}"} for i in shown]
     report.table(name, rows)
@@ -95,7 +95,8 @@ def check_resume(settings: Settings, report: Report) -> None:
                 continue
             counts = json.loads(lines[-1])
             found = "equal bit for bit" if not counts["differences"] else "; ".join(counts["differences"])
-            # By default, some operators on a GPU add numbers in a different order in every run. So runs may differ.
+            # Without system.deterministic, some operators on a GPU add numbers in a different order in every run. So a
+            # difference is not an error there.
             if deterministic or settings.device == "cpu":
                 report.check(f"{counts['kills']} kills, {name}", not counts["differences"], found)
             else:
@@ -117,7 +118,8 @@ def check_distributed(settings: Settings, report: Report) -> None:
 
 def gradients(settings: Settings, *, sharded: bool | None) -> list[Tensor]:
     """Return the gradient of each parameter. sharded: None for the plain model, False for DDP, True for FSDP."""
-    # `distribute` uses DDP only for several processes, so the description claims two.
+    # `distribute` uses DDP only if there are several processes. So `processes` says that there are two, although this
+    # process is the only one of its group.
     processes = settings.processes(torch.float32, world_size=1 if sharded is None else 2)
     torch.manual_seed(0)
     model = GPT(settings.shape).to(settings.device).train()
