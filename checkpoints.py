@@ -3,7 +3,7 @@
     runs/<name>/checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
                                            trainer/optimizer.safetensors trainer/state.json   manifest.json
 
-training/checkpoint.py writes checkpoints. This module does not import torch.
+training/checkpoint.py writes checkpoints. This module does not import torch, so it loads quickly.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def verify(checkpoint: Path) -> None:
 def find_newest(directory: Path) -> tuple[Path | None, list[Path]]:
     """Return the newest undamaged checkpoint of a run, and the damaged checkpoints that are newer.
 
-    A checkpoint is damaged if `verify` raises an error. A damaged checkpoint is named on stderr, skipped and left
-    unchanged. directory is the run's `checkpoints`. The first result is None if there is no checkpoint.
+    `directory` is the run's directory `checkpoints`. A checkpoint is damaged if `verify` raises an error. A damaged
+    checkpoint is named on stderr, skipped and left unchanged. The first result is None if there is no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, but all of them are damaged.
@@ -88,15 +88,15 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
 
     A checkpoint stores two losses, if they are known: its own validation loss, and the lowest validation loss of the
     run so far, with the step of that loss. A checkpoint that was saved on a stop request lacks its own loss, because
-    its validation ran only after the run had resumed. If the loss of that validation is the lowest so far, later
-    checkpoints store it as the lowest loss.
+    the validation of its step ran only after the run had resumed. But if that validation found the lowest loss so far,
+    later checkpoints store this loss and the step.
 
     Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, losses on
     another number of tokens than the newest loss are ignored. Older versions of this repository did not store the
     number of tokens. Losses without this number are never ignored.
 
-    directory is the run's `checkpoints`. Checkpoints in `unreadable` are ignored. If the trainer/state.json of a
-    checkpoint cannot be read, the path of the checkpoint is printed on stderr and added to `unreadable`.
+    `directory` is the run's directory `checkpoints`. Checkpoints in `unreadable` are ignored. If the trainer/state.json
+    of a checkpoint cannot be read, the path of the checkpoint is printed on stderr and added to `unreadable`.
     """
     measured: list[tuple[int | None, Path, float]] = []  # tokens (None in older checkpoints), checkpoint, loss
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(directory)}
@@ -107,7 +107,7 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
             state = read_state(path)
             tokens, loss, best = state.get("val_tokens"), state["val_loss"], state.get("best")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            # Do not raise an error, because the weights of the checkpoint may be intact.
+            # Do not raise an error: the weights of this checkpoint, and the other checkpoints, may be intact.
             print(f"ignoring {path}, because its {STATE} cannot be read: {error!r}", file=sys.stderr)
             unreadable.add(path)
             continue
@@ -169,10 +169,10 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
 
 
 def _ended_by_patience(newest: Path) -> bool:
-    """Return whether eval.patience ended the run of this newest checkpoint: the run finished before its last step.
+    """Return whether eval.patience ended a run with this newest checkpoint, that is, before the run's last step.
 
-    Return False if the checkpoint does not tell: its state cannot be read, or an older version of this repository wrote
-    the state and did not store whether the run had finished.
+    Return False if this is not known, because the state of the checkpoint cannot be read, or because an older version
+    of this repository wrote the state and did not store whether the run had finished.
     """
     try:
         state = read_state(newest)

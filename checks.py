@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The largest integer that a config.json may contain for a size. A larger number is a mistake, and a model of this size
-# could fill the memory before the mistake is noticed.
+# The largest integer that a config.json may contain for a size. A larger number is a mistake. Without this limit, a
+# model of the stated size could fill the memory before the mistake is noticed.
 LARGEST_FIELD = 2**24
 
 
@@ -39,7 +39,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_shared_fields(config: dict[str, Any]) -> None:
     """Check the fields that have the same name in GPTConfig and in transformers' config.json.
 
-    The caller must check first that the sizes are positive integers. Raises ValueError, naming the field.
+    n_embd and n_head must already have been checked to be positive integers. Raises ValueError, naming the field.
     """
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"n_embd ({config['n_embd']}) must be divisible by n_head ({config['n_head']})")
@@ -52,7 +52,8 @@ def check_shared_fields(config: dict[str, Any]) -> None:
 def check_attention(config: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if `config` selects an attention that is not implemented.
 
-    The fields of attention may be missing: a config.json has these fields only if the attention is not full.
+    The fields attention, window_size, lsh_buckets and lsh_rounds may be missing: a config.json has them only if the
+    attention is not full.
     """
     attention = config.get("attention", "full")
     if attention not in ("full", "window", "lsh"):
@@ -81,7 +82,7 @@ def check_shape(what: str, tensor: Tensor, *expected: tuple[int | str, ...]) -> 
 
 
 def check_ids(what: str, ids: Tensor, limit: int, limit_name: str, ignored: int | None = None) -> None:
-    """Raise ValueError unless every id is in 0..limit-1 or equal to `ignored`.
+    """Raise ValueError, naming `what` and `limit_name`, unless every id is in 0..limit-1 or equal to `ignored`.
 
     The check is skipped on a GPU, where it would make the host wait for the device, and inside torch.compile, where
     reading a value would break the graph.

@@ -30,7 +30,8 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, traceback:
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = _report_uncaught  # set before torch is imported, which takes a second or more
+# Set this before torch is imported: the import takes a second or more, so Ctrl-C may come while it runs.
+sys.excepthook = _report_uncaught
 
 try:
     import openmp  # noqa: F401 (it must come before torch, and commands import this module first)
@@ -56,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Return the options of a parser and its subcommands: the parser also reports unknown options of subcommands."""
+    """Return the options of a parser and of its subcommands: the parser reports the unknown options of both."""
     found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -65,14 +66,17 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def add_model_options(add: Callable[..., Any], note: str = " (default: the newest run)", **options: Any) -> None:
-    """Add --model, whose help ends with `note`, and --checkpoint. `options` are passed to `add` for --model."""
+    """Add --model and --checkpoint with `add`, the add_argument of a parser.
+
+    The help of --model ends with `note`. `options` are passed to `add` for --model.
+    """
     help_text = f"directory of a run, a checkpoint or a Hugging Face model, or a name on the hub{note}"
     add("--model", help=help_text, **options)
     add("--checkpoint", metavar="best|newest|N", help=CHECKPOINT_HELP)
 
 
 def add_device_options(add: Callable[..., Any], note: str = "") -> None:
-    """Add --device, and --dtype, whose help ends with `note`."""
+    """Add --device and --dtype with `add`, the add_argument of a parser. The help of --dtype ends with `note`."""
     help_text = (
         "precision of the matrix products. auto: bfloat16 where it is faster than float32, float16 on CUDA cards "
         f"before Ampere, float32 elsewhere. Use float32 for exact comparisons{note}"
@@ -88,8 +92,9 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
     For an error that the user can correct, print its message and exit with status 2. For Ctrl-C, print `interrupted`
     and exit with status 130. Other exceptions keep their traceback.
 
-    If the reader of the output goes away, as in `... | head`, the command finishes its work without a message. With
-    `needs_reader`, the command exits at once with status 0. Set `needs_reader` if the output is its only result.
+    If the program that reads the output ends first, as in `... | head`, the command finishes its work without a
+    message. With `needs_reader`, the command exits at once with status 0. Set `needs_reader` if the output is the only
+    result of the command.
 
     Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
     """
@@ -122,8 +127,8 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
 
     Args:
         status: the exit status.
-        consequence: this process fails because another process has failed. torchrun finds the first failure by
-            comparing times in whole seconds, so this failure is reported with a time that is a minute later.
+        consequence: True if this process fails because another process has failed. torchrun finds the first failure by
+            comparing times in whole seconds, so this failure is then reported with a time that is a minute later.
     """
     print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -135,13 +140,13 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
 
 
 class NoReader(BaseException):
-    """The reader of the standard output has gone away."""
+    """Raised by a write to the standard output after the program or terminal that reads it has gone away."""
 
 
 class _LastingFile(io.FileIO):
     """A file descriptor that becomes /dev/null after a write has failed because the pipe or the terminal was closed."""
 
-    needs_reader = False  # if True, `write` then raises NoReader
+    needs_reader = False  # if True, `write` raises NoReader after such a failure
 
     def write(self, data: Any, /) -> int:
         try:
@@ -209,7 +214,7 @@ def port_number(text: str) -> int:
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End the process with a message if one of the named arguments is below 1. An argument may be absent or None."""
+    """End the process with a message if a named argument is below 1. One that is absent or None is not checked."""
     for name in names:
         value = getattr(args, name, None)
         if value is not None and value < 1:

@@ -19,8 +19,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN does not use the CPU's instructions for
-# bfloat16, float16 and matrices (AMX), respectively.
+# Each set has the values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN does not use the CPU's
+# instructions for bfloat16, for float16, or for matrices (AMX).
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
@@ -48,14 +48,14 @@ class Card(NamedTuple):
     peak_flops: float  # peak rate of dense matrix products in that precision, in FLOP/s
     memory: int  # in GiB
     bandwidth: float  # of the memory, in bytes/s
-    link: float  # bandwidth to the machine's other GPUs, in bytes/s per direction: NVLink, or else PCIe
+    link: float  # bandwidth to the machine's other GPUs (NVLink, otherwise PCIe), in bytes/s per direction
 
     def peak_in(self, dtype: torch.dtype) -> float | None:
         """Return the peak FLOP/s in `dtype`, None if unknown. On cards with bfloat16, float16 is equally fast."""
         return self.peak_flops if dtype in (self.dtype, torch.float16) else None
 
 
-# Cards by words in the name of the device. `find_card` takes the first match, so "H100 NVL" comes before "H100".
+# The keys are words in the names of devices. `find_card` takes the first match, so "H100 NVL" comes before "H100".
 CARDS = {
     "B200": Card(torch.bfloat16, 2250e12, 180, 8.0e12, 900e9),
     "H200": Card(torch.bfloat16, 989e12, 141, 4.8e12, 450e9),
@@ -75,8 +75,8 @@ CARDS = {
     "V100": Card(torch.float16, 125e12, 16, 0.90e12, 150e9),
     "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
-# If one of these words follows a key of CARDS in the name of a device, the device is not the card of this key: it is
-# another card, or a part of a card (MIG). So `find_card` does not use the numbers of this key.
+# A device name can contain a key of CARDS although the device is not this card: "RTX 3090 Ti" is another card, and a
+# name with "MIG" is a part of a card. With this pattern after the key, `find_card` does not match such names.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -90,7 +90,7 @@ def find_device(name: str, option: str) -> torch.device:
 
     `auto` is the first available device of cuda, mps and cpu.
 
-    Raises ValueError if the device cannot be used. The message names `option`, which selected the device.
+    Raises ValueError if the device cannot be used. The message names `option`, the setting that selected the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -140,15 +140,15 @@ def is_intel_cpu() -> bool:
 
 
 def packing_is_faster(weight: torch.Tensor) -> bool:
-    """Return whether decoding is faster if oneDNN stores this weight in the layout that its kernels read.
+    """Return whether decoding is faster if oneDNN stores this weight packed, in the layout that its kernels read.
 
-    A single row in float32 is decoded without this layout (generation/numpy_step.py).
+    Packing is not used for a single row in float32, which is decoded by generation/numpy_step.py.
     """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        # Without packing, F.linear uses Intel's MKL. It is kept on Intel's CPUs, because packing was not measured there
-        # for several rows. For a single row, MKL was faster than packed weights: 40 tokens/s instead of 34 on a Xeon.
+        # Without packing, F.linear uses Intel's MKL. On Intel's CPUs, keep MKL: for a single row, it was faster than
+        # packed weights (40 tokens/s instead of 34 on a Xeon), and several rows were not measured.
         return not is_intel_cpu()
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -183,9 +183,10 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def make_deterministic() -> None:
     """Make every operator give the same bits in every run on the same hardware. Call it before the first use of a GPU.
 
-    On a GPU, the backward passes of embeddings and attention add numbers in the order in which threads finish. The
-    slower deterministic forms have a fixed order. An operator that has no such form raises RuntimeError. The function
-    also stops the compiler from choosing the kernel that is fastest in a measurement: the choice varies between runs.
+    On a GPU, the backward passes of embeddings and attention add numbers in the order in which threads finish, which
+    varies. Their deterministic forms are slower and add in a fixed order. An operator without a deterministic form
+    raises RuntimeError. The function also stops the compiler from choosing the kernel that is fastest in a measurement,
+    because this choice varies between runs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
@@ -196,7 +197,7 @@ def make_deterministic() -> None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Run matrix products in `dtype`, and operations that need float32's range or precision in float32."""
+    """Return a context in which matrix products run in `dtype`, and operations that need float32 run in float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -216,7 +217,8 @@ def cpu_instruction_set() -> str:
     if has.get("architecture") != "x86_64":
         name = "SVE" if has.get("sve") else "NEON"
     else:
-        # PyTorch's own kernels obey ATEN_CPU_CAPABILITY. oneDNN's kernels obey ONEDNN_MAX_CPU_ISA (see `native` below).
+        # ATEN_CPU_CAPABILITY limits PyTorch's own kernels, and `get_cpu_capability` obeys it. ONEDNN_MAX_CPU_ISA limits
+        # oneDNN's kernels, and `native_dtypes` obeys it.
         name = {"AVX512": "AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "AVX2")
     native = [str(dtype).removeprefix("torch.") for dtype in native_dtypes(torch.device("cpu"))]
     return ", ".join([name, *(dtype for dtype in native if dtype != "float32")])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Files are written under their final name plus this suffix and renamed when they are complete.
+# Files and directories are written under their final name plus this suffix, and renamed when they are complete.
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -35,7 +35,7 @@ def write_json(path: Path, value: Any) -> None:
 def discard(path: Path) -> None:
     """Delete a directory that is not needed any more. If `path` is a link, only the link is deleted.
 
-    An error is printed on stderr and not raised: the files that remain only use space.
+    An error is printed on stderr and not raised, because the files that remain only use space.
     """
     try:
         if path.is_symlink() or not path.is_dir():
@@ -53,7 +53,7 @@ def apply_umask(path: Path) -> None:
     Libraries that write a temporary file first, such as safetensors, leave a file that only its owner can read.
     """
     probe = path.with_name(path.name + ".mode")
-    probe.touch()  # os.umask cannot read the umask without changing it for all threads
+    probe.touch()  # a new file, because os.umask cannot read the umask without changing it for all threads
     path.chmod(probe.stat().st_mode)
     probe.unlink()
 

@@ -1,9 +1,10 @@
 """How the threads of PyTorch's CPU operators wait for work. Import this module before torch, which loads OpenMP.
 
-OpenMP reads its settings when it is loaded. Its threads wait for the next operator by spinning. If nothing else runs,
-spinning is fastest: sleeping threads would have to be woken hundreds of times in a training step. On a busy machine, a
-spinning thread occupies a core that another thread of the same operator needs. GOMP_SPINCOUNT limits how long a thread
-spins before it sleeps. Training speed of `make demo` on two cores (bfloat16), in tokens/s:
+OpenMP reads its settings when it is loaded. Its threads wait for the next operator by spinning: they check again and
+again whether there is work. If nothing else runs, spinning is fastest, because sleeping threads would have to be woken
+hundreds of times in a training step. But on a busy machine, a spinning thread occupies a core that another thread of
+the same operator needs. GOMP_SPINCOUNT is the number of checks before a thread sleeps. Training speed of `make demo` on
+two cores (bfloat16), in tokens/s (one case was not measured):
 
     GOMP_SPINCOUNT               not set     1000       0
     nothing else running          21,010   19,726   14,090
@@ -17,7 +18,7 @@ import os
 import psutil
 
 SPINS_WHEN_BUSY = "1000"
-# The machine is busy if at least this number of cores is in use. A process that always computes uses 1 core.
+# The machine is busy if at least this number of cores is in use. A thread that always computes uses 1 core.
 BUSY_CORES = 0.75
 
 
@@ -30,7 +31,7 @@ def machine_is_busy() -> bool:
     """Return whether other processes use BUSY_CORES or more in two measurements, of 0.1 and then 0.4 seconds.
 
     A process that has just ended uses a core until its memory is released. So a single measurement is not enough. The
-    second one takes time only if the first one finds a busy machine.
+    second measurement is made only if the first one finds a busy machine.
     """
     return all(cores_in_use(seconds) >= BUSY_CORES for seconds in (0.1, 0.4))
 
@@ -38,9 +39,9 @@ def machine_is_busy() -> bool:
 def adapt_to_load() -> None:
     """Make waiting threads sleep after a short spin if the machine is busy now.
 
-    Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. This setting does not change any result.
-    If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed. With OMP_NUM_THREADS=1, which is what
-    torchrun sets, there are no threads that wait.
+    Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. This setting does not change any
+    computed number. If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed. With OMP_NUM_THREADS=1,
+    which is what torchrun sets, no threads wait, so the load is not measured.
     """
     is_set = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
     one_thread = os.environ.get("OMP_NUM_THREADS") == "1"

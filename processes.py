@@ -1,12 +1,12 @@
 """The processes that torchrun starts: how they find each other, what they compute on, and how they end.
 
-Training and evaluation use the same few operations: each process knows its rank, and some numbers are reduced over all
-processes. With one process every operation here works without a process group.
+Training and evaluation share a few operations: each process knows its rank, and sums or minima of some numbers are
+computed over all processes. With a single process, every operation here works without a process group.
 """
 
 from __future__ import annotations
 
-import openmp  # noqa: F401 (before torch: openmp sets a variable that torch reads when it is imported)
+import openmp  # noqa: F401 (before torch: it sets an environment variable that OpenMP reads when torch loads it)
 
 # isort: split
 import os
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from device import autocast, find_device, find_dtype, keep_freed_memory, make_deterministic
 
-# How long processes wait for each other at the start. Each one loads libraries from a file system that may be slow.
+# How long processes wait for each other at the start. Some may come late, because each one first loads libraries from a
+# file system that may be slow.
 JOIN_TIMEOUT = timedelta(minutes=10)
 # How long a collective operation waits for a process. The longest wait is for process 0, which must finish writing the
 # checkpoint of a large model before it saves the next one. NCCL's default of 10 minutes can be too short for that.
@@ -73,7 +74,7 @@ class Processes:
         return int(tensor)
 
     def autocast(self) -> AbstractContextManager:
-        """Run matrix products in this process's `dtype`."""
+        """Return a context in which matrix products run in this process's `dtype`."""
         return autocast(self.device, self.dtype)
 
 
@@ -119,13 +120,13 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
 
 
 def rendezvous(rank: int, world_size: int) -> dist.Store:
-    """Return the store through which the processes find each other. Keys of earlier attempts are not visible in it.
+    """Return the store through which the processes find each other. Keys from before a restart are not visible in it.
 
     torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. In this store, a restarted process may
     find the address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the
-    main process chooses a random name for the attempt, and all keys of the attempt begin with this name. Each other
-    process chooses a random key and announces this key in the store. The main process stores the name under the
-    announced key, so no process can read the name of an earlier attempt.
+    main process chooses a random name for each attempt, that is, each start of all processes. All keys of the attempt
+    begin with this name. Each other process chooses a random key and announces this key in the store. The main process
+    stores the name under the announced key, so no process can read the name of an earlier attempt.
 
     Raises TimeoutError if a process does not connect within JOIN_TIMEOUT. The main process names the missing processes;
     the other processes name process 0 if it does not answer.
@@ -133,7 +134,7 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun provides no store
-            # `dist.rendezvous` would wait for the others here, and could not name those that are missing.
+            # `dist.rendezvous` would wait here for the other processes, and could not name those that are missing.
             store: dist.Store = dist.TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
         else:
             store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
@@ -174,12 +175,12 @@ def stop_processes() -> None:
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Return whether an error comes from the communication between processes: usually another process has ended."""
+    """Return whether an error comes from the communication between processes, usually because a process has ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def name_lost_processes() -> str:
-    """Name the processes that do not answer after a failed collective operation: "process 3" or "processes [3, 5]".
+    """Return which processes do not answer after a failed collective operation: "process 3" or "processes [3, 5]".
 
     The collective operation fails in every process. Each process that is alive calls this function, which announces the
     process in the store. A process that is not announced after ANSWER_TIMEOUT has ended or hangs. If the store does not

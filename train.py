@@ -10,7 +10,8 @@ The same command again resumes from the newest checkpoint. README.md describes t
 
 from __future__ import annotations
 
-# This module comes before torch: it imports openmp, which sets a variable that torch reads when it is imported.
+# Import training.launch before torch: it imports openmp, which sets an environment variable that OpenMP reads when
+# torch loads it.
 from training.launch import StopSignal, training_process
 
 # isort: split
@@ -30,8 +31,8 @@ from training.optim import learning_rate_factor, set_learning_rate
 from training.setup import TrainingRun, dry_run, is_due, setup
 from training.validation import measure
 
-# Training stops after this number of bad steps without a good step between them. The loss or the gradient of a bad step
-# is not finite, for a reason other than an overflow of float16. Steps with such an overflow are neither bad nor good.
+# Training stops after this number of bad steps without a good step between them. A step is good if its loss and its
+# gradient are finite. Otherwise it is bad, unless its gradient overflowed float16: then it is neither bad nor good.
 MAX_BAD_STEPS = 10
 
 
@@ -41,25 +42,26 @@ class StepResult(NamedTuple):
     finite: bool  # loss and gradient are finite; otherwise the step was skipped
     diverged: bool  # the step was skipped for a reason other than a float16 overflow
     stop: bool  # at least one process was asked to stop
-    save: bool  # at least one process was asked to save a checkpoint
+    save: bool  # at least one process requests a checkpoint, because checkpoint.every_minutes have passed
 
 
 def accumulate_gradients(run: TrainingRun) -> Tensor:
     """Compute the gradient of the next global batch in micro-batches. Return this process's part of the loss, ().
 
-    The parts of all processes add up to the mean loss of the global batch, in nats. The activations of a whole global
-    batch usually need too much memory. Each backward pass adds the gradient of its micro-batch to `.grad`, and the sum
-    over the micro-batches of all processes is the gradient of the global batch.
+    The parts of all processes add up to the mean loss of the global batch, in nats. The batch is divided into
+    micro-batches, because the activations of a whole global batch usually need too much memory. Each backward pass adds
+    the gradient of its micro-batch to `.grad`, and the sum over the micro-batches of all processes is the gradient of
+    the global batch.
     """
     processes, device = run.processes, run.processes.device
     micro_batches = next(run.loader)
     run.clock.lap("data")
     loss_sum = torch.zeros((), device=device)
     for i, (inputs, targets, weight, documents) in enumerate(micro_batches, 1):
-        # Only the last backward pass averages the gradients over the processes: averaging the sum once costs as much
-        # communication as averaging the gradient of a single micro-batch.
+        # Only the last backward pass averages the gradients over the processes. By then, `.grad` is the sum over this
+        # process's micro-batches, so one average of the sums is enough, instead of one for each micro-batch.
         synchronize_gradients(run.loss_function, run.model, i == len(micro_batches))
-        # non_blocking: from pinned memory the copy to a GPU runs while the host queues the next operations.
+        # With non_blocking, a copy from pinned memory to a GPU runs while the host queues the next operations.
         inputs = inputs.to(device, non_blocking=True)  # (b, T)
         targets = targets.to(device, non_blocking=True)  # (b, T)
         if documents is not None:  # (b, T): with data.document_mask, tokens attend to their own document only
@@ -75,7 +77,11 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
 
 
 def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
-    """Take one optimizer step on a global batch, and log it. A step that is not finite leaves the weights unchanged."""
+    """Take one optimizer step on a global batch, and log it. Skip the step if its loss or gradient is not finite.
+
+    `stop_requested` and `save_requested` are the requests of this process. The result has the requests of all
+    processes.
+    """
     config, processes, state = run.config, run.processes, run.state
     run.clock, state.val_loss = Stopwatch(), None
     # Dropout masks depend on the seed, the step and the rank alone. So a resumed run draws the same masks, and a
@@ -96,23 +102,26 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
     run.scaler.update()  # halves the scale if a gradient was not finite
     next_scale = run.scaler.scale(one)
 
-    # The only host-device synchronization of a step: up to here, the host queued work for the device without waiting.
-    # The sums over all processes give every process the same numbers, so all of them take the same decisions.
-    # `torch.full` writes directly to device memory. Copying a tensor from the host would be a second synchronization.
+    # `tolist` is the only host-device synchronization of a step: up to here, the host queued work for the device
+    # without waiting for results. The sums over all processes give every process the same numbers, so all of them make
+    # the same decisions. `torch.full` writes directly to device memory. Copying a tensor from the host would be a
+    # second synchronization.
     requests = [torch.full((), float(asked), device=processes.device) for asked in (stop_requested, save_requested)]
     reduced = processes.all_reduce_sum(torch.stack([loss_sum, *requests]))
     numbers = torch.cat([reduced, torch.stack([norm, scale, next_scale])]).tolist()
     loss, stops, saves, grad_norm, loss_scale, next_loss_scale = numbers
     run.clock.lap("forward_backward")
 
-    # Skip a step that is not finite: a NaN in the weights or in the optimizer state would never disappear again.
+    # Skip the step if its loss or gradient is not finite: a NaN in the weights or in the optimizer state would stay.
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in run.optimizers:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
     run.clock.lap("optimizer")
-    # If the loss scale is too large, the gradient overflows float16, but the loss is finite. Then the scale is halved.
+    # A loss scale that is too large makes the gradient overflow float16 although the loss is finite.
+    # `run.scaler.update` above has then halved the scale. At a scale of 1 or less, the scale is not the reason for an
+    # overflow.
     overflowed = math.isfinite(loss) and loss_scale > 1 and next_loss_scale < loss_scale
     diverged = not finite and not overflowed
     state.step += 1
@@ -125,20 +134,21 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 def validate(run: TrainingRun, signal: StopSignal) -> bool:
     """Score the validation split and (if configured) HellaSwag, generate samples, and log and store the results.
 
-    Return False, without logging, if a stop request interrupted this work. All processes return the same value.
+    If a stop request interrupted this work, log nothing and return False, otherwise return True. All processes return
+    the same value.
     """
     result = measure(run, signal)
     if result is None:
         return False
     state, loss = run.state, result.loss.loss
     state.val_loss = loss
-    # A NaN is never stored as the best loss, but an older version may have stored one. Comparisons with NaN are false,
-    # so the new loss then replaces the NaN.
+    # A NaN is not stored as the best loss here, but a checkpoint of an older version of this repository may contain
+    # one. Comparisons with NaN are false, so the new loss then replaces the NaN.
     if math.isfinite(loss) and not (state.best and loss >= state.best[0]):
         state.best = loss, state.step
     tokens = state.step * run.config.data.batch_tokens
     bits = result.loss.bits_per_byte
-    parts = {name: part.loss for name, part in result.parts.items()}  # of the datasets of a mixture
+    parts = {name: part.loss for name, part in result.parts.items()}  # by dataset; empty if there is only one
     more: dict[str, Any] = {"parts": parts} if parts else {}
     if (final := result.final) is not None:
         more |= {"final_loss": final.loss, "final_bits_per_byte": final.bits_per_byte, "final_tokens": final.tokens}
@@ -162,9 +172,9 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
 
 
 def save(run: TrainingRun) -> None:
-    """Copy weights and optimizer state to host memory; a thread writes them while training continues."""
+    """Copy weights and optimizer state to host memory, and let a thread write them while training continues."""
     start = time.perf_counter()
-    # "finished" together with a step before the last one means that eval.patience has ended the run.
+    # If "finished" is true at a step before the last one, eval.patience has ended the run.
     state = run.checkpoint_state() | {"finished": is_done(run) and not run.lacks_validation}
     run.checkpoints.save(run.model, run.optimizers, run.inputs.tokenizer, state, write=run.processes.is_main)
     run.state.save_seconds = time.perf_counter() - start
@@ -185,30 +195,32 @@ def train(
     validate: Callable[[TrainingRun, StopSignal], bool] = validate,
     profile: bool = False,
 ) -> Literal["finished", "preempted"]:
-    """Train to the last step, until eval.patience ends the run, or until a signal asks to stop. Return the status.
+    """Train to the last step, until eval.patience ends the run, or until a signal asks to stop.
 
-    status.json contains the same status. scripts/ideas.py passes its own `train_step` and `validate`. With `profile`,
-    the main process traces three steps and writes the trace to trace.json.
+    Return the status that status.json also contains: "preempted" if a signal stopped the run, otherwise "finished".
+    scripts/ideas.py passes its own `train_step` and `validate`. With `profile`, the main process traces three steps and
+    writes the trace to trace.json in the run's directory.
 
     Raises FloatingPointError after MAX_BAD_STEPS bad steps. An error in writing a checkpoint can also end the run.
     """
     config, state = run.config, run.state
     signal = StopSignal(announce=run.processes.is_main)
     stopping, bad_steps, last_save = False, 0, time.monotonic()
-    # At step 0, the loss of an untrained model is about ln(vocab_size): another number means an error in the code. At a
-    # later step, this is the validation that a stop request skipped or interrupted.
+    # Validate before the first step. At step 0, the loss of an untrained model is about ln(vocab_size): another number
+    # means an error in the code. At a later step, a stop request has skipped or interrupted this validation.
     if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
         stopping = not validate(run, signal)
         if is_done(run) and not stopping:
-            save(run)  # the checkpoint from which this attempt resumed lacks the loss of the last validation
+            save(run)  # the checkpoint from which this run resumed lacks the loss of the last validation
     profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
 
     while not is_done(run) and not stopping:
-        # All processes must leave the loop, or save, after the same step. But the signal may have reached only one of
-        # them, and their clocks differ. So train_step adds up the requests of all processes together with the loss.
+        # All processes must leave the loop, or save, after the same step. But a stop signal may have reached only one
+        # of them, and their clocks differ. So train_step adds up the requests of all processes together with the loss.
         save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
         finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
-        # A thread writes the checkpoints. If the disk is full, stop now and not hours later at the next save.
+        # A thread writes the checkpoints, and its error is raised here. So if the disk is full, the run stops now and
+        # not hours later at the next save.
         run.checkpoints.raise_failure()
 
         # The data can cause a single bad step. Many in a row mean that training cannot recover. Overflows of float16
@@ -225,8 +237,8 @@ def train(
         if run.lacks_validation and not stopping:
             stopping = not validate(run, signal)
         # Validation comes before saving, because the checkpoint stores the validation loss, which identifies the best
-        # checkpoint. A periodic save is omitted after a step that is not finite, so that a run can recover from the
-        # newest checkpoint.
+        # checkpoint. After a step whose loss or gradient is not finite, a periodic save is omitted: training may have
+        # diverged, and the newest checkpoint must be one from which a run can recover.
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
@@ -261,7 +273,7 @@ def log_step(
             f"and the scale was halved"
         )
     state.seconds += seconds
-    # Model FLOPs utilization: the model's own arithmetic as a fraction of the hardware's peak.
+    # MFU is the model FLOPs utilization: the model's own FLOPs per second, as a fraction of the hardware's peak.
     at_peak = run.plan.workload.seconds_at_peak
     mfu = None if at_peak is None else at_peak / seconds
     run.directory.log(
@@ -276,7 +288,7 @@ def log_step(
         seconds=state.seconds,
         **({"loss_scale": loss_scale} if run.scaler.is_enabled() else {}),
         **run.clock.seconds,
-        checkpoint_seconds=state.save_seconds,  # pause for the checkpoint before this step, or 0
+        checkpoint_seconds=state.save_seconds,  # training pause for a checkpoint before this step; 0 if there was none
         peak_memory=peak_memory(run.processes.device),
     )
     state.save_seconds = 0.0
@@ -296,7 +308,7 @@ def give_up(run: TrainingRun) -> None:
 
 
 def conclude(run: TrainingRun, status: str) -> None:
-    """Wait for the last checkpoint, write the status, draw the losses, and say how the run ended."""
+    """Wait until the last checkpoint is written, write the status, draw the losses, and say how the run ended."""
     state, directory = run.state, run.directory
     run.progress.close()
     run.checkpoints.wait(last=True)

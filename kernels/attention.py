@@ -23,9 +23,9 @@ ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 # Newer forms of FlashAttention: major compute capability of the card -> (name in PyTorch, module that it needs).
 NEWER_FLASH_ATTENTION = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}
 
-# The backward pass handles 128 queries of each head at a time, and as many sequences together as have at most about a
-# million attention weights, but at least one sequence. More weights would not fit into the CPU's cache; fewer would
-# make the matrix products too small to be fast.
+# The backward pass of `CausalAttention` processes BLOCK_QUERIES queries of each head at a time. It processes several
+# sequences together if they have at most BLOCK_WEIGHTS attention weights in total. More weights would not fit into the
+# CPU's cache, and fewer would make the matrix products too small to be fast.
 BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
 
 
@@ -46,7 +46,7 @@ def fused_attention(
     """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D).
 
     cuDNN is excluded outside of training, and with a mask, which usually means padding: in both cases, the next batch
-    probably has another shape (`attention_backends`).
+    probably has another shape (see `attention_backends`).
     """
     with attention_backends(q.device, fixed_shapes=training and mask is None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -55,8 +55,8 @@ def fused_attention(
 def use_newer_flash_attention(device: torch.device, dropout: float) -> str | None:
     """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card; return its name, or None.
 
-    cuDNN is then switched off, because PyTorch may prefer cuDNN. With dropout, nothing is changed: FlashAttention 3 and
-    4 do not support dropout of attention weights.
+    Then cuDNN is also switched off, because PyTorch might choose cuDNN instead. With dropout, nothing is changed,
+    because FlashAttention 3 and 4 do not support dropout of attention weights.
     """
     if device.type != "cuda" or dropout:
         return None
@@ -65,7 +65,8 @@ def use_newer_flash_attention(device: torch.device, dropout: float) -> str | Non
         if not name or importlib.util.find_spec(module) is None:
             return None
         activate_flash_attention_impl(name)
-    except (ImportError, RuntimeError):  # find_spec imports the parent package; the kernels may not fit this PyTorch
+    # find_spec imports the parent package, which may fail. The installed kernels may not fit this version of PyTorch.
+    except (ImportError, RuntimeError):
         return None
     torch.backends.cuda.enable_cudnn_sdp(False)
     return name
@@ -94,7 +95,7 @@ class CausalAttention(torch.autograd.Function):
         return causal_attention_gradients(dy, *ctx.saved_tensors)
 
 
-# A custom operator, because torch.compile treats it as a single operation instead of unrolling its loops.
+# This is a custom operator, so that torch.compile treats it as a single operation instead of unrolling its loops.
 @torch.library.custom_op("gpt2::causal_attention_gradients", mutates_args=())
 def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients with respect to q, k and v, given the gradient `dy` of the output; all (B, H, T, D).
@@ -108,22 +109,24 @@ def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
     dq, dk, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     for parts in zip(*(t.split(sequences) for t in (dy, q, k, v, dq, dk, dv)), strict=True):
         inputs, gradients = parts[:4], parts[4:]
-        # The contiguous copies cost less time than they save: q, k and v are slices of one tensor (B, T, 3 C), and
-        # matrix products are slower when consecutive rows are far apart in memory.
+        # Make contiguous copies. They cost less time than they save: q, k and v are slices of one tensor (B, T, 3 C),
+        # and matrix products are slower when consecutive rows are far apart in memory.
         _write_gradients(*(t.flatten(0, 1).contiguous() for t in inputs), *(t.flatten(0, 1) for t in gradients))
     return dq, dk, dv
 
 
 def _write_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Compute the gradients of some heads and write them to dq, dk and dv; all (heads, T, D)."""
+    """Compute the gradients of some heads, and write them to dq, dk and dv. All tensors are (heads, T, D)."""
     T, scale = q.size(1), 1 / math.sqrt(q.size(2))
     queries, keys = q.float() * scale, k.float().mT
-    # Every block of queries adds to the gradients of all keys and values that it sees. These long sums need float32.
+    # Every block of queries adds to the gradients of all keys and values that it attends to. These long sums need
+    # float32.
     dk_sum, dv_sum = torch.zeros_like(queries), torch.zeros_like(queries)
     future = torch.full((BLOCK_QUERIES, BLOCK_QUERIES), float("-inf")).triu(1)
     for first in range(0, T, BLOCK_QUERIES):
         last = min(first + BLOCK_QUERIES, T)
-        block, seen = slice(first, last), slice(last)  # keys after the block have weight 0: they are left out
+        # Keys after the block have weight 0, so they are left out.
+        block, seen = slice(first, last), slice(last)
         scores = queries[:, block] @ keys[:, :, seen]  # (heads, block, seen)
         scores[:, :, first:] += future[: last - first, : last - first]
         weights = torch.softmax(scores, dim=-1, out=scores).to(q.dtype)

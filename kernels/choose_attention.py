@@ -25,9 +25,9 @@ def fast_attention(
 
     Args:
         mask: see `kernels.masks.Mask`; None masks nothing.
-        is_causal: each query sees the keys up to its own position; only without a mask.
+        is_causal: whether each query attends only to the keys up to its own position; True only if `mask` is None.
         pattern: which earlier keys a query attends to on long sequences; None: all.
-        training: the model is in training mode, in which all batches without a mask should have the same shape.
+        training: whether the model is in training mode. Then all batches without a mask should have the same shape.
     """
     if isinstance(mask, DocumentMask):
         return mask.attend(q, k, v, dropout)

@@ -1,4 +1,4 @@
-"""Compiling a function with torch.compile, with the function itself as the fallback."""
+"""Compile a function with torch.compile. If compiling fails, run the function uncompiled."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Compiled:
     `loss.backward()`, after the call has returned, and this class could not catch a failure.
 
     Args:
-        function: what to compile.
-        what: its name in the warning.
+        function: the function to compile.
+        what: the name of the function in the warning.
         dynamic: passed to torch.compile. False: compile again for each new shape; None: PyTorch decides.
     """
 
@@ -30,11 +30,11 @@ class Compiled:
         self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=dynamic)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return what the function returns."""
+        """Return the result of the compiled function or, if compiling has failed, of the function itself."""
         if self._compiled is not None:
             try:
                 return self._compiled(*arguments)
-            # Errors of Dynamo, Inductor and its compilers. Errors of the function itself are not caught.
+            # Catch the errors of Dynamo, Inductor and its compilers. Errors of the function itself are not caught.
             except self._cannot_compile as error:
                 # The first line may only say which compiler raised the error that the second line describes.
                 reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])

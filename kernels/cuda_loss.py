@@ -26,24 +26,25 @@ from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_
 # The padded head has a multiple of this number of rows: 50,304 for GPT-2. Tensor cores need a multiple of 8, and their
 # tiles are 128 wide.
 HEAD_MULTIPLE = 128
-FEWEST_ROWS, MOST_ROWS = 512, 8192  # rows of logits at a time; more than 8,192 make the products hardly faster
-LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use, if FEWEST_ROWS do not need more
+# Minimum and maximum number of rows of logits in memory at a time. More than 8,192 make the products hardly faster.
+FEWEST_ROWS, MOST_ROWS = 512, 8192
+LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use; FEWEST_ROWS rows may use more
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Return the summed loss () in float32, and overwrite the logits with their gradient.
 
-    logits (rows, padded vocabulary) in any dtype, targets (rows,). Columns from `vocab_size` on are padding: they have
-    no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0. If a
-    target is neither IGNORE_INDEX nor a token of the vocabulary, the loss is NaN.
+    logits is (rows, padded vocabulary) in any dtype, targets is (rows,). Columns from `vocab_size` on are padding: they
+    have no probability, and their gradient is 0. A row whose target is IGNORE_INDEX has no loss and a gradient of 0. If
+    a target is neither IGNORE_INDEX nor a token of the vocabulary, the loss is NaN.
     """
     columns = torch.arange(logits.size(1), device=logits.device)
     scores = logits.float().masked_fill(columns >= vocab_size, float("-inf"))
     counts = (targets != IGNORE_INDEX).unsqueeze(1)
     one_hot = columns == targets.unsqueeze(1)
     log_sum = scores.logsumexp(dim=1, keepdim=True)
-    # As a sum over the row, because with a gather the compiled function is slower: on an H200 it takes 10.0 instead of
-    # 9.0 ms for 65,536 rows.
+    # Select each target's score by a sum over the row. With a gather instead, the compiled function is slower: on an
+    # H200 it takes 10.0 instead of 9.0 ms for 65,536 rows.
     target_score = torch.where(one_hot, scores, 0.0).sum(dim=1, keepdim=True)
     # A target outside the vocabulary has no column. Make the loss NaN, so that the error is noticed.
     outside = ((targets < 0) | (targets >= vocab_size)).unsqueeze(1)
@@ -61,8 +62,8 @@ def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, int], Tensor]:
 def rows_at_a_time(device_memory: int, vocab_size: int, itemsize: int) -> int:
     """Return how many rows of logits to hold at a time on a device with this many bytes of memory: a power of two.
 
-    With GPT-2's vocabulary in 16 bits, 8,192 rows take 824 MB. The number depends on the size of the memory, not on how
-    much of it is free now: a resumed run must sum the head's gradient in the same order.
+    With GPT-2's vocabulary in 16 bits, 8,192 rows take 824 MB. The number depends on the size of the memory and not on
+    how much of it is free now, because a resumed run must sum the head's gradient in the same order.
     """
     rows = int(device_memory * LOGITS_SHARE) // (padded(vocab_size) * itemsize)
     return min(MOST_ROWS, max(FEWEST_ROWS, 1 << max(0, rows.bit_length() - 1)))
@@ -70,12 +71,12 @@ def rows_at_a_time(device_memory: int, vocab_size: int, itemsize: int) -> int:
 
 @functools.cache
 def device_memory(device: torch.device) -> int:
-    """Return the bytes of memory of a GPU; on any other device, on which only tests run this file, 16 GiB."""
+    """Return the bytes of memory of a GPU. For any other device, which only tests use here, return 16 GiB."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**34
 
 
 def padded(vocab_size: int) -> int:
-    """Return the number of rows of the padded head."""
+    """Return the number of rows of the padded head: `vocab_size`, rounded up to a multiple of HEAD_MULTIPLE."""
     return math.ceil(vocab_size / HEAD_MULTIPLE) * HEAD_MULTIPLE
 
 
@@ -89,8 +90,8 @@ def cuda_loss_and_gradients(
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dhead = torch.zeros_like(head, dtype=torch.float32) if weight_grad else x.new_empty(0)
-    # The sizes of the chunks differ by one row at most, so that the compiled function is called with few shapes.
-    # An empty batch is one part, because `tensor_split` needs at least one.
+    # The rows are divided into parts whose sizes differ by at most one row, so that the compiled function is called
+    # with few shapes. An empty batch is one part, because `tensor_split` needs at least one part.
     parts = max(1, math.ceil(len(x) / rows_at_a_time(device_memory(x.device), vocab_size, dtype.itemsize)))
     for x_rows, part_targets, part_dx in zip(
         x.tensor_split(parts), targets.tensor_split(parts), (dx if x_grad else x).tensor_split(parts), strict=True

@@ -1,9 +1,9 @@
 """Causal attention inside documents: if a sequence has several texts, each token attends to its own text only.
 
-On a CPU, PyTorch's kernel is called for each document, so a sequence of short documents costs less than one long text.
-On CUDA, FlexAttention (Dong et al. 2024) divides queries and keys into blocks. For each block of queries, it skips the
-blocks of keys to which none of these queries may attend. With dropout and on other devices, PyTorch's kernel gets the
-plain mask (T, T).
+On a CPU, PyTorch's kernel is called for each document, so a sequence of short documents takes less time than one long
+text. On CUDA, FlexAttention (Dong et al. 2024) divides queries and keys into blocks. For each block of queries, it
+skips the blocks of keys to which none of these queries may attend. With dropout and on other devices, PyTorch's kernel
+gets the plain mask (T, T).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from kernels.attention import causal_attention_gradients
 
-# Below float32, the backward pass uses `causal_attention_gradients`, which multiplies in the precision of its inputs.
-# For documents of at most this number of tokens, the inputs are converted to float32 for PyTorch's backward kernel,
-# because such small products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10
-# times as long for them.
+# In 16-bit precision, the backward pass uses `causal_attention_gradients` for documents of more than this number of
+# tokens. For other documents, it converts its inputs to float32 and calls PyTorch's backward kernel, because small
+# matrix products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10 times as
+# long.
 SHORT = 256
 
 
@@ -37,7 +37,7 @@ class DocumentMask(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor) -> DocumentMask:
-        """Return the mask of a batch. It is made once and used in all layers."""
+        """Return the mask of a batch for document ids (B, T). A model makes it once and uses it in all layers."""
         return cls(ids, make_block_mask(ids) if ids.device.type == "cuda" else None)
 
     def positions(self) -> Tensor:
@@ -60,7 +60,7 @@ class DocumentMask(NamedTuple):
 
 
 def make_block_mask(ids: Tensor) -> Any:
-    """Return the BlockMask of documents ids (B, T) for FlexAttention, the same for all heads."""
+    """Return FlexAttention's BlockMask for document ids (B, T). The mask is the same for all heads."""
     # imported here: it takes a second, and only document masks on CUDA need it
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -95,9 +95,9 @@ class DocumentAttention(torch.autograd.Function):
 
 
 def find_documents(ids: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield the slices (rows, tokens) of each document of ids (B, T).
+    """Yield a pair of slices (rows, tokens) for each document of ids (B, T).
 
-    Neighboring rows whose documents have the same borders are yielded together.
+    Neighboring rows whose documents have the same borders share their pairs.
     """
     ends = [[*(torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist(), len(row)] for row in ids]
     first = 0
@@ -110,8 +110,8 @@ def find_documents(ids: Tensor) -> Iterator[tuple[slice, slice]]:
             first = row
 
 
-# Custom operators, because the number and the lengths of the documents differ in every batch: torch.compile treats each
-# operator as a single operation, and need not compile again.
+# These are custom operators, because the number and the lengths of the documents differ in every batch: torch.compile
+# treats each operator as a single operation, and does not compile again for each batch.
 @torch.library.custom_op("gpt2::attend_documents", mutates_args=())
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the attention (B, H, T, D) inside each document, and the log of each softmax's denominator (B, H, T)."""

@@ -5,7 +5,8 @@
 `LSH`: locality-sensitive hashing, after the Reformer (Kitaev et al. 2020, section 2). In full attention, keys that
 point in a similar direction as a query get most of its weight. A hash usually puts vectors of similar direction into
 the same bucket. So with LSH, each query attends only to the last `chunk` keys in its own bucket, and to its own key.
-Each round uses another hash, and a query attends to the keys of all rounds. Two points differ from the paper:
+This is done in several rounds: each round uses another hash, and a query attends to the keys of all rounds. Two points
+differ from the paper:
 
 - Queries and keys are hashed separately, so the model stays a GPT-2. The paper makes them equal.
 - In the paper, tokens after a query can change which earlier keys the query attends to, because these tokens move the
@@ -28,12 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-HASH_SEED = 2020  # the hashes are constants of the architecture: equal in every run, process and attempt
+HASH_SEED = 2020  # the hashes are part of the architecture: they are equal in all runs and processes
 MOST_DIRECTIONS = 64  # instead of a hash with more random vectors than this, `factors` chooses two smaller hashes
-# Maximum number of queries in a group that shares two blocks of keys. Smaller groups would make the products small, and
-# larger groups would have more padding.
+# Maximum number of queries in a group that shares two blocks of keys. Smaller groups would make the matrix products too
+# small to be fast, and larger groups would have more padding.
 CHUNK_QUERIES = 64
-# Number of scores to compute in one call: on a CPU for each thread, so that its scores fit into the cache of its core.
+# Approximate number of attention scores in one call. On a CPU, it is the number for each thread, whose scores fit into
+# the cache of its core.
 CPU_SCORES, GPU_SCORES = 2**18, 2**22
 
 
@@ -70,8 +72,9 @@ class Window(NamedTuple):
         )
         if w >= T:
             return first
-        # Divide the sequence into blocks of w tokens. The queries of a block need the keys of the same block and of the
-        # previous one. The blocks take the place of the heads, so that one call processes all blocks.
+        # Divide the sequence into blocks of w tokens. `first` is the result of the first block. In each later block,
+        # the queries need the keys of their own block and of the previous one. The blocks take the place of the heads,
+        # so that one call processes all blocks.
         blocks = [F.pad(t, (0, 0, 0, -T % w)).unflatten(2, (-1, w)).flatten(0, 1) for t in (q, k, v)]
         keys, values = (torch.cat([t[:, :-1], t[:, 1:]], dim=2) for t in blocks[1:])  # (B H, blocks - 1, 2 w, D)
         window = torch.ones(w, 2 * w, dtype=torch.bool, device=q.device).tril(w).triu(1)
@@ -103,14 +106,14 @@ class LSH(NamedTuple):
         for rotation in rotations(self.buckets, self.rounds, self.layer, q.size(-1), q.device):
             q_bucket, k_bucket = find_buckets(q, rotation), find_buckets(k, rotation)
             same = (q_bucket.unsqueeze(-1) == k_bucket.unsqueeze(-2)) & earlier
-            newer = same.flip(-1).cumsum(dim=-1).flip(-1)  # 1 for the newest key of the bucket, 2 for the next
+            newer = same.flip(-1).cumsum(dim=-1).flip(-1)  # 1 for the newest key of the bucket, 2 for the one before it
             seen = seen | same & (newer <= self.chunk)
         return seen
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Return the attention (B, H, T, D). The arguments are those of `Window.__call__`; `dropout` must be 0."""
         assert not dropout, "GPTConfig refuses dropout with attention lsh"
-        # The last query's row is the padding mask: this query may attend to every key that is not padding.
+        # The row of the last query shows which keys are padding, because this query may attend to all other keys.
         keep = None if mask is None else mask[:, 0, -1].expand(len(q), -1)  # (B, S)
         return lsh_attention(q, k, v, keep, *self)[0]
 
@@ -128,10 +131,11 @@ def find_pattern(config: dict[str, Any], layer: int) -> Window | LSH | None:
 
 
 def factors(buckets: int) -> list[int]:
-    """Return the sizes of the hashes that together make `buckets` buckets: [64] for 64, [32, 32] for 1024.
+    """Return the sizes of the hashes that together make `buckets` buckets: [64] for 64, [32, 32] for 1024, [] for 1.
 
     A single hash multiplies each vector by `buckets` / 2 random vectors. The number of buckets should grow with the
-    length of the sequence, so for long sequences a single hash would take longer than the attention.
+    length of the sequence, so for long sequences a single hash would take longer than the attention. Two combined
+    hashes need far fewer random vectors.
     """
     if buckets == 1:
         return []
@@ -143,7 +147,7 @@ def factors(buckets: int) -> list[int]:
 
 @functools.lru_cache(maxsize=256)
 def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torch.device) -> list[list[Tensor]]:
-    """Return the random matrices (D, n / 2) of each round, one for each of the `factors` n: the hashes of a layer."""
+    """Return the hashes of a layer: for each round, a list with a random matrix (D, n / 2) for each n of `factors`."""
     generator = torch.Generator().manual_seed(HASH_SEED + layer)  # PyTorch's global generator is not used
     sizes = factors(buckets)
     return [[torch.randn(head_dim, n // 2, generator=generator).to(device) for n in sizes] for _ in range(rounds)]
@@ -183,7 +187,7 @@ class Round(NamedTuple):
     keys: Tensor  # (M,) the index of each sorted key in the input
     queries: Tensor  # (N,) the index of each sorted query in the input
     first: Tensor  # (N,) int32: query i of the input sees the sorted keys first[i]..last[i] - 1
-    last: Tensor
+    last: Tensor  # (N,) int32, one more than the index of the last of these sorted keys
 
 
 class Groups(NamedTuple):
@@ -195,7 +199,7 @@ class Groups(NamedTuple):
 
 
 def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
-    """Return a round for the buckets of queries (G, T) and keys (G, S), where G counts the heads of all sequences.
+    """Return a round for the buckets of queries (G, T) and keys (G, S), where G is the number of heads, B H.
 
     The range of a query does not include its own key, which `lsh_attention` adds once for all rounds.
     """
@@ -210,14 +214,14 @@ def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> 
 
 
 def unsort(order: Tensor, values: Tensor) -> Tensor:
-    """Return values (n,) of sorted elements in the order of the input. order (n,) has the elements' input indices."""
+    """Return sorted values (n,) in the order of the input. order (n,) has the input index of each sorted value."""
     return torch.empty_like(values).index_copy_(0, order, values)
 
 
 def group_queries(order: Round, chunk: int) -> Groups:
-    """Divide the queries of a round into groups of equal size. The ranges of a group end in the same block of keys."""
+    """Divide the queries of a round into groups of equal size, whose ranges of keys end in the same block of keys."""
     size = min(CHUNK_QUERIES, chunk, len(order.queries))
-    block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending
+    block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending, because queries are sorted
     counts = block.bincount()
     n_groups = (counts + size - 1) // size
     # The place of a query is the start of the first group of its block, plus the query's number within the block.
@@ -244,12 +248,12 @@ class Part(NamedTuple):
     pairs: Tensor  # (2 c,) the numbers of the two blocks of each group
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
-    v: Tensor
+    v: Tensor  # (c, 2 chunk, D)
     bias: Tensor  # (c, s, 2 chunk), added to the scores: 0 where a query sees the key, otherwise very negative
 
 
 def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
-    """Yield the groups of the last of `rounds`, for q (N, D), k and v (M, D).
+    """Yield the groups of the last round in `rounds`, some groups at a time. q is (N, D), k and v are (M, D).
 
     Keys that a query has seen in an earlier round are hidden from this query, so each key counts once. In the paper
     (appendix A), a key that a query sees in n rounds has the weight 1/n in each of these rounds, which gives the same
@@ -258,7 +262,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
     keys, values = (t.index_select(0, sorted_keys).view(-1, chunk, D) for t in (k, v))
-    # `places`: the place of each sorted key of this round in the order of this round, and in that of each earlier round
+    # `places` has the place of each sorted key of this round: in the order of this round, and in that of each earlier
+    # round.
     place = torch.arange(len(k), dtype=torch.int32, device=k.device)
     places = [into_blocks(each, chunk, -1) for each in (place, *(unsort(o.keys, place)[order.keys] for o in earlier))]
     # Query N, which stands for padding, gets an empty range: it sees no key.
@@ -269,7 +274,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     for block in groups.blocks.split(count):
         rows = slice(begin, begin + len(block) * size)
         begin, queries = rows.stop, groups.queries[rows]
-        # The blocks `block - 1` and `block`. Their numbers are one higher, because `into_blocks` adds a first block.
+        # Each group needs the keys of the blocks `block - 1` and `block`. In `keys`, their numbers are one higher,
+        # because `into_blocks` adds a first block.
         pairs = torch.stack([block, block + 1], dim=1).flatten()
         # Use integer arithmetic instead of comparisons, which take several times as long on a CPU.
         inside = []  # for each round, (c, s, 2 chunk): negative where the range of the query does not have the key
@@ -280,7 +286,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
             inside.append(torch.minimum(distance, (high - 1) - key, out=distance))
         seen = inside[0]
         for again in inside[1:]:
-            torch.minimum(seen, again.bitwise_not_(), out=seen)  # ~n is negative if n is not: hide the key
+            # ~n is negative if n is not. So this hides the keys in the query's range of an earlier round.
+            torch.minimum(seen, again.bitwise_not_(), out=seen)
         bias = seen.clamp_(-1, 0).to(q.dtype).mul_(-hide)
         queries = queries.clamp(max=N - 1)
         part_k, part_v = (t.index_select(0, pairs).view(-1, 2 * chunk, D) for t in (keys, values))
@@ -330,27 +337,29 @@ def plain_attend_gradients(
     """Return what `attend_gradients` returns, on any device."""
     scale = 1 / math.sqrt(q.size(2))
     weights = ((q.float() * scale) @ k.float().mT + bias).sub_(log_total.unsqueeze(2)).exp_()
-    # The mean of the gradients of the attention weights, weighted by these weights
+    # For each query, the mean of the gradients of its attention weights, weighted by these attention weights.
     mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)
     dscores = (dy @ v.mT).float().sub_(mean).mul_(weights).mul_(scale).to(q.dtype)
     return dscores @ k, dscores.mT @ q, weights.to(q.dtype).mT @ dy
 
 
-# A custom operator, because torch.compile treats it as a single operation: the number of groups depends on the data.
+# This is a custom operator, so that torch.compile treats it as a single operation: the number of its groups depends on
+# the data, so its loop cannot become a fixed graph.
 @torch.library.custom_op("gpt2::lsh_attention", mutates_args=())
 def lsh_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, buckets: int, rounds: int, chunk: int, layer: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the result (B, H, T, D) of LSH attention, and five tensors for its backward pass.
 
-    The five tensors are the log of softmax's denominator (N,), and the fields of `Round` for all rounds: keys
-    (rounds, M), queries, first and last (rounds, N). keep (B, S) is False for a key that is padding.
+    The five tensors are the log of softmax's denominator (N,), and the fields of `Round` for all rounds: keys (rounds,
+    M), queries, first and last (rounds, N). keep (B, S) is False for a key that is padding; None: there is no padding.
     """
     (_, _, T, D), S = q.shape, k.size(2)
     chunk = min(chunk, S)
     with torch.autocast(q.device.type, enabled=False):
         flat = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-        # The result so far, and the log of its denominator. At first, each query attends to its own key only.
+        # y is the result so far, and log_total the log of its softmax's denominator. At first, each query attends to
+        # its own key only.
         y = v[:, :, S - T :].flatten(0, 2).to(torch.float32, copy=True)
         log_total = (q.float() * k[:, :, S - T :]).sum(dim=-1).flatten() / math.sqrt(D)
         orders: list[Round] = []
@@ -384,7 +393,7 @@ def lsh_attention_gradients(
     (_, _, T, D), S = q.shape, k.size(2)
     chunk, scale = min(chunk, S), 1 / math.sqrt(D)
     orders = [Round(*fields) for fields in zip(keys, queries, first, last, strict=True)]
-    # The part of the gradients from each query's own key
+    # First compute the part of the gradients that comes from each query's own key.
     own_q, own_k, own_v, own_dy = (t.flatten(0, 2).float() for t in (q, k[:, :, S - T :], v[:, :, S - T :], dy))
     mean = (own_dy * y.flatten(0, 2)).sum(dim=-1)  # as in `plain_attend_gradients`
     weight = ((own_q * own_k).sum(dim=-1) * scale - log_total).exp()
@@ -394,7 +403,7 @@ def lsh_attention_gradients(
     dk[:, :, S - T :] = (dscore * own_q).view(q.shape)
     dv[:, :, S - T :] = (weight.unsqueeze(1) * own_dy).view(q.shape)
     dk, dv = dk.flatten(0, 2), dv.flatten(0, 2)
-    # The part from the keys of the rounds
+    # Then add the parts that come from the keys of each round.
     flat_dy, flat_q, flat_k, flat_v, flat_y = (t.flatten(0, 2) for t in (dy, q, k, v, y))
     for r, order in enumerate(orders):
         groups = group_queries(order, chunk)

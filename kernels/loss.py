@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entropy and transformers
 
-# Maximum number of rows of logits in one chunk (kernels/cuda_loss.py has other chunks). A CPU computes the product of
-# this number of rows at full speed.
+# Maximum number of rows of logits in one chunk (kernels/cuda_loss.py has limits of its own). A CPU computes the product
+# of this number of rows at full speed.
 MATMUL_ROWS = 512
 
-# Rows of logits begin at multiples of this number of columns. GPT-2's vocabulary has an odd size. Without a multiple,
-# most rows would begin in the middle of a cache line (64 bytes), and products with float32 logits would take up to a
-# third longer (measured with MKL on an AMD EPYC, Zen 3).
+# The distance between rows of logits in memory is a multiple of this number of elements. GPT-2's vocabulary has an odd
+# size. Without a multiple, most rows would begin in the middle of a cache line (64 bytes), and matrix products with
+# float32 logits would take up to a third longer (measured with MKL on an AMD EPYC, Zen 3).
 ROW_MULTIPLE = 32
 
 
@@ -36,9 +36,9 @@ def plain_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Te
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of the logits x weightᵀ, in nats, over the targets that are not IGNORE_INDEX.
 
-    x (N, C), weight (V, C), targets (N,). If all targets are IGNORE_INDEX, the result is 0 instead of NaN, so for every
-    batch the mean times the number of counted targets is the sum. Under autocast, matrix products run in the dtype of
-    autocast.
+    x (N, C), weight (V, C), targets (N,). If all targets are IGNORE_INDEX, the result is 0 instead of NaN. So the
+    result times the number of counted targets is always the sum of their losses. Under autocast, matrix products run in
+    the dtype of autocast.
 
     Raises NotImplementedError in forward-mode differentiation, such as `torch.func.jvp`.
     """
@@ -58,7 +58,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def centered_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the head (V, C) in `dtype`; below float32, the mean row is subtracted from each row first.
+    """Return the head (V, C) in `dtype`. In 16-bit precision, the mean row is subtracted from each row first.
 
     Subtracting the mean row shifts all logits of a position equally, so softmax is unchanged. The logits become
     smaller, and their rounding finer: the logits of the released GPT-2 lie near -80, where neighboring bfloat16 numbers
@@ -78,16 +78,16 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss () in float32 and its gradients with respect to x (N, C) and weight (V, C).
 
-    Products run in `dtype`. A gradient that is not requested is an empty tensor.
+    Matrix products run in `dtype`. A gradient that is not requested is an empty tensor.
     """
     total = x.new_zeros((), dtype=torch.float32)
     dx = torch.empty_like(x) if x_grad else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else weight.new_empty(0)
     head = centered_head(weight, dtype)
-    # Softmax needs float32, and a few rows at a time need little memory. On a CPU, 64 rows nearly fit into the cache.
-    # On any other device, one kernel launch processes all rows of a chunk.
+    # Compute softmax in float32, for `softmax_rows` rows at a time, so that the float32 copy needs little memory. On a
+    # CPU, 64 rows nearly fit into the cache. On any other device, one kernel launch processes all rows of a chunk.
     softmax_rows, columns = (64, 8192) if x.device.type == "cpu" else (MATMUL_ROWS, len(weight))
-    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half, so that a small batch has no tensor of all logits
+    rows = min(MATMUL_ROWS, math.ceil(len(x) / 2))  # at most half of the batch, so that no tensor has all logits
     stride = math.ceil(len(weight) / ROW_MULTIPLE) * ROW_MULTIPLE
     buffer = head.new_empty(rows, stride)[:, : len(weight)]
     for first in range(0, len(x), rows or 1):
@@ -100,8 +100,8 @@ def loss_and_gradients(
             scores = part.float()
             highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
             p = torch.softmax(scores, dim=-1, out=scores)
-            # This is log Σ exp(score), because the highest score has p = exp(score) / Σ exp(score). The loss of a
-            # target is computed from scores, because -log p would be infinite where p rounds to 0.
+            # This is log Σ exp(score), because p = exp(score) / Σ exp(score). The p of the highest score never rounds
+            # to 0. The p of a target may: then -log p would be infinite, so its loss is computed as log_sum - score.
             log_sum = highest - p.amax(dim=-1, keepdim=True).log()
             total += ((log_sum - right_score) * count).sum()
             if x_grad or weight_grad:
@@ -123,10 +123,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add aᵀ b to `total` (float32).
 
     On a CPU and on ROCm, the product is in the dtype of a and b if this dtype has the range of float32. float16 does
-    not: its largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred. If many positions
-    have the same target, MATMUL_ROWS hidden states add up to more than 65,504. Loss scaling does not prevent this
-    overflow, because `_scale_gradients` multiplies by the scale later. So products of float16 tensors are computed in
-    float32.
+    not have this range: its largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and
+    if many positions have the same target, the product adds up as many as MATMUL_ROWS of them. The sum can exceed
+    65,504. Loss scaling does not prevent this overflow, because `_scale_gradients` multiplies by the scale later. So
+    products of float16 tensors are computed in float32.
     """
     if a.is_cuda and torch.version.hip is None and a.dtype != total.dtype:
         # Only CUDA supports `out_dtype`, with which products of 16-bit tensors are added in float32 (ROCm does not).
@@ -137,8 +137,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.T.float(), b.float())  # in place, because autocast would make a @ b a float16 product again
 
 
-# A custom operator, because torch.compile treats it as a single operation instead of unrolling its loop. It computes
-# the gradients together with the loss, while the logits exist, instead of storing or recomputing the logits.
+# This is a custom operator, so that torch.compile treats it as a single operation instead of unrolling its loop. It
+# computes the gradients together with the loss, while the logits exist. So the logits are neither stored nor computed
+# again.
 linear_cross_entropy_sum = torch.library.custom_op(
     "gpt2::linear_cross_entropy_sum", loss_and_gradients, mutates_args=()
 )
@@ -163,8 +164,8 @@ def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor |
     """Return the saved gradients times the gradient of the summed loss (the chain rule)."""
     dx, dweight = ctx.saved_tensors
     # Multiply in place, because dweight is as large as the head. This changes the saved tensors, so a second backward
-    # pass through the same graph is an error. A compiler traces this function with tensors of its own types, and
-    # decides itself which memory to reuse.
+    # pass through the same graph is an error. torch.compile traces this function with tensors of other types. There,
+    # multiply out of place, because the compiler itself decides which memory to reuse.
     multiply = Tensor.mul_ if type(dx) is Tensor else Tensor.mul
     dx, dweight = multiply(dx, total_grad), multiply(dweight, total_grad)
     return (dx if ctx.x_grad else None, dweight if ctx.weight_grad else None, None, None, None, None)

@@ -1,4 +1,4 @@
-"""The keys that each query attends to, and the position of each token: with padding, cached tokens and documents."""
+"""Find the keys that each query attends to, and the position of each token: with padding, cache and documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from kernels.document_attention import DocumentMask
 from kernels.long_attention import LSH, Window
 
-# Which keys a query may attend to: booleans (B or 1, 1, T or 1, S), True where it may; or the documents of the tokens.
+# A mask says which keys each query may attend to. It is a tensor of booleans (B or 1, 1, T or 1, S), True where a query
+# may attend to a key, or a DocumentMask, which has the document of each token.
 Mask = Tensor | DocumentMask
 
 
@@ -26,7 +27,7 @@ def find_positions(
         return DocumentMask(document_ids).positions()
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)
-    # The kept tokens get 0, 1, 2, ... Padding before the first kept token would get -1, which is no position.
+    # The kept tokens get 0, 1, 2, ... Padding before the first kept token would get -1, which is not a position.
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
 
 
@@ -38,12 +39,13 @@ def make_mask(
     The other arguments are those of `find_positions`. With document_ids, the mask is causal, and no other argument is
     used: `checks.check_masks` refuses documents together with padding, cached tokens or a model that is not causal.
 
-    The result is None if no mask is needed: without attention_mask, every query may attend to every key, or `is_causal`
-    of PyTorch's kernel is enough, see `model.Attention`.
+    The result is None if no mask is needed: there is no attention_mask, and either every query may attend to every key,
+    or the argument `is_causal` of PyTorch's kernel is enough (see `model.Attention`).
     """
     if document_ids is not None:
         return DocumentMask.of(document_ids)
-    # With cached keys, query i has position past + i, but `is_causal` of PyTorch's kernel assumes position i.
+    # With cached keys, query i has position past + i, but `is_causal` of PyTorch's kernel assumes position i. So a mask
+    # is needed, except for a single query, which may attend to every key.
     if attention_mask is None and not (causal and past > 0 and T > 1):
         return None
     everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=device)
@@ -64,8 +66,8 @@ def dense_mask(q: Tensor, k: Tensor, mask: Mask | None, is_causal: bool, pattern
     Args:
         k: (B, H, S, D).
         mask: see `Mask`; None masks nothing.
-        is_causal: each query attends to the keys up to its own position; only without a mask, and with T = S.
-        pattern: which earlier keys a query attends to on long sequences; None: all.
+        is_causal: whether each query attends only to the keys up to its own position; needs `mask` None and T = S.
+        pattern: which earlier keys a query attends to on long sequences; None means all.
     """
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()

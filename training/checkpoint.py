@@ -35,10 +35,10 @@ from weights import save_weights
 
 
 def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copy the weights and the optimizer state to host memory. Return both as dictionaries.
+    """Copy the weights and the optimizer state to host memory. Return both as dictionaries of tensors.
 
-    The keys of the optimizer state are "<parameter name>/<key>". Sharded tensors are gathered, so every process must
-    call this function. Only the main process gets the tensors.
+    The keys of the weights are parameter names, and those of the optimizer state are "<parameter name>/<key>". Sharded
+    tensors are gathered, so every process must call this function. Only the main process gets the tensors.
     """
     from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
@@ -69,8 +69,8 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor
-    # Only the parameter groups are needed here. So do not set the option full_state_dict here: with this option, each
-    # process would gather the whole state, which could fill a GPU.
+    # Only the parameter groups are needed here. With the option full_state_dict, each process would also gather the
+    # whole state of the optimizers, which could fill a GPU. So the option is not set here.
     groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
@@ -94,7 +94,7 @@ class Checkpoints:
         on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
             the error. "continue": the next call only prints the error on stderr. If the next call is
             `wait(last=True)`, the error is raised for either value.
-        resumed: the checkpoint from which the run resumes, see `find_newest`.
+        resumed: the checkpoint from which the run resumes, see `find_newest`; None for a new run.
         damaged: damaged checkpoints that are newer than `resumed`. They are never deleted.
 
     A checkpoint is not written if its weights or optimizer state are not finite. The next call of `save`, `wait` or
@@ -109,7 +109,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._cannot_flush = False
         self._resumed = resumed
-        self._unreadable = set(damaged)  # later also checkpoints without a readable trainer/state.json
+        self._unreadable = set(damaged)  # `find_best` adds checkpoints without a readable trainer/state.json
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""
@@ -120,7 +120,7 @@ class Checkpoints:
         return find_best(self.directory, self._unreadable)
 
     def advice(self) -> str:
-        """Return what to do after training has diverged."""
+        """Return the end of an error message: the last good checkpoint, and what to do after training has diverged."""
         good = list_checkpoints(self.directory)
         return f"Last good checkpoint: {good[-1] if good else 'none'}. Resume from it with a lower optim.lr"
 
@@ -161,7 +161,7 @@ class Checkpoints:
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise or print the error of the last `save` if its thread has ended. Do not wait for a running thread."""
+        """If the thread of the last `save` has ended, raise or print its error as `wait` does. Otherwise do nothing."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
@@ -169,7 +169,7 @@ class Checkpoints:
         """Wait until the thread of the last `save` has ended, and raise or print its error.
 
         Args:
-            last: no other checkpoint follows, so an error is raised for either value of `on_error`.
+            last: True if no other checkpoint follows. An error is then raised for either value of `on_error`.
 
         Raises FloatingPointError if the weights or the optimizer state of the checkpoint are not finite. Raises OSError
         if the checkpoint could not be written and `on_error` is "stop" or `last` is True. If `on_error` is "continue"
@@ -191,8 +191,8 @@ class Checkpoints:
     def _write(self, final: Path, write_files: Callable[[Path], None]) -> None:
         """Write one checkpoint to a temporary directory, rename the directory to `final`, and delete old checkpoints.
 
-        If `final` exists, the new checkpoint takes its place. An undamaged old checkpoint is deleted, and a damaged one
-        is renamed.
+        If there is already a checkpoint at `final`, the new one takes its place. The existing one is deleted if it is
+        undamaged, and renamed if it is damaged.
         """
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         try:
@@ -226,7 +226,7 @@ class Checkpoints:
         self._prune()
 
     def _flush(self, *directories: Path) -> None:
-        """Flush directories to the disk. If this fails, print one warning only: the checkpoint is still complete."""
+        """Flush directories to the disk. If this fails, only warn, and only once: the checkpoint is complete."""
         try:
             for directory in directories:
                 sync_directory(directory)
@@ -241,7 +241,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete all checkpoints that are not in `_unreadable`, except the newest `keep` and the best one."""
-        best = self.best()  # also finds the checkpoints whose state cannot be read
+        best = self.best()  # adds the checkpoints whose state cannot be read to `_unreadable`
         paths = [path for path in list_checkpoints(self.directory) if path not in self._unreadable]
         for path in paths[: -self.keep]:
             if best is None or path != best[1]:

@@ -1,6 +1,7 @@
 """The configuration of a run: typed dataclasses, filled from a YAML file and the command line.
 
-The text below each field is its help text. The defaults reproduce GPT-2 124M, as `configs/gpt2-124m.yaml` does.
+The text below each field is its help text in `train.py --help`. The defaults reproduce GPT-2 124M, as
+`configs/gpt2-124m.yaml` does.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Run:
     seed: NonNegativeInt = 1337
     """Seed of initialization, data order and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Resume from the newest undamaged checkpoint. auto: if there is one; must: stop if there is none; never: stop if
-    there is one."""
+    """Resume from the newest undamaged checkpoint. auto: if there is one; must: always, with an error if there is none;
+    never: start a new run, with an error if there is a checkpoint."""
     allow_changes: bool = False
     """Allow a resumed run to change optim.steps, learning rates and the schedule."""
     branch_from: str | None = None
@@ -53,7 +54,7 @@ class Model:
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = "gpt2"
     """Size of a released GPT-2; the fields below override parts of it. null: use only the fields below."""
     init_from: str = "scratch"
-    """scratch, or a run, directory or hub id of a GPT-2 to fine-tune. Its size replaces preset."""
+    """scratch for random weights, or a run, directory or hub id of a GPT-2 to fine-tune. Its size replaces preset."""
     freeze_layers: NonNegativeInt = 0
     """Number of blocks, from the first, that are not trained. If any are frozen, the embeddings are too."""
     n_layer: PositiveInt | None = None
@@ -71,10 +72,10 @@ class Model:
     window_size: PositiveInt | None = None
     """Tokens that a token attends to with attention window, itself included (default: 256)."""
     lsh_buckets: PositiveInt | None = None
-    """Hash values of attention lsh, 1 or an even number (default: 64). In each round, a token attends to at most
+    """Number of hash values of attention lsh, 1 or even (default: 64). In each round, a token attends to at most
     2 block_size / lsh_buckets tokens."""
     lsh_rounds: PositiveInt | None = None
-    """Rounds of hashing of attention lsh (default: 2). More rounds find more of the tokens that matter."""
+    """Number of rounds of hashing of attention lsh (default: 2). More rounds find more of the similar keys."""
     dropout: float = 0.0
     """Probability of setting an activation to zero during training, in [0, 1)."""
 
@@ -86,7 +87,7 @@ class MixturePart:
     dir: str
     """Directory of the dataset."""
     weight: PositiveFloat
-    """Fraction of the windows, relative to the other weights."""
+    """Weight of this dataset. Its fraction of the windows is this number divided by the sum of all weights."""
 
 
 @dataclass
@@ -94,11 +95,11 @@ class Data:
     """Settings of the training data."""
 
     dir: str = "data/fineweb-edu-10b"
-    """Directory of the dataset: token shards and meta.json, as `python -m data.prepare` writes them; for prompts and
-    completions, see format."""
+    """Directory of the dataset: token shards and meta.json, as `python -m data.prepare` writes them. With format
+    completions: train.jsonl and val.jsonl."""
     format: Literal["tokens", "completions"] = "tokens"
-    """tokens: one long text, cut into windows. completions: train.jsonl and val.jsonl with a "prompt" and a
-    "completion" per line; only the completion is learned."""
+    """tokens: one long text, cut into windows. completions: train.jsonl and val.jsonl, each line with a "prompt" and a
+    "completion". Only the completion is learned."""
     pack: bool = False
     """With completions, put several examples into each window. Otherwise each window has one example and padding."""
     batch_tokens: PositiveInt = 524288
@@ -114,9 +115,9 @@ class Data:
     shift: bool = False
     """Cut packed windows at different places in each epoch, so that repeated text has different contexts."""
     document_mask: bool = False
-    """Tokens see their own document (or packed example) only, and positions begin at 0 in each."""
+    """Each token attends to its own document (or packed example) only, and positions begin at 0 in each of them."""
     mixture: list[MixturePart] = field(default_factory=list)
-    """Several datasets instead of dir, each with its share of the windows: [{dir: DIR, weight: NUMBER}, ...]."""
+    """Several datasets instead of dir, each with a weight for its windows: [{dir: DIR, weight: NUMBER}, ...]."""
 
 
 @dataclass
@@ -128,7 +129,7 @@ class Optim:
     lr: PositiveFloat = 6e-4
     """Peak learning rate of AdamW."""
     min_lr_ratio: ClosedUnitInterval = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
+    """Learning rate at the end of the run, as a fraction of the peak (not used by the schedule constant)."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up. cosine: falls along a cosine curve until the last step; wsd: is constant, then
     falls linearly in the last decay_fraction of the steps; constant: does not fall."""
@@ -161,13 +162,13 @@ class Eval:
     at_start: bool = True
     """Also validate before the first step, which shows the loss of an untrained model."""
     tokens: PositiveInt = 10485760
-    """Tokens to score, from the beginning of the validation split (completions: all of them are scored). If a resumed
-    run changes it, the search for the lowest validation loss, and patience, begin again."""
+    """Tokens to score, from the beginning of the validation split (completions: all are scored). If a resumed run
+    changes this number, the search for the lowest validation loss, and patience, begin again."""
     final_tokens: PositiveInt | None = None
-    """Tokens to score in addition after the last step (null: none). eval.tokens, which every validation scores, can
-    then be small."""
+    """Tokens to score in another pass after the last step (null: no such pass). eval.tokens, which every validation
+    scores, can then be small."""
     hellaswag: bool = True
-    """Score HellaSwag (completion convention) during training."""
+    """Score HellaSwag during training, in the convention "completion" (see eval/hellaswag.py)."""
     hellaswag_every: PositiveInt = 1000
     """Steps between evaluations on HellaSwag, which take longer than the other parts of a validation. HellaSwag is
     scored at the first validation after each multiple of this number, and at the last step."""
@@ -201,7 +202,7 @@ class Log:
     """Send the metrics to these too. wandb: Weights & Biases; tensorboard: event files in the run's directory;
     trackio: Trackio's local database."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Mode of Weights & Biases. offline and online also add wandb to log.to; with wandb in log.to, the default is
+    """Mode of Weights & Biases. offline and online also add wandb to log.to. If log.to has wandb, disabled means
     online."""
 
 
@@ -212,18 +213,18 @@ class System:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to train on. auto: the first of cuda, mps (not tested) and cpu that exists."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of matrix products; weights stay float32. auto: bfloat16 if the processor computes in it, float16 (with
+    """Precision of matrix products; weights stay float32. auto: bfloat16 where it is faster than float32, float16 (with
     a gradient scaler) on CUDA cards older than Ampere, otherwise float32."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the loss with torch.compile. auto: on CUDA, and for large models on a CPU with a C++ compiler."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Strategy on several processes. ddp: each has the whole model; fsdp: each has a part; auto: fsdp only on GPUs
-    where ddp would not fit."""
+    """Strategy on several processes. ddp: each has the whole model; fsdp: each has a part of it; auto: fsdp only on
+    GPUs, if ddp would fill more than half of the free memory."""
     activation_checkpointing: bool = False
     """Compute the activations of each block again in the backward pass instead of storing them; it saves memory."""
     deterministic: bool = False
-    """Use only operators that give the same bits in every run, so that a run also resumes bit for bit on a GPU. It is
-    slower there; a run on a CPU is deterministic without it."""
+    """Use only operators that give the same bits in every run, so that a run also resumes bit for bit on a GPU. This is
+    slower on a GPU. A run on a CPU is deterministic without it."""
 
 
 @dataclass
@@ -321,9 +322,9 @@ class Config:
             vocab_size: number of tokens of the dataset's tokenizer. The vocabulary in the files of `initial` may be
                 larger, because it may be padded.
             initial: the model that the run starts from, or None. If model.init_from is scratch, this model is a
-                checkpoint of a run. Its shape is then not used, because the fields of `model` define the shape.
+                checkpoint of a run. Its shape is then not used, because the section `model` defines the shape.
 
-        Raises ValueError if the fields of `model` are not valid or contradict the model that model.init_from names, or
+        Raises ValueError if the section `model` is not valid or contradicts the model that model.init_from names, or
         if data.sequence_length is above the block size of that model.
         """
         asked = self.model
@@ -338,7 +339,7 @@ class Config:
             raise ValueError(f"model.{error}") from None
 
     def _shape_from_scratch(self) -> dict[str, Any]:
-        """Return the fields of GPTConfig that model.preset and the size fields of `model` select."""
+        """Return the size fields of GPTConfig: those of model.preset, overridden by the fields of `model`."""
         model = self.model
         fields: dict[str, Any] = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 1024}
         if model.preset is not None:
@@ -387,8 +388,8 @@ class Flags:
 
     dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
     mfu: float | None = None  # fraction of the peak FLOP/s to assume; None: estimate each part of a step
-    verify: bool = False
-    profile: bool = False
+    verify: bool = False  # compare the shards of the dataset with their hashes before training
+    profile: bool = False  # write a trace of three steps to trace.json
 
     def __post_init__(self) -> None:
         if self.mfu is not None and self.dry_run is None:
@@ -404,7 +405,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 @functools.cache
 def make_parser() -> ArgumentParser:
-    """Return the parser of train.py's command line. It is cached, because reading the fields' docstrings is slow."""
+    """Return the parser of train.py's command line. It is cached, because reading the help texts of fields is slow."""
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run] [--verify] [--profile]",

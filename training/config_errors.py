@@ -15,7 +15,7 @@ import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # Names of settings in other training programs, and our field for each. A name that is spelled almost like our field
-# needs no entry, because difflib finds the field.
+# needs no entry here, because `suggestion` finds similar names.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
@@ -117,7 +117,7 @@ def explain(message: str, arguments: list[str], fields: dict[str, Any], files: d
 
 
 def expected(kind: Any) -> str:
-    """Describe the values of a type in words."""
+    """Return a description of the values that a type allows, such as "an integer above 0"."""
     if get_origin(kind) is list:
         return f"a list of {expected(get_args(kind)[0])}"
     if is_dataclass(kind):

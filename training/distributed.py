@@ -52,7 +52,7 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
     import torch._dynamo.config as dynamo_config  # imported here: it takes a second, and few runs compile
 
     dynamo_config.optimize_ddp = False  # True would split a block's graph at the borders of DDP's buckets
-    compiled = Compiled(forward, "the blocks")  # for all blocks: they share the code compiled for the first
+    compiled = Compiled(forward, "the blocks")  # one for all blocks, which share the code compiled for the first
 
     def run(block: Block, *inputs: Any) -> Any:
         return (compiled if block.training else Block.forward)(block, *inputs)
@@ -65,12 +65,13 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
 def shard(model: GPT, dtype: torch.dtype) -> None:
     """Divide parameters, gradients and optimizer state between all processes with FSDP2.
 
-    `dtype` is the precision of autocast. The parameters of a block's linear layers, which autocast would convert, are
-    gathered in `dtype`, with one collective operation for each block. All other parameters are gathered in float32,
-    once for a forward and backward pass. So the residual stream is float32, and the results are the same as with DDP.
+    `dtype` is the precision of autocast, which converts the parameters of linear layers to `dtype` anyway. Those of a
+    block are gathered in `dtype`, with one collective operation for each block. All other parameters are gathered in
+    float32, once for a forward and backward pass. So the residual stream is float32, and the results are the same as
+    with DDP.
 
-    The other parameters include all LayerNorms of the blocks, whose weights together are fewer than those of one
-    matrix. If each LayerNorm were gathered by itself, two thirds of all all-gathers would be for LayerNorms.
+    The other parameters include the LayerNorms of all blocks, which together have fewer weights than one matrix. If
+    each LayerNorm were gathered by itself, two thirds of all all-gathers would be for LayerNorms.
     """
     # imported here: it takes a second, and few runs shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -125,8 +126,8 @@ def distribute(
     elif processes.world_size > 1:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
         # DDP sums the gradients of the processes in one order in its first backward pass, and in another order in all
-        # later ones. The result of one pass is discarded here, so that a resumed run uses the same order as a run that
-        # was never stopped.
+        # later ones. So one pass is made here, and its result is discarded. Otherwise, the first step of a resumed run
+        # would have another order than the same step of a run that was never stopped.
         ids = torch.zeros(1, sequence_length, dtype=torch.long, device=processes.device)
         with processes.autocast(), torch.compiler.set_stance("force_eager"):
             loss(ids, ids).backward()
@@ -135,7 +136,7 @@ def distribute(
 
 
 def synchronize_gradients(loss: nn.Module, model: Any, enabled: bool) -> None:
-    """Set whether the next backward pass averages gradients over the processes."""
+    """Set whether the next backward pass averages gradients over the processes. With one process, do nothing."""
     if isinstance(loss, DistributedDataParallel):
         loss.require_backward_grad_sync = enabled
     elif hasattr(model, "set_requires_gradient_sync"):  # a method that FSDP2 adds
@@ -143,10 +144,10 @@ def synchronize_gradients(loss: nn.Module, model: Any, enabled: bool) -> None:
 
 
 def free_gathered_weights(model: GPT) -> None:
-    """Shard the weights again after forward passes that no backward pass follows.
+    """Shard the weights again after forward passes that were not followed by a backward pass.
 
-    FSDP2 keeps gathered weights for the backward pass, and `model.parameters()` would return them instead of the
-    shards.
+    After a forward pass, FSDP2 keeps the gathered weights for the backward pass. Until they are sharded again,
+    `model.parameters()` would return them instead of the shards.
     """
     module: Any
     for module in model.modules():

@@ -21,13 +21,13 @@ from training.start import Start, describe_start, find_initial_model, find_start
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 from training.transfer import describe_rates
 
-GPT2_VOCABULARY = 50257  # assumed if there is neither a dataset nor a model to start from
+GPT2_VOCABULARY = 50257  # the size to assume if there is neither a dataset nor a model to start from
 
 
 class Target(NamedTuple):
     """The hardware that a dry run estimates for."""
 
-    name: str  # of each device, such as H100
+    name: str  # name of each device, such as H100
     hardware: Hardware
     card: Card | None  # None if it is not in device.CARDS
     budget: float  # largest number of bytes that a run may need on each device
@@ -82,7 +82,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
 
 
 def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
-    """Return where the run would start, and a message if the checkpoint that it needs is absent, otherwise "".
+    """Return where the run would start, and a message if the checkpoint that it needs does not exist, otherwise "".
 
     Unlike `find_start`, this function does not wait for other processes.
     """
@@ -145,7 +145,7 @@ def choose_micro_batch(config: Config, workload: Workload, target: Target, *, sh
 
 
 def describe_memory(config: Config, workload: Workload, target: Target) -> list[str]:
-    """Return the table of the memory that each strategy and micro-batch needs, with a verdict for each."""
+    """Return a table: the memory that each strategy and size of micro-batch needs, and whether it fits."""
     hardware, windows = target.hardware, workload.windows
     precision = str(hardware.dtype).removeprefix("torch.")
     lines = [f"memory      estimated MiB on each of {hardware.count} x {target.name}, {precision}"]
@@ -168,7 +168,8 @@ def describe_memory(config: Config, workload: Workload, target: Target) -> list[
 def describe_time(config: Config, workload: Workload, target: Target, mfu: float | None) -> list[str]:
     """Return lines with the expected duration of a step and of the run.
 
-    If the peak of the card is known and `mfu` is None, the lines also show the duration of each part of a step.
+    `mfu` is the fraction of the peak FLOP/s to assume. If it is None and the peak of the card is known, the lines also
+    show the duration of each part of a step.
     """
     hardware, card, steps = target.hardware, target.card, config.optim.steps
     precision = str(hardware.dtype).removeprefix("torch.")

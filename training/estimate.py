@@ -40,7 +40,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 @functools.cache
 def count_parameters(model: GPTConfig) -> int:
-    """Return the number of parameters without allocating them. The tensor that head and embedding share counts once."""
+    """Return the number of parameters without allocating them. The embedding that is also the head is counted once."""
     with torch.device("meta"):
         return GPT(model).num_parameters()
 
@@ -56,7 +56,7 @@ class Hardware:
 
     @classmethod
     def of(cls, processes: Processes) -> Hardware:
-        """Return the devices of the processes."""
+        """Return the hardware of the processes, whose devices are assumed to be like the device of this one."""
         device, memory = processes.device, None
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
@@ -65,7 +65,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of a step and the hardware that does this work. They determine FLOPs, memory and micro-batches."""
+    """The work of a step, and the hardware for it. Together they determine FLOPs, memory and micro-batches."""
 
     model: GPTConfig
     n_parameters: int
@@ -114,9 +114,9 @@ class Workload:
         size = hardware.dtype.itemsize
         tokens = rows * self.sequence_length
         # The tensors that autograd keeps for the backward pass of a block, in bytes per token and channel. In float32:
-        # the residual stream twice. In the precision of matrix products: the outputs of both LayerNorms (2), queries,
-        # keys and values (3), the attention output and its copy as the input of c_proj (2), and the output of c_fc (4).
-        # GELU's output is not kept.
+        # the residual stream twice. In the precision of matrix products (in parentheses: channels divided by `width`):
+        # the outputs of both LayerNorms (2), queries, keys and values (3), the attention output and its copy as the
+        # input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
         block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
         # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
@@ -130,9 +130,9 @@ class Workload:
         loss = loss_memory(model, tokens, hardware)
         head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
         activations = max(tokens * width * kept + max(0, backward - loss), muon_bytes - loss - head)
-        # DDP has buffers for averaging all gradients. With several micro-batches in a step, the gradients that were not
-        # averaged yet are outside of these buffers. FSDP shards the gradients only after the last micro-batch, so until
-        # then each process has all of them.
+        # DDP has buffers for averaging all gradients. With several micro-batches in a step, gradients that were not
+        # averaged yet are stored outside of these buffers, so gradients take twice the memory. FSDP shards the
+        # gradients only after the last micro-batch, so until then each process has all of them.
         buckets = hardware.count > 1 and not sharded and rows < self.windows
         return {
             "weights": self._weights(sharded=sharded),
@@ -145,8 +145,9 @@ class Workload:
     def _weights(self, *, sharded: bool) -> int:
         """Return the bytes of the weights on one process: its own, those that FSDP gathers, and 16-bit copies."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
-        # Matrix products in 16 bits use 16-bit copies of the weights. FSDP gathers a block, and already the next block,
-        # in the precision of matrix products. It gathers the embeddings, which are also the head, in float32.
+        # Matrix products in 16 bits use 16-bit copies of the weights. FSDP gathers the weights of a block, and in
+        # advance those of the next block, in the precision of matrix products. It gathers the embeddings, which are
+        # also the head, in float32.
         embeddings = (model.vocab_size + model.block_size) * model.n_embd
         copied, gathered = self.n_parameters, 0
         if shards > 1:
@@ -168,12 +169,12 @@ class Workload:
 
 
 def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
-    """Return the bytes that the loss operator needs besides the head's gradient: see kernels/{loss,cuda_loss}.py."""
+    """Return the bytes that the loss operator needs besides the head's gradient (see kernels/loss.py, cuda_loss.py)."""
     size = hardware.dtype.itemsize
-    if hardware.gpu_memory is None:  # a chunk of logits, and 64 rows of it in float32
+    if hardware.gpu_memory is None:  # on a CPU: a chunk of logits, and 64 rows of it in float32
         return min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size * size + 64 * model.vocab_size * 4
-    # A chunk of logits; the product that is added to the head's gradient (counted in every case, although `add_product`
-    # needs a separate tensor for it only in float32 and on ROCm); and the gradient of the hidden states.
+    # On a GPU: a chunk of logits; the product that is added to the head's gradient (counted in every case, although
+    # `add_product` needs a separate tensor for it only in float32 and on ROCm); and the gradient of the hidden states.
     chunk = min(tokens, rows_at_a_time(hardware.gpu_memory, model.vocab_size, size)) * padded(model.vocab_size) * size
     return chunk + 4 * padded(model.vocab_size) * model.n_embd + 4 * tokens * model.n_embd
 
@@ -181,22 +182,24 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
 def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     """Return the bytes that a step of Muon needs besides momentum, weights and gradients. No activations exist then."""
     width, size = model.n_embd, hardware.dtype.itemsize
-    if hardware.gpu_memory is None:  # the updates of all matrices in float32, and the orthogonalized updates
+    if hardware.gpu_memory is None:  # on a CPU: all updates in float32, and the orthogonalized updates
         return (4 + size) * 12 * width**2 * model.n_layer
-    # The largest group of matrices with equal shapes has one matrix from the MLP of each block. Each process
-    # orthogonalizes a part of the group. This takes three tensors in float32 and four in the precision of matrix
-    # products, each as large as the part. The results of this group and of the previous one exist at the same time.
+    # On a GPU, Muon processes the matrices of one shape together. The largest of these groups has one matrix from the
+    # MLP of each block. Each process orthogonalizes a part of the group. This takes three tensors in float32 and four
+    # in the precision of matrix products, each as large as the part. The results of this group and of the previous one
+    # exist at the same time.
     group = 4 * width**2 * model.n_layer
     part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
     return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)
 
 
 def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None:
-    """Return the rows (windows) per micro-batch if a process has `windows` windows per step; None if no row fits.
+    """Return the rows (windows) per micro-batch for a process with `windows` windows per step; None if no row fits.
 
-    Only sizes that divide the windows into nearly equal micro-batches are tried, because a small remainder would waste
-    a forward pass. The largest divisor of `windows` that fits is preferred if it is at least half of the largest size
-    that fits. With a divisor, all micro-batches have the same shape, and the loss is compiled once instead of twice.
+    `fits` returns whether a number of rows fits into memory. Only sizes that divide the windows into nearly equal
+    micro-batches are tried, because a small remainder would waste a forward pass. The largest divisor of `windows` that
+    fits is preferred if it is at least half of the largest size that fits. With a divisor, all micro-batches have the
+    same shape, and the loss is compiled once instead of twice.
     """
     sizes = sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True)
     largest = next((rows for rows in sizes if fits(rows)), None)

@@ -1,4 +1,4 @@
-"""The dataset and the tokenizer of a run, checked before anything is created."""
+"""The dataset and the tokenizer of a run. They are checked before the run creates any file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPES = {
     "gpt2-large": (524_288, 2.5e-4),
     "gpt2-xl": (1_048_576, 6e-4),
 }
-MAX_EPOCHS = 4  # each repetition after that teaches much less (Muennighoff et al. 2023, "Data-Constrained LMs")
+MAX_EPOCHS = 4  # further repetitions of a text teach much less (Muennighoff et al. 2023, "Data-Constrained LMs")
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Inputs:
     val: dict[str, Windows]  # by directory of the dataset, several for a mixture; empty only if eval.every is 0
     tokenizer: Tokenizer
     prompts: list[list[int]]  # token ids of the texts that sampling at validation continues
-    notes: list[str] = field(default_factory=list)  # about the data, for the first lines on the screen
-    n_cut: int = 0  # training prompts that were too long, so that their beginning was cut off
-    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; empty without it
+    notes: list[str] = field(default_factory=list)  # about the data, printed when the run starts
+    n_cut: int = 0  # number of training prompts that were too long, and whose beginning was cut off
+    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; empty if null
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
     bytes_per_token: float | None = None  # mean UTF-8 bytes per token of the training split; None if not known
 
@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def validation_fingerprint(self) -> str | None:
-        """A hash that is equal for equal validation data, or None without validation data."""
+        """A hash of the validation data, which is equal for equal data; None without validation data."""
         fingerprints = [windows.fingerprint for windows in self.val.values()]
         return " ".join(fingerprints) or None
 
@@ -85,7 +85,7 @@ def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> 
     if config.eval.every and config.eval.hellaswag:
         if inputs.tokenizer.kind == "char":
             raise ValueError("eval.hellaswag has characters that a char tokenizer lacks: set it to false")
-        read_questions("completion")  # downloads them now: without a network, the run ends here and not at validation
+        read_questions("completion")  # downloads them: without a network, the run ends here and not at validation
     if config.data.mixture:  # no reference loss was measured on a mixture
         return inputs
     references = losses_to_beat(config.data.dir, inputs.train.source, inputs.tokenizer.kind)
@@ -175,7 +175,7 @@ def open_completions(config: Config, initial: ModelFiles | None) -> Inputs:
     train = CompletionWindows(
         directory / "train.jsonl", tokenizer, length, pack=config.data.pack, document_mask=config.data.document_mask
     )
-    # In validation each example has a window of its own, because the model is used on one prompt at a time.
+    # In validation, each example has a window of its own, because the trained model will read one prompt at a time.
     val = CompletionWindows(directory / "val.jsonl", tokenizer, length, pack=False)
     return Inputs(train, {config.data.dir: val}, tokenizer, val.prompts, n_cut=train.n_cut)
 
@@ -186,7 +186,7 @@ def dataset_names(data: Data) -> list[str]:
 
 
 def count_epochs(config: Config, inputs: Inputs) -> dict[str, float]:
-    """Return how many times the run reads each dataset, by its directory."""
+    """Return how many times the run reads each dataset. The keys are the directories of the datasets."""
     tokens, train = config.optim.steps * config.data.batch_tokens, inputs.train
     if not isinstance(train, MixtureWindows):
         return {config.data.dir: tokens / inputs.epoch_tokens}
@@ -207,7 +207,8 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
     if model.preset and as_released:
         batch_tokens, lr = RECIPES[model.preset]
         fraction = data.batch_tokens / batch_tokens
-        # Only for AdamW: with Muon, configs/shakespeare.yaml trains well at optim.lr 0.01 and 2,048 tokens in a batch.
+        # Warn only with AdamW: with Muon, configs/shakespeare.yaml trains well at optim.lr 0.01 and 2,048 tokens per
+        # batch.
         if fraction <= 0.5 and optim.lr >= lr and optim.name == "adamw":
             found.append(
                 f"data.batch_tokens {data.batch_tokens:,} is {1 / fraction:.0f} times below the {batch_tokens:,} for "

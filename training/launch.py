@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Import `command` before torch: `command` imports openmp, which sets a variable that torch reads at its import.
+# Import `command` before torch: it imports openmp, which sets an environment variable that OpenMP reads when torch
+# loads it.
 from command import described, fail, lasting_output
 
 # isort: split
@@ -36,17 +37,18 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # before the message invites a second Ctrl-C
+        # Let a second Ctrl-C raise KeyboardInterrupt, before the message below invites it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._announce and is_first:
             again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
-            # os.write instead of print: the signal may interrupt another print, which holds the lock of stderr.
+            # Use os.write, not print, because the signal may interrupt another print, which holds the lock of stderr.
             with contextlib.suppress(OSError):  # for example, the terminal is closed
                 os.write(2, f"\nStopping after this step, with a checkpoint{again}\n".encode())
 
 
 @contextmanager
 def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
-    """Read the command line and join the other processes for the `with` block.
+    """Read the command line and join the other processes. Yield both results to a `with` block.
 
     Some errors in the block end this process with a message. The exit status is 2 for an error that the user can
     correct, 1 if another process has ended, and 130 for Ctrl-C. All other errors are raised unchanged.

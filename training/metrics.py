@@ -25,15 +25,15 @@ from device import cpu_instruction_set
 from processes import Processes
 from training.config import Config
 
-SAMPLE_CHARACTERS = 66  # with the indentation, an excerpt of a sample fits on a terminal of 80 columns
+SAMPLE_CHARACTERS = 66  # with the indentation, an excerpt of this length fits on a terminal of 80 columns
 
 
 class Progress:
     """Shows progress as a bar on a terminal. If the output is not a terminal, prints a line every `every` steps.
 
-    Both show the loss, the tokens per second, the MFU if it is known, and the remaining time. If `bytes_per_token` (the
-    mean of the training text) is known, both also show the loss in bits per byte, which is comparable between
-    tokenizers.
+    The bar and the lines show the loss, the tokens per second, the MFU if it is known, and the remaining time. If
+    `bytes_per_token` (the mean of the training text) is known, they also show the loss in bits per byte, which is
+    comparable between tokenizers.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Progress:
         self._bar: tqdm | None = None
 
     def update(self, step: int, loss: float, rate: str) -> None:
-        """Show that step `step` (from 1) is done."""
+        """Show that step `step` (from 1) is done, its loss in nats, and `rate`, a text such as "21,000 tokens/s"."""
         if not self.enabled:
             return
         left = (time.perf_counter() - self._started) / (step - self._first) * (self.steps - step)
@@ -120,7 +120,7 @@ class Stopwatch:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: tensors on a GPU, or on a CPU the resident set size."""
+    """Return the peak memory of this process in bytes: of its tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, and in KiB on Linux
@@ -130,8 +130,8 @@ def peak_memory(device: torch.device) -> int:
 def start_profiler(path: Path) -> torch.profiler.profile:
     """Trace the third, fourth and fifth step from now, and write the trace to `path`.
 
-    Compilation happens in earlier steps. The caller must call the method `step` of the result after each training step.
-    chrome://tracing shows the trace.
+    The first two steps are not traced, because they include compilation. The caller must call the method `step` of the
+    result after each training step. chrome://tracing shows the trace.
     """
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
@@ -154,7 +154,7 @@ def duration(seconds: float) -> str:
 def provenance(
     config: Config, processes: Processes, resumed_at: int | None, branched_from: Path | None
 ) -> dict[str, Any]:
-    """Describe a start of a run: the command, the version of the code and of its libraries, and the hardware.
+    """Return the entry of a start in provenance.json: the command, versions of code and libraries, and the hardware.
 
     resumed_at is the step of the checkpoint from which the run resumes, None for a new run. branched_from is the
     checkpoint of another run from which a new run starts, None for a run that does not branch.
@@ -178,7 +178,7 @@ def provenance(
 
 
 def hardware() -> dict[str, Any]:
-    """Describe this machine."""
+    """Return the platform, the processor, the memory and the GPUs of this machine, for provenance.json."""
     return {
         "platform": platform.platform(),
         "cpu": str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()),

@@ -43,12 +43,13 @@ class Muon(Optimizer):
         """Create momentum buffers.
 
         Args:
-            stacked: parameters that are square matrices on top of each other, (2C or 3C, C).
+            stacked: parameters that are square matrices on top of each other, (2C or 3C, C), such as the weight of
+                c_attn.
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
             batched: process all matrices of the same shape together. Use True on a GPU, which a single matrix cannot
                 keep busy, and False on a CPU, where a single matrix is enough work.
-            orthogonalize: with `batched`, `newton_schulz` (the default) or a compiled form of it.
+            orthogonalize: a compiled form of `newton_schulz`, used if `batched`; None for `newton_schulz` itself.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
         self.dtype, self.batched, self._orthogonalize = dtype, batched, orthogonalize or newton_schulz
@@ -90,7 +91,7 @@ class Muon(Optimizer):
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
         """Apply weight decay and the update to a parameter, or to this process's part of it.
 
-        `shape` is the shape of the whole parameter.
+        `shape` is the shape of the whole parameter, on which the size of the update depends.
         """
         rows, columns = shape
         rows = columns if group["stacked"] else rows
@@ -256,7 +257,8 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
     undecayed = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in parameters.values():  # allocating in the first step instead would fragment the C library's heap
+    # Allocate the state now: if it were allocated in the first step, it would fragment the C library's heap.
+    for p in parameters.values():
         step = torch.zeros((), device=p.device)
         adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizers.append(adamw)

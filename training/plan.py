@@ -14,12 +14,13 @@ from processes import Processes
 from training.config import Config
 from training.estimate import Workload
 
-GPU_SHARE = 0.8  # largest fraction of a GPU's free memory that a run may need, by its estimate
+GPU_SHARE = 0.8  # largest fraction of a GPU's free memory that a run may need, according to the estimate
 SAVE_MEMORY = (
     "use a shorter data.sequence_length, a smaller model, system.activation_checkpointing true, or system.parallel "
     "fsdp on more processes"
 )
-SMALL_MODEL = 10_000_000  # parameters; below this, compiling for a CPU takes longer than a run gains from it
+# Number of parameters below which compiling for a CPU takes longer than the time that a run gains from it.
+SMALL_MODEL = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plan:
     reasons: dict[str, str]  # field of this class -> why it has its value
 
     def describe(self, processes: Processes, sequence_length: int) -> str:
-        """Return the plan and its reasons as one line, which is printed at the start of a run."""
+        """Return the plan and its reasons as one line, to print at the start of a run."""
         parts = [
             f"{processes.world_size} x {processes.device.type}",
             f"{str(self.dtype).removeprefix('torch.')} ({self.reasons['dtype']})",
@@ -78,7 +79,8 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
     }
     if config.data.micro_batch == "auto" and resumed_state:
         same = all(resumed_state.get(name, value) == value for name, value in planned_for.items())
-        # The state describes the device of the main process only, so only the main process compares.
+        # The state describes the device of the main process only, so only the main process compares. The other
+        # processes pass True.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
     compiled, why_compiled = should_compile(config, workload.n_parameters, device)
@@ -112,8 +114,8 @@ def usable_memory(device: torch.device) -> tuple[int, float]:
     """Return the bytes of memory that are free for this process, and the fraction of them that a run may need."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
-    # The C library keeps freed memory, which fragments: a process used up to 1.45 times the estimate. So the fraction
-    # is smaller than on a GPU.
+    # On a CPU, the fraction is smaller, because the C library keeps freed memory, which fragments: a process used up to
+    # 1.45 times the estimate.
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
 
 

@@ -23,9 +23,9 @@ SIZES = ("n_layer", "n_head", "n_embd")  # fields of the model that differ betwe
 # The warm-up has the same number of steps in all runs, so it is a larger part of a short run. A run whose warm-up is
 # more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
 MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
-SAMPLES = 200  # number of bootstrap laws for each form; intervals are computed from them
+SAMPLES = 200  # number of bootstrap laws for each form of the law; intervals are computed from them
 
-Study = dict[str, Any]  # "config": the file of the configuration, "recipe": see `recipe_of`, and "runs"
+Study = dict[str, Any]  # keys: "config", the configuration file; "recipe", see `recipe_of`; and "runs", a list
 
 
 class Fit(NamedTuple):
@@ -33,7 +33,7 @@ class Fit(NamedTuple):
 
     form: str  # name in FORMS
     law: Law
-    errors: dict[str, float]  # by form: root mean square of the log errors that `leave_one_size_out` returns
+    errors: dict[str, float]  # by form: root mean square of the results of `leave_one_size_out`
     samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms
     runs: list[dict[str, Any]]  # the fitted runs
 
@@ -43,7 +43,7 @@ class Fit(NamedTuple):
         return float(self.law.loss(*size)), *interval(self.samples, *size)
 
     def extrapolations(self, run: dict[str, Any]) -> list[str]:
-        """Describe each quantity in which a run is outside the range of the fitted runs, with the factor."""
+        """Return a text, such as "2.0 times the most tokens", for each size outside the range of the fitted runs."""
         found = []
         for name, unit in (("parameters", "parameters"), ("tokens", "tokens"), ("flops", "FLOPs")):
             values = [fitted[name] for fitted in self.runs]
@@ -57,7 +57,7 @@ class Fit(NamedTuple):
 def recipe_of(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
     """Return, as plain values, the settings that must be equal in fitted runs and in the run that the fit predicts.
 
-    These settings are all that determine the loss, except the model's size, the number of steps, the seed and the
+    These are all the settings that determine the loss, except the model's size, the number of steps, the seed and the
     precision. They include the hashes of the dataset, the number of validation tokens and the width of a head.
     """
     identity = run_identity(config, model, inputs)
@@ -114,15 +114,15 @@ def find_study(studies: list[Study], recipe: dict[str, Any]) -> Study | None:
 
 
 def observations(runs: list[dict[str, Any]]) -> Observations:
-    """Return the sizes and losses of runs as arrays."""
+    """Return the sizes and losses of runs of a study as arrays."""
     return Observations(*(np.array([float(run[name]) for run in runs]) for name in ("parameters", "tokens", "loss")))
 
 
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
-    """Fit a law to the runs of a study that have enough steps (MIN_STEPS). Return None if they have too few sizes.
+    """Fit a law to the runs of a study that have enough steps (MIN_STEPS). Return None if too few sizes remain.
 
-    With `with_held_out`, the held-out runs are fitted too. Use this to predict other runs. To check the law, leave the
-    held-out runs out and compare the law with them.
+    The held-out runs of a study serve to check the law: fit the law without them, and compare its predictions with
+    their losses. To predict other runs, use `with_held_out`, with which the held-out runs are fitted too.
 
     The form of the law is the one that predicts the runs of each size best from the runs of all other sizes. The
     intervals come from all forms, because forms that fit small runs equally well can disagree about a larger run.
@@ -143,7 +143,7 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
 
 
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:
-    """Return lines with the expected validation loss, or [] without a study of enough runs with this recipe."""
+    """Return lines with the expected validation loss, or [] if no study with this recipe has enough runs."""
     study = find_study(read_studies(RESULTS), recipe_of(config, model, inputs))
     found = study and fit_study(study, with_held_out=True)
     if not study or not found:

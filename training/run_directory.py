@@ -1,4 +1,4 @@
-"""The directory of a run, runs/<name>/: the only module that reads and writes its files.
+"""The directory of a run, runs/<name>/, and the functions that write and read its files.
 
 .lock             held by the process that trains
 config.yaml       the configuration of the last start
@@ -34,8 +34,8 @@ from files import PARTIAL_SUFFIX, discard, write_json
 from training.config import Config
 from training.trackers import Tracker, start_trackers
 
-POINTS_DRAWN = 1000  # loss.png shows up to twice as many training losses
-SECONDS_BETWEEN_PICTURES = 10  # drawing takes up to a second, the time of many steps of a small model
+POINTS_DRAWN = 1000  # loss.png shows fewer than twice this number of training losses
+SECONDS_BETWEEN_PICTURES = 10  # minimum; drawing takes up to a second, the time of many steps of a small model
 
 
 class RunDirectory:
@@ -77,7 +77,7 @@ class RunDirectory:
         return "killed" if status == "running" and not self.is_locked() else status
 
     def is_locked(self) -> bool:
-        """Return whether some process holds the lock. True if the file .lock cannot be opened."""
+        """Return whether some process holds the lock. If .lock exists but cannot be opened, return True."""
         try:
             with open(self.path / ".lock", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -170,7 +170,7 @@ class RunDirectory:
             return []
 
     def write_status(self, status: str, step: int) -> None:
-        """Write status.json."""
+        """Write status.json: running, preempted, finished or failed, and the number of steps so far."""
         if self._log is not None:
             write_json(self.path / "status.json", {"status": status, "step": step})
 
@@ -183,7 +183,7 @@ class RunDirectory:
                 tracker.log({f"{split}/{key}": value for key, value in values.items()}, step)
 
     def append_samples(self, step: int, texts: Sequence[str]) -> None:
-        """Append sampled texts to samples.txt."""
+        """Append the texts that were sampled after step `step` to samples.txt."""
         if self._log is not None:
             with self._tolerate_errors("samples.txt"), open(self.path / "samples.txt", "a", encoding="utf-8") as file:
                 file.writelines(format_sample(step, i, text) for i, text in enumerate(texts, 1))
@@ -193,14 +193,14 @@ class RunDirectory:
     ) -> None:
         """Draw the losses so far to loss.png.
 
-        Do nothing if the start or the last picture was less than SECONDS_BETWEEN_PICTURES ago. An error is printed and
-        not raised.
+        Do nothing if the start or the last picture was less than SECONDS_BETWEEN_PICTURES ago, unless `last` is True.
+        An error is printed and not raised.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
             step: the number of steps so far.
             references: (name, nats per token) of other models on the same validation set.
-            last: draw in any case, because the run ends here.
+            last: True if the run ends here, so that this is the last picture.
         """
         is_recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
         if self._log is None or (is_recent and not last):
@@ -227,7 +227,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _tracker_errors(self, name: str) -> Iterator[None]:
-        """Print an exception of a tracker, and do not use the tracker any more."""
+        """If the `with` block raises an exception of a tracker, print it, and do not use the tracker any more."""
         try:
             yield
         except Exception as error:  # each package has exceptions of its own
@@ -281,7 +281,7 @@ class MetricsLog:
                 ) from error
 
     def _write_waiting(self) -> None:
-        """Write the records that wait. If the disk is full, raises OSError; the rest waits for the next call."""
+        """Write the records that wait. If the disk is full, raise OSError; the next call writes the rest."""
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
@@ -310,7 +310,7 @@ def read_file(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics.jsonl; none if there is no file. An incomplete last line is skipped.
+    """Yield the records of a metrics.jsonl, or none if there is no file. An incomplete last line is skipped.
 
     Raises ValueError, naming the line, if any complete line is not a record.
     """

@@ -39,7 +39,7 @@ class Law(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Laws with fewer than six free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ (the free numbers)."""
+    """A law with fewer than six free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ (the free numbers)."""
 
     description: str
     matrix: np.ndarray  # (6, free numbers)
@@ -102,7 +102,7 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
 
 
 def starting_points(losses: np.ndarray) -> np.ndarray:
-    """Return values of (log E, log A, a, log B, b, c), (81, 6), at which a fit to centered logarithms can start."""
+    """Return 81 starting points of a fit to centered logarithms: (log E, log A, a, log B, b, c) in rows, (81, 6)."""
     mean, points = losses.mean(), []
     for floor, a, b, c in itertools.product((0.2, 0.5, 0.8), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0), (0.1, 0.3, 1.0)):
         half = np.log((1 - floor) * mean) / c - np.log(2)
@@ -113,7 +113,7 @@ def starting_points(losses: np.ndarray) -> np.ndarray:
 def minimize(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimize the weighted Huber loss from each starting point in a row of `free` (k, f).
+    """Minimize the weighted Huber loss, starting at each of the k rows of `free` (k, f).
 
     x and y (n,) are the centered logarithms of parameters and tokens. target (n,) has the logarithms of the losses, and
     weights is (k, n). Return the free numbers at the minima, (k, f), and the Huber losses there, (k,).
@@ -158,7 +158,7 @@ def evaluate(
 
 
 def huber(residuals: np.ndarray) -> np.ndarray:
-    """Return the Huber loss of each residual."""
+    """Return the Huber loss of each residual: half its square up to HUBER, and linear above."""
     size = np.abs(residuals)
     return np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))
 

@@ -38,13 +38,13 @@ class TrainingState:
     """How far a run has come. Each checkpoint stores all of it except `save_seconds`."""
 
     step: int = 0  # optimizer steps so far, including skipped ones
-    seconds: float = 0.0  # duration of these steps
+    seconds: float = 0.0  # duration of these steps, in seconds
     skipped_steps: int = 0  # steps whose loss or gradient was not finite; overflow_steps are counted separately
     overflow_steps: int = 0  # steps whose gradient overflowed float16
     val_loss: float | None = None  # validation loss after this step; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
     val_tokens: int = 0  # number of targets over which val_loss and best are means; 0: no validation split so far
-    save_seconds: float = 0.0  # duration of the training pause for the last checkpoint; logged with the next step
+    save_seconds: float = 0.0  # seconds that training paused for the last checkpoint; logged with the next step
 
 
 @dataclass
@@ -64,7 +64,7 @@ class TrainingRun:
     directory: RunDirectory
     progress: Progress
     state: TrainingState = field(default_factory=TrainingState)
-    identity: dict[str, Any] = field(default_factory=dict)  # what must not change when a run resumes
+    identity: dict[str, Any] = field(default_factory=dict)  # must not change when a run resumes: see `run_identity`
     clock: Stopwatch = field(default_factory=Stopwatch)  # times the parts of the current step
 
     @property
@@ -96,7 +96,7 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        """Write a failure to status.json if an exception ended the block; stop the loader, and close the directory.
+        """Stop the loader and close the directory. After an exception in the block, write "failed" to status.json.
 
         An out-of-memory error is replaced by a ValueError. Its message names a smaller micro-batch that is estimated to
         fit, or says how else to save memory.
@@ -195,7 +195,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
 def prepare_model(
     model: GPT, config: Config, plan: Plan, processes: Processes
 ) -> tuple[nn.Module, list[Optimizer], torch.amp.GradScaler]:
-    """Move a model to its device and make it trainable as planned; return loss function, optimizers and scaler."""
+    """Move a model to its device, and prepare it for training as planned. Return loss function, optimizers, scaler."""
     device = processes.device
     model.to(device).train()
     use_newer_flash_attention(device, model.config.dropout)
@@ -213,11 +213,11 @@ def prepare_model(
 
 
 def open_directory(run: TrainingRun, start: Start) -> None:
-    """Create the run's directory, or remove the records of an earlier attempt after the step from which it resumes."""
+    """Create the directory of a new run. For a resumed run, remove the records of steps after its checkpoint."""
     step = run.state.step if start.resumes else None
     last_step = -1 if step is None else step
-    # If the checkpoint lacks the validation of its step, this attempt begins with that validation. Remove its records,
-    # which an earlier attempt may have written.
+    # If the checkpoint lacks the validation of its step, this process begins with that validation. Then also remove the
+    # records of that validation, which an earlier attempt may have written.
     last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
     branched_from = start.checkpoint if start.branches else None
     described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)
@@ -225,7 +225,7 @@ def open_directory(run: TrainingRun, start: Start) -> None:
 
 
 def greeting(run: TrainingRun, notes: list[str]) -> str:
-    """Return what is printed before the first step: the size, the length, the plan, warnings, and the checkpoint."""
+    """Return the text to print before the first step: sizes, plan, warnings, and the checkpoint to start from."""
     config = run.config
     lines = [
         f"{run.plan.workload.n_parameters:,} parameters; {config.optim.steps:,} steps of {config.data.batch_tokens:,} "

@@ -24,8 +24,8 @@ class Start(NamedTuple):
 
     checkpoint: Path | None  # its training state is loaded; None: the run starts at step 0
     branches: bool  # True if the checkpoint belongs to another run
-    damaged: list[Path]  # newer checkpoints of this run, which were skipped; only the main process knows them
-    model: ModelFiles | None  # of the checkpoint or of model.init_from; None for new weights
+    damaged: list[Path]  # damaged checkpoints of this run that are newer; known to the main process only
+    model: ModelFiles | None  # the model in the checkpoint, or that of model.init_from; None for new weights
 
     @property
     def resumes(self) -> bool:
@@ -171,7 +171,8 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older files have neither
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
-    # A parent may itself be a branch, and a resumed run may spell its branch point in another way: neither is a change.
+    # A parent may itself be a branch, and a resumed run may write its branch point in another way. Neither counts as a
+    # change of the configuration.
     run = state["identity"]["run"]
     if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
         run["branch_from"] = config.run.branch_from
@@ -253,11 +254,12 @@ def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens
 
 
 def make_model(config: GPTConfig, initial: ModelFiles | None, seed: int, freeze_layers: int) -> GPT:
-    """Return a GPT on the CPU in float32, initialized from `seed` or loaded: the same on every process."""
+    """Return a GPT on the CPU in float32, initialized from `seed` or loaded. It is the same on every process."""
     if initial is None:
         torch.manual_seed(seed)
         return GPT(config)
-    # The files may have a padded vocabulary, and fewer positions than `config`.
+    # The files may have a padded vocabulary, and fewer positions than `config`. So the model is made with the sizes of
+    # the files, and changed to the sizes of `config` after loading.
     found = initial.config
     with torch.device("meta"):
         model = GPT(dataclasses.replace(config, vocab_size=found.vocab_size, block_size=found.block_size))

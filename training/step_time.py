@@ -26,22 +26,23 @@ PUBLISHED = [("H100", "llm.c", 468_000), ("A100", "llm.c", 218_000), ("RTX 4090"
 # clock rate in large products, because these need more power than the card may use.
 PRODUCTS, ATTENTION = 0.77, 0.40
 PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
-FAST_CARD = 700e12  # FLOP/s; the fractions of fast cards are for cards with a higher peak
-BANDWIDTH, LINK = 0.9, 0.8  # reached fractions of the bandwidths of memory and of the link between GPUs
+FAST_CARD = 700e12  # peak FLOP/s; a card with a higher peak counts as a fast card
+BANDWIDTH, LINK = 0.9, 0.8  # fractions of the bandwidths of memory, and of the link between GPUs, that are reached
 NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to other machines: eight adapters of 400 Gbit/s
-LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6  # seconds of a collective operation in addition to the transfer
+# Seconds of a collective operation in addition to the transfer: a constant, and the seconds for each GPU.
+LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6
 # Bytes of memory traffic for each token and channel of a block, outside of matrix products, with 2 bytes per number: 40
 # in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients
 # of biases, and the concatenation of the gradients of queries, keys and values).
 ELEMENTWISE = 150
-# HELLASWAG_TOKENS includes padding. The sequences are short, so the forward pass of a token takes HELLASWAG_SLOWDOWN
-# times as long as in training.
+# Tokens of all texts in HellaSwag, including padding. These texts are short, so the forward pass of a token takes
+# HELLASWAG_SLOWDOWN times as long as in training.
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0
-# Tokens of each sampled text, and the seconds to sample one token of all texts, measured on an H200. The seconds depend
-# on the number of kernels.
+# Tokens of each sampled text, and the seconds to sample one token of all texts, measured on an H200. The number of
+# kernels determines these seconds, so they are used for any number of texts.
 TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
-SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches; if a step is fast enough at this rate, the CPU is not measured
+SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches. If this is enough for a fast step, the CPU is not measured
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
 
 
@@ -103,8 +104,8 @@ def seconds_of_a_token(model: GPTConfig, card: Card, peak: float, sequence_lengt
     """Return the seconds of one token's forward and backward pass through the blocks."""
     products, attention = fractions(card)
     width, layers = model.n_embd, model.n_layer
-    # 6 FLOPs for each weight. Causal attention: half of 4 T C FLOPs in the forward pass, and 2.5 times as many in the
-    # backward pass, 7 T C together.
+    # 6 FLOPs for each weight. In each block, causal attention has half of 4 T C FLOPs in the forward pass, and 2.5
+    # times as many in the backward pass: 7 T C together.
     return (
         6 * 12 * width**2 * layers / (products * peak)
         + 7 * sequence_length * width * layers / (attention * peak)
@@ -158,10 +159,10 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
     traffic = 40 * workload.n_parameters / (count if sharded else 1)  # 28 bytes for AdamW, 12 for clipping
     seconds = traffic / (BANDWIDTH * card.bandwidth)
     if workload.muon:
-        # Five steps with products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c columns. Each block has four square
-        # matrices and two with 4 C columns. The processes divide the matrices of each shape between them.
-        # These products are assumed to reach 0.6 times the rate of other products. With this factor, Muon's part of a
-        # step on an H200 is estimated at 5.7 ms. The measured time was 6.3 ms.
+        # Muon makes five iterations, each with matrix products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c
+        # columns. Each block has four square matrices and two with 4 C columns. The processes divide the matrices of
+        # each shape between them. These products are assumed to reach 0.6 times the rate of other products. With this
+        # factor, Muon's part of a step on an H200 is estimated at 5.7 ms. The measured time was 6.3 ms.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
         seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
     return seconds
@@ -179,7 +180,7 @@ def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
 
 
 def seconds_on_cpu(workload: Workload) -> float:
-    """Estimate the seconds of a step. To measure the rate, all cores of this CPU compute for a moment."""
+    """Estimate the seconds of a step on this CPU. Its rate is measured now, so all cores compute for a moment."""
     hardware = workload.hardware
     return workload.flops / (CPU_SHARE * measure_matmul_rate(hardware.dtype)) / hardware.count
 

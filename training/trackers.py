@@ -88,7 +88,7 @@ class WeightsAndBiases:
         )
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Send the values."""
+        """Send the metrics of a step."""
         self._run.log(values, step=step)
 
     def finish(self, *, failed: bool) -> None:
@@ -109,13 +109,13 @@ class TensorBoard:
         self._writer.add_text("config", f"```\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```", last_step + 1)
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Write the numbers among the values."""
+        """Write those metrics of a step that are numbers."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
     def finish(self, *, failed: bool) -> None:
-        """Write the values that are waiting, and close the files."""
+        """Write the metrics that are still waiting, and close the files."""
         self._writer.close()
 
 
@@ -139,11 +139,11 @@ class Trackio:
         )
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Write the values."""
+        """Write the metrics of a step to the database."""
         self._run.log(values, step=step)
 
     def finish(self, *, failed: bool) -> None:
-        """Write the values that are waiting."""
+        """Write the metrics that are still waiting."""
         self._run.finish()
 
 

@@ -76,7 +76,7 @@ def transfer(optim: Optim, old: Size, new: Size) -> Optim:
 
 
 def describe_rates(optim: Optim, model: GPTConfig) -> str:
-    """Return a line with the rates that the rule gives for a model, and the rates of the configuration."""
+    """Return a line with the learning rates and weight decay that the rule gives, and those of the configuration."""
     tuned = TUNED[optim.name]
     predicted = transfer(tuned.optim, tuned.size, Size(model.n_embd, model.n_layer))
     fields = [*(field for name, field in RULE if name == optim.name), "weight_decay"]

@@ -53,7 +53,7 @@ def interrupt_if(model: GPT, stop_requested: Callable[[], bool]) -> Iterator[Non
 
 
 def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
-    """Score the validation split and HellaSwag, and generate texts. Return None if a stop is requested meanwhile.
+    """Score the validation split and HellaSwag, and generate texts. If a stop is requested before the end, return None.
 
     All processes score with the same number of forward passes, and agree before each pass whether to continue. The
     model is in training mode before and after this function.
@@ -68,8 +68,8 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
         with interrupt_if(model, stop_requested):
             loss, parts, final = score_split(run)
             answers = score_hellaswag(run)
-        # If the loss is not finite, no text can be sampled. Under FSDP, all processes take part in a forward pass, so
-        # all of them sample, and only the main process writes its texts. Otherwise the main process samples alone.
+        # If the loss is not finite, no text can be sampled. Under FSDP, a forward pass needs all processes, so all of
+        # them sample, and only the texts of the main process are written. Otherwise the main process samples alone.
         texts: list[str] = []
         if math.isfinite(loss.loss) and (processes.is_main or run.plan.sharded):
             requested = stop_requested if run.plan.sharded else lambda: signal.received
@@ -141,7 +141,7 @@ def sample_texts(run: TrainingRun) -> list[str]:
 
     With data.format completions, the prompts are those of the validation split; with tokens, the prompt is end-of-text.
     The seed is the same at each validation, so that the texts show how the model changes. Only the last block_size / 2
-    tokens of a prompt are used.
+    tokens of a prompt are used, so that there is room for new tokens.
     """
     n, block_size, tokenizer = run.config.eval.samples, run.model.config.block_size, run.inputs.tokenizer
     if n == 0:
