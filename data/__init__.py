@@ -1,1 +1,1 @@
-"""From text to token shards to batches."""
+"""Convert text to token ids, store them in files (shards), and read them as batches."""

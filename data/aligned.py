@@ -1,9 +1,9 @@
-"""Windows that begin where a document begins, if possible. Best-fit packing fills them with whole documents.
+"""Windows that begin at the beginning of a document, if possible. Best-fit packing fills them with whole documents.
 
-T is the sequence length. If the text is cut every T tokens, most windows begin and end in the middle of a document.
-Here most documents of at most T tokens stay whole, and documents are combined so that they fill windows ("Fewer
-Truncations Improve Language Modeling", Ding et al. 2024). Three more rules keep all tokens and waste little
-computation:
+A window is a sequence of T tokens that training reads. If the text is cut every T tokens, most windows begin and end in
+the middle of a document. Here most documents of at most T tokens stay whole, and documents are combined so that they
+fill windows ("Fewer Truncations Improve Language Modeling", Ding et al. 2024). Three more rules keep all tokens and
+waste little computation:
 
 - A document of more than T tokens is cut every T tokens, and its last piece is packed like a whole document.
 - If no remaining document fits into the gap at the end of a window, and the gap is more than T / 32 tokens, the
@@ -12,11 +12,12 @@ computation:
 
 Each token of the split, except the last one, is an input once in an epoch. The target of an input is the next token of
 the split, even if the next token is an input of another window. So each input has the same target as in
-`data.loader.TokenWindows`, and the last token of a document has the next document's end-of-text as its target.
+`data.loader.TokenWindows`. A document begins with end-of-text, so the target of a document's last token is the
+end-of-text of the next document.
 
-The packing is computed once and stored in an index file beside the shards. Each group of documents with about 16
-million tokens in total is packed separately, which bounds the memory. Therefore the documents of a window are close
-together in the split: usually in the same shard or in two neighboring shards of the default size.
+The packing is computed once and stored in an index file beside the shards. To bound the memory, the documents are
+divided into groups of about 16 million tokens, and each group is packed separately. So all documents of a window are
+close together in the split: usually in one shard or in two neighboring shards, if the shards have the default size.
 """
 
 from __future__ import annotations
@@ -43,23 +44,26 @@ from files import PARTIAL_SUFFIX
 GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
 MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window are padding, except in the last window of a group
 HEADER_BYTES = 1024
-VERSION = 1  # of the file format and of the packing algorithm; an index of another version is replaced
-WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # index of the window's first piece, number of targets
-PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # position of its first token in the split, number of tokens
+VERSION = 1  # version of the file format and of the packing algorithm; an index of another version is replaced
+# The rows of the two tables of an index file. A window consists of consecutive rows of the table of pieces; its row has
+# the index of its first piece, and its number of targets. A piece is a document or a part of a document; its row has
+# the position of its first token in the split, and its number of tokens.
+WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])
+PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
 
 
 class AlignedWindows(TrainingWindows):
-    """Windows of whole documents, if possible. A window consists of pieces of the split and then padding.
+    """Windows of whole documents, if possible. A window consists of documents or parts of documents, then padding.
 
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: `read` raises an error, which names the shard, if a token id is not below this number.
+        vocab_size: `read` raises a ValueError, which names the shard, if a token id is not below this number.
         eot: the id of end-of-text, with which each document begins.
-        document_mask: each token attends to its own document only.
+        document_mask: if True, each token attends to its own document only.
 
     Attributes:
-        summary: a line for the screen: how many documents are cut, and how much is padding.
+        summary: a line to print: how many documents are cut, and what fraction of all windows is padding.
 
     Raises:
         ValueError: when the split has fewer than two tokens.
@@ -85,7 +89,7 @@ class AlignedWindows(TrainingWindows):
 
     @property
     def summary(self) -> str:
-        """A line for the screen: how many documents are cut, and how much is padding."""
+        """A line to print: how many documents are cut, and what fraction of all windows is padding."""
         header, T = self._header, self.sequence_length
         padding = 1 - (self.split.n_tokens - 1) / (len(self) * T)
         return (
@@ -97,8 +101,9 @@ class AlignedWindows(TrainingWindows):
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
         """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
 
-        `documents` gets the index of the document within the window, -1 for padding. Raises ValueError for a token id
-        outside the vocabulary, OSError when a shard or the index cannot be read.
+        `documents` gets, for each input, the index of its document within the window, and -1 for padding. With None,
+        only inputs and targets are filled. Raises ValueError for a token id outside the vocabulary, OSError when a
+        shard or the index cannot be read.
         """
         done = 0
         if documents is not None:
@@ -115,11 +120,11 @@ class AlignedWindows(TrainingWindows):
         inputs[done:], targets[done:] = 0, IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
+        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
         return sum(int(self._windows(window, 1)["targets"][0]) for window in windows.tolist())
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return start and length of each piece of a window."""
+        """Return (start in the split, number of tokens) of each piece of a window."""
         first, end = self._windows(window, 2)["piece"].tolist()
         return self._table(PIECE, HEADER_BYTES + first * PIECE.itemsize, end - first).tolist()
 
@@ -128,7 +133,10 @@ class AlignedWindows(TrainingWindows):
         return self._table(WINDOW, offset, n)
 
     def _table(self, dtype: np.dtype, offset: int, n: int) -> np.ndarray:
-        """Read `n` rows of a table at byte `offset`. Unlike a memory map, `pread` does not let resident memory grow."""
+        """Read `n` rows of a table, from byte `offset` of the index on.
+
+        This uses `pread` instead of a memory map, because the pages of a map would count as resident memory.
+        """
         data = os.pread(self._file.fileno(), n * dtype.itemsize, offset)
         if len(data) < n * dtype.itemsize:
             raise OSError(f"{self._path} has become shorter since it was opened: start again")
@@ -136,19 +144,19 @@ class AlignedWindows(TrainingWindows):
 
 
 def _find_index(path: Path, split: Split, sequence_length: int, eot: int) -> dict[str, Any]:
-    """Return the header of the index at `path`. If there is no complete index for these arguments, make it first."""
+    """Return the header of the index at `path`. If there is no complete index for these arguments, write it first."""
     wanted = {"version": VERSION, "tokens": split.fingerprint, "sequence_length": sequence_length, "eot": eot}
     if (header := _read_header(path, wanted)) is not None:
         return header
     try:
-        # One of several processes makes the index, and the others wait for it.
+        # If several processes need the index at the same time, one of them writes it, and the others wait.
         with FileLock(path.with_suffix(".lock")):
             if (header := _read_header(path, wanted)) is None:
                 print(f"packing the documents of {path.parent} into windows of {sequence_length} ...", file=sys.stderr)
                 header = _write_index(path, split, wanted)
     except OSError as error:
         if error.filename is None and error.errno is None:
-            raise  # a shard could not be read: the message names the shard
+            raise  # the error is about a shard, and its message already names the shard
         raise OSError(
             f"cannot write {path}: {error.strerror}; data.windows aligned stores an index beside the shards: make "
             f"room, or start the run once as a user with write permission"
@@ -169,12 +177,12 @@ def _read_header(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Pack the documents of a split and write the index: header, pieces, windows. Return the header."""
+    """Pack the documents of a split. Write the index (header, pieces, windows), and return its header."""
     T = wanted["sequence_length"]
     counts = dict.fromkeys(("documents", "long", "cut", "inside", "pieces", "windows"), 0)
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
-    # In the index, the table of windows follows the table of pieces, whose length is known only at the end. So collect
-    # the windows in a temporary file.
+    # In the index, the table of windows follows the table of pieces, whose length is known only when all documents have
+    # been packed. So the windows are first collected in a temporary file.
     with open(temporary, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as windows:
         file.write(bytes(HEADER_BYTES))
         for bounds in document_groups(split, wanted["eot"]):
@@ -192,11 +200,14 @@ def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, 
 
 
 def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, counts: dict[str, int]) -> None:
-    """Pack a group of documents, append its pieces and windows to the tables, and update `counts`."""
+    """Pack the documents between `bounds` (see `document_groups`), and append their pieces and windows to the tables.
+
+    `counts` has totals of the whole split, to which this function adds those of the group.
+    """
     begins = set(bounds.tolist())
     rows: list[tuple[int, int]] = []
     packed: list[tuple[int, int]] = []
-    found = 0  # documents of at most T tokens that were not cut
+    found = 0  # number of documents of at most T tokens that were not cut
     lengths = np.diff(bounds)
     for window in pack(bounds, T):
         rows.append((counts["pieces"] + len(packed), sum(length for _, length in window)))
@@ -213,14 +224,14 @@ def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, cou
 
 
 def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """Iterate over groups of documents. Yields the start of each document, and the end of the group's last one.
+    """Iterate over groups of documents. A group is an array (documents + 1,) int64 of positions in the split.
 
-    Each group is an array (documents + 1,) int64 of positions in the split. The last token of the split is only a
+    A group has the start of each document, and then the end of the last document. The last token of the split is only a
     target, so no document includes it. Tokens before the first end-of-text are a document too.
     """
     limit = split.n_tokens - 1
     buffer = np.empty(min(GROUP_TOKENS, limit), np.uint16)
-    waiting = np.zeros(1, np.int64)  # start of the document that may continue in the next tokens
+    waiting = np.zeros(1, np.int64)  # start of the last document so far, which may continue in the next tokens
     for first in range(0, limit, GROUP_TOKENS):
         tokens = buffer[: limit - first]
         split.read(first, tokens)
@@ -236,16 +247,17 @@ def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
 def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
-    A window takes the longest remaining piece, then repeatedly the longest one that fits into the gap. If no piece
-    fits, the shortest is cut or the gap becomes padding, as the module's docstring describes. In a window, pieces that
-    begin a document come before pieces that continue a document.
+    Documents of more than T tokens are cut first. Then each window takes the longest remaining piece, and repeatedly
+    the longest piece that fits into the gap at its end. If no piece fits, the shortest piece is cut or the gap becomes
+    padding, as the module's docstring describes. In a window, pieces that begin a document come before pieces that
+    continue a document.
 
     Args:
-        bounds: (documents + 1,), the starts of the documents, and the end of the last one.
+        bounds: (documents + 1,), the starts of the documents, and the end of the last document.
         T: sequence length.
     """
     starts: list[list[int]] = [[] for _ in range(T + 1)]  # starts[n]: where the remaining pieces of n tokens begin
-    available = 0  # bit n is set if there is a piece of length n
+    available = 0  # bit n is set if there is a remaining piece of n tokens
 
     def put(start: int, length: int) -> None:
         nonlocal available

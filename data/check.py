@@ -6,7 +6,7 @@ first documents as text, and draws a histogram of the document lengths.
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # started as `python data/check.py`: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m data.check")
 
 import hashlib
@@ -31,10 +31,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class DocumentStatistics:
-    """Length and hash of each document of a split, in order.
+    """The length and a hash of each document of a split, in the order of the split.
 
     lengths: (documents,) int64, the number of tokens of each document, not counting end-of-text;
-    digests: (documents,) uint64, equal for documents with equal tokens.
+    digests: (documents,) uint64, hashes of the documents' tokens: documents with equal tokens have equal hashes.
     """
 
     lengths: np.ndarray
@@ -42,7 +42,7 @@ class DocumentStatistics:
 
 
 def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
-    """Iterate over the tokens of each document, without its end-of-text.
+    """Iterate over the documents of a split: the tokens of each, (n,) uint16, without its end-of-text.
 
     The memory in use is proportional to READ_TOKENS plus the length of the longest document.
     """
@@ -100,7 +100,7 @@ def read_epochs(config: Path, train_tokens: int) -> float:
 
 
 def describe(meta: DatasetMeta | None) -> str:
-    """Return the main entries of `meta.json` as lines of text. For None, return a line that says that it is missing."""
+    """Return the main entries of `meta.json` as lines of text, or, for None, a line that says that there is no file."""
     if meta is None:
         return "no meta.json: the tokens are assumed to be GPT-2's, and there are no hashes to verify"
     lines = [f"source      {meta.source}", f"revision    {meta.revision}"]
@@ -118,7 +118,8 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
         directory: the dataset.
         shown: the number of documents of each split to print.
         histogram: path of the PNG.
-        config: a configuration file, to print how many epochs a run with it makes over the train split; or None.
+        config: a configuration file, or None. If it is given, print how many epochs a run with this configuration makes
+            over the train split.
 
     Raises:
         ValueError: when the dataset is incomplete or damaged, or `config` does not set the length of a run.
@@ -166,7 +167,7 @@ def _check_tokenizer(directory: Path, meta: DatasetMeta, tokenizer: Tokenizer) -
 def _check_counts(
     name: str, split: Split, documents: DocumentStatistics, tokenizer: Tokenizer, meta: DatasetMeta
 ) -> None:
-    """Raise ValueError when a count differs from the one in `meta.json`, or a token is outside the vocabulary.
+    """Raise ValueError when the counts of `meta.json` are wrong for this split, or a token is outside the vocabulary.
 
     The documents of the split are counted by `measure_documents` and not by their end-of-text tokens, because a split
     from another program may begin without this token.
@@ -186,7 +187,7 @@ def _check_counts(
             text_bytes += int(token_bytes[tokens].sum())
         _compare(f"{shard.file}: documents", begun, shard.documents)
         position += shard.tokens
-    if name in meta.text_bytes:  # absent in a dataset of `data.prepare download`
+    if name in meta.text_bytes:  # `data.prepare download` does not know the text, so it leaves this entry out
         _compare(f"{name}: text_bytes", text_bytes, meta.text_bytes[name])
 
 

@@ -1,10 +1,10 @@
-"""Prompts and their completions as windows of tokens: the loss counts the tokens of the completions only.
+"""Windows of tokens from prompts and completions. Only the tokens of the completions count in the loss.
 
 The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
 {"prompt": "...", "completion": "..."}. An example consists of the prompt's tokens, the completion's tokens and
 `<|endoftext|>`, which counts in the loss too. So the model learns to write a completion and then to end the text.
-Prompt and completion are encoded separately, so that no token contains characters of both: generation encodes a prompt
-alone, too.
+Prompt and completion are encoded separately, so that no token contains characters of both. The prompt then has the same
+tokens as in generation, where it is encoded without a completion.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
 
-PROMPTS_KEPT = 64  # number of prompts that are kept; the samples during training need far fewer
+PROMPTS_KEPT = 64  # number of prompts in `CompletionWindows.prompts`; the samples during training need far fewer
 
 
 class CompletionWindows(TrainingWindows):
@@ -27,15 +27,16 @@ class CompletionWindows(TrainingWindows):
     Args:
         path: a .jsonl file.
         tokenizer: encodes prompts and completions.
-        sequence_length: T. If an example is too long, the beginning of its prompt is cut, never its completion.
+        sequence_length: T. If an example is too long for a window, the beginning of its prompt is cut off. A completion
+            is never cut.
         pack: True puts as many consecutive examples into a window as fit, False gives each example its own window. The
             rest of a window is padding.
         document_mask: with True, the tokens of an example do not attend to earlier examples in the same window. With
             False, they do, as in pretraining without a mask.
 
     Attributes:
-        prompts: the tokens of the first PROMPTS_KEPT prompts.
-        n_cut: the number of prompts that were cut.
+        prompts: the tokens of the first PROMPTS_KEPT prompts, for the samples during training.
+        n_cut: the number of prompts whose beginning was cut off.
 
     Raises:
         ValueError: when a line is not an example, cannot be encoded or has a completion that does not fit into a window
@@ -51,7 +52,8 @@ class CompletionWindows(TrainingWindows):
         examples = [self._encode(prompt, completion, tokenizer, n) for n, prompt, completion in read_examples(path)]
         lengths = np.array([len(tokens) for tokens, _ in examples])
         # The tokens of all examples are put one after the other. Window w begins at token _bounds[w] and ends before
-        # token _bounds[w + 1]. It has room for T + 1 tokens, because its last token is only a target, not an input.
+        # token _bounds[w + 1]. A window has room for T + 1 tokens, because its last token is only a target, not an
+        # input.
         ends = np.cumsum(lengths)
         self._bounds = [0]
         for start, end in zip(ends - lengths, ends, strict=True):
@@ -69,7 +71,10 @@ class CompletionWindows(TrainingWindows):
         return len(self._bounds) - 1
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window."""
+        """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
+
+        `documents` gets, for each input, the index of its example in the file, and -1 for padding.
+        """
         tokens = self._tokens[self._bounds[window] : self._bounds[window + 1]]
         n = len(tokens) - 1
         # Padding needs no attention mask: with causal attention, no token attends to the padding after it.
@@ -80,11 +85,11 @@ class CompletionWindows(TrainingWindows):
             documents[:n], documents[n:] = self._example[first : first + n], -1
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
+        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
         return int(self._n_targets[windows].sum())
 
     def _is_target(self, window: int) -> np.ndarray:
-        """Return which tokens of a window, from the second one on, belong to a completion: (n,) bool."""
+        """Return, for each token of a window except the first, whether it belongs to a completion: (n,) bool."""
         return self._in_completion[self._bounds[window] + 1 : self._bounds[window + 1]]
 
     def _encode(self, prompt: str, completion: str, tokenizer: Tokenizer, line: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +113,7 @@ class CompletionWindows(TrainingWindows):
 
 
 def read_examples(path: Path) -> list[tuple[int, str, str]]:
-    """Return line number, prompt and completion of each line that is not blank.
+    """Return (line number from 1, prompt, completion) of each line that is not blank.
 
     Raises FileNotFoundError when the file is missing, ValueError when a line is not an example (the message names
     the line) or the file holds no example.

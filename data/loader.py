@@ -1,10 +1,12 @@
-"""From windows of tokens to batches, in an order that does not depend on the number of processes.
+"""Combine windows of tokens into batches, in an order that does not depend on the number of processes.
 
-Global batch n holds the same windows for any number of processes and any micro-batch size. Therefore one integer, the
-step, is the position of a run in its data; a run can resume on another number of processes; and the loss curves of two
+A window is a sequence of T inputs and their T targets. In each step, the global batch is divided between all processes.
+Global batch n holds the same windows for any number of processes and any micro-batch size. Therefore the position of a
+run in its data is one integer, the step. A run can resume on another number of processes, and the loss curves of two
 runs can be compared step by step.
 
-Letters in shapes: T is the sequence length, B the number of windows in a global batch, b in a micro-batch.
+Letters in shapes: T is the sequence length, B the number of windows in a global batch, and b the number of windows in a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -23,26 +25,28 @@ from data.shards import Split
 # A target with this value does not count in the loss: `F.cross_entropy` skips it by default. Padding and the tokens of
 # prompts get this target.
 IGNORE_INDEX = -100
-# Three rounds of a Feistel network give a pseudorandom permutation if the round function is pseudorandom (Luby &
-# Rackoff 1988). The round function of `permute` is only a cheap hash, so more rounds are used.
+# The number of rounds in `permute`. Three rounds of a Feistel network give a pseudorandom permutation if the round
+# function is pseudorandom (Luby & Rackoff 1988). The round function here is only a cheap hash, so more rounds are used.
 FEISTEL_ROUNDS = 6
-# Number of batches that the background thread prepares in addition to the one in use. Then one slow read (such as the
-# first read of a file on a network disk) does not delay the training step, if reading is faster than training on
-# average. Each of these batches needs a buffer in memory.
+# Number of batches that the background thread prepares in addition to the batch in use. With this reserve, one slow
+# read (such as the first read of a file on a network disk) does not delay the training step, if reading is faster than
+# training on average. Each of these batches needs a buffer in memory.
 STEPS_AHEAD = 2
 
 
 class MicroBatch(NamedTuple):
     """The windows of one forward pass: a part of a global batch, or of all validation windows.
 
-    The mean loss over the global batch is the sum over its micro-batches of weight * mean loss of the micro-batch. A
-    plain average of the means would be wrong when the micro-batches differ in their number of targets.
+    The mean loss over a global batch is the sum of weight * (mean loss of the micro-batch) over its micro-batches. A
+    plain average of the means would be wrong if the micro-batches differ in their number of targets.
     """
 
     inputs: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64: the token after each input, or IGNORE_INDEX
-    weight: float  # targets here / targets of the global batch or of all validation windows, not counting IGNORE_INDEX
-    documents: Tensor | None = None  # (b, T) int64, equal for neighboring inputs of the same document; None: no mask
+    # The number of targets in this micro-batch divided by that in the global batch, or in all validation windows.
+    # Targets with the value IGNORE_INDEX are not counted.
+    weight: float
+    documents: Tensor | None = None  # (b, T) int64, equal for neighboring inputs of a document; None: no document mask
 
 
 class Windows(Protocol):
@@ -50,8 +54,8 @@ class Windows(Protocol):
 
     sequence_length: T;
     fingerprint: a hash that is equal for equal data;
-    source: where the text comes from, or "" when that is not known;
-    document_mask: whether each token attends to its own document only; then `read` has to fill `documents` too.
+    source: where the text comes from, or "" if this is not known;
+    document_mask: whether each token attends to its own document only. If True, `read` has to fill `documents` too.
     """
 
     sequence_length: int
@@ -62,23 +66,27 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and, with `document_mask`, `documents`, each (T,) int64, with one window."""
+        """Fill `inputs`, `targets` and, with `document_mask`, `documents`, each (T,) int64, with one window.
+
+        Neighboring inputs have equal numbers in `documents` if and only if they belong to the same document.
+        """
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
+        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
 
 
 class TrainingWindows(Windows, Protocol):
-    """Windows that training reads in one epoch after the other. Each epoch contains every window once."""
+    """Windows that training reads, in one or more epochs. Each epoch contains every window once."""
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """Return the number of the window at each of the `places`, (k,): an array (k,) int64 of arguments for `read`.
 
-        `places` are consecutive positions, from 0, in a sequence of all epochs: epoch e begins at e * len(self). With
-        `shuffle`, each epoch has its own order; otherwise the windows come in the order of the text.
+        The windows of all epochs form one sequence: epoch e begins at place e * len(self). `places` are consecutive
+        places, counted from 0, in this sequence. With `shuffle`, each epoch has its own order; otherwise the windows
+        come in the order of the text.
         """
-        # A batch may begin in one epoch and end in the next. If the rest of an epoch were dropped instead, the number
-        # of windows in an epoch would depend on the batch size.
+        # A batch may begin in one epoch and end in the next. If the windows at the end of an epoch that do not fill a
+        # batch were left out instead, the number of windows in an epoch would depend on the batch size.
         epoch, window = places // len(self), places % len(self)
         if shuffle:
             for e in np.unique(epoch):
@@ -87,18 +95,18 @@ class TrainingWindows(Windows, Protocol):
 
 
 class TokenWindows(TrainingWindows):
-    """A split cut into windows of T tokens: window w is tokens [w*T, w*T + T + 1) of the split.
+    """A split cut into windows of T inputs and T targets: window w has tokens [w*T, w*T + T + 1) of the split.
 
     Args:
         split: the tokens.
         sequence_length: T.
-        vocab_size: `read` raises an error, which names the shard, if a token id is not below this number.
+        vocab_size: `read` raises a ValueError, which names the shard, if a token id is not below this number.
         tokens: use this number of targets from the beginning of the split, or all if the split has fewer. The last
             window is padded if it is not full. With None, use all full windows, as training does.
-        shift: cut the split at different places in each epoch, which moves every window by up to T - 1 tokens. Window w
-            of epoch e has the number e * len(self) + w.
+        shift: if True, cut the split at different places in each epoch (see `shift_of`), which moves every window by up
+            to T - 1 tokens. Window w of epoch e then has the number e * len(self) + w.
         mask_eot: the id of end-of-text, with which each document begins. Each token then attends to its own document
-            only. None: no mask.
+            only. With None, there is no document mask.
 
     Raises:
         ValueError: when the split is too short for one full window or, with `tokens`, for one target.
@@ -117,7 +125,7 @@ class TokenWindows(TrainingWindows):
         self.split, self.sequence_length, self.vocab_size, self.shift = split, sequence_length, vocab_size, shift
         self.mask_eot, self.document_mask = mask_eot, mask_eot is not None
         # The first token of the split is an input but never a target, so there is one target fewer than there are
-        # tokens. `shift` moves the windows by up to T - 1 tokens, so T - 1 tokens have to follow the last window.
+        # tokens. With `shift`, windows move by up to T - 1 tokens, so T - 1 tokens have to follow the last window.
         available = split.n_tokens - 1 - (sequence_length - 1 if shift else 0)
         in_full_windows = available // sequence_length * sequence_length
         self.n_targets = in_full_windows if tokens is None else min(tokens, available)
@@ -128,7 +136,7 @@ class TokenWindows(TrainingWindows):
                 f"more text"
             )
         self.fingerprint, self.source = split.fingerprint, split.meta.source if split.meta else ""
-        # (T + 1,): allocated once and reused, so that reading does not allocate memory for each window.
+        # (T + 1,): a buffer that all calls of `read` use, so that they do not allocate memory for each window.
         self._read = np.empty(sequence_length + 1, dtype=np.uint16)
 
     def __len__(self) -> int:
@@ -153,12 +161,15 @@ class TokenWindows(TrainingWindows):
             np.cumsum(inputs == self.mask_eot, out=documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in these windows (k,): T for each, or fewer in the last window of the split."""
+        """Return the total number of targets in these windows, (k,): T for each, or fewer in a padded last window."""
         places = windows % len(self)
         return int(np.minimum(self.sequence_length, self.n_targets - places * self.sequence_length).sum())
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the numbers of the windows at `places` (k,). With `shift`, epoch e adds e * len(self) to each."""
+        """Return the numbers of the windows at `places`, (k,).
+
+        With `shift`, a window of epoch e has e * len(self) added to its number, so that `read` knows the epoch.
+        """
         windows = super().order(places, seed, shuffle)
         return windows + places // len(self) * len(self) if self.shift else windows
 
@@ -167,7 +178,7 @@ def shift_of(epoch: int, sequence_length: int) -> int:
     """Return by how many tokens the windows of an epoch are shifted: 0 for epoch 0, and always less than T.
 
     The shift is T times the fractional part of epoch * golden ratio, rounded down. These fractional parts never repeat,
-    and for every n, the first n of them are spread evenly over [0, 1).
+    and for every n, the first n of them are spread almost evenly over [0, 1).
     """
     return int(epoch * ((5**0.5 - 1) / 2) % 1 * sequence_length)
 
@@ -194,7 +205,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
     A shuffled list of all windows would take memory proportional to the corpus, and every process would have to compute
     all of it. This function computes any element without the others: a Feistel network (Luby & Rackoff 1988) permutes
-    0..4^k - 1 for some k, and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
+    the numbers below some 4^k that is at least n, and "cycle walking" (Black & Rogaway 2002) restricts the permutation
+    to 0..n-1.
 
     Args:
         index: (k,) int64, positions in 0..n-1.
@@ -202,25 +214,26 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     Returns:
         (k,) int64.
     """
-    # A Feistel network divides a number into halves of equally many bits. So the number of bits of n - 1 is rounded up
-    # to an even number, 2 * half.
+    # A Feistel network divides a number into two halves with the same number of bits. So the number of bits of n - 1 is
+    # rounded up to an even number, 2 * half.
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    # SeedSequence mixes seed and epoch. With seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1.
+    # SeedSequence mixes seed and epoch. With the sum seed + epoch as the seed, epoch 1 of seed 0 would have the same
+    # order as epoch 0 of seed 1.
     keys = np.random.SeedSequence([seed, epoch]).generate_state(FEISTEL_ROUNDS, np.uint64)
     result = index.astype(np.uint64)
     outside = np.ones(len(result), dtype=bool)
-    # Cycle walking: permute again the values that are n or larger. A value that starts inside 0..n-1 always comes back
-    # inside, and two different values never become equal. The network permutes at most 4n numbers, so a few passes
-    # suffice.
+    # Cycle walking: values that are n or larger are permuted again, until they are below n. A value that starts in
+    # 0..n-1 always comes back to 0..n-1, and two different values never become equal. The network permutes at most 4n
+    # numbers, so a few passes are enough.
     while outside.any():
         walking = result[outside]
         left, right = walking >> half, walking & mask
         for key in keys:
-            # The round function: a multiplicative hash of the right half. 0x9E37... is 2^64 / golden ratio, which
-            # spreads every bit upward (Knuth's Fibonacci hashing); the shift brings high bits back down. 0xD6E8... is
-            # the multiplier of a published 64-bit hash (degski64). Any change here changes the order of windows in
-            # every run.
+            # The round function: a multiplicative hash of the right half. The multiplication by 0x9E37..., which is
+            # 2^64 / golden ratio (Knuth's Fibonacci hashing), spreads every bit to higher bits, and the shift brings
+            # high bits back down. 0xD6E8... is the multiplier of a published 64-bit hash (degski64). Any change of this
+            # function changes the order of windows in every run.
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
             # The right half is kept, and the left half is XORed with a hash of the right half. Such a round can be
@@ -235,20 +248,20 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 class Loader:
     """Iterates over this rank's part of every global batch, from `start_step` on. The iteration never ends.
 
-    Each step gives a list of micro-batches. Global step s takes the windows at places s*B .. s*B + B - 1 of the
-    sequence of all epochs (see `TrainingWindows.order`). A background thread reads ahead into a fixed set of buffers.
-    The tensors of a step are valid until the next step is requested, so copies of them to a device must have finished
-    by then.
+    Each iteration gives a list of micro-batches. Global step s takes the windows at places s*B .. s*B + B - 1 of the
+    sequence of all epochs (see `TrainingWindows.order`). A background thread reads the next batches into a fixed set of
+    buffers. The tensors of a step are valid until the next step is requested, so copies of them to a device must have
+    finished by then.
 
     Args:
         windows: the data.
         batch_tokens: tokens of a global batch over all ranks, B * T.
         micro_batch: the largest number of windows in a MicroBatch.
-        seed: determines the order of the windows.
+        seed: determines the order of the windows if `shuffle` is True.
         shuffle: with False, the windows come in the order of the text.
         start_step: the first global step, as stored in a checkpoint.
-        rank, world_size: this process and the number of processes.
-        pin_memory: allocate page-locked buffers, from which copies to a GPU can be asynchronous.
+        rank, world_size: the index of this process, and the number of processes.
+        pin_memory: if True, allocate page-locked buffers, from which copies to a GPU can be asynchronous.
 
     Raises:
         ValueError: when batch_tokens is not a multiple of T, or a batch has fewer windows than there are ranks.
@@ -277,20 +290,21 @@ class Loader:
                 f"{world_size} processes: raise batch_tokens or use fewer processes"
             )
         self.windows, self.seed, self.shuffle = windows, seed, shuffle
-        # This rank's positions within a global batch: first come the positions of rank 0, then those of rank 1, ...
+        # The positions of this rank's windows within a global batch: rank 0 has the first, rank 1 the next, and so on.
         self.rows = split_evenly(self.windows_per_step, rank, world_size)
-        # Every rank makes the same number of forward passes, although their numbers of windows may differ by one. Under
-        # FSDP each pass gathers weights from all ranks, so the others would wait forever for a rank with fewer passes.
+        # Every rank makes the same number of forward passes, although the numbers of windows of two ranks may differ by
+        # one. Under FSDP, each pass gathers weights from all ranks, so the other ranks would wait forever for a rank
+        # that makes fewer passes.
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
-        # Buffers circulate through two queues: free ones go to the thread, full ones come back. All buffers are
-        # allocated here, so memory does not grow with time, and page-locking the memory, which is slow, happens only
-        # once.
+        # Buffers circulate through two queues: free buffers go to the thread through `_free`, and full buffers come
+        # back through `_ready`. All buffers are allocated here. So the memory does not grow, and page-locking it, which
+        # is slow, happens only once.
         self._ready: queue.Queue[tuple[int, list[float], Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
-            # (2 or 3, rows, T): inputs, targets and, for a mask, documents.
+            # (2 or 3, rows, T): inputs, targets and, with a document mask, documents.
             shape = (2 + windows.document_mask, len(self.rows), T)
             self._free.put(torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory))
         self._in_use: Tensor | None = None
@@ -303,7 +317,7 @@ class Loader:
         return self.windows.order(place, self.seed, self.shuffle)
 
     def _read_ahead(self) -> None:
-        """Fill free buffers, step by step, until `close` sends None. Runs in the background thread."""
+        """Fill free buffers, one for each step, until `close` sends None. Runs in the background thread."""
         try:
             step = self.step
             while (buffer := self._free.get()) is not None:
@@ -325,7 +339,7 @@ class Loader:
             # A daemon thread does not keep the process alive when training ends with an exception.
             self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
             self._thread.start()
-        # The caller has finished with the previous step, so its buffer may be overwritten from here on.
+        # A call of `next` means that the caller no longer uses the previous step, so its buffer can be filled again.
         if self._in_use is not None:
             self._free.put(self._in_use)
             self._in_use = None
@@ -339,19 +353,20 @@ class Loader:
         return self._divide(self._in_use, weights)
 
     def _parts(self) -> list[range]:
-        """Return the rows of this rank in each micro-batch of a step. Micro-batches have nearly equal sizes."""
+        """Return, for each micro-batch of a step, the range of its rows in the buffer. The sizes are nearly equal."""
         n = self.micro_batches_per_step
         return [split_evenly(len(self.rows), part, n) for part in range(n)]
 
     def _weights(self, order: np.ndarray) -> list[float]:
-        """Return the weights of this rank's micro-batches. The sum over all ranks is 1, or 0 without targets."""
+        """Return the weights of this rank's micro-batches. Those of all ranks add up to 1, or to 0 without targets."""
         in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
         return [self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all) for rows in self._parts()]
 
     def _divide(self, buffer: Tensor, weights: list[float]) -> list[MicroBatch]:
-        """Divide a buffer (2 or 3, rows, T) into micro-batches, as views.
+        """Divide a buffer (2 or 3, rows, T) into micro-batches, which are views of the buffer.
 
-        A rank with fewer windows than micro-batches gets one micro-batch of weight 0, whose targets are IGNORE_INDEX.
+        If a rank has fewer windows than micro-batches, one of its micro-batches has weight 0, and all targets of this
+        micro-batch are IGNORE_INDEX.
         """
         micro_batches = []
         for rows, weight in zip(self._parts(), weights, strict=True):
@@ -376,15 +391,15 @@ def validation_batches(
     """Iterate once over this rank's part of all windows, in order.
 
     Every rank yields the same number of batches, so that the ranks can communicate during each batch. The last batch of
-    a rank may have no windows, only padding. The weights of all ranks add up to 1. So the sum of weight * mean loss
-    over all batches is the mean loss of all targets, for any number of ranks.
+    a rank may have no windows, only padding. The weights of all batches of all ranks add up to 1. So the sum of weight
+    times mean loss over all batches is the mean loss of all targets, for any number of ranks.
     """
     in_all = windows.count(np.arange(len(windows)))
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)
     for batch in range(ceil_div(most_windows, micro_batch)):
         places = mine[batch * micro_batch : (batch + 1) * micro_batch]
-        # (2 or 3, b, T): inputs, targets and, for a mask, documents. A batch without windows has one row of padding,
-        # because every rank has to run a forward pass.
+        # (2 or 3, b, T): inputs, targets and, with a document mask, documents. A batch without windows has one row of
+        # padding, because every rank has to run a forward pass.
         shape = (2 + windows.document_mask, max(1, len(places)), windows.sequence_length)
         inputs, targets, *documents = rows = torch.zeros(shape, dtype=torch.int64)
         targets.fill_(IGNORE_INDEX)

@@ -1,11 +1,12 @@
-"""Several datasets in one run: each has a fixed fraction of the windows, spread evenly.
+"""Train on several datasets in one run. Each dataset gives a fixed fraction of the windows, evenly spread over the run.
 
 A schedule says from which dataset each window comes. The schedule has at most about 10,000 places, and each dataset has
 exactly its fraction of these places. After its last place, the schedule begins again. Among the first n windows of a
 run, a dataset with fraction f has f n windows, rounded up or down. In any m consecutive places, where m is the length
-of the schedule, this dataset has exactly the fraction f of the windows. If the weights are whole percentages, the same
-is true for any 100 consecutive steps. The window at a place in the run depends only on the place, the seed, the
-datasets and their weights, so the state of a run is still one integer.
+of the schedule, this dataset has exactly the fraction f of the windows. If the fractions are whole percentages, m
+divides 100, so the same is true for any 100 consecutive steps with any batch size. The window at a place in the run
+depends only on the place, the seed, the datasets and their weights. So the position of a run in its data is still one
+integer, the step.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import numpy as np
 
 from data.loader import TrainingWindows
 
-MAX_SCHEDULE = 10_000  # fractions that need a longer schedule are rounded to multiples of 1 / MAX_SCHEDULE
+MAX_SCHEDULE = 10_000  # if the fractions need a longer schedule, they are rounded to multiples of 1 / MAX_SCHEDULE
 
 
 def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
     """Return weights (above 0) as fractions of their sum, with a common denominator of about MAX_SCHEDULE at most."""
-    exact = [Fraction(str(weight)) for weight in weights]  # exact decimal values: 0.1 means 1/10
+    exact = [Fraction(str(weight)) for weight in weights]  # from decimal text, so that 0.1 is exactly 1/10
     fractions = [weight / sum(exact) for weight in exact]
     if math.lcm(*(fraction.denominator for fraction in fractions)) > MAX_SCHEDULE:
         rounded = [max(1, round(fraction * MAX_SCHEDULE)) for fraction in fractions]
@@ -35,10 +36,10 @@ def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
 def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
     """Return the index of the dataset at each place of the schedule: (n,).
 
-    n is the smallest length that gives each dataset a whole number of places. This paragraph counts places, and the
-    windows of each dataset, from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and its
-    deadline is place k / f. Of the windows that may be put at a place, the one with the earliest deadline is taken (the
-    quota method of Balinski & Young 1975).
+    n is the smallest length that gives each dataset a whole number of places. In this paragraph, places and the windows
+    of each dataset are counted from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and
+    must be put at place k / f or earlier (its deadline). Each place takes the window with the earliest deadline of
+    those that may be put there (the quota method of Balinski & Young 1975).
     """
     n = math.lcm(*(fraction.denominator for fraction in fractions))
     counts = [int(fraction * n) for fraction in fractions]
@@ -53,14 +54,14 @@ def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
 
 
 class MixtureWindows(TrainingWindows):
-    """The windows of several datasets. Window w of dataset i has the number w * n + i, for n datasets.
+    """The windows of several datasets. With n datasets, window w of dataset i has the number w * n + i.
 
     Args:
         parts: the windows of each dataset, all of the same length T.
-        weights: one for each dataset, above 0; only their ratios matter.
+        weights: a number above 0 for each dataset; only their ratios matter.
 
     Attributes:
-        fractions: each dataset's fraction of the windows of a run.
+        fractions: for each dataset, its fraction of the windows of a run.
     """
 
     def __init__(self, parts: Sequence[TrainingWindows], weights: Sequence[float]) -> None:
@@ -81,7 +82,10 @@ class MixtureWindows(TrainingWindows):
         return sum(map(len, self.parts))
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the number of the window at each of the consecutive `places` (k,). Each dataset has its own epochs."""
+        """Return the numbers of the windows at the consecutive `places`, (k,).
+
+        Each dataset has its own epochs: it begins a new epoch when all its windows have been read.
+        """
         # Each dataset has its own seed: datasets of the same length would otherwise be shuffled in the same order.
         seeds = np.random.SeedSequence([seed, len(self.parts)]).generate_state(len(self.parts)).tolist()
         repetition, place = np.divmod(places, len(self._schedule))
@@ -100,6 +104,6 @@ class MixtureWindows(TrainingWindows):
         self.parts[i].read(own, inputs, targets, documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets of these windows, (k,), are not IGNORE_INDEX."""
+        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
         own, i = np.divmod(windows, len(self.parts))
         return sum(part.count(own[i == n]) for n, part in enumerate(self.parts))

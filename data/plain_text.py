@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HEAD_BYTES = 1 << 12  # the encoding of a file is detected from this number of bytes at its beginning
-# UTF-32 comes before UTF-16, because the mark of little-endian UTF-32 begins with the mark of little-endian UTF-16.
+# The byte-order marks. UTF-32 comes before UTF-16, because the mark of little-endian UTF-32 begins with the mark of
+# little-endian UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -36,9 +37,9 @@ _ESCAPE = re.compile(r"\\(n|t|r|f|v|0|\\|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-
 
 
 def detect_encoding(head: bytes, name: str) -> tuple[str, int]:
-    """Return the encoding of a file that begins with `head`, and the length of its byte-order mark (0 without one).
+    """Return the encoding of a file that begins with `head`, and the length of its byte-order mark in bytes (or 0).
 
-    Without a mark the encoding is UTF-8. Raises ValueError naming the file when it is not a text file.
+    Without a mark the encoding is UTF-8. Raises ValueError, with `name` in the message, when it is not a text file.
     """
     for mark, encoding in _MARKS:
         if head.startswith(mark):
@@ -62,8 +63,8 @@ def refuse_nul(text: bytes, name: str) -> None:
 def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
     """Convert the content of a text file, given in blocks of bytes, to blocks of UTF-8 without a byte-order mark.
 
-    Raises ValueError, naming the file, when its first HEAD_BYTES are not text, or it is invalid UTF-16 or UTF-32.
-    Invalid UTF-8 is not an error here: its bytes are not changed.
+    Raises ValueError, naming the file, when its first HEAD_BYTES are not text, or when the file is not valid UTF-16 or
+    UTF-32. Bytes that are not valid UTF-8 are not an error here: they are passed on unchanged.
     """
     iterator = iter(blocks)
     head = b""

@@ -1,12 +1,12 @@
-"""Token shards on disk: llm.c's file format, described by a `meta.json` in the same directory.
+"""Read and write token shards: files of token ids in llm.c's format, which `meta.json` in the same directory describes.
 
 A shard is a header of 256 little-endian int32 (20240520, version 1, token count, zeros), then the tokens, uint16. Each
 document is preceded by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c have no `meta.json`;
 their tokens are assumed to be GPT-2's.
 
 Shards are read by position (`preadv` into the caller's array) instead of through a memory map. So resident memory stays
-constant, however much is read. If a shard shrinks while it is open, an error names the shard; with a memory map, SIGBUS
-would end the process.
+constant, however much is read. If a shard becomes shorter while it is open, an error names the shard; with a memory
+map, the signal SIGBUS would end the process.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ class DatasetMeta:
     """The content of `meta.json`. The dictionaries described as "of each split" have the keys "train" and "val".
 
     tokenizer, tokenizer_sha256, vocab_size: kind, fingerprint and size of the tokenizer;
-    source, revision, filter: where the text comes from, in which version, and which part of it was kept;
+    source, revision, filter: where the text comes from, its version, and which part of it was kept;
     validation: how the validation split was chosen;
-    shard_tokens: tokens of a full shard;
-    tokens, documents, text_bytes: totals of each split; `text_bytes`, in UTF-8, is empty for downloaded shards;
+    shard_tokens: number of tokens in a full shard;
+    tokens, documents, text_bytes: totals of each split; `text_bytes` (bytes of UTF-8) is empty for downloaded shards;
     shards: the shards of each split, in order;
-    skipped: counts of documents that were omitted, changed or longer than a shard, by reason, and of changed line ends;
+    skipped: for each reason, the number of documents that were omitted, changed or longer than a shard. One more entry
+        is the number of changed line ends;
     versions: versions of the libraries that made the dataset;
-    part: "I of N" for one part of a dataset that is prepared in parts, else empty.
+    part: "I of N" for part I of a dataset that is prepared in N parts, otherwise empty.
     """
 
     tokenizer: str
@@ -143,24 +144,24 @@ def read_header(path: Path) -> int:
 
 
 class Split:
-    """The tokens of one split, as a single sequence across its shards. Not thread-safe."""
+    """The tokens of one split (train or val), as a single sequence across its shards. Not thread-safe."""
 
     def __init__(self, paths: list[Path], counts: list[int], meta: DatasetMeta | None, name: str) -> None:
         self.name = name
         self.meta = meta
         self.paths = paths
-        # _ends[i] is the number of tokens in the shards 0..i together.
+        # _ends[i] is the number of tokens in shards 0 to i together.
         self._ends = [int(end) for end in np.cumsum(counts)]
         self.n_tokens = self._ends[-1]
-        # Only one shard is open at a time: a dataset can have more shards than a process may have open files.
+        # Only one shard is open at a time, because a dataset can have more shards than a process may have open files.
         self._open_shard = -1
         self._descriptor = -1
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (1-D, contiguous uint16) with tokens [start, start + len(out)).
+        """Fill `out` (1-D, contiguous uint16) with the tokens at positions [start, start + len(out)).
 
         Raises ValueError for a range outside the split or an `out` of another kind, OSError when a shard has vanished
-        or shrunk since `open_split`.
+        or become shorter since `open_split`.
         """
         if out.dtype != TOKEN or out.ndim != 1 or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous 1-D uint16 array, got {out.dtype} of shape {out.shape}")
@@ -219,7 +220,7 @@ class Split:
         self._descriptor, self._open_shard = -1, -1
 
     def __del__(self) -> None:
-        # `__init__` may have failed before it set the attribute.
+        # `__del__` also runs if `__init__` failed before it set the attribute.
         if getattr(self, "_descriptor", -1) >= 0:
             self.close()
 
@@ -250,7 +251,7 @@ def list_shards(directory: Path, split: str) -> list[Path]:
 
 
 def open_split(directory: str | Path, split: str) -> Split:
-    """Open the "train" or "val" split of a dataset, checking every header against the file and `meta.json`.
+    """Open the "train" or "val" split of a dataset, after checking the shards' headers, sizes and `meta.json` entries.
 
     Raises FileNotFoundError when the directory, the split or a listed shard is missing, ValueError when the dataset is
     incomplete, the split has no tokens, or a shard does not match its header or `meta.json`, OSError when a shard
@@ -290,8 +291,9 @@ def _check_listed(directory: Path, split: str, meta: DatasetMeta, paths: list[Pa
 class ShardWriter:
     """Writes one split as shards of `shard_tokens` tokens, each under a temporary name until it is complete.
 
-    After a `flush()`, `state()` returns all that a new writer needs to continue after an interruption: its `restore`
-    removes all data that were written after the flush. So the final bytes do not depend on where a run was interrupted.
+    To be able to continue after an interruption, call `flush()` and save the result of `state()` from time to time. A
+    new writer then continues from the last saved state: `restore` deletes everything that was written later. So the
+    final bytes do not depend on where a run was interrupted.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
@@ -300,19 +302,19 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.end_of_text = end_of_text
         self.finished: list[ShardMeta] = []
-        # The shard that is being written: its file, tokens and documents so far.
+        # The shard that is being written: its file (or None), and its numbers of tokens and documents so far.
         self._file: Any = None
         self._tokens = 0
         self._documents = 0
 
     @property
     def n_tokens(self) -> int:
-        """Tokens written so far, in all shards."""
+        """The number of tokens written so far, in all shards."""
         return sum(shard.tokens for shard in self.finished) + self._tokens
 
     @property
     def n_documents(self) -> int:
-        """Documents begun so far, in all shards."""
+        """The number of documents begun so far, in all shards."""
         return sum(shard.documents for shard in self.finished) + self._documents
 
     def _path(self, partial: bool = False) -> Path:
@@ -357,7 +359,7 @@ class ShardWriter:
         self._file, self._tokens, self._documents = None, 0, 0
 
     def finish(self) -> tuple[ShardMeta, ...]:
-        """Complete the last shard, which may be shorter. Returns the `meta.json` entries of all shards, in order."""
+        """Complete the last shard, which may be shorter. Return the `meta.json` entries of all shards, in order."""
         self._finish_shard()
         return tuple(self.finished)
 
@@ -371,7 +373,7 @@ class ShardWriter:
                 raise self._explain(error) from error
 
     def state(self) -> dict[str, Any]:
-        """Return a JSON value for `restore`. Call `flush` first: the value counts everything that was written."""
+        """Return a JSON value for `restore`. Call `flush` first, so that all data that it counts are on the disk."""
         shards = [dataclasses.asdict(shard) for shard in self.finished]
         return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
 

@@ -17,7 +17,7 @@ csv.field_size_limit(2**31 - 1)
 
 
 def parse_json_object(line: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in `line`. Raises ValueError for anything else; its message begins with `where`."""
+    """Return the JSON object in `line`. Raises ValueError if there is none; the message begins with `where`."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -30,7 +30,7 @@ def parse_json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterate over the lines that are not blank: number of the line, from 1, and its JSON object.
+    """Iterate over the lines that are not blank: (line number from 1, JSON object).
 
     A byte-order mark is dropped, and UTF-16 and UTF-32 with a mark are decoded. Raises OSError when the file cannot be
     read, ValueError naming the file and the line when a line is not a JSON object or not UTF-8.
@@ -42,11 +42,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
-    """Iterate over the rows of a CSV file, beginning with the header; blank rows are skipped.
+    """Iterate over the rows of a CSV file: the header comes first, and blank rows are skipped.
 
-    `lines` are the lines of the file, with their line ends. Raises ValueError naming the file and the row (from 1,
-    after the header) when the quotes of a row do not match, or the row has more or fewer fields than the header. Raises
-    ValueError also when two columns have the same name.
+    `lines` are the lines of the file, with their line ends. Raises ValueError naming the file and the row when the
+    quotes of a row do not match, or the row has more or fewer fields than the header. The first row after the header
+    has the number 1. Raises ValueError also when two columns have the same name.
     """
     header: list[str] = []
     number = 0
@@ -79,7 +79,7 @@ def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterate over the rows of a CSV file with a header: number of the row, from 1, and its fields by column name.
+    """Iterate over the rows of a CSV file with a header: (row number from 1, fields by column name).
 
     Raises OSError when the file cannot be read, ValueError naming the file and the row as `parse_csv` does.
     """

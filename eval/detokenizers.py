@@ -1,4 +1,4 @@
-"""Detokenizers turn corpora that were split into word tokens back into plain text, which GPT-2 was trained on."""
+"""Turn corpora that were split into word tokens back into plain text, because GPT-2 was trained on plain text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def detokenize_ptb_style(text: str) -> str:
-    """Undo Penn Treebank tokenization: `` and '', -LRB-, and the spaces before punctuation and clitics."""
+    """Undo Penn Treebank tokenization: `` and '', -LRB- etc., and spaces before punctuation and before 's, n't etc."""
     for old, new in (("-LRB-", "("), ("-RRB-", ")"), ("-LSB-", "["), ("-RSB-", "]"), ("-LCB-", "{"), ("-RCB-", "}")):
         text = text.replace(old, new)
     text = re.sub(r"(``|`) ?", lambda match: '"' if match[1] == "``" else "'", text)
@@ -18,7 +18,7 @@ def detokenize_ptb_style(text: str) -> str:
 def detokenize_ptb(text: str) -> str:
     """Undo the tokenization of Mikolov's Penn Treebank, which has one sentence per line and N in place of each number.
 
-    The line breaks and the N stay.
+    The line breaks and the N are not changed.
     """
     return detokenize_ptb_style(re.sub(r"^ | $", "", text, flags=re.MULTILINE)).replace("$ N", "$N")
 

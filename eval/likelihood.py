@@ -1,8 +1,8 @@
 """Log-probabilities of continuations given their contexts. All evaluation tasks except `loss` are computed from them.
 
-A GPT reads a context once, even if several requests share the context. A batch of contexts, padded on the left, fills a
-KV cache. The continuations are then scored with copies of the cache's rows. Models of other architectures read the
-context again for each continuation. Log-probabilities are computed in float32, and only at the positions of the
+If several requests have the same context, a GPT reads the context only once: a batch of contexts, padded on the left,
+fills a KV cache. The continuations are then scored with copies of the cache's rows. Models of other architectures read
+the context again for each continuation. Log-probabilities are computed in float32, and only at the positions of the
 continuations. The division of requests into batches depends only on the requests and the batch size, so the scores do
 not depend on the number of processes.
 """
@@ -27,7 +27,10 @@ SOFTMAX_ROWS = 128  # positions whose float32 logits are computed at a time: 26 
 
 
 class Request(NamedTuple):
-    """The token ids of a continuation to score, and of its context, which is end-of-text at the start of a text."""
+    """The token ids of a continuation to score, and of its context.
+
+    A continuation at the start of a text has end-of-text as its context.
+    """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -40,7 +43,8 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# `log_likelihoods` with all arguments bound except the requests. `answer` and `perplexity` take a Scorer, not a model.
+# A function that scores requests: `log_likelihoods` with all other arguments bound. Tasks take a Scorer instead of a
+# model.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -52,13 +56,13 @@ class _Part(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Contexts that go through the model together, and the continuations of each context."""
+    """Contexts that go through the model together, and for each context the continuations to score after it."""
 
     contexts: list[tuple[int, ...]]
     parts: list[list[_Part]]
 
     def rows(self, batch_size: int) -> Iterator[list[tuple[int, _Part]]]:
-        """Yield groups of at most `batch_size` pairs (index of context, part), sorted by length to reduce padding."""
+        """Yield groups of at most `batch_size` pairs (index of context, part). Sorting by length reduces padding."""
         rows = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
         rows.sort(key=lambda row: len(row[1].tokens))
         for start in range(0, len(rows), batch_size):
@@ -93,8 +97,8 @@ def log_likelihoods(
     """Score every continuation given its context.
 
     If context and continuation together are longer than the model's block size, the context is cut on the left, as in
-    lm-evaluation-harness. If the continuation alone is longer, it is scored in windows of half the block size. The
-    context of a window is then as many of the tokens before it as fit.
+    lm-evaluation-harness. If the continuation alone is longer than the block size, it is scored in windows of half the
+    block size. The context of each window is then as many of the preceding tokens as fit.
 
     Args:
         model: a GPT, or a module with `config.block_size`, `config.vocab_size` and a forward method that takes
@@ -125,7 +129,8 @@ def log_likelihoods(
                 "model do not belong together"
             )
     batches = _make_batches(requests, block_size, batch_size)
-    # Every rank counts the forward passes of all ranks. At the end, ranks with fewer passes run additional ones.
+    # Every rank counts the forward passes of all ranks. At the end, a rank with fewer passes runs additional passes,
+    # whose results are not used.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     # (2, requests): the log-probability of each continuation, and how many of its tokens are not the most likely ones.
@@ -187,7 +192,8 @@ def _score(
     """
     device = next(model.parameters()).device
     # The first pass reads the contexts without their last tokens. The logits at the last token of a context predict the
-    # first token of the continuation, so the later passes read this last token together with the continuation.
+    # first token of the continuation, so the later passes read the last token of the context together with the
+    # continuation.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (contexts, P)
     cache = None
     if head is not None and contexts.size(1):
@@ -198,13 +204,13 @@ def _score(
         targets, valid = _pad([part.tokens for _, part in rows], device)  # (R, T)
         if head is not None:
             inputs, _ = _pad([(batch.contexts[i][-1], *part.tokens[:-1]) for i, part in rows], device)
-            # In causal attention no token attends to padding on its right, so this padding needs no mask.
+            # In causal attention, no token attends to padding on its right, so padding on the right needs no mask.
             row_mask = torch.cat([mask[context_of], torch.ones_like(valid)], dim=1)  # (R, P + T)
             row_cache = None if cache is None else _copy_rows(model, cache, context_of, inputs.size(1))
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Pad only on the right: this needs neither a mask nor position ids. Architectures handle those differently.
+            # Pad only on the right. This needs neither a mask nor position ids, which differ between architectures.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1
@@ -223,7 +229,10 @@ def _score(
 
 
 def _output_head(model: Any) -> Tensor | None:
-    """Return the output head of a GPT (V, C) in the dtype of the computation, or None for other architectures."""
+    """Return the output head of a GPT, (V, C), or None for other architectures.
+
+    Its dtype is that of the matrix products: autocast's dtype if autocast is enabled, otherwise that of the weights.
+    """
     if not hasattr(model, "new_cache"):
         return None
     weight = model.transformer.wte.weight.detach()

@@ -1,4 +1,4 @@
-"""Loss and bits per byte on the validation split of a dataset, as training measures them."""
+"""Compute the loss and bits per byte on the validation split of a dataset, in the same way as training does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model import GPT
 
 
 class SplitLoss(NamedTuple):
-    """The mean loss over `tokens` targets."""
+    """The mean loss over `tokens` targets, in nats per token and in bits per byte."""
 
     loss: float  # nats per token
     bits_per_byte: float  # bits per byte of UTF-8 text; comparable between tokenizers
@@ -25,7 +25,10 @@ class SplitLoss(NamedTuple):
 
 
 def joined(losses: Collection[SplitLoss]) -> SplitLoss:
-    """Return the loss and bits per byte of several splits together. A single SplitLoss is returned unchanged."""
+    """Return the loss and bits per byte of several splits together, as if they were one split.
+
+    A single SplitLoss is returned unchanged.
+    """
     if len(losses) == 1:
         return next(iter(losses))
     tokens = sum(part.tokens for part in losses)
@@ -37,7 +40,8 @@ def joined(losses: Collection[SplitLoss]) -> SplitLoss:
 class ArrayWindows:
     """Tokens in memory, cut into windows of T inputs like those of `data.loader.TokenWindows`.
 
-    Window w is tokens [w*T, w*T + T + 1). Every token except the first is a target once; the last window may be short.
+    Window w has the tokens [w*T, w*T + T + 1). Every token except the first is a target once. The last window may have
+    fewer than T targets.
 
     Raises ValueError if there are fewer than two tokens.
     """
@@ -55,7 +59,7 @@ class ArrayWindows:
         return ceil_div(self.n_targets, self.sequence_length)
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Copy a window to `inputs` and `targets`, (T,) int64 each. Pad with 0 and IGNORE_INDEX, respectively.
+        """Copy a window to `inputs` and `targets`, each (T,) int64. A short window is padded with 0 and IGNORE_INDEX.
 
         `documents` is ignored, because these windows have no document mask.
         """
@@ -66,7 +70,7 @@ class ArrayWindows:
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the number of targets in the windows with these indices, without padding."""
+        """Return the total number of targets in the windows with these indices, (k,), not counting padding."""
         return int(np.minimum(self.sequence_length, self.n_targets - windows * self.sequence_length).sum())
 
 
@@ -88,10 +92,12 @@ def split_loss(
     set the model to eval mode.
 
     Args:
-        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token: 0 for end-of-text, whose loss still counts.
+        token_bytes: (vocab_size,) the number of UTF-8 bytes of each token. It is 0 for end-of-text, whose loss is still
+            included.
         micro_batch: windows per forward pass.
         rank, world_size: each of `world_size` ranks computes a contiguous part of the windows.
         reduce: returns the sum of a tensor over all ranks.
+        autocast: returns the context manager in which the forward passes run.
     """
     device = model.transformer.wte.weight.device
     bytes_of = torch.from_numpy(token_bytes)

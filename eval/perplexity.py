@@ -2,8 +2,8 @@
 
 The text is treated as one document that starts with end-of-text. With stride s, each window scores s new tokens. Each
 of these tokens is predicted from at least block_size + 1 - s tokens, or from all previous tokens if there are fewer. A
-smaller stride needs more windows, and usually gives a lower perplexity. Stride 1 gives every token the longest possible
-context. Perplexities with different strides cannot be compared.
+smaller stride needs more windows, and usually gives a lower perplexity. With stride 1, every token has the longest
+possible context. Perplexities with different strides cannot be compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_NATS = 700.0
 
 
 class Perplexity(NamedTuple):
-    """The negative log-likelihood of a text, in total and for each of its K windows."""
+    """The negative log-likelihood of a text in nats, and its number of tokens, in total and for each of K windows."""
 
     nats: float
     tokens: int
@@ -36,7 +36,7 @@ class Perplexity(NamedTuple):
     window_tokens: np.ndarray  # (K,)
 
     def normalized(self, units: float) -> tuple[float, float]:
-        """Return nats per unit and their standard error, given the number of units (tokens, words or bytes).
+        """Return nats per unit and their standard error. `units` is the number of tokens, words or bytes of the text.
 
         For the standard error, each window is one sample.
         """
@@ -49,7 +49,7 @@ class Perplexity(NamedTuple):
 class SlidingWindows(Sequence[Request]):
     """The windows of a text: request i scores tokens i * stride .. (i + 1) * stride - 1, given the tokens before them.
 
-    Requests are built on access, so that the overlapping windows of a long text are never all in memory.
+    Requests are built when they are accessed, so that the overlapping windows of a long text are never all in memory.
     """
 
     def __init__(self, tokens: Sequence[int], eot: int, block_size: int, stride: int) -> None:
@@ -72,7 +72,7 @@ class SlidingWindows(Sequence[Request]):
 
 
 def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, score: Scorer) -> Perplexity:
-    """Score every token of a text.
+    """Score every token of a text with sliding windows.
 
     Raises ValueError if the text has no tokens, or if the stride is not in 1..block_size.
     """
@@ -88,8 +88,9 @@ def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, sc
 def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple[float, float]]:
     """Return (value, standard error) of perplexity per token, bits per byte and perplexity per word.
 
-    The metric per byte is absent if n_bytes is 0, and the metric per word if n_words is 0. Perplexity per word is also
-    absent if it is too large for a float. This happens in languages without spaces, where a long text has few words.
+    If n_bytes is 0, bits per byte is absent. If n_words is 0, perplexity per word is absent. Perplexity per word is
+    also absent if it is too large for a float. This happens in languages without spaces, where a long text has few
+    words.
     """
     nats, stderr = result.normalized(result.tokens)
     metrics = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}
@@ -116,8 +117,8 @@ class Corpus:
         hub: dataset, configuration and split on the hub.
         detokenize: restores plain text from the corpus; `str` leaves the corpus unchanged.
         field: the column that holds the text.
-        separator: the text that joins two rows.
-        convention: prefix of the convention's name.
+        separator: the text that is inserted between two rows when all rows are joined.
+        convention: text before the name of the convention in the results.
     """
 
     hub: tuple[str, str | None, str]
@@ -133,7 +134,7 @@ class Corpus:
 
 CORPORA: dict[str, Corpus] = {
     "wikitext-2": Corpus(("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), detokenize_wikitext),
-    # Not detokenized, as in Hugging Face's guide "Perplexity of fixed-length models".
+    # The text is not detokenized, as in Hugging Face's guide "Perplexity of fixed-length models".
     "wikitext-2-raw": Corpus(
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), str, separator="\n\n", convention=""
     ),

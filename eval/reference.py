@@ -1,7 +1,7 @@
 """Published results of the released GPT-2 models, to compare with our results.
 
 The models have the same names as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M). If no
-published value is known for a model, the dictionaries have no entry for this model.
+published value of a model is known, the dictionaries have no entry for this model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from files import write_json
 
 
 class Published(NamedTuple):
-    """The published values of each model, and their source."""
+    """The published value of a metric for each model, by the model's name, and the source of these values."""
 
     values: dict[str, float]
     source: str
@@ -41,7 +41,8 @@ _HARNESS_LAMBADA = "lm-evaluation-harness, lambada_openai"
 _PAPER = "Radford et al. 2019, table 3"
 _STRIDE = "Hugging Face's perplexity script"
 
-# Results of the released models by task, convention and metric as eval.run writes them. Accuracies are fractions.
+# Results of the released models. The keys are task, convention and metric, with the names that eval.run writes.
+# Accuracies are fractions.
 EVALUATIONS: dict[tuple[str, str, str], Published] = {
     ("hellaswag", "completion", "acc"): Published(_by_size(0.2859, None, None, 0.3842), _BUILD_NANOGPT),
     ("hellaswag", "completion", "acc_norm"): Published(_by_size(0.2955, 0.3752, 0.4320, 0.4893), _BUILD_NANOGPT),
@@ -65,7 +66,7 @@ EVALUATIONS: dict[tuple[str, str, str], Published] = {
 
 
 def published(task: str, convention: str, metric: str) -> dict[str, float]:
-    """Return the published values of a metric by model; empty if none are known."""
+    """Return the published values of a metric by the model's name. The result is empty if no value is known."""
     # The paper states neither its stride nor how it split a text into context and continuation, so its results have a
     # convention of their own, "paper".
     family = "paper" if convention.startswith("paper, ") else convention
@@ -85,7 +86,8 @@ def save_reference(directory: str | Path, model: str, results: dict[str, Any]) -
     The entries of other models do not change. Returns the path of the file.
 
     Args:
-        results: "loss" in nats per token, "bits_per_byte", "tokens", and "tokenizer", the kind of the tokenizer.
+        results: "loss" in nats per token, "bits_per_byte", "tokens" (the number of scored tokens), and "tokenizer" (the
+            kind of the tokenizer).
     """
     path = Path(directory) / REFERENCE_FILE
     write_json(path, read_references(directory) | {model: results})
@@ -93,7 +95,7 @@ def save_reference(directory: str | Path, model: str, results: dict[str, Any]) -
 
 
 def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the results that `save_reference` stored, with the model's name as the key; empty if there are none.
+    """Return the results that `save_reference` stored, by the model's name. The result is empty if there are none.
 
     Raises ValueError if the file is damaged.
     """
@@ -110,19 +112,20 @@ def read_references(directory: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def published_losses(source: str) -> dict[str, float]:
-    """Return the released models' validation losses on the dataset with this `source`, in nats per token.
+    """Return the released models' validation losses on the dataset with this `source`, by the model's name.
 
-    The result is empty if none are known.
+    The losses are in nats per token. The result is empty if no loss is known.
     """
     found = (losses for name, losses in VALIDATION_LOSS.items() if re.search(rf"(^|[ /]){name}($|[,: ])", source))
     return next((losses.values for losses in found), {})
 
 
 def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[tuple[str, float]]:
-    """Return the losses to compare a run on this dataset with, as pairs (model, nats per token).
+    """Return the losses with which a run on this dataset can be compared, as pairs (model, nats per token).
 
     These are the losses in the dataset's `reference.json` that were measured with the same tokenizer. If the tokenizer
-    is GPT-2's and the file has no entry for the released 124M model, its published loss is added, if one is known.
+    is GPT-2's and the file has no entry for the released 124M model, the published loss of this model is added, if one
+    is known.
     """
     measured = read_references(directory)
     lines = [(name, float(results["loss"])) for name, results in measured.items() if results["tokenizer"] == tokenizer]

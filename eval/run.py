@@ -6,12 +6,12 @@ python -m eval.run --model gpt2 --tasks perplexity --text book.txt --stride 256
 python -m eval.run --model gpt2 --tasks loss --data data/mine --save-reference
 python -m eval.run --tasks classify --file reviews.csv --template "{text}\\nSentiment:" --labels 0=bad,1=good
 
-Under torchrun, all processes share the work. With --json, an interrupted evaluation continues where it stopped.
+Under torchrun, the processes divide the work. With --json, an interrupted evaluation continues where it stopped.
 """
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # started as `python eval/run.py`: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m eval.run")
 
 import argparse
@@ -34,7 +34,7 @@ TASK_HELP = """tasks:
   loss                          loss as in training, on the validation split of --data DIR
 """
 
-OPTIONS_OF_TASKS = {  # options that only these tasks read
+OPTIONS_OF_TASKS = {  # for each of these options, the only tasks that read it
     "data": ("perplexity", "loss"),
     "document_mask": ("loss",),
     "file": ("classify",),
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write the results to this file")
     add("--examples", type=Path, metavar="FILE", help="write one line of JSON per example to this file")
     texts = parser.add_argument_group("perplexity and loss")
-    texts.add_argument("--text", type=Path, metavar="FILE", help="text file")
+    texts.add_argument("--text", type=Path, metavar="FILE", help="text file to score")
     texts.add_argument("--data", type=Path, metavar="DIR", help="dataset made by data.prepare")
     texts.add_argument(
         "--stride", type=int, metavar="N", help="new tokens per window (default: half of the model's block size)"
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=10485760,
         metavar="N",
-        help="tokens of the validation split of --data (default: 10485760, as in training)",
+        help="score this many tokens of the validation split of --data (default: 10485760, as in training)",
     )
     texts.add_argument(
         "--document-mask", action="store_true", help="for --tasks loss: each token attends to its own document only"
@@ -87,16 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument(
         "--save-reference",
         action="store_true",
-        help="store loss and bits per byte in the dataset, as a reference line for the loss plots of runs",
+        help="store loss and bits per byte in the dataset; the loss plots of runs then show this loss as a line",
     )
     table = parser.add_argument_group("classify")
-    table.add_argument("--file", type=Path, metavar="FILE", help=".csv file with a header, or .jsonl file")
-    table.add_argument("--train-file", type=Path, metavar="FILE", help="file of the same kind, source of --shots")
+    table.add_argument("--file", type=Path, metavar="FILE", help="table to classify: .csv with a header, or .jsonl")
+    table.add_argument("--train-file", type=Path, metavar="FILE", help="table with the solved examples for --shots")
     table.add_argument("--template", type=read_escapes, help=r"context with field names in braces; \n is a line break")
     table.add_argument(
         "--label-field", default="label", metavar="NAME", help="field that holds the correct label (default: label)"
     )
-    table.add_argument("--labels", metavar="V=WORD,...", help="the word that represents each label")
+    table.add_argument("--labels", metavar="V=WORD,...", help="for each label V, the word that the model scores")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -35,7 +35,7 @@ class TaskResult:
         convention: name of the convention, as written to the JSON file.
         metrics: (value, standard error) by metric; the standard error is None if it is not computed.
         count: number of examples or tokens.
-        examples: one JSON object per example.
+        examples: one JSON object per example; empty for a task that scores a text as a whole.
     """
 
     convention: str
@@ -91,13 +91,13 @@ def run_choices(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Ta
         return make_questions(name, task.train_rows(), task.render)
 
     result = _answer_questions(args, evaluator, questions, train_questions, convention)
-    if not args.shots:  # with --shots, results are not comparable to the GPT-2 paper
+    if not args.shots:  # with --shots, the results cannot be compared with the GPT-2 paper
         result.convention = f"{task.convention_prefix}{result.convention}"
     return result
 
 
 def run_classify(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
-    """Classify the rows of a table with a template."""
+    """Classify the rows of a table. --template gives the contexts, and the words of --labels are the choices."""
     words = dict(pair.partition("=")[::2] for pair in args.labels.split(","))
     if len(words) < 2 or not all(words.values()):
         raise ValueError(f"--labels {args.labels}: expected at least two pairs VALUE=WORD, separated by commas")
@@ -151,7 +151,8 @@ def run_lambada(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Ta
     """Evaluate `lambada` or `lambada_openai`."""
     texts = lambada.load_openai_passages() if name == "lambada_openai" else lambada.read_passages()
     words = lambada.score_last_words(texts[: args.limit], evaluator.tokenizer, evaluator.score)
-    # Only the correct word is scored. For --examples, this word is choice 0, and choice -1 stands for any other word.
+    # Only the correct word is scored. In the file of --examples, this word is choice 0, and -1 stands for any other
+    # word.
     choices = [0 if correct else -1 for correct in words.correct]
     examples = [
         {"gold": 0, "choice": choice, "choice_norm": choice, "scores": [log_prob]}
@@ -171,7 +172,7 @@ def run_perplexity(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult
         return _slide(args, evaluator, evaluator.tokenizer.encode(text), text, len(text.split()))
     split, dataset_tokenizer = _open_validation(args.data)
     tokens = _encode_split(split, dataset_tokenizer, evaluator.tokenizer, args.tokens)
-    starts_with_eot = tokens[0] == evaluator.tokenizer.eot  # the sliding window adds end-of-text itself
+    starts_with_eot = tokens[0] == evaluator.tokenizer.eot  # `SlidingWindows` adds this end-of-text itself
     return _slide(args, evaluator, tokens[int(starts_with_eot) :], None, 0)
 
 
@@ -190,11 +191,12 @@ def _slide(
 ) -> TaskResult:
     """Compute the perplexity of `tokens`.
 
-    `text` is the text of the tokens, or None if the text is unknown. `n_words` is the number of words that the text had
-    before detokenization; it is ignored if `text` is None.
+    `text` is the text of the tokens, or None if the text is not known. `n_words` is the number of words that the text
+    had before detokenization; it is ignored if `text` is None.
 
-    The tokenizer of a model other than GPT-2 may drop text that it has no token for, or replace it by an unknown token.
-    There is then no metric per byte or per word, because the bytes and words would include text that was not scored.
+    The tokenizer of a model other than GPT-2 may drop text for which it has no token, or replace it by an unknown
+    token. There is then no metric per byte or per word, because the bytes and words would include text that was not
+    scored.
     """
     block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
@@ -205,8 +207,8 @@ def _slide(
     elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
-        # With --limit, only a part of the detokenized text is scored. It is unknown how many words this part had before
-        # detokenization.
+        # With --limit, only a part of the detokenized text is scored. How many words this part had before
+        # detokenization is not known, so there is no metric per word.
         n_words = 0 if text is not None else sum(len(document.split()) for document in documents)
     else:
         n_bytes = len(text.encode())
@@ -225,7 +227,7 @@ def _report_dropped_text(evaluator: Evaluator) -> None:
 
 
 def _documents(tokens: Sequence[int], eot: int) -> Iterator[list[int]]:
-    """Yield the tokens of each document. End-of-text tokens separate the documents, and are left out."""
+    """Yield the tokens of each document. The end-of-text tokens, which separate the documents, are left out."""
     part: list[int] = []
     for token in tokens:
         if token == eot:
@@ -243,7 +245,10 @@ def _open_validation(directory: Path) -> tuple[Split, Tokenizer]:
 
 
 def _encode_split(split: Split, dataset_tokenizer: Tokenizer, tokenizer: Any, limit: int) -> list[int]:
-    """Read the first `limit` + 1 tokens of a split, and encode their text again if `tokenizer` is not the dataset's."""
+    """Return the first `limit` + 1 tokens of a split: `limit` targets and the input before the first target.
+
+    If `tokenizer` is not that of the dataset, the text of these tokens is encoded again with `tokenizer`.
+    """
     read = np.empty(min(limit + 1, split.n_tokens), np.uint16)
     split.read(0, read)
     tokens: list[int] = read.tolist()

@@ -1,1 +1,1 @@
-"""Make datasets: everything from a source of text to token shards. The command is `python -m data.prepare`."""
+"""Make datasets: everything between a source of text and token shards. The command is `python -m data.prepare`."""

@@ -1,8 +1,8 @@
-"""Make a dataset of token shards from text: `python -m data.prepare SOURCE --out DIR`. This is the command line."""
+"""The command `python -m data.prepare SOURCE --out DIR`, which makes a dataset of token shards from text."""
 
 from __future__ import annotations
 
-if not __package__:  # started by its path: the imports below would fail
+if not __package__:  # started as `python data/prepare`: the imports below would fail
     raise SystemExit("Run this in the root of the repository: python -m data.prepare")
 
 import argparse
@@ -72,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m data.prepare", description="Make a dataset of token shards from text.")
     shared = _shared_options()
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
-    commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of them held out for validation")
+    commands.add_parser("shakespeare", parents=[shared], help="38 plays, three of which are held out for validation")
     text = commands.add_parser(
-        "text", parents=[shared], help="your own files: .txt, .jsonl, .csv, .parquet, .arrow; plain, .gz, .zst"
+        "text", parents=[shared], help="your own files: .txt, .jsonl, .csv, .parquet or .arrow; plain, .gz or .zst"
     )
     text.add_argument("files", nargs="+", metavar="FILE|DIR|GLOB")
     text.add_argument(
-        "--text-key", default="text", metavar="KEY", help="JSON key, CSV or parquet column (default: text)"
+        "--text-key", default="text", metavar="KEY", help="JSON key or table column that holds the text (default: text)"
     )
     text.add_argument(
         "--separator",
@@ -89,17 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     tokens = commands.add_parser(
         "tokens",
         parents=[shared],
-        help="documents that are tokenized already: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index",
+        help="documents that are already tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index",
     )
     tokens.add_argument("files", nargs="+", metavar="FILE|DIR")
     hub = commands.add_parser("hf", parents=[shared], help="a dataset of the Hugging Face hub, or a local copy of one")
     hub.add_argument("dataset", metavar="DATASET|DIR")
     hub.add_argument("--name", help="configuration of the dataset, such as sample-10BT")
-    hub.add_argument("--split", help="default: train, and validation, if there is one, as the validation split")
-    hub.add_argument("--text-key", default="text", metavar="KEY", help="column or JSON key (default: text)")
+    hub.add_argument(
+        "--split", help="read only this split (default: train, and validation, if there is one, as validation split)"
+    )
+    hub.add_argument(
+        "--text-key", default="text", metavar="KEY", help="column or JSON key that holds the text (default: text)"
+    )
     for preset, (dataset, name) in PRESETS.items():
         described = " ".join(filter(None, (dataset, name)))
-        command = commands.add_parser(preset, parents=[shared], help=f"hf {described}")
+        command = commands.add_parser(preset, parents=[shared], help=f"the dataset {described} of the hub")
         command.add_argument("--from", dest="copy", metavar="DIR", help="read this local copy of the dataset")
     fetching = commands.add_parser("download", help="download shards that are already tokenized")
     fetching.add_argument("tokenized", choices=list(TOKENIZED))
@@ -110,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shared_options() -> CommandParser:
-    """Return a parser with the options of all sources."""
+    """Return a parser with the options that all sources have."""
     shared = CommandParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
     shared.add_argument(
@@ -154,34 +158,42 @@ def _shared_options() -> CommandParser:
         "--part",
         type=_parse_part,
         metavar="I/N",
-        help="prepare only one part of the files, from 1/N to N/N; env takes I and N from Slurm or torchrun",
+        help="prepare only part I of N of the files; env takes I and N from Slurm's or torchrun's variables",
     )
     shared.add_argument(
         "--executor",
         choices=EXECUTORS,
-        help="prepare all parts in --tasks tasks and merge them, with datatrove's executor for this machine, for a "
-        "Slurm cluster or for Ray",
+        help="prepare all parts in --tasks tasks, which datatrove runs on this machine (local), on a Slurm cluster or "
+        "on Ray, and merge them",
     )
-    shared.add_argument("--tasks", type=_whole_number, metavar="N", help="number of tasks, and of parts")
+    shared.add_argument("--tasks", type=_whole_number, metavar="N", help="number of tasks; each prepares one part")
     shared.add_argument("--slurm-partition", metavar="NAME", help="partition for --executor slurm")
     shared.add_argument("--slurm-time", metavar="HH:MM:SS", default="24:00:00", help="time limit of a task on Slurm")
     kept = shared.add_argument_group("which documents are kept")
-    kept.add_argument("--min-chars", type=_whole_number, metavar="N", default=0, help="leave out shorter documents")
-    kept.add_argument("--max-chars", type=_whole_number, metavar="N", help="leave out longer documents")
+    kept.add_argument(
+        "--min-chars", type=_whole_number, metavar="N", default=0, help="leave out documents of fewer than N characters"
+    )
+    kept.add_argument(
+        "--max-chars", type=_whole_number, metavar="N", help="leave out documents of more than N characters"
+    )
     kept.add_argument(
         "--language",
         action="append",
         metavar="CODE",
         default=[],
-        help="leave out documents in languages other than this, such as en (repeat it for several); needs py3langid",
+        help="keep only documents in this language, such as en (repeat it for more languages); needs py3langid",
     )
     kept.add_argument("--deduplicate", action="store_true", help="leave out documents that equal an earlier one")
-    shared.add_argument("--strict", action="store_true", help="stop at empty documents and invalid UTF-8")
+    shared.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at an empty document or invalid UTF-8 (default: skip the document, or replace the invalid bytes)",
+    )
     return shared
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """Build the job from the options. Raises ValueError for options that do not fit each other or the source."""
+    """Build the job from the options. Raises ValueError if options contradict each other or the source."""
     if args.add_end_of_text and not Path(args.tokenizer).is_dir():
         raise ValueError("--add-end-of-text needs --tokenizer DIR: the other tokenizers have an end-of-text token")
     given = None
@@ -214,7 +226,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _filtered(source: Source, args: argparse.Namespace) -> Source:
-    """Return the source with the filters that the options choose. Raises ValueError if they cannot be used."""
+    """Return `source` with the filters that the options choose. Raises ValueError if they cannot be used with it."""
     filters = Filters(args.min_chars, args.max_chars, tuple(args.language), args.deduplicate)
     if filters.by_text and args.command == "tokens":
         raise ValueError("--min-chars, --max-chars and --language need text, and these documents are tokens already")

@@ -1,4 +1,4 @@
-"""Read the documents of a chunk. This runs in the worker processes."""
+"""Turn a chunk (a part of a source file) into documents. This code runs in the worker processes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass
 class Documents:
-    """Documents as valid UTF-8, and what was unusual about them.
+    """Documents as valid UTF-8, and counts of what was unusual about them.
 
     texts: the documents;
     empty: the number of empty documents, which were skipped;
     invalid_utf8: the number of documents in which invalid UTF-8 was replaced;
     carriage_returns: the number of line ends of text files that were \\r\\n or \\r and became \\n;
-    separators: how often the separator was found;
-    filtered: the number of documents that the filters rejected, for each reason.
+    separators: how often the separator between documents was found;
+    filtered: for each reason, the number of documents that the filters rejected.
     """
 
     texts: list[bytes] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Documents:
 
 
 def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Documents:
-    """Add the documents of `chunk` to `documents`, and return `documents`.
+    """Add the documents of `chunk`, and their counts, to `documents`, and return `documents`.
 
     Raises ValueError naming the file and the line or row when a document cannot be used.
     """
@@ -79,14 +79,15 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
     """Return the place of an error, for messages: the file, and the number of the line, document or row.
 
-    `offset` is the position of the error in the document `raw`.
+    `number` comes from `_raw_documents`. `offset` is the position of the error in the document `raw`.
     """
     if chunk.format == "text":
         if not raw:
             return chunk.file.name
         number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
     if chunk.offset is None and chunk.file.begin:
-        # The text before `begin` belongs to the train split, but line numbers count from the beginning of the file.
+        # `number` counts lines from `begin` on, but messages count them from the beginning of the file. So add the
+        # lines before `begin`, which belong to the train split.
         with open_file(chunk.file.name) as opened:
             skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
             number += sum(block.count(b"\n") for block in skipped)
@@ -106,7 +107,10 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
 def _raw_documents(
     chunk: Chunk, options: ParseOptions, documents: Documents
 ) -> Iterable[tuple[int, bytes | str | None]]:
-    """Iterate over the number of each document (line, document or row) and its text, which may be invalid UTF-8."""
+    """Iterate over the documents: the number of each (its line, document or row, for messages), and its text.
+
+    The text may be empty or None, and may be invalid UTF-8.
+    """
     if chunk.format in ("text", "separated"):
         text = chunk.read()
         refuse_nul(text, chunk.file.name)
@@ -126,7 +130,7 @@ def _raw_documents(
 
 @functools.lru_cache(maxsize=1)
 def _open_parquet(name: str) -> Any:
-    """Open a parquet file, or return it if it is still open: consecutive chunks are mostly row groups of one file."""
+    """Open a parquet file, or return it if it is still open: consecutive chunks are often row groups of one file."""
     return open_parquet(open_file(name), name)
 
 
@@ -152,7 +156,7 @@ def _json_lines(chunk: Chunk, options: ParseOptions) -> Iterator[tuple[int, str 
         if not line.strip():
             continue
         try:
-            # Invalid UTF-8 becomes lone surrogates, which the caller replaces or refuses.
+            # Invalid UTF-8 becomes lone surrogates, which `parse` replaces or refuses.
             row = parse_json_object(line.decode(errors="surrogateescape"), "")
         except ValueError as error:
             raise ValueError(f"{_where(chunk, options, number)}{error}") from None

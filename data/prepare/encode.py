@@ -1,4 +1,4 @@
-"""Turn chunks into tokens: worker processes parse, encode and check chunks; results keep the order of the source."""
+"""Turn chunks of text into tokens, in worker processes. The results come in the order of the source."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from data.prepare.text import SPLIT_KEY_BYTES, safe_cut
 from data.shards import TOKEN
 from data.tokenizer import Tokenizer, load_tokenizer
 
-# How much is encoded again with the reference tokenizer to check the bulk encoder: this fraction of the bytes, and at
-# least this many documents per shard.
+# The results of the bulk encoder are checked with a sample of the documents, which is encoded again with the reference
+# tokenizer. The sample has at least this fraction of the bytes, and at least this many documents per shard.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
-# Check at least this many bytes of each sampled document (all bytes of a shorter one), and more only if CHECKED_BYTES
-# is not reached yet.
+# At least this many bytes of each sampled document are checked (or all bytes, if it has fewer). More bytes are checked
+# only while the fraction CHECKED_BYTES is not reached.
 CHECKED_PREFIX = 1 << 10
 # At most this many bytes of text per worker are waiting or being encoded, which bounds the memory.
 IN_FLIGHT_BYTES = 1 << 27
@@ -39,12 +39,12 @@ IN_FLIGHT_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class ValidationRule:
-    """Which documents form the validation split, where the source does not define it.
+    """The rule that chooses the documents of the validation split, if the source itself does not define this split.
 
     description: the text that `meta.json` has under `validation`;
     fraction: a document is a candidate when its hash, as a number in [0, 1), is below this fraction;
-    tokens: candidates are taken in order while they have at most this many tokens together, but at least one candidate;
-        None takes all.
+    tokens: candidates are put into the validation split, in order, until the next candidate would exceed this number of
+        tokens; at least one is put there. None: all candidates are put there.
     """
 
     description: str
@@ -66,14 +66,15 @@ class ValidationRule:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a batch of chunks after encoding.
+    """The documents of a batch of chunks, after encoding.
 
-    tokens: (tokens,) uint16, all documents one after the other, each preceded by end-of-text, except a continuation;
-    lengths: (documents,) int64, tokens of each document including its end-of-text;
+    tokens: (tokens,) uint16, all documents one after the other. End-of-text precedes each document, but not a
+        continuation;
+    lengths: (documents,) int64, the number of tokens of each document, including its end-of-text;
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
-    text_bytes: (documents,) int64, UTF-8 bytes of each document;
+    text_bytes: (documents,) int64, the number of UTF-8 bytes of each document;
     continues: whether the first document is the continuation of the last document of the previous batch;
-    whole: (documents,) bool, False for a part of a document;
+    whole: (documents,) bool, False for a part of a long document;
     empty, invalid_utf8, carriage_returns, separators, filtered: counts, as in `Documents`.
     """
 
@@ -90,7 +91,7 @@ class Encoded:
     filtered: dict[str, int] = field(default_factory=dict)
 
     def only(self, kept: np.ndarray) -> Encoded:
-        """Return the documents for which `kept`, (documents,) bool, is True."""
+        """Return only the documents for which `kept`, (documents,) bool, is True."""
         arrays = {name: getattr(self, name)[kept] for name in ("lengths", "candidate", "text_bytes", "whole")}
         return replace(self, tokens=self.tokens[np.repeat(kept, self.lengths)], **arrays)
 
@@ -140,7 +141,7 @@ class Encoder:
         )
 
     def _take_tokens(self, chunks: list[Chunk]) -> Encoded:
-        """Return documents that are tokenized already, each with end-of-text before it."""
+        """Return the documents of chunks of the format "tokens", with end-of-text before each document."""
         tokens = np.concatenate([np.frombuffer(chunk.data, TOKEN) for chunk in chunks])
         begins = np.flatnonzero(tokens == self.tokenizer.eot)
         lengths = np.diff(begins, append=len(tokens))
@@ -157,9 +158,10 @@ class Encoder:
         )
 
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:
-        """Compare gigatoken with the reference on a sample of documents. Raises ValueError if they differ.
+        """Compare the tokens from gigatoken with those of the reference tokenizer, for a sample of the documents.
 
-        The other bulk encoders are the reference itself, so they are not checked.
+        The other bulk encoders are the reference itself, so their tokens are not checked. `begins` is (documents,), the
+        position of each document in `tokens`. Raises ValueError if a document has different tokens.
         """
         if not self.tokenizer.bulk_encoder.startswith("gigatoken"):
             return
@@ -186,9 +188,10 @@ _encoder: Encoder
 
 def _start_worker(tokenizer: Path, *settings: Any) -> None:
     global _encoder
-    # On Ctrl-C the terminal sends SIGINT to all processes. Only the parent handles it, and then stops the workers.
+    # On Ctrl-C the terminal sends SIGINT to all processes. Workers ignore it, because the parent handles it and stops
+    # them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker whose parent was killed would otherwise wait for work forever.
+    # This thread ends the worker if the parent is killed. Otherwise the worker would wait for work forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = Encoder(load_tokenizer(tokenizer), *settings)
 
@@ -209,15 +212,16 @@ def encode_in_order(
 ) -> Iterator[tuple[list[Chunk], Encoded]]:
     """Encode `batches` in `workers` processes and yield each batch and its result, in order.
 
-    `tokenizer` is the directory from which the workers load their tokenizer. With `workers` = 1, this process
-    encodes; otherwise the chunks that are yielded no longer hold their `data`. Memory is bounded: batches are read only
-    as fast as they are encoded. Raises OSError when a worker dies.
+    `tokenizer` is the directory from which the workers load their tokenizer. With `workers` = 1, this process encodes.
+    With more workers, the yielded chunks have no `data`, because only the workers need it. Memory is bounded: batches
+    are read only as fast as they are encoded. Raises OSError when a worker dies.
     """
     if workers == 1:
         yield from ((batch, encoder(batch)) for batch in batches)
         return
     settings = (tokenizer, encoder.options, encoder.validation, encoder.shard_tokens)
-    # Not "fork": a forked copy of a process that has threads (pyarrow and gigatoken start some) can deadlock.
+    # Do not use the method "fork": a forked copy of a process that has threads (pyarrow and gigatoken start some) can
+    # deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
     waiting: deque[tuple[list[Chunk], int, Future[Encoded]]] = deque()
@@ -246,8 +250,9 @@ def encode_in_order(
 def read_batches(source: Source, files: range, start: tuple[int, int], limit: int) -> Iterator[list[Chunk]]:
     """Iterate over the chunks of `files` (indices into `source.files`) from position `start` on, in batches.
 
-    `start` is (index of the file, index of the chunk in the file). A batch has about `limit` bytes. A batch may combine
-    small files, because sending them to workers one by one is slow. A chunk that continues a document begins a batch.
+    `start` is (index of the file, index of the chunk in the file). A batch has about `limit` bytes. It may contain
+    several small files, because sending them to workers one by one is slow. A chunk that continues a document is always
+    the first chunk of its batch.
     """
     batch: list[Chunk] = []
     size = 0

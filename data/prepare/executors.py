@@ -1,7 +1,8 @@
 """Prepare the parts of a dataset as tasks of datatrove's executors: on this machine, on a Slurm cluster or on Ray.
 
-A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. A part continues
-where it was interrupted. Therefore a task that is killed loses little work, and the bytes of the dataset do not change.
+A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. Each attempt
+continues the part where the previous attempt stopped. Therefore a task that is killed loses little work, and the bytes
+of the dataset do not depend on interruptions.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def _python_path() -> str:
 
 
 class RunCommand:
-    """A step of a datatrove pipeline: runs a command until it succeeds, at most ATTEMPTS times.
+    """A step of a datatrove pipeline, which runs a command until it succeeds, at most ATTEMPTS times.
 
     The command runs in the working directory of the process that made this object. In task I of N, `{part}` in the
-    command is replaced by I/N. The output of task 1 is appended to `logs`/part-001.txt, and so on.
+    command is replaced by I/N. The output of task 1 is appended to the file part-001.txt in the directory `logs`, and
+    so on.
     """
 
     def __init__(self, command: list[str], logs: Path) -> None:
@@ -61,7 +63,7 @@ class RunCommand:
 def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, workers: int, slurm: SlurmOptions) -> None:
     """Prepare all parts of a dataset. On Slurm, submit jobs for the parts and for merging them, and return at once.
 
-    The other executors return when all parts are complete, and the caller has to merge them.
+    The other executors return when all parts are complete, and the caller has to merge the parts.
 
     Args:
         executor: one of EXECUTORS.
@@ -97,7 +99,7 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
 
 def datatrove_executors() -> Any:
     """Return datatrove's module of executors."""
-    # imported here: it is not installed with this project, and only executors need it
+    # Imported here: datatrove is not installed with this project, and only executors need it.
     return importlib.import_module("datatrove.executor")
 
 
@@ -109,7 +111,7 @@ def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
 
 
 def _run_on_ray(step: RunCommand, tasks: int, workers: int) -> None:
-    import ray  # imported here: it is not installed with this project, and only this executor needs it
+    import ray  # imported here: ray is not installed with this project, and only this executor needs it
 
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, ignore_reinit_error=True)
     options = {"logging_dir": str(step.logs), "skip_completed": False}
@@ -124,7 +126,8 @@ def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: i
         "partition": slurm.partition,
         "qos": None,
         "skip_completed": False,
-        # Slurm starts a command of datatrove: PATH is needed to find the command, PYTHONPATH to import this module.
+        # The job on Slurm runs a command of datatrove. PATH is needed to find this command, PYTHONPATH to import this
+        # module.
         "env_command": f'export PATH="{bin_directory}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"',
     }
     executor = datatrove_executors().SlurmPipelineExecutor

@@ -55,7 +55,7 @@ def file_system(address: str) -> Any:
 
 
 def find_remote_files(address: str) -> dict[str, int]:
-    """Return address and size in bytes of the files that one address, directory or pattern matches, sorted.
+    """Return the address and the size in bytes of each file that one address, directory or pattern matches, sorted.
 
     Raises FileNotFoundError when there is none, OSError when the store cannot be read, ValueError when a file has an
     unknown type. In a directory, files of an unknown type are not an error: they are skipped.
@@ -64,7 +64,7 @@ def find_remote_files(address: str) -> dict[str, int]:
     try:
         is_directory = system.isdir(address)
         found = system.find(address, detail=True) if is_directory else system.glob(address, detail=True)
-    except Exception as error:  # the network failed, or access was denied: each store has its own exceptions
+    except Exception as error:  # each store has its own exceptions, for a failed network or denied access
         raise OSError(f"{address} cannot be listed: {error}") from error
     sizes = {}
     for path, status in sorted(found.items()):
@@ -79,7 +79,7 @@ def find_remote_files(address: str) -> dict[str, int]:
 
 
 def _glob(pattern: str) -> list[Path]:
-    """Return the files that a pattern matches, sorted. A wildcard does not match hidden names: `glob` excludes them."""
+    """Return the files that a pattern matches, sorted. `glob` itself excludes hidden files from the matches of `*`."""
     paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
     return sorted(path for path in paths if path.is_file() and _NOT_TEXT not in path.parts)
 
@@ -129,8 +129,8 @@ def display_name(path: str | Path) -> str:
 def files_revision(paths: Iterable[str | Path]) -> str:
     """Return a text that identifies the version of files whose source states no revision.
 
-    For a local file, the revision changes when its name, size, modification time, beginning or end changes; for a file
-    in an object store, when its address or the version that the store reports changes.
+    For a local file, the revision changes when its name, size, modification time, beginning or end changes. For a file
+    in an object store, the revision changes when its address changes, or the version that the store reports.
     """
     names = [str(path) for path in paths]
     if any(map(is_remote, names)):

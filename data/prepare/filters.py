@@ -16,11 +16,11 @@ SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
 
 @dataclass(frozen=True)
 class Filters:
-    """Conditions that a document has to meet. A text file so long that it is cut into several chunks is always kept.
+    """Conditions that a document has to meet to be kept. A text file so long that it is cut into chunks is always kept.
 
-    min_chars, max_chars: limits of the document's length in characters;
-    languages: ISO 639 codes; the beginning of the document must be in one of them; empty accepts every language;
-    deduplicate: omit a document that equals an earlier one.
+    min_chars, max_chars: limits of the document's length in characters; None is no limit;
+    languages: ISO 639 codes of the accepted languages (see `find_language`); empty accepts every language;
+    deduplicate: omit a document that equals an earlier document.
     """
 
     min_chars: int = 0
@@ -41,7 +41,7 @@ class Filters:
         return "; ".join([*conditions, "without duplicates"] if self.deduplicate else conditions)
 
     def reject(self, text: bytes) -> str | None:
-        """Return why a document is omitted, as a key of `skipped` in `meta.json`, or None if it is kept."""
+        """Return the reason why a document is omitted, a key of `skipped` in `meta.json`; None if it is kept."""
         if self.min_chars or self.max_chars is not None:
             n = len(text.decode())
             if n < self.min_chars:
@@ -54,7 +54,7 @@ class Filters:
 
 
 def find_language(text: bytes) -> str:
-    """Return the ISO 639 code of the most probable language of the beginning of a document."""
+    """Return the ISO 639 code of the most probable language of a document, which is judged by its beginning."""
     return languages().classify(text[:LANGUAGE_BYTES].decode(errors="ignore"))[0]
 
 
@@ -64,7 +64,7 @@ def languages() -> Any:
     Raises ValueError when the package is missing.
     """
     try:
-        # imported here: it is not installed with this project, and only a filter of languages needs it
+        # Imported here: py3langid is not installed with this project, and only a filter of languages needs it.
         import py3langid
     except ImportError:
         raise ValueError("--language needs the package py3langid: pip install py3langid") from None
@@ -81,7 +81,7 @@ def check_languages(codes: tuple[str, ...]) -> None:
 
 
 class SeenDocuments:
-    """The hashes of all documents so far, in a file, so that memory does not grow with their number.
+    """The hashes of all documents so far. They are in a file, so that memory does not grow with their number.
 
     Each hash is stored with the number of the first document that has it. After an interruption, the file may contain
     hashes of documents that the continued run reads again. These documents have the same numbers as before, so they do
@@ -99,17 +99,19 @@ class SeenDocuments:
         self._execute("CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
 
     def find_new(self, tokens: np.ndarray, lengths: np.ndarray, first_number: int) -> np.ndarray:
-        """Return which documents differ from all earlier ones: (documents,) bool.
+        """Store the hashes of documents. Return which of them differ from all earlier documents: (documents,) bool.
 
         Args:
             tokens: (tokens,) uint16, the documents one after the other.
             lengths: (documents,) the number of tokens of each document.
-            first_number: how many documents come before these in the dataset, duplicates included.
+            first_number: the number of the first of these documents, which is how many documents come before it in the
+                dataset, including duplicates.
         """
         new = np.empty(len(lengths), bool)
         begin = 0
         for i, n in enumerate(lengths.tolist()):
-            # 128 bits: among 10 billion documents, two different ones have equal hashes with a probability of 1e-19.
+            # A hash has 128 bits. The probability that any two different documents among 10 billion have equal hashes
+            # is 1e-19.
             digest = hashlib.blake2b(tokens[begin : begin + n].data, digest_size=16).digest()
             self._execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, first_number + i)
             ((number,),) = self._execute("SELECT number FROM seen WHERE hash = ?", digest)

@@ -1,4 +1,4 @@
-"""The validation split of a source with few documents: the end of its text. A whole document would be too large."""
+"""For a source with few documents, hold out the end of the text for validation. A whole document would be too large."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from data.prepare.source import Source, SourceFile
 from data.prepare.text import named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
 
-MANY_DOCUMENTS = 20  # with this number or more, a hash of each document decides its split
-SEARCHED_BYTES = 1 << 20  # a border is searched at most this far before and after the requested place
-# A text of fewer bytes is not divided at a word, only at the border of a file, a paragraph or a line.
+MANY_DOCUMENTS = 20  # with at least this many documents, a hash of each document decides its split
+# Borders of paragraphs, lines and words are searched at most this many bytes before and after the requested place.
+SEARCHED_BYTES = 1 << 20
+# A text of fewer bytes is not divided between words, only at the border of a file, a paragraph or a line.
 SHORT_TEXT = 1_000
-# An estimate of the bytes per token, for a tokenizer that will be made from the text later. It only affects the size of
-# the split.
+# An estimate of the bytes per token of a tokenizer that does not exist yet, because it will be made from the text. It
+# affects only the size of the split.
 BYTES_PER_TOKEN = 3.0
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
@@ -43,14 +44,14 @@ def has_few_documents(source: Source) -> bool:
 def hold_out_end(
     source: Source, rule: ValidationRule, kind: str, tokenizer: Tokenizer | None
 ) -> tuple[Source, ValidationRule]:
-    """Return the source with the end of its text as the validation split, and the rule that describes the split.
+    """Return the source with the end of its text as the validation split, and the rule that describes this split.
 
     The split has about the size that `rule` asks for, and begins at a border of a file, paragraph, line or word (see
-    `_find_border`). When no such border is found, `source` and `rule` are returned unchanged.
+    `_find_border`). If there is no such border, `source` and `rule` are returned unchanged.
 
     Args:
         source: a source for which `has_few_documents` is true.
-        rule: the fraction, or the number of tokens, that is held out.
+        rule: states the fraction of the text, or the number of tokens, to hold out.
         kind: kind of the tokenizer.
         tokenizer: the tokenizer, or None when it will be made from the text.
     """
@@ -69,7 +70,8 @@ def hold_out_end(
     files: list[SourceFile] = []
     for i, (file, length) in enumerate(zip(source.files, lengths, strict=True)):
         if i == index and offset:
-            # `size` is for the progress display, which counts the bytes of the file, not of its decoded text.
+            # `size` is for the progress display. It is in bytes of the stored file, while `offset` is in bytes of the
+            # decoded text.
             first = round(file.size * offset / length)
             files.append(replace(file, split="train", end=offset, size=first))
             files.append(replace(file, split="val", begin=offset, end=length, size=file.size - first))
@@ -99,7 +101,7 @@ def _text_length(file: SourceFile) -> int:
 
 
 def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
-    """Iterate over the bytes begin..end of the file's text."""
+    """Iterate, in blocks, over the bytes begin..end - 1 of the file's text as UTF-8."""
     with named_errors(file.name), open_file(file.name) as raw:
         if not is_remote(file.name) and not compression(file.name):
             encoding, mark = detect_encoding(raw.read(HEAD_BYTES), file.name)
@@ -112,9 +114,10 @@ def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
 
 
 def _find_border(source: Source, lengths: list[int], target: int, size: int) -> tuple[int, int, str] | None:
-    """Return file index, offset in the file and kind of a border near byte `target` of all text, or None.
+    """Return (index of the file, offset in its text, kind) of a border near byte `target` of all text, or None.
 
-    The kinds are tried in this order. Of the first kind that has a border, the border nearest to `target` is chosen:
+    `lengths` are the numbers of bytes of text in the files, and `size` is the requested size of the split in bytes. The
+    kinds of borders are tried in this order. Of the first kind that is found, the border nearest to `target` is chosen:
 
     1. A paragraph or a file, if the split then has at least half the requested `size`, and at most the larger of twice
        this size and a tenth of the text.
@@ -130,7 +133,7 @@ def _find_border(source: Source, lengths: list[int], target: int, size: int) -> 
         low, high = max(0, target - SEARCHED_BYTES - begin), min(length, target + SEARCHED_BYTES - begin)
         if low < high:
             text = b"".join(_read_part(source.files[i], low, high))
-            last = low + len(text.rstrip())  # only white space follows this place
+            last = low + len(text.rstrip())  # only white space follows this place, so a border after it is not used
             for kind, pattern in _BORDERS.items():
                 places = (low + match.end() for match in pattern.finditer(text))
                 candidates[kind] += [(begin + at, i, at) for at in places if at < last]

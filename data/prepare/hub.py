@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, streamed or from a local copy; and shards that are already tokenized."""
+"""Read datasets of the Hugging Face hub, streamed or from a local copy. Download shards that are already tokenized."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRESETS = {
 }
 # name of the dataset: repository on the hub with its shards
 TOKENIZED = {"fineweb-10b": "kjj0/fineweb10B-gpt2"}
-# WikiText: the line with the title of an article. Titles of its sections have more equals signs: ` = = Section = = `.
+# Matches the title line of an article of WikiText. Titles of sections have more equals signs: ` = = Section = = `.
 _ARTICLE = re.compile(r" = [^=].* = \n")
 
 
@@ -43,10 +43,11 @@ def hub_source(
 
     Args:
         dataset: id on the hub, or a local directory: a copy of a dataset, or written by `datasets.save_to_disk`.
-        name: configuration of the dataset.
-        split: read only this split. With None, read "train", and "validation", if there is one, as validation split.
+        name: configuration of the dataset, or None for a dataset with only one configuration.
+        split: read only this split. With None, read "train", and also "validation" as the validation split if there is
+            one.
         options: how the files become documents.
-        articles: join the rows, which are lines, into articles, as WikiText needs.
+        articles: join the rows into articles. WikiText needs this, because its rows are single lines.
 
     Raises:
         OSError: when the hub cannot be reached.
@@ -131,7 +132,8 @@ def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[st
     except RuntimeError as error:
         if "script" not in str(error):
             raise
-        # A script defines this dataset, and scripts are not executed here. The hub converts such datasets to parquet.
+        # A script defines this dataset, and scripts are not executed here. The hub converts such datasets to parquet
+        # files, so read these files instead.
         builder = datasets.load_dataset_builder(dataset, name, revision="refs/convert/parquet")
     except (ValueError, OSError) as error:
         raise ValueError(f"{dataset} cannot be used: {str(error).strip()}") from error
@@ -145,7 +147,7 @@ def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[st
 
 
 def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[Chunk]:
-    """Join the rows of WikiText, which are lines, into documents: an article reaches from one title to the next."""
+    """Join the rows of WikiText, which are single lines, into articles: each reaches from one title to the next."""
     lines: list[str] = []
     done: list[str] = []
     first, size = 1, 0

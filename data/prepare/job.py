@@ -1,4 +1,4 @@
-"""One run of `python -m data.prepare`: start or continue a dataset, encode the source, describe the result.
+"""The work of one `python -m data.prepare`: start or continue a dataset, encode the source, describe the result.
 
 The main process reads the source, divides it into chunks and writes the shards. Worker processes parse, encode and
 check the chunks. Results are written in the order of the source, so the bytes do not depend on the number of workers.
@@ -28,11 +28,12 @@ from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 from files import write_json
 
-# Chunks have about CHUNK_BYTES. For small shards they have less, but at least MIN_CHUNK_BYTES.
+# A chunk has about CHUNK_BYTES bytes. If the shards are small, it has fewer, but at least MIN_CHUNK_BYTES.
 CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 1 << 16
-SAVE_SECONDS = 5  # the progress file is updated after this time, or earlier if a shard is complete
-SMALL_BYTES = 1 << 25  # a smaller source is encoded in this process, in less time than workers need to start
-# A BPE is trained on the beginning of the train split, about this many bytes: more text hardly changes its merges.
+SAVE_SECONDS = 5  # the progress file is updated after this many seconds, or earlier if a shard is complete
+SMALL_BYTES = 1 << 25  # a source of fewer bytes is encoded in this process, because starting workers would take longer
+# A BPE is trained on about this many bytes from the beginning of the train split, because more text hardly changes its
+# merges.
 BPE_TRAINING_BYTES = 1 << 28
 
 
@@ -69,10 +70,10 @@ class Job:
 
     source: the text;
     out: directory of the dataset, or of this part of it;
-    tokenizer: kind of the tokenizer;
+    tokenizer: kind of the tokenizer: "gpt2", "char" or "bpe:N";
     validation: which documents form the validation split;
-    shard_tokens: tokens of a full shard;
-    part: (index from 1, count) when several processes prepare one dataset;
+    shard_tokens: number of tokens in a full shard;
+    part: (I, N) prepares only part I of N, where I is 1 to N; (1, 1) prepares the whole dataset;
     given: an existing tokenizer to use; None to use GPT-2's or to make one from the source.
     """
 
@@ -122,13 +123,13 @@ def prepare_dataset(job: Job, workers: int | None = None) -> DatasetMeta:
     try:
         return _run(job, workers)
     finally:
-        # Do not delete the lock file: a process that has already opened it would then lock a file that later processes
-        # cannot see.
+        # Do not delete the lock file. Another process may have opened it already, and would then lock a deleted file,
+        # which later processes cannot see.
         lock.release()
 
 
 def _run(job: Job, workers: int | None) -> DatasetMeta:
-    """Do the work of `prepare_dataset`, which holds the lock on the directory."""
+    """Do the work of `prepare_dataset`. The caller holds the lock on the directory."""
     progress = _begin(job)
     if progress is None:
         meta = read_meta(job.out)
@@ -163,20 +164,20 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 def _begin(job: Job) -> dict[str, Any] | None:
     """Return the content of the progress file, or None when the dataset is complete. Makes the file for a new dataset.
 
-    Keys of the file: "settings"; "tokenizer_sha256" once there is a tokenizer; "state" once the state has been saved.
-    Raises ValueError when the directory holds shards that this command did not write, or a dataset with other settings
-    or another tokenizer.
+    Keys of the file: "settings"; "tokenizer_sha256", as soon as there is a tokenizer; "state", as soon as a state has
+    been saved. Raises ValueError when the directory holds shards that this command did not write, or a dataset with
+    other settings or another tokenizer.
     """
     path = job.out / PROGRESS_FILE
     settings = job.settings()
     meta = read_meta(job.out)
-    used = None  # the fingerprint of the dataset's tokenizer, once it has one
+    used = None  # the fingerprint of the tokenizer that the dataset has already, if it has one
     if path.exists():
         progress = json.loads(path.read_text(encoding="utf-8"))
         earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
-            # No state has been saved yet, so start again with the new settings. They also differ when the user has
-            # repaired a source file, because the repair changes the revision.
+            # No state has been saved yet, so start again with the new settings. The settings also differ if the user
+            # has repaired a source file, because this changes the revision.
             progress, earlier = {"settings": settings}, settings
             write_json(path, progress)
     elif meta is not None:
@@ -210,11 +211,12 @@ def _begin(job: Job) -> dict[str, Any] | None:
 def _encode(
     job: Job, tokenizer: Tokenizer, dataset: DatasetWriter, progress: dict[str, Any], workers: int | None
 ) -> None:
-    """Encode the source from the recorded position on, and save the state after each shard and every few seconds."""
+    """Encode the source from the recorded position on. Save the state after each shard and every few seconds."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The encoder checks a fixed number of documents per shard_tokens tokens. A dataset smaller than a shard would get
-    # fewer checks, so pass a low estimate of its tokens instead: few texts have more than 8 bytes per token.
+    # The encoder checks a fixed number of documents per `shard_tokens` tokens. In a dataset smaller than a shard, it
+    # would check fewer. So pass a low estimate of the dataset's tokens instead: few texts have more than 8 bytes per
+    # token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()

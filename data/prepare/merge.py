@@ -1,4 +1,4 @@
-"""Merge the parts of a dataset, which several processes prepared."""
+"""Merge the parts of a dataset that several processes have prepared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_TOKENS = 1 << 22  # tokens read at once
 
 
 def merge_parts(directory: Path) -> DatasetMeta:
-    """Merge the parts in `directory` into one dataset, with the same bytes as from a single run. Keeps the parts.
+    """Merge the parts in `directory` into one dataset, which has the same bytes as from a single run. Keeps the parts.
 
     Returns the content of `meta.json`. If `directory` has this file already, does nothing else. Raises ValueError when
     a part is missing, damaged, or made with other settings than the first part.
@@ -33,10 +33,10 @@ def merge_parts(directory: Path) -> DatasetMeta:
     tokenizer = load_tokenizer(next(iter(parts)))
     tokenizer.save(directory)
     writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
-    # No part contains duplicates, but the same document may be in several parts.
+    # A single part contains no duplicates, but the same document may be in several parts.
     seen = SeenDocuments(directory) if "without duplicates" in first.filter.split("; ") else None
     if seen is not None:
-        seen.clear()  # deletes what an interrupted merge may have left
+        seen.clear()  # deletes the hashes that an interrupted merge may have left
     repeated, repeated_bytes, n_documents = 0, dict.fromkeys(SPLITS, 0), 0
     for split, writer in writers.items():
         writer.restore(writer.state())
@@ -78,7 +78,7 @@ def merge_parts(directory: Path) -> DatasetMeta:
 
 
 def _blocks(split: Split) -> Iterator[np.ndarray]:
-    """Iterate over the tokens of a split. A block is valid until the next one is requested."""
+    """Iterate over the tokens of a split in blocks. A block is valid only until the next one, which uses its memory."""
     buffer = np.empty(BLOCK_TOKENS, np.uint16)
     for start in range(0, split.n_tokens, BLOCK_TOKENS):
         tokens = buffer[: split.n_tokens - start]
@@ -87,7 +87,7 @@ def _blocks(split: Split) -> Iterator[np.ndarray]:
 
 
 def _documents(split: Split, eot: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Iterate over groups of whole documents: their tokens, and the number of tokens of each document."""
+    """Iterate over groups of whole documents: (tokens of the group, number of tokens of each document)."""
     rest = np.empty(0, np.uint16)
     for block in _blocks(split):
         tokens = np.concatenate([rest, block])
@@ -98,7 +98,10 @@ def _documents(split: Split, eot: int) -> Iterator[tuple[np.ndarray, np.ndarray]
 
 
 def _find_parts(directory: Path) -> dict[Path, DatasetMeta]:
-    """Return all parts in order, after checking that they are complete and have the same settings."""
+    """Return the directory and `meta.json` of each part, in order.
+
+    Raises ValueError unless all parts are complete and have the same settings.
+    """
     found = sorted(directory.glob("part-*-of-*"))
     if not found:
         raise ValueError(f"{directory} has no parts to merge: make the parts with --part I/N --out {directory}")
@@ -121,5 +124,5 @@ def _find_parts(directory: Path) -> dict[Path, DatasetMeta]:
 
 
 def part_directory(directory: Path, part: tuple[int, int]) -> Path:
-    """Return the directory of part (index, count), which is `directory` itself when there is one part."""
+    """Return the directory of part I of N, where `part` is (I, N). A single part is in `directory` itself."""
     return directory if part[1] == 1 else directory / "part-{:03d}-of-{:03d}".format(*part)

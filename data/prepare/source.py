@@ -1,7 +1,8 @@
 """The interface of every corpus: a list of files in a fixed order, each read as a sequence of chunks in a fixed order.
 
-The main process cuts files into chunks, which is cheap; worker processes turn a chunk into documents, and the documents
-into tokens. To add a corpus, write a module with a function that returns a `Source`, and a subcommand in `__main__.py`.
+The main process cuts files into chunks, which is cheap. Worker processes turn each chunk into documents, and the
+documents into tokens. To add a corpus, write a module with a function that returns a `Source`, and a subcommand in
+`__main__.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class SourceFile:
     """One file of a source.
 
     name: path, hf:// address, or any name that the source's `read` understands;
-    size: bytes of the stored file or, if `begin` and `end` select a part, of this part;
-    split: "train" or "val" where the source defines the split, None where `ValidationRule` decides for each document;
+    size: number of bytes of the stored file or, if `begin` and `end` select a part of it, of this part;
+    split: "train" or "val" if the source defines the split, None if `ValidationRule` decides for each document;
     begin, end: the part of the text to read. Both are byte positions in the text after its conversion to UTF-8 without
         a byte-order mark. If `end` is None, the part reaches to the end of the text.
     """
@@ -35,17 +36,20 @@ class Chunk:
     """A part of a file, the unit of work of a worker process: whole documents, or a part of a very long document.
 
     file: the file from which the chunk was cut;
-    format: "text" (one document), "separated", "jsonl", "parquet" (a row group), "arrow" (rows already read), or
-        "tokens" (uint16, end-of-text before each document);
-    first: number of its first line, document or row, from 1, for messages; counted from `offset` if that is set;
+    format: "text" (one document, or a part of it), "separated" (documents with separators), "jsonl", "parquet" (a row
+        group), "arrow" (rows already read), or "tokens" (uint16, end-of-text before each document);
+    first: number of the chunk's first line, document or row, for messages. It is counted from 1, from the beginning of
+        the file or, if `offset` is set, from `offset` on;
     source_bytes: how many bytes of the file the chunk covers, for the progress display;
     data: the content of the chunk, if `offset` is None and the format is not "parquet";
     continues: whether the chunk begins inside a document that began in an earlier chunk;
-    split_key: the first bytes of the document, if the chunk is only a part of a document;
-    offset: position in the file from which the worker reads `text_bytes` bytes, or None;
+    split_key: the first bytes of the document, which decide its split, if the chunk is only a part of a document;
+        otherwise None;
+    offset: byte position in the file from which the worker reads `text_bytes` bytes; None if `data` or `row_group`
+        gives the content;
     row_group: for "parquet", the index of the row group;
-    text_bytes: bytes of text that the worker has to read; for a row group, an estimate;
-    position: index of the file in the source, index of the chunk in the file.
+    text_bytes: how many bytes of text the worker has to read; for a row group, an estimate;
+    position: (index of the file in the source, index of the chunk in the file).
     """
 
     file: SourceFile
@@ -62,11 +66,11 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        """Bytes of text; for a row group, an estimate."""
+        """The number of bytes of text; for a row group, an estimate."""
         return len(self.data) + self.text_bytes
 
     def read(self) -> bytes:
-        """Return the content, except of a row group. Raises ValueError when the file has become shorter."""
+        """Return the content of a chunk that is not a row group. Raises ValueError when the file has become shorter."""
         if self.offset is None:
             return self.data
         with open(self.file.name, "rb") as file:
@@ -82,9 +86,9 @@ class ParseOptions:
     """How chunks become documents.
 
     text_key: JSON key or table column that holds the text;
-    separator: the text between the documents of a text file, None if each file is one document;
-    strict: raise an error for an empty document or invalid UTF-8; if False, skip the document or replace the bytes;
-    filters: which documents are kept.
+    separator: the text between the documents of a text file; None if each file is one document;
+    strict: raise an error for an empty document or invalid UTF-8. If False, skip the document or replace the bytes;
+    filters: conditions that a document has to meet to be kept.
     """
 
     text_key: str = "text"
@@ -97,7 +101,7 @@ class ParseOptions:
 class Source:
     """A corpus.
 
-    name, revision, filter: the fields of the same names in `meta.json`;
+    name, revision, filter: the values of `source`, `revision` and `filter` in `meta.json`;
     files: its files, in the order of the dataset;
     read: `read(file, limit)` iterates over the chunks of a file, each of about `limit` bytes;
     options: how the chunks become documents.

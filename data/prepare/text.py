@@ -1,6 +1,6 @@
-"""Text files cut into chunks: .txt, .jsonl, .csv, .parquet and .arrow, each plain, .gz or .zst, local or remote.
+"""Cut text files into chunks: .txt, .jsonl, .csv, .parquet and .arrow, each plain, .gz or .zst, local or remote.
 
-`data.prepare.documents` turns the chunks into documents, in the worker processes.
+Later, `data.prepare.documents` turns the chunks into documents in the worker processes.
 """
 
 from __future__ import annotations
@@ -36,25 +36,27 @@ from data.tokenizer_files import END_OF_TEXT
 
 BLOCK_BYTES = 1 << 20  # bytes read at once
 FILES_EXAMINED = 100  # `unused_separators` examines at most this many files
-# A hash of the first SPLIT_KEY_BYTES of a document decides its split, so a long document is never in memory as a whole.
+# A hash of the first SPLIT_KEY_BYTES of a document decides its split. So a long document never has to be in memory as a
+# whole.
 SPLIT_KEY_BYTES = 1 << 12
 # The place where a chunk may end is searched backward, in steps of this many bytes.
 SEARCH_BYTES = 1 << 16
 # A row group with more bytes of text than this is read by the main process, which cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
-# A piece of a document without a safe cut (see `_SAFE_CUT`) is cut anyway at this length, which bounds the memory.
+# If a document has no safe cut (see `_SAFE_CUT`) for this many bytes, it is cut at another place, which bounds the
+# memory.
 LONGEST_PIECE = 1 << 22
-# A safe cut does not change the tokens of a document. It is possible before a newline or space if the next character is
-# not white space, because each of our tokenizers begins a token there: GPT-2's pattern separates the last white-space
-# character before a word from any earlier white space. _NO_SPACE matches a UTF-8 character that is not white space.
-# ASCII white space is a byte below "!". Other white space begins with C2, E1, E2 or E3: U+0085, U+00A0, U+1680, U+180E
-# (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
+# A safe cut is a place where a document can be divided without changing its tokens. There is one before a newline or
+# space if the next character is not white space, because each of our tokenizers begins a token there: GPT-2's pattern
+# separates the last white-space character before a word from any earlier white space. _NO_SPACE matches a UTF-8
+# character that is not white space. ASCII white space is a byte below "!". Other white space begins with C2, E1, E2 or
+# E3: U+0085, U+00A0, U+1680, U+180E (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
     rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
 )
 _SAFE_CUT = re.compile(rb"(?<=.)[\n ](?=" + _NO_SPACE + rb")", re.DOTALL)
-# The same rule for the bytes of a file before \r\n and \r are replaced by \n. A cut is never between \r and \n.
+# The same rule for the bytes of a file, whose line ends may still be \r\n or \r. No cut is between \r and \n.
 _FILE_CUT = re.compile(rb"(?:(?<=[^\r])\n|(?<=.)(?:\r\n?| ))(?=" + _NO_SPACE + rb")", re.DOTALL)
 # Safe cuts for text without white space: between an ASCII letter and a digit, between a letter or digit and the ASCII
 # punctuation after it, and between an ideograph and the Chinese punctuation after it. A token ends at these places. The
@@ -63,7 +65,7 @@ _WORD_CUT = re.compile(
     rb"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-&(-/:-@\[-`{-~])"
     rb"|(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c])"
 )
-# The column types that hold text, or, for "null", no value at all.
+# The types that the column with the text may have. A column of type "null" has no value in any row.
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 # Whether a cut is possible depends on at most this many bytes around it.
 _CUT_CONTEXT = 8
@@ -88,9 +90,10 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
 
 
 def unused_separators(source: Source) -> list[str]:
-    """Return the names of text files with <|endoftext|>, which is read as ordinary text but may separate documents.
+    """Return the names of text files that contain <|endoftext|>, which may be meant as a separator of documents.
 
-    Reads only the first block of each of the first FILES_EXAMINED files. If a separator is given, reads no file.
+    Without --separator, <|endoftext|> is read as ordinary text. Reads only the first block of each of the first
+    FILES_EXAMINED files. If a separator is given, reads no file.
     """
     found = []
     for file in source.files[:FILES_EXAMINED] if not source.options.separator else ():
@@ -102,7 +105,7 @@ def unused_separators(source: Source) -> list[str]:
 
 
 def text_filter(options: ParseOptions) -> str:
-    """Return the options as the text that `meta.json` has under `filter`."""
+    """Return the options that change the documents, as the text that `meta.json` has under `filter`."""
     chosen = [f"text under {options.text_key!r}"] if options.text_key != "text" else []
     chosen += [f"documents separated by {options.separator!r}"] if options.separator else []
     return "; ".join([*chosen, "strict"] if options.strict else chosen)
@@ -180,7 +183,8 @@ def _blocks(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
     # The stream reader of zstandard does not notice when a file ends inside a frame. So decompress frame by frame here.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # for files of `zstd --long=31`; default: 2^27
+    # The default of max_window_size, 2^27, is too small for files that were made with `zstd --long=31`.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = decompressor.decompressobj()
     complete = True
     while chunk := raw.read(BLOCK_BYTES // 4):
@@ -196,9 +200,9 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
 def _cut_file(
     file: SourceFile, raw: BinaryIO, format: str, limit: int, marks: re.Pattern[bytes] | None, start: int
 ) -> Iterator[Chunk]:
-    """Cut a plain UTF-8 file, whose text begins at byte `start`.
+    """Cut a plain UTF-8 file, whose text begins at byte `start`, after any byte-order mark.
 
-    The workers read the content; this process reads only the places where a chunk may end.
+    The workers read the content. This process reads only the places where a chunk may end.
     """
 
     def read(begin: int, end: int) -> bytes:
@@ -208,8 +212,8 @@ def _cut_file(
     stop = file.size if file.end is None else start + file.end
     begin = searched = start + file.begin
     end = begin + limit
-    # Without separators (`marks`), the file is one document, and every chunk after the first continues it. `key`, the
-    # first bytes of the document, decides its split.
+    # Without separators (`marks`), the file is one document, and every chunk after the first continues it. `key` is the
+    # beginning of the document, which decides its split.
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
@@ -221,7 +225,8 @@ def _cut_file(
             begin = searched = cut
             end = cut + limit
         else:
-            # No place to cut: make the chunk longer. Search its last bytes again, because a mark may begin in them.
+            # There is no place to cut, so make the chunk longer. Search its last bytes again, because a mark may begin
+            # in them.
             searched, end = max(begin, end - _context(marks)), end + limit
     rest = max(stop - begin, 0)
     yield Chunk(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
@@ -257,16 +262,16 @@ def _cut_stream(
 
 
 def _context(marks: re.Pattern[bytes] | None) -> int:
-    """Return how many bytes at the end of a search to include in the next search: no match is longer than this."""
+    """Return by how many bytes consecutive searches overlap, so that a match across their border is found."""
     return len(marks.pattern) if marks else _CUT_CONTEXT
 
 
 def _last_cut(
     read: Callable[[int, int], bytes | bytearray], start: int, end: int, marks: re.Pattern[bytes] | None
 ) -> int:
-    """Return the last place in start..end where a chunk may end, 0 when there is none.
+    """Return the last place in start..end where a chunk may end, or 0 if there is none.
 
-    Such a place is after a match of `marks` or, without marks, a safe cut, which does not change the tokens.
+    With `marks`, a chunk may end after each match of this pattern. Without marks, it may end at a safe cut.
     """
     while True:
         begin = max(start, end - SEARCH_BYTES - _context(marks))
@@ -275,14 +280,15 @@ def _last_cut(
             return begin + cut
         if begin == start:
             return 0
-        # Search the first bytes of this block again, because a mark that begins before the block may end in them.
+        # The next search includes the first bytes of this block again, because a mark that begins before the block may
+        # end in them.
         end = begin + _context(marks)
 
 
 def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int:
-    """Return the last place in `text` where a chunk may end, 0 when there is none."""
+    """Return the last place in `text` where a chunk may end, or 0 if there is none."""
     if marks:
-        # The lookahead also finds matches that overlap: a chunk may end after each of three empty lines.
+        # The lookahead also finds matches that overlap, such as the three matches of "\n\n" in "\n\n\n\n".
         overlapping = re.compile(b"(?=(%b))" % marks.pattern)
         return max((match.end(1) for match in overlapping.finditer(text)), default=0)
     for pattern in (_FILE_CUT, _WORD_CUT):
@@ -292,13 +298,13 @@ def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int
 
 
 def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: int) -> int:
-    """Return the last boundary between characters in begin..end, where a document without a safe cut is cut anyway."""
+    """Return the last border between two characters in begin..end. A document without a safe cut is cut there."""
     last = read(end - 4, end)
     for i in reversed(range(4)):
         # Do not cut before a continuation byte (10xxxxxx), or before \n, because \r may precede it in a line end.
         if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
             return end - 4 + i
-    return end  # a newline precedes `end`, or the text is invalid UTF-8
+    return end  # the last byte before `end` is a newline, or the text is invalid UTF-8
 
 
 def safe_cut(text: bytes, start: int) -> int:
@@ -308,7 +314,7 @@ def safe_cut(text: bytes, start: int) -> int:
 
 
 def _csv_chunks(file: SourceFile, raw: BinaryIO, limit: int, text_key: str) -> Iterator[Chunk]:
-    """Read a CSV file in this process, because only a reader of the whole file knows where its rows end."""
+    """Cut a CSV file. This process reads it, because only a reader of the whole file knows where its rows end."""
 
     def lines() -> Iterator[str]:
         rest = b""
@@ -348,7 +354,7 @@ def _find_column(names: list[str], file: str, text_key: str) -> int:
 
 def _parquet_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> Iterator[Chunk]:
     if compression(file.name):
-        # The index of a parquet file is at its end, so a compressed one has to be decompressed first. Workers cannot
+        # The index of a parquet file is at its end, so a compressed file has to be decompressed first. Workers cannot
         # open the temporary file, so this process reads all row groups.
         with tempfile.TemporaryFile() as unpacked:
             for block in _blocks(raw, file.name):
@@ -386,7 +392,7 @@ def _check_text_column(schema: Any, name: str, text_key: str) -> None:
 
 
 def _row_groups(file: SourceFile, raw: Any, limit: int, text_key: str, read_here_above: int) -> Iterator[Chunk]:
-    """Yield one chunk for each row group. A worker then reads the row group.
+    """Yield one chunk for each row group, without its content, which a worker reads later.
 
     A row group with more than `read_here_above` bytes of text is read in this process and gives several chunks.
     """

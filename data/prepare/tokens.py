@@ -1,4 +1,4 @@
-"""Documents that other tools have already tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index.
+"""Read documents that other tools have tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index.
 
 Only end-of-text is moved: these tools write it after each document, and here it precedes each document. The other
 tokens are not changed. Documents that are empty or contain only end-of-text are omitted.
@@ -20,15 +20,15 @@ from data.shards import TOKEN
 from data.tokenizer import Tokenizer
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-# Megatron-LM's codes of the integer types that can hold a token id.
+# The integer types that can hold a token id, by the code that Megatron-LM has for each.
 MEGATRON_DTYPES = {1: "u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class TokenFile(NamedTuple):
-    """The index of a file that stores the tokens of documents one after the other.
+    """The index of a file in which the tokens of all documents are stored one after the other.
 
     dtype: the integer type of a token;
-    ends: (documents,) int64, the number of tokens up to the end of each document.
+    ends: (documents,) int64, the number of tokens in the file up to the end of each document.
     """
 
     dtype: np.dtype
@@ -65,7 +65,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def open_tokens(path: Path) -> TokenFile:
-    """Read the index of a token file. Raises ValueError if the file does not match, OSError if it cannot be read."""
+    """Read the index of a token file. Raises ValueError if it does not fit the file, OSError if it cannot be read."""
     file = _megatron_index(path.with_suffix(".idx")) if path.suffix == ".bin" else _datatrove_index(path)
     expected = int(file.ends[-1]) * file.dtype.itemsize if len(file.ends) else 0
     if (size := path.stat().st_size) != expected:
@@ -83,7 +83,8 @@ def _megatron_index(path: Path) -> TokenFile:
             raise ValueError(f"version {version}, tokens of type {code}")
         start = len(MEGATRON_MAGIC) + struct.calcsize("<QBQQ")
         lengths = np.frombuffer(data, "<i4", n_sequences, start).astype(np.int64)
-        # The byte offsets of the sequences follow. They are not needed, because the sequences are one after the other.
+        # The byte offsets of the sequences come next in the index. They are not needed, because the sequences are
+        # stored one after the other.
         documents = np.frombuffer(data, "<i8", n_documents, start + 12 * n_sequences)
         ends = np.concatenate([[0], np.cumsum(lengths)])[documents[1:]]
     except (ValueError, IndexError, struct.error) as error:
@@ -103,7 +104,7 @@ def _datatrove_index(path: Path) -> TokenFile:
 def read_documents(file: SourceFile, limit: int, tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Read the documents of one file in chunks of about `limit` bytes, with end-of-text before each document.
 
-    Raises ValueError, naming the file, when its index does not fit or a token is outside the vocabulary.
+    Raises ValueError, naming the file, when its index does not fit or a token id is outside the vocabulary.
     """
     path = Path(file.name)
     dtype, ends = open_tokens(path)
@@ -126,16 +127,16 @@ def read_documents(file: SourceFile, limit: int, tokenizer: Tokenizer) -> Iterat
 def move_end_of_text(tokens: np.ndarray, bounds: np.ndarray, eot: int) -> np.ndarray:
     """Return the documents, each with one end-of-text before it, as one array: (tokens,) uint16.
 
-    One end-of-text at the beginning and one at the end of each document is removed first. Documents that are then
-    empty are omitted.
+    If a document begins or ends with end-of-text, this token is removed first (one at each side). Documents that are
+    then empty are omitted.
 
     Args:
         tokens: (n,) of any integer type, the documents one after the other.
-        bounds: (documents + 1,), where each document begins, and where the last one ends.
+        bounds: (documents + 1,), where each document begins, and where the last document ends.
     """
     kept = np.ones(len(tokens), bool)
     for place in (bounds[:-1], bounds[1:] - 1):
         place = place[np.diff(bounds) > 0]
         kept[place[tokens[place] == eot]] = False
-    begins = np.concatenate([[0], np.cumsum(kept)])[bounds]  # of the documents, as positions among the kept tokens
+    begins = np.concatenate([[0], np.cumsum(kept)])[bounds]  # `bounds` as positions among the kept tokens
     return np.insert(tokens[kept].astype(TOKEN), begins[:-1][np.diff(begins) > 0], eot)

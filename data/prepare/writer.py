@@ -21,9 +21,9 @@ SPLITS = ("train", "val")
 
 
 def refuse_links(directory: Path) -> None:
-    """Raise ValueError for a link in an incomplete dataset: writing to it would change a file somewhere else.
+    """Raise ValueError for a symbolic link in an incomplete dataset: writing to it would change a file somewhere else.
 
-    The directory of a part may be a link, because `merge` only reads it.
+    The directory of a part (see `merge`) may be a link, because `merge` only reads it.
     """
     if (directory / META_FILE).is_file() and not (directory / PROGRESS_FILE).exists():
         return  # the dataset is complete, so nothing is written
@@ -33,7 +33,7 @@ def refuse_links(directory: Path) -> None:
 
 
 class PrepareProgress:
-    """Shows megabytes per second, tokens and remaining time: one changing line on a terminal, else a line every 10 s.
+    """Shows megabytes per second, tokens and remaining time, in one line on a terminal, else in a new line every 10 s.
 
     Args:
         total: bytes of the source.
@@ -50,7 +50,7 @@ class PrepareProgress:
         self.shown = self.began
 
     def update(self, last: bool = False) -> None:
-        """Show the progress, if enough time has passed since the last time; with `last`, always."""
+        """Show the progress if enough time has passed since it was last shown. With `last`, always show it."""
         now = time.monotonic()
         if not last and now - self.shown < (0.2 if self.terminal else 10):
             return
@@ -80,10 +80,10 @@ class DatasetWriter:
         text_bytes: UTF-8 bytes written to each split;
         skipped: counts of unusual documents, as in `meta.json`;
         separators: how often the separator of the documents was found;
-        open_split: the split of the last document, for a chunk that continues it;
-        open_tokens: the tokens of the last document so far;
+        open_split: the split of the last document, for a chunk that continues this document;
+        open_tokens: the number of tokens of the last document so far;
         val_is_full: whether a document was left out of the validation split because of `validation.tokens`;
-        documents: with `deduplicate`, how many documents there were so far, including duplicates.
+        documents: with `deduplicate`, the number of documents so far, including duplicates.
 
     With `deduplicate`, a document that equals an earlier one is left out.
     """
@@ -123,7 +123,7 @@ class DatasetWriter:
             val = self._assign(encoded)
             counted["open_split"] = "val" if val[-1] else "train"
             ends = np.cumsum(encoded.lengths)
-            # Consecutive documents of the same split are copied as one slice. The split changes rarely.
+            # Consecutive documents of the same split are copied as one slice, because the split changes rarely.
             begins = np.flatnonzero(np.diff(val, prepend=not val[0]))
             parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
             for begin, end in itertools.pairwise([*begins.tolist(), len(val)]):
@@ -143,21 +143,21 @@ class DatasetWriter:
         counted["position"] = [file, index + 1]
 
     def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
-        """Return the documents that differ from all earlier ones, and count the others. Parts of documents are kept."""
+        """Return the documents that differ from all earlier ones, and count the others. Keep parts of documents."""
         new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
         self.counted["documents"] += len(new)
         filtered = encoded.filtered | {"duplicate": int((~new).sum())}
         return replace(encoded.only(new), filtered=filtered)
 
     def _assign(self, encoded: Encoded) -> np.ndarray:
-        """Return which documents go to the validation split: (documents,) bool."""
+        """Return, for each document, whether it goes to the validation split: (documents,) bool."""
         val = encoded.candidate.copy()
         if encoded.continues:
             val[0] = self.counted["open_split"] == "val"
         limit, written = self.validation.tokens, self.writers["val"].n_tokens
         for i in np.flatnonzero(val) if limit is not None else ():
-            # Take whole documents while they fit into `limit`, but at least one. After one that does not fit, take
-            # none.
+            # Take whole documents while they fit into `limit`, but at least one document. After the first document that
+            # does not fit, take no more.
             if not (encoded.continues and i == 0):
                 self.counted["val_is_full"] |= bool(written and written + encoded.lengths[i] > limit)
                 val[i] = not self.counted["val_is_full"]
@@ -174,7 +174,7 @@ class DatasetWriter:
         self.counted["open_tokens"] = int(lengths[-1])
 
     def state(self) -> dict[str, Any]:
-        """Write all pending data to the disk, then return what `restore` needs, as a JSON value."""
+        """Write all pending data to the disk. Then return, as a JSON value, what `restore` needs."""
         for writer in self.writers.values():
             writer.flush()
         if self.seen is not None:
@@ -187,7 +187,7 @@ class DatasetWriter:
         for split, writer in self.writers.items():
             writer.restore(state[split])
         if self.seen is not None and not self.counted["documents"]:
-            self.seen.clear()  # hashes that a run with other settings may have left
+            self.seen.clear()  # an earlier run with other settings may have left hashes
 
     def discard(self) -> None:
         """Delete everything that was written."""
