@@ -46,7 +46,9 @@ class MicroBatch(NamedTuple):
     # The number of targets in this micro-batch divided by that in the global batch, or in all validation windows.
     # Targets with the value IGNORE_INDEX are not counted.
     weight: float
-    documents: Tensor | None = None  # (b, T) int64, equal for neighboring inputs of a document; None: no document mask
+    # (b, T) int64, a number for each input. Neighbors have the same number only if they are in the same document. None
+    # means that there is no document mask.
+    documents: Tensor | None = None
 
 
 class Windows(Protocol):

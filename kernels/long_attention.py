@@ -154,11 +154,12 @@ def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torc
 
 
 def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
-    """Return the buckets (...) of vectors x (..., D): argmax of [x R; -x R] for each matrix R (D, n / 2) of a round.
+    """Return the bucket of each vector of x (..., D), an integer, in the shape of x without its last dimension.
 
-    This is the hash of Andoni et al. 2015, "Practical and optimal LSH for angular distance". Vectors need not be
-    normalized for it: their length does not change which of the products is the largest. With two matrices, vectors
-    are in the same bucket if both argmax are equal.
+    `rotation` has the random matrices of one round, R (D, n / 2) for each n of `factors`. The hash by one matrix is the
+    argmax of [x R; -x R], a number below n. With two matrices, two vectors are in the same bucket only if both hashes
+    are equal. This hash is that of Andoni et al. 2015, "Practical and optimal LSH for angular distance". Vectors need
+    not be normalized for it: their length does not change which of the products is the largest.
     """
     buckets = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
     for directions in rotation:

@@ -361,7 +361,7 @@ def overfitting(curves: Curves) -> Finding | None:
 
 
 def validation_gap(curves: Curves) -> Finding | None:
-    """Compare the last validation loss with the training loss at this step. In the first epochs, both are close."""
+    """Compare the last validation loss with the training loss at this step: without overfitting, both are close."""
     if not len(curves.val["loss"]) or not np.isfinite(curves.val["loss"][-1]):
         return None
     step, loss = curves.val["step"][-1], float(curves.val["loss"][-1])

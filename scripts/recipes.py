@@ -41,9 +41,9 @@ Results = dict[str, dict[str, Losses]]  # size -> recipe -> losses
 
 
 class Size(NamedTuple):
-    """A YAML file and `fields` that replace its values, which give the model, the dataset and the batch.
+    """The model, the dataset and the batch of an experiment, and the number of steps of a full run.
 
-    `steps` is the number of steps of a full run.
+    `config` is a YAML file, and `fields` replace some of its values.
     """
 
     config: str

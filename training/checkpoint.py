@@ -116,7 +116,10 @@ class Checkpoints:
         return self.directory / f"step-{step:06d}"
 
     def best(self) -> tuple[float, Path] | None:
-        """Return the lowest validation loss and the existing checkpoint with this loss, or None; see `find_best`."""
+        """Return the lowest validation loss of the existing checkpoints, and the checkpoint that has it.
+
+        Return None if no checkpoint has a validation loss.
+        """
         return find_best(self.directory, self._unreadable)
 
     def advice(self) -> str:

@@ -76,7 +76,7 @@ def check_graph(model: GPT, settings: Settings, report: Report) -> None:
 
 
 def score_questions(settings: Settings, report: Report) -> None:
-    """Time the scoring of questions with four endings each. Compare the scores of the first two with those in float32.
+    """Time the scoring of questions with four endings each. Compare the scores of two questions with those in float32.
 
     The tokens are random. The questions and the endings are about as long as those of HellaSwag.
     """
