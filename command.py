@@ -22,7 +22,8 @@ from typing import Any, NoReturn, TextIO
 def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Print an uncaught exception, but only a line break for Ctrl-C.
 
-    `ending` cannot catch a Ctrl-C that comes while modules are imported, so this function handles it.
+    In a command, the context manager `ending` (below) handles Ctrl-C. It is not active yet while modules are imported:
+    a Ctrl-C at that time is handled here.
     """
     if issubclass(kind, KeyboardInterrupt):
         print(file=sys.stderr)

@@ -277,9 +277,10 @@ def _data(message: dict[int, list[int | bytes]], field: int) -> bytes:
 
 
 def masked_crc32c(data: bytes | np.ndarray) -> int:
-    """Return the masked CRC32C of read-only bytes, which is the number that LevelDB stores.
+    """Return the masked CRC32C of data: the CRC32C, rotated by 15 bits, plus CRC_MASK.
 
-    LevelDB masks it, because the CRC32C of data that itself contains a CRC32C is unreliable.
+    LevelDB and TensorFlow store this number, because the CRC32C of data that itself contains a CRC32C is unreliable.
+    An array must be read-only, which the package google_crc32c requires.
     """
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + CRC_MASK) & 0xFFFFFFFF

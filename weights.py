@@ -109,8 +109,8 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# Limits that are stricter than LARGEST_FIELD. Building a model with more layers could take hours. Without this limit,
-# `load_weights` would find only after these hours that most of the tensors are missing.
+# Limits that are stricter than LARGEST_FIELD. If a damaged config.json has a huge n_layer, building the model could
+# take hours, and only then would `load_weights` find that most of the tensors are missing.
 LARGEST = {"n_layer": 10_000}
 
 # OpenAI's names of the released models -> their names on the hub. 117M and 345M are earlier names of 124M and 355M.

@@ -20,7 +20,8 @@ import numpy as np
 
 from data.loader import TrainingWindows
 
-MAX_SCHEDULE = 10_000  # if the fractions need a longer schedule, they are rounded to multiples of 1 / MAX_SCHEDULE
+# If the fractions need a longer schedule, they are rounded to multiples of 1 / MAX_SCHEDULE, and divided by their sum.
+MAX_SCHEDULE = 10_000
 
 
 def exact_fractions(weights: Sequence[float]) -> list[Fraction]:

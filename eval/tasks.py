@@ -91,7 +91,7 @@ def run_choices(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Ta
         return make_questions(name, task.train_rows(), task.render)
 
     result = _answer_questions(args, evaluator, questions, train_questions, convention)
-    if not args.shots:  # with --shots, the results cannot be compared with the GPT-2 paper
+    if not args.shots:  # the prefix "paper, " of some tasks means: as in the GPT-2 paper, which uses no shots
         result.convention = f"{task.convention_prefix}{result.convention}"
     return result
 

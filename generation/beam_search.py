@@ -32,8 +32,8 @@ class Beams(NamedTuple):
     scores: Tensor
     ids: Tensor  # (B, K, prompt + max_new_tokens)
     logprobs: Tensor  # (B, K, max_new_tokens), log-probability of each new token, from the unprocessed logits
-    # (B, K, max_new_tokens), for each new token, the index of the row of the scores (B * K, V) that the token was
-    # chosen from. The index is -1 where there is no token yet.
+    # (B, K, max_new_tokens), for each new token, the row of the running beam that it continued: an index of the
+    # B * num_beams rows of the forward pass. The index is -1 where there is no token yet.
     origins: Tensor
 
     @property

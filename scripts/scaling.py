@@ -190,7 +190,9 @@ def run_table(study: Study, found: Fit) -> str:
 def form_table(study: Study, found: Fit) -> str:
     """Return the table of the forms of the law, with two errors for each form.
 
-    The first error is that for a size that was left out of the fit, the second is that for the held-out runs.
+    The first error is that of a cross-validation: each size of the fitted runs is left out of the fit in turn, and the
+    error is the root mean square of the errors for the left-out sizes. The second error is the mean for the held-out
+    runs, which are larger than all fitted runs.
     """
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]

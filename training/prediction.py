@@ -29,7 +29,7 @@ Study = dict[str, Any]  # keys: "config", the configuration file; "recipe", see 
 
 
 class Fit(NamedTuple):
-    """A law that was fitted to the runs of a study, with the data for its intervals and its range."""
+    """A law that was fitted to the runs of a study, with the data for intervals and for the check of extrapolations."""
 
     form: str  # name in FORMS
     law: Law

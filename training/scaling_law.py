@@ -102,7 +102,11 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
 
 
 def starting_points(losses: np.ndarray) -> np.ndarray:
-    """Return 81 starting points of a fit to centered logarithms: (log E, log A, a, log B, b, c) in rows, (81, 6)."""
+    """Return 81 starting points (81, 6) for a fit to runs with these losses.
+
+    Each row is (log E, log A, a, log B, b, c). A and B belong to the centered logarithms of N and D, from which their
+    means were subtracted (`fit_weighted`).
+    """
     mean, points = losses.mean(), []
     for floor, a, b, c in itertools.product((0.2, 0.5, 0.8), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0), (0.1, 0.3, 1.0)):
         half = np.log((1 - floor) * mean) / c - np.log(2)

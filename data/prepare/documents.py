@@ -107,9 +107,10 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
 def _raw_documents(
     chunk: Chunk, options: ParseOptions, documents: Documents
 ) -> Iterable[tuple[int, bytes | str | None]]:
-    """Iterate over the documents: the number of each (its line, document or row, for messages), and its text.
+    """Yield (number, text) for each document. The text may be empty or None, and may be invalid UTF-8.
 
-    The text may be empty or None, and may be invalid UTF-8.
+    The number is for error messages: it is that of the document's line (text files and JSON lines), of its row
+    (tables), or of the document itself (files with separators).
     """
     if chunk.format in ("text", "separated"):
         text = chunk.read()

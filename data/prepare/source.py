@@ -38,8 +38,8 @@ class Chunk:
     file: the file from which the chunk was cut;
     format: "text" (one document, or a part of it), "separated" (documents with separators), "jsonl", "parquet" (a row
         group), "arrow" (rows already read), or "tokens" (uint16, end-of-text before each document);
-    first: number of the chunk's first line, document or row, for messages. It is counted from 1, from the beginning of
-        the file or, if `offset` is set, from `offset` on;
+    first: number of the chunk's first line, document or row, for error messages. The count starts with 1 at `offset`
+        if it is set, otherwise at the byte `file.begin`;
     source_bytes: how many bytes of the file the chunk covers, for the progress display;
     data: the content of the chunk, if `offset` is None and the format is not "parquet";
     continues: whether the chunk begins inside a document that began in an earlier chunk;
