@@ -99,7 +99,7 @@ def report(title: str, unit: str, amount: float, results: dict[str, dict[str, fl
 
 
 def bench_train(peers: dict[str, str], runs: int, device: str) -> list[dict[str, Any]]:
-    """Time a training step. Compare the FLOP/s of our step with those of its fastest matrix product, timed alone."""
+    """Time a training step. Compare our FLOP/s with those of the fastest matrix product of the model, timed alone."""
     rows, tokens = BATCH[device]
     work = (device, rows, tokens)
     contestants = {"ours": Call("benchmarks.ours.train", "train", work)}

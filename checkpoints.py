@@ -87,9 +87,9 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
     """Return the lowest validation loss of the existing checkpoints, and its checkpoint, or None if no loss is known.
 
     A checkpoint stores two losses, if they are known: its own validation loss, and the lowest validation loss of the
-    run so far, with the step of that loss. A checkpoint that was saved on a stop request lacks its own loss, because
-    the validation of its step ran only after the run had resumed. But if that validation found the lowest loss so far,
-    later checkpoints store this loss and the step.
+    run so far, with the step of that loss. If the run was asked to stop when a validation was due, the checkpoint of
+    that step lacks its own loss: the validation ran only after the run had resumed. But if this validation found the
+    lowest loss so far, later checkpoints store this loss and the step.
 
     Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, losses on
     another number of tokens than the newest loss are ignored. Older versions of this repository did not store the
@@ -169,7 +169,7 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
 
 
 def _ended_by_patience(newest: Path) -> bool:
-    """Return whether eval.patience ended a run with this newest checkpoint, that is, before the run's last step.
+    """Return whether eval.patience ended a run before its last step. `newest` is the newest checkpoint of the run.
 
     Return False if this is not known, because the state of the checkpoint cannot be read, or because an older version
     of this repository wrote the state and did not store whether the run had finished.

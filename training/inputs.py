@@ -35,18 +35,18 @@ class Inputs:
     """An open dataset and its tokenizer."""
 
     train: TrainingWindows
-    val: dict[str, Windows]  # by directory of the dataset, several for a mixture; empty only if eval.every is 0
+    val: dict[str, Windows]  # dataset directory -> its windows; several for a mixture; empty only if eval.every is 0
     tokenizer: Tokenizer
-    prompts: list[list[int]]  # token ids of the texts that sampling at validation continues
+    prompts: list[list[int]]  # token ids of the prompts from which each validation samples texts
     notes: list[str] = field(default_factory=list)  # about the data, printed when the run starts
     n_cut: int = 0  # number of training prompts that were too long, and whose beginning was cut off
-    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; empty if null
+    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; {} if it is null
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
     bytes_per_token: float | None = None  # mean UTF-8 bytes per token of the training split; None if not known
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of all training windows, including padding, as data.batch_tokens counts them."""
+        """Number of tokens in all training windows. Padding counts, as it does in data.batch_tokens."""
         return len(self.train) * self.train.sequence_length
 
     @property
@@ -120,7 +120,8 @@ def open_datasets(config: Config, *, verify: bool) -> Inputs:
 def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
     """Open the token shards and the tokenizer in a directory. Without a meta.json, the tokenizer is GPT-2's.
 
-    Raises ValueError or OSError if shards are missing or damaged, or if meta.json states another tokenizer.
+    Raises ValueError or OSError if shards are missing or damaged, or if the tokenizer is not the one that meta.json
+    states.
     """
     directory = Path(dataset)
     train, val = open_split(directory, "train"), None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Import `command` before torch: it imports openmp, which sets an environment variable that OpenMP reads when torch
-# loads it.
+# Import `command` before torch. `command` imports openmp.py, which sets an environment variable. The OpenMP library
+# reads this variable when torch loads the library.
 from command import described, fail, lasting_output
 
 # isort: split
@@ -37,7 +37,7 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True
-        # Let a second Ctrl-C raise KeyboardInterrupt, before the message below invites it.
+        # Let a second Ctrl-C raise KeyboardInterrupt, before the message below tells the user to press Ctrl-C again.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._announce and is_first:
             again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
@@ -48,10 +48,10 @@ class StopSignal:
 
 @contextmanager
 def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
-    """Read the command line and join the other processes. Yield both results to a `with` block.
+    """Read the command line and join the other processes. Yield configuration, flags and processes to a `with` block.
 
-    Some errors in the block end this process with a message. The exit status is 2 for an error that the user can
-    correct, 1 if another process has ended, and 130 for Ctrl-C. All other errors are raised unchanged.
+    Some errors, here or in the block, end this process with a message. The exit status is 2 for an error that the user
+    can correct, 1 if another process has ended, and 130 for Ctrl-C. All other errors are raised unchanged.
     """
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     with lasting_output():

@@ -25,7 +25,7 @@ from device import cpu_instruction_set
 from processes import Processes
 from training.config import Config
 
-SAMPLE_CHARACTERS = 66  # with the indentation, an excerpt of this length fits on a terminal of 80 columns
+SAMPLE_CHARACTERS = 66  # maximum length of a printed sample; with its indentation, it fits on 80 columns
 
 
 class Progress:

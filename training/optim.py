@@ -72,7 +72,7 @@ class Muon(Optimizer):
             for parameter, update in zip(parameters, updates, strict=True):
                 update = update.reshape(parameter.shape)
                 if hasattr(parameter, "full_tensor"):  # FSDP: every process has the whole update and keeps its part
-                    # imported here: it takes a second, and few runs shard
+                    # imported here: the import takes a second, and few runs use FSDP
                     from torch.distributed.tensor import DTensor, Replicate
 
                     update = DTensor.from_local(update, parameter.device_mesh, [Replicate()]).redistribute(
@@ -116,7 +116,7 @@ class Muon(Optimizer):
             waiting()
 
     def _start_replicated(self, group: dict[str, Any], parameters: list[Tensor]) -> Callable[[], None]:
-        """Orthogonalize this process's part of the matrices of one shape, and start to send the results to the others.
+        """Orthogonalize this process's share of the matrices of one shape. Start to send the results to the others.
 
         Returns a function that waits for the results of the other processes and updates the parameters.
         """
@@ -229,8 +229,9 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
     """Return the optimizers of a model's trainable parameters; each parameter group stores its peak rate as `peak_lr`.
 
-    `dtype` is the precision of Muon's matrix products, which the device should compute natively (`fast_dtype`). Weight
-    decay applies to tensors with two or more dimensions: embeddings and matrices, not biases and LayerNorms.
+    `dtype` is the precision of Muon's matrix products: use one that the device computes without emulation
+    (device.fast_dtype). Weight decay applies to tensors with two or more dimensions: embeddings and matrices, not
+    biases and LayerNorms.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers: list[Optimizer] = []

@@ -51,14 +51,14 @@ class Plan:
 def make_plan(config: Config, workload: Workload, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
     """Decide how a run computes.
 
-    Free memory differs between processes and changes with time, but all processes must use the same strategy and the
-    same micro-batch. A run that resumes with the same settings and hardware keeps its micro-batch: with another
-    micro-batch, gradients would be summed in another order, which changes the last bits of the results.
+    Free memory differs between processes and changes with time, but all processes must have the same micro-batch, and
+    all must use DDP or all FSDP. A run that resumes with the same settings and hardware keeps its micro-batch: with
+    another micro-batch, gradients would be summed in another order, which changes the last bits of the results.
 
     Args:
         resumed_state: trainer/state.json of the checkpoint from which the run resumes or branches; empty without one.
 
-    Raises ValueError if not even one window fits into the memory.
+    Raises ValueError if data.micro_batch is auto and not even one window fits into the memory.
     """
     device = processes.device
     here, why_sharded = should_shard(config, workload, processes)
@@ -79,8 +79,8 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
     }
     if config.data.micro_batch == "auto" and resumed_state:
         same = all(resumed_state.get(name, value) == value for name, value in planned_for.items())
-        # The state describes the device of the main process only, so only the main process compares. The other
-        # processes pass True.
+        # `resumed_state` describes the device of the main process only. So only the comparison of the main process
+        # counts, and the other processes pass True.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
     compiled, why_compiled = should_compile(config, workload.n_parameters, device)
@@ -114,13 +114,13 @@ def usable_memory(device: torch.device) -> tuple[int, float]:
     """Return the bytes of memory that are free for this process, and the fraction of them that a run may need."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
-    # On a CPU, the fraction is smaller, because the C library keeps freed memory, which fragments: a process used up to
-    # 1.45 times the estimate.
+    # On a CPU, the fraction is smaller than on a GPU, because the C library keeps freed memory, which fragments: a
+    # process used up to 1.45 times the estimate.
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
 
 
 def fit_micro_batch(config: Config, workload: Workload, processes: Processes, *, sharded: bool) -> tuple[int, str]:
-    """Return the configured micro-batch or, for auto, the `largest_micro_batch` by the estimate, and the reason.
+    """Return the configured micro-batch or, for auto, the largest that is estimated to fit, and the reason.
 
     Raises ValueError if the micro-batch is auto and not even one window fits.
     """

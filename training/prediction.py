@@ -18,7 +18,7 @@ from training.start import run_identity
 
 # Written by scripts/scaling.py. An installation may lack the file; then nothing is predicted.
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "scaling.json"
-SIZES = ("n_layer", "n_head", "n_embd")  # fields of the model that differ between the runs of a study
+SIZES = ("n_layer", "n_head", "n_embd")  # fields of GPTConfig that differ between the runs of a `Study` (below)
 
 # The warm-up has the same number of steps in all runs, so it is a larger part of a short run. A run whose warm-up is
 # more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
@@ -33,17 +33,20 @@ class Fit(NamedTuple):
 
     form: str  # name in FORMS
     law: Law
-    errors: dict[str, float]  # by form: root mean square of the results of `leave_one_size_out`
+    errors: dict[str, float]  # form -> root mean square of its errors in `leave_one_size_out`
     samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms
     runs: list[dict[str, Any]]  # the fitted runs
 
     def predict(self, run: dict[str, Any]) -> tuple[float, float, float]:
-        """Return the expected loss of a run, and the two ends of its 95% interval; `run` has the keys of `size_of`."""
+        """Return the expected loss of a run (with the keys of `size_of`), and the two ends of its 95% interval."""
         size = run["parameters"], run["tokens"]
         return float(self.law.loss(*size)), *interval(self.samples, *size)
 
     def extrapolations(self, run: dict[str, Any]) -> list[str]:
-        """Return a text, such as "2.0 times the most tokens", for each size outside the range of the fitted runs."""
+        """Compare parameters, tokens and FLOPs of `run` with the range of the fitted runs.
+
+        Return a text, such as "2.0 times the most tokens", for each number outside its range.
+        """
         found = []
         for name, unit in (("parameters", "parameters"), ("tokens", "tokens"), ("flops", "FLOPs")):
             values = [fitted[name] for fitted in self.runs]
@@ -55,7 +58,7 @@ class Fit(NamedTuple):
 
 
 def recipe_of(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return, as plain values, the settings that must be equal in fitted runs and in the run that the fit predicts.
+    """Return, as JSON values, the settings that must be equal in fitted runs and in the run that the fit predicts.
 
     These are all the settings that determine the loss, except the model's size, the number of steps, the seed and the
     precision. They include the hashes of the dataset, the number of validation tokens and the width of a head.

@@ -121,7 +121,7 @@ class RunDirectory:
     ) -> None:
         """Create the directory if it does not exist, write config.yaml and other files, and start the trackers.
 
-        If the directory exists, first remove incomplete checkpoints, and the records and samples that an earlier
+        If the directory exists, also remove incomplete checkpoints, and the records and samples that an earlier
         attempt wrote for steps after the step from which the run resumes.
 
         Args:
@@ -130,8 +130,8 @@ class RunDirectory:
             last_validation: the last step whose validation is kept. Later validations and samples are removed.
             say: prints a message to the user.
 
-        Raises OSError if the directory cannot be written. Raises ValueError if another process holds the lock, if
-        another process has written checkpoints since this process was started, or if a tracker does not start.
+        Raises OSError if the directory cannot be written. Raises ValueError if another process holds the lock or has
+        written checkpoints since this process was started, if metrics.jsonl is damaged, or if a tracker does not start.
         """
         self._say, self._continue_on_error = say, config.checkpoint.on_error == "continue"
         try:
@@ -193,8 +193,8 @@ class RunDirectory:
     ) -> None:
         """Draw the losses so far to loss.png.
 
-        Do nothing if the start or the last picture was less than SECONDS_BETWEEN_PICTURES ago, unless `last` is True.
-        An error is printed and not raised.
+        Do nothing if this process started, or drew the last picture, less than SECONDS_BETWEEN_PICTURES ago, unless
+        `last` is True. An error is printed and not raised.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
@@ -334,8 +334,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iterate_metrics(path))
 
 
-# In samples.txt, a line of a text that begins like a heading gets a backslash before it. A line that begins with
-# backslashes and a heading gets one more backslash. So removing one backslash from each such line restores the text.
+# In samples.txt, a heading begins with "==== ". A line of a sampled text may also begin with "==== ", or with
+# backslashes and "==== ". Such a line gets one more backslash at its beginning. To restore the line, remove this
+# backslash.
 HEADING = re.compile(rb"^==== step (\d+), sample ", re.MULTILINE)
 NEEDS_ESCAPE = re.compile(r"^(?=\\*==== )", re.MULTILINE)
 ESCAPED = re.compile(r"^\\(?=\\*==== )", re.MULTILINE)

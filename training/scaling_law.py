@@ -47,7 +47,7 @@ class Form(NamedTuple):
 
 
 _EYE = np.eye(6)
-_NO_FLOOR = -60.0  # log E for E = 0; minus infinity would give NaN in products with 0
+_NO_FLOOR = -60.0  # log E that stands for E = 0: exp(-60) is almost 0, and minus infinity times 0 would be NaN
 FORMS = {
     "full": Form("Hoffmann et al. 2022: c = 1", _EYE[:, :5], _EYE[5]),
     "one-exponent": Form("c = 1, a = b", np.stack([*_EYE[:2], _EYE[2] + _EYE[4], _EYE[3]], axis=1), _EYE[5]),
@@ -58,7 +58,7 @@ FORMS = {
 
 
 class Observations(NamedTuple):
-    """Finished runs as arrays of equal length n."""
+    """Finished runs as arrays of equal length n. The size of a run is its pair (parameters, tokens)."""
 
     parameters: np.ndarray  # (n,) without embeddings
     tokens: np.ndarray  # (n,)
@@ -84,7 +84,8 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
     n_sizes, n_free = len(set(zip(runs.parameters, runs.tokens, strict=True))), form.matrix.shape[1]
     if n_sizes < n_free:
         raise ValueError(f"a law with {n_free} free numbers needs runs of {n_free} sizes, but there are {n_sizes}")
-    # Subtract the means of log N and log D. With logarithms near 0, all terms of the law have a similar size.
+    # Subtract the means of log N and log D. With logarithms near 0, A and B are about as large as the two terms that
+    # contain them, and so not extremely large.
     centers = np.log(runs.parameters).mean(), np.log(runs.tokens).mean()
     x, y = np.log(runs.parameters) - centers[0], np.log(runs.tokens) - centers[1]
     if near is None:
@@ -150,7 +151,7 @@ def minimize(
 def evaluate(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return log L(N, D) minus the target, (k, n), and the derivative with respect to the free numbers, (k, n, f)."""
+    """Return log L(N, D) minus the target, (k, n), and its derivative with respect to the free numbers, (k, n, f)."""
     log_e, log_a, a, log_b, b, c = (form.offset + free @ form.matrix.T).T[:, :, None]  # each (k, 1)
     of_n, of_d = log_a - a * x, log_b - b * y  # (k, n)
     inner = np.logaddexp(of_n, of_d)
@@ -171,9 +172,9 @@ def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 
     """Return an array (count, 7). Each row has the fields of a law that was fitted to a random sample, and a residual.
 
     The sample has n runs, drawn with replacement from all n runs. The residual is log(loss / loss by `law`) of a random
-    run. It represents what a law cannot explain, such as the influence of the seed. `law` was fitted to all runs
-    with f free numbers. Its residuals for these n runs are smaller than for other runs, so they are multiplied by the
-    square root of n / (n - f).
+    run. It represents what a law cannot explain, such as the influence of the seed. `law` has f free numbers and was
+    fitted to the n runs. So its residuals for these runs are smaller than for other runs, and they are multiplied by
+    the square root of n / (n - f).
     """
     generator = np.random.default_rng(seed)
     n, n_free = len(runs.losses), form.matrix.shape[1]
@@ -183,7 +184,7 @@ def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 
 
 
 def interval(samples: np.ndarray, parameters: float, tokens: float, level: float = 0.95) -> tuple[float, float]:
-    """Return the interval that contains a run's loss with probability `level`, from the rows of `bootstrap`."""
+    """From `samples`, rows of `bootstrap`, return the interval that contains a run's loss with probability `level`."""
     losses = Law(*samples.T[:6]).loss(parameters, tokens) * np.exp(samples[:, 6])
     low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

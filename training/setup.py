@@ -41,7 +41,7 @@ class TrainingState:
     seconds: float = 0.0  # duration of these steps, in seconds
     skipped_steps: int = 0  # steps whose loss or gradient was not finite; overflow_steps are counted separately
     overflow_steps: int = 0  # steps whose gradient overflowed float16
-    val_loss: float | None = None  # validation loss after this step; None if it was not measured
+    val_loss: float | None = None  # validation loss after step `step`; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
     val_tokens: int = 0  # number of targets over which val_loss and best are means; 0: no validation split so far
     save_seconds: float = 0.0  # seconds that training paused for the last checkpoint; logged with the next step

@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
     checkpoint: Path | None  # its training state is loaded; None: the run starts at step 0
     branches: bool  # True if the checkpoint belongs to another run
-    damaged: list[Path]  # damaged checkpoints of this run that are newer; known to the main process only
+    damaged: list[Path]  # damaged checkpoints of this run, newer than `checkpoint`; known to the main process only
     model: ModelFiles | None  # the model in the checkpoint, or that of model.init_from; None for new weights
 
     @property
@@ -91,8 +91,8 @@ def parse_branch_point(name: str) -> tuple[Path, str]:
 def find_branch_point(name: str) -> Path:
     """Return the checkpoint that run.branch_from names, after verifying its files.
 
-    Raises FileNotFoundError if there is no such run or step. Raises ValueError if `name` has another form, or
-    if the checkpoint is damaged.
+    Raises FileNotFoundError if there is no such run or step. Raises ValueError if `name` is not of the form RUN or
+    RUN@STEP, or if the checkpoint is damaged.
     """
     directory, step = parse_branch_point(name)
     if not is_run(directory):
@@ -103,7 +103,7 @@ def find_branch_point(name: str) -> Path:
 
 
 def find_initial_model(config: Config, checkpoint: Path | None) -> ModelFiles | None:
-    """Return the model in `checkpoint` or, without one, the model that model.init_from names; None for scratch."""
+    """Return the model in `checkpoint`. Without a checkpoint, return that of model.init_from, or None for scratch."""
     if checkpoint is None and config.model.init_from == "scratch":
         return None
     return find_model(str(checkpoint or config.model.init_from))
@@ -168,11 +168,11 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
         before["validation_sha256"] = now["validation_sha256"]
     # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
     model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]
-    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # older files have neither
+    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # old files lack both keys
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
-    # A parent may itself be a branch, and a resumed run may write its branch point in another way. Neither counts as a
-    # change of the configuration.
+    # A parent may itself be a branch. A resumed run may write the path of its branch point in another way. Neither
+    # counts as a change of the configuration.
     run = state["identity"]["run"]
     if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
         run["branch_from"] = config.run.branch_from

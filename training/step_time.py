@@ -2,7 +2,7 @@
 
 The fractions of a card's peak below were chosen so that the estimates for 124M come within 7% of the rates that other
 projects have published (PUBLISHED). For a step of 64 x 1,024 tokens on one H200, the estimated durations were 2%
-(AdamW) and 5% (Muon) too short (docs/gpu.md). No other card and no group of cards was measured.
+(AdamW) and 5% (Muon) too short (docs/gpu.md). This project measured no other card, and no group of cards.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ ELEMENTWISE = 150
 # Tokens of all texts in HellaSwag, including padding. These texts are short, so the forward pass of a token takes
 # HELLASWAG_SLOWDOWN times as long as in training.
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0
-# Tokens of each sampled text, and the seconds to sample one token of all texts, measured on an H200. The number of
-# kernels determines these seconds, so they are used for any number of texts.
+# Tokens of each sampled text, and the seconds of a pass that adds one token to every text, measured on an H200. The
+# number of kernel launches determines these seconds, so they are used for any number of texts.
 TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
-SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches. If this is enough for a fast step, the CPU is not measured
+SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches; if a step is not slow at this rate, the CPU is not measured
 CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reaches; measured for 124M: 0.78 to 0.81
 
 
@@ -65,7 +65,7 @@ def estimate_step(config: Config, workload: Workload, card: Card, rows: int, *, 
     """Estimate a step with micro-batches of `rows` windows; None if the card's peak in the precision is not known.
 
     Args:
-        card: the card of each device.
+        card: the type of GPU, the same for all processes.
         sharded: FSDP instead of DDP.
     """
     model, count, dtype = workload.model, workload.hardware.count, workload.hardware.dtype
@@ -143,7 +143,7 @@ def seconds_of_communication(
     blocks = parameters - embeddings
     if not sharded:
         # An all-reduce is a reduce-scatter and an all-gather. The embeddings' gradient is complete only at the end of
-        # the backward pass, so at least its all-reduce cannot overlap.
+        # the backward pass, so at least the all-reduce of this gradient cannot overlap with the pass.
         reduce = 2 * seconds(4 * parameters, 1 + model.n_layer)
         return max(2 * seconds(4 * embeddings, 1), reduce - last_backward)
     gather = seconds(2 * dtype.itemsize * blocks, 2 * model.n_layer)  # once for forward, once for backward
@@ -169,7 +169,7 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
 
 
 def measure_matmul_rate(dtype: torch.dtype, width: int = 768) -> float:
-    """Return the FLOP/s of this CPU for matrix products of a model's size, measured in a fraction of a second."""
+    """Measure, in a fraction of a second, the FLOP/s of this CPU in a matrix product of a model with this width."""
     a, b = torch.ones(1024, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
     durations = []
     for _ in range(3):

@@ -21,7 +21,7 @@ class Tracker(Protocol):
         """Receive the metrics of a step. Their keys are "split/name"."""
 
     def finish(self, *, failed: bool) -> Any:
-        """Send or write the metrics that are still waiting, and record whether the run has failed."""
+        """Send or write the metrics that are still waiting. Some trackers also record whether the run has failed."""
 
 
 def chosen(log: Log) -> list[str]:
@@ -97,7 +97,7 @@ class WeightsAndBiases:
 
 
 class TensorBoard:
-    """Writes TensorBoard's event files to `tensorboard` in the run's directory: `tensorboard --logdir runs`.
+    """Writes event files to `tensorboard` in the run's directory. The command `tensorboard --logdir runs` shows them.
 
     TensorBoard ignores what an earlier attempt wrote for the steps after `last_step`.
     """

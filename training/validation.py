@@ -139,9 +139,9 @@ def hellaswag_is_due(step: int, config: Config) -> bool:
 def sample_texts(run: TrainingRun) -> list[str]:
     """Sample eval.samples texts. Each text continues a prompt.
 
-    With data.format completions, the prompts are those of the validation split; with tokens, the prompt is end-of-text.
-    The seed is the same at each validation, so that the texts show how the model changes. Only the last block_size / 2
-    tokens of a prompt are used, so that there is room for new tokens.
+    With data.format completions, the prompts are those of the validation split. With data.format tokens, the only
+    prompt is the end-of-text token. The seed is the same at each validation, so that the texts show how the model
+    changes. Only the last block_size / 2 tokens of a prompt are used, so that there is room for new tokens.
     """
     n, block_size, tokenizer = run.config.eval.samples, run.model.config.block_size, run.inputs.tokenizer
     if n == 0:
