@@ -37,11 +37,11 @@ import yaml
 # This script imports none of the project's modules, because they may move between BASE and HEAD. It depends only on the
 # command lines, the configuration's fields and the files that a run writes.
 
-Facts = dict[tuple[str, str], Any]  # (what, where) -> value, such as ("train loss", "step 3") -> 5.91
+Facts = dict[tuple[str, str], Any]  # compared values: (what, where) -> value, such as ("train loss", "step 3") -> 5.91
 
 STEPS, RESUME_AT = 20, 10  # steps of each run, and the step whose checkpoint HEAD resumes
 CHECKPOINT_FILES = ("model.safetensors", "trainer/optimizer.safetensors")
-TIMING = ("second", "mfu", "memory")  # metrics whose names contain one of these words vary, so they are not compared
+TIMING = ("second", "mfu", "memory")  # words in the names of metrics that vary from run to run and are not compared
 TIMEOUT = 600.0  # seconds for one command, which usually takes less than ten
 GRACE = 60.0  # seconds that a command has to end after SIGTERM, before it is killed
 SHOWN = 3  # largest number of differences that are printed for one case
@@ -57,7 +57,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "system": {"device": "cpu", "dtype": "float32", "compile": False},
 }
 
-# One thread in each process, because the number of threads can change the order of sums.
+# Environment variables of every command. One thread per process: the number of threads can change the order of sums.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -452,7 +452,10 @@ def find_commit(revision: str, repository: Path) -> str:
 
 @contextlib.contextmanager
 def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
-    """Check out a commit in a worktree at `directory`, and remove the worktree afterwards. "." yields `repository`."""
+    """Check out a commit in a worktree at `directory`, and remove the worktree afterwards.
+
+    If `commit` is ".", yield `repository` itself.
+    """
     if commit == ".":
         yield repository
         return

@@ -1,16 +1,16 @@
-"""Predict the validation loss of a run from smaller runs, by a fit of L(N, D) for parameters N and tokens D:
+"""Predict the validation loss of a run from smaller runs, by a law L(N, D) of parameters N and training tokens D:
 
     python -m scripts.scaling --train --seeds 1 2 --held-out 1 2 3
     python -m scripts.scaling --figure docs/scaling.png
 
-With --train, small models are trained with the recipe and the dataset of a configuration, each with several lengths.
-Only the model's layers and channels, the number of steps and the seed differ. Attention heads always have as many
-channels as in the configuration. A run that is already in the file of results is not repeated. With --held-out, the
-configuration itself is trained too. This run is called the held-out run, because it is left out of the fit.
+With --train, small models are trained with the recipe and the dataset of a configuration, each in runs of several
+lengths. Only the model's layers and channels, the number of steps and the seed differ. Attention heads always have as
+many channels as in the configuration. A run that is already in the file of results (--results) is not repeated. With
+--train and --held-out, the configuration itself is trained too: the held-out run, which is left out of the fit.
 
 Then a law is fitted to the small runs in the file, which have at most a quarter of the FLOPs of the held-out run. The
-prediction of the law is compared with the loss of the held-out run. `train.py --dry-run` fits the runs of the same file
-to predict the loss of a run. docs/scaling.md explains the method.
+prediction of the law is compared with the loss of the held-out run. `train.py --dry-run` fits the runs in
+docs/scaling.json, the default of --results, to predict the loss of a run. docs/scaling.md explains the method.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def head_width(path: str) -> int:
 
 
 def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
-    """Return train.py's arguments for a run of this size, which validates once, after the last step.
+    """Return train.py's arguments for a run with this shape, length and seed. It validates once, after the last step.
 
     Raises ValueError if the channels are not a multiple of the width of the configuration's heads.
     """
@@ -191,8 +191,8 @@ def form_table(study: Study, found: Fit) -> str:
     """Return the table of the forms of the law, with two errors for each form.
 
     The first error is that of a cross-validation: each size of the fitted runs is left out of the fit in turn, and the
-    error is the root mean square of the errors for the left-out sizes. The second error is the mean for the held-out
-    runs, which are larger than all fitted runs.
+    error is the root mean square of the errors for the left-out sizes. The second error is the mean relative error of
+    the predictions for the held-out runs, which are larger than all fitted runs.
     """
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]
@@ -234,7 +234,7 @@ def check(study: Study, found: Fit) -> list[str]:
 def draw(study: Study, found: Fit, path: Path) -> None:
     """Draw loss against tokens: fitted runs, the law as a curve for each model, and held-out runs.
 
-    Bars at the held-out runs are the 95% intervals that the law predicts.
+    The prediction for a held-out run is a black square next to the run, with a bar for its 95% interval.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -258,7 +258,7 @@ def draw(study: Study, found: Fit, path: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Fit the runs of the configuration's recipe, print the tables and the check, and draw the figure.
+    """Fit a law to the runs with the configuration's recipe, and print its `check` and tables. Draw --figure if given.
 
     Raises ValueError if the file of results has too few of these runs.
     """

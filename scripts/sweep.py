@@ -58,9 +58,9 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
     """Train a run as `finish` does. Return its last validation loss and its metrics.
 
-    The loss is inf if the run diverged or the loss is not finite. If eval.final_tokens is set, the loss on these tokens
-    is returned. If eval.patience is set too, the loss on eval.tokens is returned for every run, because a run that
-    eval.patience ends early is not scored on eval.final_tokens, and losses on different tokens cannot be compared.
+    The loss is inf if the run diverged or the loss is not finite. It is measured on eval.final_tokens if this field is
+    set and eval.patience is 0, otherwise on eval.tokens. The reason is that a run that eval.patience ends early is not
+    scored on eval.final_tokens, and losses of different runs on different tokens cannot be compared.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"

@@ -2,9 +2,9 @@
 
     python -m scripts.transfer --sweep muon --shapes 64x4 512x4 --values 0.01 0.014 0.02 0.028 0.04 --seeds 1 2
 
-A sweep varies one field of the configuration and keeps the others constant. A shape is WIDTHxLAYERS, or
-WIDTHxLAYERSxSTEPS for a run of another length. Every value is trained with every seed in every shape. Runs that are
-already in the file of results are not repeated. The tables and the figure of docs/transfer.md come from that file:
+A sweep varies one field of the configuration and keeps the others constant. A shape is WIDTHxLAYERS for a run of 100
+steps, or WIDTHxLAYERSxSTEPS. Every value is trained with every seed in every shape. Runs that are already in the file
+of results, docs/transfer.json, are not repeated. The tables and the figure of docs/transfer.md come from that file:
 
     python -m scripts.transfer --figure docs/transfer.png
 """
@@ -143,7 +143,7 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def predict(name: str, old: Shape, new: Shape, value: float) -> float:
-    """Return the value of the swept field that the rule predicts for `new`, if `value` is the best one for `old`."""
+    """Return the best value of the swept field for `new` by the rule in `scale`, if `value` is the best for `old`."""
     sweep = SWEEPS[name]
     return value * scale(sweep.optimizer, sweep.field, Size(*old[:2]), Size(*new[:2]))
 
@@ -206,7 +206,7 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
     """Return groups of at least two shapes that differ in one number only: in the width, the layers or the steps.
 
     The other two numbers are those of the base shape (WIDTH, LAYERS, STEPS). There are also groups of shapes that
-    differ in the width and have another number of steps, which is then the same for the whole group.
+    differ in the width, have LAYERS layers, and have the same number of steps, which is not STEPS.
     """
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],

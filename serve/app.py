@@ -28,15 +28,15 @@ from generation.terminal import load
 from serve.completions import Part, RequestError, choice, join, parse_request, usage
 from serve.engine import Engine, Job
 
-MAX_BODY = 1 << 20  # bytes; far more than any prompt that fits into a GPT-2
-# A request whose body has more than MAX_BODY bytes is refused. The server still reads the body, up to this number of
+MAX_BODY = 1 << 20  # largest number of bytes in the body of a request; a prompt that fits into a GPT-2 has far fewer
+# A request whose body has more than MAX_BODY bytes is refused. The server still reads the body, up to MAX_DISCARDED
 # bytes, and discards it, because a client may read the error only after it has sent the whole body.
 MAX_DISCARDED = 64 << 20
 BODY_SECONDS = 30  # seconds in which a client must send the body of its request
 MAX_CONNECTIONS = 512
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 HERE = Path(__file__).parent
-REPORT_TEMPLATES = HERE.parent / "report" / "templates"  # the page shares its style and a script with the reports
+REPORT_TEMPLATES = HERE.parent / "report" / "templates"  # the page uses the style and a script of the reports
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
@@ -155,7 +155,7 @@ async def cancel_on_disconnect(request: Request, engine: Engine, job: Job) -> No
 
 
 async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
-    """Return the response to a request in the queue: a stream of events, or one object.
+    """Return the response to a request in the queue: a stream of events if it asks for one, otherwise one JSON object.
 
     Raises RequestError if the model cannot answer the request. Raises ClientDisconnect if the job was canceled, either
     because the client has disconnected or because the server stops.
@@ -190,8 +190,8 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
 async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
     """Yield server-sent events: one for each part, then an error, if there is one, and at the end "[DONE]".
 
-    If there is no error and the request asks for the usage, an event with the usage precedes "[DONE]". If the client
-    disconnects, the job is canceled.
+    If there is no error and the request asks for the usage (the numbers of tokens), an event with the usage precedes
+    "[DONE]". If the client disconnects, the job is canceled. `first` is the first part, or None if there is none.
     """
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 MAX_TOKENS = 4096  # new tokens of one completion
 MAX_CHOICES = 16  # completions of one request: the number of prompts times n
 MAX_STOPS = 8  # stop strings of one request
-MAX_STOP_LENGTH = 200  # characters
+MAX_STOP_LENGTH = 200  # characters of one stop string
 MAX_LOGPROBS = 20  # alternatives that are returned for each token
 MAX_BEAMS = 16
 # Unsupported fields, with the values at which they have no effect. A request with another value is refused.
@@ -24,8 +24,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "suffix": (None, ""),
 }
-IGNORED = {"user"}  # a field without effect, which identifies the client's own user
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # beam search does not use them: refused if num_beams > 1
+IGNORED = {"user"}  # fields without effect: with `user`, a client names the person for whom it sends the request
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # a request for beam search must not have these fields
 
 
 class RequestError(ValueError):
@@ -68,9 +68,9 @@ class TokenInfo(NamedTuple):
 class Part(NamedTuple):
     """A whole completion, or a part of a completion that is generated in several parts."""
 
-    number: int  # index of the completion in the request
+    number: int  # index of this completion among all completions of the request
     text: str
-    tokens: list[TokenInfo]  # may be empty if the request does not ask for log-probabilities
+    tokens: list[TokenInfo]  # without end-of-text; may be empty if the request asks for no log-probabilities
     n_tokens: int  # number of new tokens, including end-of-text if it ended the completion
     finish_reason: Literal["stop", "length"] | None  # None if another part of the completion follows
 

@@ -25,7 +25,7 @@ MAX_WAITING = 128  # requests in the queue; further requests are refused
 
 
 class Canceled(Exception):
-    """The client has disconnected, or the server stops."""
+    """Raised in the engine's thread to end a request, because its client has disconnected or the server stops."""
 
 
 class Job:

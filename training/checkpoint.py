@@ -43,7 +43,7 @@ def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Ten
     from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
 
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=options).get("state", {})  # {} on other ranks
+    state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=options).get("state", {})  # {} if rank > 0
     optimizer_state = {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
     weights: dict[str, Any] = dcp.get_model_state_dict(model, options=options)
     if model.transformer.wte.weight.device.type != "cpu":
@@ -77,7 +77,7 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
 
 
 def check_finite(tensors: dict[str, Tensor], step: int) -> None:
-    """Raise FloatingPointError if a value is NaN or infinite. The message names the first such tensor and the step."""
+    """Raise FloatingPointError if a tensor has NaN or infinity. The message names the first such tensor and `step`."""
     for name, tensor in tensors.items():
         # Check only the smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, aminmax
         # needs no second tensor of this size.

@@ -321,8 +321,8 @@ class Config:
         Args:
             vocab_size: number of tokens of the dataset's tokenizer. The vocabulary in the files of `initial` may be
                 larger, because it may be padded.
-            initial: the model that the run starts from, or None. If model.init_from is scratch, this model is a
-                checkpoint of a run. Its shape is then not used, because the section `model` defines the shape.
+            initial: the model that the run starts from; None for new weights. If model.init_from is scratch, this model
+                is a checkpoint of a run. Its shape is then not used, because the section `model` defines the shape.
 
         Raises ValueError if the section `model` is not valid or contradicts the model that model.init_from names, or
         if data.sequence_length is above the block size of that model.
@@ -351,7 +351,7 @@ class Config:
         return fields
 
     def _shape_of(self, initial: ModelFiles) -> dict[str, Any]:
-        """Return the fields of GPTConfig for the model that model.init_from names, with the block size of this run."""
+        """Return GPTConfig's fields for `initial`, the model that the run starts from, with this run's block size."""
         model, directory, found = self.model, initial.directory, initial.config
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(model, name) not in (None, getattr(found, name)):

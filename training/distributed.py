@@ -65,10 +65,10 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
 def shard(model: GPT, dtype: torch.dtype) -> None:
     """Divide parameters, gradients and optimizer state between all processes with FSDP2.
 
-    `dtype` is the precision of autocast, which converts the parameters of linear layers to `dtype` anyway. Those of a
-    block are gathered in `dtype`, with one collective operation for each block. All other parameters are gathered in
-    float32, once for a forward and backward pass. So the residual stream is float32, and the results are the same as
-    with DDP.
+    `dtype` is the precision of autocast, which converts the parameters of linear layers to `dtype` anyway. So the
+    parameters of the linear layers are gathered in `dtype`, with one collective operation for each block. All other
+    parameters are gathered in float32, once for a forward and backward pass. So the residual stream is float32, and the
+    results are the same as with DDP.
 
     The other parameters include the LayerNorms of all blocks, which together have fewer weights than one matrix. If
     each LayerNorm were gathered by itself, two thirds of all all-gathers would be for LayerNorms.

@@ -29,7 +29,7 @@ class Target(NamedTuple):
 
     name: str  # name of each device, such as H100
     hardware: Hardware
-    card: Card | None  # None if it is not in device.CARDS
+    card: Card | None  # None if the device is not in device.CARDS
     budget: float  # largest number of bytes that a run may need on each device
 
 
@@ -37,8 +37,8 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
     """Return the text that `train.py --dry-run` prints, and a message about what a run on this machine lacks.
 
     The text states the size of the model, the tokens, the checkpoint to start from, the memory that each size of
-    micro-batch needs and whether this memory is available, and the time. If a law was fitted to runs with the same
-    recipe and dataset (docs/scaling.md), the text also states the expected validation loss.
+    micro-batch needs and whether this memory is available, and the time. If docs/scaling.json has enough runs with the
+    same recipe and dataset, the text also states the expected validation loss (docs/scaling.md).
 
     `flags.dry_run` names the hardware, such as 8xH100. If it is "", the hardware is that of this process. The message
     is "" if nothing is missing, or if `flags.dry_run` names hardware.

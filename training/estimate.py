@@ -56,7 +56,7 @@ class Hardware:
 
     @classmethod
     def of(cls, processes: Processes) -> Hardware:
-        """Return the hardware of the processes, whose devices are assumed to be like the device of this one."""
+        """Return the hardware of the processes, whose devices are assumed to be like that of this process."""
         device, memory = processes.device, None
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
@@ -121,14 +121,15 @@ class Workload:
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
         # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
         # (the output of GELU and its gradient, then the gradients of GELU's output and input), and two float32
-        # gradients of the residual stream. In the loss, the tensors of `loss_memory` exist, and in the optimizer those
-        # of `muon_memory`. The part "logits" of the result already counts the memory of the loss, so "activations"
-        # counts only the bytes that the backward pass or the optimizer needs beyond the memory of the loss.
+        # gradients of the residual stream. In the loss, the tensors of `loss_memory` exist. In both places, the kept
+        # tensors and the head's gradient exist too. In the optimizer, the tensors of `muon_memory` exist. The part
+        # "logits" of the result always counts `loss_memory` and the head's gradient. The part "activations" counts the
+        # bytes that the peak needs beyond that.
         matrices = 12 * width**2 * model.n_layer if self.muon else 0
         muon_bytes = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
         backward = tokens * width * (2 * 4 * size + 2 * 4 + (block_bytes if self.recompute else 0))
         loss = loss_memory(model, tokens, hardware)
-        head = 4 * model.vocab_size * width  # the head's gradient is kept until the embedding's gradient is added
+        head = 4 * model.vocab_size * width  # the head's gradient, kept until that of the tied embedding is added
         activations = max(tokens * width * kept + max(0, backward - loss), muon_bytes - loss - head)
         # DDP has buffers for averaging all gradients. With several micro-batches in a step, gradients that were not
         # averaged yet are stored outside of these buffers, so gradients take twice the memory. FSDP shards the
@@ -146,8 +147,8 @@ class Workload:
         """Return the bytes of the weights on one process: its own, those that FSDP gathers, and 16-bit copies."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
         # Matrix products in 16 bits use 16-bit copies of the weights. FSDP gathers the weights of a block, and in
-        # advance those of the next block, in the precision of matrix products. It gathers the embeddings, which are
-        # also the head, in float32.
+        # advance those of the next block, in the precision of matrix products. It gathers the embeddings, and so the
+        # head (the token embeddings), in float32.
         embeddings = (model.vocab_size + model.block_size) * model.n_embd
         copied, gathered = self.n_parameters, 0
         if shards > 1:
@@ -157,9 +158,9 @@ class Workload:
         return 4 * self.n_parameters // shards + gathered + copies
 
     def fit_rows(self, budget: float, *, sharded: bool, below: int | None = None) -> int | None:
-        """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device, or None.
+        """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device.
 
-        With `below`, the micro-batch must have fewer than `below` rows (windows).
+        With `below`, it must have fewer than `below` rows (windows). The result is None if no such micro-batch fits.
         """
 
         def fits(rows: int) -> bool:
