@@ -52,7 +52,7 @@ class FixedStep:
         """Continue after the tokens that `cache` holds.
 
         Args:
-            mask: (N, tokens in `cache` or more), 0 for padding; None if no row is padded.
+            mask: (N, S), 0 for padding, where S is at least the number of tokens in `cache`; None if no row is padded.
             head: the function that computes logits (N, V) from hidden states (N, C).
         """
         weight, past, rows = model.transformer.wte.weight, cache.length, cache.batch_size
@@ -66,7 +66,7 @@ class FixedStep:
         read = torch.ones(rows, past, dtype=torch.bool, device=device) if mask is None else mask[:, :past].bool()
         # The position of the new token is the number of tokens before it, without padding.
         self.position_ids = read.sum(dim=1, keepdim=True)  # (N, 1)
-        # The mask holds 0 and -inf, which attention adds to its scores. A mask of booleans would be converted to these
+        # self.mask holds 0 and -inf, which attention adds to its scores. A mask of booleans would be converted to these
         # numbers in every layer.
         enabled = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if enabled else weight.dtype
@@ -74,7 +74,7 @@ class FixedStep:
         self.mask[:, 0, 0, :past].masked_fill_(read, 0.0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Add `tokens` (N, 1) to the cache, and return the logits (N, V) of the token after them."""
+        """Add one token of each row to the cache: `tokens` (N, 1). Return the logits (N, V) of the next tokens."""
         self.tokens.copy_(tokens)
         if self.capture and self.warm and self.graph is None:
             self._capture()
@@ -100,7 +100,7 @@ class FixedStep:
         self.position_ids += 1
 
     def _capture(self) -> None:
-        """Capture `_run` without executing it. If capturing fails, print the reason and do not try again."""
+        """Capture the operations of `_run` without executing them. If this fails, print the reason and do not retry."""
         try:
             self.graph = capture_graph(self._run, self.tokens.device)
         except RuntimeError as error:
@@ -111,7 +111,7 @@ class FixedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream that all captures on a device share, because cuBLAS keeps memory for every stream."""
+    """Return the stream that all captures on a device share. cuBLAS would keep memory for each additional stream."""
     return torch.cuda.Stream(device)
 
 

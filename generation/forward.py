@@ -15,7 +15,9 @@ from generation.numpy_step import NumpyStep, numpy_can_read
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
 
-MIN_GRAPH_TOKENS = 8  # for fewer new tokens, capturing a CUDA graph probably takes more time than the graph saves
+# Minimum number of new tokens for a `FixedStep`, which captures a CUDA graph. For fewer tokens, capturing the graph
+# probably takes more time than the graph saves.
+MIN_GRAPH_TOKENS = 8
 
 
 def needs_only_logits(options: GenerationOptions) -> bool:
@@ -26,8 +28,9 @@ def needs_only_logits(options: GenerationOptions) -> bool:
 def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     """Return whether single tokens are read by a `FixedStep`, which needs CUDA and returns only logits.
 
-    A FixedStep supports only `attention="full"`, because its mask is that of full attention. It cannot use weights that
-    FSDP has sharded, because FSDP gathers the weights only in a forward pass through the whole model.
+    The options must allow at least MIN_GRAPH_TOKENS new tokens. A FixedStep supports only `attention="full"`, because
+    its mask is that of full attention. It cannot use weights that FSDP has sharded, because FSDP gathers the weights
+    only in a forward pass through the whole model.
     """
     weight = model.transformer.wte.weight
     long_enough = options.max_new_tokens >= MIN_GRAPH_TOKENS
@@ -44,7 +47,7 @@ def uses_numpy_step(model: GPT, rows: int, mask: Tensor | None, options: Generat
 
 
 class CachedForward:
-    """The model's forward pass over growing rows. It reads only new tokens, and a cache holds the earlier ones.
+    """The model's forward pass over rows that grow by a token in each step. It reads only tokens that are not cached.
 
     If rows are longer than block_size, the model sees only their last block_size tokens, and each step decreases the
     position of each of these tokens by one. GPT-2's position embeddings are learned and absolute, so the keys and
@@ -57,19 +60,21 @@ class CachedForward:
         length = ids.size(1) + options.max_new_tokens - 1  # the last new token is never an input of the model
         self.fixed = uses_fixed_step(model, options)
         if self.fixed:
-            # CUDA's attention copies a mask whose rows are not a multiple of 16 bytes, which are 8 numbers of 16 bits.
+            # A row of the mask has a number for each token of the cache. CUDA's attention copies a mask if the size of
+            # its rows is not a multiple of 16 bytes, so round up to a multiple of 8: 8 numbers of 16 bits are 16 bytes.
             length = -(-length // 8) * 8
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
         self.numpy = not self.fixed and uses_numpy_step(model, len(ids), mask, options)
         self.step: FixedStep | NumpyStep | None = None
-        self.head = model._modules.get("decoding_head")  # exists after pack_weights
+        self.head = model._modules.get("decoding_head")  # the DecodingHead that `pack_weights` adds, or None without it
         self.checked = False
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
-        V is the model's vocab_size or, if a tokenizer with a smaller vocabulary is given, the tokenizer's: larger ids
-        have no text. If a FixedStep or a NumpyStep has read the token, the output holds only the cache.
+        V is the model's vocab_size. If the options have a tokenizer with a smaller vocabulary, V is the tokenizer's
+        vocab_size, because larger ids have no text. If a FixedStep or a NumpyStep has read the last token of ids, the
+        output holds only the cache.
 
         Raises:
             ValueError: the logits of the first call are NaN.
@@ -108,7 +113,7 @@ class CachedForward:
         return logits, output
 
     def _read_one(self, tokens: Tensor) -> Tensor:
-        """Add `tokens` (N, 1) to the cache, and return the logits (N, V) of the token after them."""
+        """Add one token of each row to the cache: `tokens` (N, 1). Return the logits (N, V) of the next tokens."""
         if self.step is None and self.numpy:
             self.step = NumpyStep(self.model, self.cache)
         elif self.step is None:

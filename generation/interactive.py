@@ -89,8 +89,8 @@ class Session:
     def answer(self, prompt: str) -> None:
         """Print `num_samples` continuations of a prompt as they are generated.
 
-        If `show_probs` is set, first print the table of probabilities. Raises ValueError, and prints nothing, if the
-        model cannot continue the prompt.
+        If `show_probs` is set, first print that number of the most probable next tokens. Raises ValueError, and prints
+        nothing, if the model cannot continue the prompt.
         """
         options = self.check(prompt)
         if self.args.show_probs:
@@ -100,9 +100,9 @@ class Session:
             self.last_text = prompt + print_stream(self.model, self.tokenizer, prompt, seed, options)
 
     def command(self, name: str = "", *values: str) -> None:
-        """Run the command `name` with the arguments `values`, the words that follow the colon in the user's line.
+        """Run a command. In the user's line, the first word after the colon is `name`, the other words are `values`.
 
-        Raises ValueError if the command is unknown, or if an argument is impossible.
+        Raises ValueError if the command is unknown or cannot be run, for example because its value is impossible.
         """
         setting = name.replace("-", "_")
         if name == "help" and not values:

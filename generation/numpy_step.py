@@ -28,10 +28,14 @@ MODULES = {GPT, Transformer, Block, Attention, MLP, nn.ModuleList, nn.Embedding,
 
 
 def numpy_can_read(model: GPT) -> bool:
-    """Return whether a `NumpyStep` computes what the model does: on a CPU, in float32, with unchanged modules."""
+    """Return whether a `NumpyStep` computes what the model does.
+
+    The model must have full attention, float32 weights on a CPU and only unchanged modules (see `is_unchanged`), and
+    autocast must be off.
+    """
     if model.config.attention != "full" or torch.is_autocast_enabled("cpu"):
         return False
-    # Sharded and quantized parameters have other types than nn.Parameter, so the comparison is False for them.
+    # Sharded and quantized parameters have other types than nn.Parameter, so `parameters` then has other elements.
     parameters = {(type(p), p.device.type, p.dtype) for p in model.parameters()}
     return parameters == {(nn.Parameter, "cpu", torch.float32)} and all(map(is_unchanged, model.modules()))
 
@@ -76,7 +80,7 @@ class LayerNorm(NamedTuple):
 
 
 class NumpyBlock:
-    """A `Block` and its layer of the KVCache. The arrays share the memory of the tensors of model and cache."""
+    """A `Block` of the model and its layer of the KVCache, as NumPy arrays that share the memory of their tensors."""
 
     def __init__(self, block: Block, keys: Tensor, values: Tensor) -> None:
         self.ln_1, self.ln_2 = (LayerNorm(*arrays(layer), layer.eps) for layer in (block.ln_1, block.ln_2))

@@ -88,11 +88,11 @@ class GenerationOptions:
             raise ValueError("stop_strings contain an empty string, which would end every text at once: remove it")
 
     def n_choices(self, vocab_size: int) -> int:
-        """Return the number of token ids that may be chosen: `vocab_size`, or the tokenizer's if it is smaller."""
+        """Return the number of token ids that may be chosen: `vocab_size`, or `tokenizer.vocab_size` if smaller."""
         return vocab_size if self.tokenizer is None else min(vocab_size, self.tokenizer.vocab_size)
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Raise ValueError if a token id in the options is outside the vocabulary, or a word to ban has no tokens."""
+        """Raise ValueError if a token id in the options is outside the vocabulary, or a banned word has no tokens."""
         words = [token for word in self.bad_words_ids or () for token in word or (-1,)]
         if not all(0 <= token < vocab_size for token in (*words, *self.eos)):
             raise ValueError(
@@ -126,6 +126,6 @@ class GenerateOutput(NamedTuple):
     hidden_states: list[tuple[Tensor, ...]] | None = None
     # S tuples of n_layer tensors (N, H, tokens that the step reads, tokens so far).
     attentions: list[tuple[Tensor, ...]] | None = None
-    # (N, S), only in beam search: for each token, the index of the row in `scores` that it was chosen from; -1 after
-    # the end.
+    # (N, S), only in beam search: for each new token, the row of its step's `scores` tensor that it was chosen from; -1
+    # after the end of a row.
     beam_indices: Tensor | None = None

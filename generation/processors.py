@@ -48,8 +48,8 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
     """Keep the smallest set of most probable tokens whose probabilities sum to at least p, and ban the other tokens
-    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. Like transformers, the
-    code adds the probabilities in ascending order, so that both round equally and the results are equal bit for bit."""
+    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. The code adds the
+    probabilities in ascending order, as transformers does. So the rounding is the same, and so is the result."""
     ascending, order = scores.sort()
     banned = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     banned[:, -min_tokens_to_keep:] = False
@@ -66,7 +66,7 @@ def keep_min_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
 
 
 def _tokens_to_mask(tokens: Tensor, scores: Tensor) -> Tensor:
-    """Return (N, V) booleans, True for each id in the same row of `tokens` (N, any number); -1 is ignored."""
+    """Return (N, V) booleans. Row i is True at each id in row i of `tokens` (N, any length); the id -1 is ignored."""
     mask = torch.zeros(len(scores), scores.size(1) + 1, dtype=torch.bool, device=scores.device)
     return mask.scatter_(1, tokens.where(tokens >= 0, scores.size(1)), True)[:, :-1]
 

@@ -33,8 +33,9 @@ def gumbel_noise(like: Tensor, generator: Generator | Sequence[Generator] | None
 def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] | None, gumbel: bool = False) -> Tensor:
     """Sample `count` different tokens of each row from softmax(scores), in the order drawn: (N, V) -> (N, count).
 
-    With `gumbel`, the tokens with the highest scores + Gumbel noise are taken. The samples have the same distribution
-    as without `gumbel` (Maddison et al. 2014), even if several tokens are drawn (Kool et al. 2019).
+    With `gumbel`, Gumbel noise is added to the scores, and the tokens with the highest sums are taken. The samples have
+    the same distribution as without `gumbel` (Maddison et al. 2014), even if several tokens are drawn (Kool et al.
+    2019).
     """
     if gumbel:
         return (scores + gumbel_noise(scores, generator)).topk(count).indices
@@ -68,8 +69,8 @@ def one_thread() -> Iterator[None]:
     with the spinning threads.
 
     PyTorch's number of threads is a setting of the whole process. So if another thread of this process is already
-    inside `one_thread`, this call changes nothing. A thread that uses PyTorch for the first time while the setting is 1
-    keeps using one thread afterwards.
+    inside `one_thread`, this call changes nothing. A side effect remains: a thread that uses PyTorch for the first time
+    while the setting is 1 keeps using one thread afterwards.
     """
     if not _one_thread_is_set.acquire(blocking=False):
         yield

@@ -129,7 +129,7 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
     Raises ValueError if the model cannot continue the longest prompt with these arguments.
     """
     longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
-    room = max(1, model.config.block_size + 1 - len(longest))  # the last new token is never an input of the model
+    room = max(1, model.config.block_size + 1 - len(longest))  # + 1: the last new token is never an input
     fitting = args.default_new_tokens if args.sliding else min(args.default_new_tokens, room)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or fitting, "sliding": args.sliding}
     options |= {"eos_token_id": tokenizer.eot, "stop_strings": args.stop or None}
@@ -146,9 +146,10 @@ def decoding_options(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer,
 
 
 def printable(text: str) -> str:
-    """Return text for the standard output: on a terminal, control characters are replaced by escapes, such as \\x1b.
+    """Return text for the standard output. On a terminal, replace control characters by escapes, such as \\x1b.
 
-    Control characters in text from a model or a file could move the cursor, or change the terminal's title and colors.
+    In text from a model or a file, they could move the cursor, or change the terminal's title and colors. Line breaks
+    and tabs are kept.
     """
     if not sys.stdout.isatty():
         return text
@@ -156,7 +157,7 @@ def printable(text: str) -> str:
 
 
 def print_probabilities(model: GPT, tokenizer: Tokenizer, prompt: str, count: int) -> None:
-    """Print a table of the `count` most probable next tokens. Raises ValueError if the vocabulary is smaller."""
+    """Print a table of the `count` most probable next tokens. Raises ValueError if the vocabulary has fewer tokens."""
     if count > model.config.vocab_size:
         raise ValueError(f"--show-probs {count} is more than the vocabulary of {model.config.vocab_size}")
     ids = [encode_prompt(tokenizer, prompt)]

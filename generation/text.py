@@ -89,7 +89,7 @@ def generate_text(
         seed: the result with index i in the returned list is drawn with a generator of its own, which has the seed
             `seed + i`. In beam search, all results of prompt i are drawn with one generator of seed `seed + i`. So no
             random number depends on the batch size, and neither do float32 results. bfloat16 results can differ,
-            because rounding depends on the batch size. If it is None, the generator in `options` is used, or else
+            because rounding depends on the batch size. If `seed` is None, the generator in `options` is used, or else
             PyTorch's default generator.
         progress: called after each batch with the number of prompts in it.
         options: options of `generate`. The default of eos_token_id is the tokenizer's end-of-text.

@@ -24,8 +24,8 @@ ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 NEWER_FLASH_ATTENTION = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}
 
 # The backward pass of `CausalAttention` processes BLOCK_QUERIES queries of each head at a time. It processes several
-# sequences together if they have at most BLOCK_WEIGHTS attention weights in total. More weights would not fit into the
-# CPU's cache, and fewer would make the matrix products too small to be fast.
+# sequences together as long as these queries have at most BLOCK_WEIGHTS attention weights in total. More weights would
+# not fit into the CPU's cache, and fewer would make the matrix products too small to be fast.
 BLOCK_QUERIES, BLOCK_WEIGHTS = 128, 2**20
 
 
@@ -53,10 +53,10 @@ def fused_attention(
 
 
 def use_newer_flash_attention(device: torch.device, dropout: float) -> str | None:
-    """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card; return its name, or None.
+    """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card. Return its name, "FA3" or "FA4".
 
-    Then cuDNN is also switched off, because PyTorch might choose cuDNN instead. With dropout, nothing is changed,
-    because FlashAttention 3 and 4 do not support dropout of attention weights.
+    cuDNN's attention is then switched off, because PyTorch might prefer it. If neither version can be used, change
+    nothing and return None. With dropout, neither can: they do not support dropout of attention weights.
     """
     if device.type != "cuda" or dropout:
         return None

@@ -5,7 +5,7 @@ This form differs from the form for a CPU in four points:
 - The head is padded to a multiple of 128 rows. The size of GPT-2's vocabulary, 50,257, is odd. So without padding,
   every second row of 16-bit logits would begin at an address that is not a multiple of 4 bytes, and the matrix products
   would run on slow kernels. The padding exists only here; the parameter keeps GPT-2's shape.
-- It computes thousands of rows of logits at a time, because small matrix products cannot keep a GPU busy.
+- Thousands of rows of logits are computed at a time, because small matrix products cannot keep a GPU busy.
 - Everything between the products is one function for `torch.compile`, which fuses its operations. Separate operators
   would read and write the logits several more times.
 - The matrix products themselves add to the head's gradient in float32, without a separate addition.

@@ -97,7 +97,7 @@ class DocumentAttention(torch.autograd.Function):
 def find_documents(ids: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield a pair of slices (rows, tokens) for each document of ids (B, T).
 
-    Neighboring rows whose documents have the same borders share their pairs.
+    Neighboring rows whose documents have the same borders share their pairs: the slice `rows` then has all these rows.
     """
     ends = [[*(torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist(), len(row)] for row in ids]
     first = 0

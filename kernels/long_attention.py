@@ -4,15 +4,15 @@
 
 `LSH`: locality-sensitive hashing, after the Reformer (Kitaev et al. 2020, section 2). In full attention, keys that
 point in a similar direction as a query get most of its weight. A hash usually puts vectors of similar direction into
-the same bucket. So with LSH, each query attends only to the last `chunk` keys in its own bucket, and to its own key.
+the same bucket. So with LSH, each query attends only to its own key and to the last `chunk` earlier keys in its bucket.
 This is done in several rounds: each round uses another hash, and a query attends to the keys of all rounds. Two points
 differ from the paper:
 
 - Queries and keys are hashed separately, so the model stays a GPT-2. The paper makes them equal.
-- In the paper, tokens after a query can change which earlier keys the query attends to, because these tokens move the
-  borders of the sorted chunks. Here they cannot: the keys are counted backward from the query, and the borders of the
-  chunks do not limit them. So the loss measures the probability of a text, and cached decoding gives the same result
-  as a pass over the whole text.
+- The paper sorts the tokens by bucket and cuts the sorted list into chunks. A query attends to keys in its own chunk
+  and the previous one. Tokens after a query move the borders of the chunks, so they can change which earlier keys the
+  query attends to. Here they cannot: the `chunk` keys are counted backward from the query. So the loss measures the
+  probability of a text, and cached decoding gives the same result as a pass over the whole text.
 
 `Window` and `LSH` have two methods: `__call__` is the fast form, and `mask` is the plain form, which returns the keys
 that each query attends to. Memory grows with T in the fast forms and with T² in the plain forms.
@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HASH_SEED = 2020  # the hashes are part of the architecture: they are equal in all runs and processes
-MOST_DIRECTIONS = 64  # instead of a hash with more random vectors than this, `factors` chooses two smaller hashes
-# Maximum number of queries in a group that shares two blocks of keys. Smaller groups would make the matrix products too
-# small to be fast, and larger groups would have more padding.
+MOST_DIRECTIONS = 64  # if a hash would need more random vectors than this, `factors` chooses two smaller hashes instead
+# The fast form of LSH (below) processes queries in groups. This is the maximum number of queries in a group. Smaller
+# groups would make the matrix products too small to be fast, and larger groups would have more padding.
 CHUNK_QUERIES = 64
-# Approximate number of attention scores in one call. On a CPU, it is the number for each thread, whose scores fit into
-# the cache of its core.
+# Approximate number of attention scores that one call of `attend` computes. On a CPU, this is the number for each
+# thread, so that the scores of a thread fit into the cache of its core.
 CPU_SCORES, GPU_SCORES = 2**18, 2**22
 
 
@@ -113,7 +113,7 @@ class LSH(NamedTuple):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Return the attention (B, H, T, D). The arguments are those of `Window.__call__`; `dropout` must be 0."""
         assert not dropout, "GPTConfig refuses dropout with attention lsh"
-        # The row of the last query shows which keys are padding, because this query may attend to all other keys.
+        # The last query may attend to every key that is not padding, so its row of `mask` shows which keys are padding.
         keep = None if mask is None else mask[:, 0, -1].expand(len(q), -1)  # (B, S)
         return lsh_attention(q, k, v, keep, *self)[0]
 
@@ -157,9 +157,9 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
     """Return the bucket of each vector of x (..., D), an integer, in the shape of x without its last dimension.
 
     `rotation` has the random matrices of one round, R (D, n / 2) for each n of `factors`. The hash by one matrix is the
-    argmax of [x R; -x R], a number below n. With two matrices, two vectors are in the same bucket only if both hashes
-    are equal. This hash is that of Andoni et al. 2015, "Practical and optimal LSH for angular distance". Vectors need
-    not be normalized for it: their length does not change which of the products is the largest.
+    argmax of [x R; -x R], a number below n (Andoni et al. 2015, "Practical and optimal LSH for angular distance").
+    Vectors need not be normalized: their length does not change which of the products is the largest. With two
+    matrices, two vectors are in the same bucket only if both hashes are equal.
     """
     buckets = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
     for directions in rotation:
@@ -178,8 +178,8 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
 # The queries of all sequences and heads form one list of N queries, the keys form one list of M keys. In each round,
 # queries and keys are sorted by sequence and head, then by bucket, then by position. After sorting, the keys that a
 # query sees are a range of at most `chunk` neighbors. The sorted keys are cut into blocks of `chunk` keys, so a range
-# lies in at most two neighboring blocks. Queries whose ranges end in the same block are processed together with these
-# two blocks of keys, in groups of equal size.
+# lies in at most two neighboring blocks. Queries whose ranges end in the same block are divided into groups of equal
+# size. Each group is processed together with the keys of this block and of the previous one.
 
 
 class Round(NamedTuple):
@@ -195,8 +195,8 @@ class Groups(NamedTuple):
     """The queries of a round in c groups of s queries."""
 
     queries: Tensor  # (c s,) the index of each query in the input; N stands for padding
-    blocks: Tensor  # (c,) the block of sorted keys in which the ranges of a group end
-    places: Tensor  # (N,) the index of each query in `queries`
+    blocks: Tensor  # (c,) the number of the block of sorted keys in which the ranges of a group end
+    places: Tensor  # (N,) for each query of the input, its index in the field `queries`
 
 
 def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
@@ -220,12 +220,12 @@ def unsort(order: Tensor, values: Tensor) -> Tensor:
 
 
 def group_queries(order: Round, chunk: int) -> Groups:
-    """Divide the queries of a round into groups of equal size, whose ranges of keys end in the same block of keys."""
+    """Divide the queries of a round into groups of equal size. The ranges of a group all end in the same block."""
     size = min(CHUNK_QUERIES, chunk, len(order.queries))
     block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending, because queries are sorted
     counts = block.bincount()
     n_groups = (counts + size - 1) // size
-    # The place of a query is the start of the first group of its block, plus the query's number within the block.
+    # The place of a query is the start of its block's first group, plus the number of queries of this block before it.
     shift = (n_groups.cumsum(0) - n_groups) * size - (counts.cumsum(0) - counts)
     places = torch.arange(len(block), device=block.device) + shift[block]
     blocks = torch.arange(len(counts), device=block.device).repeat_interleave(n_groups)
@@ -245,7 +245,7 @@ class Part(NamedTuple):
     """Some groups of a round: c groups of s queries, with the two blocks of keys that each group needs."""
 
     rows: slice  # the part of `Groups.queries` that has these queries
-    queries: Tensor  # (c s,) the index of each query in the input; for padding, the index of some query
+    queries: Tensor  # (c s,) the index of each query in the input; N - 1 for padding, whose results are not used
     pairs: Tensor  # (2 c,) the numbers of the two blocks of each group
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
@@ -263,8 +263,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
     keys, values = (t.index_select(0, sorted_keys).view(-1, chunk, D) for t in (k, v))
-    # `places` has the place of each sorted key of this round: in the order of this round, and in that of each earlier
-    # round.
+    # `places[0]` has the places of the sorted keys in the order of this round. Each later element has the places of the
+    # same keys in the order of an earlier round.
     place = torch.arange(len(k), dtype=torch.int32, device=k.device)
     places = [into_blocks(each, chunk, -1) for each in (place, *(unsort(o.keys, place)[order.keys] for o in earlier))]
     # Query N, which stands for padding, gets an empty range: it sees no key.
@@ -338,7 +338,7 @@ def plain_attend_gradients(
     """Return what `attend_gradients` returns, on any device."""
     scale = 1 / math.sqrt(q.size(2))
     weights = ((q.float() * scale) @ k.float().mT + bias).sub_(log_total.unsqueeze(2)).exp_()
-    # For each query, the mean of the gradients of its attention weights, weighted by these attention weights.
+    # dy · y is, for each query, the mean of the gradients of its attention weights, weighted by these weights.
     mean = (dy.float() * y.float()).sum(dim=-1, keepdim=True)
     dscores = (dy @ v.mT).float().sub_(mean).mul_(weights).mul_(scale).to(q.dtype)
     return dscores @ k, dscores.mT @ q, weights.to(q.dtype).mT @ dy
@@ -374,7 +374,7 @@ def lsh_attention(
             for part in split_groups(*flat, orders, groups, chunk):
                 part_y, part_total = attend(part.q, part.k, part.v, part.bias)
                 round_y[part.rows], round_total[part.rows] = part_y.flatten(0, 1), part_total.flatten()
-            # Combine the results of softmax over two sets of keys into the result over both, as FlashAttention does.
+            # Combine the attention over the keys so far with that over the keys of this round, as FlashAttention does.
             round_total = round_total.index_select(0, groups.places)
             y.lerp_(round_y.index_select(0, groups.places), (round_total - log_total).sigmoid_().unsqueeze(1))
             log_total = torch.logaddexp(log_total, round_total)

@@ -22,7 +22,7 @@ IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entro
 MATMUL_ROWS = 512
 
 # The distance between rows of logits in memory is a multiple of this number of elements. GPT-2's vocabulary has an odd
-# size. Without a multiple, most rows would begin in the middle of a cache line (64 bytes), and matrix products with
+# size. Without this rule, most rows would begin in the middle of a cache line (64 bytes), and matrix products with
 # float32 logits would take up to a third longer (measured with MKL on an AMD EPYC, Zen 3).
 ROW_MULTIPLE = 32
 
@@ -100,8 +100,8 @@ def loss_and_gradients(
             scores = part.float()
             highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
             p = torch.softmax(scores, dim=-1, out=scores)
-            # This is log Σ exp(score), because p = exp(score) / Σ exp(score). The p of the highest score never rounds
-            # to 0. The p of a target may: then -log p would be infinite, so its loss is computed as log_sum - score.
+            # log_sum is log Σ exp(score), because p = exp(score) / Σ exp(score). The p of the highest score never
+            # rounds to 0. The p of a target may: then -log p would be infinite, so the loss is log_sum - right_score.
             log_sum = highest - p.amax(dim=-1, keepdim=True).log()
             total += ((log_sum - right_score) * count).sum()
             if x_grad or weight_grad:

@@ -67,7 +67,7 @@ def dense_mask(q: Tensor, k: Tensor, mask: Mask | None, is_causal: bool, pattern
         k: (B, H, S, D).
         mask: see `Mask`; None masks nothing.
         is_causal: whether each query attends only to the keys up to its own position; needs `mask` None and T = S.
-        pattern: which earlier keys a query attends to on long sequences; None means all.
+        pattern: the Window or LSH that selects the keys that a query attends to; None means all.
     """
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()

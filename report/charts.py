@@ -23,11 +23,11 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
 
 @dataclass
 class Series:
-    """A line of a chart. It has the n points that `thin` selected, and its arrays have the shape (n,)."""
+    """A line of a chart. It has the n points that `thin` (below) selected, and its arrays have the shape (n,)."""
 
     run: int  # index of the run
-    # "step" (the value of each step), "mean" (the running mean of these values), "validation" or "value". The page has
-    # a checkbox for each kind that hides its lines, except for "value".
+    # "step" (the value of each step), "mean" (the running mean of these values), "validation" or "value". For each kind
+    # except "value", the page has a checkbox that hides the lines of this kind.
     kind: str
     steps: np.ndarray  # number of the optimizer step at each point
     tokens: np.ndarray  # number of training tokens up to this step
@@ -49,7 +49,7 @@ class Chart:
 
     @property
     def x_unit(self) -> tuple[str, float]:
-        """The unit of the x axis, and how many tokens or seconds it has: ("minutes", 60.0).
+        """The unit of the x axis, and how many tokens or seconds a unit is, for example ("minutes", 60.0).
 
         The longest run determines the unit of time.
         """
@@ -171,8 +171,9 @@ def make_series(index: int, log: RunLog, split: str, name: str, kind: str) -> Se
 def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
     """Return the indices of at most `points` values that keep the shape of a curve. (n,) without NaN -> (m,)
 
-    The values are divided into points / 2 - 1 intervals. The result has the indices of the minimum and the maximum of
-    each interval, and those of the first and the last value. So the peak of a single step is never lost.
+    If there are more than `points` values, they are divided into points / 2 - 1 intervals. The result then has the
+    indices of the minimum and the maximum of each interval, and those of the first and the last value. So the peak of a
+    single step is never lost.
     """
     n = len(values)
     if n <= points:

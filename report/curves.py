@@ -46,7 +46,7 @@ def draw_loss(
     axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title, ylim=y_range)
     save_figure(figure, axes, path, x_is_tokens=True)
     del figure, axes
-    # A figure contains reference cycles. Without this call, the old figures of a run would hold dozens of megabytes.
+    # train.py draws many figures, which contain reference cycles. Without this call, old ones would hold dozens of MB.
     gc.collect()
 
 

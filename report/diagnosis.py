@@ -20,7 +20,7 @@ from weights import open_model, read_tensors
 # validation split.
 READ_TOKENS = 10_000_000
 PASSAGE = 32  # tokens in a passage that `shared_text` searches for
-SAMPLE_TOKENS = 4096  # tokens that `encoding` decodes and encodes again
+SAMPLE_TOKENS = 4096  # number of tokens that the function `encoding` decodes and encodes again
 
 
 def diagnose(directory: Path) -> list[Finding]:
@@ -87,10 +87,10 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 
 
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
-    """Check the tokenizer: decode a sample of tokens, and encode the text again.
+    """Check whether the split was encoded with this tokenizer: decode a sample of tokens, and encode the text again.
 
-    If the tokens come from another tokenizer, a token can be outside the vocabulary. If none is, the decoded text
-    usually gives a different number of tokens when it is encoded again.
+    If the tokens come from another tokenizer, a token can be outside the vocabulary. If no token is outside it, the
+    decoded text usually gives a different number of tokens when it is encoded again.
     """
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
