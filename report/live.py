@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 # Names that a request may have in its Host header. Any other name is a sign of an attack by DNS rebinding: a page of
 # another site sends requests to a domain name of that site, and this name resolves to 127.0.0.1, which is this server.
 HOST_NAMES = (HOST, "localhost")
-RENDER_SHARE = 0.1  # largest fraction of the time that rendering the page may take
+RENDER_SHARE = 0.1  # rendering the page may take at most this fraction of the time
 REQUEST_SECONDS = 30  # a client that sends nothing for this time is disconnected
 
 
@@ -76,7 +76,7 @@ def run_state(directory: Path) -> object:
     stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
     try:
         return stats, RunDirectory(directory).read_status()
-    except (OSError, ValueError):  # the page shows this error, see `_make`
+    except (OSError, ValueError):  # `LivePage._make` shows this error on the page
         return stats, ""
 
 
@@ -103,7 +103,7 @@ class LiveServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET requests. http.server itself answers a request with another method with status 501."""
+    """Answers GET requests. To a request with another method, http.server itself replies with status 501."""
 
     server: LiveServer
     timeout = REQUEST_SECONDS

@@ -17,7 +17,7 @@ from model import GPT
 from pretrained import load_model as load_model  # exported again, because the commands import it from here
 from report.page import pack, plotly_script, token_labels, write_page
 
-MAX_ATTENTION_CHARACTERS = 18_000_000  # limit of the base64 text, so that the page stays under 20 MB
+MAX_ATTENTION_CHARACTERS = 18_000_000  # largest base64 text of the weights, so that the page stays under 20 MB
 ALTERNATIVES = 8  # number of most probable tokens that are shown for each position
 MAX_SIMILARITY_ROWS = 512  # largest number of rows (and of columns) of the matrix of cosine similarities
 
@@ -90,7 +90,7 @@ class TokenPredictions(NamedTuple):
     ranks: Tensor  # (T,) number of tokens that are more probable than the actual token
     alternatives: Tensor  # (T, k) ids of the k most probable tokens
     probabilities: Tensor  # (T, k) probabilities of the alternatives
-    lens_tokens: Tensor  # (L + 1, T) id of the most probable token after the embeddings and after each block
+    lens_tokens: Tensor  # (L + 1, T) id of the most probable token, from the output of the embeddings and of each block
     lens_probabilities: Tensor  # (L + 1, T) probability of this most probable token
     lens_actual: Tensor  # (L + 1, T) probability of the actual token
 
@@ -176,7 +176,7 @@ def write_tokens_page(
 def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
     """Return k, and the cosine similarities between the embeddings of every k-th position. (n, C) -> k, (m, m)
 
-    k is the smallest number for which m <= MAX_SIMILARITY_ROWS.
+    m = ceil(n / k) is the number of these positions. k is the smallest number for which m <= MAX_SIMILARITY_ROWS.
     """
     every = math.ceil(len(embeddings) / MAX_SIMILARITY_ROWS)
     taken = embeddings[::every]

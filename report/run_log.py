@@ -43,7 +43,7 @@ class RunLog:
     Attributes:
         status: the result of `RunDirectory.read_status`, such as "finished".
         splits: the columns of metrics.jsonl by split and name, (n,) each, with NaN for missing values.
-        convention: convention of the HellaSwag results, or "" if there are none.
+        convention: how HellaSwag was scored (see Convention in eval/choices.py), or "" if it was not scored.
         source: where the text of the dataset comes from, or the name of its directory if no file says it.
         reference_losses: (model, nats per token) of other models on the same validation set.
         evaluations: results in the format of eval.run, some with the "checkpoint" that was evaluated.

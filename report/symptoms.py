@@ -59,7 +59,7 @@ class Curves:
 
     @property
     def from_scratch(self) -> bool:
-        """True if model.init_from is scratch. This can also be true for a branch, which has trained weights."""
+        """True if model.init_from is scratch. Also true for some branches (`is_branch`), which have trained weights."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property
@@ -258,8 +258,8 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # At lag k, the sum has only len(x) - k products, because the last k steps have no step k later. So divide by the
-    # fraction of the steps that have one.
+    # The correlation at lag k is a sum of len(x) - k products x[i] * x[i + k], divided by x @ x, a sum of len(x)
+    # products. So it is too small by the factor 1 - k / len(x).
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -361,7 +361,7 @@ def overfitting(curves: Curves) -> Finding | None:
 
 
 def validation_gap(curves: Curves) -> Finding | None:
-    """Compare the last validation loss with the training loss at this step: without overfitting, both are close."""
+    """Compare the last validation loss with the training loss at the same step. Without overfitting, they are close."""
     if not len(curves.val["loss"]) or not np.isfinite(curves.val["loss"][-1]):
         return None
     step, loss = curves.val["step"][-1], float(curves.val["loss"][-1])

@@ -63,7 +63,7 @@ def reached(log: RunLog, loss: float) -> str:
 
 
 def evaluation_table(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
-    """Return a row per task, convention and metric, with one cell per run and one per released model.
+    """Return a row per task, convention (how the task is scored) and metric, with a cell per run and released model.
 
     If a run has several results for a row, its cell has the last one. The "details" of a cell are the checkpoint and
     the number of examples.

@@ -34,7 +34,7 @@ from weights import STALE_BUFFER, check_pickled, unpickle_weights_only
 GPT2_VOCAB_SIZE = GPTConfig.vocab_size
 HEADER_BYTES = 1024
 # Version in the header of an llm.c model -> the NumPy dtype with which the tensors are read, and their PyTorch dtype.
-# NumPy has no bfloat16, so these tensors are read as int16. Version 1, which has no padded vocabulary, is not
+# NumPy has no bfloat16, so bfloat16 tensors are read as int16. Version 1, which has no padded vocabulary, is not
 # supported, because llm.c no longer writes it.
 LLM_C_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}
 # The parameters of a block in the order of llm.c's file: the first one for all blocks, then the second one for all
@@ -46,7 +46,7 @@ LLM_C_BLOCK = (
 
 
 def read_llm_c(path: Path) -> GPT:
-    """Return the model in a file of llm.c (`write_model` in its train_gpt2.py documents the format).
+    """Return the model in a file of llm.c (`write_model` in llm.c's train_gpt2.py documents the format).
 
     Raises ValueError if the file is incomplete or has an unsupported version.
     """

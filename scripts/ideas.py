@@ -3,7 +3,7 @@
     python -m scripts.sweep --config configs/shakespeare-char.yaml --idea averaged
 
 Several ideas are combined with a plus sign: `--idea per-head+normuon`. docs/recipes.md has the results. A run with an
-idea uses one process and starts at step 0, because checkpoints do not store the state of an idea.
+idea uses one process. It cannot be resumed, because checkpoints do not store the state of an idea.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Idea:
     """
 
     def __init__(self, run: TrainingRun) -> None:
-        """Change the run. Raises ValueError if the idea cannot be combined with its configuration."""
+        """Change the run. Raises ValueError if the idea cannot be combined with the run's configuration."""
 
     def train_step(self, run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
         """Take one optimizer step."""
@@ -82,7 +82,7 @@ class _LossWithZ(nn.Module):
 class Averaged(Idea):
     """Before the last validation, the weights become their mean over all steps in which the learning rate decreased."""
 
-    first = 0.0  # the mean leaves out the steps in this first fraction of the run
+    first = 0.0  # fraction of the run's steps, from the start, that the mean leaves out
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -326,7 +326,7 @@ def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PolarExpress(ChangedMuon):
-    """Muon uses other polynomials than those of `newton_schulz`. They bring all singular values closer to 1."""
+    """Muon uses `polar_express` instead of `newton_schulz`, because it brings all singular values closer to 1."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)

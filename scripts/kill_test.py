@@ -68,7 +68,7 @@ class Attempt:
         return not self.running
 
     def kill(self, pids: list[int]) -> bool:
-        """Send SIGKILL to some processes and, as torchrun does, SIGTERM to the others.
+        """Send SIGKILL to the processes `pids` and, as torchrun does, SIGTERM to the others of the attempt.
 
         Return whether all processes end within GRACE seconds. Processes that still run after this time get SIGKILL.
         """
@@ -123,7 +123,7 @@ def last_step(run: RunDirectory) -> int:
 
 
 def unfinished_checkpoint(run: RunDirectory) -> Path | None:
-    """Return the partial directory of the checkpoint that is being written, or None.
+    """Return the partial directory of the checkpoint that is being written, or None if there is none.
 
     A partial directory of an earlier step than the newest complete checkpoint is ignored, because it is being deleted.
     """

@@ -1,9 +1,9 @@
 """Check the direction of the imports between the project's modules: `python -m scripts.layers`.
 
-The script parses every Python file except the tests, without importing any, and prints how many import cycles, upward
-imports and imports inside functions there are, and how much train.py imports. If a number exceeds its limit, the
-violations are listed and the exit status is 1, else 0. The limit for cycles and upward imports is 0. Cycles that exist
-only because of imports under TYPE_CHECKING have no limit.
+The script parses every Python file except the tests, without importing any. It prints how many import cycles, forbidden
+imports (see LAYERS and FORBIDDEN) and imports inside functions there are, and how much train.py imports. If a number
+exceeds its limit, the violations are listed and the exit status is 1, else 0. The limit for cycles and forbidden
+imports is 0. Cycles that exist only because of imports under TYPE_CHECKING have no limit.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def is_allowed(importer: str, imported: str) -> bool:
 
 
 def check_tree(tree: Tree) -> list[Row]:
-    """Count in a project what the rules of this file limit. Return a row of the table for each rule."""
+    """Return the rows of the table. Each has the number of cycles, imports or modules of one kind, and its limit."""
     at_import = [edge for edge in tree.edges if edge.place is Place.MODULE]
     at_run_time = [edge for edge in tree.edges if edge.place is not Place.TYPE_CHECKING]
     # A statement that imports several names from the same module counts as one violation.

@@ -1,9 +1,9 @@
 """Train a small model on a task that needs tokens from far back: `python -m scripts.long_context full window lsh`.
 
-The first half of a sequence is a table: each token is a pair of a place and the symbol at this place, and its embedding
-is the sum of their embeddings. Each place occurs 16 times, in random order. Each token of the second half is only a
-place, and the model has to copy the symbol of this place from the table. Each sequence has new random symbols.
-docs/long-context.md has the results.
+The first half of a sequence is a table: each token is a pair of a place (a key, not the token's position) and the
+symbol of this place. The token's embedding is the sum of the embeddings of both. Each place occurs 16 times, in random
+order. Each token of the second half is only a place, and the model has to copy the symbol of this place from the table.
+Each sequence has new random symbols. docs/long-context.md has the results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_sequence(length: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def answer(model: GPT, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the mean loss of the answers in a new sequence, in nats, and the fraction of right answers, () each."""
+    """Return the mean loss of the answers in a new sequence, in nats, and the fraction of right answers, as scalars."""
     places, symbols, targets = make_sequence(model.config.block_size, generator)
     embed = model.transformer.wte
     output = model(inputs_embeds=(embed(places) + embed(symbols))[None], targets=targets[None], return_logits=True)
@@ -73,7 +73,7 @@ def share_keys(model: GPT) -> None:
 
 
 def make_model(attention: str, length: int, buckets: int, rounds: int, shared: bool) -> GPT:
-    """Return a model with one layer of one head. Only this layer is trained.
+    """Return a model with one layer of one head. Only this layer and the final LayerNorm are trained.
 
     `buckets` and `rounds` are used with attention lsh only. With `shared`, the keys are equal to the queries.
     """

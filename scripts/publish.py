@@ -36,7 +36,7 @@ from weights import open_model
 
 
 def published_files(checkpoint: Path) -> list[Path]:
-    """Return the model's files in a verified checkpoint. The training state, in a subdirectory, is left out."""
+    """Return the model's files in a checkpoint: those in its manifest, without the training state in a subdirectory."""
     names = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     return [checkpoint / name for name in sorted(names) if "/" not in name]
 
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Upload an undamaged checkpoint of a run and its card, or print what would be uploaded."""
+    """Upload an undamaged checkpoint of a run and its card. With --dry-run, only print what would be uploaded."""
     log = read_run_log(args.run, args.run.name)
     checkpoint = Path(resolve_model(str(args.run)))
     files = published_files(checkpoint)

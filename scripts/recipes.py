@@ -3,9 +3,9 @@
     python -m scripts.recipes --size characters --recipes present fast --fractions 1 0.85 0.75 --seeds 1 2 3
 
 A size is a model with a dataset, see SIZES. Each recipe is trained with each seed and each length. Lengths are given as
-fractions of the steps of a full run. A short run is trained separately, because the learning rate decays to zero at the
-end of a run, so a loss in the middle of a long run is not the loss of a short run. Runs that are already in the file of
-results are not repeated. The tables and the figure of docs/recipes.md come from that file:
+fractions of the steps of a full run. The learning rate decays to zero at the end of each run. So the final loss of a
+short run differs from the loss of a long run after the same steps, and each length is trained separately. Runs that are
+already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from that file:
 
     python -m scripts.recipes --figure docs/recipes.png
 
@@ -52,7 +52,7 @@ class Size(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Fields of the configuration that replace those of PRESENT, and names of ideas joined by plus signs."""
+    """Fields of the configuration that replace those in PRESENT (below), and names of ideas joined by plus signs."""
 
     fields: str = ""
     idea: str = ""
@@ -64,8 +64,8 @@ class Recipe(NamedTuple):
         return " ".join([*options, f"--idea {self.idea}"] if self.idea else options)
 
 
-# These runs use bfloat16, which halves the time of a run on a CPU with instructions for it. Compared with float32, the
-# final loss of a run of `plays` with seed 1 changes by 0.0007.
+# Fields of the sizes `plays` and `english`. bfloat16 halves the time of a run on a CPU with instructions for bfloat16.
+# Compared with float32, it changes the final loss of a run of `plays` with seed 1 by 0.0007.
 SHORT_WINDOWS = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4 system.dtype=bfloat16"
 )
@@ -80,7 +80,7 @@ COMMON = (
     "eval.at_start=false eval.tokens=65536 eval.samples=0 checkpoint.every=0 log.every=100 "
     "system.device=cpu system.dtype=float32 system.compile=false"
 )
-# The recipe `present`, with which the other recipes are compared. The demo had it when the comparison was made.
+# The recipe `present`, with which the other recipes are compared. `make demo` used it when the comparison was made.
 PRESENT = (
     "optim.name=muon optim.muon_lr=0.02 optim.muon_momentum=0.95 optim.lr=1e-2 optim.betas=[0.9,0.95] "
     "optim.weight_decay=0.1 optim.grad_clip=1.0 optim.schedule=wsd optim.warmup_steps=20 optim.decay_fraction=0.6 "
@@ -211,7 +211,7 @@ def loss_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[float]]:
-    """Return, for each other recipe and each of its seeds, the steps that it needs for the loss of `present`.
+    """Return, for each recipe except `present` and each of its seeds, the steps to reach the loss of `present`.
 
     The loss of `present` is the mean final loss of its full runs. Only seeds with runs of several lengths are used. A
     recipe is left out if it has no such seed or if, for one of these seeds, the loss of `present` is not between the
@@ -232,8 +232,8 @@ def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[fl
 def steps_table(size: str, recipes: dict[str, Losses]) -> str:
     """Return the table of the recipes, except `present`, that have runs with fewer steps than a full run.
 
-    Runs of all lengths are compared with full runs of `present`. If the p-value of a shorter length is below
-    0.01, the loss after these steps is significantly lower, so fewer steps are enough.
+    Runs of all lengths are compared with full runs of `present`. If the p-value of a shorter length is below 0.01, the
+    loss of its runs is significantly lower than that of `present`, so fewer steps are enough.
     """
     full, found = SIZES[size].steps, steps_to_present(size, recipes)
     base = recipes.get("present", {}).get(full, {})

@@ -1,6 +1,6 @@
 """Check this repository on a GPU: `python -m scripts.gpu_check`. docs/gpu.md describes the parts and their limits.
 
-report.py     Settings: device, shapes and peers of the check; Report: the results of a part
+report.py     Settings: device, shapes, and peers (programs to compare with); Report: the results of a part
 runs.py       runs of train.py and other commands in separate processes
 products.py   part 1: versions, the matrix products of the output head, the loss
 parity.py     part 2: logits equal those of transformers; gradients and tokens equal those of a CPU

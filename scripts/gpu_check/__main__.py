@@ -94,7 +94,7 @@ def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outc
 
 
 def answer(number: int, settings: Settings, pipe: Connection) -> None:
-    """Run a part in this process. Send its checks, its tables, and the error that ended it (or ""), to the parent."""
+    """Run a part in this process. Send its checks, its tables and its error, "" if there was none, to the parent."""
     report, reason = Report(), ""
     try:
         PARTS[number][1](settings, report)

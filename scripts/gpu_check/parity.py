@@ -19,7 +19,7 @@ from training.distributed import distribute
 
 # Precision -> largest allowed relative difference of the gradient in this precision from that of a CPU in float32.
 GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-# float16 cannot represent small gradients, so the loss is multiplied by a power of two, as the gradient scaler does.
+# Precision -> factor of the loss before backward. float16 cannot represent small gradients, so its factor is large.
 SCALE = {"float32": 1, "bfloat16": 1, "float16": 2**12}
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14], [3], [100, 50, 25, 12, 6], [2, 4]]
 

@@ -58,7 +58,7 @@ def time_products(settings: Settings, report: Report) -> None:
 def check_loss(settings: Settings, report: Report) -> None:
     """Compare our loss with PyTorch's compiled cross-entropy: values, gradients, and memory. Time both.
 
-    The input has the rows of a micro-batch of 64 sequences of 1024 tokens, or 256 rows if `settings.tiny`.
+    The input has a row for each token of a micro-batch of 64 sequences of 1024 tokens, or 256 rows if `settings.tiny`.
     """
     shape, rows = settings.shape, 256 if settings.tiny else 65536
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from training.config import Config, Data, Optim, System
 
 @dataclass(frozen=True)
 class Settings:
-    """The device to check, the shapes and the peers. `tiny` selects small shapes, for a rehearsal on a CPU."""
+    """The device, the shapes and the peers, which are other programs to compare with. `tiny` selects small shapes."""
 
     device: Literal["cpu", "cuda"]
     tiny: bool = False
@@ -63,7 +63,7 @@ class Settings:
         return find_card(self.card) == find_card(name)
 
     def processes(self, dtype: torch.dtype, world_size: int = 1) -> Processes:
-        """Return a description of this process, as rank 0 of `world_size`, with `dtype` as its precision."""
+        """Return a description of this process as rank 0 of `world_size` processes, with `dtype` as the precision."""
         return Processes(0, world_size, torch.device(self.device), dtype)
 
     def config(self, rows: int, shape: GPTConfig, *, compiled: bool = True, optim: Optim | None = None) -> Config:
@@ -111,9 +111,9 @@ Part = Callable[[Settings, Report], None]
 
 
 def format_cell(value: object) -> str:
-    """Return the text of a table cell. Floats have three significant digits, or none after the point from 1000 on.
+    """Return the text of a table cell: "-" for None, and floats with three significant digits.
 
-    None becomes "-".
+    A float with an absolute value of at least 1000 is rounded to an integer.
     """
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -27,7 +27,9 @@ from training.config import Optim
 from training.estimate import Hardware, Workload, count_parameters, flops_per_token, peak_flops
 from training.setup import TrainingRun
 
-LOWEST_MFU = 0.41  # lowest allowed MFU on an H100 or H200 with micro-batches of 64 sequences; llm.c has it on an H100
+# Lowest allowed MFU (model FLOPs utilization) on an H100 or H200 with micro-batches of 64 sequences. llm.c reaches this
+# MFU on an H100.
+LOWEST_MFU = 0.41
 WORST_ESTIMATE = 0.15  # largest relative error that is allowed for the estimate of the memory
 LOSS = "gpt2::linear_cross_entropy_sum"  # the operator of kernels/loss.py, which includes the output head
 # Kind -> pattern of the names of its CUDA kernels and CPU operators. The first pattern that matches a name counts.
@@ -41,9 +43,9 @@ KINDS = {
 
 
 def check_speed(settings: Settings, report: Report) -> None:
-    """Time our training step and that of each peer with several micro-batches, and check the memory estimate and MFU.
+    """Time our training step and that of each peer (another program), and check our memory estimate and MFU.
 
-    Our step is also timed without compiling, and without cuDNN's attention.
+    Several sizes of the micro-batch are timed. Our step is also timed without compiling, and without cuDNN's attention.
     """
     sizes, middle = ((2, 4), 4) if settings.tiny else ((16, 32, 64, 128), 64)
     table = [measure(settings, report, rows, "ours") for rows in sizes]
@@ -185,10 +187,7 @@ def kind_of(name: str) -> str:
 
 
 def check_muon_and_micro_batch(settings: Settings, report: Report) -> None:
-    """Measure which part of a training step's time the optimizer takes, and then check the choice of the micro-batch.
-
-    AdamW and Muon are measured.
-    """
+    """Measure which part of a training step's time AdamW or Muon takes. Then check the choice of the micro-batch."""
     rows = 4 if settings.tiny else 64
     table: list[dict[str, Any]] = []
     names: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")

@@ -35,7 +35,7 @@ class LossRecorder(Progress):
 
 
 def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: int, rows: int) -> list[float]:
-    """Return the losses of the first training steps on four batches of random tokens, which the model memorizes."""
+    """Return the loss of each training step. The steps repeat four batches of random tokens, so the loss can fall."""
     optim = Optim(lr=1e-3, warmup_steps=2, steps=100)
     config = settings.config(rows, shape, compiled=settings.device == "cuda", optim=optim)
     run = make_run(config, shape, settings.processes(dtype), n_batches=4)
@@ -46,7 +46,7 @@ def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: i
 
 
 def check_curves(settings: Settings, report: Report) -> None:
-    """Compare loss curves: of a small model here and on a CPU, and of the full model in 16 bits and in float32."""
+    """Compare loss curves: of a small model on the device and on a CPU, and of the model in 16 bits and in float32."""
     torch.set_float32_matmul_precision("highest")
     steps, rows = (6, 4) if settings.tiny else (30, 8)
     report.say(f"{steps} steps of a small model in float32, on the CPU and on {settings.device}")
