@@ -1,4 +1,4 @@
-"""Time contestants and measure their memory, each in a process of its own."""
+"""Time contestants (implementations to compare) and measure their memory, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -55,12 +55,14 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
 def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
     """Time the contestants in turn, `runs` times each, after `warm_up` calls of each that are not timed.
 
-    The order is reversed in every second turn, so that no contestant always runs after the same other one.
+    In one turn, each contestant runs once. In every second turn, they run in reversed order, so that no contestant
+    always runs after the same other one.
 
-    A contestant is given by a call that sets up its work, in a process of its own, and returns the function to time.
-    Returns for each contestant "seconds" (the median), "lowest" and "highest" in seconds, and "peak_memory" in bytes:
-    the memory of the tensors on the GPU if the contestant uses a GPU, otherwise the memory of its processes. Raises the
-    exception of a contestant that fails.
+    Each contestant is given by a `Call`. This call is made in a new process for this contestant. It sets up the work
+    and returns the function to time. Returns for each contestant "seconds" (the median), "lowest" and "highest" in
+    seconds, and "peak_memory" in bytes: the memory of the tensors on the GPU if the contestant uses a GPU, otherwise
+    the memory of its process and of the processes that this process starts. Raises the exception of a contestant that
+    fails.
     """
     processes: list[BaseProcess] = []
     pipes: dict[str, Connection] = {}
@@ -90,9 +92,9 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
     """Start `target(*arguments, pipe)` in a new process, and return the process and this process's end of the pipe.
 
-    The caller must join the process after its last result. Until the process has ended, it uses a core to release its
-    memory. If a contestant started at this time, it would find a busy machine, and its threads would sleep while they
-    wait (openmp.py), which would make all its runs slower.
+    After the process has sent its last result, the caller must join it, that is, wait until it has ended. Until then,
+    the process uses a core to release its memory. A contestant that started during this time would find a busy machine.
+    Then openmp.py would make its threads sleep when they wait for work, which would make all its runs slower.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -117,7 +119,7 @@ def receive(pipe: Connection) -> Any:
 
 
 def answer(call: Call, pipe: Connection) -> None:
-    """Run in the process that `call_in_process` starts: send the result of the call, or its exception."""
+    """Make the call and send its result or its exception. Runs in the process that `call_in_process` starts."""
     try:
         pipe.send(call())
     except Exception as error:
@@ -127,10 +129,10 @@ def answer(call: Call, pipe: Connection) -> None:
 
 
 def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
-    """Run in the process of a contestant: set up, warm up, and time one run for each True that the pipe delivers.
+    """Set up, warm up, and time one run for each True that the pipe delivers. Runs in the process of a contestant.
 
-    Send None after the warm-up, and the duration in seconds after each timed run. After False, send the peak memory in
-    bytes and end. If an exception occurs, send the exception and end.
+    Send None after the warm-up, and the duration in seconds after each timed run. When the pipe delivers False, send
+    the peak memory in bytes and end. If an exception occurs, send the exception and end.
     """
     peak, running = [0], threading.Event()
     threading.Thread(target=watch_memory, args=(peak, running), daemon=True).start()
@@ -147,7 +149,7 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         gpu = used_gpu()
         pipe.send(max(own_peak(), peak[0]) if gpu is None else gpu.max_memory_allocated())
     except Exception as error:
-        # Send a ValueError instead of an exception of torch: to receive that, the parent process would import torch.
+        # Send a ValueError instead of torch's error: to receive an error of torch, the parent would import torch.
         if type(error).__name__ == "OutOfMemoryError":
             error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
         pipe.send(error)
@@ -181,7 +183,7 @@ def synchronize() -> None:
 
 def own_peak() -> int:
     """Return the peak memory of this process in bytes."""
-    if sys.platform == "linux":  # there, getrusage() would include the peak of the parent process
+    if sys.platform == "linux":  # on Linux, getrusage() would include the parent's peak
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

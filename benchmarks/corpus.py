@@ -23,12 +23,18 @@ SAMPLE_BYTES = 20e6  # size of the sample of documents whose words are counted
 
 
 def write_files(roots: list[str], path: Path) -> tuple[float, float]:
-    """Write the text files under `roots` to a .jsonl file. Returns the numbers that `write_corpus` returns."""
+    """Write the text files under `roots` to a .jsonl file.
+
+    Returns the megabytes of text, and the number of different words per megabyte (see `write_corpus`).
+    """
     return write_corpus(text_files(roots), path)
 
 
 def write_plays(path: Path) -> tuple[float, float]:
-    """Write at least PLAYS_BYTES bytes of plays to a .jsonl file. Returns the numbers that `write_corpus` returns."""
+    """Write at least PLAYS_BYTES bytes of plays to a .jsonl file.
+
+    Returns the megabytes of text, and the number of different words per megabyte (see `write_corpus`).
+    """
     return write_corpus(repeated_plays(PLAYS_BYTES), path)
 
 

@@ -21,9 +21,10 @@ def describe(where: str) -> tuple[dict[str, Any], float]:
 
 
 def native_dtypes(where: str) -> tuple[list[str], str]:
-    """Return the precisions that a device computes without emulation, the default one first, and the device's name.
+    """Return the precisions in which a device computes without emulation, and a name.
 
-    The name is that of the GPU, or that of the CPU's instruction set.
+    The first precision is the one that this repository uses by default. The name is that of the GPU, or that of the
+    CPU's instruction set.
     """
     native = device.native_dtypes(torch.device(where))
     name = torch.cuda.get_device_name() if where == "cuda" else device.cpu_instruction_set()

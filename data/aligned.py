@@ -45,9 +45,9 @@ GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
 MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window are padding, except in the last window of a group
 HEADER_BYTES = 1024
 VERSION = 1  # version of the file format and of the packing algorithm; an index of another version is replaced
-# The rows of the two tables of an index file. A window consists of consecutive rows of the table of pieces; its row has
-# the index of its first piece, and its number of targets. A piece is a document or a part of a document; its row has
-# the position of its first token in the split, and its number of tokens.
+# The row types of the two tables in an index file. A piece is a document or a part of a document. A row of the table of
+# pieces has the position of the piece's first token in the split, and the piece's number of tokens. A row of the table
+# of windows has the index of the window's first piece (its other pieces follow it), and the window's number of targets.
 WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])
 PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
 
@@ -120,7 +120,7 @@ class AlignedWindows(TrainingWindows):
         inputs[done:], targets[done:] = 0, IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
+        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
         return sum(int(self._windows(window, 1)["targets"][0]) for window in windows.tolist())
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:
@@ -248,9 +248,9 @@ def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
     Documents of more than T tokens are cut first. Then each window takes the longest remaining piece, and repeatedly
-    the longest piece that fits into the gap at its end. If no piece fits, the shortest piece is cut or the gap becomes
-    padding, as the module's docstring describes. In a window, pieces that begin a document come before pieces that
-    continue a document.
+    the longest remaining piece that fits into the rest of the window, the gap. If no piece fits, the shortest piece is
+    cut or the gap becomes padding, as the module's docstring describes. In a window, pieces that begin a document come
+    before pieces that continue a document.
 
     Args:
         bounds: (documents + 1,), the starts of the documents, and the end of the last document.

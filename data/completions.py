@@ -85,7 +85,7 @@ class CompletionWindows(TrainingWindows):
             documents[:n], documents[n:] = self._example[first : first + n], -1
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
+        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
         return int(self._n_targets[windows].sum())
 
     def _is_target(self, window: int) -> np.ndarray:

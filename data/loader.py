@@ -25,8 +25,9 @@ from data.shards import Split
 # A target with this value does not count in the loss: `F.cross_entropy` skips it by default. Padding and the tokens of
 # prompts get this target.
 IGNORE_INDEX = -100
-# The number of rounds in `permute`. Three rounds of a Feistel network give a pseudorandom permutation if the round
-# function is pseudorandom (Luby & Rackoff 1988). The round function here is only a cheap hash, so more rounds are used.
+# The function `permute` (below) is a Feistel network, which computes a permutation in this number of rounds. Three
+# rounds give a pseudorandom permutation if the function that each round applies is pseudorandom (Luby & Rackoff 1988).
+# Here this function is only a cheap hash, so more rounds are used.
 FEISTEL_ROUNDS = 6
 # Number of batches that the background thread prepares in addition to the batch in use. With this reserve, one slow
 # read (such as the first read of a file on a network disk) does not delay the training step, if reading is faster than
@@ -55,7 +56,7 @@ class Windows(Protocol):
     """A sequence of windows in a fixed order; each window has T inputs and T targets.
 
     sequence_length: T;
-    fingerprint: a hash that is equal for equal data;
+    fingerprint: a text made from hashes, equal for equal data;
     source: where the text comes from, or "" if this is not known;
     document_mask: whether each token attends to its own document only. If True, `read` has to fill `documents` too.
     """
@@ -74,7 +75,7 @@ class Windows(Protocol):
         """
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
+        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
 
 
 class TrainingWindows(Windows, Protocol):
@@ -360,7 +361,10 @@ class Loader:
         return [split_evenly(len(self.rows), part, n) for part in range(n)]
 
     def _weights(self, order: np.ndarray) -> list[float]:
-        """Return the weights of this rank's micro-batches. Those of all ranks add up to 1, or to 0 without targets."""
+        """Return the weights of this rank's micro-batches.
+
+        The weights of all ranks together add up to 1, or to 0 if the global batch has no targets.
+        """
         in_all, mine = self.windows.count(order), order[self.rows.start : self.rows.stop]
         return [self.windows.count(mine[rows.start : rows.stop]) / max(1, in_all) for rows in self._parts()]
 

@@ -1,12 +1,12 @@
 """Train on several datasets in one run. Each dataset gives a fixed fraction of the windows, evenly spread over the run.
 
-A schedule says from which dataset each window comes. The schedule has at most about 10,000 places, and each dataset has
-exactly its fraction of these places. After its last place, the schedule begins again. Among the first n windows of a
-run, a dataset with fraction f has f n windows, rounded up or down. In any m consecutive places, where m is the length
-of the schedule, this dataset has exactly the fraction f of the windows. If the fractions are whole percentages, m
-divides 100, so the same is true for any 100 consecutive steps with any batch size. The window at a place in the run
-depends only on the place, the seed, the datasets and their weights. So the position of a run in its data is still one
-integer, the step.
+A schedule is a list of datasets: each place in the list stands for one window of the run. It has at most about 10,000
+places, and each dataset has exactly its fraction of these places. After its last place, the schedule begins again.
+Among the first n windows of a run, a dataset with fraction f has f n windows, rounded up or down. Among any m
+consecutive windows, where m is the length of the schedule, this dataset has exactly the fraction f. If the fractions
+are whole percentages, m divides 100. Then the dataset has exactly the fraction f in any 100 consecutive steps, with any
+batch size. The window at a place in the run depends only on the place, the seed, the datasets and their weights. So the
+position of a run in its data is still one integer, the step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from data.loader import TrainingWindows
 
-# If the fractions need a longer schedule, they are rounded to multiples of 1 / MAX_SCHEDULE, and divided by their sum.
+# Approximate maximum length of a schedule. Fractions that need a longer schedule are rounded to multiples of
+# 1 / MAX_SCHEDULE, and then divided by their sum.
 MAX_SCHEDULE = 10_000
 
 
@@ -105,6 +106,6 @@ class MixtureWindows(TrainingWindows):
         self.parts[i].read(own, inputs, targets, documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return how many targets the windows numbered `windows`, (k,), have in total, not counting IGNORE_INDEX."""
+        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
         own, i = np.divmod(windows, len(self.parts))
         return sum(part.count(own[i == n]) for n, part in enumerate(self.parts))

@@ -1,4 +1,4 @@
-"""Forward and backward pass with each of the three kinds of attention on long sequences."""
+"""Forward and backward pass on long sequences, with one of three kinds of attention: full, window or lsh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def train(attention: str, tokens: int) -> Run:
     """Set up forward and backward pass of a model with one layer of two heads, over one sequence of random tokens.
 
     With "full" attention, a token attends to itself and to all earlier tokens. With "window", it attends to the last
-    256 tokens. With "lsh", it attends to itself and, in each of 2 rounds of hashing, to at most 128 earlier tokens.
+    256 tokens, itself included. With "lsh" (locality-sensitive hashing), it attends to itself and, for each of 2 hash
+    functions, to at most 128 earlier tokens whose keys have the same hash as its query.
     """
     torch.manual_seed(0)
     config = GPTConfig(

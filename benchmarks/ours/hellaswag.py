@@ -15,9 +15,9 @@ from model import GPT, GPTConfig
 
 
 def evaluate(dtype: str, device: str) -> Run:
-    """Set up the evaluation of the 124M model under autocast to `dtype`, with the completion convention.
+    """Set up the evaluation of the 124M model under autocast to `dtype`.
 
-    eval/hellaswag.py defines the convention.
+    Each ending follows the unchanged context. eval/hellaswag.py calls this convention "completion".
     """
     keep_freed_memory()
     torch.manual_seed(0)

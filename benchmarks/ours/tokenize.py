@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the root of this repository
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up the command for the .jsonl file `corpus`. Each run writes its dataset to a new directory beside it."""
+    """Set up `data.prepare text` for the .jsonl file `corpus`. Each run writes to a new directory beside this file."""
     command = [sys.executable, "-m", "data.prepare", "text", str(corpus), "--val-fraction", "0", "--out"]
 
     def run() -> None:

@@ -41,8 +41,8 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
     loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     tokens, rows = config.data.sequence_length, config.data.batch_tokens // config.data.sequence_length
     ids = torch.randint(shape.vocab_size, (n_batches, rows, tokens + 1))
-    # Inputs and targets are contiguous and in pinned memory, as in the loader's batches. If they were not, the CPU
-    # would copy them before each step.
+    # Inputs and targets are contiguous and, for a GPU, in pinned memory, as in the loader's batches. Otherwise the CPU
+    # would have to copy them before each step.
     pairs = torch.stack([ids[..., :-1], ids[..., 1:]], dim=1)
     if processes.device.type == "cuda":
         pairs = pairs.pin_memory()
@@ -62,6 +62,6 @@ def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: 
         scaler=scaler,
         loader=itertools.cycle(batches),
         checkpoints=unused,
-        directory=RunDirectory(Path("unused")),  # this directory is not opened, so nothing is logged
+        directory=RunDirectory(Path("unused")),  # its `open` is never called, so nothing is logged
         progress=Progress(0, config.optim.steps, config.log.every, enabled=False),
     )

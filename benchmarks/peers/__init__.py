@@ -1,1 +1,1 @@
-"""Other implementations as contestants, with a module for each. See ours/__init__.py for what its functions return."""
+"""Other implementations as contestants: a module for each. ours/__init__.py says what their functions return."""

@@ -16,7 +16,7 @@ from data.tokenizer import load_tokenizer
 
 
 def evaluate(directory: str, device: str) -> Run:
-    """Set up evaluate() of build-nanogpt's hellaswag.py, in float32.
+    """Set up evaluate() of build-nanogpt's hellaswag.py, which computes in float32 (on a GPU, its products in TF32).
 
     evaluate() would download a tokenizer, weights and questions. It gets a local tokenizer, random weights and local
     questions instead.

@@ -17,7 +17,8 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
     """Set up nanoGPT's training step of the 124M model with its own optimizer and padded vocabulary.
 
     On a CPU, the model computes in float32 and is not compiled, as nanoGPT's README recommends. On CUDA, the model is
-    compiled and computes in the GPU's 16-bit precision and TF32, as in nanoGPT's train.py.
+    compiled. It computes under autocast to the GPU's 16-bit precision, and the matrix products that remain in float32
+    use TF32, as in nanoGPT's train.py.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
@@ -43,8 +44,8 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
 def decode(directory: str, device: str) -> Run:
     """Set up decoding of one sample in float32, without a cache, with the sampling options of nanoGPT's sample.py.
 
-    On CUDA, nanoGPT's sample.py would compute in 16 bits by default. Here, it computes in float32 like all contestants
-    of its table.
+    On CUDA, nanoGPT's sample.py would compute in 16 bits by default. Here, the model computes in float32, because
+    bench.py compares it only with contestants that decode in float32.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)

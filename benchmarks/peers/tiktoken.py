@@ -15,7 +15,7 @@ from benchmarks.clock import Run
 from data.shards import ShardWriter
 from data.tokenizer import load_tokenizer
 
-BATCH_CHARACTERS = 1 << 26  # characters of text that one call encodes
+BATCH_CHARACTERS = 1 << 26  # approximate number of characters that one call of tiktoken encodes
 
 
 def tokenize(corpus: Path) -> Run:

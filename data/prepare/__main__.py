@@ -226,7 +226,10 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _filtered(source: Source, args: argparse.Namespace) -> Source:
-    """Return `source` with the filters that the options choose. Raises ValueError if they cannot be used with it."""
+    """Return `source` with the filters that the options choose.
+
+    Raises ValueError for an unknown language, or a condition on the text if the source consists of tokens.
+    """
     filters = Filters(args.min_chars, args.max_chars, tuple(args.language), args.deduplicate)
     if filters.by_text and args.command == "tokens":
         raise ValueError("--min-chars, --max-chars and --language need text, and these documents are tokens already")
@@ -255,7 +258,8 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def _validation(args: argparse.Namespace, source: Source) -> ValidationRule:
-    # The descriptions are in meta.json, and a run that continues a dataset compares them: do not reword them.
+    # The first argument of each rule is stored in meta.json. A run can continue a dataset only if this text has not
+    # changed, so do not reword it.
     if any(file.split for file in source.files):
         if (args.val or args.val_tokens or args.val_fraction) is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Turn a chunk (a part of a source file) into documents. This code runs in the worker processes."""
+"""Turn a chunk (a part of a source file) into documents. This code runs in the worker processes, if there are any."""
 
 from __future__ import annotations
 

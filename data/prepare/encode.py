@@ -26,7 +26,7 @@ from data.prepare.text import SPLIT_KEY_BYTES, safe_cut
 from data.shards import TOKEN
 from data.tokenizer import Tokenizer, load_tokenizer
 
-# The results of the bulk encoder are checked with a sample of the documents, which is encoded again with the reference
+# The tokens from gigatoken are checked with a sample of the documents, which is encoded again with the reference
 # tokenizer. The sample has at least this fraction of the bytes, and at least this many documents per shard.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
@@ -43,8 +43,8 @@ class ValidationRule:
 
     description: the text that `meta.json` has under `validation`;
     fraction: a document is a candidate when its hash, as a number in [0, 1), is below this fraction;
-    tokens: candidates are put into the validation split, in order, until the next candidate would exceed this number of
-        tokens; at least one is put there. None: all candidates are put there.
+    tokens: the validation split gets candidates, in order, until the next one would make it longer than this number of
+        tokens; it gets at least one. None: it gets all candidates.
     """
 
     description: str
@@ -68,8 +68,8 @@ class ValidationRule:
 class Encoded:
     """The documents of a batch of chunks, after encoding.
 
-    tokens: (tokens,) uint16, all documents one after the other. End-of-text precedes each document, but not a
-        continuation;
+    tokens: (tokens,) uint16, all documents one after the other. End-of-text precedes each document, but not the
+        continuation of a document from the previous batch;
     lengths: (documents,) int64, the number of tokens of each document, including its end-of-text;
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
     text_bytes: (documents,) int64, the number of UTF-8 bytes of each document;

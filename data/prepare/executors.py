@@ -19,7 +19,7 @@ from data.prepare.job import available_cores
 
 EXECUTORS = ("local", "slurm", "ray")
 ATTEMPTS = 3
-LOGS = "logs"  # below the directory of the dataset
+LOGS = "logs"  # the directory of the log files, in the directory of the dataset
 ROOT = Path(__file__).resolve().parents[2]  # the directory in which `python -m data.prepare` can be run
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 LANGUAGE_BYTES = 1 << 12  # the language of a document is recognized from this many bytes at its beginning
-SEEN_FILE = "documents-seen.sqlite"  # in the directory of an incomplete dataset
+SEEN_FILE = "documents-seen.sqlite"  # the file of `SeenDocuments`, in the directory of an incomplete dataset
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""For a source with few documents, hold out the end of the text for validation. A whole document would be too large."""
+"""For a source with few documents, hold out the end of the text for validation: a whole document would be too much."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from data.prepare.text import named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
 
 MANY_DOCUMENTS = 20  # with at least this many documents, a hash of each document decides its split
-# Borders of paragraphs, lines and words are searched at most this many bytes before and after the requested place.
+# Borders of paragraphs, lines and words are searched at most this many bytes before and after the place where the
+# validation split would begin if it had exactly the requested size.
 SEARCHED_BYTES = 1 << 20
 # A text of fewer bytes is not divided between words, only at the border of a file, a paragraph or a line.
 SHORT_TEXT = 1_000
@@ -70,8 +71,8 @@ def hold_out_end(
     files: list[SourceFile] = []
     for i, (file, length) in enumerate(zip(source.files, lengths, strict=True)):
         if i == index and offset:
-            # `size` is for the progress display. It is in bytes of the stored file, while `offset` is in bytes of the
-            # decoded text.
+            # The attribute `size` of the two parts is for the progress display. It is in bytes of the stored file, but
+            # `offset` is in bytes of the decoded text.
             first = round(file.size * offset / length)
             files.append(replace(file, split="train", end=offset, size=first))
             files.append(replace(file, split="val", begin=offset, end=length, size=file.size - first))
@@ -114,10 +115,11 @@ def _read_part(file: SourceFile, begin: int, end: int) -> Iterator[bytes]:
 
 
 def _find_border(source: Source, lengths: list[int], target: int, size: int) -> tuple[int, int, str] | None:
-    """Return (index of the file, offset in its text, kind) of a border near byte `target` of all text, or None.
+    """Return (index of the file, offset in its text, kind) of a border near byte `target` of all text.
 
-    `lengths` are the numbers of bytes of text in the files, and `size` is the requested size of the split in bytes. The
-    kinds of borders are tried in this order. Of the first kind that is found, the border nearest to `target` is chosen:
+    Returns None if there is no border. `lengths` are the numbers of bytes of text in the files, and `size` is the
+    requested size of the split in bytes. Searches one kind of border after the other, in the order below. Of the first
+    kind that is found, chooses the border nearest to `target`:
 
     1. A paragraph or a file, if the split then has at least half the requested `size`, and at most the larger of twice
        this size and a tenth of the text.

@@ -214,9 +214,9 @@ def _encode(
     """Encode the source from the recorded position on. Save the state after each shard and every few seconds."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The encoder checks a fixed number of documents per `shard_tokens` tokens. In a dataset smaller than a shard, it
-    # would check fewer. So pass a low estimate of the dataset's tokens instead: few texts have more than 8 bytes per
-    # token.
+    # The encoder checks a fixed number of documents per shard. In a dataset smaller than a shard, it would check fewer.
+    # So for such a dataset, pass a low estimate of its number of tokens instead of the size of a shard. The estimate is
+    # low because few texts have more than 8 bytes per token.
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()
