@@ -2,14 +2,14 @@
 
 A pattern, such as "{text} It was {label}.", turns a text into a text with a blank, the place of {label}. A verbalizer
 names the words that stand for each class, such as "good" and "bad". The score of a class is the log-probability of the
-whole text with the class's word in the blank. If a class has several words, its score is the mean of these
-log-probabilities (Schick et al. 2020, arXiv:2010.13641).
+whole text with the class's word in the blank. If a class has several words, its score is the mean of the
+log-probabilities with each of these words (Schick et al. 2020, arXiv:2010.13641).
 
 Different words in the same blank give texts that begin with the same tokens. The log-probability of these tokens is the
 same in every score. It changes neither the differences between the scores nor their softmax, so it is not computed.
 Therefore, if the pattern ends with the blank, a score is the log-probability of the word, given the text before it.
 
-Shapes: N texts, W words, K classes.
+Letters in shapes: N texts, W words of a verbalizer, K classes; T, C and V as in model.py.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Verbalizer:
 
 
 class Cloze(NamedTuple):
-    """The texts that one text and one pattern give: one for each word of a verbalizer, with this word in the blank."""
+    """A text, filled into a pattern once for each word of a verbalizer, with this word in the blank."""
 
     fillings: list[list[int]]  # W lists of tokens; each list begins with end-of-text
     start: int  # number of tokens at the beginning that are the same in all lists
 
 
 def read_verbalizer(pairs: Sequence[str]) -> Verbalizer:
-    """Return the verbalizer that pairs "WORD=CLASS" describe.
+    """Return the verbalizer for a list of pairs, each in the form "WORD=CLASS".
 
     Raises ValueError if a pair is malformed, if two pairs have the same word, or if there are fewer than two classes.
     """
@@ -101,7 +101,7 @@ def make_clozes(
         while (excess := max(map(len, fillings)) - max_length) > 0:
             if not kept:
                 raise ValueError(f"--pattern {pattern!r} and a word have more than {max_length} tokens: shorten it")
-            kept = kept[:-excess]  # nothing is kept if the excess is longer than the text
+            kept = kept[:-excess]  # empty if the excess is at least len(kept)
             fillings = _fill(tokenizer.decode(kept).rstrip("\ufffd"), pattern, words, tokenizer)
         shortest = min(map(len, fillings))
         columns = enumerate(zip(*fillings, strict=False))
@@ -116,7 +116,7 @@ def _fill(text: str, pattern: str, words: Sequence[str], tokenizer: Tokenizer) -
 
 
 def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) -> Tensor:
-    """Return the scores (N, K) of N texts, in nats, in float32 and on the device of the model."""
+    """Return the score of each class for each text, (N, K), in nats, on the device of the model."""
     device = model.transformer.wte.weight.device
     rows = [(filling, cloze.start) for cloze in clozes for filling in cloze.fillings]
     ids = torch.zeros(len(rows), max(len(filling) for filling, _ in rows), dtype=torch.int64)
@@ -138,7 +138,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
 def score_all(
     model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer, batch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the scores (N, K) of N texts on the CPU. Leave the model in eval mode.
+    """Return the score of each class for each text, (N, K), on the CPU. The model is put in eval mode.
 
     Each batch holds texts of similar length, so that it needs little padding.
     """

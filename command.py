@@ -1,4 +1,4 @@
-"""Functions and help texts that several command lines share."""
+"""Functions and help texts that several command-line programs share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Return the options of a parser and of its subcommands: the parser reports the unknown options of both."""
+    """Return the options of a parser and of its subcommands: the parser also reports their unknown options."""
     found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -93,13 +93,13 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
     For an error that the user can correct, print its message and exit with status 2. For Ctrl-C, print `interrupted`
     and exit with status 130. Other exceptions keep their traceback.
 
-    If the program that reads the output ends first, as in `... | head`, the command finishes its work without a
-    message. With `needs_reader`, the command exits at once with status 0. Set `needs_reader` if the output is the only
-    result of the command.
+    If the program that reads the output ends before the command, as in `... | head`, the command finishes its work
+    without a message. With `needs_reader`, the command exits at once with status 0. Set `needs_reader` if the output is
+    the only result of the command.
 
     Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # false if a test or another program has replaced it
+    if isinstance(sys.stdout, io.TextIOWrapper):  # false if a test or another program replaced stdout
         sys.stdout.reconfigure(errors="backslashreplace")
     with lasting_output(needs_reader=needs_reader):
         try:
@@ -128,8 +128,8 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
 
     Args:
         status: the exit status.
-        consequence: True if this process fails because another process has failed. torchrun finds the first failure by
-            comparing times in whole seconds, so this failure is then reported with a time that is a minute later.
+        consequence: True if this process fails because another process has failed. Then the reported time is a minute
+            late: torchrun compares times in whole seconds, and could otherwise take this failure for the first one.
     """
     print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -168,7 +168,7 @@ def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     """In the `with` block, drop what is written to stdout and stderr after their reader has gone away.
 
     By default, Python raises an error for such a write: `train.py ... | head -3`, or a closed terminal, would end the
-    run. With `needs_reader`, a write raises NoReader if the reader of stdout has gone away.
+    run. With `needs_reader`, a write to stdout raises NoReader if the reader of stdout has gone away.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_lasting(stream) for stream in before)

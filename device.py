@@ -19,8 +19,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Each set has the values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN does not use the CPU's
-# instructions for bfloat16, for float16, or for matrices (AMX).
+# The environment variable ONEDNN_MAX_CPU_ISA limits the CPU instructions that oneDNN uses. Each set holds the values
+# that exclude one kind of instructions: those for bfloat16, those for float16, or those for matrices (AMX).
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
@@ -76,7 +76,7 @@ CARDS = {
     "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
 # A device name can contain a key of CARDS although the device is not this card: "RTX 3090 Ti" is another card, and a
-# name with "MIG" is a part of a card. With this pattern after the key, `find_card` does not match such names.
+# name with "MIG" is a part of a card. `find_card` appends this regular expression to a key to exclude such names.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -107,7 +107,7 @@ def find_device(name: str, option: str) -> torch.device:
 def native_dtypes(device: torch.device) -> list[torch.dtype]:
     """Return the precisions that a device computes matrix products in without emulation, the preferred one first.
 
-    bfloat16 comes before float16 because it has the range of float32: it needs no gradient scaler and cannot overflow.
+    bfloat16 comes before float16 because it has the range of float32, so training with it needs no gradient scaler.
     float32 comes first on devices where the other two are not faster, or where their speed is not known.
     """
     if device.type == "cuda":
@@ -140,15 +140,15 @@ def is_intel_cpu() -> bool:
 
 
 def packing_is_faster(weight: torch.Tensor) -> bool:
-    """Return whether decoding is faster if oneDNN stores this weight packed, in the layout that its kernels read.
+    """Return whether decoding is faster if oneDNN stores this weight packed, in the layout that oneDNN's kernels read.
 
-    Packing is not used for a single row in float32, which is decoded by generation/numpy_step.py.
+    The result does not matter for a single row in float32: generation/numpy_step.py decodes it with unpacked weights.
     """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        # Without packing, F.linear uses Intel's MKL, and with packed weights oneDNN. On an Intel Xeon, MKL decoded a
-        # single row faster (40 instead of 34 tokens/s). Several rows were not measured, so keep MKL on Intel's CPUs.
+        # F.linear uses Intel's MKL; packed weights need oneDNN. We have measured only a single row, on an Intel Xeon:
+        # MKL decoded 40 tokens/s and oneDNN 34. Therefore weights are not packed on Intel's CPUs.
         return not is_intel_cpu()
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -175,7 +175,7 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return `dtype` if the device computes matrix products in `dtype` without emulation, otherwise float32.
 
-    Use this function where speed matters more than the configured precision, as in Muon's iteration.
+    Use this function where speed matters more than `dtype`, the configured precision, as in Muon's iteration.
     """
     return dtype if dtype in native_dtypes(device) else torch.float32
 
@@ -188,7 +188,7 @@ def make_deterministic() -> None:
     raises RuntimeError. The function also stops the compiler from choosing the kernel that is fastest in a measurement,
     because this choice varies between runs.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is initialized
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its initialization
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)
     # The call above also makes PyTorch fill new memory with NaN. This takes time and changes nothing here, because all

@@ -1,9 +1,13 @@
 """GPT-2 for tasks other than predicting the next token: classification, multiple choice and sentence vectors.
 
-A head uses the GPT that it is given, without a copy. For example, `SequenceClassifier(GPT.from_pretrained("gpt2"), 3)`
-starts fine-tuning from the released weights, and `classifier.gpt.freeze(layers=6)` freezes half of the blocks. Models
-are saved in the format of the corresponding transformers class. Shapes are written as in model.py; K is the number of
-classes.
+A model with a head uses the GPT that it is given, without a copy. For example, this classifier starts from the released
+weights, and its embeddings and half of its blocks are frozen:
+
+    classifier = SequenceClassifier(GPT.from_pretrained("gpt2"), 3)
+    classifier.gpt.freeze(layers=6)
+
+Models are saved in the format of the corresponding transformers class. Shapes are written as in model.py; K is the
+number of classes.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ def save_with_head(
 ) -> None:
     """Write GPT and head as one state dict, in the format of the transformers class `architecture`.
 
-    fields are added to config.json.
+    The entries of `fields` are added to config.json.
     """
     state = {name.removeprefix("gpt."): tensor for name, tensor in model.state_dict().items()}
     config = asdict(model.gpt.config)
@@ -90,7 +94,7 @@ def save_with_head(
 
 
 def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
-    """Return the names of the classes in the `fields` of the config.json at `path`, in the order of their numbers.
+    """Return the names of the classes in the `fields` of the config.json at `path`, in the order of the class indices.
 
     If id2label is missing or empty, the names are LABEL_0 and LABEL_1. Raises ValueError if id2label is anything else
     than an object with the keys "0", "1", ... whose values are the names.
@@ -112,16 +116,16 @@ class SequenceClassifier(nn.Module):
     Args:
         gpt: the language model whose hidden states are classified.
         num_labels: K, the number of classes.
-        strategy: the input of the classifier. `last` (Texar's cls_time): the hidden state of the last token that is not
-            padding. `all` (all_time): the hidden states of all tokens that are not padding, concatenated and padded
-            with zeros up to max_length. `token` (time_wise): the hidden state of one token; each token is classified
-            separately.
+        strategy: the input of the classifier. `last` (cls_time in the library Texar): the hidden state of the last
+            token that is not padding. `all` (all_time): the hidden states of all tokens that are not padding,
+            concatenated and padded with zeros up to max_length. `token` (time_wise): the hidden state of one token;
+            each token is classified separately.
         max_length: the longest sequence in tokens; None means block_size. Only strategy `all` enforces this limit.
 
-    The loss depends on K and on the dtype of the labels, as in transformers. With K = 1, floating-point labels mean
-    regression (squared error), and integers 0 and 1 mean binary classification (logistic loss). With K > 1, integers
-    are class indices (cross-entropy), and K floating-point labels from 0 to 1 say which classes apply to a
-    sequence or token (logistic loss; several classes may apply).
+    The loss depends on K and on the dtype of the labels. With K = 1, floating-point labels mean regression (squared
+    error), and integers 0 and 1 mean binary classification (logistic loss; transformers uses the squared error for
+    them too). With K > 1, as in transformers, integers are class indices (cross-entropy), and K floating-point labels
+    from 0 to 1 say which classes apply to a sequence or token (logistic loss; several classes may apply).
     """
 
     def __init__(
@@ -153,9 +157,9 @@ class SequenceClassifier(nn.Module):
         """Return the logits, (B, K) or, with strategy `token`, (B, T, K), and the loss if labels are given.
 
         Args:
-            input_ids, attention_mask: (B, T). Only the mask says which tokens are padding: without it, no token is.
+            input_ids, attention_mask: (B, T). Only the mask says which tokens are padding: without it, none are.
             labels: (B,) integers; (B, K) floats; or, with K = 1, (B,) floats. With `token`, (B, T) replaces (B,), and
-                (B, T, K) replaces (B, K). The loss ignores integers that are IGNORE_INDEX, for example at padding.
+                (B, T, K) replaces (B, K). The loss ignores integer labels equal to IGNORE_INDEX, as at padding.
             inputs: other arguments of `GPT.forward`: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
         """
         output = self.gpt(input_ids, attention_mask=attention_mask, return_logits=False, **inputs)
@@ -174,7 +178,7 @@ class SequenceClassifier(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than max_length {self.max_length}")
         if attention_mask is not None:
             kept = attention_mask.bool()
-            order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept tokens first, in their order
+            order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept tokens first, order unchanged
             x = (x * kept.unsqueeze(-1)).gather(1, order.unsqueeze(-1).expand(B, T, C))
         return F.pad(x, (0, 0, 0, self.max_length - T)).flatten(1)
 
@@ -244,7 +248,7 @@ class DoubleHeadsOutput(NamedTuple):
 
     loss: Tensor | None  # (), language modeling, in nats per token
     mc_loss: Tensor | None  # (), multiple choice, in nats per question
-    logits: Tensor | None  # (B, N, T, V), or None if only the loss was requested
+    logits: Tensor | None  # (B, N, T, V), or None: see return_logits of `forward`
     mc_logits: Tensor  # (B, N)
     last_hidden_state: Tensor  # (B, N, T, C)
 

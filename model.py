@@ -67,7 +67,7 @@ class GPTConfig:
     window_size: int = 256
     lsh_buckets: int = 64
     lsh_rounds: int = 2
-    # GPT-2 itself has the default values of these three fields. Checkpoints of other trainers may need other values.
+    # GPT-2 has the default values of the three fields below. Checkpoints of other trainers may need other values.
     n_inner: int | None = None  # channels of the MLP's hidden layer; None means 4 n_embd
     activation: str = "gelu_new"  # one of ACTIVATIONS
     layer_norm_epsilon: float = 1e-5
@@ -77,7 +77,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """Return the configuration of a released GPT-2, a name of PRESETS. Raises ValueError for any other name."""
+        """Return the configuration of the released GPT-2 `name`. Raises ValueError if `name` is not in PRESETS."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         n_layer, n_head, n_embd = PRESETS[name]
@@ -90,8 +90,8 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None = None  # (), mean over the targets that are not IGNORE_INDEX, in nats
     logits: Tensor | None = None  # (B, T, V), or (B, k, V) with logits_to_keep=k
     last_hidden_state: Tensor | None = None  # (B, T, C), after ln_f
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, T, C): embeddings, blocks 1 to L - 1, ln_f
-    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, T, S)
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 tensors (B, T, C): embeddings, blocks 1 to L - 1, ln_f
+    attentions: tuple[Tensor, ...] | None = None  # L tensors (B, H, T, S)
     cache: KVCache | None = None
 
 
@@ -108,7 +108,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal and not cross
-        # Which of the earlier keys a query attends to; None: all of them.
+        # With attention="window" or "lsh": which of the earlier keys a query attends to. None: all of them.
         self.pattern = None if cross else find_pattern(asdict(config), layer)
         if cross:
             self.q_attn = nn.Linear(config.n_embd, config.n_embd)
@@ -120,7 +120,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, C)
-        mask: Mask | None,  # the keys that each query may attend to; None: all, or those up to its position if causal
+        mask: Mask | None,  # the keys that each query may attend to; None: all, or if causal, those up to the query
         head_mask: Tensor | None = None,  # (H,)
         layer_cache: LayerCache | None = None,
         memory: Tensor | None = None,  # (B, M, C)
@@ -128,7 +128,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the result (B, T, C) and, if requested, the attention weights (B, H, T, S)."""
         if memory is None:
-            q, k, v = self.c_attn(x).chunk(3, dim=-1)  # three of (B, T, C)
+            q, k, v = self.c_attn(x).chunk(3, dim=-1)  # three tensors (B, T, C)
         else:
             q, (k, v) = self.q_attn(x), self.c_attn(memory).chunk(2, dim=-1)
         # Move the heads next to the batch: the products below then run for each head of each sequence separately.
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         # Without the causal mask a token could read its own target from the next position: the training loss would go
         # to zero and the model could not generate. A single query (cached decoding) belongs to the last token: it may
         # attend to every key and needs no mask. PyTorch's kernel needs a Python bool, but in torch.export and
-        # torch.jit.trace the size is a symbol, and so is the result of the comparison.
+        # torch.jit.trace, q.size(2) is a symbol, and so is the result of the comparison.
         is_causal = bool(self.causal and mask is None and q.size(2) > 1)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -211,7 +211,7 @@ class Block(nn.Module):
         memory_mask: Tensor | None = None,  # (B, 1, 1, M)
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the new residual stream (B, T, C) and, if requested, the weights of its self-attention."""
+        """Return the new residual stream (B, T, C) and, if requested, the self-attention weights (B, H, T, S)."""
         # Pre-LayerNorm: the input of each sublayer is normalized, the stream itself is not (GPT-2 paper, section 2.3).
         # So gradients reach every layer through additions alone. The original Transformer normalizes x + f(x) instead.
         # There, gradients pass through 2 L LayerNorms, and training diverges without a long warmup (Xiong et al. 2020).
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        # With pre-LayerNorm no block normalizes the stream itself, so the head needs a LayerNorm of its own.
+        # With pre-LayerNorm no block normalizes the stream itself, so the output head needs a LayerNorm before it.
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
 
@@ -279,7 +279,7 @@ class GPT(nn.Module):
         Args:
             input_ids: (B, T) token ids. Give either these or `inputs_embeds` (B, T, C), which replaces their
                 embeddings, but not both.
-            targets: (B, T), for each input the id of the token that follows it, or IGNORE_INDEX. Not with labels.
+            targets: (B, T), the id of the token after each input, or IGNORE_INDEX for no loss there. Not with labels.
             labels: (B, T) ids (usually the inputs themselves), which this function shifts by one, as in transformers.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
             position_ids: (B, T) or (T,). By default, positions begin at `past`. With an attention mask, the default
@@ -329,14 +329,14 @@ class GPT(nn.Module):
                 attentions.append(weights)
         x = self.transformer.ln_f(x)  # (B, T, C)
 
-        # Apply the head, the transposed token embedding. The loss is computed without storing all logits.
+        # Apply the output head, the transposed token embedding. The loss is computed without storing all logits.
         loss = logits = None
         if labels is not None:  # token t predicts token t + 1, and no token follows the last one
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
             loss = linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
         if return_logits or (return_logits is None and loss is None):
-            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # k = 0 keeps all: -0 is 0
+            logits = F.linear(x[:, -logits_to_keep:], self.transformer.wte.weight)  # x[:, -0:] is all of x
         all_states = (*hidden_states, x) if output_hidden_states else None
         return GPTOutput(loss, logits, x, all_states, tuple(attentions) if output_attentions else None, cache)
 
@@ -363,7 +363,7 @@ class GPT(nn.Module):
         """Exclude the first `layers` blocks and, by default, the embeddings from training.
 
         The token embeddings are also the output head, so `embeddings` also freezes the head. Raises ValueError if the
-        model has fewer blocks.
+        model has fewer than `layers` blocks.
         """
         if not 0 <= layers <= self.config.n_layer:
             raise ValueError(f"cannot freeze {layers} layers of {self.config.n_layer}")
@@ -424,8 +424,8 @@ class LayerCache(NamedTuple):
 
     keys: Tensor  # (B, H, max_length, D)
     values: Tensor
-    past: int
-    length: int  # past + the tokens of this pass
+    past: int  # number of tokens that were stored before this pass
+    length: int  # past + the number of tokens of this pass
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, H, T, D) after the past ones, and return all of them, (B, H, S, D)."""
@@ -443,7 +443,7 @@ class KVCache:
     model in float32.
 
     Attributes:
-        keys, values: L of (B, H, max_length, D); the first `length` tokens are valid.
+        keys, values: lists of L tensors (B, H, max_length, D), in which the first `length` tokens are valid.
         length: the number of tokens that are stored for each row, padding included.
     """
 

@@ -131,7 +131,7 @@ def transformers_name(name: str) -> str:
     """Return transformers' name of OpenAI's variable `name`: model/h3/ln_1/g is transformer.h.3.ln_1.weight."""
     found = re.fullmatch(r"model/(?:h(\d+)/)?(\w+(?:/\w+)*?)(?:/([wgb]))?", name)
     if found is None:
-        return name  # not a name of GPT-2's: the caller reports it
+        return name  # not a name of GPT-2's: `weights.load_weights` reports it
     layer = "" if found[1] is None else f"h.{found[1]}."
     return f"transformer.{layer}{found[2].replace('/', '.')}.{'bias' if found[3] == 'b' else 'weight'}"
 

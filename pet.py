@@ -1,6 +1,7 @@
 """Pattern-exploiting training (`classify.py pet`): train a classifier on a few labeled texts and many unlabeled ones.
 
-The method is that of Schick and Schütze 2021, arXiv:2001.07676. cloze.py explains patterns and verbalizers.
+The method is that of Schick and Schütze 2021, arXiv:2001.07676. cloze.py explains patterns, verbalizers and the
+letters in shapes.
 
 1. For each pattern, one or more models are trained to fill the blank in the labeled texts, and as language models on
    the unlabeled texts.
@@ -64,7 +65,7 @@ class Task:
 
     base: GPT  # the pretrained model, which is copied for each model of the ensemble
     verbalizer: Verbalizer
-    train: list[Labeled]  # without --train, there are no texts in it
+    train: list[Labeled]  # without --train, no element has any texts
     unlabeled: list[list[Cloze]]
     val: list[Labeled]
     unlabeled_tokens: list[list[int]]  # tokens of each unlabeled text alone, for the language-modeling loss
@@ -223,11 +224,11 @@ def pseudo_label(
 ) -> dict[int, int]:
     """Choose unlabeled texts, and label them with a random subset of `others` (iPET). Return {index of text: class}.
 
-    `labels` are the classes of the texts in --train. With each generation, the number of labeled texts, including these
-    texts, grows by the factor GROWTH, and the classes keep the proportions that they have in `labels`. If `labels` is
-    empty, all classes get the same number of texts. The texts of a class are drawn at random from those that the models
-    assign to this class. Texts about which the models are more certain are more likely to be drawn. If a class has too
-    few such texts, all of them are used.
+    `labels` are the classes of the texts in --train. With each generation, the number of labeled texts (those of
+    --train and the chosen ones) grows by the factor GROWTH, and the classes keep the proportions that they have in
+    `labels`. Without --train, all classes get the same number of texts. The texts of a class are drawn at random from
+    those that the models assign to this class. Texts about which the models are more certain are more likely to be
+    drawn. If the models assign too few texts to a class, all of these are used.
     """
     rng = np.random.default_rng(seed)
     size = max(1, round(PART_OF_OTHERS * len(others)))
@@ -273,7 +274,8 @@ def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
 def draw(texts: Sequence[list[int]], start: int, count: int, seed: int) -> list[list[int]]:
     """Return the texts at the places start .. start + count - 1 of an endless sequence.
 
-    The sequence repeats all texts in each epoch, in a new random order, which depends only on the seed and the epoch.
+    The sequence consists of epochs. Each epoch has all texts, in a random order that depends only on `seed` and on the
+    number of the epoch.
     """
     n = len(texts)
     return [texts[int(permute(np.array([i % n]), n, seed, i // n)[0])] for i in range(start, start + count)]

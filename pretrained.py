@@ -20,8 +20,9 @@ PADDING_LIMIT = 128  # padding a vocabulary to a multiple of 64 or 128, for spee
 def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str | None = None) -> str:
     """Return the model directory or hub name that the options `--model` and `--checkpoint` select.
 
-    None selects the run in the directory `runs` that wrote a checkpoint last. The directory of a run is replaced by one
-    of its checkpoints (see `choose_checkpoint`), which is named on stderr. Any other value is returned unchanged.
+    If `name_or_dir` is None, it stands for the run in the directory `runs` that wrote a checkpoint last. The directory
+    of a run is replaced by one of its checkpoints, which `choose_checkpoint` selects and names on stderr. Any other
+    value is returned unchanged.
 
     Raises:
         FileNotFoundError: there is no run, the named run does not exist, or the run lacks the requested checkpoint; or

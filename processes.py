@@ -1,7 +1,7 @@
 """The processes that torchrun starts: how they find each other, what they compute on, and how they end.
 
-Training and evaluation share a few operations: each process knows its rank, and sums or minima of some numbers are
-computed over all processes. With a single process, every operation here works without a process group.
+Training and evaluation share a few operations: the sum of a tensor or the minimum of an integer over all processes, and
+sending an integer to all of them. With a single process, every operation here works without a process group.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
         # process's micro-batches, so one average of the sums is enough, instead of one for each micro-batch.
         synchronize_gradients(run.loss_function, run.model, i == len(micro_batches))
         # With non_blocking, a copy from pinned memory to a GPU runs while the host queues the next operations.
-        inputs = inputs.to(device, non_blocking=True)  # (b, T)
+        inputs = inputs.to(device, non_blocking=True)  # (b, T), b sequences in the micro-batch
         targets = targets.to(device, non_blocking=True)  # (b, T)
         if documents is not None:  # (b, T): with data.document_mask, tokens attend to their own document only
             documents = documents.to(device, non_blocking=True)
@@ -207,7 +207,8 @@ def train(
     signal = StopSignal(announce=run.processes.is_main)
     stopping, bad_steps, last_save = False, 0, time.monotonic()
     # Validate before the first step. At step 0, the loss of an untrained model is about ln(vocab_size): another number
-    # means an error in the code. At a later step, a stop request has skipped or interrupted this validation.
+    # means an error in the code. A run that resumes at a later step makes up for a validation that a stop request has
+    # skipped or interrupted.
     if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
         stopping = not validate(run, signal)
         if is_done(run) and not stopping:
@@ -242,8 +243,8 @@ def train(
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
-        # Draw after saving, because an error in the drawing must not prevent a checkpoint. `conclude` makes the last
-        # drawing.
+        # Draw after saving, because an error in the drawing must not prevent a checkpoint. The function `conclude`
+        # (below) makes the last drawing.
         if state.val_loss is not None and not (is_done(run) or stopping):
             run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:

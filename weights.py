@@ -1,8 +1,8 @@
 """Read and write GPT-2's files in the layout of Hugging Face transformers: config.json and files of tensors.
 
 Parameters have the same names here as in transformers, but transformers stores some matrices transposed. This module
-does not import the model's classes: it handles the fields of `GPTConfig` as a dictionary, and any `nn.Module` whose
-parameters have GPT-2's names.
+does not import the model's classes: it takes the fields of `GPTConfig` as a dictionary, and can load the weights of any
+`nn.Module` whose parameters have GPT-2's names.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ ACTIVATION_NAMES = {
 # Fields that a plain GPT-2 does not have, each with the values that mean the same as a missing field. Other values are
 # refused.
 ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
-# Other fields that transformers writes, with its default values. GPT does not depend on them. heads.DoubleHeads
-# requires the default values of three of the summary_ fields.
+# Other fields that transformers writes, with their default values. GPT does not depend on them. heads.DoubleHeads
+# requires the default values of summary_activation, summary_type and summary_use_proj.
 INERT_CONFIG = {
     "initializer_range": 0.02,
     "pad_token_id": None,
@@ -109,8 +109,9 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# Limits that are stricter than LARGEST_FIELD. If a damaged config.json has a huge n_layer, building the model could
-# take hours, and only then would `load_weights` find that most of the tensors are missing.
+# Largest values of fields for which LARGEST_FIELD, the limit of the other sizes, is too high. If a damaged config.json
+# has a huge n_layer, building the model could take hours, and only then would `load_weights` find that most of the
+# tensors are missing.
 LARGEST = {"n_layer": 10_000}
 
 # OpenAI's names of the released models -> their names on the hub. 117M and 345M are earlier names of 124M and 355M.
@@ -124,7 +125,7 @@ OPENAI_NAMES = {
 }
 
 # Files that hold all weights, in the order in which they are looked for. If the weights are divided into several files,
-# the file NAME.index.json lists them.
+# an index lists them: model.safetensors.index.json or pytorch_model.bin.index.json.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -286,7 +287,7 @@ def check_config(fields: dict[str, Any]) -> None:
 
 
 def find_weight_files(directory: Path) -> list[Path]:
-    """Return the files of a directory that hold its weights: one file, or those that an index names.
+    """Return the files of a directory that hold its weights: one of WEIGHT_FILES, or the files that an index names.
 
     Raises:
         FileNotFoundError: the directory has neither weights nor an index.
@@ -319,9 +320,9 @@ def find_weight_files(directory: Path) -> list[Path]:
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in the shards of either.
 
-    Only one tensor is in memory at a time, so the caller must copy it before it asks for the next one. The largest
-    tensor of a file comes first, when the caller holds few copies of other tensors. This order keeps the peak of memory
-    low.
+    Except with files of PyTorch before version 1.6, only one tensor is in memory at a time. So the caller must copy it
+    before it asks for the next one. The largest tensor of a file comes first, when the caller holds few copies of other
+    tensors. This order keeps the peak of memory low.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
@@ -405,8 +406,8 @@ def load_weights(
     for source, tensor in read_openai_tensors(directory) if stored.is_openai else read_tensors(directory):
         if STALE_BUFFER.search(source):
             continue
-        # GPT-2's output head is the token embedding, so both names mean the same parameter. Files that GPT2Model saved
-        # lack the prefix "transformer.".
+        # GPT-2's output head is the token embedding, so lm_head.weight is a second name of transformer.wte.weight.
+        # Files that GPT2Model saved lack the prefix "transformer.".
         name = "transformer.wte.weight" if source == "lm_head.weight" else source
         name = name if name in wanted else f"transformer.{name}"
         if name not in wanted:
