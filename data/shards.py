@@ -1,4 +1,4 @@
-"""Read and write token shards: files of token ids in llm.c's format, which `meta.json` in the same directory describes.
+"""Read and write token shards: files of token ids in llm.c's format. `meta.json` in their directory describes them.
 
 A shard is a header of 256 little-endian int32 (20240520, version 1, token count, zeros), then the tokens, uint16. Each
 document is preceded by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c have no `meta.json`;
@@ -57,8 +57,8 @@ class DatasetMeta:
     shard_tokens: number of tokens in a full shard;
     tokens, documents, text_bytes: totals of each split; `text_bytes` (bytes of UTF-8) is empty for downloaded shards;
     shards: the shards of each split, in order;
-    skipped: for each reason, the number of documents that were omitted, changed or longer than a shard. One more entry
-        is the number of changed line ends;
+    skipped: for each reason, the number of documents that were omitted, changed or longer than a shard. The entry
+        "carriage_returns" is the number of changed line ends;
     versions: versions of the libraries that made the dataset;
     part: "I of N" for part I of a dataset that is prepared in N parts, otherwise empty.
     """
@@ -160,8 +160,8 @@ class Split:
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (1-D, contiguous uint16) with the tokens at positions [start, start + len(out)).
 
-        Raises ValueError for a range outside the split or an `out` of another kind, OSError when a shard has vanished
-        or become shorter since `open_split`.
+        Raises ValueError for a range outside the split or an `out` of another dtype or layout, OSError when a shard has
+        vanished or become shorter since `open_split`.
         """
         if out.dtype != TOKEN or out.ndim != 1 or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous 1-D uint16 array, got {out.dtype} of shape {out.shape}")
@@ -302,7 +302,8 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.end_of_text = end_of_text
         self.finished: list[ShardMeta] = []
-        # The shard that is being written: its file (or None), and its numbers of tokens and documents so far.
+        # The shard that is being written: its file (None before its first token), and its numbers of tokens and
+        # documents so far.
         self._file: Any = None
         self._tokens = 0
         self._documents = 0
@@ -373,7 +374,7 @@ class ShardWriter:
                 raise self._explain(error) from error
 
     def state(self) -> dict[str, Any]:
-        """Return a JSON value for `restore`. Call `flush` first, so that all data that it counts are on the disk."""
+        """Return a JSON value for `restore`. Call `flush` first, because `restore` needs all data on the disk."""
         shards = [dataclasses.asdict(shard) for shard in self.finished]
         return {"finished": shards, "tokens": self._tokens, "documents": self._documents}
 

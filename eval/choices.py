@@ -45,7 +45,9 @@ class Answers(NamedTuple):
     choice: np.ndarray  # (N,) index of the choice with the highest log-probability
     choice_norm: np.ndarray  # (N,) index of the choice with the highest normalized log-probability
     scores: list[list[float]]  # for each question, the log-probability of each choice, in nats
-    bits_per_byte: np.ndarray | None  # (N,) -log2 probability of the correct choice, per UTF-8 byte; None: see `answer`
+    # (N,) -log2 probability of the correct choice, per UTF-8 byte of this choice. None if the tokenizer has changed the
+    # text of a correct choice (see `answer`).
+    bits_per_byte: np.ndarray | None
 
 
 def same_context(context: str, choices: Sequence[str], gold: int) -> Question:
@@ -152,7 +154,7 @@ def with_shots(
 ) -> list[Question]:
     """Put `shots` solved examples from `pool` before each question, separated by empty lines.
 
-    The examples of a question depend only on `pool`, the seed and the index of the question.
+    The examples of a question depend only on the arguments after `questions` and on the index of the question.
 
     Args:
         leave_one_out: True if `pool` begins with `questions`, in the same order. Then a question is never its own
@@ -166,7 +168,7 @@ def with_shots(
     prompted = []
     for number, question in enumerate(questions):
         drawn = random.Random(f"{seed}, {number}").sample(range(available), shots)
-        # With leave_one_out, skip the question itself: add 1 to each drawn index from its own index on.
+        # With leave_one_out, skip the question itself: add 1 to each drawn index that is at least the question's index.
         examples = [pool[i + (leave_one_out and i >= number)] for i in drawn]
         prefix = "".join(f"{shot.contexts[shot.gold]} {shot.choices[shot.gold]}\n\n" for shot in examples)
         contexts = tuple(prefix + context for context in question.contexts)

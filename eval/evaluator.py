@@ -1,4 +1,4 @@
-"""Load a model for evaluation, divide the scoring between processes, and store scores for an interrupted evaluation."""
+"""Load a model, divide the scoring between processes, and store scores so that a killed evaluation can continue."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Evaluator:
     show_progress: bool
 
     def score(self, requests: Sequence[Request]) -> Scores:
-        """Score requests in groups, with a progress bar. The scores of a group in the cache are not computed again."""
+        """Score requests in groups, with a progress bar. A group whose scores are in the cache is not scored again."""
         processes = self.processes
         parts: list[Scores] = []
         with tqdm(total=len(requests), unit="text", disable=not self.show_progress, leave=False) as bar:
@@ -74,7 +74,7 @@ class Evaluator:
 
 
 class ScoreCache:
-    """Scores of finished groups in a JSON Lines file, so that an evaluation that was killed can continue.
+    """Scores of finished groups (see GROUP_SIZE) in a JSON Lines file, so that a killed evaluation can continue.
 
     The key of a group is a hash of its requests and of `identity`, a text that describes everything else that the
     scores depend on, such as the model. If `path` is None, nothing is stored.

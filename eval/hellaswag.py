@@ -55,7 +55,7 @@ def read_questions(convention: Convention) -> list[Question]:
 
 
 def hellaswag_metrics(answers: Answers, convention: Convention) -> dict[str, Any]:
-    """Return both accuracies with their standard errors, as `hellaswag` returns them."""
+    """Return acc and acc_norm with their standard errors, in the form that the function `hellaswag` (below) returns."""
     acc, acc_stderr = mean_and_stderr(answers.choice == answers.gold)
     acc_norm, acc_norm_stderr = mean_and_stderr(answers.choice_norm == answers.gold)
     return {

@@ -29,8 +29,8 @@ class HFModel(nn.Module):
             these ids get no probability.
     """
 
-    # Models often have more vocabulary entries than their tokenizer has tokens. `check_pair` requires that the
-    # difference is below this limit. For some models, it is several thousand.
+    # Models often have more vocabulary entries than their tokenizer has tokens. For some models, the difference is
+    # several thousand. `check_pair` in eval/likelihood.py requires that it is below this limit.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any, n_tokens: int) -> None:
@@ -50,7 +50,7 @@ class HFModel(nn.Module):
 class HFTokenizer:
     """A tokenizer of transformers that adds no special tokens to a text.
 
-    `eot` is the id of the bos token, or of the eos token if there is none. Raises ValueError if both are missing.
+    `eot` is the id of the bos token or, if this is missing, of the eos token. Raises ValueError if both are missing.
     """
 
     def __init__(self, tokenizer: Any) -> None:

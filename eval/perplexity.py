@@ -118,7 +118,7 @@ class Corpus:
         detokenize: restores plain text from the corpus; `str` leaves the corpus unchanged.
         field: the column that holds the text.
         separator: the text that is inserted between two rows when all rows are joined.
-        convention: text before the name of the convention in the results.
+        convention: text before "stride N", the name of the convention in the results.
     """
 
     hub: tuple[str, str | None, str]

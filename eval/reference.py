@@ -66,7 +66,7 @@ EVALUATIONS: dict[tuple[str, str, str], Published] = {
 
 
 def published(task: str, convention: str, metric: str) -> dict[str, float]:
-    """Return the published values of a metric by the model's name. The result is empty if no value is known."""
+    """Return the published value of a metric for each model, by the model's name; empty if no value is known."""
     # The paper states neither its stride nor how it split a text into context and continuation, so its results have a
     # convention of their own, "paper".
     family = "paper" if convention.startswith("paper, ") else convention

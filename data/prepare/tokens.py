@@ -65,7 +65,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def open_tokens(path: Path) -> TokenFile:
-    """Read the index of a token file. Raises ValueError if it does not fit the file, OSError if it cannot be read."""
+    """Read the index of a token file. Raises ValueError if it does not fit the tokens, OSError if it cannot be read."""
     file = _megatron_index(path.with_suffix(".idx")) if path.suffix == ".bin" else _datatrove_index(path)
     expected = int(file.ends[-1]) * file.dtype.itemsize if len(file.ends) else 0
     if (size := path.stat().st_size) != expected:
@@ -94,7 +94,7 @@ def _megatron_index(path: Path) -> TokenFile:
 
 def _datatrove_index(path: Path) -> TokenFile:
     ends = np.fromfile(path.with_name(path.name + ".index"), "<u8").astype(np.int64)
-    # Only an optional file states the number of bytes per token, so compute it from the size of the .ds file.
+    # datatrove states the number of bytes per token only in an optional file, so compute it from the file size.
     size = path.stat().st_size // int(ends[-1]) if len(ends) and ends[-1] else 2
     if size not in (2, 4):
         raise ValueError(f"{path} has {size} bytes for each token of its index, expected 2 or 4: copy both files again")

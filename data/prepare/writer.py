@@ -23,7 +23,7 @@ SPLITS = ("train", "val")
 def refuse_links(directory: Path) -> None:
     """Raise ValueError for a symbolic link in an incomplete dataset: writing to it would change a file somewhere else.
 
-    The directory of a part (see `merge`) may be a link, because `merge` only reads it.
+    If the dataset is prepared in several parts, the directory of a part may be a link, because merge.py only reads it.
     """
     if (directory / META_FILE).is_file() and not (directory / PROGRESS_FILE).exists():
         return  # the dataset is complete, so nothing is written
@@ -75,9 +75,9 @@ class DatasetWriter:
     """Writes the two splits of a dataset and records the counts and the position in the source.
 
     `counted` is a part of the progress file, from which an interrupted run continues:
-        position: index of the file to read next, index of the chunk to read next in this file;
+        position: which chunk to read next: [index of its file in the source, index of the chunk in this file];
         source_bytes: bytes of the source that have been read;
-        text_bytes: UTF-8 bytes written to each split;
+        text_bytes: for each split, the number of UTF-8 bytes of its text;
         skipped: counts of unusual documents, as in `meta.json`;
         separators: how often the separator of the documents was found;
         open_split: the split of the last document, for a chunk that continues this document;
@@ -114,7 +114,7 @@ class DatasetWriter:
         }
 
     def add(self, chunks: list[Chunk], encoded: Encoded) -> None:
-        """Write the result of the next batch of the source."""
+        """Write `encoded`, the documents of the next batch of the source, which consists of `chunks`."""
         counted = self.counted
         if self.seen is not None:
             encoded = self._without_duplicates(encoded, self.seen)
@@ -143,7 +143,7 @@ class DatasetWriter:
         counted["position"] = [file, index + 1]
 
     def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
-        """Return the documents that differ from all earlier ones, and count the others. Keep parts of documents."""
+        """Return the documents that differ from all earlier ones, and every part of a long document. Count the rest."""
         new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
         self.counted["documents"] += len(new)
         filtered = encoded.filtered | {"duplicate": int((~new).sum())}
