@@ -44,8 +44,11 @@ class Verbalizer:
 
     def class_means(self, word_scores: Tensor) -> Tensor:
         """Return the mean score of the words of each class. (N, W) -> (N, K)."""
-        members = F.one_hot(torch.tensor(self.class_of, device=word_scores.device)).to(word_scores.dtype)  # (W, K)
-        return word_scores @ (members / members.sum(dim=0))
+        class_of = torch.tensor(self.class_of, device=word_scores.device)
+        # Not a matrix product, because autocast would compute it in 16 bits. A score is a sum of log-probabilities, and
+        # near -300 the numbers of bfloat16 are 2 apart.
+        sums = word_scores.new_zeros(len(word_scores), len(self.classes)).index_add(1, class_of, word_scores)
+        return sums / class_of.bincount()
 
 
 class Cloze(NamedTuple):

@@ -85,6 +85,14 @@ def test_the_score_of_a_class_is_the_log_probability_of_the_whole_text(tokenizer
         torch.testing.assert_close(row.log_softmax(dim=-1), expected.log_softmax(dim=-1), atol=1e-4, rtol=0)
 
 
+def test_scores_are_not_rounded_to_the_precision_of_autocast():
+    verbalizer = read_verbalizer(["tree=wood", "sea=water", "wet=water"])
+    scores = torch.tensor([[-301.0, -300.5, -303.25]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = verbalizer.class_means(scores)
+    torch.testing.assert_close(found, torch.tensor([[-301.875, -301.0]]))
+
+
 def test_with_the_blank_last_the_score_is_that_of_the_words_alone(tokenizer, model):
     verbalizer = read_verbalizer([" tree=wood", " sea=water"])
     (cloze,) = make_clozes(["The oak"], "{text}:{label}", verbalizer.words, tokenizer, 32)
