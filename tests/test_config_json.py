@@ -212,7 +212,7 @@ def edit_json(data, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*dropout rates")
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(data=st.data())
 def test_a_random_edit_of_a_json_file_loads_rightly_or_names_the_file(data, tmp_path_factory):
     kind, name = data.draw(

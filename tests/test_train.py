@@ -89,7 +89,11 @@ def test_a_run_that_is_killed_at_step_23_ends_with_the_same_bits(
     assert not list(killed.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+MORE_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, *MORE_SIGNALS])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny_run, write_config, launch, wait_for_step, number):
     if signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("these tests run under nohup")
