@@ -64,26 +64,37 @@ def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | Non
 
 
 def dataset_findings(config: dict[str, Any]) -> list[Finding]:
-    """Return the findings on the token shards of a run, or a note if the shards cannot be read.
+    """Return the findings on the token shards of a run, for each dataset if the run has a mixture.
 
     Datasets of prompts and completions are not checked.
     """
     data = config.get("data", {})
-    directory = Path(data.get("dir", ""))
-    if data.get("format", "tokens") != "tokens" or not data.get("dir"):
+    if data.get("format", "tokens") != "tokens":
         return []
+    trained = config.get("optim", {}).get("steps", 0) * data.get("batch_tokens", 0)
+    if mixture := data.get("mixture"):
+        total = sum(part["weight"] for part in mixture)
+        parts = {part["dir"]: trained * part["weight"] / total for part in mixture}
+    else:
+        parts = {data["dir"]: trained} if data.get("dir") else {}
+    return [finding for directory, tokens in parts.items() for finding in one_dataset(Path(directory), tokens)]
+
+
+def one_dataset(directory: Path, trained: float) -> list[Finding]:
+    """Return the findings on one dataset, of which the run trains on `trained` tokens."""
     try:
         train, val = open_split(directory, "train"), open_split(directory, "val")
         tokenizer = load_tokenizer(directory if train.meta else "gpt2")
     except OSError:
         return [Finding("the dataset was not checked", f"it is not in {directory}", problem=False)]
-    epochs = config.get("optim", {}).get("steps", 0) * data.get("batch_tokens", 0) / train.n_tokens
+    except ValueError as error:
+        return [Finding("the dataset is damaged", str(error), "prepare the dataset again")]
     found = [encoding(train, tokenizer), shared_text(train, val)]
-    if epochs > 4:
+    if (epochs := trained / train.n_tokens) > 4:
         evidence = f"{epochs:.1f} epochs of {train.n_tokens:,} tokens"
         advice = "more than four epochs teach little (Muennighoff et al. 2023): use more text or fewer steps"
         found.append(Finding("the text is repeated often", evidence, advice, problem=False))
-    return [finding for finding in found if finding]
+    return [finding._replace(evidence=f"{directory}: {finding.evidence}") for finding in found if finding]
 
 
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import OPTIMIZER
 from data.shards import HEADER_BYTES, open_split
 from data.tokenizer import load_tokenizer
-from report.diagnosis import diagnose, encoding, passage_hashes, shared_text
+from report.diagnosis import dataset_findings, diagnose, encoding, passage_hashes, shared_text
 from report.symptoms import CHECKS, Curves
 from train import train as train_run
 
@@ -139,6 +139,21 @@ def test_a_copied_validation_text_is_found(corpora):
     assert shared_text(train, open_split(clean, "val")) is None
     finding = shared_text(train, train)
     assert finding.title == "the validation text is part of the training text"
+
+
+def test_each_dataset_of_a_mixture_is_checked(corpora, tmp_path):
+    words = corpora("words-of-a-mixture", sentences(0))
+    damaged = shutil.copytree(words, tmp_path / "cut")
+    shard = next(damaged.glob("train_*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    mixture = [{"dir": str(path), "weight": w} for path, w in ((words, 3.0), (damaged, 0.5), (tmp_path / "none", 0.5))]
+    n_tokens = open_split(words, "train").n_tokens
+    config = {"optim": {"steps": 10}, "data": {"batch_tokens": n_tokens, "mixture": mixture}}
+    found = {finding.title: finding.evidence for finding in dataset_findings(config)}
+    assert found["the text is repeated often"] == f"{words}: 7.5 epochs of {n_tokens:,} tokens"
+    assert shard.name in found["the dataset is damaged"]
+    assert str(tmp_path / "none") in found["the dataset was not checked"]
+    assert len(found) == 3
 
 
 def test_the_command_prints_findings_and_exits_with_status_1(tiny_run, train, python):
