@@ -131,7 +131,10 @@ def evaluate(classifier: SequenceClassifier, examples: list[Example], batch_size
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on the file --train. Write the classifier of the epoch with the lowest loss on the file --val to --out."""
+    """Train on the file --train, and write the classifier of the best epoch to the directory --out.
+
+    The best epoch is the one with the lowest loss on the file --val.
+    """
     classes, train_labels, val_labels = read_labels(args)
     classifier, tokenizer = load_classifier(args, classes)
     train_examples, val_examples = (

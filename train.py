@@ -206,9 +206,9 @@ def train(
     config, state = run.config, run.state
     signal = StopSignal(announce=run.processes.is_main)
     stopping, bad_steps, last_save = False, 0, time.monotonic()
-    # Validate before the first step. At step 0, the loss of an untrained model is about ln(vocab_size): another number
-    # means an error in the code. A run that resumes at a later step makes up for a validation that a stop request has
-    # skipped or interrupted.
+    # Validate before training. At step 0, the loss of an untrained model is about ln(vocab_size): another number means
+    # an error in the code. A run that resumes at a later step validates if the validation of this step is missing, for
+    # example because a stop request skipped it.
     if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
         stopping = not validate(run, signal)
         if is_done(run) and not stopping:

@@ -66,7 +66,7 @@ def is_multiple_choice(name: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Multiple choice and last words
+# Multiple choice, and LAMBADA (the prediction of the last word of a passage)
 
 
 def run_hellaswag(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:

@@ -64,9 +64,9 @@ _one_thread_is_set = threading.Lock()
 def one_thread() -> Iterator[None]:
     """Run PyTorch's operators in the calling thread only.
 
-    After PyTorch has run an operator in several threads, these threads spin for a few milliseconds, in case another
-    operator follows (see openmp.py). Meanwhile, the threads of NumPy's matrix products would have to share the cores
-    with the spinning threads.
+    `sample_steps` uses this function while NumPy computes the forward passes and PyTorch only chooses the tokens. After
+    PyTorch has run an operator in several threads, these threads spin for a few milliseconds, in case another operator
+    follows (see openmp.py). They would compete for the cores with the threads of NumPy's matrix products.
 
     PyTorch's number of threads is a setting of the whole process. So if another thread of this process is already
     inside `one_thread`, this call changes nothing. A side effect remains: a thread that uses PyTorch for the first time

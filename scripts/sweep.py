@@ -59,8 +59,8 @@ def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, 
     """Train a run as `finish` does. Return its last validation loss and its metrics.
 
     The loss is inf if the run diverged or the loss is not finite. It is measured on eval.final_tokens if this field is
-    set and eval.patience is 0, otherwise on eval.tokens. The reason is that a run that eval.patience ends early is not
-    scored on eval.final_tokens, and losses of different runs on different tokens cannot be compared.
+    set and eval.patience is 0, otherwise on eval.tokens. With eval.patience, some runs may end early, and these are not
+    scored on eval.final_tokens. Losses can be compared only if they are measured on the same tokens.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"

@@ -162,8 +162,8 @@ class Eval:
     at_start: bool = True
     """Also validate before the first step, which shows the loss of an untrained model."""
     tokens: PositiveInt = 10485760
-    """Tokens to score, from the beginning of the validation split (completions: all are scored). If a resumed run
-    changes this number, the search for the lowest validation loss, and patience, begin again."""
+    """Tokens to score, from the beginning of the validation split; with format completions, all. If a resumed
+    run has another number, it forgets its lowest loss so far, and patience counts from zero."""
     final_tokens: PositiveInt | None = None
     """Tokens to score in another pass after the last step (null: no such pass). eval.tokens, which every validation
     scores, can then be small."""

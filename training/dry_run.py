@@ -166,10 +166,10 @@ def describe_memory(config: Config, workload: Workload, target: Target) -> list[
 
 
 def describe_time(config: Config, workload: Workload, target: Target, mfu: float | None) -> list[str]:
-    """Return lines with the expected duration of a step and of the run.
+    """Return lines with the expected duration of a step and of the run, or one line that says why there is no estimate.
 
-    `mfu` is the fraction of the peak FLOP/s to assume. If it is None and the peak of the card is known, the lines also
-    show the duration of each part of a step.
+    The estimate for a GPU needs its peak FLOP/s. `mfu` is the fraction of the peak to assume. If it is None, the lines
+    also show the duration of each part of a step. The estimate for a CPU comes from a measured rate.
     """
     hardware, card, steps = target.hardware, target.card, config.optim.steps
     precision = str(hardware.dtype).removeprefix("torch.")

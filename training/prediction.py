@@ -122,10 +122,11 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 
 
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
-    """Fit a law to the runs of a study that have enough steps (MIN_STEPS). Return None if too few sizes remain.
+    """Fit a law to the runs of a study that have enough steps (MIN_STEPS).
 
-    The held-out runs of a study serve to check the law: fit the law without them, and compare its predictions with
-    their losses. To predict other runs, use `with_held_out`, with which the held-out runs are fitted too.
+    The size of a run is its number of parameters and its number of tokens. Return None if too few different sizes
+    remain. By default, the held-out runs are not fitted, so that the caller can check the law: it compares the losses
+    of the held-out runs with predictions. To predict other runs, use `with_held_out`: then they are fitted, too.
 
     The form of the law is the one that predicts the runs of each size best from the runs of all other sizes. The
     intervals come from all forms, because forms that fit small runs equally well can disagree about a larger run.

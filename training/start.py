@@ -164,7 +164,8 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
         return {}
     state = read_state(checkpoint)
     before, now = state["identity"]["dataset"], identity["dataset"]
-    if None in (before.get("validation_sha256"), now["validation_sha256"]):  # trained without validation, now or before
+    # If the earlier attempt or this one has no validation split, there is nothing to compare, and this is no change.
+    if None in (before.get("validation_sha256"), now["validation_sha256"]):
         before["validation_sha256"] = now["validation_sha256"]
     # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
     model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]

@@ -1,8 +1,9 @@
 """The expected duration of a training step, from counted FLOPs, bytes and collective operations.
 
-The fractions of a card's peak below were chosen so that the estimates for 124M come within 7% of the rates that other
-projects have published (PUBLISHED). For a step of 64 x 1,024 tokens on one H200, the estimated durations were 2%
-(AdamW) and 5% (Muon) too short (docs/gpu.md). This project measured no other card, and no group of cards.
+The constants of this module say which fraction of its peak FLOP/s and bandwidth a card reaches. They were chosen so
+that the estimates for GPT-2 124M differ by at most 7% from the rates that other projects have published (PUBLISHED). On
+one H200, a step of 64 x 1,024 tokens took longer than estimated: the estimates were 2% (AdamW) and 5% (Muon) too short.
+This project measured no other card, and no group of cards.
 """
 
 from __future__ import annotations
