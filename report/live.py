@@ -1,6 +1,7 @@
-"""Serve a page about training runs with Python's http.server. The page is updated while the runs train.
+"""Serve a page about training runs. The page is updated while the runs train.
 
-The server answers only requests from this machine. It reads the files of the runs and writes none.
+The server is based on Python's http.server. It answers only requests from this machine. It reads the files of the runs
+and writes no files.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class LivePage:
         self._page = b""
 
     def get(self) -> bytes:
-        """Return the page. If a run has changed, first render it again, but only as often as RENDER_SHARE allows.
+        """Return the page. If a run has changed, first render the page again, but only as often as RENDER_SHARE allows.
 
         All clients get the same page. So RENDER_SHARE limits the time for all clients together.
         """
@@ -69,8 +70,8 @@ class LivePage:
 def run_state(directory: Path) -> object:
     """Return the modification times and sizes of the files in a run's directory, and the run's status.
 
-    The page is rendered again when one of these values has changed. The status is included because the files of a run
-    do not change when the run is killed. But the run's lock becomes free, so its status changes to "killed".
+    The page is rendered again when one of these values has changed. The status is included because no file changes
+    when a run is killed. But then no process holds the lock of the directory, so `read_status` returns "killed".
     """
     files = sorted(path for path in directory.glob("*.*") if path.suffix != PARTIAL_SUFFIX)
     stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]

@@ -81,7 +81,7 @@ def packed_attentions(model: GPT, ids: Sequence[int]) -> bytes:
 
 
 class TokenPredictions(NamedTuple):
-    """The predictions of a model with L layers for T tokens, each given the tokens before it.
+    """The predictions of a model with L layers for T tokens. Each token is predicted from the tokens before it.
 
     The fields whose names begin with `lens` are the results of the logit lens, see `predict_tokens`.
     """
@@ -96,7 +96,7 @@ class TokenPredictions(NamedTuple):
 
 
 def predict_tokens(model: GPT, ids: Sequence[int], eot: int) -> TokenPredictions:
-    """Predict each of `ids`. As in training, the text starts after `eot`, the id of end-of-text.
+    """Predict each of `ids` from the ids before it. As in training, `eot` (end-of-text) comes before the first id.
 
     The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") shows what the model would predict
     without the later layers: it applies the last LayerNorm and the output head to the hidden states after each layer.

@@ -26,7 +26,7 @@ class ValidationSet(NamedTuple):
     # For token shards, the sha256 of each validation shard in meta.json. For prompts and completions, the sha256 of
     # val.jsonl. If meta.json or val.jsonl is missing: the path of the dataset.
     data: str
-    tokens: int  # number of tokens; 0 for prompts and completions, because a validation always scores the whole file
+    tokens: int  # number of scored tokens; 0 (which stands for the whole file) for prompts and completions
     sequence_length: int
     tokenizer: str  # kind of the tokenizer, or "" if unknown
 

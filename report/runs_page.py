@@ -58,7 +58,7 @@ def page_values(logs: Sequence[RunLog], charts: Sequence[Chart]) -> dict[str, An
         "measured_hellaswag": any(log.convention for log in logs),
         "progress": progress_tables(logs, groups),
         "evaluations": evaluations,
-        "sizes": [(i, size) for i, size in enumerate(SIZES.values()) if known[i]],  # no column without a result
+        "sizes": [(i, size) for i, size in enumerate(SIZES.values()) if known[i]],  # models with a published result
         "differences": differences(logs),
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }

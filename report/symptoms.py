@@ -1,8 +1,8 @@
-"""The checks of report/doctor.py on the curves of a run. Each check looks for one problem in metrics.jsonl.
+"""The checks of report/doctor.py on the curves of a run. Each check looks for one kind of problem.
 
-The thresholds were chosen with runs of small models (0.1 to 1.2 million parameters): healthy runs, and runs with a
-known error. tests/report/test_doctor.py has examples of both. A finding is a reason to look at the run. A run without
-findings can still be wrong.
+The thresholds were chosen with two kinds of runs of small models (0.1 to 1.2 million parameters): healthy runs, and
+runs with a known error. tests/report/test_doctor.py has examples of both kinds. A finding is a reason to look at the
+run. A run without findings can still be wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from report.run_log import RunLog
 
-WIDTH = 20  # width, in steps, of the running median that separates the trend of a loss curve from the noise
+WIDTH = 20  # the running median over WIDTH + 1 steps separates the trend of a loss curve from the noise
 
 
 class Finding(NamedTuple):
@@ -59,7 +59,7 @@ class Curves:
 
     @property
     def from_scratch(self) -> bool:
-        """True if model.init_from is scratch. Also true for some branches (`is_branch`), which have trained weights."""
+        """True if model.init_from is scratch. A branch (`is_branch`) can have this value, but has trained weights."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property
@@ -249,7 +249,7 @@ def gradient_growth(curves: Curves) -> Finding | None:
 
 
 def periodic_loss(curves: Curves) -> Finding | None:
-    """Look for a period in the loss. Text that is not shuffled, or that is repeated, causes one."""
+    """Look for a periodic loss. Text that is not shuffled, or that is repeated, makes the loss periodic."""
     x = curves.residuals[2 * WIDTH :]
     if len(x) < 4 * WIDTH or not x.std():
         return None
@@ -298,7 +298,8 @@ def sudden_rise(curves: Curves) -> Finding | None:
     if len(curves.losses) < 3 * WIDTH or jump_at_resume(curves):
         return None
     medians = np.median(np.lib.stride_tricks.sliding_window_view(curves.losses, 5), axis=1)
-    # The median of five losses, minus the median of the five losses before them.
+    # For each step after the first 2 * WIDTH: the median of the five losses from this step on, minus the median of the
+    # five losses before it.
     rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]
     first = int(rises.argmax())
     # The factor is 6 and not 5 as in `jump_at_resume`, because this check looks at every step: among more steps, noise

@@ -34,7 +34,7 @@ def summary(log: RunLog) -> dict[str, str]:
 def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, float]]:
     """Return the losses that are the rows of a progress table, as (name, loss), the highest loss first.
 
-    They are the reference losses, the best loss of each run, and about `count` round values, whose name is "".
+    They are the losses of other models, the best loss of each run, and about `count` round values, whose name is "".
     """
     measured = [log for log in logs if np.isfinite(log.splits["val"]["loss"]).any()]
     if not measured:

@@ -1,1 +1,1 @@
-"""Scripts for development: sweeps, changes of the training that were tried, corpora for experiments, and checks."""
+"""Scripts that run experiments, write corpora for them, convert and upload models, and check this repository."""

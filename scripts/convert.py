@@ -37,8 +37,8 @@ HEADER_BYTES = 1024
 # NumPy has no bfloat16, so bfloat16 tensors are read as int16. Version 1, which has no padded vocabulary, is not
 # supported, because llm.c no longer writes it.
 LLM_C_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}
-# The parameters of a block in the order of llm.c's file: the first one for all blocks, then the second one for all
-# blocks, and so on.
+# The parameters of a block. A file of llm.c has the first of these parameters for all blocks, then the second parameter
+# for all blocks, and so on.
 LLM_C_BLOCK = (
     *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"),
     *("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),

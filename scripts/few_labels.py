@@ -63,7 +63,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def zero_shot(model_name: str, test: Sequence[Row]) -> float:
     """Return the accuracy of the language model on the test texts without fine-tuning.
 
-    The scores of all patterns have equal weight.
+    The model scores the words of WORDS in each pattern of PATTERNS. All patterns have equal weight.
     """
     model, tokenizer, _ = load_model(model_name)
     verbalizer = read_verbalizer(WORDS)

@@ -1,4 +1,4 @@
-"""Ideas that were tried and are not in train.py, each as a small change to the training loop.
+"""Ideas for training that were tried and are not in train.py. Each idea is a class that changes a run.
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --idea averaged
 
@@ -202,7 +202,7 @@ class OuterNesterov(Idea):
 class ChangedMuon(Idea):
     """The base class of ideas that change Muon.
 
-    If an idea has a class `change`, the methods of this class replace those of the run's Muon.
+    An idea can set `change` to a subclass of Muon. Then the methods of this subclass replace those of the run's Muon.
     """
 
     change: type[Muon]
@@ -314,7 +314,10 @@ POLAR_EXPRESS = (
 
 
 def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do the same as `newton_schulz` with the polynomials of Polar Express (Amsel et al. 2025, arXiv 2505.16932)."""
+    """Do the same as `newton_schulz` (training/optim.py), but with the polynomials of Polar Express.
+
+    See Amsel et al. 2025, arXiv 2505.16932.
+    """
     x = matrices.float()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -326,7 +329,7 @@ def polar_express(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PolarExpress(ChangedMuon):
-    """Muon uses `polar_express` instead of `newton_schulz`, because it brings all singular values closer to 1."""
+    """Muon uses `polar_express`, which brings all singular values closer to 1 than `newton_schulz` does."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)

@@ -43,8 +43,8 @@ LAYERS = (
 # depend on the code that trains models.
 FORBIDDEN = {("sample", "training")}
 
-# The largest number of imports inside functions. Such an import hides a dependency, and if it fails, the error appears
-# only when the function is called.
+# The largest allowed number of imports inside functions. Such an import hides a dependency. If the import fails, the
+# error appears only when the function is called.
 IMPORTS_IN_FUNCTIONS = 39
 # The largest numbers of names that train.py may import, and of modules that it may import them from. A reader of
 # train.py must know all of them.

@@ -147,7 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Upload an undamaged checkpoint of a run and its card. With --dry-run, only print what would be uploaded."""
+    """Upload the checkpoint of a run that `resolve_model` chooses, and its card.
+
+    With --dry-run, only print what would be uploaded.
+    """
     log = read_run_log(args.run, args.run.name)
     checkpoint = Path(resolve_model(str(args.run)))
     files = published_files(checkpoint)

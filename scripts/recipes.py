@@ -2,14 +2,13 @@
 
     python -m scripts.recipes --size characters --recipes present fast --fractions 1 0.85 0.75 --seeds 1 2 3
 
-A size is a model with a dataset, see SIZES. Each recipe is trained with each seed and each length. Lengths are given as
-fractions of the steps of a full run. The learning rate decays to zero at the end of each run. So the final loss of a
-short run differs from the loss of a long run after the same steps, and each length is trained separately. Runs that are
-already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from that file:
+A recipe changes fields of a configuration, and may change the training loop with ideas of scripts/ideas.py. A size is a
+model with a dataset, see SIZES. Each recipe is trained with each seed and each length. Lengths are given as fractions
+of the steps of a full run. The learning rate decays to zero at the end of each run. So the final loss of a short run
+differs from the loss of a long run after the same steps, and each length is trained separately. Runs that are already
+in the file of results are not repeated. The tables and the figure of docs/recipes.md come from that file:
 
     python -m scripts.recipes --figure docs/recipes.png
-
-A recipe changes fields of a configuration, and may change the training loop with ideas of scripts/ideas.py.
 """
 
 from __future__ import annotations
@@ -256,7 +255,7 @@ def steps_table(size: str, recipes: dict[str, Losses]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw loss against steps for `present` and for recipes that have shorter runs. Bars are two standard errors."""
+    """Draw loss against steps for `present` and recipes that have shorter runs. Error bars: ± 2 standard errors."""
     figure = Figure(figsize=(5 * len(results), 5.5), layout="constrained")
     for axes, (size, recipes) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         full = SIZES[size].steps

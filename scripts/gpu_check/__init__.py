@@ -1,4 +1,4 @@
-"""Check this repository on a GPU: `python -m scripts.gpu_check`. docs/gpu.md describes the parts and their limits.
+"""Check this repository on a GPU: `python -m scripts.gpu_check`. The check has nine parts, see docs/gpu.md.
 
 report.py     Settings: device, shapes, and peers (programs to compare with); Report: the results of a part
 runs.py       runs of train.py and other commands in separate processes

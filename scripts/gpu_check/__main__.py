@@ -94,7 +94,7 @@ def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outc
 
 
 def answer(number: int, settings: Settings, pipe: Connection) -> None:
-    """Run a part in this process. Send its checks, its tables and its error, "" if there was none, to the parent."""
+    """Run a part in this process. Send its checks, its tables and its error ("" for none) to the parent process."""
     report, reason = Report(), ""
     try:
         PARTS[number][1](settings, report)
@@ -107,7 +107,7 @@ def answer(number: int, settings: Settings, pipe: Connection) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Parse the command line. Return the arguments, whose `numbers` are the chosen parts, and the settings."""
+    """Parse the command line. Return the arguments (`args.numbers` has the chosen parts) and the settings."""
     parser = CommandParser(
         prog="python -m scripts.gpu_check",
         description="Check this repository on a GPU. docs/gpu.md describes the parts.",

@@ -1,4 +1,4 @@
-"""Part 2 of the GPU check: logits must equal those of transformers, gradients and tokens those of a CPU."""
+"""Part 2 of the GPU check: logits must equal those of transformers, gradients and tokens must equal those of a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14], [3], [100, 50, 25, 12, 6], [2, 4]]
 
 def check_parity(settings: Settings, report: Report) -> None:
     """Compare logits with transformers, and gradients and greedy tokens with a CPU."""
-    torch.set_float32_matmul_precision("highest")  # TF32 would round the inputs of float32 products to 10 mantissa bits
+    torch.set_float32_matmul_precision("highest")  # no TF32, which rounds the inputs of products to 10 mantissa bits
     theirs, ours = make_twins(settings.shape, 0.02, settings.device)
     ids = torch.randint(settings.shape.vocab_size, (2, settings.tokens), device=settings.device)
     with torch.no_grad():

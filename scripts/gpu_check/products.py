@@ -56,7 +56,7 @@ def time_products(settings: Settings, report: Report) -> None:
 
 
 def check_loss(settings: Settings, report: Report) -> None:
-    """Compare our loss with PyTorch's compiled cross-entropy: values, gradients, and memory. Time both.
+    """Compare our loss with PyTorch's compiled cross-entropy: values, gradients, and memory. Time both losses.
 
     The input has a row for each token of a micro-batch of 64 sequences of 1024 tokens, or 256 rows if `settings.tiny`.
     """

@@ -1,4 +1,4 @@
-"""The settings of all parts, and the record of what a part measured and checked."""
+"""The settings of the GPU check, and the record of what one of its parts measured and checked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that `auto` selects for training on the device: the first one of `native_dtypes`."""
+        """The precision that system.dtype auto selects on the device: the first one of `native_dtypes`."""
         return native_dtypes(torch.device(self.device))[0]
 
     @property

@@ -49,7 +49,7 @@ def write_dataset(directory: Path) -> Path:
 
 
 def write_config(settings: Settings, directory: Path, dataset: Path, name: str, changes: dict[str, Any]) -> Path:
-    """Write the configuration of a short run of the small model, and return the path of the file.
+    """Write the configuration of a short run with the model `settings.small_shape`. Return the path of the file.
 
     `changes` is {section: {field: value}}. These values replace those of this function.
     """

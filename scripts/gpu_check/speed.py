@@ -32,7 +32,8 @@ from training.setup import TrainingRun
 LOWEST_MFU = 0.41
 WORST_ESTIMATE = 0.15  # largest relative error that is allowed for the estimate of the memory
 LOSS = "gpt2::linear_cross_entropy_sum"  # the operator of kernels/loss.py, which includes the output head
-# Kind -> pattern of the names of its CUDA kernels and CPU operators. The first pattern that matches a name counts.
+# Kind of operation -> pattern of the names of its CUDA kernels and CPU operators. The first pattern that matches a name
+# counts.
 KINDS = {
     "elementwise": r"^triton",  # first, because the name of a kernel of torch.compile lists all operators that it fuses
     "attention": r"flash|fmha|attention|sdpa",
@@ -98,7 +99,7 @@ def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare
     report.say(f"training steps of {rows} x {settings.tokens} tokens: {what}")
     result = {"what": what, "rows": rows} | dict.fromkeys(("ms", "tokens/s", "MFU", "peak, GiB"))
     torch.set_float32_matmul_precision("high")
-    torch.compiler.reset()  # otherwise this model could run code that was compiled for another kind of attention
+    torch.compiler.reset()  # otherwise code that was compiled with cuDNN's attention could be reused without it
     step: Run | None = None
     try:
         step = prepare()
@@ -149,7 +150,7 @@ def check_profile(settings: Settings, report: Report) -> None:
 
 
 def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
-    """Return the milliseconds of each kind of operation. On a GPU, kernels are counted; on a CPU, operators.
+    """Return the milliseconds of each kind of operation: the time of its kernels on a GPU, of its operators on a CPU.
 
     Everything inside the operator of the loss counts as the loss. A kernel does not record the operator that launched
     it, but an operator records its kernels. So, on a GPU, the time of the loss is first summed for each kernel name,

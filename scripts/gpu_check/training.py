@@ -46,7 +46,11 @@ def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: i
 
 
 def check_curves(settings: Settings, report: Report) -> None:
-    """Compare loss curves: of a small model on the device and on a CPU, and of the model in 16 bits and in float32."""
+    """Compare two pairs of loss curves.
+
+    The first pair is that of a small model, on the device and on a CPU. The second pair is that of the model
+    `settings.shape`, in the precision `settings.dtype` and in float32.
+    """
     torch.set_float32_matmul_precision("highest")
     steps, rows = (6, 4) if settings.tiny else (30, 8)
     report.say(f"{steps} steps of a small model in float32, on the CPU and on {settings.device}")
