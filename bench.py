@@ -64,7 +64,7 @@ def native_dtypes(device: str) -> list[str]:
 def check_shards(directory: Path) -> None:
     """Check that all datasets in a directory have equal shards, byte by byte, and print the number of shards.
 
-    Raises ValueError if two shards differ, or if there are no shards.
+    Raises ValueError if the shards of two datasets differ, or if there are no shards.
     """
     datasets = [path for path in directory.iterdir() if path.is_dir()]
     hashes = [[file_sha256(shard) for shard in sorted(dataset.glob("train_*.bin"))] for dataset in datasets]

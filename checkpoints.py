@@ -36,7 +36,7 @@ def verify(checkpoint: Path) -> None:
 
     Raises:
         ValueError, OSError: a listed file is missing or differs from the manifest; or the manifest is missing or
-            damaged, or does not list a required file. The message names the first such file.
+            damaged, or does not list a required file. The message names the file.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))

@@ -151,7 +151,7 @@ def check_masks(
 
     Args:
         config: the model's GPTConfig.
-        cache: the KVCache, or None.
+        cache: the KVCache; None if the call uses no cache.
 
     Raises ValueError, see `GPT.forward`.
     """

@@ -173,7 +173,7 @@ def fit(
     val_examples: list[Example],
     args: argparse.Namespace,
 ) -> None:
-    """Train a classifier, and write its state after the epoch with the lowest validation loss to --out.
+    """Train a classifier. After each epoch with the lowest validation loss so far, write the classifier to --out.
 
     Training ends early after --patience epochs without a lower validation loss. The labels of the training examples may
     be probabilities, but the labels of the validation examples must be indices of classes.
@@ -234,8 +234,8 @@ def train_step(
 
     Unlike a step of train.py, this step runs in a single process and does not accumulate gradients.
 
-    Raises FloatingPointError if the gradient is not finite. If the loss is finite and the loss scale of float16 may be
-    the reason, the scaler skips the step instead.
+    Raises FloatingPointError if the gradient is not finite. But if the loss is finite and float16's loss scale is above
+    1, this scale may be the reason. Then the scaler skips the step, and no error is raised.
     """
     with autocast(next(model.parameters()).device, dtype):
         loss = compute_loss()

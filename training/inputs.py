@@ -40,7 +40,7 @@ class Inputs:
     prompts: list[list[int]]  # token ids of the prompts from which each validation samples texts
     notes: list[str] = field(default_factory=list)  # about the data, printed when the run starts
     n_cut: int = 0  # number of training prompts that were too long, and whose beginning was cut off
-    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; {} if it is null
+    final_val: dict[str, Windows] = field(default_factory=dict)  # like `val`, for eval.final_tokens; {} if that is null
     reference_losses: list[tuple[str, float]] = field(default_factory=list)  # (model, nats per token) for loss.png
     bytes_per_token: float | None = None  # mean UTF-8 bytes per token of the training split; None if not known
 
@@ -66,7 +66,8 @@ def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> 
 
     If the run scores HellaSwag, also download its questions.
 
-    Raises ValueError or OSError if something is missing or damaged; the message says what to do.
+    Raises ValueError or OSError if a file is missing or damaged, or if the configuration does not fit the dataset. The
+    message says what to do.
     """
     if config.data.format == "completions":
         if verify:
@@ -161,7 +162,7 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
 
 
 def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> TokenWindows | AlignedWindows:
-    """Return the windows of the train split that data.windows, data.shift and data.document_mask select."""
+    """Divide the train split into windows, in the way that data.windows, data.shift and data.document_mask select."""
     data, n, eot = config.data, tokenizer.vocab_size, tokenizer.eot
     if data.windows == "aligned":
         return AlignedWindows(split, data.sequence_length, n, eot, document_mask=data.document_mask)
@@ -170,7 +171,7 @@ def training_windows(config: Config, split: Split, tokenizer: Tokenizer) -> Toke
 
 
 def open_completions(config: Config, initial: ModelFiles | None) -> Inputs:
-    """Open prompts and completions, encoded with the tokenizer of the initial model, or GPT-2's if there is none."""
+    """Open prompts and completions, encoded with the tokenizer of the initial model (GPT-2's if `initial` is None)."""
     directory, length = Path(config.data.dir), config.data.sequence_length
     tokenizer = load_tokenizer("gpt2") if initial is None else initial.tokenizer
     train = CompletionWindows(
@@ -208,8 +209,8 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
     if model.preset and as_released:
         batch_tokens, lr = RECIPES[model.preset]
         fraction = data.batch_tokens / batch_tokens
-        # Warn only with AdamW: with Muon, configs/shakespeare.yaml trains well at optim.lr 0.01 and 2,048 tokens per
-        # batch.
+        # Warn only with AdamW. With Muon, runs with a high optim.lr and small batches train well:
+        # configs/shakespeare.yaml has 0.01 and 2,048 tokens.
         if fraction <= 0.5 and optim.lr >= lr and optim.name == "adamw":
             found.append(
                 f"data.batch_tokens {data.batch_tokens:,} is {1 / fraction:.0f} times below the {batch_tokens:,} for "

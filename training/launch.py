@@ -20,13 +20,13 @@ from training.config import Config, Flags, parse_command_line
 
 
 class StopSignal:
-    """Records SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C, so that the loop can stop after the current step.
+    """Records the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, so that training can stop after the current step.
 
-    A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP is sent when the terminal is closed. If the process
-    ignores SIGHUP when it starts, as under nohup, SIGHUP stays ignored.
+    After this first signal, Ctrl-C raises KeyboardInterrupt as usual. SIGHUP is sent when the terminal is closed. If
+    the process ignores SIGHUP when it starts, as under nohup, SIGHUP stays ignored.
 
     Args:
-        announce: whether to print on stderr that the request was received; True on the main process only.
+        announce: whether to print on stderr that training will stop; True on the main process only.
     """
 
     def __init__(self, *, announce: bool) -> None:
@@ -37,7 +37,7 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True
-        # Let a second Ctrl-C raise KeyboardInterrupt, before the message below tells the user to press Ctrl-C again.
+        # From now on, let Ctrl-C raise KeyboardInterrupt: the message below may tell the user to press Ctrl-C again.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._announce and is_first:
             again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
@@ -51,7 +51,8 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
     """Read the command line and join the other processes. Yield configuration, flags and processes to a `with` block.
 
     Some errors, here or in the block, end this process with a message. The exit status is 2 for an error that the user
-    can correct, 1 if another process has ended, and 130 for Ctrl-C. All other errors are raised unchanged.
+    can correct, 1 if the communication with another process fails, and 130 for Ctrl-C. All other errors are raised
+    unchanged.
     """
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     with lasting_output():

@@ -130,8 +130,8 @@ def peak_memory(device: torch.device) -> int:
 def start_profiler(path: Path) -> torch.profiler.profile:
     """Trace the third, fourth and fifth step from now, and write the trace to `path`.
 
-    The first two steps are not traced, because they include compilation. The caller must call the method `step` of the
-    result after each training step. chrome://tracing shows the trace.
+    The first two steps are not traced, because they include compilation. The caller must call `step` of the returned
+    profiler after each training step. chrome://tracing shows the trace.
     """
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
@@ -154,10 +154,10 @@ def duration(seconds: float) -> str:
 def provenance(
     config: Config, processes: Processes, resumed_at: int | None, branched_from: Path | None
 ) -> dict[str, Any]:
-    """Return the entry of a start in provenance.json: the command, versions of code and libraries, and the hardware.
+    """Return the entry in provenance.json for this start of the run: command, versions of code and libraries, hardware.
 
-    resumed_at is the step of the checkpoint from which the run resumes, None for a new run. branched_from is the
-    checkpoint of another run from which a new run starts, None for a run that does not branch.
+    resumed_at is the step of the checkpoint from which the run resumes, None for a new run. If a new run starts from
+    the checkpoint of another run, branched_from is this checkpoint; otherwise it is None.
     """
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers")
     return {

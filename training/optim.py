@@ -149,7 +149,7 @@ class Muon(Optimizer):
         the result. So no process ever holds all matrices.
         """
         rank, world_size = rank_and_world_size()
-        part = ceil_div(len(parameters), world_size)
+        part = ceil_div(len(parameters), world_size)  # matrices per process, as in `_start_replicated`
         rows, columns = parameters[0].shape
         shard_rows = ceil_div(rows, world_size)  # rows per process; the last processes may have fewer
         local = [p.to_local() for p in parameters]
@@ -161,7 +161,7 @@ class Muon(Optimizer):
             row[: len(update)] = update
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
-        # (processes, part, shard_rows, columns) -> (part, rows, columns): put the rows of each matrix together
+        # Put the rows of each matrix together: (processes, part, shard_rows, columns) -> (part, rows, columns)
         matrices = received.unflatten(0, (world_size, part)).transpose(0, 1).flatten(1, 2)[:, :rows]
         count = max(0, min(part, len(parameters) - rank * part))
         results = matrices.new_zeros(part, world_size * shard_rows, columns, dtype=self.dtype)

@@ -51,12 +51,13 @@ class Plan:
 def make_plan(config: Config, workload: Workload, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
     """Decide how a run computes.
 
-    Free memory differs between processes and changes with time, but all processes must have the same micro-batch, and
-    all must use DDP or all FSDP. A run that resumes with the same settings and hardware keeps its micro-batch: with
-    another micro-batch, gradients would be summed in another order, which changes the last bits of the results.
+    Free memory differs between processes and changes with time, but all processes must use the same micro-batch, and
+    either all of them use DDP or all use FSDP. A run that resumes with the same settings and hardware keeps its
+    micro-batch: with another micro-batch, gradients would be summed in another order, which changes the last bits of
+    the results.
 
     Args:
-        resumed_state: trainer/state.json of the checkpoint from which the run resumes or branches; empty without one.
+        resumed_state: trainer/state.json of the checkpoint from which the run resumes or branches; otherwise {}.
 
     Raises ValueError if data.micro_batch is auto and not even one window fits into the memory.
     """
@@ -111,7 +112,7 @@ def should_shard(config: Config, workload: Workload, processes: Processes) -> tu
 
 
 def usable_memory(device: torch.device) -> tuple[int, float]:
-    """Return the bytes of memory that are free for this process, and the fraction of them that a run may need."""
+    """Return the bytes of memory that are free for this process, and the fraction of them that a run may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
     # On a CPU, the fraction is smaller than on a GPU, because the C library keeps freed memory, which fragments: a

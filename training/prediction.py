@@ -23,22 +23,23 @@ SIZES = ("n_layer", "n_head", "n_embd")  # fields of GPTConfig that differ betwe
 # The warm-up has the same number of steps in all runs, so it is a larger part of a short run. A run whose warm-up is
 # more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
 MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
-SAMPLES = 200  # number of bootstrap laws for each form of the law; intervals are computed from them
+SAMPLES = 200  # number of laws that `bootstrap` fits for each of FORMS; intervals are computed from these laws
 
-Study = dict[str, Any]  # keys: "config", the configuration file; "recipe", see `recipe_of`; and "runs", a list
+# Runs with the same recipe. The keys are "config", the configuration file; "recipe", see `recipe_of`; and "runs".
+Study = dict[str, Any]
 
 
 class Fit(NamedTuple):
-    """A law that was fitted to the runs of a study, with the data for intervals and for the check of extrapolations."""
+    """A law that was fitted to the runs of a study, and the data that `predict` and `extrapolations` need."""
 
-    form: str  # name in FORMS
+    form: str  # key of FORMS, the form of `law`
     law: Law
     errors: dict[str, float]  # form -> root mean square of its errors in `leave_one_size_out`
-    samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms
-    runs: list[dict[str, Any]]  # the fitted runs
+    samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms; intervals come from them
+    runs: list[dict[str, Any]]  # the fitted runs; predictions outside their range are extrapolations
 
     def predict(self, run: dict[str, Any]) -> tuple[float, float, float]:
-        """Return the expected loss of a run (with the keys of `size_of`), and the two ends of its 95% interval."""
+        """Return the expected loss and the two ends of its 95% interval. `run` has the keys that `size_of` returns."""
         size = run["parameters"], run["tokens"]
         return float(self.law.loss(*size)), *interval(self.samples, *size)
 
@@ -98,7 +99,7 @@ def read_studies(path: Path) -> list[Study]:
 
 
 def find_study(studies: list[Study], recipe: dict[str, Any]) -> Study | None:
-    """Return the study whose runs have this recipe, or None.
+    """Return the study whose runs have this recipe, or None if there is no such study.
 
     If the recipe of a study lacks a setting, the study is older than the setting. Its runs were trained with the
     setting's default.
@@ -124,9 +125,9 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
     """Fit a law to the runs of a study that have enough steps (MIN_STEPS).
 
-    The size of a run is its number of parameters and its number of tokens. Return None if too few different sizes
-    remain. By default, the held-out runs are not fitted, so that the caller can check the law: it compares the losses
-    of the held-out runs with predictions. To predict other runs, use `with_held_out`: then they are fitted, too.
+    Return None if these runs have too few different sizes. A size is a pair (parameters, tokens). By default, the runs
+    that are marked as held out are not fitted: the caller compares their losses with predictions, to check the law.
+    With `with_held_out`, the law is fitted to the held-out runs, too. Use this option to predict other runs.
 
     The form of the law is the one that predicts the runs of each size best from the runs of all other sizes. The
     intervals come from all forms, because forms that fit small runs equally well can disagree about a larger run.
@@ -147,7 +148,7 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
 
 
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:
-    """Return lines with the expected validation loss, or [] if no study with this recipe has enough runs."""
+    """Return lines with the expected validation loss, or [] if no study with the recipe of the run has enough runs."""
     study = find_study(read_studies(RESULTS), recipe_of(config, model, inputs))
     found = study and fit_study(study, with_held_out=True)
     if not study or not found:

@@ -69,7 +69,7 @@ class RunDirectory:
         return read_file(self.path / "provenance.json", json.loads, [])
 
     def read_status(self) -> str:
-        """Return running, preempted, finished or failed; "unknown" if there is no file.
+        """Return the status in status.json: running, preempted, finished or failed; "unknown" if there is no file.
 
         The result is "killed" if the file says running, but no process holds the lock of the directory.
         """
@@ -160,7 +160,7 @@ class RunDirectory:
             raise
 
     def _earlier_starts(self) -> list[dict[str, Any]]:
-        """Return the entries of provenance.json. A damaged file, which training does not need, is renamed."""
+        """Return the entries of provenance.json. If the file is damaged, rename it, warn the user, and return []."""
         try:
             return self.read_provenance()
         except ValueError as error:

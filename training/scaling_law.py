@@ -39,15 +39,15 @@ class Law(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A law with fewer than six free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ (the free numbers)."""
+    """A form of the law, with f < 6 free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ free numbers."""
 
     description: str
-    matrix: np.ndarray  # (6, free numbers)
+    matrix: np.ndarray  # (6, f)
     offset: np.ndarray  # (6,)
 
 
 _EYE = np.eye(6)
-_NO_FLOOR = -60.0  # log E that stands for E = 0: exp(-60) is almost 0, and minus infinity times 0 would be NaN
+_NO_FLOOR = -60.0  # log E that stands for E = 0: exp(-60) is almost 0. Minus infinity would give NaN in matrix products
 FORMS = {
     "full": Form("Hoffmann et al. 2022: c = 1", _EYE[:, :5], _EYE[5]),
     "one-exponent": Form("c = 1, a = b", np.stack([*_EYE[:2], _EYE[2] + _EYE[4], _EYE[3]], axis=1), _EYE[5]),
@@ -75,9 +75,9 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
 
     The search starts at `near` or, if `near` is None, at each of `starting_points`.
 
-    The Levenberg-Marquardt algorithm minimizes the Huber loss of the residuals log(L(N, D) / loss). The algorithm
-    itself minimizes squares, so each squared residual gets a weight that depends on the size of the residual. All rows
-    and starting points are computed together, and the best result of each row is returned.
+    The fit minimizes the Huber loss of the residuals log(L(N, D) / loss) with the Levenberg-Marquardt algorithm. This
+    algorithm minimizes sums of squares, so each squared residual gets a weight that depends on the size of the
+    residual. All rows and starting points are computed together, and the best result of each row is returned.
 
     Raises ValueError if the runs have fewer different sizes than the form has free numbers.
     """
@@ -105,8 +105,8 @@ def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law 
 def starting_points(losses: np.ndarray) -> np.ndarray:
     """Return 81 starting points (81, 6) for a fit to runs with these losses.
 
-    Each row is (log E, log A, a, log B, b, c). A and B belong to the centered logarithms of N and D, from which their
-    means were subtracted (`fit_weighted`).
+    Each row is (log E, log A, a, log B, b, c). A and B differ from those of `Law`, because `fit_weighted` subtracts the
+    means from log N and log D.
     """
     mean, points = losses.mean(), []
     for floor, a, b, c in itertools.product((0.2, 0.5, 0.8), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0), (0.1, 0.3, 1.0)):

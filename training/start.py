@@ -155,7 +155,7 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     """Return the trainer/state.json of the checkpoint that a run starts from, or {} if there is none.
 
     Validation losses that cannot be compared with those of this run are set to None. These are the losses of a parent
-    (the run of run.branch_from), and losses on another number of tokens than `val_tokens`, which this run scores.
+    (the run of run.branch_from), and losses on another number of tokens than this run scores (`val_tokens`).
 
     Raises ValueError if this run cannot resume from the checkpoint or, for a branch, cannot branch from it.
     """
@@ -164,12 +164,12 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
         return {}
     state = read_state(checkpoint)
     before, now = state["identity"]["dataset"], identity["dataset"]
-    # If the earlier attempt or this one has no validation split, there is nothing to compare, and this is no change.
+    # A validation split that was missing before, or is missing now, does not count as a change of the dataset.
     if None in (before.get("validation_sha256"), now["validation_sha256"]):
         before["validation_sha256"] = now["validation_sha256"]
     # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
     model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]
-    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # old files lack both keys
+    places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # old checkpoints lack both
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
     # A parent may itself be a branch. A resumed run may write the path of its branch point in another way. Neither
@@ -178,7 +178,7 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
         run["branch_from"] = config.run.branch_from
     if is_parent or scores_other_tokens(state, val_tokens):
-        # This run measures the losses again. The validation curve of a branch, and eval.patience, begin at this step.
+        # This run measures new losses. The search for the lowest loss starts again, and eval.patience counts from zero.
         state["val_loss"] = state["best"] = None
     refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
     if is_parent and state["step"] >= steps:
@@ -226,10 +226,11 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, 
 
 
 def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens: int) -> list[str]:
-    """Return lines that name the checkpoint, and say if another number of validation tokens is scored from now on.
+    """Return lines that name the checkpoint from which the run starts, or [] if there is none.
 
-    For a branch, the lines warn if the learning rate that its parent had in the last step before the branch differs
-    from the rate of the branch's own schedule in that step. `saved` is the result of `read_saved_state`.
+    For a resumed run, another line says if validations now score another number of tokens. For a branch, another line
+    warns if the parent's learning rate in its last step before the branch differs from the rate that the schedule of
+    the branch has in this step. `saved` is the result of `read_saved_state`.
     """
     if start.checkpoint is None:
         return []

@@ -33,8 +33,8 @@ NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to other 
 # Seconds of a collective operation in addition to the transfer: a constant, and the seconds for each GPU.
 LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6
 # Bytes of memory traffic for each token and channel of a block, outside of matrix products, with 2 bytes per number: 40
-# in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the same, GELU again, gradients
-# of biases, and the concatenation of the gradients of queries, keys and values).
+# in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the gradients of these three, a
+# second computation of GELU, gradients of biases, and joining the gradients of queries, keys and values).
 ELEMENTWISE = 150
 # Tokens of all texts in HellaSwag, including padding. These texts are short, so the forward pass of a token takes
 # HELLASWAG_SLOWDOWN times as long as in training.
@@ -63,7 +63,7 @@ class StepTime(NamedTuple):
 
 
 def estimate_step(config: Config, workload: Workload, card: Card, rows: int, *, sharded: bool) -> StepTime | None:
-    """Estimate a step with micro-batches of `rows` windows; None if the card's peak in the precision is not known.
+    """Estimate a step with micro-batches of `rows` windows. Return None if the card's peak for the dtype is not known.
 
     Args:
         card: the type of GPU, the same for all processes.
@@ -157,7 +157,7 @@ def seconds_of_communication(
 def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded: bool) -> float:
     """Return the seconds of clipping and the optimizer: memory traffic, and Muon's products."""
     model, count = workload.model, workload.hardware.count
-    traffic = 40 * workload.n_parameters / (count if sharded else 1)  # 28 bytes for AdamW, 12 for clipping
+    traffic = 40 * workload.n_parameters / (count if sharded else 1)  # bytes per parameter: AdamW 28, clipping 12
     seconds = traffic / (BANDWIDTH * card.bandwidth)
     if workload.muon:
         # Muon makes five iterations, each with matrix products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c

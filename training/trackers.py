@@ -18,7 +18,7 @@ class Tracker(Protocol):
     """Receives the metrics of a run. If a method raises an exception, the run continues without the tracker."""
 
     def log(self, values: dict[str, Any], step: int) -> Any:
-        """Receive the metrics of a step. Their keys are "split/name"."""
+        """Receive the metrics of a step. Their keys have the form "split/name", such as "val/loss"."""
 
     def finish(self, *, failed: bool) -> Any:
         """Send or write the metrics that are still waiting. Some trackers also record whether the run has failed."""
