@@ -1,4 +1,4 @@
-"""Read tables: JSON lines and CSV. No other module parses these two formats."""
+"""Read tables from JSON Lines and CSV files."""
 
 from __future__ import annotations
 

@@ -320,7 +320,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_dir: str | Path, *, add_end_of_text: bool = False) -> Tokenizer:
-    """Load GPT-2's tokenizer by name, or the tokenizer in the directory of a dataset, checkpoint or Hugging Face GPT-2.
+    """Load GPT-2's tokenizer by name, or a tokenizer from the directory of a dataset, checkpoint or other GPT-2 model.
 
     `add_end_of_text` adds `<|endoftext|>` to a vocabulary that lacks it, with the next id. A model that was trained
     without this token has no embedding for the id.

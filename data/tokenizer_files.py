@@ -65,7 +65,8 @@ def read_tokenizer_json(path: Path) -> Described:
         _refuse("version", described["version"], '"1.0"')
     for field in ("truncation", "padding", "normalizer"):
         if described.get(field) is not None:
-            # transformers saves the truncation and padding of its last call, and ignores both when it loads the file.
+            # transformers saves the truncation and padding of the last call of a tokenizer. It ignores both when it
+            # loads the file, so the remedy is to load and save the tokenizer.
             remedy = "" if field == "normalizer" else " (load the original tokenizer with transformers, and save it)"
             _refuse(field, described[field], f"null{remedy}")
     model = _object(described.get("model"), "model")

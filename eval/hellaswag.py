@@ -1,12 +1,13 @@
 """HellaSwag (Zellers et al. 2019): choose the correct one of four endings of a short text.
 
-Two conventions are in use. They give different accuracies, so every result names its convention:
+The metric acc takes the ending with the highest log-probability as the model's answer. For acc_norm, each
+log-probability is first divided by the length of the ending. Two conventions are in use. They give different
+accuracies, so every result names its convention:
 
-- "completion", as in build-nanogpt: the context is unchanged, each ending follows after a space, and for acc_norm the
-  log-probabilities are divided by the number of tokens.
+- "completion", as in build-nanogpt: the context is unchanged, each ending follows after a space, and the length of an
+  ending is its number of tokens.
 - "harness", as in lm-evaluation-harness: the activity label precedes the context, the second part of the context is
-  capitalized, the bracketed marks of WikiHow are removed, and for acc_norm the log-probabilities are divided by the
-  number of characters.
+  capitalized, the bracketed marks of WikiHow are removed, and the length of an ending is its number of characters.
 
 The released 124M model has acc 0.2859 and acc_norm 0.2955 with "completion", and acc 0.2892 and acc_norm 0.3114 with
 "harness" (see eval/reference.py).

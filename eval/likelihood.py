@@ -43,8 +43,8 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# A function that scores requests: `log_likelihoods` with all other arguments bound. Tasks take a Scorer instead of a
-# model.
+# A function that scores requests, such as `log_likelihoods` with its other arguments bound, or `Evaluator.score`. Tasks
+# take a Scorer instead of a model.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -62,7 +62,7 @@ class _Batch(NamedTuple):
     parts: list[list[_Part]]
 
     def rows(self, batch_size: int) -> Iterator[list[tuple[int, _Part]]]:
-        """Yield groups of at most `batch_size` pairs (index of context, part). Sorting by length reduces padding."""
+        """Yield lists of at most `batch_size` pairs (index of context, part), sorted by length to reduce padding."""
         rows = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
         rows.sort(key=lambda row: len(row[1].tokens))
         for start in range(0, len(rows), batch_size):
@@ -192,8 +192,8 @@ def _score(
     padding, and a mask (R, T) that is True where the token of the continuation is not the most likely token.
     """
     device = next(model.parameters()).device
-    # The first pass reads the contexts without their last tokens. The logits at the last token of a context predict the
-    # first token of the continuation, so the later passes read the last token of the context together with the
+    # A GPT's first pass reads the contexts without their last tokens. The logits at the last token of a context predict
+    # the first token of the continuation, so the later passes read the last token of the context together with the
     # continuation.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (contexts, P)
     cache = None

@@ -70,7 +70,7 @@ class ArrayWindows:
         targets[:n], targets[n:] = tokens[1:], IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the total number of targets in the windows with these indices, (k,), not counting padding."""
+        """Return the total number of targets, without padding, in the windows with the indices `windows` (k,)."""
         return int(np.minimum(self.sequence_length, self.n_targets - windows * self.sequence_length).sum())
 
 

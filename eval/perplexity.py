@@ -21,9 +21,9 @@ from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_w
 from eval.likelihood import Request, Scorer
 from eval.rows import load_hub_rows
 
-# The largest nats per word for which perplexity per word, exp(nats), is computed. JSON cannot represent infinity, and
-# exp(709) is the largest integer power of e that a float can represent. A limit of 700 leaves a factor of e⁹ for the
-# standard error, which may be larger than the perplexity.
+# Perplexity per word, exp(nats per word), is computed only if the nats per word are below this limit. JSON cannot
+# represent infinity, and exp(709) is the largest integer power of e that a float can represent. A limit of 700 leaves a
+# factor of e⁹ for the standard error, which may be larger than the perplexity.
 MAX_NATS = 700.0
 
 
@@ -89,7 +89,7 @@ def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[s
     """Return (value, standard error) of perplexity per token, bits per byte and perplexity per word.
 
     If n_bytes is 0, bits per byte is absent. If n_words is 0, perplexity per word is absent. Perplexity per word is
-    also absent if it is too large for a float. This happens in languages without spaces, where a long text has few
+    also absent if it is too large (see MAX_NATS). This happens in languages without spaces, where a long text has few
     words.
     """
     nats, stderr = result.normalized(result.tokens)
@@ -118,7 +118,7 @@ class Corpus:
         detokenize: restores plain text from the corpus; `str` leaves the corpus unchanged.
         field: the column that holds the text.
         separator: the text that is inserted between two rows when all rows are joined.
-        convention: text before "stride N", the name of the convention in the results.
+        convention: beginning of the name of the convention in the results. "stride N" follows it.
     """
 
     hub: tuple[str, str | None, str]

@@ -27,8 +27,8 @@ def _by_size(*values: float | None) -> dict[str, float]:
 
 
 # Validation losses of the released models in nats per token. Each key is a regular expression that must match a whole
-# word of a dataset's `source` (see DatasetMeta in data/shards.py). FineWeb, FineWeb-Edu and FineWeb 2 are different
-# datasets. The losses of the 124M model on FineWeb (3.42) and on FineWeb-Edu (3.29) are often confused.
+# word of a dataset's `source` (see DatasetMeta in data/shards.py), because FineWeb, FineWeb-Edu and FineWeb 2 are
+# different datasets. The losses of the 124M model on FineWeb (3.42) and on FineWeb-Edu (3.29) are often confused.
 VALIDATION_LOSS: dict[str, Published] = {
     "openwebtext": Published(_by_size(3.12, 2.84, 2.67, 2.54), "nanoGPT, README"),
     "fineweb(-10b|10B(-gpt2)?)?": Published(_by_size(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
@@ -67,8 +67,8 @@ EVALUATIONS: dict[tuple[str, str, str], Published] = {
 
 def published(task: str, convention: str, metric: str) -> dict[str, float]:
     """Return the published value of a metric for each model, by the model's name; empty if no value is known."""
-    # The paper states neither its stride nor how it split a text into context and continuation, so its results have a
-    # convention of their own, "paper".
+    # The paper states neither its stride nor how it split a text into context and continuation. So its results have the
+    # convention "paper", and are shown for every convention that begins with "paper, ".
     family = "paper" if convention.startswith("paper, ") else convention
     found = EVALUATIONS.get((task, family, metric))
     return dict(found.values) if found else {}

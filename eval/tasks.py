@@ -1,4 +1,4 @@
-"""The tasks of `eval.run` by name: each is a function from command-line arguments and an Evaluator to a TaskResult."""
+"""The tasks of `eval.run` by name. Each is a function (command-line arguments, Evaluator) -> TaskResult."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ IMPOSSIBLE = -1.0e9
 class Beams(NamedTuple):
     """Hypotheses for B prompts, the same number for each prompt.
 
-    A hypothesis is a prompt with one continuation. A Beams holds for each prompt either the K running hypotheses, which
-    the next step continues, or the K best finished hypotheses, or the candidates of one step, from which both are
-    chosen. Running and finished hypotheses are sorted by descending score. If a Beams holds candidates, K in the shapes
-    below is the number of candidates of each prompt.
+    A hypothesis is a prompt with one continuation. A Beams holds one of three kinds of hypotheses: the K running ones
+    of each prompt, which the next step continues; the K best finished ones of each prompt; or the candidates of a step,
+    from which new running and finished ones are chosen. Running and finished hypotheses are sorted by descending score.
+    If a Beams holds candidates, K in the shapes below is the number of candidates of each prompt.
     """
 
     # (B, K), the sum of the log-probabilities of the new tokens, as changed by processors.py. For a finished
@@ -121,13 +121,13 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     """
     (n_prompts, K), V = running.scores.shape, scores.size(1)
     # Each eos token ends at most K candidates, one for each beam. So at least K of (1 + the number of eos tokens) * K
-    # candidates do not end in eos. Like transformers, the function returns at least 2 K candidates, or all K * V.
+    # candidates do not end in eos. Like transformers, return at least 2 K candidates, or all K * V if these are fewer.
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
-        # Fewer than n_candidates pairs may have a nonzero probability. torch.multinomial, which `draw` uses without
-        # `gumbel`, would choose the other candidates arbitrarily. With Gumbel noise, the scores also rank the pairs
-        # whose probability is rounded to 0.
+        # Fewer than n_candidates pairs may have a nonzero probability. Without `gumbel`, `draw` samples like
+        # torch.multinomial, which would choose the other candidates arbitrarily. With Gumbel noise, the scores also
+        # rank the pairs whose probability is rounded to 0.
         chosen = draw(totals, n_candidates, options.generator, gumbel=True)
     else:
         chosen = totals.topk(n_candidates).indices

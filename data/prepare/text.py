@@ -43,24 +43,25 @@ SPLIT_KEY_BYTES = 1 << 12
 SEARCH_BYTES = 1 << 16
 # If a row group of a parquet file has more bytes of text than this, the main process cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
-# If a document has no safe cut (defined below) for this many bytes, it is cut elsewhere, which bounds the memory.
+# If this many bytes of a document contain no safe cut (defined below), the document is cut at a place that is not safe,
+# which bounds the memory.
 LONGEST_PIECE = 1 << 22
 # A safe cut is a place where a document can be divided without changing its tokens. The place before a newline or space
 # is a safe cut if the character after the newline or space is not white space. Each of our tokenizers begins a token
 # there: GPT-2's pattern separates the last white-space character before a word from any earlier white space. _NO_SPACE
-# matches the beginning of a UTF-8 character that is not white space. All ASCII white space is below "!". The UTF-8
-# bytes of other white space begin with C2, E1, E2 or E3: U+0085, U+00A0, U+1680, U+180E (in old versions of Unicode),
-# U+2000-200F, U+2028-202F, U+205F and U+3000.
+# matches the beginning of a UTF-8 character that is not white space. All ASCII white space is below "!". In UTF-8,
+# other white space begins with C2, E1, E2 or E3, and is among U+0085, U+00A0, U+1680, U+180E (in old versions of
+# Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
     rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
 )
 _SAFE_CUT = re.compile(rb"(?<=.)[\n ](?=" + _NO_SPACE + rb")", re.DOTALL)
-# The same rule for the bytes of a file, whose line ends may still be \r\n or \r. No cut is between \r and \n.
+# Safe cuts in the bytes of a file, where a line may also end in \r\n or \r. No cut is between \r and \n.
 _FILE_CUT = re.compile(rb"(?:(?<=[^\r])\n|(?<=.)(?:\r\n?| ))(?=" + _NO_SPACE + rb")", re.DOTALL)
 # Safe cuts for text without white space: between an ASCII letter and a digit, between a letter or digit and the ASCII
 # punctuation after it, and between an ideograph and the Chinese punctuation after it. A token ends at these places. The
-# apostrophe is excluded, because it may begin a token such as 's.
+# place before an apostrophe is not used, because GPT-2's pattern has special cases for apostrophes, such as 's.
 _WORD_CUT = re.compile(
     rb"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-&(-/:-@\[-`{-~])"
     rb"|(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c])"
@@ -105,7 +106,7 @@ def unused_separators(source: Source) -> list[str]:
 
 
 def text_filter(options: ParseOptions) -> str:
-    """Return the options that change the documents, as the text that `meta.json` has under `filter`."""
+    """Describe the options that change the documents. This text is a part of `filter` in `meta.json`."""
     chosen = [f"text under {options.text_key!r}"] if options.text_key != "text" else []
     chosen += [f"documents separated by {options.separator!r}"] if options.separator else []
     return "; ".join([*chosen, "strict"] if options.strict else chosen)
@@ -140,7 +141,7 @@ def read_chunks(file: SourceFile, limit: int, options: ParseOptions) -> Iterator
 
 
 def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[bytes]:
-    """Iterate over the part of a text file from `file.begin` to `file.end`, decompressed and decoded to UTF-8."""
+    """Decompress a text file, convert it to UTF-8, and iterate over its bytes from `file.begin` to `file.end`."""
     position = 0
     for block in utf8_blocks(_blocks(raw, file.name), file.name):
         begin = max(file.begin - position, 0)
@@ -152,7 +153,7 @@ def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[bytes]:
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Replace an error of a decompressor or an object store with a ValueError or OSError that names the file."""
+    """Replace an error of a decompressor or of remote storage with a ValueError or OSError that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -213,8 +214,9 @@ def _cut_file(
     stop = file.size if file.end is None else start + file.end
     begin = searched = start + file.begin
     end = begin + limit
-    # Without `marks`, the pattern of the separators or newlines, the file is one document, and every chunk after the
-    # first continues it. `key`, set at the first cut, is the beginning of this document, which decides its split.
+    # `marks` is the pattern of the separators or newlines. If it is None, the file is one document, and every chunk
+    # after the first continues this document. `key`, the beginning of the document, decides its split. It is set at
+    # the first cut.
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
@@ -287,7 +289,10 @@ def _last_cut(
 
 
 def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int:
-    """Return the last place in `text` where a chunk may end, or 0 if there is none."""
+    """Return the last place in `text` where a chunk may end, or 0 if there is none.
+
+    Without `marks`, a _WORD_CUT is used only if `text` has no _FILE_CUT.
+    """
     if marks:
         # The lookahead also finds matches that overlap, such as the three matches of "\n\n" in "\n\n\n\n".
         overlapping = re.compile(b"(?=(%b))" % marks.pattern)
@@ -305,7 +310,7 @@ def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: 
         # Do not cut before a continuation byte (10xxxxxx), or before \n, which may be the second byte of \r\n.
         if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
             return end - 4 + i
-    return end  # the byte before `end` is a newline, so a cut at `end` is allowed, or the text is invalid UTF-8
+    return end  # either the byte before `end` is \n, so that a cut at `end` is allowed, or the text is invalid UTF-8
 
 
 def safe_cut(text: bytes, start: int) -> int:
@@ -344,7 +349,7 @@ def _csv_chunks(file: SourceFile, raw: BinaryIO, limit: int, text_key: str) -> I
 
 
 def _find_column(names: list[str], file: str, text_key: str) -> int:
-    """Return the index of the text column. Raises ValueError when no column, or more than one, has this name."""
+    """Return the index of the column `text_key`. Raises ValueError when no column, or more than one, has this name."""
     if text_key not in names:
         found = ", ".join(names) or "an empty header"
         raise ValueError(f"{file} has no column {text_key!r}, only {found}: choose one with --text-key")
@@ -366,7 +371,7 @@ def _parquet_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> It
 
 
 def _arrow_chunks(file: SourceFile, raw: Any, limit: int, text_key: str) -> Iterator[Chunk]:
-    """Cut a file in Arrow's stream format, which `datasets.save_to_disk` writes."""
+    """Cut a file in Arrow's stream format, which `save_to_disk` of the library `datasets` writes."""
     stream = raw if not compression(file.name) else pyarrow.BufferReader(b"".join(_blocks(raw, file.name)))
     try:
         reader = pyarrow.ipc.open_stream(stream)

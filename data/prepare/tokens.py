@@ -1,7 +1,7 @@
 """Read documents that other tools have tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index.
 
-Only end-of-text is moved: these tools write it after each document, and here it precedes each document. The other
-tokens are not changed. Documents that are empty or contain only end-of-text are omitted.
+Only end-of-text is moved: these tools write it after each document, and our shards have it before each document. The
+other tokens are not changed. Documents that are empty or contain only end-of-text are omitted.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _datatrove_index(path: Path) -> TokenFile:
 def read_documents(file: SourceFile, limit: int, tokenizer: Tokenizer) -> Iterator[Chunk]:
     """Read the documents of one file in chunks of about `limit` bytes, with end-of-text before each document.
 
-    Raises ValueError, naming the file, when its index does not fit or a token id is outside the vocabulary.
+    Raises ValueError, naming the file, when the index does not fit the tokens or a token id is outside the vocabulary.
     """
     path = Path(file.name)
     dtype, ends = open_tokens(path)

@@ -114,7 +114,7 @@ class DatasetWriter:
         }
 
     def add(self, chunks: list[Chunk], encoded: Encoded) -> None:
-        """Write `encoded`, the documents of the next batch of the source, which consists of `chunks`."""
+        """Write the documents of `chunks`, the next chunks of the source. `encoded` holds these documents."""
         counted = self.counted
         if self.seen is not None:
             encoded = self._without_duplicates(encoded, self.seen)
@@ -143,7 +143,7 @@ class DatasetWriter:
         counted["position"] = [file, index + 1]
 
     def _without_duplicates(self, encoded: Encoded, seen: SeenDocuments) -> Encoded:
-        """Return the documents that differ from all earlier ones, and every part of a long document. Count the rest."""
+        """Return `encoded` without duplicates of earlier documents. Parts of a long document are never left out."""
         new = seen.find_new(encoded.tokens, encoded.lengths, self.counted["documents"]) | ~encoded.whole
         self.counted["documents"] += len(new)
         filtered = encoded.filtered | {"duplicate": int((~new).sum())}
@@ -187,7 +187,7 @@ class DatasetWriter:
         for split, writer in self.writers.items():
             writer.restore(state[split])
         if self.seen is not None and not self.counted["documents"]:
-            self.seen.clear()  # an earlier run with other settings may have left hashes
+            self.seen.clear()  # an earlier run with other settings may have left its hashes of documents
 
     def discard(self) -> None:
         """Delete everything that was written."""
