@@ -52,7 +52,7 @@ class FixedStep:
         """Continue after the tokens that `cache` holds.
 
         Args:
-            mask: (N, S), 0 for padding, where S is at least the number of tokens in `cache`; None if no row is padded.
+            mask: (N, S), 0 for padding, or None if no row is padded. S is at least the number of tokens in `cache`.
             head: the function that computes logits (N, V) from hidden states (N, C).
         """
         weight, past, rows = model.transformer.wte.weight, cache.length, cache.batch_size
@@ -64,7 +64,7 @@ class FixedStep:
         self.position = torch.full((1,), past, device=device)
         self.layers = [FixedLayerCache(k, v, self.position) for k, v in zip(cache.keys, cache.values, strict=True)]
         read = torch.ones(rows, past, dtype=torch.bool, device=device) if mask is None else mask[:, :past].bool()
-        # The position of the new token is the number of tokens before it, without padding.
+        # The index of a new token's position embedding: the number of tokens before it in its row, without padding.
         self.position_ids = read.sum(dim=1, keepdim=True)  # (N, 1)
         # self.mask holds 0 and -inf, which attention adds to its scores. A mask of booleans would be converted to these
         # numbers in every layer.

@@ -77,7 +77,7 @@ class CachedForward:
         output holds only the cache.
 
         Raises:
-            ValueError: the logits of the first call are NaN.
+            ValueError: a logit of the first call is NaN.
         """
         first = max(0, ids.size(1) - self.model.config.block_size)
         if first:
@@ -139,8 +139,8 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether the last token completes a stop string. The token's text may continue after the stop string.
 
-    An end-of-text token stands, for example, in place of an empty prompt. Its text is not part of the generated text,
-    so the search begins after the last end-of-text token in ids[:-1].
+    `ids` may contain end-of-text tokens, for example one in place of an empty prompt. The text of such a token is not
+    part of the generated text, so the search begins after the last end-of-text token in ids[:-1].
     """
     # Each token has at least one byte, so a stop string of n bytes spans at most n tokens. Earlier tokens need no
     # search.

@@ -35,7 +35,7 @@ def numpy_can_read(model: GPT) -> bool:
     """
     if model.config.attention != "full" or torch.is_autocast_enabled("cpu"):
         return False
-    # Sharded and quantized parameters have other types than nn.Parameter, so `parameters` then has other elements.
+    # The type of a sharded or quantized parameter is not nn.Parameter, so such a model fails the comparison below.
     parameters = {(type(p), p.device.type, p.dtype) for p in model.parameters()}
     return parameters == {(nn.Parameter, "cpu", torch.float32)} and all(map(is_unchanged, model.modules()))
 

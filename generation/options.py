@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """The options of `generate`, whose docstring explains them.
+    """The options of `generate` (generation/decode.py), whose docstring explains them.
 
     Raises:
         ValueError: an option has an impossible value, or two options cannot be combined.
@@ -110,8 +110,9 @@ class GenerationOptions:
 class GenerateOutput(NamedTuple):
     """The result of `generate` with return_dict=True. Outputs that were not requested are None.
 
-    S is the number of new tokens of the longest row, and N is B * num_return_sequences. In beam search, however, the
-    lists have one entry for each step of the search (S or more), and the tensors in the lists have B * num_beams rows.
+    B is the number of prompts, N is B * num_return_sequences, and S is the largest number of new tokens in a row. In
+    beam search, however, the fields that are lists have one entry for each step of the search (S or more), and the
+    tensors in these lists have B * num_beams rows.
     """
 
     sequences: Tensor  # (N, prompt + S); filled with eos after the end of a row
@@ -121,7 +122,7 @@ class GenerateOutput(NamedTuple):
     sequences_scores: Tensor
     lengths: Tensor  # (N,), number of new tokens of each row, including the token that ended it
     logits: list[Tensor] | None = None  # S tensors (N, V), float32, unprocessed
-    scores: list[Tensor] | None = None  # S tensors (N, V): processed logits, in beam search log-probabilities
+    scores: list[Tensor] | None = None  # S tensors (N, V): processed logits (beam search: log-probabilities)
     # S tuples of n_layer + 1 tensors (N, tokens that the step reads, C). Step 0 reads the whole prompt.
     hidden_states: list[tuple[Tensor, ...]] | None = None
     # S tuples of n_layer tensors (N, H, tokens that the step reads, tokens so far).

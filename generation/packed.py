@@ -38,7 +38,8 @@ class DecodingHead(nn.Module):
     """Compute float32 logits (N, V) from hidden states (N, C), with a matrix product in the dtype of the weights.
 
     If the dtype is less precise than float32, the product uses the weight minus its mean row (`centered_head` explains
-    why). Then the product of x and the mean row, one number for each row of x, is added to the logits in float32.
+    why). Then the product of x and the mean row, one number for each row of x, is added in float32. This gives the
+    logits of the original weight.
     """
 
     def __init__(self, weight: Tensor, *, pack: bool) -> None:

@@ -74,7 +74,7 @@ def _tokens_to_mask(tokens: Tensor, scores: Tensor) -> Tensor:
 def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor | None) -> Processor:
     """Return one processor that calls all requested processors, one after the other, in the order of transformers.
 
-    prompt_length includes padding. mask is (N, prompt + new tokens), 0 for padding, or None.
+    prompt_length includes padding. mask is (N, prompt + new tokens), 0 for padding, or None if no row is padded.
     """
     history_processors: list[Processor] = []
     if options.repetition_penalty != 1:
@@ -108,7 +108,7 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
 
 
 def make_warpers(options: GenerationOptions) -> list[Callable[[Tensor], Tensor]]:
-    """Return functions (N, V) -> (N, V) that change the distribution to sample from, in the order of transformers."""
+    """Return functions (N, V) -> (N, V) that change the sampling distribution, in the order of transformers."""
     warpers: list[Callable[[Tensor], Tensor]] = []
     # In beam search, top_k, top_p and min_p keep at least two tokens, and more tokens than there are eos tokens. So at
     # least one token that does not end the beam is kept.

@@ -38,7 +38,7 @@ def left_pad(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, T
 def prepare_prompts(
     model: GPT, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, options: GenerationOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Check whether the model can process a request, and return the batch that decoding starts with.
+    """Check whether the model can process the prompts with these options, and return the batch for the first step.
 
     Returns:
         ids: (N, T) on the model's device. A prompt has num_return_sequences adjacent rows, or one row in beam search.

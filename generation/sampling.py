@@ -16,7 +16,8 @@ from generation.options import GenerateOutput, GenerationOptions
 from generation.processors import BANNED, make_processor
 from model import GPT, GPTOutput
 
-# On a GPU, the host queues this many steps before it waits for the GPU to check whether all rows have ended.
+# On a GPU, the host checks only after this number of steps whether all rows have ended, because a check waits for the
+# GPU.
 STEPS_BETWEEN_CHECKS = 16
 
 
@@ -31,7 +32,7 @@ def gumbel_noise(like: Tensor, generator: Generator | Sequence[Generator] | None
 
 
 def draw(scores: Tensor, count: int, generator: Generator | Sequence[Generator] | None, gumbel: bool = False) -> Tensor:
-    """Sample `count` different tokens of each row from softmax(scores), in the order drawn: (N, V) -> (N, count).
+    """Sample `count` different tokens for each row from softmax(scores), in the order drawn: (N, V) -> (N, count).
 
     With `gumbel`, Gumbel noise is added to the scores, and the tokens with the highest sums are taken. The samples have
     the same distribution as without `gumbel` (Maddison et al. 2014), even if several tokens are drawn (Kool et al.
@@ -62,11 +63,11 @@ _one_thread_is_set = threading.Lock()
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run PyTorch's operators in the calling thread only.
+    """Return a context in which PyTorch runs its operators in the calling thread only.
 
-    `sample_steps` uses this function while NumPy computes the forward passes and PyTorch only chooses the tokens. After
-    PyTorch has run an operator in several threads, these threads spin for a few milliseconds, in case another operator
-    follows (see openmp.py). They would compete for the cores with the threads of NumPy's matrix products.
+    If a `NumpyStep` computes the forward passes, `sample_steps` chooses the tokens in this context. After PyTorch has
+    run an operator in several threads, these threads spin for a few milliseconds, in case another operator follows (see
+    openmp.py). They would compete for the cores with NumPy's threads, which then compute the next forward pass.
 
     PyTorch's number of threads is a setting of the whole process. So if another thread of this process is already
     inside `one_thread`, this call changes nothing. A side effect remains: a thread that uses PyTorch for the first time

@@ -73,7 +73,7 @@ def load(args: argparse.Namespace, rows: int = 1) -> tuple[GPT, Tokenizer, str, 
 
 
 def first_seed(args: argparse.Namespace) -> int:
-    """Return --seed, or a random seed."""
+    """Return --seed or, if it is not given, a random seed."""
     return random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from kernels.compiled import Compiled
 from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_entropy_sum
 
-# The padded head has a multiple of this number of rows: 50,304 for GPT-2. Tensor cores need a multiple of 8, and their
-# tiles are 128 wide.
+# The number of rows of the padded head (50,304 for GPT-2) is a multiple of this number. Tensor cores need a multiple of
+# 8, and their tiles are 128 wide.
 HEAD_MULTIPLE = 128
 # Minimum and maximum number of rows of logits in memory at a time. More than 8,192 make the products hardly faster.
 FEWEST_ROWS, MOST_ROWS = 512, 8192

@@ -2,8 +2,8 @@
 
 On a CPU, PyTorch's kernel is called for each document, so a sequence of short documents takes less time than one long
 text. On CUDA, FlexAttention (Dong et al. 2024) divides queries and keys into blocks. For each block of queries, it
-skips the blocks of keys to which none of these queries may attend. With dropout and on other devices, PyTorch's kernel
-gets the plain mask (T, T).
+skips the blocks of keys to which none of these queries may attend. In all other cases (with dropout, or on a device of
+another type), PyTorch's kernel gets the plain mask (T, T).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from kernels.attention import causal_attention_gradients
 
 # In 16-bit precision, the backward pass uses `causal_attention_gradients` for documents of more than this number of
-# tokens. For other documents, it converts its inputs to float32 and calls PyTorch's backward kernel, because small
-# matrix products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` takes 2.6 to 10 times as
-# long.
+# tokens. For shorter documents, it converts its inputs to float32 and calls PyTorch's backward kernel, because small
+# matrix products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` would take 2.6 to 10 times
+# as long for these documents.
 SHORT = 256
 
 

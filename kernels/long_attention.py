@@ -8,14 +8,15 @@ the same bucket. So with LSH, each query attends only to its own key and to the 
 This is done in several rounds: each round uses another hash, and a query attends to the keys of all rounds. Two points
 differ from the paper:
 
-- Queries and keys are hashed separately, so the model stays a GPT-2. The paper makes them equal.
+- In the paper, the query and the key of a token are equal. Here they differ, as in GPT-2, and are hashed separately.
 - The paper sorts the tokens by bucket and cuts the sorted list into chunks. A query attends to keys in its own chunk
   and the previous one. Tokens after a query move the borders of the chunks, so they can change which earlier keys the
   query attends to. Here they cannot: the `chunk` keys are counted backward from the query. So the loss measures the
   probability of a text, and cached decoding gives the same result as a pass over the whole text.
 
-`Window` and `LSH` have two methods: `__call__` is the fast form, and `mask` is the plain form, which returns the keys
-that each query attends to. Memory grows with T in the fast forms and with T² in the plain forms.
+`Window` and `LSH` each have two methods: `__call__` is the fast form, and `mask` is the plain form, which returns the
+keys that each query attends to. Without padding, memory grows with the number T of tokens in the fast forms. In the
+plain forms it grows with T².
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HASH_SEED = 2020  # the hashes are part of the architecture: they are equal in all runs and processes
-MOST_DIRECTIONS = 64  # if a hash would need more random vectors than this, `factors` chooses two smaller hashes instead
+# If a hash needs more random vectors than this and the number of buckets is a multiple of 4, `factors` (below) chooses
+# two smaller hashes instead.
+MOST_DIRECTIONS = 64
 # The fast form of LSH (below) processes queries in groups. This is the maximum number of queries in a group. Smaller
 # groups would make the matrix products too small to be fast, and larger groups would have more padding.
 CHUNK_QUERIES = 64
@@ -119,7 +122,7 @@ class LSH(NamedTuple):
 
 
 def find_pattern(config: dict[str, Any], layer: int) -> Window | LSH | None:
-    """Return the pattern of a layer that the fields of GPTConfig select, or None for full attention."""
+    """Return the attention pattern of one layer, or None for full attention. `config` has the fields of GPTConfig."""
     if config["attention"] == "full":
         return None
     if config["attention"] == "window":
@@ -154,7 +157,7 @@ def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torc
 
 
 def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
-    """Return the bucket of each vector of x (..., D), an integer, in the shape of x without its last dimension.
+    """Return integers (...): the bucket of each vector of x (..., D).
 
     `rotation` has the random matrices of one round, R (D, n / 2) for each n of `factors`. The hash by one matrix is the
     argmax of [x R; -x R], a number below n (Andoni et al. 2015, "Practical and optimal LSH for angular distance").
@@ -195,12 +198,12 @@ class Groups(NamedTuple):
     """The queries of a round in c groups of s queries."""
 
     queries: Tensor  # (c s,) the index of each query in the input; N stands for padding
-    blocks: Tensor  # (c,) the number of the block of sorted keys in which the ranges of a group end
+    blocks: Tensor  # (c,) for each group, the index of the block of sorted keys in which its ranges end
     places: Tensor  # (N,) for each query of the input, its index in the field `queries`
 
 
 def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> Round:
-    """Return a round for the buckets of queries (G, T) and keys (G, S), where G is the number of heads, B H.
+    """Return a round for the buckets of queries (G, T) and keys (G, S). G = B H counts the heads of all sequences.
 
     The range of a query does not include its own key, which `lsh_attention` adds once for all rounds.
     """
@@ -225,7 +228,8 @@ def group_queries(order: Round, chunk: int) -> Groups:
     block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending, because queries are sorted
     counts = block.bincount()
     n_groups = (counts + size - 1) // size
-    # The place of a query is the start of its block's first group, plus the number of queries of this block before it.
+    # The place of a query is its index in `Groups.queries`: the start of the first group of its block, plus the number
+    # of earlier queries in this block.
     shift = (n_groups.cumsum(0) - n_groups) * size - (counts.cumsum(0) - counts)
     places = torch.arange(len(block), device=block.device) + shift[block]
     blocks = torch.arange(len(counts), device=block.device).repeat_interleave(n_groups)
@@ -246,7 +250,7 @@ class Part(NamedTuple):
 
     rows: slice  # the part of `Groups.queries` that has these queries
     queries: Tensor  # (c s,) the index of each query in the input; N - 1 for padding, whose results are not used
-    pairs: Tensor  # (2 c,) the numbers of the two blocks of each group
+    pairs: Tensor  # (2 c,) the indices of the two blocks of each group
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
     v: Tensor  # (c, 2 chunk, D)
@@ -263,8 +267,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()
     keys, values = (t.index_select(0, sorted_keys).view(-1, chunk, D) for t in (k, v))
-    # `places[0]` has the places of the sorted keys in the order of this round. Each later element has the places of the
-    # same keys in the order of an earlier round.
+    # Each element of `places` lists the keys in the sorted order of this round. `places[0]` has their indices in this
+    # order, and each later element has their indices in the sorted order of an earlier round.
     place = torch.arange(len(k), dtype=torch.int32, device=k.device)
     places = [into_blocks(each, chunk, -1) for each in (place, *(unsort(o.keys, place)[order.keys] for o in earlier))]
     # Query N, which stands for padding, gets an empty range: it sees no key.
@@ -275,8 +279,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
     for block in groups.blocks.split(count):
         rows = slice(begin, begin + len(block) * size)
         begin, queries = rows.stop, groups.queries[rows]
-        # Each group needs the keys of the blocks `block - 1` and `block`. In `keys`, their numbers are one higher,
-        # because `into_blocks` adds a first block.
+        # Each group needs the keys of the blocks `block - 1` and `block`. In `keys`, the indices of the two blocks are
+        # higher by one, because `into_blocks` adds a first block.
         pairs = torch.stack([block, block + 1], dim=1).flatten()
         # Use integer arithmetic instead of comparisons, which take several times as long on a CPU.
         inside = []  # for each round, (c, s, 2 chunk): negative where the range of the query does not have the key

@@ -100,8 +100,9 @@ def loss_and_gradients(
             scores = part.float()
             highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
             p = torch.softmax(scores, dim=-1, out=scores)
-            # log_sum is log Σ exp(score), because p = exp(score) / Σ exp(score). The p of the highest score never
-            # rounds to 0. The p of a target may: then -log p would be infinite, so the loss is log_sum - right_score.
+            # log_sum is log Σ exp(score). It is computed from the highest score, whose p = exp(score) / Σ exp(score)
+            # never rounds to 0. The p of a target may round to 0, and then its -log p would be infinite. So the loss is
+            # computed as log_sum - right_score.
             log_sum = highest - p.amax(dim=-1, keepdim=True).log()
             total += ((log_sum - right_score) * count).sum()
             if x_grad or weight_grad:

@@ -22,7 +22,7 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
     """Write report.html, attention.html, tokens.html and embeddings.html to the directory of a run.
 
     The pages about attention and tokens show `text`. If it is None, they show the beginning of the validation split.
-    `checkpoint` is best, newest or a step, or None for the default of --checkpoint.
+    `checkpoint` is best, newest or a step. None means best if eval.patience ended the run, otherwise newest.
 
     Raises ValueError or OSError if the run cannot be read, if a page cannot show the text or cannot be written, or if
     there is neither a text nor a validation split.

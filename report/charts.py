@@ -26,8 +26,9 @@ class Series:
     """A line of a chart. It has the n points that `thin` (below) selected, and its arrays have the shape (n,)."""
 
     run: int  # index of the run
-    # "step" (the value of each step), "mean" (the running mean of these values), "validation" or "value". For each kind
-    # except "value", the page has a checkbox that hides the lines of this kind.
+    # "step" (the value of each step), "mean" (the running mean of these values), "validation", or "value" (the value of
+    # each step in a chart without running means, such as the learning rate). For each kind except "value", the page has
+    # a checkbox that hides the lines of this kind.
     kind: str
     steps: np.ndarray  # number of the optimizer step at each point
     tokens: np.ndarray  # number of training tokens up to this step
@@ -135,7 +136,7 @@ def by_validation_set(logs: Sequence[RunLog]) -> list[list[int]]:
 
 
 def named_references(logs: Sequence[RunLog]) -> list[tuple[str, float]]:
-    """Return the losses of other models that the runs have as references, as (name, loss), each pair only once.
+    """Return pairs (name, loss) of other models, which the runs have as references. No pair occurs twice.
 
     A released model is named by its size, such as "GPT-2 124M".
     """

@@ -81,7 +81,7 @@ def dataset_findings(config: dict[str, Any]) -> list[Finding]:
 
 
 def one_dataset(directory: Path, trained: float) -> list[Finding]:
-    """Return the findings on one dataset, of which the run trains on `trained` tokens."""
+    """Return the findings on one dataset. The whole run reads `trained` tokens of it, repetitions included."""
     try:
         train, val = open_split(directory, "train"), open_split(directory, "val")
         tokenizer = load_tokenizer(directory if train.meta else "gpt2")
@@ -148,7 +148,7 @@ def passage_hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def beside_references(curves: Curves, references: list[tuple[str, float]]) -> list[Finding]:
-    """Return a note with the last validation loss of the run and the losses of other models on the same validation set.
+    """Return a list with one note: the run's last validation loss and other models' losses on the same validation set.
 
     The list is empty if the run has no validation loss or no other model's loss is known.
     """
