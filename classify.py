@@ -5,9 +5,9 @@ python classify.py pet --model gpt2 --train few.csv --unlabeled many.csv --val h
     --pattern "{text} It was {label}." --verbalizer good=positive --verbalizer bad=negative
 python classify.py predict --model runs/reviews --file new.csv > classes.jsonl
 
-Files are .csv with a header or .jsonl. The columns are "text" and "label", or those of --text-key and --label-key. With
---strategy last, transformers can load the trained classifier as a GPT2ForSequenceClassification, which has the names of
-the classes.
+The input files are .csv (with a header) or .jsonl. Their columns are "text" and "label", or those that --text-key and
+--label-key name. With --strategy last, transformers can load the trained classifier as a GPT2ForSequenceClassification,
+together with the names of the classes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Classify a text by the words that a language model expects in a blank (Schick and Schütze 2021, arXiv:2001.07676).
 
 A pattern, such as "{text} It was {label}.", turns a text into a text with a blank, the place of {label}. A verbalizer
-names the words that stand for each class, such as "good" and "bad". The score of a class is the log-probability of the
-whole text with the class's word in the blank. If a class has several words, its score is the mean of the
-log-probabilities with each of these words (Schick et al. 2020, arXiv:2010.13641).
+names the words that stand for each class, such as "good" for the class "positive". The score of a class is the
+log-probability of the whole text with the class's word in the blank. If a class has several words, its score is the
+mean of the log-probabilities with each of these words (Schick et al. 2020, arXiv:2010.13641).
 
 Different words in the same blank give texts that begin with the same tokens. The log-probability of these tokens is the
 same in every score. It changes neither the differences between the scores nor their softmax, so it is not computed.
@@ -130,7 +130,7 @@ def class_scores(model: GPT, clozes: Sequence[Cloze], verbalizer: Verbalizer) ->
     ids, scored = ids.to(device), scored.to(device)
     # Padding on the right needs no mask: attention is causal, so no token attends to the padding after it.
     x = model(ids, return_logits=False).last_hidden_state  # (N * W, T, C), W words for each text
-    # The hidden state of a token predicts the next token. Compute logits only for tokens whose log-probability is used.
+    # The hidden state of a token predicts the next token. Compute logits only where the next token is scored.
     logits = F.linear(x[:, :-1][scored[:, 1:]], model.transformer.wte.weight).float()  # (scored tokens, V)
     log_probs = -F.cross_entropy(logits, ids[:, 1:][scored[:, 1:]], reduction="none")
     sums = torch.zeros(len(rows), device=device).index_add(0, scored.nonzero()[:, 0], log_probs)  # (N * W,)

@@ -35,7 +35,7 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, traceback:
 sys.excepthook = _report_uncaught
 
 try:
-    import openmp  # noqa: F401 (it must come before torch, and commands import this module first)
+    import openmp  # noqa: F401 (imported here because commands import this module before torch, which loads OpenMP)
 except ModuleNotFoundError as error:  # usually because .venv was not activated
     raise SystemExit(
         f"{sys.executable} lacks the package {error.name}: run `source .venv/bin/activate`, or "
@@ -58,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Return the options of a parser and of its subcommands: the parser also reports their unknown options."""
+    """Return the options of a parser and its subcommands. The parser also reports options that a subcommand lacks."""
     found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

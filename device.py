@@ -38,7 +38,7 @@ def separate_compiled_code() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory)
 
 
-separate_compiled_code()  # on import, because the compiler reads TORCHINDUCTOR_CACHE_DIR at its first use
+separate_compiled_code()  # on import, which is before the compiler reads TORCHINDUCTOR_CACHE_DIR
 
 
 class Card(NamedTuple):
@@ -75,8 +75,8 @@ CARDS = {
     "V100": Card(torch.float16, 125e12, 16, 0.90e12, 150e9),
     "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
-# A device name can contain a key of CARDS although the device is not this card: "RTX 3090 Ti" is another card, and a
-# name with "MIG" is a part of a card. `find_card` appends this regular expression to a key to exclude such names.
+# A device name can contain a key of CARDS although the device is not this card: "RTX 3090 Ti" is another card, and
+# "MIG" in a name means a part of a card. `find_card` appends this regular expression to a key to exclude such names.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -108,7 +108,7 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
     """Return the precisions that a device computes matrix products in without emulation, the preferred one first.
 
     bfloat16 comes before float16 because it has the range of float32, so training with it needs no gradient scaler.
-    float32 comes first on devices where the other two are not faster, or where their speed is not known.
+    float32 comes first on devices where products in 16 bits are not faster, or where their speed is not known.
     """
     if device.type == "cuda":
         # Ampere (2020) and later have bfloat16. Volta and Turing (V100, T4) have tensor cores for float16 only.
@@ -142,13 +142,14 @@ def is_intel_cpu() -> bool:
 def packing_is_faster(weight: torch.Tensor) -> bool:
     """Return whether decoding is faster if oneDNN stores this weight packed, in the layout that oneDNN's kernels read.
 
-    The result does not matter for a single row in float32: generation/numpy_step.py decodes it with unpacked weights.
+    For a batch of one row in float32, the result is usually not needed, because generation/numpy_step.py decodes this
+    row with unpacked weights.
     """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        # F.linear uses Intel's MKL; packed weights need oneDNN. We have measured only a single row, on an Intel Xeon:
-        # MKL decoded 40 tokens/s and oneDNN 34. Therefore weights are not packed on Intel's CPUs.
+        # F.linear uses Intel's MKL; packed weights need oneDNN. We have measured only a batch of one row, on an Intel
+        # Xeon: MKL decoded 40 tokens/s and oneDNN 34. Therefore weights are not packed on Intel's CPUs.
         return not is_intel_cpu()
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -1,4 +1,4 @@
-"""Safe reading and writing of files: atomic JSON, durable renames, hashes. Imports only the standard library."""
+"""Write JSON atomically, delete directories, flush renames to disk, and hash files. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a directory that is not needed any more. If `path` is a link, only the link is deleted.
+    """Delete a directory or file that is not needed any more. If `path` is a link, only the link is deleted.
 
     An error is printed on stderr and not raised, because the files that remain only use space.
     """

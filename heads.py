@@ -6,8 +6,8 @@ weights, and its embeddings and half of its blocks are frozen:
     classifier = SequenceClassifier(GPT.from_pretrained("gpt2"), 3)
     classifier.gpt.freeze(layers=6)
 
-Models are saved in the format of the corresponding transformers class. Shapes are written as in model.py; K is the
-number of classes.
+Models are saved in the format of the corresponding transformers class, if there is one. Shapes are written as in
+model.py; K is the number of classes.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def save_with_head(
     fields: dict[str, Any],
     eos_token_id: int | None,
 ) -> None:
-    """Write GPT and head as one state dict, in the format of the transformers class `architecture`.
+    """Write GPT and head as one state dict, in transformers' layout. Add the entries of `fields` to config.json.
 
-    The entries of `fields` are added to config.json.
+    `architecture` is the name of the class that loads the files, see `weights.save_weights`.
     """
     state = {name.removeprefix("gpt."): tensor for name, tensor in model.state_dict().items()}
     config = asdict(model.gpt.config)
@@ -111,7 +111,7 @@ def read_labels(path: Path, fields: dict[str, Any]) -> list[str]:
 
 
 class SequenceClassifier(nn.Module):
-    """A classifier of sequences or of tokens: transformers' GPT2ForSequenceClassification with Texar's strategies.
+    """A classifier of sequences or tokens, like transformers' GPT2ForSequenceClassification but with three strategies.
 
     Args:
         gpt: the language model whose hidden states are classified.
@@ -159,7 +159,7 @@ class SequenceClassifier(nn.Module):
         Args:
             input_ids, attention_mask: (B, T). Only the mask says which tokens are padding: without it, none are.
             labels: (B,) integers; (B, K) floats; or, with K = 1, (B,) floats. With `token`, (B, T) replaces (B,), and
-                (B, T, K) replaces (B, K). The loss ignores integer labels equal to IGNORE_INDEX, as at padding.
+                (B, T, K) replaces (B, K). Integer labels equal to IGNORE_INDEX, for example at padding, have no loss.
             inputs: other arguments of `GPT.forward`: inputs_embeds, position_ids, head_mask, output_hidden_states, ...
         """
         output = self.gpt(input_ids, attention_mask=attention_mask, return_logits=False, **inputs)
@@ -248,7 +248,7 @@ class DoubleHeadsOutput(NamedTuple):
 
     loss: Tensor | None  # (), language modeling, in nats per token
     mc_loss: Tensor | None  # (), multiple choice, in nats per question
-    logits: Tensor | None  # (B, N, T, V), or None: see return_logits of `forward`
+    logits: Tensor | None  # (B, N, T, V), or None: see return_logits of `DoubleHeads.forward`
     mc_logits: Tensor  # (B, N)
     last_hidden_state: Tensor  # (B, N, T, C)
 

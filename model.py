@@ -62,7 +62,8 @@ class GPTConfig:
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
     # full: each token attends to itself and all earlier tokens, as in GPT-2, in time proportional to T². window and lsh
     # are for long sequences (kernels/long_attention.py). window: each token attends to the last window_size tokens,
-    # itself included. lsh: each token attends to itself and to earlier tokens whose keys have the hash of its query.
+    # itself included. lsh: each token attends to itself and to the last earlier tokens whose keys have the same hash as
+    # its query.
     attention: str = "full"
     window_size: int = 256
     lsh_buckets: int = 64
@@ -223,7 +224,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The parts that `GPT.forward` connects: a class of its own, so that parameter names begin with `transformer.`."""
+    """The modules that `GPT.forward` connects. As in transformers, parameter names begin with `transformer.`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -274,11 +275,11 @@ class GPT(nn.Module):
         output_hidden_states: bool = False, output_attentions: bool = False,
         return_logits: bool | None = None, logits_to_keep: int = 0,
     ) -> GPTOutput:  # fmt: skip
-        """Run the model on T tokens of each of B sequences. With a cache, these tokens follow the `past` cached tokens.
+        """Run the model on T tokens of each of B sequences. They follow the cached tokens, of which there are `past`.
 
         Args:
-            input_ids: (B, T) token ids. Give either these or `inputs_embeds` (B, T, C), which replaces their
-                embeddings, but not both.
+            input_ids: (B, T) token ids. Give either `input_ids` or `inputs_embeds`, but not both.
+            inputs_embeds: (B, T, C), used in place of the token embeddings.
             targets: (B, T), the id of the token after each input, or IGNORE_INDEX for no loss there. Not with labels.
             labels: (B, T) ids (usually the inputs themselves), which this function shifts by one, as in transformers.
             attention_mask: (B, past + T), 1 for a token to keep and 0 for padding.
@@ -350,7 +351,7 @@ class GPT(nn.Module):
         return KVCache(self.config, batch_size, max_length, device=weight.device, dtype=weight.dtype)
 
     def resize_token_embeddings(self, n: int) -> None:
-        """Change the vocabulary to `n` tokens: rows that remain keep their values, new rows are random (std 0.02)."""
+        """Change the vocabulary to `n` tokens. Tokens that remain keep their embeddings, new ones get random ones."""
         config = replace(self.config, vocab_size=n)  # checks n before anything changes
         old = self.transformer.wte.weight
         new = nn.init.normal_(torch.empty_like(old[:1]).repeat(n, 1), std=0.02)
@@ -373,7 +374,7 @@ class GPT(nn.Module):
             self.transformer.wpe.requires_grad_(False)
 
     def num_parameters(self) -> int:
-        """Return the number of parameters. The tied head is counted once."""
+        """Return the number of parameters. The token embedding, which is also the output head, is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod

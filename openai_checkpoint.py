@@ -31,7 +31,7 @@ MAGIC = 0xDB4775248B80FB57
 TRAILER_SIZE = 5  # bytes after each block: its compression (1 byte, 0: none) and its CRC32C (4 bytes)
 CRC_MASK = 0xA282EAD8  # see `masked_crc32c`
 
-# TensorFlow's numbers of data types (types.proto).
+# TensorFlow's code for a data type (types.proto) -> PyTorch's dtype.
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
 # Field of hparams.json -> transformers' name for it in config.json.
 HPARAMS = {
@@ -44,11 +44,11 @@ HPARAMS = {
 
 
 class Place(NamedTuple):
-    """Where a tensor is stored, according to the index."""
+    """Where a tensor is stored, as model.ckpt.index describes it."""
 
     dtype: int  # a key of DTYPES
     shape: tuple[int, ...]
-    shard: int  # number of the data file
+    shard: int  # index of the data file: 0 is data-00000
     offset: int  # in bytes, from the beginning of the data file
     size: int  # in bytes
     crc: int  # masked CRC32C of the bytes
@@ -139,9 +139,9 @@ def transformers_name(name: str) -> str:
 def read_tensor(file: Path, name: str, place: Place) -> Tensor:
     """Return a tensor, without the leading dimension of 1 that the weights of OpenAI's 1-D convolutions have.
 
-    Raises ValueError, naming file and tensor, if its bytes do not have the checksum of the index.
+    Raises ValueError, naming file and tensor, if the checksum of its bytes is not `place.crc`.
     """
-    mapped = np.memmap(file, np.uint8, "c", place.offset, place.size)  # "c": writable, because torch requires it
+    mapped = np.memmap(file, np.uint8, "c", place.offset, place.size)  # "c": writable in memory, as from_numpy expects
     view = mapped.view()
     view.flags.writeable = False  # the function for the checksum accepts only read-only arrays
     if masked_crc32c(view) != place.crc:
@@ -153,7 +153,7 @@ def read_tensor(file: Path, name: str, place: Place) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The index: a table that maps the names of tensors to protocol buffers
 #
-# If the data is damaged, the functions below raise ValueError. The caller adds the name of the file to the message.
+# If the data is damaged, the functions below raise ValueError, and `read_openai_tensors` adds the name of the file.
 
 
 def read_index(data: bytes) -> tuple[int, dict[str, Place]]:
@@ -177,12 +177,12 @@ def read_index(data: bytes) -> tuple[int, dict[str, Place]]:
 
 
 def _read_place(value: bytes) -> Place:
-    """Read a BundleEntryProto. Its fields: dtype = 1, shape = 2, shard = 3, offset = 4, size = 5, crc32c = 6."""
+    """Read a BundleEntryProto: field 1 is dtype, 2 shape, 3 shard, 4 offset, 5 size, 6 crc32c, 7 slices."""
     entry = read_message(value)
     if 7 in entry:
         raise ValueError("a tensor is divided into slices, which is not supported: save it as one tensor")
-    dimensions = read_message(_data(entry, 2)).get(2, [])  # TensorShapeProto: dim = 2, each with size = 1
-    shape = tuple(_number(read_message(dim), 1) for dim in dimensions if isinstance(dim, bytes))
+    dimensions = read_message(_data(entry, 2)).get(2, [])  # TensorShapeProto: field 2 is the dimensions
+    shape = tuple(_number(read_message(dim), 1) for dim in dimensions if isinstance(dim, bytes))  # field 1 is the size
     return Place(_number(entry, 1), shape, *(_number(entry, field) for field in (3, 4, 5, 6)))
 
 
@@ -225,14 +225,14 @@ def read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byt
 
 
 def _read_handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Return offset and size of a block, as stored at `at`, and where the next field begins."""
+    """Read the handle that begins at byte `at`. Return (offset, size) of its block, and where the next field begins."""
     offset, at = read_varint(data, at)
     size, at = read_varint(data, at)
     return (offset, size), at
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the integer at `at`, stored in groups of 7 bits, lowest bits first, and where the next field begins."""
+    """Return the integer at byte `at`, stored as groups of 7 bits, lowest first, and where the next field begins."""
     value = 0
     for i, byte in enumerate(data[at : at + 10]):
         value |= (byte & 0x7F) << 7 * i
@@ -265,7 +265,7 @@ def read_message(data: bytes) -> dict[int, list[int | bytes]]:
 
 
 def _number(message: dict[int, list[int | bytes]], field: int) -> int:
-    """Return the number in a field of a protocol buffer, or 0 if it is missing, because protocol buffers omit zeros."""
+    """Return the number in a field of a protocol buffer. A missing field means 0: protocol buffers omit zeros."""
     value = message.get(field, [0])[-1]
     return value if isinstance(value, int) else 0
 

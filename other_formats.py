@@ -7,7 +7,8 @@ from pathlib import Path
 
 LLM_C_MAGIC = 20240326  # the first int32 of a model of llm.c
 
-# transformers 5 cannot read Flax, TensorFlow or Megatron files, and cannot save a model that it has read from GGUF.
+# Instructions for transformers 4: version 5 cannot read Flax, TensorFlow or Megatron files, and cannot save a model
+# that it has read from GGUF.
 _TRANSFORMERS_4 = 'with transformers 4 (`pip install "transformers<5"{package}`), run '
 _LOAD_AND_SAVE = '`AutoModelForCausalLM.from_pretrained("{directory}", {option}).save_pretrained("NEW")`'
 

@@ -40,7 +40,7 @@ from training.config import Optim
 from training.optim import learning_rate_factor, make_optimizers, set_learning_rate
 
 UNLABELED_PER_LABELED = 3  # unlabeled texts for each labeled text in a step, as in the paper
-PART_OF_OTHERS = 0.25  # iPET: the fraction of the other patterns' models that label texts for a new model
+PART_OF_OTHERS = 0.25  # iPET: of the models for other patterns, the fraction that labels texts for a new model
 GROWTH = 5  # iPET: the factor by which the number of labeled texts grows with each generation
 FIRST_PSEUDO_LABELS = 10  # iPET without labeled texts: number of texts per class that generation 2 is trained on
 
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(args, verbalizer, unlabeled, val_texts, val_labels)
     args.out.mkdir(parents=True, exist_ok=True)  # if --out cannot be created, fail before the training
     probabilities = label_texts(task)
-    # Load the classifier only now: loading sets the seed, so the training that follows uses the same random numbers as
-    # `classify.py train`.
+    # `make_task` has loaded a classifier too, but load a new one here: loading sets the seed, so the training that
+    # follows uses the same random numbers as `classify.py train`.
     classifier, tokenizer = load_classifier(args, verbalizer.classes)
     train_examples = encode(unlabeled, probabilities.tolist(), tokenizer, classifier.max_length)
     val_examples = encode(val_texts, val_labels, tokenizer, classifier.max_length)
@@ -222,7 +222,7 @@ def pseudo_label(
     generation: int,
     seed: int,
 ) -> dict[int, int]:
-    """Choose unlabeled texts, and label them with a random subset of `others` (iPET). Return {index of text: class}.
+    """Choose unlabeled texts, and label them with some of the models `others` (iPET). Return {index of text: class}.
 
     `labels` are the classes of the texts in --train. With each generation, the number of labeled texts (those of
     --train and the chosen ones) grows by the factor GROWTH, and the classes keep the proportions that they have in
@@ -250,7 +250,7 @@ def pseudo_label(
 
 
 def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
-    """Return a copy of the model, fine-tuned to fill the blanks of labeled texts and to predict the unlabeled texts."""
+    """Fine-tune a copy of the pretrained model to fill the blanks of `labeled`, and to predict the unlabeled texts."""
     args, n = task.args, len(labeled.labels)
     torch.manual_seed(seed)
     model = copy.deepcopy(task.base).train()

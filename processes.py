@@ -6,7 +6,7 @@ sending an integer to all of them. With a single process, every operation here w
 
 from __future__ import annotations
 
-import openmp  # noqa: F401 (before torch: it sets an environment variable that OpenMP reads when torch loads it)
+import openmp  # noqa: F401 (before torch, which loads OpenMP: openmp.py sets a variable that OpenMP reads)
 
 # isort: split
 import os
@@ -120,13 +120,13 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
 
 
 def rendezvous(rank: int, world_size: int) -> dist.Store:
-    """Return the store through which the processes find each other. Keys from before a restart are not visible in it.
+    """Return the key-value store through which the processes find each other, without the keys of earlier attempts.
 
     torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. In this store, a restarted process may
     find the address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the
-    main process chooses a random name for each attempt, that is, each start of all processes. All keys of the attempt
-    begin with this name. Each other process chooses a random key and announces this key in the store. The main process
-    stores the name under the announced key, so no process can read the name of an earlier attempt.
+    main process chooses a random name for each attempt, that is, each start of all processes. All keys in the returned
+    store begin with this name. Each other process chooses a random key and announces this key to the main process. The
+    main process stores the name under the announced key, so no process can read the name of an earlier attempt.
 
     Raises TimeoutError if a process does not connect within JOIN_TIMEOUT. The main process names the missing processes;
     the other processes name process 0 if it does not answer.

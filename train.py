@@ -10,8 +10,8 @@ The same command again resumes from the newest checkpoint. README.md describes t
 
 from __future__ import annotations
 
-# Import training.launch before torch: it imports openmp, which sets an environment variable that OpenMP reads when
-# torch loads it.
+# Import training.launch before torch. training.launch imports openmp.py, which sets an environment variable. The OpenMP
+# library reads this variable when torch loads the library.
 from training.launch import StopSignal, training_process
 
 # isort: split
@@ -174,7 +174,7 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
 def save(run: TrainingRun) -> None:
     """Copy weights and optimizer state to host memory, and let a thread write them while training continues."""
     start = time.perf_counter()
-    # If "finished" is true at a step before the last one, eval.patience has ended the run.
+    # "finished" at a step before the last one means that eval.patience has ended the run (see checkpoints.py).
     state = run.checkpoint_state() | {"finished": is_done(run) and not run.lacks_validation}
     run.checkpoints.save(run.model, run.optimizers, run.inputs.tokenizer, state, write=run.processes.is_main)
     run.state.save_seconds = time.perf_counter() - start

@@ -109,7 +109,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# Largest values of fields for which LARGEST_FIELD, the limit of the other sizes, is too high. If a damaged config.json
+# The limits of fields for which LARGEST_FIELD, the limit of all other sizes, is too high. If a damaged config.json
 # has a huge n_layer, building the model could take hours, and only then would `load_weights` find that most of the
 # tensors are missing.
 LARGEST = {"n_layer": 10_000}
@@ -157,7 +157,7 @@ def locate(name_or_dir: str | Path) -> Path:
         if not any(snapshot.glob("*.safetensors")):  # older models on the hub have pytorch_model.bin instead
             patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
             snapshot = Path(snapshot_download(name, allow_patterns=patterns))
-    except OSError as error:  # the base class of all errors of the hub's client
+    except OSError as error:  # includes the errors of the network and of the hub
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "
@@ -320,9 +320,9 @@ def find_weight_files(directory: Path) -> list[Path]:
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in the shards of either.
 
-    Except with files of PyTorch before version 1.6, only one tensor is in memory at a time. So the caller must copy it
-    before it asks for the next one. The largest tensor of a file comes first, when the caller holds few copies of other
-    tensors. This order keeps the peak of memory low.
+    Files of PyTorch before version 1.6 are read as a whole. From other files, only one tensor is in memory at a time,
+    if the caller copies each tensor and does not keep the original. The largest tensor of a file comes first, while the
+    caller still holds few copies, so the peak of memory is low.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
@@ -407,7 +407,7 @@ def load_weights(
         if STALE_BUFFER.search(source):
             continue
         # GPT-2's output head is the token embedding, so lm_head.weight is a second name of transformer.wte.weight.
-        # Files that GPT2Model saved lack the prefix "transformer.".
+        # Files that transformers' GPT2Model saved lack the prefix "transformer.".
         name = "transformer.wte.weight" if source == "lm_head.weight" else source
         name = name if name in wanted else f"transformer.{name}"
         if name not in wanted:
