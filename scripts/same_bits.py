@@ -41,9 +41,10 @@ Facts = dict[tuple[str, str], Any]  # compared values: (what, where) -> value, s
 
 STEPS, RESUME_AT = 20, 10  # steps of each run, and the step whose checkpoint HEAD resumes
 CHECKPOINT_FILES = ("model.safetensors", "trainer/optimizer.safetensors")
-TIMING = ("second", "mfu", "memory")  # words in the names of metrics that vary from run to run and are not compared
+# Metrics with one of these words in their names vary from run to run, so they are not compared.
+TIMING = ("second", "mfu", "memory")
 TIMEOUT = 600.0  # seconds for one command, which usually takes less than ten
-GRACE = 60.0  # seconds that a command has to end after SIGTERM, before it is killed
+GRACE = 60.0  # seconds between SIGTERM and SIGKILL for a command that does not end
 SHOWN = 3  # largest number of differences that are printed for one case
 
 CONFIG: dict[str, dict[str, Any]] = {
@@ -133,8 +134,8 @@ class Case:
     """A comparison of BASE and HEAD, which is one line of the report."""
 
     name: str
-    base: Callable[[], Facts]  # runs the commands of BASE and returns the facts that are compared
-    head: Callable[[], Facts]  # does the same for HEAD
+    base: Callable[[], Facts]  # returns the facts of BASE; runs its commands first, unless an earlier case ran them
+    head: Callable[[], Facts]  # returns the facts of HEAD, after running its commands
     not_run: str = ""  # the reason why this machine cannot run the case, or "" if it can
 
 
@@ -154,7 +155,7 @@ class Result:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file. Raises Failure if there is none."""
+    """Return the SHA-256 of a file. Raises Failure if the file does not exist."""
     if not path.is_file():
         raise Failure(f"the file {path} is missing")
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -183,8 +184,9 @@ def metrics_facts(path: Path) -> Facts:
 def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]]:
     """Compare the facts of the two sides. Return the differences and the additions, each as a list of texts.
 
-    If only HEAD has a quantity, such as a new column of the metrics, this is an addition. If both have the quantity,
-    but only HEAD has a value at some place, such as a step that BASE did not log, this is a difference.
+    The key of a fact is a quantity and a place, such as "train loss" and "step 3". A quantity that only HEAD has, such
+    as a new column of the metrics, is an addition. Any other fact that one side lacks or has differently is a
+    difference.
     """
     absent, known = object(), {what for what, _ in base}
     differences = []
@@ -290,8 +292,8 @@ def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))
-    # With `must`, HEAD fails if it finds no checkpoint. With `auto`, this error would not be noticed, because HEAD
-    # would start at step 0 and still end with the same bits.
+    # With run.resume must, HEAD fails if it finds no checkpoint. With auto, this error would not be noticed, because
+    # HEAD would start at step 0 and still end with the same bits.
     arguments = ("--config", f"{name}.yaml", "--run.dir", "resumed", "--run.resume", "must")
     head.launch("train.py", *arguments, processes=processes)
     return run_facts(run)
@@ -470,7 +472,7 @@ def checkout(commit: str, repository: Path, directory: Path) -> Iterator[Path]:
 def run(commits: tuple[str, str], repository: Path, keep: Path | None, *, short: bool) -> bool:
     """Run all cases and print the report. Return False if a case differed or failed.
 
-    Datasets and runs are written to the new directory `keep`, or to a temporary directory if it is None.
+    Datasets and runs are written to the new directory `keep`, or to a temporary directory if `keep` is None.
     """
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-bits-"))).resolve()

@@ -9,7 +9,7 @@ many channels as in the configuration. A run that is already in the file of resu
 --train and --held-out, the configuration itself is trained too: the held-out run, which is left out of the fit.
 
 Then a law is fitted to the small runs in the file, which have at most a quarter of the FLOPs of the held-out run. The
-prediction of the law is compared with the loss of the held-out run. `train.py --dry-run` fits the runs in
+prediction of the law is compared with the loss of the held-out run. `train.py --dry-run` fits a law to the runs in
 docs/scaling.json, the default of --results, to predict the loss of a run. docs/scaling.md explains the method.
 """
 
@@ -53,7 +53,7 @@ from training.scaling_law import FORMS, fit
 
 SHAPES = ("2x64", "3x96", "2x128", "3x128")
 FRACTIONS = [1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4]
-HELD_OUT = 4  # the fit uses runs with at most 1/4 of the FLOPs of the held-out run
+HELD_OUT = 4  # the held-out run has at least this many times the FLOPs of each small run
 
 
 class Shape(NamedTuple):
@@ -84,7 +84,7 @@ def head_width(path: str) -> int:
 
 
 def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
-    """Return train.py's arguments for a run with this shape, length and seed. It validates once, after the last step.
+    """Return train.py's arguments for a run with this shape, length and seed. The run validates once, at its end.
 
     Raises ValueError if the channels are not a multiple of the width of the configuration's heads.
     """
@@ -100,7 +100,10 @@ def arguments_of(path: str, shape: Shape, steps: int, seed: int) -> list[str]:
 
 
 def describe(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the recipe of a run, and the run's entry in the file of results without the keys "loss" and "held_out"."""
+    """Return the recipe of a run, and the run's entry in the file of results.
+
+    The entry lacks the keys "loss" and "held_out", which `train_all` adds.
+    """
     inputs = open_inputs(config, None, verify=False)
     model = config.model_config(inputs.tokenizer.vocab_size)
     precision = start_processes(config.system.device, config.system.dtype).dtype
@@ -120,8 +123,8 @@ def train_run(arguments: list[str]) -> float:
 def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Study], list[dict[str, Any]]]:
     """Return all studies in a file, and the list of runs of the study with this recipe.
 
-    A study has the runs of one recipe. If the file has no study of this recipe, the result contains a new one without
-    runs. The file is read in each call, because another process may add runs to it.
+    A study has the runs of one recipe. If the file has no study of this recipe, a new study without runs is added to
+    the returned studies. The file is read in each call, because another process may add runs to it.
     """
     studies = read_studies(path)
     study = find_study(studies, recipe)
@@ -155,7 +158,7 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the runs in groups of the same model and length. The group with the fewest FLOPs is the first."""
+    """Return the runs in groups of the same model and length. The groups are sorted by FLOPs."""
 
     def size(run: dict[str, Any]) -> tuple[int, ...]:
         return run["flops"], run["layers"], run["channels"], run["steps"]
@@ -188,11 +191,11 @@ def run_table(study: Study, found: Fit) -> str:
 
 
 def form_table(study: Study, found: Fit) -> str:
-    """Return the table of the forms of the law, with two errors for each form.
+    """Return the table of the forms of the law (see `FORMS`), with two errors for each form.
 
-    The first error is that of a cross-validation: each size of the fitted runs is left out of the fit in turn, and the
-    error is the root mean square of the errors for the left-out sizes. The second error is the mean relative error of
-    the predictions for the held-out runs, which are larger than all fitted runs.
+    The first error comes from a cross-validation: the runs of one size (model and length) at a time are left out of the
+    fit and predicted. It is the root mean square of the errors of these predictions. The second error is the mean
+    relative error of the predictions for the held-out runs, which are larger than all fitted runs.
     """
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]
@@ -258,9 +261,9 @@ def draw(study: Study, found: Fit, path: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Fit a law to the runs with the configuration's recipe, and print its `check` and tables. Draw --figure if given.
+    """Fit a law to the runs with the configuration's recipe, and print the result of `check` and two tables.
 
-    Raises ValueError if the file of results has too few of these runs.
+    With --figure, also draw the losses and the law. Raises ValueError if the file of results has too few of these runs.
     """
     recipe = describe(parse_config(["--config", args.config]))[0]
     study = find_study(read_studies(args.results), recipe)

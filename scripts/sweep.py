@@ -3,10 +3,10 @@
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
 Every combination of the values given with --vary is trained with every seed, one run after another. The runs are
-written to --dir. A run that has finished already is read and not repeated. A run that diverges gets a loss of inf. To
-reproduce a row of the table, pass its last column to --vary. `--idea` trains with one or several of the changes in
-scripts/ideas.py. With `--best`, the table has the lowest validation loss of each run, and its step, instead of the last
-validation loss. docs/recipes.md and docs/small-data.md have such tables.
+written to --dir. A run that has finished already is not repeated: its results are read. A run that diverges gets a loss
+of inf. To reproduce a row of the table, pass its last column to --vary. `--idea` trains with one or several of the
+changes in scripts/ideas.py. With `--best`, the table has the lowest validation loss of each run, and its step, instead
+of the last validation loss. docs/recipes.md and docs/small-data.md have such tables.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, 
     """Train a run as `finish` does. Return its last validation loss and its metrics.
 
     The loss is inf if the run diverged or the loss is not finite. It is measured on eval.final_tokens if this field is
-    set and eval.patience is 0, otherwise on eval.tokens. With eval.patience, some runs may end early, and these are not
-    scored on eval.final_tokens. Losses can be compared only if they are measured on the same tokens.
+    set and eval.patience is 0, otherwise on eval.tokens. Losses can be compared only if they are measured on the same
+    tokens, and a run that eval.patience ends early is not scored on eval.final_tokens.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"
@@ -86,7 +86,7 @@ def as_flags(fields: Iterable[str]) -> list[str]:
 
 
 def first_below(records: list[dict], loss: float) -> int | None:
-    """Return the number of training tokens at the first validation with at most this loss, or None if there is none."""
+    """Return the training tokens at the first validation with at most this loss, or None without such a validation."""
     reached = (r["tokens"] for r in records if r["split"] == "val" and r["loss"] is not None and r["loss"] <= loss)
     return next(reached, None)
 

@@ -54,9 +54,9 @@ def execute(path: Path, **environment: str) -> NotebookNode:
 
 
 def hash_sources(notebook: NotebookNode) -> str:
-    """Return a hash of the code cells. The notebook stores the hash of the code that its outputs come from.
+    """Return a hash of a notebook's code cells. `execute` stores this hash in the notebook.
 
-    If the two hashes differ, the code was changed after the outputs were stored.
+    If the stored hash is not that of the present cells, the code was changed after the outputs were stored.
     """
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()

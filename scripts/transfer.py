@@ -2,9 +2,10 @@
 
     python -m scripts.transfer --sweep muon --shapes 64x4 512x4 --values 0.01 0.014 0.02 0.028 0.04 --seeds 1 2
 
-A sweep varies one field of the configuration and keeps the others constant. A shape is WIDTHxLAYERS for a run of 100
-steps, or WIDTHxLAYERSxSTEPS. Every value is trained with every seed in every shape. Runs that are already in the file
-of results, docs/transfer.json, are not repeated. The tables and the figure of docs/transfer.md come from that file:
+A sweep varies one field of `optim`. Within a shape, the other fields of `optim` stay constant. A shape is WIDTHxLAYERS
+for a run of 100 steps, or WIDTHxLAYERSxSTEPS. Every value is trained with every seed in every shape. Runs that are
+already in the file of results, docs/transfer.json, are not repeated. The tables and the figure of docs/transfer.md come
+from that file:
 
     python -m scripts.transfer --figure docs/transfer.png
 """
@@ -70,8 +71,8 @@ class Sweep(NamedTuple):
     optimizer: str
     field: str
     held: str
-    # The value of optim.lr at width 64 with 4 layers, which `scale` changes for other shapes. If it is None, `held` or
-    # `field` sets optim.lr.
+    # The value of optim.lr at width 64 with 4 layers. The function `scale` computes the value for other shapes. If `lr`
+    # is None, `held` or `field` sets optim.lr.
     lr: float | None = None
 
 
@@ -84,7 +85,7 @@ COMMON = (
 )
 SWEEPS = {
     "muon": Sweep("muon", "muon_lr", "optim.weight_decay=0.1 optim.lr=0.01"),
-    "muon-joint": Sweep("muon", "muon_lr", "optim.weight_decay=0.1", lr=0.018),  # the optimum of muon-lr at width 64
+    "muon-joint": Sweep("muon", "muon_lr", "optim.weight_decay=0.1", lr=0.018),  # optimum of sweep muon-lr, width 64
     "muon-lr": Sweep("muon", "lr", "optim.weight_decay=0.1 optim.muon_lr=0.04"),
     "muon-decay": Sweep("muon", "weight_decay", "optim.lr=0.01 optim.muon_lr=0.04"),
     "adamw": Sweep("adamw", "lr", "optim.weight_decay=0.1"),
@@ -203,10 +204,11 @@ def excess(losses: Losses, value: float) -> float | None:
 
 
 def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
-    """Return groups of at least two shapes that differ in one number only: in the width, the layers or the steps.
+    """Return the series, {name: shapes}. A series has at least two shapes, which differ in one number only.
 
-    The other two numbers are those of the base shape (WIDTH, LAYERS, STEPS). There are also groups of shapes that
-    differ in the width, have LAYERS layers, and have the same number of steps, which is not STEPS.
+    This number is the width, the layers or the steps. The other two are those of the base shape (WIDTH, LAYERS, STEPS).
+    There are also series of shapes that differ in the width, have LAYERS layers, and have the same number of steps,
+    which is not STEPS.
     """
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],
@@ -219,7 +221,7 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
 
 
 def describe_optimum(losses: Losses) -> str:
-    """Return the geometric mean of the optima of all seeds as text, with the range of these optima.
+    """Return the geometric mean of the optima of all seeds as text, followed by their range if there are several.
 
     If the values enclose no minimum for any seed, return the bound from the first seed, such as "at least 0.04".
     """

@@ -1,7 +1,7 @@
 """OpenAI's protocol for completions: parse a request, and format the parts of a response.
 
 https://platform.openai.com/docs/api-reference/completions describes the protocol. The fields `top_k`, `num_beams` and
-`sliding` are additions.
+`sliding` are additions of this server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "seed")  # a request for beam searc
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered, with the HTTP status of the answer."""
+    """Raised for a request that the server refuses. `status` is the HTTP status of the error response."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -83,7 +83,7 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RequestError(f"the body is a JSON {type(fields).__name__}, expected an object with a prompt")
-    best_of = (None, 1, fields.get("n"))  # with these values, all n completions are returned, as without best_of
+    best_of = (None, 1, fields.get("n"))  # with these values, best_of discards no completion
     for name, neutral in (NEUTRAL | {"best_of": best_of}).items():
         if fields.pop(name, None) not in neutral:
             raise RequestError(f"{name} is not supported: omit it")
@@ -198,7 +198,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any]:
-    """Return a part as an entry of "choices".
+    """Return a part as an entry of "choices", a field of the response.
 
     `offset` is the total length, in characters, of the tokens in the earlier parts of the same completion.
     """

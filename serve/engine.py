@@ -34,7 +34,7 @@ class Job:
     def __init__(self, request: CompletionRequest) -> None:
         self.request = request
         self.events: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
-        self.prompt_tokens = 0  # number of tokens of all prompts, known when the engine begins to answer the request
+        self.prompt_tokens = 0  # total number of tokens of the prompts; 0 until the engine begins to answer
         self.canceled = False
         self._loop = asyncio.get_running_loop()
 

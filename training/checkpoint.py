@@ -40,7 +40,7 @@ def copy_to_host(model: GPT, optimizers: list[Optimizer]) -> tuple[dict[str, Ten
     The keys of the weights are parameter names, and those of the optimizer state are "<parameter name>/<key>". Sharded
     tensors are gathered, so every process must call this function. Only the main process gets the tensors.
     """
-    from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
+    from torch.distributed.checkpoint import state_dict as dcp  # imported here: the import takes a second
 
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = dcp.get_optimizer_state_dict(model, optimizers, options=options).get("state", {})  # {} if rank > 0
@@ -57,7 +57,7 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
 
     Raises ValueError if the file of the state is not a safetensors file.
     """
-    from torch.distributed.checkpoint import state_dict as dcp  # imported here: it takes a second
+    from torch.distributed.checkpoint import state_dict as dcp  # imported here: the import takes a second
 
     state: dict[str, Any] = {}
     try:
@@ -80,7 +80,7 @@ def check_finite(tensors: dict[str, Tensor], step: int) -> None:
     """Raise FloatingPointError if a tensor has NaN or infinity. The message names the first such tensor and `step`."""
     for name, tensor in tensors.items():
         # Check only the smallest and the largest value: both are NaN if any value is NaN. Unlike isfinite, aminmax
-        # needs no second tensor of this size.
+        # allocates no tensor as large as `tensor`.
         if tensor.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
             raise FloatingPointError(f"{name} has values that are NaN or infinite after step {step}")
 
@@ -109,7 +109,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._cannot_flush = False
         self._resumed = resumed
-        self._unreadable = set(damaged)  # `find_best` adds checkpoints without a readable trainer/state.json
+        self._unreadable = set(damaged)  # damaged; `find_best` adds those whose trainer/state.json it cannot read
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""
@@ -243,7 +243,7 @@ class Checkpoints:
             self._cannot_flush = True
 
     def _prune(self) -> None:
-        """Delete all checkpoints that are not in `_unreadable`, except the newest `keep` and the best one."""
+        """Delete old checkpoints, except those in `_unreadable`, the newest `keep` of the others, and the best one."""
         best = self.best()  # adds the checkpoints whose state cannot be read to `_unreadable`
         paths = [path for path in list_checkpoints(self.directory) if path not in self._unreadable]
         for path in paths[: -self.keep]:

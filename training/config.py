@@ -231,7 +231,7 @@ class System:
 class Config:
     """The configuration of a run.
 
-    Raises ValueError if fields cannot be combined; the message names the fields and what to change.
+    Raises ValueError if a value is not allowed or fields cannot be combined; the message says what to change.
     """
 
     run: Run = field(default_factory=Run)

@@ -49,7 +49,7 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
     would return all gradients at its end, too late for this overlap. In eval mode, where shapes vary, the blocks run
     uncompiled.
     """
-    import torch._dynamo.config as dynamo_config  # imported here: it takes a second, and few runs compile
+    import torch._dynamo.config as dynamo_config  # imported here: the import takes a second, and few runs compile
 
     dynamo_config.optimize_ddp = False  # True would split a block's graph at the borders of DDP's buckets
     compiled = Compiled(forward, "the blocks")  # one for all blocks, which share the code compiled for the first
@@ -73,7 +73,7 @@ def shard(model: GPT, dtype: torch.dtype) -> None:
     The other parameters include the LayerNorms of all blocks, which together have fewer weights than one matrix. If
     each LayerNorm were gathered by itself, two thirds of all all-gathers would be for LayerNorms.
     """
-    # imported here: it takes a second, and few runs shard
+    # imported here: the import takes a second, and few runs shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     blocks = model.transformer.h

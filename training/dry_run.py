@@ -82,7 +82,7 @@ def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, st
 
 
 def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
-    """Return where the run would start, and a message if the checkpoint that it needs does not exist, otherwise "".
+    """Return where the run would start, and a message, which is "" unless the checkpoint that the run needs is missing.
 
     Unlike `find_start`, this function does not wait for other processes.
     """
@@ -98,7 +98,7 @@ def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs |
     """Return lines about the checkpoint that the run would start from. Raises ValueError if the run cannot use it."""
     if start.checkpoint is None:
         return []
-    if inputs is None:  # without a dataset, the identity of the run is not known, so nothing is checked
+    if inputs is None:  # `run_identity` needs a dataset, so the run is not compared with the checkpoint
         saved, val_tokens = read_state(start.checkpoint), 0
     else:
         val_tokens = inputs.validation_tokens
@@ -168,8 +168,9 @@ def describe_memory(config: Config, workload: Workload, target: Target) -> list[
 def describe_time(config: Config, workload: Workload, target: Target, mfu: float | None) -> list[str]:
     """Return lines with the expected duration of a step and of the run, or one line that says why there is no estimate.
 
-    The estimate for a GPU needs its peak FLOP/s. `mfu` is the fraction of the peak to assume. If it is None, the lines
-    also show the duration of each part of a step. The estimate for a CPU comes from a measured rate.
+    The estimate for a GPU needs its peak FLOP/s. `mfu` is the fraction of the peak to assume. If `mfu` is None, the
+    lines also show the duration of each part of a step. The estimate for a CPU comes from its measured rate of matrix
+    products.
     """
     hardware, card, steps = target.hardware, target.card, config.optim.steps
     precision = str(hardware.dtype).removeprefix("torch.")

@@ -120,11 +120,11 @@ class Workload:
         block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
         # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
-        # (the output of GELU and its gradient, then the gradients of GELU's output and input), and two float32
-        # gradients of the residual stream. In the loss, the tensors of `loss_memory` exist. In both places, the kept
-        # tensors and the head's gradient exist too. In the optimizer, the tensors of `muon_memory` exist. The part
-        # "logits" of the result always counts `loss_memory` and the head's gradient. The part "activations" counts the
-        # bytes that the peak needs beyond that.
+        # (the output of GELU and its gradient, then the gradients of GELU's output and input), two float32 gradients of
+        # the residual stream and, with `recompute`, the recomputed tensors of the block. In the loss, the tensors of
+        # `loss_memory` exist. In the backward pass and in the loss, the kept tensors and the head's gradient exist too.
+        # In the optimizer, the tensors of `muon_memory` exist. The part "logits" of the result always counts
+        # `loss_memory` and the head's gradient. The part "activations" counts what the peak needs beyond that.
         matrices = 12 * width**2 * model.n_layer if self.muon else 0
         muon_bytes = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
         backward = tokens * width * (2 * 4 * size + 2 * 4 + (block_bytes if self.recompute else 0))
@@ -158,9 +158,10 @@ class Workload:
         return 4 * self.n_parameters // shards + gathered + copies
 
     def fit_rows(self, budget: float, *, sharded: bool, below: int | None = None) -> int | None:
-        """Return the `largest_micro_batch` that is estimated to need at most `budget` bytes on each device.
+        """Return the rows (windows) of the micro-batch that the function `largest_micro_batch` chooses.
 
-        With `below`, it must have fewer than `below` rows (windows). The result is None if no such micro-batch fits.
+        A micro-batch fits if it is estimated to need at most `budget` bytes on each device and, with `below`, has fewer
+        rows than `below`. The result is None if no row fits.
         """
 
         def fits(rows: int) -> bool:
@@ -185,10 +186,10 @@ def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     width, size = model.n_embd, hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # on a CPU: all updates in float32, and the orthogonalized updates
         return (4 + size) * 12 * width**2 * model.n_layer
-    # On a GPU, Muon processes the matrices of one shape together. The largest of these groups has one matrix from the
-    # MLP of each block. Each process orthogonalizes a part of the group. This takes three tensors in float32 and four
-    # in the precision of matrix products, each as large as the part. The results of this group and of the previous one
-    # exist at the same time.
+    # On a GPU, Muon processes all matrices of one shape together, as a group. The largest groups have one matrix from
+    # the MLP of each block. Each process orthogonalizes a part of the group. This takes three tensors in float32 and
+    # four in the precision of matrix products, each as large as the part. The results of two successive groups exist at
+    # the same time.
     group = 4 * width**2 * model.n_layer
     part = group * ceil_div(model.n_layer, hardware.count) // model.n_layer
     return part * (3 * 4 + 4 * size) + 2 * size * (part if sharded else group)
