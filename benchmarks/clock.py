@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 def call_in_process(module: str, function: str, *arguments: Any) -> Any:
-    """Call a function in a new process, and return its result. So this process does not load the function's libraries.
+    """Call a function in a new process, and return its result. The caller does not load the function's libraries.
 
     If the function raises an exception, `call_in_process` raises the same exception. If the new process ends without a
     result, for example because it was killed, `call_in_process` raises ChildProcessError.
@@ -53,14 +53,14 @@ def call_in_process(module: str, function: str, *arguments: Any) -> Any:
 
 
 def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
-    """Time the contestants in turn, `runs` times each, after `warm_up` calls of each that are not timed.
+    """Time the contestants. Each contestant runs `warm_up` times without timing, and then `runs` times with timing.
 
-    In one turn, each contestant runs once. In every second turn, they run in reversed order, so that no contestant
-    always runs after the same other one.
+    The timed runs are made in turns. In one turn, each contestant runs once. Every second turn has the reversed order,
+    so that a contestant does not always run after the same other contestant.
 
-    Each contestant is given by a `Call`. This call is made in a new process for this contestant. It sets up the work
-    and returns the function to time. Returns for each contestant "seconds" (the median), "lowest" and "highest" in
-    seconds, and "peak_memory" in bytes: the memory of the tensors on the GPU if the contestant uses a GPU, otherwise
+    Each contestant is given by a `Call`, which sets up the work and returns the function to time. This call is made in
+    a new process, one for each contestant. Returns for each contestant "seconds" (the median), "lowest" and "highest"
+    in seconds, and "peak_memory" in bytes: the memory of the tensors on the GPU if the contestant uses a GPU, otherwise
     the memory of its process and of the processes that this process starts. Raises the exception of a contestant that
     fails.
     """
@@ -93,8 +93,8 @@ def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BasePro
     """Start `target(*arguments, pipe)` in a new process, and return the process and this process's end of the pipe.
 
     After the process has sent its last result, the caller must join it, that is, wait until it has ended. Until then,
-    the process uses a core to release its memory. A contestant that started during this time would find a busy machine.
-    Then openmp.py would make its threads sleep when they wait for work, which would make all its runs slower.
+    the process uses a core to release its memory. If the next contestant started during this time, openmp.py would find
+    a busy machine and make this contestant's threads sleep when they wait for work. All its runs would be slower.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -149,7 +149,7 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         gpu = used_gpu()
         pipe.send(max(own_peak(), peak[0]) if gpu is None else gpu.max_memory_allocated())
     except Exception as error:
-        # Send a ValueError instead of torch's error: to receive an error of torch, the parent would import torch.
+        # Send a ValueError instead of torch's error: to receive that error, the parent would have to import torch.
         if type(error).__name__ == "OutOfMemoryError":
             error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
         pipe.send(error)

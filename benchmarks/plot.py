@@ -31,7 +31,7 @@ def draw(tables: list[dict[str, Any]]) -> Figure:
         axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
         axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
         axes.minorticks_off()
-        # By default only powers of ten have labels, and the range of the axis may contain none.
+        # By default only powers of ten have labels, but there may be no power of ten in the range of the axis.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)

@@ -9,5 +9,5 @@ QUESTIONS = 32  # number of questions of HellaSwag
 VOCAB = 50257  # size of GPT-2's vocabulary
 PARAMETERS = 124_439_808  # number of parameters of GPT-2 124M
 LOADER_BATCHES, LOADER_BATCH_TOKENS = 10, 524288  # batches that the loader reads, and tokens in each batch
-# Kinds of attention, and lengths of the sequence in tokens.
+# In the benchmark of attention: the kinds of attention, and the lengths of the sequence in tokens.
 ATTENTIONS, ATTENTION_TOKENS = ("full", "window", "lsh"), (1024, 4096, 16384, 65536)

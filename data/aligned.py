@@ -7,11 +7,11 @@ waste little computation:
 
 - A document of more than T tokens is cut every T tokens, and its last piece is packed like a whole document.
 - If no remaining document fits into the gap at the end of a window, and the gap is more than T / 32 tokens, the
-  shortest remaining document is cut.
+  shortest remaining document is cut, and its beginning fills the gap.
 - If no remaining document fits, and the gap is at most T / 32 tokens, the gap becomes padding.
 
-Each token of the split, except the last one, is an input once in an epoch. The target of an input is the next token of
-the split, even if the next token is an input of another window. So each input has the same target as in
+Each token of the train split, except the last one, is an input once in an epoch. The target of an input is the next
+token of the split, even if this token is an input of another window. So each input has the same target as in
 `data.loader.TokenWindows`. A document begins with end-of-text, so the target of a document's last token is the
 end-of-text of the next document.
 
@@ -53,7 +53,7 @@ PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
 
 
 class AlignedWindows(TrainingWindows):
-    """Windows of whole documents, if possible. A window consists of documents or parts of documents, then padding.
+    """Windows of whole documents, if possible. A window has documents or parts of documents, then padding if needed.
 
     Args:
         split: the tokens.
@@ -63,7 +63,7 @@ class AlignedWindows(TrainingWindows):
         document_mask: if True, each token attends to its own document only.
 
     Attributes:
-        summary: a line to print: how many documents are cut, and what fraction of all windows is padding.
+        summary: a line to print: how many documents are cut, and what fraction of the windows' tokens is padding.
 
     Raises:
         ValueError: when the split has fewer than two tokens.
@@ -89,7 +89,7 @@ class AlignedWindows(TrainingWindows):
 
     @property
     def summary(self) -> str:
-        """A line to print: how many documents are cut, and what fraction of all windows is padding."""
+        """A line to print: how many documents are cut, and what fraction of the windows' tokens is padding."""
         header, T = self._header, self.sequence_length
         padding = 1 - (self.split.n_tokens - 1) / (len(self) * T)
         return (
@@ -101,9 +101,9 @@ class AlignedWindows(TrainingWindows):
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
         """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
 
-        `documents` gets, for each input, the index of its document within the window, and -1 for padding. With None,
-        only inputs and targets are filled. Raises ValueError for a token id outside the vocabulary, OSError when a
-        shard or the index cannot be read.
+        `documents` gets, for each input, the index of its document within the window, and -1 for padding. If it is
+        None, only inputs and targets are filled. Raises ValueError for a token id outside the vocabulary, OSError when
+        a shard or the index cannot be read.
         """
         done = 0
         if documents is not None:
@@ -120,7 +120,7 @@ class AlignedWindows(TrainingWindows):
         inputs[done:], targets[done:] = 0, IGNORE_INDEX
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
+        """Return how many targets are in the windows with the numbers `windows`, (k,), not counting IGNORE_INDEX."""
         return sum(int(self._windows(window, 1)["targets"][0]) for window in windows.tolist())
 
     def _pieces(self, window: int) -> list[tuple[int, int]]:

@@ -87,7 +87,7 @@ def draw_histogram(splits: dict[str, DocumentStatistics], path: Path) -> None:
 
 
 def read_epochs(config: Path, train_tokens: int) -> float:
-    """Return how many epochs a run with the configuration file `config` makes over a train split of `train_tokens`.
+    """Return how many epochs a run with the configuration file `config` makes. An epoch has `train_tokens` tokens.
 
     Raises FileNotFoundError when the file does not exist, ValueError when the file is not YAML or does not set
     optim.steps and data.batch_tokens.
@@ -100,7 +100,7 @@ def read_epochs(config: Path, train_tokens: int) -> float:
 
 
 def describe(meta: DatasetMeta | None) -> str:
-    """Return the main entries of `meta.json` as lines of text, or, for None, a line that says that there is no file."""
+    """Return the main entries of `meta.json` as lines of text. If `meta` is None, say that there is no `meta.json`."""
     if meta is None:
         return "no meta.json: the tokens are assumed to be GPT-2's, and there are no hashes to verify"
     lines = [f"source      {meta.source}", f"revision    {meta.revision}"]

@@ -85,7 +85,7 @@ class CompletionWindows(TrainingWindows):
             documents[:n], documents[n:] = self._example[first : first + n], -1
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
+        """Return how many targets are in the windows with the numbers `windows`, (k,), not counting IGNORE_INDEX."""
         return int(self._n_targets[windows].sum())
 
     def _is_target(self, window: int) -> np.ndarray:

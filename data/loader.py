@@ -1,9 +1,9 @@
 """Combine windows of tokens into batches, in an order that does not depend on the number of processes.
 
-A window is a sequence of T inputs and their T targets. In each step, the global batch is divided between all processes.
-Global batch n holds the same windows for any number of processes and any micro-batch size. Therefore the position of a
-run in its data is one integer, the step. A run can resume on another number of processes, and the loss curves of two
-runs can be compared step by step.
+A window is a sequence of T inputs and their T targets. All windows of a step together are its global batch, which is
+divided between all processes. The global batch of step n has the same windows for any number of processes and any
+micro-batch size. Therefore the position of a run in its data is one integer, the step. A run can resume on another
+number of processes, and the loss curves of two runs can be compared step by step.
 
 Letters in shapes: T is the sequence length, B the number of windows in a global batch, and b the number of windows in a
 micro-batch.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from data.shards import Split
 
-# A target with this value does not count in the loss: `F.cross_entropy` skips it by default. Padding and the tokens of
-# prompts get this target.
+# A target with this value does not count in the loss: `F.cross_entropy` skips it by default. This value replaces
+# targets that are padding or tokens of a prompt.
 IGNORE_INDEX = -100
 # The function `permute` (below) is a Feistel network, which computes a permutation in this number of rounds. Three
 # rounds give a pseudorandom permutation if the function that each round applies is pseudorandom (Luby & Rackoff 1988).
@@ -75,21 +75,21 @@ class Windows(Protocol):
         """
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
+        """Return how many targets are in the windows with the numbers `windows`, (k,), not counting IGNORE_INDEX."""
 
 
 class TrainingWindows(Windows, Protocol):
     """Windows that training reads, in one or more epochs. Each epoch contains every window once."""
 
     def order(self, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-        """Return the number of the window at each of the `places`, (k,): an array (k,) int64 of arguments for `read`.
+        """Return the numbers of the windows at the given `places`, (k,) int64. `read` takes such a number.
 
-        The windows of all epochs form one sequence: epoch e begins at place e * len(self). `places` are consecutive
-        places, counted from 0, in this sequence. With `shuffle`, each epoch has its own order; otherwise the windows
-        come in the order of the text.
+        The windows of all epochs form one sequence: epoch e begins at place e * len(self). `places`, (k,), are
+        consecutive places in this sequence, counted from 0. With `shuffle`, each epoch has its own order; otherwise the
+        windows come in the order of the text.
         """
-        # A batch may begin in one epoch and end in the next. If the windows at the end of an epoch that do not fill a
-        # batch were left out instead, the number of windows in an epoch would depend on the batch size.
+        # A batch may begin in one epoch and end in the next. If this were not allowed, windows would be left out at the
+        # end of an epoch, and the number of windows in an epoch would depend on the batch size.
         epoch, window = places // len(self), places % len(self)
         if shuffle:
             for e in np.unique(epoch):
@@ -154,7 +154,8 @@ class TokenWindows(TrainingWindows):
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
         # n + 1 tokens give n pairs of input and target. Neighboring windows overlap by one token: the last target of a
-        # window is the first input of the next window. Without this overlap, one target in T would be lost.
+        # window is the first input of the next window. Without this overlap, the first token of each window
+        # would never be a target.
         tokens = self._read[: n + 1]
         read_tokens(self.split, start + shift_of(epoch, self.sequence_length), tokens, self.vocab_size)
         # The input id of padding may be any valid id: with causal attention, no earlier position attends to padding.
@@ -164,7 +165,7 @@ class TokenWindows(TrainingWindows):
             np.cumsum(inputs == self.mask_eot, out=documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the total number of targets in these windows, (k,): T for each, or fewer in a padded last window."""
+        """Return how many targets the windows with the numbers `windows`, (k,), have: T each, or fewer with padding."""
         places = windows % len(self)
         return int(np.minimum(self.sequence_length, self.n_targets - places * self.sequence_length).sum())
 
@@ -351,7 +352,7 @@ class Loader:
             self._ready.put(ready)  # the next call raises it again
             raise ready
         step, weights, self._in_use = ready
-        # The thread is some steps ahead of the caller. `self.step` is the step that the caller requests next.
+        # The step that the caller requests next. The thread may already have read this step and later ones.
         self.step = step + 1
         return self._divide(self._in_use, weights)
 

@@ -4,9 +4,9 @@ A schedule is a list of datasets: each place in the list stands for one window o
 places, and each dataset has exactly its fraction of these places. After its last place, the schedule begins again.
 Among the first n windows of a run, a dataset with fraction f has f n windows, rounded up or down. Among any m
 consecutive windows, where m is the length of the schedule, this dataset has exactly the fraction f. If the fractions
-are whole percentages, m divides 100. Then the dataset has exactly the fraction f in any 100 consecutive steps, with any
-batch size. The window at a place in the run depends only on the place, the seed, the datasets and their weights. So the
-position of a run in its data is still one integer, the step.
+are whole percentages, m divides 100. Then the number of windows in any 100 consecutive steps is a multiple of m for any
+batch size, so exactly the fraction f of them is from this dataset. The window at a place in the run depends only on the
+place, the seed, the datasets and their weights. So the position of a run in its data is still one integer, the step.
 """
 
 from __future__ import annotations
@@ -106,6 +106,6 @@ class MixtureWindows(TrainingWindows):
         self.parts[i].read(own, inputs, targets, documents)
 
     def count(self, windows: np.ndarray) -> int:
-        """Return the total number of targets, without IGNORE_INDEX, in the windows with the numbers `windows`, (k,)."""
+        """Return how many targets are in the windows with the numbers `windows`, (k,), not counting IGNORE_INDEX."""
         own, i = np.divmod(windows, len(self.parts))
         return sum(part.count(own[i == n]) for n, part in enumerate(self.parts))

@@ -39,7 +39,7 @@ _ESCAPE = re.compile(r"\\(n|t|r|f|v|0|\\|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-
 def detect_encoding(head: bytes, name: str) -> tuple[str, int]:
     """Return the encoding of a file that begins with `head`, and the length of its byte-order mark in bytes (or 0).
 
-    Without a mark the encoding is UTF-8. Raises ValueError, with `name` in the message, when it is not a text file.
+    Without a mark the encoding is UTF-8. Raises ValueError, with `name` in the message, if the file is not text.
     """
     for mark, encoding in _MARKS:
         if head.startswith(mark):
@@ -88,7 +88,7 @@ def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
 def read_utf8(path: Path) -> str:
     """Return the content of a small text file. The encoding is detected as in `utf8_blocks`, and line ends are kept.
 
-    Raises ValueError naming the file when it is not a text file, or naming the file and the line of invalid UTF-8.
+    Raises ValueError naming the file when it is not a text file. For invalid UTF-8, the message also names the line.
     """
     data = b"".join(utf8_blocks([path.read_bytes()], str(path)))
     refuse_nul(data, str(path))

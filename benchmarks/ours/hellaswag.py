@@ -17,7 +17,7 @@ from model import GPT, GPTConfig
 def evaluate(dtype: str, device: str) -> Run:
     """Set up the evaluation of the 124M model under autocast to `dtype`.
 
-    Each ending follows the unchanged context. eval/hellaswag.py calls this convention "completion".
+    Each of a question's endings follows the unchanged context. eval/hellaswag.py calls this convention "completion".
     """
     keep_freed_memory()
     torch.manual_seed(0)

@@ -1,1 +1,1 @@
-"""Other implementations as contestants: a module for each. ours/__init__.py says what their functions return."""
+"""Other implementations as contestants, a module for each. A module's functions return the same as those in ours/."""

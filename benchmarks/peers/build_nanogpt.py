@@ -16,10 +16,10 @@ from data.tokenizer import load_tokenizer
 
 
 def evaluate(directory: str, device: str) -> Run:
-    """Set up evaluate() of build-nanogpt's hellaswag.py, which computes in float32 (on a GPU, its products in TF32).
+    """Set up the function evaluate() of build-nanogpt's hellaswag.py.
 
-    evaluate() would download a tokenizer, weights and questions. It gets a local tokenizer, random weights and local
-    questions instead.
+    It computes in float32, with matrix products in TF32 on a GPU. It would download a tokenizer, weights and questions,
+    but here it gets a local tokenizer, random weights and local questions instead.
     """
     tokenizer: Any = load_tokenizer("gpt2")
     tiktoken.get_encoding = lambda encoding_name: tokenizer._tiktoken  # equal to what tiktoken would download

@@ -42,7 +42,7 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
 
 
 def decode(directory: str, device: str) -> Run:
-    """Set up decoding of one sample in float32, without a cache, with the sampling options of nanoGPT's sample.py.
+    """Set up decoding of one sample in float32, without a KV cache, with the sampling options of sample.py.
 
     On CUDA, nanoGPT's sample.py would compute in 16 bits by default. Here, the model computes in float32, because
     bench.py compares it only with contestants that decode in float32.

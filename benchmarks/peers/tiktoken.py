@@ -19,7 +19,7 @@ BATCH_CHARACTERS = 1 << 26  # approximate number of characters that one call of 
 
 
 def tokenize(corpus: Path) -> Run:
-    """Set up encoding of the .jsonl file `corpus` by tiktoken. Each run writes shards to a new directory beside it."""
+    """Set up encoding of the .jsonl file `corpus` by tiktoken. Each run writes to a new directory beside this file."""
     tokenizer: Any = load_tokenizer("gpt2")
 
     def run() -> None:

@@ -15,8 +15,8 @@ from device import DTYPES, autocast, native_dtypes
 def train(device: str, rows: int, tokens: int) -> Run:
     """Set up a training step of the 124M model without dropout, on one batch of random tokens.
 
-    On a CPU, the model computes in float32. On CUDA, it computes under autocast to the GPU's 16-bit precision, and the
-    matrix products that remain in float32 use TF32. There, the optimizer is fused.
+    On a CPU, the model computes in float32. On CUDA, it computes under autocast to the GPU's 16-bit precision, the
+    matrix products that remain in float32 use TF32, and the optimizer is fused.
     """
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()

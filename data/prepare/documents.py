@@ -92,8 +92,8 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
             skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
             number += sum(block.count(b"\n") for block in skipped)
     if chunk.offset:
-        # The process that cut the file did not count lines or documents, because counting is slow. So count here the
-        # lines or documents before the chunk.
+        # The process that cut the file into chunks did not count lines or documents, because counting is slow. So count
+        # here the lines or documents before the chunk.
         separated = chunk.format == "separated" and options.separator
         mark = separator_pattern(options.separator or "") if separated else re.compile(rb"\n|\r(?!\n)")
         with open(chunk.file.name, "rb") as file:

@@ -26,8 +26,9 @@ from data.prepare.text import SPLIT_KEY_BYTES, safe_cut
 from data.shards import TOKEN
 from data.tokenizer import Tokenizer, load_tokenizer
 
-# The tokens from gigatoken are checked with a sample of the documents, which is encoded again with the reference
-# tokenizer. The sample has at least this fraction of the bytes, and at least this many documents per shard.
+# The tokens from the fast encoder gigatoken are checked: a sample of the documents is encoded again with the reference
+# tokenizer. For each shard, the sample has at least CHECKED_DOCUMENTS documents, and in total at least the fraction
+# CHECKED_BYTES of the bytes.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
 # At least this many bytes of each sampled document are checked (or all bytes, if it has fewer). More bytes are checked
@@ -43,8 +44,8 @@ class ValidationRule:
 
     description: the text that `meta.json` has under `validation`;
     fraction: a document is a candidate when its hash, as a number in [0, 1), is below this fraction;
-    tokens: the validation split gets candidates, in order, until the next one would make it longer than this number of
-        tokens; it gets at least one. None: it gets all candidates.
+    tokens: the validation split takes candidates, in order, until one does not fit into this number of tokens, but it
+        always takes the first candidate. With None, it takes all candidates.
     """
 
     description: str
@@ -160,14 +161,14 @@ class Encoder:
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:
         """Compare the tokens from gigatoken with those of the reference tokenizer, for a sample of the documents.
 
-        The other bulk encoders are the reference itself, so their tokens are not checked. `begins` is (documents,), the
-        position of each document in `tokens`. Raises ValueError if a document has different tokens.
+        Without gigatoken, the tokens are from the reference itself and are not checked. `begins`, (documents,),
+        is the position of each document in `tokens`. Raises ValueError if a document has different tokens.
         """
         if not self.tokenizer.bulk_encoder.startswith("gigatoken"):
             return
         at_least = math.ceil(CHECKED_DOCUMENTS * len(tokens) / self.shard_tokens)
         left = CHECKED_BYTES * sum(len(text) for text in texts)
-        # The sample depends on the position of the chunk alone, so that a repeated run checks the same documents.
+        # The random order depends only on the position of the chunk, so that a repeated run checks the same documents.
         order = random.Random(repr(chunk.position)).sample(range(len(texts)), len(texts))
         for n, i in enumerate(order):
             if n >= at_least and left <= 0:
@@ -220,8 +221,8 @@ def encode_in_order(
         yield from ((batch, encoder(batch)) for batch in batches)
         return
     settings = (tokenizer, encoder.options, encoder.validation, encoder.shard_tokens)
-    # Do not use the method "fork": a forked copy of a process that has threads (pyarrow and gigatoken start some) can
-    # deadlock.
+    # Do not use the start method "fork": a forked copy of a process that has threads can deadlock, and pyarrow and
+    # gigatoken start threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
     waiting: deque[tuple[list[Chunk], int, Future[Encoded]]] = deque()
@@ -251,8 +252,8 @@ def read_batches(source: Source, files: range, start: tuple[int, int], limit: in
     """Iterate over the chunks of `files` (indices into `source.files`) from position `start` on, in batches.
 
     `start` is (index of the file, index of the chunk in the file). A batch has about `limit` bytes. It may contain
-    several small files, because sending them to workers one by one is slow. A chunk that continues a document is always
-    the first chunk of its batch.
+    chunks of several small files, because sending them to workers one by one is slow. A chunk that continues a document
+    is always the first chunk of its batch.
     """
     batch: list[Chunk] = []
     size = 0

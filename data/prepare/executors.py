@@ -70,7 +70,7 @@ def run_tasks(executor: str, arguments: list[str], out: Path, tasks: int, worker
         arguments: the arguments of `data.prepare`, to which this function adds --part.
         out: directory of the dataset.
         tasks: number of parts.
-        workers: number of processes of each task.
+        workers: number of cores that are planned for each task.
         slurm: options for the executor "slurm".
 
     Raises:
@@ -105,8 +105,8 @@ def datatrove_executors() -> Any:
 
 def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
     at_once = min(tasks, max(1, available_cores() // workers))
-    # Do not use datatrove's record of finished tasks, which would also skip a part that was deleted. `data.prepare`
-    # itself checks whether a part is complete.
+    # Do not use datatrove's record of finished tasks: after a part was deleted, datatrove would still skip its task.
+    # `data.prepare` itself checks whether a part is complete.
     datatrove_executors().LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
 
 

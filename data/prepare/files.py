@@ -130,7 +130,7 @@ def files_revision(paths: Iterable[str | Path]) -> str:
     """Return a text that identifies the version of files whose source states no revision.
 
     For a local file, the revision changes when its name, size, modification time, beginning or end changes. For a file
-    in an object store, the revision changes when its address changes, or the version that the store reports.
+    in an object store, the revision changes when its address changes, or when the store reports another version.
     """
     names = [str(path) for path in paths]
     if any(map(is_remote, names)):

@@ -16,7 +16,9 @@ SEEN_FILE = "documents-seen.sqlite"  # the file of `SeenDocuments`, in the direc
 
 @dataclass(frozen=True)
 class Filters:
-    """Conditions that a document has to meet to be kept. A text file so long that it is cut into chunks is always kept.
+    """Conditions that a document has to meet to be kept.
+
+    They are not checked for a document that is cut into several chunks. Only `merge_parts` removes its duplicates.
 
     min_chars, max_chars: limits of the document's length in characters; None is no limit;
     languages: ISO 639 codes of the accepted languages (see `find_language`); empty accepts every language;
@@ -81,11 +83,11 @@ def check_languages(codes: tuple[str, ...]) -> None:
 
 
 class SeenDocuments:
-    """The hashes of all documents so far. They are in a file, so that memory does not grow with their number.
+    """The hashes of all documents so far. They are in a file, because memory may be too small for so many hashes.
 
-    Each hash is stored with the number of the first document that has it. After an interruption, the file may contain
-    hashes of documents that the continued run reads again. These documents have the same numbers as before, so they do
-    not count as duplicates.
+    Each hash is stored with the number (see `find_new`) of the first document that has it. After an interruption, the
+    file may contain hashes of documents that the continued run reads again. These documents have the same numbers as
+    before, so they do not count as duplicates.
 
     Raises OSError when the file cannot be read or written.
     """

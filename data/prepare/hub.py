@@ -42,7 +42,7 @@ def hub_source(
     """Return a dataset of the hub as a source.
 
     Args:
-        dataset: id on the hub, or a local directory: a copy, or the output of `datasets.save_to_disk`.
+        dataset: id on the hub, or a local directory (a copy of the dataset, or the output of `datasets.save_to_disk`).
         name: configuration of the dataset, or None for a dataset with only one configuration.
         split: read only this split. With None, read "train", and also "validation" as the validation split if there is
             one.

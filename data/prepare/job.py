@@ -1,7 +1,7 @@
 """The work of one `python -m data.prepare`: start or continue a dataset, encode the source, describe the result.
 
 The main process reads the source, divides it into chunks and writes the shards. Worker processes parse, encode and
-check the chunks. Results are written in the order of the source, so the bytes do not depend on the number of workers.
+check the chunks. Results are written in the order of the source, so the shards do not depend on the number of workers.
 A progress file records what has been written, so that an interrupted run can continue and ends with the same bytes.
 """
 

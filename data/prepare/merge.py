@@ -18,7 +18,10 @@ BLOCK_TOKENS = 1 << 22  # tokens read at once
 
 
 def merge_parts(directory: Path) -> DatasetMeta:
-    """Merge the parts in `directory` into one dataset, which has the same bytes as from a single run. Keeps the parts.
+    """Merge the parts in `directory` into one dataset. Keeps the parts.
+
+    The result has the same bytes as a dataset from a single run, except in one case: with --deduplicate, a single run
+    keeps all copies of a document that is cut into several chunks, but this function keeps only the first copy.
 
     Returns the content of `meta.json`. If `directory` has this file already, does nothing else. Raises ValueError when
     a part is missing, damaged, or made with other settings than the first part.
@@ -33,7 +36,7 @@ def merge_parts(directory: Path) -> DatasetMeta:
     tokenizer = load_tokenizer(next(iter(parts)))
     tokenizer.save(directory)
     writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
-    # A single part contains no duplicates, but the same document may be in several parts.
+    # --deduplicate compared documents only within each part, so the same document may be in several parts.
     seen = SeenDocuments(directory) if "without duplicates" in first.filter.split("; ") else None
     if seen is not None:
         seen.clear()  # deletes the hashes that an interrupted merge may have left
