@@ -150,14 +150,16 @@ def locate(name_or_dir: str | Path) -> Path:
         raise FileNotFoundError(f"{name} is a file, {expected}{conversion_hint(path)}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"no such model directory: {name}")
-    from huggingface_hub import snapshot_download  # imported here: a local directory does not need the hub's client
+    # imported here: a local directory does not need the hub's client
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(snapshot.glob("*.safetensors")):  # older models on the hub have pytorch_model.bin instead
             patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
             snapshot = Path(snapshot_download(name, allow_patterns=patterns))
-    except OSError as error:  # includes the errors of the network and of the hub
+    except (OSError, HFValidationError) as error:  # OSError includes the errors of the network and of the hub
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "

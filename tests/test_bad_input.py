@@ -113,9 +113,11 @@ def test_a_model_with_another_tokenizer(checkpoint, refused, python, verses, tmp
     assert "have different tokenizers: prepare the text again" in message
 
 
-def test_a_hub_name_without_a_network(refused):
-    message = refused(**{"model.init_from": "gpt2"})
-    assert "'gpt2' is not a directory, and as a hub id it could not be fetched" in message
+@pytest.mark.parametrize("name", ["gpt2", "a--b"])  # the hub's client refuses the second name
+def test_a_hub_name_without_a_network(refused, name):
+    message = refused(**{"model.init_from": name})
+    assert f"'{name}' is not a directory, and as a hub id it could not be fetched" in message
+    assert "give a directory that holds config.json" in message
 
 
 def test_a_directory_without_write_permission(tiny_run, write_config, tmp_path):
