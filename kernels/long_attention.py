@@ -218,7 +218,10 @@ def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> 
 
 
 def unsort(order: Tensor, values: Tensor) -> Tensor:
-    """Return sorted values (n,) in the order of the input. order (n,) has the input index of each sorted value."""
+    """Undo a sort: return values (n,), which are given in sorted order, in the order before the sort.
+
+    order (n,) has, for each place in the sorted order, the index before the sort.
+    """
     return torch.empty_like(values).index_copy_(0, order, values)
 
 

@@ -120,9 +120,9 @@ class TensorBoard:
 
 
 class Trackio:
-    """The run in Trackio's local database that belongs to a run's directory.
+    """Writes metrics to Trackio's local database, where trackio_id.txt in the run's directory identifies the run.
 
-    Trackio cannot delete steps, so steps that a resumed run repeats appear twice there.
+    Trackio cannot delete steps, so steps that a resumed run repeats appear twice in the database.
     """
 
     def __init__(self, config: Config, directory: Path, last_step: int) -> None:
