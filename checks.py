@@ -37,9 +37,10 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_shared_fields(config: dict[str, Any]) -> None:
-    """Check the fields that have the same name in GPTConfig and in transformers' config.json.
+    """Raise ValueError, naming the field, if a value is impossible in a GPTConfig and in a config.json.
 
-    n_embd and n_head must already have been checked to be positive integers. Raises ValueError, naming the field.
+    n_embd and n_head must already have been checked to be positive integers. The names of the checked fields are the
+    same in both.
     """
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"n_embd ({config['n_embd']}) must be divisible by n_head ({config['n_head']})")

@@ -43,8 +43,8 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# A function that scores requests, such as `log_likelihoods` with its other arguments bound, or `Evaluator.score`. Tasks
-# take a Scorer instead of a model.
+# A function that scores requests, such as `log_likelihoods` with its other arguments bound, or `Evaluator.score`. The
+# functions that compute the results of tasks have an argument of this type instead of a model.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 

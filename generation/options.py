@@ -110,7 +110,7 @@ class GenerationOptions:
 class GenerateOutput(NamedTuple):
     """The result of `generate` with return_dict=True. Outputs that were not requested are None.
 
-    B is the number of prompts, N is B * num_return_sequences, and S is the largest number of new tokens in a row. In
+    B is the number of prompts, N is B * num_return_sequences, and S is the number of new tokens of the longest row. In
     beam search, however, the fields that are lists have one entry for each step of the search (S or more), and the
     tensors in these lists have B * num_beams rows.
     """

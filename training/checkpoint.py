@@ -109,7 +109,8 @@ class Checkpoints:
         self._error: Exception | None = None
         self._cannot_flush = False
         self._resumed = resumed
-        self._unreadable = set(damaged)  # damaged; `find_best` adds those whose trainer/state.json it cannot read
+        # The damaged checkpoints. `find_best` adds each checkpoint whose trainer/state.json it cannot read.
+        self._unreadable = set(damaged)
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""

@@ -387,7 +387,9 @@ class Flags:
     """Options of one start of train.py that are not part of the configuration."""
 
     dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
-    mfu: float | None = None  # fraction of the peak FLOP/s to assume; None: estimate each part of a step
+    mfu: float | None = (
+        None  # for --dry-run: assumed fraction of the peak FLOP/s; None: add the times of a step's parts
+    )
     verify: bool = False  # compare the shards of the dataset with their hashes before training
     profile: bool = False  # write a trace of three steps to trace.json
 

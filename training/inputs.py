@@ -19,8 +19,9 @@ from eval.reference import losses_to_beat
 from pretrained import ModelFiles
 from training.config import Config, Data
 
-# Batch size in tokens and AdamW's peak learning rate for each preset, as in configs/gpt2-*.yaml (a test compares them).
-# They are repeated here because an installation may lack those files.
+# Batch size in tokens and peak learning rate for each preset, if AdamW trains all parameters: those of gpt2-124m.yaml,
+# gpt2-350m.yaml, gpt2-774m.yaml and gpt2-1558m.yaml in configs/ (a test compares them). They are repeated here because
+# an installation may lack those files.
 RECIPES = {
     "gpt2": (524_288, 6e-4),
     "gpt2-medium": (524_288, 3e-4),

@@ -57,7 +57,7 @@ class RunDirectory:
         self._drawn_at = time.monotonic()
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all records of metrics.jsonl; none if there is no file."""
+        """Return all records of metrics.jsonl; an empty list if there is no file."""
         return read_metrics(self.metrics_path)
 
     def read_config(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class RunDirectory:
         return read_file(self.path / "config.yaml", yaml.safe_load, {})
 
     def read_provenance(self) -> list[dict[str, Any]]:
-        """Return the entries of provenance.json, one for each start of the run; none if there is no file."""
+        """Return the entries of provenance.json, one for each start of the run; an empty list if there is no file."""
         return read_file(self.path / "provenance.json", json.loads, [])
 
     def read_status(self) -> str:

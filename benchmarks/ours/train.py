@@ -1,4 +1,4 @@
-"""The training step of train.py."""
+"""The benchmark of a training step: a run with random weights and tokens, and `train_step` of the root's train.py."""
 
 from __future__ import annotations
 

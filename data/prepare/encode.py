@@ -56,8 +56,8 @@ class ValidationRule:
         """Return whether a document of `chunk` is a candidate for the validation split.
 
         If the source does not define the split, the result depends only on `fraction` and the first bytes of the
-        document. So the result is the same for any order of the documents, any number of workers and any division into
-        parts. Equal documents get the same result.
+        document. So the result is the same for any order of the documents, any number of workers, and any number of
+        parts of the dataset (`--part I/N`). Equal documents get the same result.
         """
         if chunk.file.split is not None:
             return chunk.file.split == "val"

@@ -65,7 +65,10 @@ def _find(path: Path) -> list[Path]:
 
 
 def open_tokens(path: Path) -> TokenFile:
-    """Read the index of a token file. Raises ValueError if it does not fit the tokens, OSError if it cannot be read."""
+    """Read the index of a token file.
+
+    Raises ValueError if the index is damaged or does not fit the tokens, OSError if a file is missing or unreadable.
+    """
     file = _megatron_index(path.with_suffix(".idx")) if path.suffix == ".bin" else _datatrove_index(path)
     expected = int(file.ends[-1]) * file.dtype.itemsize if len(file.ends) else 0
     if (size := path.stat().st_size) != expected:
