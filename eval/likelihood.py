@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from data.loader import ceil_div
 from data.tokenizer import Tokenizer
+from kernels.argmax import argmax
 from kernels.loss import centered_head
 from pretrained import PADDING_LIMIT
 
@@ -225,7 +226,7 @@ def _score(
         for x, target in zip(states_or_logits.split(SOFTMAX_ROWS), targets[valid].split(SOFTMAX_ROWS), strict=True):
             row_logits = (x if head is None else F.linear(x, head)).float()
             log_prob.append(-F.cross_entropy(row_logits, target, reduction="none"))
-            miss.append(row_logits.argmax(dim=-1) != target)
+            miss.append(argmax(row_logits) != target)
         log_probs[valid], misses[valid] = torch.cat(log_prob), torch.cat(miss)
         yield [part.request for _, part in rows], log_probs, misses
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from generation.forward import CachedForward, empty_records, find_ended, record
 from generation.options import GenerateOutput, GenerationOptions
 from generation.processors import BANNED, make_processor
+from kernels.argmax import argmax
 from model import GPT, GPTOutput
 
 # On a GPU, the host checks only after this number of steps whether all rows have ended, because a check waits for the
@@ -125,7 +126,7 @@ def sample_steps(
                 choices = scores.masked_fill(~running[:, None], 0.0) if may_ban_all else scores
                 tokens = draw(choices, 1, options.generator, options.gumbel)[:, 0]
             else:
-                tokens = scores.argmax(dim=-1)
+                tokens = argmax(scores)
         was_running, is_last = running, t + 1 == length
         if options.eos:
             tokens = tokens.where(running, options.eos[0])
