@@ -74,17 +74,18 @@ class Sweep(NamedTuple):
     # The value of optim.lr at width 64 with 4 layers. The function `scale` computes the value for other shapes. If `lr`
     # is None, `held` or `field` sets optim.lr.
     lr: float | None = None
+    dtype: str = "bfloat16"  # precision of the matrix products, `system.dtype`
 
 
 BASE = "configs/shakespeare.yaml"
 COMMON = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=1024 data.micro_batch=8 optim.schedule=wsd "
     "optim.warmup_steps=10 optim.decay_fraction=1.0 optim.min_lr_ratio=0.0 eval.at_start=false eval.tokens=65536 "
-    "eval.final_tokens=null eval.samples=0 checkpoint.every=0 log.every=1000 system.device=cpu system.dtype=bfloat16 "
-    "system.compile=false"
+    "eval.final_tokens=null eval.samples=0 checkpoint.every=0 log.every=1000 system.device=cpu system.compile=false"
 )
 SWEEPS = {
     "muon": Sweep("muon", "muon_lr", "optim.weight_decay=0.1 optim.lr=0.01"),
+    "muon-float32": Sweep("muon", "muon_lr", "optim.weight_decay=0.1 optim.lr=0.01", dtype="float32"),
     "muon-joint": Sweep("muon", "muon_lr", "optim.weight_decay=0.1", lr=0.018),  # optimum of sweep muon-lr, width 64
     "muon-lr": Sweep("muon", "lr", "optim.weight_decay=0.1 optim.muon_lr=0.04"),
     "muon-decay": Sweep("muon", "weight_decay", "optim.lr=0.01 optim.muon_lr=0.04"),
@@ -93,7 +94,7 @@ SWEEPS = {
 
 
 def fields_of(sweep: Sweep, shape: Shape, value: float, seed: int) -> list[str]:
-    """Return the fields of a run in bfloat16 on the CPU, with one validation after the last step.
+    """Return the fields of a run on the CPU, with one validation after the last step.
 
     The fields are sorted, so that two sweeps give equal lists for the same run.
     """
@@ -101,6 +102,7 @@ def fields_of(sweep: Sweep, shape: Shape, value: float, seed: int) -> list[str]:
     if sweep.lr is not None:
         factor = scale(sweep.optimizer, "lr", Size(WIDTH, LAYERS), Size(shape.width, shape.layers))
         fields.append(f"optim.lr={sweep.lr * factor:.4g}")
+    fields.append(f"system.dtype={sweep.dtype}")
     fields += [f"model.n_embd={shape.width}", f"model.n_layer={shape.layers}", f"run.seed={seed}"]
     fields += [f"model.n_head={shape.width // HEAD_SIZE}", f"optim.steps={shape.steps}", f"eval.every={shape.steps}"]
     return sorted(fields)
