@@ -62,8 +62,8 @@ class GPTConfig:
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
     # full: each token attends to itself and all earlier tokens, as in GPT-2, in time proportional to T². window and lsh
     # are for long sequences (kernels/long_attention.py). window: each token attends to the last window_size tokens,
-    # itself included. lsh: each token attends to itself and to the last earlier tokens whose keys have the same hash as
-    # its query.
+    # itself included. lsh: each token attends to itself and to a limited number of earlier tokens: the last ones whose
+    # keys have the same hash as its query.
     attention: str = "full"
     window_size: int = 256
     lsh_buckets: int = 64

@@ -47,8 +47,8 @@ class MicroBatch(NamedTuple):
     # The number of targets in this micro-batch divided by that in the global batch, or in all validation windows.
     # Targets with the value IGNORE_INDEX are not counted.
     weight: float
-    # (b, T) int64, a number for each input. Neighbors have the same number only if they are in the same document. None
-    # means that there is no document mask.
+    # (b, T) int64, a number for each input. Neighbors have equal numbers if and only if they are in the same document.
+    # None means that there is no document mask.
     documents: Tensor | None = None
 
 
@@ -154,8 +154,8 @@ class TokenWindows(TrainingWindows):
         start = window * self.sequence_length
         n = min(self.sequence_length, self.n_targets - start)
         # n + 1 tokens give n pairs of input and target. Neighboring windows overlap by one token: the last target of a
-        # window is the first input of the next window. Without this overlap, the first token of each window
-        # would never be a target.
+        # window is the first input of the next window. Without this overlap, the first token of each window would never
+        # be a target.
         tokens = self._read[: n + 1]
         read_tokens(self.split, start + shift_of(epoch, self.sequence_length), tokens, self.vocab_size)
         # The input id of padding may be any valid id: with causal attention, no earlier position attends to padding.

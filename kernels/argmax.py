@@ -1,4 +1,4 @@
-"""The index of the largest value, as `Tensor.argmax` returns it, in less time on a CPU."""
+"""The index of the largest value, as `Tensor.argmax` returns it, computed by NumPy on a CPU."""
 
 from __future__ import annotations
 

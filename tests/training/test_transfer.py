@@ -50,7 +50,7 @@ def test_there_is_no_rule_for_other_fields():
 
 
 def test_the_tuned_rates_of_muon_are_the_demos():
-    """Muon's own rate is the mean of two rates with equal losses; the demo has one of them."""
+    """Muon's own rate is the mean of two rates with nearly equal losses; the demo has one of them."""
     config = parse_config(["--config", str(ROOT / "configs/shakespeare.yaml")])
     size = Size(config.model.n_embd, config.model.n_layer)
     rates = {field: getattr(config.optim, field) for field in ("lr", "weight_decay")}
