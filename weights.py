@@ -152,15 +152,15 @@ def locate(name_or_dir: str | Path) -> Path:
         raise FileNotFoundError(f"no such model directory: {name}")
     # imported here: a local directory does not need the hub's client
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         snapshot = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(snapshot.glob("*.safetensors")):  # older models on the hub have pytorch_model.bin instead
             patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
             snapshot = Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:  # OSError includes the errors of the network and of the hub
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, HTTPError, HFValidationError) as error:  # of the network, the hub, and the check of the name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "
             f"Check the name and the network, or give a directory that holds config.json and model.safetensors"

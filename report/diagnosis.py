@@ -85,10 +85,10 @@ def one_dataset(directory: Path, trained: float) -> list[Finding]:
     try:
         train, val = open_split(directory, "train"), open_split(directory, "val")
         tokenizer = load_tokenizer(directory if train.meta else "gpt2")
-    except OSError:
-        return [Finding("the dataset was not checked", f"it is not in {directory}", problem=False)]
+    except OSError as error:  # for example, there is no such directory, or no validation split
+        return [Finding("the dataset was not checked", str(error), problem=False)]
     except ValueError as error:
-        return [Finding("the dataset is damaged", str(error), "prepare the dataset again")]
+        return [Finding("the dataset is damaged", str(error))]
     found = [encoding(train, tokenizer), shared_text(train, val)]
     if (epochs := trained / train.n_tokens) > 4:
         evidence = f"{epochs:.1f} epochs of {train.n_tokens:,} tokens"

@@ -35,11 +35,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub has th
 def run_python(*arguments, check=True, timeout=300, processes=1, **environment):
     """Run `python ...` in the repository and capture its output. With `check`, fail if the exit status is not 0.
 
-    With several processes, they are started as by torchrun, but in less time.
+    Several processes form a group as with torchrun, but without torchrun's agent, which takes longer.
     """
     command = [str(argument) for argument in arguments]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     if environment.keys() - {"PYTHONPATH"} or (command[0].startswith("-") and command[0] != "-m"):
+        assert processes == 1, "only forks can be several processes"
         python = [sys.executable, *command]
         result = subprocess.run(python, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout)
     else:

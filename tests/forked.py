@@ -55,7 +55,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in the repository's directory and capture its output.
 
-    With several processes, all of them run the same command, with the environment variables that torchrun would set.
+    Several processes run the same command, with the environment variables by which they find each other.
     The exit status is that of the first process that fails, whose failure ends the others.
 
     Args:
@@ -136,7 +136,10 @@ def become(arguments: list[str]) -> None:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
-        sys.path[:1] = [str(Path(arguments[0]).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        sys.path[:1] = [
+            str(Path(arguments[0]).resolve().parent),
+            *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+        ]
         runpy.run_path(arguments[0], run_name="__main__")
 
 
