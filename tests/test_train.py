@@ -67,7 +67,7 @@ def test_resuming_from_a_checkpoint_is_bit_exact(tiny_run, train, changes):
 
 def slow_run(tiny_run, name):
     """Return a run of 40 steps of about 20 ms each, slow enough for a signal to arrive at a chosen step."""
-    return tiny_run(name, **{"optim.steps": 40, "checkpoint.every": 5, "data.batch_tokens": 4096})
+    return tiny_run(name, **{"optim.steps": 40, "checkpoint.every": 5, "data.batch_tokens": 2048})
 
 
 def test_a_run_that_is_killed_at_step_23_ends_with_the_same_bits(

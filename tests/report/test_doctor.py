@@ -1,5 +1,6 @@
 """report.doctor: runs with a known error are found, healthy ones are not."""
 
+import functools
 import json
 import shutil
 
@@ -43,8 +44,13 @@ def test_a_healthy_curve_has_no_finding():
         assert titles(curves(healthy(np.random.default_rng(seed)))) == []
 
 
-def broken_curves(rng):
-    """Yield (expected title, curves) for each error that a curve shows."""
+@functools.cache
+def broken_curves(seed):
+    """Return a list with (expected title, curves) for each error that a curve shows."""
+    return list(make_broken_curves(np.random.default_rng(seed)))
+
+
+def make_broken_curves(rng):
     base = healthy(rng)
     n = np.arange(STEPS)
     validation = {"step": np.array([0.0, 200, 300, 400]), "loss": np.array([6.93, 4.6, 4.7, 4.9])}
@@ -85,18 +91,18 @@ N_BROKEN = 20
 @pytest.mark.parametrize("number", range(N_BROKEN))
 def test_each_error_is_named(number):
     for seed in range(5):
-        title, broken = list(broken_curves(np.random.default_rng(seed)))[number]
+        title, broken = broken_curves(seed)[number]
         assert title in titles(broken)
 
 
 def test_all_checks_have_a_broken_curve():
-    broken = [curves for _, curves in broken_curves(np.random.default_rng(0))]
+    broken = [curves for _, curves in broken_curves(0)]
     assert len(broken) == N_BROKEN
     assert [check.__name__ for check in CHECKS if not any(map(check, broken))] == []
 
 
 def test_all_findings_can_be_printed_as_json():
-    for _, broken in broken_curves(np.random.default_rng(0)):
+    for _, broken in broken_curves(0):
         json.dumps([finding._asdict() for check in CHECKS if (finding := check(broken))])
 
 
