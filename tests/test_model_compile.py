@@ -112,7 +112,7 @@ def test_fine_tuning_compiles(frozen):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_one_graph_decodes_at_every_length(padded):
     """The buffers of a cache keep their shapes. Only a pass that fills the last position needs a graph of its own."""

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -357,16 +359,32 @@ def test_a_name_that_is_neither_a_directory_nor_on_the_hub_is_refused(tmp_path):
             locate(name)
 
 
-@pytest.mark.parametrize("offline", ["1", "0"])
-def test_a_hub_name_without_a_network_is_refused_with_one_line(tmp_path, offline):
+class Refuse(socketserver.StreamRequestHandler):
+    """A proxy that lets nothing through."""
+
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+@pytest.fixture
+def firewall():
+    """The address of a proxy that refuses all connections."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield "http://{}:{}".format(*server.server_address)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("network", ["offline", "no server", "firewall"])
+def test_a_hub_name_without_a_network_is_refused_with_one_line(tmp_path, network, firewall):
     """Run in a subprocess, because the hub's client reads its environment variables only once."""
     program = "import model\ntry: model.GPT.from_pretrained('gpt2')\nexcept FileNotFoundError as error: print(error)"
-    environment = {
-        "HF_HUB_OFFLINE": offline,
-        "HF_HOME": str(tmp_path),
-        "HF_ENDPOINT": "http://127.0.0.1:9",  # no server listens here
-        "PATH": "/usr/bin:/bin",
-    }
+    environment = {"HF_HUB_OFFLINE": str(int(network == "offline")), "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    if network == "firewall":
+        environment["HTTPS_PROXY"] = firewall
+    else:
+        environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # no server listens here
     began = time.monotonic()
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.stdout.startswith("'gpt2' is not a directory, and as a hub id it could not be fetched ("), run.stderr

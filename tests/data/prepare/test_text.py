@@ -160,7 +160,8 @@ WINDOWS = {
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_text_of_windows_gives_the_tokens_of_plain_text(run, read_documents, name, tmp_path, capsys):
-    for suffix, compress in ((".txt", bytes), (".TXT.GZ", gzip.compress)):
+    files = [(".txt", bytes)] + ([(".TXT.GZ", gzip.compress)] if name in ("utf-8", "utf-16-le") else [])
+    for suffix, compress in files:
         path, out = tmp_path / f"a{suffix}", tmp_path / f"out{suffix}"
         path.write_bytes(compress(WINDOWS[name]))
         run("text", path, "--out", out, "--val-fraction", 0)
