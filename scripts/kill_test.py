@@ -125,7 +125,8 @@ def last_step(run: RunDirectory) -> int:
 def unfinished_checkpoint(run: RunDirectory) -> Path | None:
     """Return the partial directory of the checkpoint that is being written, or None if there is none.
 
-    A partial directory of an earlier step than the newest complete checkpoint is ignored, because it is being deleted.
+    A partial directory is ignored if its step is not later than that of the newest complete checkpoint, because it is
+    then being deleted or replaced.
     """
     complete = list_checkpoints(run.checkpoints)
     for path in run.checkpoints.glob(f"step-*{PARTIAL_SUFFIX}"):
