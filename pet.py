@@ -73,7 +73,7 @@ class Task:
     args: argparse.Namespace
 
     def score(self, model: GPT, clozes: list[Cloze]) -> Tensor:
-        """Return the scores (N, K) of N texts, given as clozes, on the CPU."""
+        """Return the scores (N, K), on the CPU, of N texts. Each text is given as a cloze."""
         return score_all(model, clozes, self.verbalizer, self.args.batch_size, self.dtype)
 
 
@@ -189,9 +189,9 @@ def soft_labels(scores: Sequence[Tensor], weights: Sequence[float], temperature:
 
 
 def train_generation(task: Task, previous: list[Member], weights: list[float], generation: int) -> list[Member]:
-    """Train several models with different seeds for each pattern, and return a Member for each model.
+    """Train one or more models with different seeds for each pattern, and return a Member for each model.
 
-    From generation 2 on, models also learn from unlabeled texts, which members of `previous` label.
+    From generation 2 on, the labeled texts also include unlabeled texts that members of `previous` have labeled.
     """
     ensemble = []
     for i in range(len(task.train) * task.args.models_per_pattern):

@@ -322,9 +322,9 @@ def find_weight_files(directory: Path) -> list[Path]:
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in the shards of either.
 
-    Files of PyTorch before version 1.6 are read as a whole. From other files, only one tensor is in memory at a time,
-    if the caller copies each tensor and does not keep the original. The largest tensor of a file comes first, while the
-    caller still holds few copies, so the peak of memory is low.
+    A file that PyTorch before version 1.6 wrote is read as a whole. From other files, one tensor is read at a time. If
+    the caller keeps only copies, memory holds these copies and one tensor of the file. The largest tensor of a file
+    comes first, when there are few copies, so that the peak of memory is low.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.

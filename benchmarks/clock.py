@@ -90,11 +90,11 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 
 
 def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Start `target(*arguments, pipe)` in a new process, and return the process and this process's end of the pipe.
+    """Start `target(*arguments, pipe)` in a new process. Return the new process and the caller's end of the pipe.
 
-    After the process has sent its last result, the caller must join it, that is, wait until it has ended. Until then,
-    the process uses a core to release its memory. If the next contestant started during this time, openmp.py would find
-    a busy machine and make this contestant's threads sleep when they wait for work. All its runs would be slower.
+    After the new process has sent its last result, the caller must join it (wait until it has ended), because it still
+    uses a core to release its memory. If the next contestant started during this time, openmp.py would find a busy
+    machine, and make the threads of the next contestant sleep when they wait for work. All its runs would be slower.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

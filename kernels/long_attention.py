@@ -55,7 +55,8 @@ class Window(NamedTuple):
     def mask(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         """Return booleans (B or 1, 1, T, S), True where a query of q (B, H, T, D) attends to a key of k (B, H, S, D).
 
-        The queries are the last T of S tokens. `mask` (B or 1, 1, T, S) is causal; None stands for the causal mask.
+        The queries are the last T of S tokens. `mask` (B or 1, 1, T, S) must exclude later keys, and may also exclude
+        padding. None excludes only later keys.
         """
         T, S = q.size(2), k.size(2)
         window = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T + 1 - self.size)
@@ -150,7 +151,10 @@ def factors(buckets: int) -> list[int]:
 
 @functools.lru_cache(maxsize=256)
 def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torch.device) -> list[list[Tensor]]:
-    """Return the hashes of a layer: for each round, a list with a random matrix (D, n / 2) for each n of `factors`."""
+    """Return the random matrices that define the hashes of a layer: a list for each round.
+
+    The list of a round has one matrix (D, n / 2) for each size n in factors(buckets); see `find_buckets`.
+    """
     generator = torch.Generator().manual_seed(HASH_SEED + layer)  # PyTorch's global generator is not used
     sizes = factors(buckets)
     return [[torch.randn(head_dim, n // 2, generator=generator).to(device) for n in sizes] for _ in range(rounds)]

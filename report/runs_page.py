@@ -1,4 +1,4 @@
-"""Write the page about training runs, and provide its values to the live page (report/live.py)."""
+"""The page about training runs. `page_values` fills its template, also for the live page of report/live.py."""
 
 from __future__ import annotations
 

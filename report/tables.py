@@ -32,7 +32,7 @@ def summary(log: RunLog) -> dict[str, str]:
 
 
 def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, float]]:
-    """Return the losses that are the rows of a progress table, as (name, loss), the highest loss first.
+    """Return the rows of a table that shows when each run reached which loss: (name, loss), the highest loss first.
 
     They are the losses of other models, the best loss of each run, and about `count` round values, whose name is "".
     """

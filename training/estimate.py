@@ -113,10 +113,11 @@ class Workload:
         model, hardware, n_parameters, width = self.model, self.hardware, self.n_parameters, self.model.n_embd
         size = hardware.dtype.itemsize
         tokens = rows * self.sequence_length
-        # The tensors that autograd keeps for the backward pass of a block, in bytes per token and channel. In float32:
-        # the residual stream twice. In the precision of matrix products (in parentheses: channels divided by `width`):
-        # the outputs of both LayerNorms (2), queries, keys and values (3), the attention output and its copy as the
-        # input of c_proj (2), and the output of c_fc (4). GELU's output is not kept.
+        # The tensors that autograd keeps for the backward pass of a block, in bytes per token and channel of the
+        # residual stream. The residual stream is kept twice, in float32. The other tensors have the precision of matrix
+        # products, and a number n in parentheses means n * `width` channels: the outputs of both LayerNorms (2),
+        # queries, keys and values (3), the attention output and its copy as the input of c_proj (2), and the output of
+        # c_fc (4). GELU's output is not kept.
         block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
         # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
@@ -184,7 +185,7 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
 def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     """Return the bytes that a step of Muon needs besides momentum, weights and gradients. No activations exist then."""
     width, size = model.n_embd, hardware.dtype.itemsize
-    if hardware.gpu_memory is None:  # on a CPU: all updates in float32, and the orthogonalized updates
+    if hardware.gpu_memory is None:  # on a CPU: all updates (float32), and all results of the iteration
         return (4 + size) * 12 * width**2 * model.n_layer
     # On a GPU, Muon processes all matrices of one shape together, as a group. The largest groups have one matrix from
     # the MLP of each block. Each process orthogonalizes a part of the group. This takes three tensors in float32 and

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Residuals of the log loss that are larger than this count linearly and not squared, as in Hoffmann et al. 2022.
+# The threshold of the Huber loss: larger residuals of the logarithm of the loss are counted linearly, and smaller ones
+# squared, as in Hoffmann et al. 2022.
 HUBER = 1e-3
 STEPS = 200  # maximum number of steps of the Levenberg-Marquardt algorithm
 

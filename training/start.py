@@ -41,7 +41,8 @@ def find_start(config: Config, directory: Path, processes: Processes) -> Start:
     Args:
         directory: the directory `checkpoints` of the run.
 
-    Raises ValueError or OSError if these fields contradict each other or the files that exist.
+    Raises ValueError or OSError if run.resume contradicts the checkpoints that exist, or if the checkpoint or the model
+    that one of these fields names is missing or damaged.
     """
     checkpoint, branches, damaged = None, False, list[Path]()
     if processes.is_main:
@@ -195,11 +196,11 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, is_parent: bool = False) -> None:
-    """Raise ValueError if two identities of a run differ. The message lists the old and new values.
+    """Raise ValueError if the identity of a run (see `run_identity`) has changed. The message lists the changes.
 
-    With `allow` (run.allow_changes), the length of the run, learning rates and the schedule may differ. A checkpoint
-    that lacks a setting is older than the setting: the default of the setting counts as its value. With `is_parent`,
-    `before` is the identity of the run that a new run branches from.
+    `before` is the identity in the checkpoint, `now` that of the present configuration. With `allow`, the length of the
+    run, learning rates and the schedule may differ. If `before` lacks a setting, the checkpoint was written before this
+    setting existed, and had its default. With `is_parent`, `before` belongs to the run that a new run branches from.
     """
     defaults = Config().to_dict()
 

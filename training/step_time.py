@@ -137,7 +137,7 @@ def seconds_of_communication(
     latency = LATENCY + LATENCY_PER_GPU * count
 
     def seconds(n_bytes: float, operations: int) -> float:
-        """Return the seconds of all-gathers or reduce-scatters that together transfer `n_bytes`."""
+        """Return the seconds of `operations` all-gathers or reduce-scatters of tensors with `n_bytes` in total."""
         return n_bytes * (count - 1) / count / rate + operations * latency
 
     parameters, embeddings = workload.n_parameters, (model.vocab_size + model.block_size) * model.n_embd

@@ -72,7 +72,10 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
 
 
 class WeightsAndBiases:
-    """The run at Weights & Biases that belongs to a run's directory. The service ignores steps that it already has."""
+    """Sends metrics to Weights & Biases, where wandb_id.txt in the run's directory identifies the run.
+
+    A resumed run may repeat steps. The service ignores those that it already has.
+    """
 
     def __init__(self, config: Config, directory: Path, last_step: int) -> None:
         import wandb  # imported here: most runs do not use it
