@@ -48,7 +48,7 @@ class Card(NamedTuple):
     peak_flops: float  # peak rate of dense matrix products in that precision, in FLOP/s
     memory: int  # in GiB
     bandwidth: float  # of the memory, in bytes/s
-    link: float  # to the machine's other GPUs (NVLink or Infinity Fabric, otherwise PCIe), in bytes/s per direction
+    link: float  # bandwidth to the other GPUs (NVLink, Infinity Fabric, otherwise PCIe), in bytes/s per direction
 
     def peak_in(self, dtype: torch.dtype) -> float | None:
         """Return the peak FLOP/s in `dtype`, None if unknown. On cards with bfloat16, float16 is equally fast."""

@@ -159,7 +159,9 @@ def locate(name_or_dir: str | Path) -> Path:
         if not any(snapshot.glob("*.safetensors")):  # older models on the hub have pytorch_model.bin instead
             patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
             snapshot = Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, HTTPError, HFValidationError) as error:  # of the network, the hub, and the check of the name
+    # Most errors of the network and of the hub are OSErrors. A proxy that refuses to connect causes an HTTPError. The
+    # hub's client raises HFValidationError for a name that no model can have.
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{name!r} is not a directory, and as a hub id it could not be fetched ({reason}). "

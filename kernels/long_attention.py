@@ -161,7 +161,7 @@ def rotations(buckets: int, rounds: int, layer: int, head_dim: int, device: torc
 
 
 def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
-    """Return integers (...): the bucket of each vector of x (..., D).
+    """Return the bucket of each vector of x (..., D) as an integer. The shape is that of x without D.
 
     `rotation` has the random matrices of one round, R (D, n / 2) for each n of `factors`. The hash by one matrix is the
     argmax of [x R; -x R], a number below n (Andoni et al. 2015, "Practical and optimal LSH for angular distance").

@@ -1,12 +1,20 @@
-"""The files of a run's directory: metrics, samples, provenance, status."""
+"""The files of a run's directory: metrics, samples, provenance, status, the picture, and errors in writing them."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import training.setup
+from report.curves import draw_loss
 from training.config import Config
 from training.run_directory import MetricsLog, RunDirectory, keep_samples, read_metrics
+
+
+def losses(run):
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "train"]
 
 
 def test_no_step_appears_twice_and_an_incomplete_line_is_removed(tmp_path):
@@ -157,3 +165,99 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path):
         pytest.raises(OSError, match=r"cannot write /dev/full \(No space left on device\): free some space"),
     ):
         log.write("train", 1, loss=1.0)
+
+
+def test_samples_of_repeated_steps_appear_once(tiny_run, train):
+    config = tiny_run("again", **{"optim.steps": 6, "eval.every": 2, "eval.samples": 2, "checkpoint.every": 4})
+    run = train(config)
+    samples = (run / "samples.txt").read_text()
+    assert samples.count("==== step ") == 8
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    with open(run / "samples.txt", "ab") as file:  # as a full disk leaves it: cut in the middle of a character
+        file.write("==== step 6, sample 3\nabc п".encode()[:-1])
+    train(config)
+    assert (run / "samples.txt").read_text() == samples
+
+
+def test_samples_on_a_full_disk_stop_the_run_or_not_as_configured(tiny_run, train, monkeypatch, capsys):
+    monkeypatch.setattr("training.run_directory.keep_samples", lambda *arguments: None)
+    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1}
+    for name in ("stop", "continue"):
+        run = tiny_run(name, **options, **{"checkpoint.on_error": name})
+        (directory := Path(run.run.dir) / name).mkdir(parents=True)
+        (directory / "samples.txt").mkdir()  # a directory, which cannot be opened as a file
+        if name == "stop":
+            with pytest.raises(OSError, match=r"samples.txt"):
+                train(run)
+        else:
+            train(run)
+            assert len(losses(directory)) == 4
+            assert capsys.readouterr().out.count("samples.txt could not be written") == 3
+
+
+def test_a_drawing_error_stops_no_run_and_costs_no_checkpoint(tiny_run, train, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise RuntimeError("a fault of matplotlib")
+
+    monkeypatch.setattr("training.run_directory.SECONDS_BETWEEN_PICTURES", 0)
+    monkeypatch.setattr("train.draw_loss", refuse)
+    run = train(tiny_run("plain", **{"optim.steps": 4, "eval.every": 2, "checkpoint.every": 2}))
+    assert len(losses(run)) == 4
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    assert "loss.png could not be drawn (RuntimeError('a fault of matplotlib')); the run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "drawn"), [(0, [2, 4, 5]), (1000, [5])])
+def test_pictures_are_not_drawn_more_often_than_every_few_seconds(tiny_run, train, monkeypatch, seconds, drawn):
+    steps = []
+    monkeypatch.setattr("training.run_directory.SECONDS_BETWEEN_PICTURES", seconds)
+    monkeypatch.setattr("train.draw_loss", lambda records, *arguments: steps.append(records[-1]["step"]))
+    train(tiny_run("drawn", **{"optim.steps": 5, "eval.every": 2}))
+    assert steps == drawn
+
+
+def test_a_name_that_looks_like_mathematics_is_a_name(tiny_run, train, monkeypatch, capsys):
+    monkeypatch.setattr("train.draw_loss", draw_loss)
+    run = train(tiny_run("$LR_$SEED", **{"optim.steps": 3, "eval.every": 3}))
+    assert (run / "loss.png").exists()
+    assert "could not be drawn" not in capsys.readouterr().out
+
+
+def test_a_slow_start_does_not_replace_the_checkpoints_of_another_process(tiny_run, train, prepare, monkeypatch):
+    """Both start in an empty place. The second still reads the dataset while the first trains and ends."""
+    config, others = tiny_run("raced", **{"optim.steps": 4}), []
+    read = training.setup.open_inputs
+
+    def slowly(*arguments, **options):
+        monkeypatch.setattr("training.setup.open_inputs", read)
+        others.append(train(config))
+        return read(*arguments, **options)
+
+    monkeypatch.setattr("training.setup.open_inputs", slowly)
+    with pytest.raises(
+        ValueError, match=r"another process has trained in .*raced since .*: run the same command again"
+    ):
+        train(config)
+    (run,) = others
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+    assert len(losses(run)) == 4
+    train(config)
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_the_failure(tiny_run, prepare, monkeypatch):
+    def refuse(path, value):
+        raise OSError(f"cannot write {path}: No space left on device")
+
+    with pytest.raises(FloatingPointError, match="diverged"), prepare(tiny_run()):
+        monkeypatch.setattr("training.run_directory.write_json", refuse)
+        raise FloatingPointError("diverged")
+
+
+def test_the_reason_why_a_directory_cannot_be_written_is_named(tiny_run, train, monkeypatch):
+    def refuse(path, value):  # as write_json raises it, without an errno
+        raise OSError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("training.run_directory.write_json", refuse)
+    with pytest.raises(OSError, match=r"cannot write to .*\(cannot write .*: No space left on device\): choose"):
+        train(tiny_run())
