@@ -1,23 +1,20 @@
 """Windows that begin at the beginning of a document, if possible. Best-fit packing fills them with whole documents.
 
-A window is a sequence of T tokens that training reads. If the text is cut every T tokens, most windows begin and end in
-the middle of a document. Here most documents of at most T tokens stay whole, and documents are combined so that they
-fill windows ("Fewer Truncations Improve Language Modeling", Ding et al. 2024). Three more rules keep all tokens and
-waste little computation:
+A window is a sequence of T tokens that training reads. Most documents of at most T tokens stay whole, and they are
+combined so that they fill windows ("Fewer Truncations Improve Language Modeling", Ding et al. 2024). Three more rules
+keep all tokens and waste little computation:
 
 - A document of more than T tokens is cut every T tokens, and its last piece is packed like a whole document.
 - If no remaining document fits into the gap at the end of a window, and the gap is more than T / 32 tokens, the
   shortest remaining document is cut, and its beginning fills the gap.
 - If no remaining document fits, and the gap is at most T / 32 tokens, the gap becomes padding.
 
-Each token of the train split, except the last one, is an input once in an epoch. The target of an input is the next
-token of the split, even if this token is an input of another window. So each input has the same target as in
-`data.loader.TokenWindows`. A document begins with end-of-text, so the target of a document's last token is the
-end-of-text of the next document.
+Each token of the split, except the last one, is an input once in an epoch. The target of an input is the next token of
+the split, even if this token is an input of another window. A document begins with end-of-text, so the target of a
+document's last token is the end-of-text of the next document.
 
 The packing is computed once and stored in an index file beside the shards. To bound the memory, the documents are
-divided into groups of about 16 million tokens, and each group is packed separately. So all documents of a window are
-close together in the split: usually in one shard or in two neighboring shards, if the shards have the default size.
+divided into groups of about 16 million tokens, and each group is packed separately.
 """
 
 from __future__ import annotations
@@ -45,11 +42,9 @@ GROUP_TOKENS, GROUP_DOCUMENTS = 1 << 24, 1 << 17
 MAX_PADDING = 32  # at most T / MAX_PADDING tokens of a window are padding, except in the last window of a group
 HEADER_BYTES = 1024
 VERSION = 1  # version of the file format and of the packing algorithm; an index of another version is replaced
-# The row types of the two tables in an index file. A piece is a document or a part of a document. A row of the table of
-# pieces has the position of the piece's first token in the split, and the piece's number of tokens. A row of the table
-# of windows has the index of the window's first piece (its other pieces follow it), and the window's number of targets.
-WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])
-PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
+# The tables of an index file. A piece is a document or a part of one. The pieces of a window follow each other.
+WINDOW = np.dtype([("piece", "<i8"), ("targets", "<i4")])  # index of its first piece, number of its targets
+PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])  # position of its first token, number of its tokens
 
 
 class AlignedWindows(TrainingWindows):
@@ -61,9 +56,6 @@ class AlignedWindows(TrainingWindows):
         vocab_size: `read` raises a ValueError, which names the shard, if a token id is not below this number.
         eot: the id of end-of-text, with which each document begins.
         document_mask: if True, each token attends to its own document only.
-
-    Attributes:
-        summary: a line to print: how many documents are cut, and what fraction of the windows' tokens is padding.
 
     Raises:
         ValueError: when the split has fewer than two tokens.
@@ -101,9 +93,8 @@ class AlignedWindows(TrainingWindows):
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
         """Fill `inputs`, `targets` and `documents`, each (T,) int64, with one window.
 
-        `documents` gets, for each input, the index of its document within the window, and -1 for padding. If it is
-        None, only inputs and targets are filled. Raises ValueError for a token id outside the vocabulary, OSError when
-        a shard or the index cannot be read.
+        `documents` gets, for each input, the index of its document within the window, and -1 for padding. Raises
+        ValueError for a token id outside the vocabulary, OSError when a shard or the index cannot be read.
         """
         done = 0
         if documents is not None:
@@ -181,8 +172,7 @@ def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, 
     T = wanted["sequence_length"]
     counts = dict.fromkeys(("documents", "long", "cut", "inside", "pieces", "windows"), 0)
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
-    # In the index, the table of windows follows the table of pieces, whose length is known only when all documents have
-    # been packed. So the windows are first collected in a temporary file.
+    # The table of windows follows the table of pieces. So collect the windows in a temporary file first.
     with open(temporary, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as windows:
         file.write(bytes(HEADER_BYTES))
         for bounds in document_groups(split, wanted["eot"]):
@@ -202,7 +192,7 @@ def _write_index(path: Path, split: Split, wanted: dict[str, Any]) -> dict[str, 
 def _write_group(bounds: np.ndarray, T: int, pieces: BinaryIO, windows: Any, counts: dict[str, int]) -> None:
     """Pack the documents between `bounds` (see `document_groups`), and append their pieces and windows to the tables.
 
-    `counts` has totals of the whole split, to which this function adds those of the group.
+    The group's totals are added to `counts`.
     """
     begins = set(bounds.tolist())
     rows: list[tuple[int, int]] = []
@@ -247,10 +237,9 @@ def document_groups(split: Split, eot: int) -> Iterator[np.ndarray]:
 def pack(bounds: np.ndarray, T: int) -> Iterator[list[tuple[int, int]]]:
     """Put documents into windows of T tokens. Yields the pieces of each window: (start, length) in the split.
 
-    Documents of more than T tokens are cut first. Then each window takes the longest remaining piece, and repeatedly
-    the longest remaining piece that fits into the rest of the window, the gap. If no piece fits, the shortest piece is
-    cut or the gap becomes padding, as the module's docstring describes. In a window, pieces that begin a document come
-    before pieces that continue a document.
+    Documents of more than T tokens are cut first. Then each window repeatedly takes the longest remaining piece that
+    fits into the rest of the window, the gap. If no piece fits, the shortest piece is cut or the gap becomes padding,
+    as the module's docstring describes. In a window, pieces that begin a document come first.
 
     Args:
         bounds: (documents + 1,), the starts of the documents, and the end of the last document.

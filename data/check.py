@@ -42,10 +42,7 @@ class DocumentStatistics:
 
 
 def read_documents(split: Split, end_of_text: int) -> Iterator[np.ndarray]:
-    """Iterate over the documents of a split: the tokens of each, (n,) uint16, without its end-of-text.
-
-    The memory in use is proportional to READ_TOKENS plus the length of the longest document.
-    """
+    """Iterate over the documents of a split: the tokens of each, (n,) uint16, without its end-of-text."""
     rest = np.empty(0, np.uint16)
     first = True
     for start in range(0, split.n_tokens, READ_TOKENS):
@@ -118,8 +115,7 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
         directory: the dataset.
         shown: the number of documents of each split to print.
         histogram: path of the PNG.
-        config: a configuration file, or None. If it is given, print how many epochs a run with this configuration makes
-            over the train split.
+        config: a configuration file, or None. With a file, print how many epochs its run makes over the train split.
 
     Raises:
         ValueError: when the dataset is incomplete or damaged, or `config` does not set the length of a run.
@@ -167,11 +163,7 @@ def _check_tokenizer(directory: Path, meta: DatasetMeta, tokenizer: Tokenizer) -
 def _check_counts(
     name: str, split: Split, documents: DocumentStatistics, tokenizer: Tokenizer, meta: DatasetMeta
 ) -> None:
-    """Raise ValueError when the counts of `meta.json` are wrong for this split, or a token is outside the vocabulary.
-
-    The documents of the split are counted by `measure_documents` and not by their end-of-text tokens, because a split
-    from another program may begin without this token.
-    """
+    """Raise ValueError when a count of `meta.json` is wrong for this split, or a token is outside the vocabulary."""
     _compare(f"{name}: documents", len(documents.lengths), meta.documents[name])
     _compare(f"{name}: tokens", split.n_tokens, meta.tokens[name])
     text_bytes, token_bytes = 0, tokenizer.token_bytes()

@@ -2,9 +2,8 @@
 
 The dataset directory has a train.jsonl and a val.jsonl, with one object per line:
 {"prompt": "...", "completion": "..."}. An example consists of the prompt's tokens, the completion's tokens and
-`<|endoftext|>`, which counts in the loss too. So the model learns to write a completion and then to end the text.
-Prompt and completion are encoded separately, so that no token contains characters of both. The prompt then has the same
-tokens as in generation, where it is encoded without a completion.
+`<|endoftext|>`, which counts in the loss too. Prompt and completion are encoded separately, so that the prompt has the
+same tokens as in generation.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from data.tables import read_json_lines
 from data.tokenizer import Tokenizer
 from files import file_sha256
 
-PROMPTS_KEPT = 64  # number of prompts in `CompletionWindows.prompts`; the samples during training need far fewer
+PROMPTS_KEPT = 64  # the largest number of prompts in `CompletionWindows.prompts`
 
 
 class CompletionWindows(TrainingWindows):
@@ -31,8 +30,7 @@ class CompletionWindows(TrainingWindows):
             is never cut.
         pack: True puts as many consecutive examples into a window as fit, False gives each example its own window. The
             rest of a window is padding.
-        document_mask: with True, the tokens of an example do not attend to earlier examples in the same window. With
-            False, they do, as in pretraining without a mask.
+        document_mask: if True, each token attends to its own example only.
 
     Attributes:
         prompts: the tokens of the first PROMPTS_KEPT prompts, for the samples during training.
@@ -51,9 +49,8 @@ class CompletionWindows(TrainingWindows):
         self.n_cut = 0
         examples = [self._encode(prompt, completion, tokenizer, n) for n, prompt, completion in read_examples(path)]
         lengths = np.array([len(tokens) for tokens, _ in examples])
-        # The tokens of all examples are put one after the other. Window w begins at token _bounds[w] and ends before
-        # token _bounds[w + 1]. A window has room for T + 1 tokens, because its last token is only a target, not an
-        # input.
+        # The tokens of all examples follow each other. Window w begins at token _bounds[w] and ends before token
+        # _bounds[w + 1]. It has room for T + 1 tokens, because its last token is only a target.
         ends = np.cumsum(lengths)
         self._bounds = [0]
         for start, end in zip(ends - lengths, ends, strict=True):
@@ -98,8 +95,7 @@ class CompletionWindows(TrainingWindows):
             before, after = tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eot]
         except ValueError as error:
             raise ValueError(f"{self.source}, line {line}: {error}") from None
-        # An empty prompt becomes end-of-text, as in generation: the first token of a completion is a target, so there
-        # must be an input token before it.
+        # An empty prompt becomes end-of-text, as in generation: the completion's first token needs an input before it.
         before = before or [tokenizer.eot]
         room = self.sequence_length + 1 - len(after)
         if room < 1:

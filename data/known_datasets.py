@@ -1,7 +1,6 @@
 """The commands that make the datasets with known names, for error messages about a missing dataset.
 
-The names are those of the dataset directories in configs/ and of the presets of `python -m data.prepare`. The table is
-in a module of its own, so that code that reads a dataset does not have to import the code that makes datasets.
+The table is in a module of its own, so that code that reads a dataset does not import the code that makes datasets.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A window is a sequence of T inputs and their T targets. All windows of a step together are its global batch, which is
 divided between all processes. The global batch of step n has the same windows for any number of processes and any
-micro-batch size. Therefore the position of a run in its data is one integer, the step. A run can resume on another
-number of processes, and the loss curves of two runs can be compared step by step.
+micro-batch size. Therefore the position of a run in its data is one integer, the step, and a run can resume on another
+number of processes.
 
 Letters in shapes: T is the sequence length, B the number of windows in a global batch, and b the number of windows in a
 micro-batch.
@@ -25,13 +25,12 @@ from data.shards import Split
 # A target with this value does not count in the loss: `F.cross_entropy` skips it by default. This value replaces
 # targets that are padding or tokens of a prompt.
 IGNORE_INDEX = -100
-# The function `permute` (below) is a Feistel network, which computes a permutation in this number of rounds. Three
-# rounds give a pseudorandom permutation if the function that each round applies is pseudorandom (Luby & Rackoff 1988).
-# Here this function is only a cheap hash, so more rounds are used.
+# The number of rounds of the Feistel network in `permute` (below). Three rounds are enough for a pseudorandom
+# permutation if each round applies a pseudorandom function (Luby & Rackoff 1988). Here this function is only a cheap
+# hash, so more rounds are used.
 FEISTEL_ROUNDS = 6
 # Number of batches that the background thread prepares in addition to the batch in use. With this reserve, one slow
-# read (such as the first read of a file on a network disk) does not delay the training step, if reading is faster than
-# training on average. Each of these batches needs a buffer in memory.
+# read (such as the first read of a file on a network disk) usually does not delay the training step.
 STEPS_AHEAD = 2
 
 
@@ -88,8 +87,7 @@ class TrainingWindows(Windows, Protocol):
         consecutive places in this sequence, counted from 0. With `shuffle`, each epoch has its own order; otherwise the
         windows come in the order of the text.
         """
-        # A batch may begin in one epoch and end in the next. If this were not allowed, windows would be left out at the
-        # end of an epoch, and the number of windows in an epoch would depend on the batch size.
+        # A batch may begin in one epoch and end in the next, so that no windows are left out at the end of an epoch.
         epoch, window = places // len(self), places % len(self)
         if shuffle:
             for e in np.unique(epoch):
@@ -207,10 +205,9 @@ def read_tokens(split: Split, start: int, tokens: np.ndarray, vocab_size: int) -
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the elements at positions `index` of a pseudorandom permutation of 0..n-1, which seed and epoch determine.
 
-    A shuffled list of all windows would take memory proportional to the corpus, and every process would have to compute
-    all of it. This function computes any element without the others: a Feistel network (Luby & Rackoff 1988) permutes
-    the numbers below some 4^k that is at least n, and "cycle walking" (Black & Rogaway 2002) restricts the permutation
-    to 0..n-1.
+    A shuffled list of all windows would take memory proportional to the corpus. This function computes any element
+    without the others: a Feistel network (Luby & Rackoff 1988) permutes the numbers below some 4^k that is at least n,
+    and "cycle walking" (Black & Rogaway 2002) restricts the permutation to 0..n-1.
 
     Args:
         index: (k,) int64, positions in 0..n-1.
@@ -234,9 +231,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
         walking = result[outside]
         left, right = walking >> half, walking & mask
         for key in keys:
-            # The round function: a multiplicative hash of the right half. The multiplication by 0x9E37..., which is
-            # 2^64 / golden ratio (Knuth's Fibonacci hashing), spreads every bit to higher bits, and the shift brings
-            # high bits back down. 0xD6E8... is the multiplier of a published 64-bit hash (degski64). Any change of this
+            # The round function: a hash of the right half. 0x9E37... is 2^64 / golden ratio (Knuth's Fibonacci
+            # hashing), and 0xD6E8... is the multiplier of a published 64-bit hash (degski64). Any change of this
             # function changes the order of windows in every run.
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
@@ -296,15 +292,13 @@ class Loader:
         self.windows, self.seed, self.shuffle = windows, seed, shuffle
         # The positions of this rank's windows within a global batch: rank 0 has the first, rank 1 the next, and so on.
         self.rows = split_evenly(self.windows_per_step, rank, world_size)
-        # Every rank makes the same number of forward passes, although the numbers of windows of two ranks may differ by
-        # one. Under FSDP, each pass gathers weights from all ranks, so the other ranks would wait forever for a rank
-        # that makes fewer passes.
+        # Every rank makes the same number of forward passes. Under FSDP, each pass gathers weights from all ranks, so
+        # the other ranks would wait forever for a rank that makes fewer passes.
         self.micro_batches_per_step = ceil_div(ceil_div(self.windows_per_step, world_size), micro_batch)
         self.step = start_step
 
         # Buffers circulate through two queues: free buffers go to the thread through `_free`, and full buffers come
-        # back through `_ready`. All buffers are allocated here. So the memory does not grow, and page-locking it, which
-        # is slow, happens only once.
+        # back through `_ready`. All buffers are allocated here, because page-locking memory is slow.
         self._ready: queue.Queue[tuple[int, list[float], Tensor] | BaseException] = queue.Queue()
         self._free: queue.Queue[Tensor | None] = queue.Queue()
         for _ in range(STEPS_AHEAD + 1):
@@ -398,8 +392,8 @@ def validation_batches(
     """Iterate once over this rank's part of all windows, in order.
 
     Every rank yields the same number of batches, so that the ranks can communicate during each batch. The last batch of
-    a rank may have no windows, only padding. The weights of all batches of all ranks add up to 1. So the sum of weight
-    times mean loss over all batches is the mean loss of all targets, for any number of ranks.
+    a rank may have no windows, only padding. The sum of weight * (mean loss of the batch) over all batches of all ranks
+    is the mean loss of all targets.
     """
     in_all = windows.count(np.arange(len(windows)))
     mine, most_windows = split_evenly(len(windows), rank, world_size), ceil_div(len(windows), world_size)

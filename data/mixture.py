@@ -2,11 +2,8 @@
 
 A schedule is a list of datasets: each place in the list stands for one window of the run. It has at most about 10,000
 places, and each dataset has exactly its fraction of these places. After its last place, the schedule begins again.
-Among the first n windows of a run, a dataset with fraction f has f n windows, rounded up or down. Among any m
-consecutive windows, where m is the length of the schedule, this dataset has exactly the fraction f. If the fractions
-are whole percentages, m divides 100. Then the number of windows in any 100 consecutive steps is a multiple of m for any
-batch size, so exactly the fraction f of them is from this dataset. The window at a place in the run depends only on the
-place, the seed, the datasets and their weights. So the position of a run in its data is still one integer, the step.
+Among the first n windows of a run, a dataset with fraction f has f n windows, rounded up or down. The window at a place
+in the run depends only on the place, the seed, the datasets and their weights.
 """
 
 from __future__ import annotations
@@ -38,10 +35,10 @@ def exact_fractions(weights: Sequence[float]) -> list[Fraction]:
 def make_schedule(fractions: Sequence[Fraction]) -> np.ndarray:
     """Return the index of the dataset at each place of the schedule: (n,).
 
-    n is the smallest length that gives each dataset a whole number of places. In this paragraph, places and the windows
-    of each dataset are counted from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and
-    must be put at place k / f or earlier (its deadline). Each place takes the window with the earliest deadline of
-    those that may be put there (the quota method of Balinski & Young 1975).
+    n is the smallest length that gives each dataset a whole number of places. Here places, and the windows of each
+    dataset, are counted from 1. Window k of a dataset with fraction f may be put at place p if k - 1 < f p, and must be
+    put at place k / f or earlier (its deadline). Each place takes the window with the earliest deadline of those that
+    may be put there (the quota method of Balinski & Young 1975).
     """
     n = math.lcm(*(fraction.denominator for fraction in fractions))
     counts = [int(fraction * n) for fraction in fractions]

@@ -1,8 +1,4 @@
-"""Read text files in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Refuse files that are not text.
-
-Prompts, tables and sources of datasets are read with these functions, so that all commands treat a file in the same
-way. This module imports no other module of the project.
-"""
+"""Read text files in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Refuse files that are not text."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def load_hub_rows(dataset: str, config: str | None, split: str) -> list[dict[str
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # otherwise the client prints two lines for each of its five retries before an error
+    logging.set_verbosity_error()  # otherwise the client prints two lines for each retry
     try:
         return list(load_dataset(dataset, config, split=split))
     except Exception as error:  # the errors of the hub, the network and the library have no common base class

@@ -151,8 +151,7 @@ def run_lambada(name: str, args: argparse.Namespace, evaluator: Evaluator) -> Ta
     """Evaluate `lambada` or `lambada_openai`."""
     texts = lambada.load_openai_passages() if name == "lambada_openai" else lambada.read_passages()
     words = lambada.score_last_words(texts[: args.limit], evaluator.tokenizer, evaluator.score)
-    # Only the correct word is scored. In the file of --examples, this word is choice 0, and -1 stands for any other
-    # word.
+    # In the file of --examples, choice 0 is the correct word, and -1 stands for any other word.
     choices = [0 if correct else -1 for correct in words.correct]
     examples = [
         {"gold": 0, "choice": choice, "choice_norm": choice, "scores": [log_prob]}
@@ -194,9 +193,8 @@ def _slide(
     `text` is the text of the tokens, or None if the text is not known. `n_words` is the number of words that the text
     had before detokenization; it is ignored if `text` is None.
 
-    The tokenizer of a model other than GPT-2 may drop text for which it has no token, or replace it by an unknown
-    token. There is then no metric per byte or per word, because the bytes and words would include text that was not
-    scored.
+    If the tokenizer does not represent all of the text, there is no metric per byte or per word, because the bytes and
+    words would include text that was not scored.
     """
     block_size = evaluator.model.config.block_size
     stride = args.stride or max(1, block_size // 2)
@@ -207,8 +205,7 @@ def _slide(
     elif text is None or len(covered) < len(tokens):
         documents = [evaluator.tokenizer.decode(part) for part in _documents(covered, evaluator.tokenizer.eot)]
         n_bytes = sum(len(document.encode()) for document in documents)
-        # With --limit, only a part of the detokenized text is scored. How many words this part had before
-        # detokenization is not known, so there is no metric per word.
+        # With --limit, the words before detokenization cannot be counted, so there is no metric per word.
         n_words = 0 if text is not None else sum(len(document.split()) for document in documents)
     else:
         n_bytes = len(text.encode())

@@ -258,8 +258,7 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def _validation(args: argparse.Namespace, source: Source) -> ValidationRule:
-    # The first argument of each rule is stored in meta.json. A run can continue a dataset only if this text has not
-    # changed, so do not reword it.
+    # Do not reword the first argument of a rule: a run can continue a dataset only if this text has not changed.
     if any(file.split for file in source.files):
         if (args.val or args.val_tokens or args.val_fraction) is not None:
             raise ValueError(

@@ -86,14 +86,12 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
             return chunk.file.name
         number += bytes(raw[:offset]).count(b"\n") if isinstance(raw, bytes) else 0
     if chunk.offset is None and chunk.file.begin:
-        # `number` counts lines from `begin` on, but messages count them from the beginning of the file. So add the
-        # lines before `begin`, which belong to the train split.
+        # `number` counts lines from `begin` on, but messages count them from the beginning of the file.
         with open_file(chunk.file.name) as opened:
             skipped = text_blocks(replace(chunk.file, begin=0, end=chunk.file.begin), opened)
             number += sum(block.count(b"\n") for block in skipped)
     if chunk.offset:
-        # The process that cut the file into chunks did not count lines or documents, because counting is slow. So count
-        # here the lines or documents before the chunk.
+        # Count the lines or documents before the chunk only here, for the message, because counting is slow.
         separated = chunk.format == "separated" and options.separator
         mark = separator_pattern(options.separator or "") if separated else re.compile(rb"\n|\r(?!\n)")
         with open(chunk.file.name, "rb") as file:
@@ -109,8 +107,8 @@ def _raw_documents(
 ) -> Iterable[tuple[int, bytes | str | None]]:
     """Yield (number, text) for each document. The text may be empty or None, and may be invalid UTF-8.
 
-    The number is for error messages: it is that of the document's line (text files and JSON lines), of its row
-    (tables), or of the document itself (files with separators).
+    The number, for error messages, is that of the document's line, of its row (tables), or of the document itself
+    (files with separators).
     """
     if chunk.format in ("text", "separated"):
         text = chunk.read()

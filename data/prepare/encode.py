@@ -31,8 +31,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 # CHECKED_BYTES of the bytes.
 CHECKED_BYTES = 0.002
 CHECKED_DOCUMENTS = 16
-# At least this many bytes of each sampled document are checked (or all bytes, if it has fewer). More bytes are checked
-# only while the fraction CHECKED_BYTES is not reached.
+# At least this many bytes of each sampled document are checked (or all bytes, if it has fewer).
 CHECKED_PREFIX = 1 << 10
 # At most this many bytes of text per worker are waiting or being encoded, which bounds the memory.
 IN_FLIGHT_BYTES = 1 << 27
@@ -56,8 +55,7 @@ class ValidationRule:
         """Return whether a document of `chunk` is a candidate for the validation split.
 
         If the source does not define the split, the result depends only on `fraction` and the first bytes of the
-        document. So the result is the same for any order of the documents, any number of workers, and any number of
-        parts of the dataset (`--part I/N`). Equal documents get the same result.
+        document. So it does not depend on the order of the documents, or on the number of workers or parts.
         """
         if chunk.file.split is not None:
             return chunk.file.split == "val"
@@ -161,8 +159,8 @@ class Encoder:
     def _check(self, chunk: Chunk, texts: list[bytes], tokens: np.ndarray, begins: np.ndarray) -> None:
         """Compare the tokens from gigatoken with those of the reference tokenizer, for a sample of the documents.
 
-        Without gigatoken, the tokens are from the reference itself and are not checked. `begins`, (documents,),
-        is the position of each document in `tokens`. Raises ValueError if a document has different tokens.
+        `begins`, (documents,), is the position of each document in `tokens`. Raises ValueError if a document has
+        different tokens.
         """
         if not self.tokenizer.bulk_encoder.startswith("gigatoken"):
             return
@@ -189,8 +187,7 @@ _encoder: Encoder
 
 def _start_worker(tokenizer: Path, *settings: Any) -> None:
     global _encoder
-    # On Ctrl-C the terminal sends SIGINT to all processes. Workers ignore it, because the parent handles it and stops
-    # them.
+    # On Ctrl-C the terminal sends SIGINT to all processes. Workers ignore it, because the parent stops them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # This thread ends the worker if the parent is killed. Otherwise the worker would wait for work forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -214,8 +211,8 @@ def encode_in_order(
     """Encode `batches` in `workers` processes and yield each batch and its result, in order.
 
     `tokenizer` is the directory from which the workers load their tokenizer. With `workers` = 1, this process encodes.
-    With more workers, the yielded chunks have no `data`, because only the workers need it. Memory is bounded: batches
-    are read only as fast as they are encoded. Raises OSError when a worker dies.
+    With more workers, the yielded chunks have no `data`. Memory is bounded: batches are read only as fast as they are
+    encoded. Raises OSError when a worker dies.
     """
     if workers == 1:
         yield from ((batch, encoder(batch)) for batch in batches)

@@ -1,8 +1,7 @@
 """Prepare the parts of a dataset as tasks of datatrove's executors: on this machine, on a Slurm cluster or on Ray.
 
 A task runs `python -m data.prepare ... --part I/N` in a process of its own, up to ATTEMPTS times. Each attempt
-continues the part where the previous attempt stopped. Therefore a task that is killed loses little work, and the bytes
-of the dataset do not depend on interruptions.
+continues the part where the previous attempt stopped.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class RunCommand:
     """A step of a datatrove pipeline, which runs a command until it succeeds, at most ATTEMPTS times.
 
     The command runs in the working directory of the process that made this object. In task I of N, `{part}` in the
-    command is replaced by I/N. The output of task 1 is appended to the file part-001.txt in the directory `logs`, and
-    so on.
+    command is replaced by I/N. The output of task 1 is appended to part-001.txt in the directory `logs`.
     """
 
     def __init__(self, command: list[str], logs: Path) -> None:
@@ -106,7 +104,6 @@ def datatrove_executors() -> Any:
 def _run_here(step: RunCommand, tasks: int, workers: int) -> None:
     at_once = min(tasks, max(1, available_cores() // workers))
     # Do not use datatrove's record of finished tasks: after a part was deleted, datatrove would still skip its task.
-    # `data.prepare` itself checks whether a part is complete.
     datatrove_executors().LocalPipelineExecutor([step], tasks, at_once, str(step.logs), skip_completed=False).run()
 
 
@@ -126,8 +123,7 @@ def _submit_to_slurm(step: RunCommand, merge: RunCommand, tasks: int, workers: i
         "partition": slurm.partition,
         "qos": None,
         "skip_completed": False,
-        # The job on Slurm runs a command of datatrove. PATH is needed to find this command, PYTHONPATH to import this
-        # module.
+        # The job needs PATH to find datatrove's command, and PYTHONPATH to import this module.
         "env_command": f'export PATH="{bin_directory}:$PATH" PYTHONPATH="{ROOT}:$PYTHONPATH"',
     }
     executor = datatrove_executors().SlurmPipelineExecutor

@@ -18,7 +18,7 @@ SEEN_FILE = "documents-seen.sqlite"  # the file of `SeenDocuments`, in the direc
 class Filters:
     """Conditions that a document has to meet to be kept.
 
-    They are not checked for a document that is cut into several chunks. Only `merge_parts` removes its duplicates.
+    A document that is cut into several chunks is always kept, unless `merge_parts` removes it as a duplicate.
 
     min_chars, max_chars: limits of the document's length in characters; None is no limit;
     languages: ISO 639 codes of the accepted languages (see `find_language`); empty accepts every language;
@@ -112,8 +112,7 @@ class SeenDocuments:
         new = np.empty(len(lengths), bool)
         begin = 0
         for i, n in enumerate(lengths.tolist()):
-            # A hash has 128 bits. The probability that any two different documents among 10 billion have equal hashes
-            # is 1e-19.
+            # 128 bits: the probability that two among 10 billion different documents have equal hashes is about 1e-19.
             digest = hashlib.blake2b(tokens[begin : begin + n].data, digest_size=16).digest()
             self._execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", digest, first_number + i)
             ((number,),) = self._execute("SELECT number FROM seen WHERE hash = ?", digest)

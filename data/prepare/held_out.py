@@ -14,18 +14,15 @@ from data.prepare.text import named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
 
 MANY_DOCUMENTS = 20  # with at least this many documents, a hash of each document decides its split
-# Borders of paragraphs, lines and words are searched at most this many bytes before and after the place where the
-# validation split would begin if it had exactly the requested size.
+# Borders are searched at most this many bytes before and after the place that gives the split its requested size.
 SEARCHED_BYTES = 1 << 20
 # A text of fewer bytes is not divided between words, only at the border of a file, a paragraph or a line.
 SHORT_TEXT = 1_000
-# An estimate of the bytes per token of a tokenizer that does not exist yet, because it will be made from the text. It
-# affects only the size of the split.
+# An estimate of the bytes per token, for a tokenizer that will be made from the text.
 BYTES_PER_TOKEN = 3.0
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
-# A match ends at a border: the beginning of a paragraph or a line, or the space before a word. A match begins with the
-# last character before the border that is not white space.
+# A match ends at a border: the beginning of a paragraph or a line, or the space before a word.
 _BORDERS = {
     "paragraph": re.compile(rb"\S[ \t]*" + _LINE_END + rb"(?:[ \t]*" + _LINE_END + rb")+(?=[^\r\n])"),
     "line": re.compile(rb"\S[ \t]*" + _LINE_END + rb"+(?=[^\r\n])"),
@@ -71,8 +68,7 @@ def hold_out_end(
     files: list[SourceFile] = []
     for i, (file, length) in enumerate(zip(source.files, lengths, strict=True)):
         if i == index and offset:
-            # The attribute `size` of the two parts is for the progress display. It is in bytes of the stored file, but
-            # `offset` is in bytes of the decoded text.
+            # `size`, for the progress display, counts bytes of the stored file, but `offset` those of the decoded text.
             first = round(file.size * offset / length)
             files.append(replace(file, split="train", end=offset, size=first))
             files.append(replace(file, split="val", begin=offset, end=length, size=file.size - first))

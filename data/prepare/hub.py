@@ -132,8 +132,7 @@ def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[st
     except RuntimeError as error:
         if "script" not in str(error):
             raise
-        # A script defines this dataset, and scripts are not executed here. The hub converts such datasets to parquet
-        # files, so read these files instead.
+        # A script defines this dataset. Do not execute it: read the parquet files that the hub made with it.
         builder = datasets.load_dataset_builder(dataset, name, revision="refs/convert/parquet")
     except (ValueError, OSError) as error:
         raise ValueError(f"{dataset} cannot be used: {str(error).strip()}") from error

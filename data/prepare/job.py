@@ -32,8 +32,7 @@ from files import write_json
 CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 1 << 16
 SAVE_SECONDS = 5  # the progress file is updated after this many seconds, or earlier if a shard is complete
 SMALL_BYTES = 1 << 25  # a source of fewer bytes is encoded in this process, because starting workers would take longer
-# A BPE is trained on about this many bytes from the beginning of the train split, because more text hardly changes its
-# merges.
+# A BPE is trained on about this many bytes from the beginning of the train split: more hardly changes its merges.
 BPE_TRAINING_BYTES = 1 << 28
 
 
@@ -176,8 +175,7 @@ def _begin(job: Job) -> dict[str, Any] | None:
         progress = json.loads(path.read_text(encoding="utf-8"))
         earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
-            # No state has been saved yet, so start again with the new settings. The settings also differ if the user
-            # has repaired a source file, because this changes the revision.
+            # No state has been saved yet, so start again with the new settings.
             progress, earlier = {"settings": settings}, settings
             write_json(path, progress)
     elif meta is not None:
@@ -214,9 +212,8 @@ def _encode(
     """Encode the source from the recorded position on. Save the state after each shard and every few seconds."""
     limit = min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, job.shard_tokens // 4))
     total = sum(job.source.files[i].size for i in job.files)
-    # The encoder checks a fixed number of documents per shard. In a dataset smaller than a shard, it would check fewer.
-    # So for such a dataset, pass a low estimate of its number of tokens instead of the size of a shard. The estimate is
-    # low because few texts have more than 8 bytes per token.
+    # The encoder checks a fixed number of documents per shard, also in a dataset that is smaller than a shard. For such
+    # a dataset, pass a low estimate of its tokens (few texts have more than 8 bytes per token).
     encoder = Encoder(tokenizer, job.source.options, job.validation, min(job.shard_tokens, max(1, total // 8)))
     if workers is None:
         workers = 1 if total < SMALL_BYTES else available_cores()

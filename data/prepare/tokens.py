@@ -1,7 +1,7 @@
 """Read documents that other tools have tokenized: Megatron-LM's .bin and .idx, datatrove's .ds and .ds.index.
 
-Only end-of-text is moved: these tools write it after each document, and our shards have it before each document. The
-other tokens are not changed. Documents that are empty or contain only end-of-text are omitted.
+Only end-of-text is moved: these tools write it after each document, and our shards have it before each document.
+Documents that are empty or contain only end-of-text are omitted.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ def _megatron_index(path: Path) -> TokenFile:
             raise ValueError(f"version {version}, tokens of type {code}")
         start = len(MEGATRON_MAGIC) + struct.calcsize("<QBQQ")
         lengths = np.frombuffer(data, "<i4", n_sequences, start).astype(np.int64)
-        # The byte offsets of the sequences come next in the index. They are not needed, because the sequences are
-        # stored one after the other.
+        # The byte offsets, which come next, are not needed: the sequences are stored one after the other.
         documents = np.frombuffer(data, "<i8", n_documents, start + 12 * n_sequences)
         ends = np.concatenate([[0], np.cumsum(lengths)])[documents[1:]]
     except (ValueError, IndexError, struct.error) as error:

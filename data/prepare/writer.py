@@ -23,7 +23,7 @@ SPLITS = ("train", "val")
 def refuse_links(directory: Path) -> None:
     """Raise ValueError for a symbolic link in an incomplete dataset: writing to it would change a file somewhere else.
 
-    If the dataset is prepared in several parts, the directory of a part may be a link, because merge.py only reads it.
+    The directory of a part made with --part may be a link, because `merge_parts` only reads it.
     """
     if (directory / META_FILE).is_file() and not (directory / PROGRESS_FILE).exists():
         return  # the dataset is complete, so nothing is written
