@@ -4,9 +4,8 @@ A shard is a header of 256 little-endian int32 (20240520, version 1, token count
 document is preceded by `<|endoftext|>` and may continue in the next shard. Shards written by llm.c have no `meta.json`;
 their tokens are assumed to be GPT-2's.
 
-Shards are read by position (`preadv` into the caller's array) instead of through a memory map. So resident memory stays
-constant, however much is read. If a shard becomes shorter while it is open, an error names the shard; with a memory
-map, the signal SIGBUS would end the process.
+Shards are read with `preadv` instead of through a memory map. With a memory map, the signal SIGBUS would end the
+process if a shard became shorter.
 """
 
 from __future__ import annotations
@@ -180,11 +179,7 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that identifies the split.
-
-        The hash covers the sha256 of each shard. Without `meta.json`, it covers only the names and the token counts of
-        the shards, so it does not notice other changes of the tokens.
-        """
+        """A hash of the sha256 of every shard or, without `meta.json`, only of the names and token counts of shards."""
         if self.meta is not None:
             described = [shard.sha256 for shard in self.meta.shards[self.name]]
         else:
@@ -204,7 +199,7 @@ class Split:
                 self.close()
                 self._descriptor = os.open(path, os.O_RDONLY)
                 self._open_shard = shard
-            # A read may return fewer bytes than requested, so it is repeated until the array is full.
+            # `preadv` may read fewer bytes than requested.
             while len(view):
                 n = os.preadv(self._descriptor, [view], offset)
                 if n == 0:
@@ -292,8 +287,7 @@ class ShardWriter:
     """Writes one split as shards of `shard_tokens` tokens, each under a temporary name until it is complete.
 
     To be able to continue after an interruption, call `flush()` and save the result of `state()` from time to time. A
-    new writer then continues from the last saved state: `restore` deletes everything that was written later. So the
-    final bytes do not depend on where a run was interrupted.
+    new writer continues from this state after `restore`, which deletes everything that was written later.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int, end_of_text: int) -> None:
@@ -302,8 +296,7 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.end_of_text = end_of_text
         self.finished: list[ShardMeta] = []
-        # The shard that is being written: its file (None before its first token), and its numbers of tokens and
-        # documents so far.
+        # The shard that is being written: its file, and its numbers of tokens and documents so far.
         self._file: Any = None
         self._tokens = 0
         self._documents = 0

@@ -32,8 +32,8 @@ def parse_json_object(line: str, where: str) -> dict[str, Any]:
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Iterate over the lines that are not blank: (line number from 1, JSON object).
 
-    A byte-order mark is dropped, and UTF-16 and UTF-32 with a mark are decoded. Raises OSError when the file cannot be
-    read, ValueError naming the file and the line when a line is not a JSON object or not UTF-8.
+    Raises OSError when the file cannot be read, ValueError naming the file and the line when a line is not a JSON
+    object or not UTF-8.
     """
     # Only \n ends a line: JSON allows other line separators of Unicode inside a string.
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
@@ -44,9 +44,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
     """Iterate over the rows of a CSV file: the header comes first, and blank rows are skipped.
 
-    `lines` are the lines of the file, with their line ends. Raises ValueError naming the file and the row when the
-    quotes of a row do not match, or the row has more or fewer fields than the header. The first row after the header
-    has the number 1. Raises ValueError also when two columns have the same name.
+    `lines` are the lines of the file, with their line ends. Raises ValueError, naming the file, when the quotes of a
+    row do not match, when a row has more or fewer fields than the header, or when two columns have the same name.
     """
     header: list[str] = []
     number = 0
@@ -81,7 +80,7 @@ def parse_csv(lines: Iterable[str], name: str) -> Iterator[list[str]]:
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Iterate over the rows of a CSV file with a header: (row number from 1, fields by column name).
 
-    Raises OSError when the file cannot be read, ValueError naming the file and the row as `parse_csv` does.
+    Raises OSError when the file cannot be read, ValueError as `parse_csv` does.
     """
     rows = parse_csv(io.StringIO(read_utf8(path), newline=""), str(path))
     header = next(rows, [])

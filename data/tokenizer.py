@@ -1,9 +1,8 @@
 """Convert text to token ids and back, with GPT-2's vocabulary, a byte-level BPE trained on a corpus, or characters.
 
-The method `encode` is the reference implementation: tiktoken for GPT-2, Hugging Face's `tokenizers` for a trained BPE.
-The method `encode_documents` returns the same ids for many documents, and is faster if gigatoken is installed. Both
-methods treat a literal `<|endoftext|>` in a text as ordinary text, because a text must not be able to create a document
-boundary. Only the code that joins documents inserts the id of end-of-text.
+The method `encode` uses tiktoken for GPT-2, and Hugging Face's `tokenizers` for a trained BPE. The method
+`encode_documents` returns the same ids for many documents, and is faster if gigatoken is installed. Both methods treat
+a literal `<|endoftext|>` in a text as ordinary text, because a text must not be able to create a document boundary.
 """
 
 from __future__ import annotations
@@ -107,10 +106,7 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Return the number of UTF-8 bytes of each id: (vocab_size,) int64, 0 for special tokens.
-
-        The metric bits per byte is computed from these numbers.
-        """
+        """Return the number of UTF-8 bytes of each id: (vocab_size,) int64, 0 for special tokens."""
         lengths = np.array([len(token) for token in self._bytes_of_id], np.int64)
         lengths[self._special_ids] = 0
         return lengths
@@ -123,16 +119,14 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path, *, pads: bool = False, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` can load.
 
-        `model_max_length` is the model's longest sequence in tokens, or None to leave it out; transformers truncates
-        texts to this length on request. If `pads` is True, end-of-text is also the padding token. Use this for a
-        classifier, whose batches need padding. For a language model, end-of-text must not be the padding token: the
-        collator of transformers excludes padding from the loss, so the model would not learn to end a text.
+        `model_max_length` is the model's longest sequence in tokens, or None to leave it out. With `pads`, end-of-text
+        is also the padding token, which a classifier needs. Do not use `pads` for a language model: the collator of
+        transformers excludes padding from the loss, so the model would not learn to end a text.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        # With a tokenizer_class other than PreTrainedTokenizerFast, transformers would read tokenizer.json as GPT-2's
-        # own vocabulary if the directory also has a config.json of model_type gpt2.
+        # With another tokenizer_class, transformers would treat the vocabulary beside a GPT-2 model as GPT-2's own.
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -237,8 +231,7 @@ class ByteLevelTokenizer(Tokenizer):
 
     @property
     def bulk_encoder(self) -> str:
-        # Only check whether the package is installed. Building gigatoken's encoder takes a while, and this process may
-        # never encode.
+        # Only check whether gigatoken is installed, because building its encoder takes a while.
         found = importlib.util.find_spec("gigatoken")
         name = "gigatoken" if found else "tiktoken" if self.kind == "gpt2" else "tokenizers"
         return f"{name} {importlib.metadata.version(name)}"
@@ -396,11 +389,7 @@ def _build(described: Described, add_end_of_text: bool) -> Tokenizer:
 
 
 def _check_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> None:
-    """Raise ValueError for a vocabulary or merges that cannot be used.
-
-    Every byte needs a token, and every token that is not special has to be spelled with GPT-2's characters for bytes
-    (see `_byte_characters`). The two tokens of a merge and the merged token have to be in the vocabulary.
-    """
+    """Raise ValueError for a vocabulary or merges that cannot be used."""
     bytes_as_characters = _byte_characters()
     if missing := [byte for byte, character in enumerate(bytes_as_characters) if character not in vocab]:
         raise ValueError(
@@ -467,8 +456,7 @@ def train_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
 def _in_thread(function: Callable[[], None]) -> None:
     """Call `function`, which runs native code for seconds, in a thread. Raises the function's exceptions.
 
-    While native code runs in the main thread, Python does not handle Ctrl-C. Here the main thread only waits for the
-    other thread, so Ctrl-C ends the process at once.
+    While native code runs in the main thread, Python does not handle Ctrl-C.
     """
     errors: list[BaseException] = []
 

@@ -2,9 +2,8 @@
 
 In OpenAI's models, vocab.json is named encoder.json, and merges.txt is named vocab.bpe.
 
-A tokenizer.json can describe many steps that `data.tokenizer` does not have. If a field or its value is not understood,
-the file is refused, and the message names the field. If such a field were ignored, the ids could be wrong without an
-error.
+A tokenizer.json can describe many steps that `data.tokenizer` does not have. A file with an unknown field or value is
+refused, because the ids could be wrong if the field were ignored.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ _MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
     "ignore_merges": (False,),
 }
 _ANY_BOOL = (True, False)
-# The values that each field of a ByteLevel step may have. _SPLITTER is for the pre-tokenizer, which has to split text
-# into words as GPT-2 does, and _BYTE_LEVEL is for the decoder and the post-processor. Where True and False are both
-# allowed, they give the same ids.
+# The values that each field of a ByteLevel step may have: _SPLITTER for the pre-tokenizer, _BYTE_LEVEL for the decoder
+# and the post-processor. Where True and False are both allowed, they give the same ids.
 _SPLITTER = {"type": ("ByteLevel",), "add_prefix_space": (False,), "trim_offsets": _ANY_BOOL, "use_regex": (True,)}
 _BYTE_LEVEL = {"type": ("ByteLevel",), "add_prefix_space": _ANY_BOOL, "trim_offsets": _ANY_BOOL, "use_regex": _ANY_BOOL}
 
@@ -65,8 +63,7 @@ def read_tokenizer_json(path: Path) -> Described:
         _refuse("version", described["version"], '"1.0"')
     for field in ("truncation", "padding", "normalizer"):
         if described.get(field) is not None:
-            # transformers saves the truncation and padding of the last call of a tokenizer. It ignores both when it
-            # loads the file, so the remedy is to load and save the tokenizer.
+            # transformers saves the truncation and padding of the last call, and ignores both when it loads the file.
             remedy = "" if field == "normalizer" else " (load the original tokenizer with transformers, and save it)"
             _refuse(field, described[field], f"null{remedy}")
     model = _object(described.get("model"), "model")
@@ -91,8 +88,7 @@ def read_tokenizer_json(path: Path) -> Described:
         if described.get("post_processor") is not None:
             _refuse("post_processor", described["post_processor"], "null")
     try:
-        # The library `tokenizers` also requires fields that do not change the ids. Other tools read the file with this
-        # library, so refuse a file that the library cannot read.
+        # Other tools read the file with the library `tokenizers`, so refuse a file that this library cannot read.
         tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself, not a subclass
         raise ValueError(f"the library tokenizers cannot read it ({error})") from None
@@ -139,8 +135,7 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Described:
         path = merges_path
         lines = read_utf8(path).splitlines()
         merges = _read_merges([line for line in lines if line and not line.startswith("#version")])
-        # OpenAI's vocabulary has a token for each of the 256 bytes, a token for each merge, and end-of-text. So a wrong
-        # number of merges shows that a file was truncated.
+        # OpenAI's vocabulary has the 256 bytes, one token for each merge, and end-of-text.
         if path.name == "vocab.bpe" and len(merges) != len(vocab) - 257:
             raise ValueError(f"it has {len(merges):,} merges, but the vocabulary needs {len(vocab) - 257:,}")
     except (ValueError, RecursionError) as error:
@@ -226,8 +221,7 @@ def _read_merges(merges: Any) -> list[tuple[str, str]]:
 def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
     """Add the special tokens in `added` to `vocab` and return them.
 
-    Raises ValueError for a token that is not special: the library `tokenizers` would search a text for such a token
-    before splitting the text into words, which `data.tokenizer` does not do.
+    Raises ValueError for an added token that is not special, because `data.tokenizer` does not support such tokens.
     """
     if not isinstance(added, list):
         _refuse("added_tokens", added, "a list")
@@ -238,8 +232,7 @@ def _read_added(added: Any, vocab: dict[str, int]) -> tuple[str, ...]:
             _refuse("the content of an entry of added_tokens", content, "text, once")
         if token.get("special") is not True:
             _refuse(f"added_tokens, {content!r}, special", token.get("special"), "true")
-        # The library `tokenizers` ignores the id in the file and gives a new added token the next id. So refuse a file
-        # that states another id.
+        # The library `tokenizers` gives a new added token the next id, whatever id the file states.
         expected = vocab.get(content, len(vocab))
         if not _is_id(id) or id != expected:
             _refuse(f"added_tokens, {content!r}, id", id, str(expected))

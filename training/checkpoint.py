@@ -69,8 +69,7 @@ def load_optimizers(model: GPT, optimizers: list[Optimizer], directory: Path) ->
     for flat, tensor in tensors.items():
         name, _, key = flat.rpartition("/")
         state.setdefault(name, {})[key] = tensor
-    # Only the parameter groups are needed here. With the option full_state_dict, each process would also gather the
-    # whole state of the optimizers, which could fill a GPU. So the option is not set here.
+    # Do not set full_state_dict here: each process would gather the whole optimizer state, which could fill a GPU.
     groups = dcp.get_optimizer_state_dict(model, optimizers)["param_groups"]
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=options)
@@ -91,14 +90,13 @@ class Checkpoints:
     Args:
         directory: runs/<name>/checkpoints.
         keep: number of newest checkpoints to keep, in addition to the one with the best validation loss.
-        on_error: "stop": when a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises
-            the error. "continue": the next call only prints the error on stderr. If the next call is
-            `wait(last=True)`, the error is raised for either value.
+        on_error: if a checkpoint cannot be written, the next call of `save`, `wait` or `raise_failure` raises the error
+            ("stop") or prints it on stderr ("continue").
         resumed: the checkpoint from which the run resumes, see `find_newest`; None for a new run.
         damaged: damaged checkpoints that are newer than `resumed`. They are never deleted.
 
     A checkpoint is not written if its weights or optimizer state are not finite. The next call of `save`, `wait` or
-    `raise_failure` then raises FloatingPointError for either value of `on_error`, because training cannot recover.
+    `raise_failure` then raises FloatingPointError for either value of `on_error`.
     """
 
     def __init__(
@@ -117,10 +115,7 @@ class Checkpoints:
         return self.directory / f"step-{step:06d}"
 
     def best(self) -> tuple[float, Path] | None:
-        """Return the lowest validation loss of the existing checkpoints, and the checkpoint that has it.
-
-        Return None if no checkpoint has a validation loss.
-        """
+        """Return the lowest validation loss of the existing checkpoints and its checkpoint; None if no loss exists."""
         return find_best(self.directory, self._unreadable)
 
     def advice(self) -> str:
@@ -133,8 +128,8 @@ class Checkpoints:
     ) -> None:
         """Copy the weights and the optimizer state to host memory, and start a thread that writes them.
 
-        Every process must call this method, because sharded tensors are gathered. Only one process writes. Before it
-        starts the thread, it waits for the thread of the previous checkpoint, and raises the errors that `wait` raises.
+        Every process must call this method, because sharded tensors are gathered. Raises the errors of `wait`, which is
+        called for the previous checkpoint.
 
         Args:
             state: the content of trainer/state.json; its "step" names the directory.
@@ -173,11 +168,10 @@ class Checkpoints:
         """Wait until the thread of the last `save` has ended, and raise or print its error.
 
         Args:
-            last: True if no other checkpoint follows. An error is then raised for either value of `on_error`.
+            last: True if no other checkpoint follows.
 
         Raises FloatingPointError if the weights or the optimizer state of the checkpoint are not finite. Raises OSError
-        if the checkpoint could not be written and `on_error` is "stop" or `last` is True. If `on_error` is "continue"
-        and `last` is False, the error is printed on stderr instead.
+        if the checkpoint could not be written and `on_error` is "stop" or `last` is True.
         """
         if self._thread is not None:
             self._thread.join()

@@ -319,10 +319,9 @@ class Config:
         """Return the configuration of the model to train: a new model, or the one that model.init_from names.
 
         Args:
-            vocab_size: number of tokens of the dataset's tokenizer. The vocabulary in the files of `initial` may be
-                larger, because it may be padded.
-            initial: the model that the run starts from; None for new weights. If model.init_from is scratch, this model
-                is a checkpoint of a run. Its shape is then not used, because the section `model` defines the shape.
+            vocab_size: number of tokens of the dataset's tokenizer. The vocabulary of `initial` may be padded.
+            initial: the model that the run starts from; None for new weights. If model.init_from is scratch, the shape
+                of `initial` is not used.
 
         Raises ValueError if the section `model` is not valid or contradicts the model that model.init_from names, or
         if data.sequence_length is above the block size of that model.
@@ -387,9 +386,7 @@ class Flags:
     """Options of one start of train.py that are not part of the configuration."""
 
     dry_run: str | None = None  # None: train; otherwise the hardware to estimate for, or "" for this machine
-    mfu: float | None = (
-        None  # for --dry-run: assumed fraction of the peak FLOP/s; None: add the times of a step's parts
-    )
+    mfu: float | None = None  # for --dry-run: assumed fraction of the peak FLOP/s; None: estimate each part of a step
     verify: bool = False  # compare the shards of the dataset with their hashes before training
     profile: bool = False  # write a trace of three steps to trace.json
 

@@ -14,8 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Names of settings in other training programs, and our field for each. A name that is spelled almost like our field
-# needs no entry here, because `suggestion` finds similar names.
+# Names of settings in other programs, and our field for each. `suggestion` finds similar names without an entry here.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
@@ -78,10 +77,7 @@ def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str
 
 
 def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
-    """Return the end of a message about an unknown field: the names of similar fields, each with `prefix` before it.
-
-    If no field has a similar name, the text refers to --help.
-    """
+    """Return the end of a message about an unknown field: the names of similar fields, each with `prefix` before it."""
     last = unknown.rpartition(".")[2].replace("-", "_")
     by_last = {name.rpartition(".")[2]: name for name in fields}
     near = [name for name in fields if name.endswith(f".{last}")]

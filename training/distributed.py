@@ -20,8 +20,7 @@ from processes import Processes
 class Loss(nn.Module):
     """The mean loss of a model as a module of its own, which `distribute` compiles and distributes for training.
 
-    Evaluation and sampling call the GPT itself, which has the same weights. So evaluation and sampling run uncompiled,
-    and do not synchronize gradients.
+    Evaluation and sampling call the GPT itself, uncompiled and without synchronization of gradients.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -44,10 +43,8 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
     """Compile `forward`, the forward pass of a block, for training. Only the blocks are compiled here.
 
     Blocks are compiled one by one, because they are also the units of communication. FSDP gathers the weights of a
-    block before the block runs and shards them afterwards, in hooks that cannot be part of a graph. DDP averages the
-    gradients of a block while the backward pass continues with the previous block. A single graph of the whole model
-    would return all gradients at its end, too late for this overlap. In eval mode, where shapes vary, the blocks run
-    uncompiled.
+    block in hooks that cannot be part of a graph. DDP averages gradients during the backward pass, but a single graph
+    of the whole model would return all gradients at its end. In eval mode, where shapes vary, blocks run uncompiled.
     """
     import torch._dynamo.config as dynamo_config  # imported here: the import takes a second, and few runs compile
 
@@ -65,13 +62,9 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
 def shard(model: GPT, dtype: torch.dtype) -> None:
     """Divide parameters, gradients and optimizer state between all processes with FSDP2.
 
-    `dtype` is the precision of autocast, which converts the parameters of linear layers to `dtype` anyway. So the
-    parameters of the linear layers are gathered in `dtype`, with one collective operation for each block. All other
-    parameters are gathered in float32, once for a forward and backward pass. So the residual stream is float32, and the
-    results are the same as with DDP.
-
-    The other parameters include the LayerNorms of all blocks, which together have fewer weights than one matrix. If
-    each LayerNorm were gathered by itself, two thirds of all all-gathers would be for LayerNorms.
+    The linear layers of each block are gathered in `dtype`, the precision to which autocast converts them anyway. All
+    other parameters are gathered together, because each LayerNorm is too small for a collective operation of its own.
+    They are gathered in float32, so that the results are the same as with DDP.
     """
     # imported here: the import takes a second, and few runs shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -125,9 +118,8 @@ def distribute(
         shard(model, processes.dtype)
     elif processes.world_size > 1:
         loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
-        # DDP sums the gradients of the processes in one order in its first backward pass, and in another order in all
-        # later ones. So one pass is made here, and its result is discarded. Otherwise, the first step of a resumed run
-        # would have another order than the same step of a run that was never stopped.
+        # DDP sums gradients in one order in its first backward pass, and in another order in all later ones. So discard
+        # the first pass here. Otherwise, the first step after resuming would differ from that of an uninterrupted run.
         ids = torch.zeros(1, sequence_length, dtype=torch.long, device=processes.device)
         with processes.autocast(), torch.compiler.set_stance("force_eager"):
             loss(ids, ids).backward()

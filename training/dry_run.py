@@ -36,10 +36,6 @@ class Target(NamedTuple):
 def dry_run(config: Config, processes: Processes, flags: Flags) -> tuple[str, str]:
     """Return the text that `train.py --dry-run` prints, and a message about what a run on this machine lacks.
 
-    The text states the size of the model, the tokens, the checkpoint to start from, the memory that each size of
-    micro-batch needs and whether this memory is available, and the time. If docs/scaling.json has enough runs with the
-    same recipe and dataset, the text also states the expected validation loss (docs/scaling.md).
-
     `flags.dry_run` names the hardware, such as 8xH100. If it is "", the hardware is that of this process. The message
     is "" if nothing is missing, or if `flags.dry_run` names hardware.
 
@@ -168,9 +164,7 @@ def describe_memory(config: Config, workload: Workload, target: Target) -> list[
 def describe_time(config: Config, workload: Workload, target: Target, mfu: float | None) -> list[str]:
     """Return lines with the expected duration of a step and of the run, or one line that says why there is no estimate.
 
-    The estimate for a GPU needs its peak FLOP/s. `mfu` is the fraction of the peak to assume. If `mfu` is None, the
-    lines also show the duration of each part of a step. The estimate for a CPU comes from its measured rate of matrix
-    products.
+    `mfu` is the fraction of a GPU's peak FLOP/s to assume. If it is None, the lines also show each part of a step.
     """
     hardware, card, steps = target.hardware, target.card, config.optim.steps
     precision = str(hardware.dtype).removeprefix("torch.")

@@ -30,10 +30,7 @@ def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak rate of matrix products of a device in FLOP/s; None if it is not known.
-
-    It is the rate in the 16-bit precision that `device.CARDS` lists for the card.
-    """
+    """Return the peak FLOP/s of a device in the 16-bit precision that `device.CARDS` lists; None if it is not known."""
     card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if card is None else card.peak_flops
 
@@ -107,34 +104,31 @@ class Workload:
     def memory(self, rows: int, *, sharded: bool = False) -> dict[str, int]:
         """Estimate the peak bytes of tensors on one process, by part, for micro-batches of `rows` windows.
 
-        The peak is reached in the last micro-batch of a step or in the optimizer. The memory that an allocator holds in
-        addition is not counted. With `sharded`, the processes divide weights and optimizer state between them (FSDP).
+        The memory that an allocator holds in addition is not counted. With `sharded`, the processes divide weights and
+        optimizer state between them (FSDP).
         """
         model, hardware, n_parameters, width = self.model, self.hardware, self.n_parameters, self.model.n_embd
         size = hardware.dtype.itemsize
         tokens = rows * self.sequence_length
-        # The tensors that autograd keeps for the backward pass of a block, in bytes per token and channel of the
-        # residual stream. The residual stream is kept twice, in float32. The other tensors have the precision of matrix
-        # products, and a number n in parentheses means n * `width` channels: the outputs of both LayerNorms (2),
-        # queries, keys and values (3), the attention output and its copy as the input of c_proj (2), and the output of
-        # c_fc (4). GELU's output is not kept.
+        # What autograd keeps for the backward pass of a block, in bytes per token and channel: the residual stream
+        # twice, in float32; and in the precision of matrix products the outputs of both LayerNorms (2), queries, keys
+        # and values (3), the attention output and its copy as the input of c_proj (2), and the output of c_fc (4).
+        # GELU's output is not kept.
         block_bytes = 2 * 4 + (2 + 3 + 2 + 4) * size
         kept = model.n_layer * (4 if self.recompute else block_bytes) + 2 * 4  # plus input and output of ln_f
-        # The peak is in one of three places. In the backward pass of a block, two tensors of 4 * `width` channels exist
-        # (the output of GELU and its gradient, then the gradients of GELU's output and input), two float32 gradients of
-        # the residual stream and, with `recompute`, the recomputed tensors of the block. In the loss, the tensors of
-        # `loss_memory` exist. In the backward pass and in the loss, the kept tensors and the head's gradient exist too.
-        # In the optimizer, the tensors of `muon_memory` exist. The part "logits" of the result always counts
-        # `loss_memory` and the head's gradient. The part "activations" counts what the peak needs beyond that.
+        # The peak is in the backward pass of a block, in the loss, or in Muon's step. In the backward pass of a block,
+        # two tensors of 4 * `width` channels exist (around GELU), two float32 gradients of the residual stream and,
+        # with `recompute`, the recomputed tensors of the block. In this backward pass and in the loss, the kept tensors
+        # and the head's gradient exist too. The part "logits" always counts `loss_memory` and the head's gradient, and
+        # the part "activations" counts what the peak needs beyond that.
         matrices = 12 * width**2 * model.n_layer if self.muon else 0
         muon_bytes = muon_memory(model, hardware, sharded=sharded) if self.muon else 0
         backward = tokens * width * (2 * 4 * size + 2 * 4 + (block_bytes if self.recompute else 0))
         loss = loss_memory(model, tokens, hardware)
         head = 4 * model.vocab_size * width  # the head's gradient, kept until that of the tied embedding is added
         activations = max(tokens * width * kept + max(0, backward - loss), muon_bytes - loss - head)
-        # DDP has buffers for averaging all gradients. With several micro-batches in a step, gradients that were not
-        # averaged yet are stored outside of these buffers, so gradients take twice the memory. FSDP shards the
-        # gradients only after the last micro-batch, so until then each process has all of them.
+        # With several micro-batches in a step, DDP stores gradients that were not averaged yet outside of its buffers,
+        # so gradients take twice the memory. FSDP shards the gradients only after the last micro-batch.
         buckets = hardware.count > 1 and not sharded and rows < self.windows
         return {
             "weights": self._weights(sharded=sharded),
@@ -147,9 +141,8 @@ class Workload:
     def _weights(self, *, sharded: bool) -> int:
         """Return the bytes of the weights on one process: its own, those that FSDP gathers, and 16-bit copies."""
         model, dtype, shards = self.model, self.hardware.dtype, self.hardware.count if sharded else 1
-        # Matrix products in 16 bits use 16-bit copies of the weights. FSDP gathers the weights of a block, and in
-        # advance those of the next block, in the precision of matrix products. It gathers the embeddings, and so the
-        # head (the token embeddings), in float32.
+        # Matrix products in 16 bits use 16-bit copies of the weights. FSDP gathers the weights of two blocks (the next
+        # one in advance) in the precision of matrix products, and the embeddings in float32.
         embeddings = (model.vocab_size + model.block_size) * model.n_embd
         copied, gathered = self.n_parameters, 0
         if shards > 1:
@@ -176,8 +169,8 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
     size = hardware.dtype.itemsize
     if hardware.gpu_memory is None:  # on a CPU: a chunk of logits, and 64 rows of it in float32
         return min(ceil_div(tokens, 2), MATMUL_ROWS) * model.vocab_size * size + 64 * model.vocab_size * 4
-    # On a GPU: a chunk of logits; the product that is added to the head's gradient (counted in every case, although
-    # `add_product` needs a separate tensor for it only in float32 and on ROCm); and the gradient of the hidden states.
+    # On a GPU: a chunk of logits, the product that is added to the head's gradient (not always a separate tensor), and
+    # the gradient of the hidden states.
     chunk = min(tokens, rows_at_a_time(hardware.gpu_memory, model.vocab_size, size)) * padded(model.vocab_size) * size
     return chunk + 4 * padded(model.vocab_size) * model.n_embd + 4 * tokens * model.n_embd
 
@@ -200,9 +193,8 @@ def largest_micro_batch(windows: int, fits: Callable[[int], bool]) -> int | None
     """Return the rows (windows) per micro-batch for a process with `windows` windows per step; None if no row fits.
 
     `fits` returns whether a number of rows fits into memory. Only sizes that divide the windows into nearly equal
-    micro-batches are tried, because a small remainder would waste a forward pass. The largest divisor of `windows` that
-    fits is preferred if it is at least half of the largest size that fits. With a divisor, all micro-batches have the
-    same shape, and the loss is compiled once instead of twice.
+    micro-batches are tried. A divisor of `windows` is preferred if it is at least half of the largest size that fits:
+    then all micro-batches have the same shape, and the loss is compiled only once.
     """
     sizes = sorted({ceil_div(windows, n) for n in range(1, windows + 1)}, reverse=True)
     largest = next((rows for rows in sizes if fits(rows)), None)

@@ -19,9 +19,8 @@ from eval.reference import losses_to_beat
 from pretrained import ModelFiles
 from training.config import Config, Data
 
-# Batch size in tokens and peak learning rate for each preset, if AdamW trains all parameters: those of gpt2-124m.yaml,
-# gpt2-350m.yaml, gpt2-774m.yaml and gpt2-1558m.yaml in configs/ (a test compares them). They are repeated here because
-# an installation may lack those files.
+# Batch size in tokens and peak learning rate for each preset with AdamW, as in configs/gpt2-*.yaml. They are repeated
+# here because an installation may lack these files.
 RECIPES = {
     "gpt2": (524_288, 6e-4),
     "gpt2-medium": (524_288, 3e-4),
@@ -63,12 +62,9 @@ class Inputs:
 
 
 def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> Inputs:
-    """Open and check the dataset. With `verify`, compare every shard with its hash.
+    """Open and check the dataset; with `verify`, also the hash of each shard. Download HellaSwag if the run scores it.
 
-    If the run scores HellaSwag, also download its questions.
-
-    Raises ValueError or OSError if a file is missing or damaged, or if the configuration does not fit the dataset. The
-    message says what to do.
+    Raises ValueError or OSError if a file is missing or damaged, or if the configuration does not fit the dataset.
     """
     if config.data.format == "completions":
         if verify:
@@ -210,8 +206,7 @@ def warnings(config: Config, inputs: Inputs) -> list[str]:
     if model.preset and as_released:
         batch_tokens, lr = RECIPES[model.preset]
         fraction = data.batch_tokens / batch_tokens
-        # Warn only with AdamW. With Muon, runs with a high optim.lr and small batches train well:
-        # configs/shakespeare.yaml has 0.01 and 2,048 tokens.
+        # Warn only with AdamW. With Muon, runs with a high optim.lr and small batches train well.
         if fraction <= 0.5 and optim.lr >= lr and optim.name == "adamw":
             found.append(
                 f"data.batch_tokens {data.batch_tokens:,} is {1 / fraction:.0f} times below the {batch_tokens:,} for "

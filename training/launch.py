@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-# Import `command` before torch. `command` imports openmp.py, which sets an environment variable. The OpenMP library
-# reads this variable when torch loads the library.
+# Import `command` before torch. `command` sets an environment variable that OpenMP reads when torch is imported.
 from command import described, fail, lasting_output
 
 # isort: split
@@ -22,8 +21,8 @@ from training.config import Config, Flags, parse_command_line
 class StopSignal:
     """Records the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, so that training can stop after the current step.
 
-    After this first signal, Ctrl-C raises KeyboardInterrupt as usual. SIGHUP is sent when the terminal is closed. If
-    the process ignores SIGHUP when it starts, as under nohup, SIGHUP stays ignored.
+    After this first signal, Ctrl-C raises KeyboardInterrupt as usual. If the process was started with nohup, SIGHUP
+    stays ignored.
 
     Args:
         announce: whether to print on stderr that training will stop; True on the main process only.
@@ -37,7 +36,7 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True
-        # From now on, let Ctrl-C raise KeyboardInterrupt: the message below may tell the user to press Ctrl-C again.
+        # From now on, Ctrl-C raises KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._announce and is_first:
             again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""

@@ -31,9 +31,8 @@ SAMPLE_CHARACTERS = 66  # maximum length of a printed sample; with its indentati
 class Progress:
     """Shows progress as a bar on a terminal. If the output is not a terminal, prints a line every `every` steps.
 
-    The bar and the lines show the loss, the tokens per second, the MFU if it is known, and the remaining time. If
-    `bytes_per_token` (the mean of the training text) is known, they also show the loss in bits per byte, which is
-    comparable between tokenizers.
+    If `bytes_per_token` (the mean of the training text) is known, the loss is also shown in bits per byte, which can be
+    compared between tokenizers.
     """
 
     def __init__(
@@ -130,8 +129,7 @@ def peak_memory(device: torch.device) -> int:
 def start_profiler(path: Path) -> torch.profiler.profile:
     """Trace the third, fourth and fifth step from now, and write the trace to `path`.
 
-    The first two steps are not traced, because they include compilation. The caller must call `step` of the returned
-    profiler after each training step. chrome://tracing shows the trace.
+    The first two steps include compilation. The caller must call the profiler's `step` after each training step.
     """
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
@@ -156,8 +154,8 @@ def provenance(
 ) -> dict[str, Any]:
     """Return the entry in provenance.json for this start of the run: command, versions of code and libraries, hardware.
 
-    resumed_at is the step of the checkpoint from which the run resumes, None for a new run. If a new run starts from
-    the checkpoint of another run, branched_from is this checkpoint; otherwise it is None.
+    resumed_at is the step from which the run resumes, None for a new run. branched_from is the checkpoint of another
+    run from which a new run starts, or None.
     """
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers")
     return {

@@ -20,12 +20,10 @@ from training.config import Optim
 class Muon(Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    All singular values of an update are about 1. So a matrix moves equally far in every singular direction of its
-    momentum, including directions in which the gradients are small.
+    All singular values of an update are about 1, so a matrix moves equally far in every singular direction.
 
-    This class differs from torch.optim.Muon in two points. First, it treats the weight of c_attn as three matrices, for
-    queries, keys and values. Second, the processes divide the work: each process orthogonalizes some of the matrices
-    and sends the results to the others.
+    Unlike torch.optim.Muon, this class treats the weight of c_attn as three matrices (queries, keys and values), and
+    divides the work: each process orthogonalizes some matrices and sends the results to the other processes.
     """
 
     def __init__(
@@ -47,8 +45,7 @@ class Muon(Optimizer):
                 c_attn.
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
-            batched: process all matrices of the same shape together. Use True on a GPU, which a single matrix cannot
-                keep busy, and False on a CPU, where a single matrix is enough work.
+            batched: process all matrices of the same shape together. Use it on a GPU, which one matrix does not fill.
             orthogonalize: a compiled form of `newton_schulz`, used if `batched`; None for `newton_schulz` itself.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
@@ -209,9 +206,8 @@ def distributed_newton_schulz(updates: list[Tensor], dtype: torch.dtype) -> None
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the matrices ([N,] rows, columns) in `dtype`, with the singular values changed to about 1 (0.7 to 1.2).
 
-    This takes five steps of a Newton-Schulz iteration, which consists of matrix products only. The coefficients of its
-    quintic polynomial are those of Jordan et al. With these coefficients, small singular values grow quickly, but the
-    singular values do not converge to exactly 1. Singular values that are almost 0 stay below 0.7.
+    This takes five steps of a Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024. The singular
+    values do not converge to exactly 1, and those that are almost 0 stay below 0.7.
     """
     # The elements of a gradient may be smaller than the smallest float16: normalize before converting to float16.
     wide_range = torch.finfo(dtype).tiny < 1e-30

@@ -51,10 +51,8 @@ class Plan:
 def make_plan(config: Config, workload: Workload, processes: Processes, resumed_state: dict[str, Any]) -> Plan:
     """Decide how a run computes.
 
-    Free memory differs between processes and changes with time, but all processes must use the same micro-batch, and
-    either all of them use DDP or all use FSDP. A run that resumes with the same settings and hardware keeps its
-    micro-batch: with another micro-batch, gradients would be summed in another order, which changes the last bits of
-    the results.
+    All processes must agree on the micro-batch and on DDP or FSDP, although their free memory differs. A run that
+    resumes with the same settings and hardware keeps its micro-batch, because another one changes the results slightly.
 
     Args:
         resumed_state: trainer/state.json of the checkpoint from which the run resumes or branches; otherwise {}.
@@ -80,8 +78,7 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
     }
     if config.data.micro_batch == "auto" and resumed_state:
         same = all(resumed_state.get(name, value) == value for name, value in planned_for.items())
-        # `resumed_state` describes the device of the main process only. So only the comparison of the main process
-        # counts, and the other processes pass True.
+        # `resumed_state` describes the device of the main process only, so the other processes pass True.
         if processes.all_reduce_min(same or not processes.is_main):
             micro_batch, why_micro_batch = resumed_state["micro_batch"], "as before the run was stopped"
     compiled, why_compiled = should_compile(config, workload.n_parameters, device)
@@ -97,8 +94,8 @@ def make_plan(config: Config, workload: Workload, processes: Processes, resumed_
 def should_shard(config: Config, workload: Workload, processes: Processes) -> tuple[bool, str]:
     """Return whether to use FSDP, and the reason.
 
-    One process never uses FSDP. Several processes use FSDP if system.parallel is fsdp. With auto, they use FSDP only on
-    GPUs, if DDP with the smallest micro-batch would fill more than half of a GPU's free memory.
+    With system.parallel auto, several GPUs use FSDP if DDP with the smallest micro-batch would fill more than half of a
+    GPU's free memory.
     """
     if processes.world_size == 1:
         return False, "one process"
@@ -115,8 +112,7 @@ def usable_memory(device: torch.device) -> tuple[int, float]:
     """Return the bytes of memory that are free for this process, and the fraction of them that a run may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), GPU_SHARE
-    # On a CPU, the fraction is smaller than on a GPU, because the C library keeps freed memory, which fragments: a
-    # process used up to 1.45 times the estimate.
+    # On a CPU, the C library keeps freed memory, which fragments: a process used up to 1.45 times the estimate.
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.6
 
 

@@ -20,8 +20,7 @@ from training.start import run_identity
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "scaling.json"
 SIZES = ("n_layer", "n_head", "n_embd")  # fields of GPTConfig that differ between the runs of a `Study` (below)
 
-# The warm-up has the same number of steps in all runs, so it is a larger part of a short run. A run whose warm-up is
-# more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
+# A run whose warm-up is more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
 MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
 SAMPLES = 200  # number of laws that `bootstrap` fits for each of FORMS; intervals are computed from these laws
 
@@ -44,10 +43,7 @@ class Fit(NamedTuple):
         return float(self.law.loss(*size)), *interval(self.samples, *size)
 
     def extrapolations(self, run: dict[str, Any]) -> list[str]:
-        """Compare parameters, tokens and FLOPs of `run` with the range of the fitted runs.
-
-        Return a text, such as "2.0 times the most tokens", for each number outside its range.
-        """
+        """Return a text such as "2.0 times the most tokens" for each size of `run` outside the range of fitted runs."""
         found = []
         for name, unit in (("parameters", "parameters"), ("tokens", "tokens"), ("flops", "FLOPs")):
             values = [fitted[name] for fitted in self.runs]
@@ -61,8 +57,7 @@ class Fit(NamedTuple):
 def recipe_of(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any]:
     """Return, as JSON values, the settings that must be equal in fitted runs and in the run that the fit predicts.
 
-    These are all the settings that determine the loss, except the model's size, the number of steps, the seed and the
-    precision. They include the hashes of the dataset, the number of validation tokens and the width of a head.
+    These are all settings that determine the loss, except the model's size, the steps, the seed and the precision.
     """
     identity = run_identity(config, model, inputs)
     del identity["run"]["seed"], identity["optim"]["steps"]
@@ -101,8 +96,7 @@ def read_studies(path: Path) -> list[Study]:
 def find_study(studies: list[Study], recipe: dict[str, Any]) -> Study | None:
     """Return the study whose runs have this recipe, or None if there is no such study.
 
-    If the recipe of a study lacks a setting, the study is older than the setting. Its runs were trained with the
-    setting's default.
+    If the recipe of an older study lacks a setting, its runs were trained with the setting's default.
     """
     defaults = Config().to_dict() | {"model": dataclasses.asdict(GPTConfig())}
 
@@ -125,9 +119,8 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
     """Fit a law to the runs of a study that have enough steps (MIN_STEPS).
 
-    Return None if these runs have too few different sizes. A size is a pair (parameters, tokens). By default, the runs
-    that are marked as held out are not fitted: the caller compares their losses with predictions, to check the law.
-    With `with_held_out`, the law is fitted to the held-out runs, too. Use this option to predict other runs.
+    Return None if these runs have too few different sizes (parameters, tokens). By default, the runs that are marked as
+    held out are not fitted: the caller compares their losses with predictions, to check the law.
 
     The form of the law is the one that predicts the runs of each size best from the runs of all other sizes. The
     intervals come from all forms, because forms that fit small runs equally well can disagree about a larger run.

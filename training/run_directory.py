@@ -121,8 +121,7 @@ class RunDirectory:
     ) -> None:
         """Create the directory if it does not exist, write config.yaml and other files, and start the trackers.
 
-        If the directory exists, also remove incomplete checkpoints, and the records and samples that an earlier
-        attempt wrote for steps after the step from which the run resumes.
+        If the directory exists, also remove incomplete checkpoints.
 
         Args:
             start: the entry of this start in provenance.json.
@@ -191,10 +190,9 @@ class RunDirectory:
     def draw_losses(
         self, draw: Callable[..., None], step: int, references: Sequence[tuple[str, float]], *, last: bool = False
     ) -> None:
-        """Draw the losses so far to loss.png.
+        """Draw the losses so far to loss.png. An error is printed and not raised.
 
-        Do nothing if this process started, or drew the last picture, less than SECONDS_BETWEEN_PICTURES ago, unless
-        `last` is True. An error is printed and not raised.
+        Unless `last` is True, a picture is drawn at most every SECONDS_BETWEEN_PICTURES seconds.
 
         Args:
             draw: called with the records of metrics.jsonl, the path, a title and `references`.
@@ -248,9 +246,9 @@ class RunDirectory:
 class MetricsLog:
     """Writes metrics.jsonl: one object per line, written without delay.
 
-    The run resumes from `last_step` (-1: a new run). Opening the log removes the training records after `last_step`,
-    all other records after `last_validation` (default: `last_step`), and an incomplete last line. So no step appears
-    twice. With `checkpoint.on_error: continue`, records that cannot be written wait until the disk has space.
+    Opening the log removes the training records after `last_step` (-1: all), all other records after `last_validation`
+    (default: `last_step`), and an incomplete last line. So no step appears twice. With `checkpoint.on_error: continue`,
+    records that cannot be written wait until the disk has space.
     """
 
     def __init__(self, path: Path, last_step: int, config: Config, *, last_validation: int | None = None) -> None:
@@ -334,9 +332,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iterate_metrics(path))
 
 
-# In samples.txt, a heading begins with "==== ". A line of a sampled text may also begin with "==== ", or with
-# backslashes and "==== ". Such a line gets one more backslash at its beginning. To restore the line, remove this
-# backslash.
+# In samples.txt, a heading begins with "==== ". A line of a sampled text that begins with "==== ", or with backslashes
+# and "==== ", gets one more backslash.
 HEADING = re.compile(rb"^==== step (\d+), sample ", re.MULTILINE)
 NEEDS_ESCAPE = re.compile(r"^(?=\\*==== )", re.MULTILINE)
 ESCAPED = re.compile(r"^\\(?=\\*==== )", re.MULTILINE)

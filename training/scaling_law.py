@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The threshold of the Huber loss: larger residuals of the logarithm of the loss are counted linearly, and smaller ones
-# squared, as in Hoffmann et al. 2022.
+# The threshold of the Huber loss, for residuals of the logarithm of the loss, as in Hoffmann et al. 2022.
 HUBER = 1e-3
 STEPS = 200  # maximum number of steps of the Levenberg-Marquardt algorithm
 
@@ -74,19 +73,15 @@ def fit(runs: Observations, form: Form) -> Law:
 def fit_weighted(runs: Observations, form: Form, weights: np.ndarray, near: Law | None = None) -> np.ndarray:
     """Fit a law for each row of `weights` (k, n), which has a weight for each run. Return the fields of Law, (k, 6).
 
-    The search starts at `near` or, if `near` is None, at each of `starting_points`.
-
-    The fit minimizes the Huber loss of the residuals log(L(N, D) / loss) with the Levenberg-Marquardt algorithm. This
-    algorithm minimizes sums of squares, so each squared residual gets a weight that depends on the size of the
-    residual. All rows and starting points are computed together, and the best result of each row is returned.
+    The fit minimizes the Huber loss of the residuals log(L(N, D) / loss) with the Levenberg-Marquardt algorithm. The
+    search starts at `near` or, if `near` is None, at each of `starting_points`.
 
     Raises ValueError if the runs have fewer different sizes than the form has free numbers.
     """
     n_sizes, n_free = len(set(zip(runs.parameters, runs.tokens, strict=True))), form.matrix.shape[1]
     if n_sizes < n_free:
         raise ValueError(f"a law with {n_free} free numbers needs runs of {n_free} sizes, but there are {n_sizes}")
-    # Subtract the means of log N and log D. With logarithms near 0, A and B are about as large as the two terms that
-    # contain them, and so not extremely large.
+    # Subtract the means of log N and log D, so that A and B are about as large as the two terms that contain them.
     centers = np.log(runs.parameters).mean(), np.log(runs.tokens).mean()
     x, y = np.log(runs.parameters) - centers[0], np.log(runs.tokens) - centers[1]
     if near is None:
@@ -128,6 +123,7 @@ def minimize(
     residuals, jacobian = evaluate(free, form, x, y, target)
     errors = (weights * huber(residuals)).sum(axis=1)
     for _ in range(STEPS):
+        # These weights make the gradient of a least-squares fit equal to that of the Huber loss.
         weighted = weights * np.minimum(1, HUBER / np.maximum(np.abs(residuals), 1e-12))
         gradient = np.einsum("kn,kn,knf->kf", weighted, residuals, jacobian)
         hessian = np.einsum("kn,knf,kng->kfg", weighted, jacobian, jacobian)
@@ -173,9 +169,8 @@ def bootstrap(runs: Observations, form: Form, law: Law, count: int, seed: int = 
     """Return an array (count, 7). Each row has the fields of a law that was fitted to a random sample, and a residual.
 
     The sample has n runs, drawn with replacement from all n runs. The residual is log(loss / loss by `law`) of a random
-    run. It represents what a law cannot explain, such as the influence of the seed. `law` has f free numbers and was
-    fitted to the n runs. So its residuals for these runs are smaller than for other runs, and they are multiplied by
-    the square root of n / (n - f).
+    run. It represents what a law cannot explain, such as the influence of the seed. Residuals are multiplied by the
+    square root of n / (n - f), because those of a law with f free numbers are too small for its own runs.
     """
     generator = np.random.default_rng(seed)
     n, n_free = len(runs.losses), form.matrix.shape[1]

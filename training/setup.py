@@ -69,10 +69,7 @@ class TrainingRun:
 
     @property
     def lacks_validation(self) -> bool:
-        """True if a validation is due after step `state.step` and has no result yet.
-
-        Unless eval.every is 0, a validation is also due after the last step of the run.
-        """
+        """True if a validation is due after step `state.step` and has no result yet."""
         step, every = self.state.step, self.config.eval.every
         is_last = every > 0 and step == self.config.optim.steps
         return self.state.val_loss is None and (is_last or is_due(step, every))
@@ -98,8 +95,7 @@ class TrainingRun:
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         """Stop the loader and close the directory. After an exception in the block, write "failed" to status.json.
 
-        An out-of-memory error is replaced by a ValueError. Its message names a smaller micro-batch that is estimated to
-        fit, or says how else to save memory.
+        An out-of-memory error is replaced by a ValueError, whose message says how to save memory.
         """
         if kind is not None:
             with contextlib.suppress(OSError):  # a failed write must not hide the error that ended the run
@@ -131,8 +127,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         directory.lock()
     start = find_start(config, directory.checkpoints, processes)
     # Every process verifies the dataset. If the other processes waited for the main process to verify it, a collective
-    # operation could reach its timeout. The processes of a machine read a file from the disk only once: after that, the
-    # file is in the page cache.
+    # operation could reach its timeout.
     inputs = open_inputs(config, start.model, verify=verify)
     shape = config.model_config(inputs.tokenizer.vocab_size, start.model)
     identity = run_identity(config, shape, inputs)
@@ -216,8 +211,7 @@ def open_directory(run: TrainingRun, start: Start) -> None:
     """Create the directory of a new run. For a resumed run, remove the records of steps after its checkpoint."""
     step = run.state.step if start.resumes else None
     last_step = -1 if step is None else step
-    # If the checkpoint lacks the validation of its step, this process begins with that validation. Then also remove the
-    # records of that validation, which an earlier attempt may have written.
+    # If the checkpoint lacks the validation of its step, the run begins with it: also remove its old records.
     last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
     branched_from = start.checkpoint if start.branches else None
     described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)
