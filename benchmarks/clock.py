@@ -31,16 +31,14 @@ class Call(NamedTuple):
     arguments: tuple = ()
 
     def __call__(self) -> Any:
-        # This import is dynamic because each process must load only the libraries of its own contestant: a library
-        # takes memory, may start threads and may change global settings.
+        # The import is dynamic, so that each process loads only the libraries of its own contestant.
         return getattr(importlib.import_module(self.module), self.function)(*self.arguments)
 
 
 def call_in_process(module: str, function: str, *arguments: Any) -> Any:
     """Call a function in a new process, and return its result. The caller does not load the function's libraries.
 
-    If the function raises an exception, `call_in_process` raises the same exception. If the new process ends without a
-    result, for example because it was killed, `call_in_process` raises ChildProcessError.
+    Raises the exception of the function, or ChildProcessError if the new process ends without a result.
     """
     process, pipe = start_process(answer, Call(module, function, arguments))
     try:
@@ -58,11 +56,10 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
     The timed runs are made in turns. In one turn, each contestant runs once. Every second turn has the reversed order,
     so that a contestant does not always run after the same other contestant.
 
-    Each contestant is given by a `Call`, which sets up the work and returns the function to time. This call is made in
-    a new process, one for each contestant. Returns for each contestant "seconds" (the median), "lowest" and "highest"
-    in seconds, and "peak_memory" in bytes: the memory of the tensors on the GPU if the contestant uses a GPU, otherwise
-    the memory of its process and of the processes that this process starts. Raises the exception of a contestant that
-    fails.
+    Each contestant has a new process, in which its `Call` sets up the work and returns the function to time. Returns
+    for each contestant "seconds" (the median), "lowest" and "highest" in seconds, and "peak_memory" in bytes: that of
+    the tensors on the GPU if the contestant uses a GPU, otherwise that of its process and its descendants. Raises the
+    exception of a contestant that fails.
     """
     processes: list[BaseProcess] = []
     pipes: dict[str, Connection] = {}
@@ -92,9 +89,8 @@ def compare(contestants: Mapping[str, Call], runs: int, warm_up: int = 2) -> dic
 def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
     """Start `target(*arguments, pipe)` in a new process. Return the new process and the caller's end of the pipe.
 
-    After the new process has sent its last result, the caller must join it (wait until it has ended), because it still
-    uses a core to release its memory. If the next contestant started during this time, openmp.py would find a busy
-    machine, and make the threads of the next contestant sleep when they wait for work. All its runs would be slower.
+    After the new process has sent its last result, the caller must join it (wait until it has ended). Until then, it
+    uses a core to release its memory, which would slow down the next contestant.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -107,7 +103,7 @@ def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BasePro
 def receive(pipe: Connection) -> Any:
     """Return the value that the other process sends, or raise the exception that it sends.
 
-    Raises ChildProcessError if the other process ended without sending a value, for example because it was killed.
+    Raises ChildProcessError if the other process ended without sending a value.
     """
     try:
         value = pipe.recv()
@@ -173,10 +169,7 @@ def used_gpu() -> Any:
 
 
 def synchronize() -> None:
-    """If this process uses a GPU, wait until the GPU has finished all queued work.
-
-    This is necessary because a call of an operation on a GPU returns before the operation has run.
-    """
+    """If this process uses a GPU, wait until the GPU has finished all queued work."""
     if gpu := used_gpu():
         gpu.synchronize()
 

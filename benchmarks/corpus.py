@@ -23,18 +23,12 @@ SAMPLE_BYTES = 20e6  # size of the sample of documents whose words are counted
 
 
 def write_files(roots: list[str], path: Path) -> tuple[float, float]:
-    """Write the text files under `roots` to a .jsonl file.
-
-    Returns the megabytes of text, and the number of different words per megabyte (see `write_corpus`).
-    """
+    """Write the text files under `roots` to a .jsonl file. Returns the result of `write_corpus`."""
     return write_corpus(text_files(roots), path)
 
 
 def write_plays(path: Path) -> tuple[float, float]:
-    """Write at least PLAYS_BYTES bytes of plays to a .jsonl file.
-
-    Returns the megabytes of text, and the number of different words per megabyte (see `write_corpus`).
-    """
+    """Write at least PLAYS_BYTES bytes of plays to a .jsonl file. Returns the result of `write_corpus`."""
     return write_corpus(repeated_plays(PLAYS_BYTES), path)
 
 
@@ -72,8 +66,7 @@ def write_corpus(texts: Iterator[str], path: Path) -> tuple[float, float]:
     """Write texts to a .jsonl file.
 
     Returns the megabytes of text, and the number of different words per megabyte. A word is one of the pieces into
-    which GPT-2's tokenizer splits a text before it merges bytes. The words are counted in a random sample of the
-    documents, about 20 MB in total.
+    which GPT-2's tokenizer splits a text before it merges bytes. They are counted in a random sample of the documents.
     """
     size, lengths = 0, []
     with open(path, "w", encoding="utf-8") as file:

@@ -49,15 +49,12 @@ def matmul_rate(dtype_name: str, where: str) -> float:
 
 
 def memory_bandwidth(where: str) -> float:
-    """Copy 512 MiB five times, and return the highest rate: bytes read plus bytes written, per second.
-
-    A CPU copies with all threads.
-    """
+    """Copy 512 MiB five times, and return the highest rate: bytes read plus bytes written, per second."""
     source, target = torch.ones(2**27, device=where), torch.zeros(2**27, device=where)
     return max(2 * source.nbytes / seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def read_bandwidth(where: str) -> float:
-    """Read 512 MiB five times, and return the highest rate in bytes per second. A CPU reads with all threads."""
+    """Read 512 MiB five times, and return the highest rate in bytes per second."""
     source = torch.ones(2**27, device=where)
     return max(source.nbytes / seconds(source.sum) for _ in range(5))

@@ -24,8 +24,7 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
     The pages about attention and tokens show `text`. If it is None, they show the beginning of the validation split.
     `checkpoint` is best, newest or a step. None means best if eval.patience ended the run, otherwise newest.
 
-    Raises ValueError or OSError if the run cannot be read, if a page cannot show the text or cannot be written, or if
-    there is neither a text nor a validation split.
+    Raises ValueError or OSError if the run cannot be read, if there is no text, or if a page cannot be made or written.
     """
     log = read_run_log(run, run.name)
     text = text or example_text(log.config)
@@ -39,8 +38,7 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 def example_text(config: dict[str, Any]) -> str:
     """Return the text of the first EXAMPLE_TOKENS tokens of a run's validation split, without end-of-text tokens.
 
-    `config` is the run's configuration. Raises ValueError if the split or its tokenizer cannot be read, for example
-    because the dataset no longer exists or does not consist of token shards.
+    Raises ValueError if the split or its tokenizer cannot be read, for example because the dataset no longer exists.
     """
     directory = config.get("data", {}).get("dir", "")
     try:

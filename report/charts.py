@@ -16,8 +16,7 @@ from report.run_log import RunLog, ValidationSet
 
 POINTS = 2000  # largest number of points in a line; a screen has too few columns of pixels to show more points
 SIZES = dict(zip(PRESETS, ("124M", "350M", "774M", "1558M"), strict=True))
-# The colors of the runs, which readers with any type of color blindness can distinguish: four colors of Okabe and Ito's
-# palette, and a violet.
+# The colors of the runs, distinct with any type of color blindness: four of Okabe and Ito's palette, and a violet.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#785ef0")
 
 
@@ -27,8 +26,7 @@ class Series:
 
     run: int  # index of the run
     # "step" (the value of each step), "mean" (the running mean of these values), "validation", or "value" (the value of
-    # each step in a chart without running means, such as the learning rate). For each kind except "value", the page has
-    # a checkbox that hides the lines of this kind.
+    # each step in a chart without running means, such as the learning rate)
     kind: str
     steps: np.ndarray  # number of the optimizer step at each point
     tokens: np.ndarray  # number of training tokens up to this step
@@ -80,8 +78,8 @@ class Chart:
 def make_charts(logs: Sequence[RunLog]) -> list[Chart]:
     """Return all charts that have data.
 
-    Losses on different validation sets cannot be compared, so they have separate charts. For the same reason, HellaSwag
-    results with different conventions (eval/hellaswag.py) have separate charts.
+    Losses on different validation sets cannot be compared, so they have separate charts. The same is true of HellaSwag
+    results with different conventions.
     """
     charts = [*_loss_charts(logs), *_hellaswag_charts(logs)]
     for name, title, unit, digits in (
@@ -172,9 +170,8 @@ def make_series(index: int, log: RunLog, split: str, name: str, kind: str) -> Se
 def thin(values: np.ndarray, points: int = POINTS) -> np.ndarray:
     """Return the indices of at most `points` values that keep the shape of a curve. (n,) without NaN -> (m,)
 
-    If there are more than `points` values, they are divided into points / 2 - 1 intervals. The result then has the
-    indices of the minimum and the maximum of each interval, and those of the first and the last value. So the peak of a
-    single step is never lost.
+    A longer curve is divided into points / 2 - 1 intervals. The minimum and the maximum of each interval are kept, and
+    the first and the last value. So the peak of a single step is never lost.
     """
     n = len(values)
     if n <= points:

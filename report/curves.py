@@ -67,8 +67,7 @@ def late_range(
 ) -> tuple[float, float] | None:
     """Return the y range (low, high) that shows the lines (x, y) and the references, or None if there are no lines.
 
-    The points in the first 5% of a line's x range have no influence: with the high losses of the first steps, the y
-    range would be so large that the rest of the line would look flat.
+    The points in the first 5% of a line's x range have no influence: with their high losses, the rest would look flat.
     """
     late = [y[x >= 0.05 * x[-1]] for x, y in lines if len(x)]
     if not late:
@@ -81,7 +80,7 @@ def late_range(
 
 def new_figure() -> tuple[Figure, Axes]:
     """Return an empty figure and its axes. pyplot is not used, because it keeps every figure in memory."""
-    # Imported here, because the import takes a second, and only one process of a training run, the main one, draws.
+    # Imported here, because the import takes a second, and only the main process of a training run draws.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -110,8 +109,7 @@ def save_figure(figure: Figure, axes: Axes, path: Path, *, x_is_tokens: bool) ->
     lines = [line for line in axes.get_lines() if not re.fullmatch(r"_child\d+", str(line.get_label()))]
     if lines:
         labels = [str(line.get_label()) for line in lines]
-        # The legend is below the axes. Inside the axes, matplotlib would search for the place that covers the fewest of
-        # many points, which takes seconds.
+        # The legend is below the axes. Inside them, matplotlib would take seconds to find a place with few points.
         columns = max(1, min(3, 90 // max(map(len, labels))))
         figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
     for part in figure.findobj(text.Text):

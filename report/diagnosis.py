@@ -16,8 +16,7 @@ from report.symptoms import CHECKS, Curves, Finding, find_curves
 from training.run_directory import RunDirectory
 from weights import open_model, read_tensors
 
-# `shared_text` reads at most this number of tokens from the training split, and at most a tenth of this number from the
-# validation split.
+# `shared_text` reads at most this many tokens of the training split, and a tenth as many of the validation split.
 READ_TOKENS = 10_000_000
 PASSAGE = 32  # tokens in a passage that `shared_text` searches for
 SAMPLE_TOKENS = 4096  # number of tokens that the function `encoding` decodes and encodes again
@@ -44,8 +43,7 @@ def diagnose(directory: Path) -> list[Finding]:
 def frozen_weights(checkpoints: list[Path], freeze_layers: int) -> Finding | None:
     """Look for matrices that are bitwise equal in the first and the last of the checkpoints that still exist.
 
-    Vectors are not compared, because they can be equal in a healthy run: the weights of a LayerNorm are near 1, and at
-    the end of a learning-rate schedule, an update can be too small to change a float32 number near 1.
+    Vectors are not compared: late in a healthy run, an update can be too small to change a LayerNorm weight near 1.
     """
     if len(checkpoints) < 2 or freeze_layers:  # with model.freeze_layers, equal weights are intended
         return None
@@ -100,8 +98,7 @@ def one_dataset(directory: Path, trained: float) -> list[Finding]:
 def encoding(split: Split, tokenizer: Tokenizer) -> Finding | None:
     """Check whether the split was encoded with this tokenizer: decode a sample of tokens, and encode the text again.
 
-    If the tokens come from another tokenizer, a token can be outside the vocabulary. If no token is outside it, the
-    decoded text usually gives a different number of tokens when it is encoded again.
+    If it was not, a token is outside the vocabulary, or the number of tokens usually changes.
     """
     tokens = np.empty(min(SAMPLE_TOKENS, split.n_tokens), TOKEN)
     split.read((split.n_tokens - len(tokens)) // 2, tokens)
@@ -148,10 +145,7 @@ def passage_hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def beside_references(curves: Curves, references: list[tuple[str, float]]) -> list[Finding]:
-    """Return a list with one note: the run's last validation loss and other models' losses on the same validation set.
-
-    The list is empty if the run has no validation loss or no other model's loss is known.
-    """
+    """Return one note, or none: the last validation loss and other models' losses on the same validation set."""
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in references)
     if not others or not len(curves.val["loss"]):
         return []

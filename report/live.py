@@ -1,7 +1,6 @@
 """Serve a page about training runs. The page is updated while the runs train.
 
-The server is based on Python's http.server. It answers only requests from this machine. It reads the files of the runs
-and writes no files.
+The server answers only requests from this machine, and writes no files.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from report.runs_page import page_values, read_logs
 from training.run_directory import RunDirectory
 
 HOST = "127.0.0.1"
-# Names that a request may have in its Host header. Any other name is a sign of an attack by DNS rebinding: a page of
-# another site sends requests to a domain name of that site, and this name resolves to 127.0.0.1, which is this server.
+# Names that a request may have in its Host header. This prevents DNS rebinding: another site could let its domain name
+# resolve to 127.0.0.1, and its pages could then read the answers of this server.
 HOST_NAMES = (HOST, "localhost")
 RENDER_SHARE = 0.1  # rendering the page may take at most this fraction of the time
 REQUEST_SECONDS = 30  # a client that sends nothing for this time is disconnected
@@ -42,10 +41,7 @@ class LivePage:
         self._page = b""
 
     def get(self) -> bytes:
-        """Return the page. If a run has changed, first render the page again, but only as often as RENDER_SHARE allows.
-
-        All clients get the same page. So RENDER_SHARE limits the time for all clients together.
-        """
+        """Render the page again if a run has changed and RENDER_SHARE allows it, and return the page."""
         with self._lock:
             state = [run_state(run) for run in self.directories]
             began = time.monotonic()
@@ -71,7 +67,7 @@ def run_state(directory: Path) -> object:
     """Return the modification times and sizes of the files in a run's directory, and the run's status.
 
     The page is rendered again when one of these values has changed. The status is included because no file changes
-    when a run is killed. But then no process holds the lock of the directory, so `read_status` returns "killed".
+    when a run is killed.
     """
     files = sorted(path for path in directory.glob("*.*") if path.suffix != PARTIAL_SUFFIX)
     stats = [(path, stat.st_mtime_ns, stat.st_size) for path in files if (stat := _stat(path))]
@@ -137,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Print nothing. A line for each request would fill the terminal: an open page sends one every two seconds."""
+        """Print nothing, because an open page sends a request every two seconds."""
 
 
 def watch(directories: Sequence[Path], port: int) -> None:

@@ -52,12 +52,10 @@ def write_attention_page(
 def packed_attentions(model: GPT, ids: Sequence[int]) -> bytes:
     """Return the attention weights over T tokens. A weight w is stored as one byte, 255 * sqrt(w), rounded.
 
-    Because of the square root, fewer small weights are rounded to 0. For each layer and head, the bytes are the lower
-    triangle of the matrix of weights, row by row. A model with L layers of H heads has L * H * T (T + 1) / 2 bytes in
-    total.
+    Because of the square root, fewer small weights are rounded to 0. For each of L layers and H heads, the bytes are
+    the lower triangle of the matrix of weights, row by row: L * H * T (T + 1) / 2 bytes in total.
 
-    Raises ValueError if the model is not causal, or if the text is empty, longer than the model's block size, or too
-    long for a page.
+    Raises ValueError if the model is not causal, or if the text is empty or too long for the model or for a page.
     """
     config, T = model.config, len(ids)
     if not config.causal:
@@ -176,7 +174,7 @@ def write_tokens_page(
 def similarity(embeddings: np.ndarray) -> tuple[int, np.ndarray]:
     """Return k, and the cosine similarities between the embeddings of every k-th position. (n, C) -> k, (m, m)
 
-    m = ceil(n / k) is the number of these positions. k is the smallest number for which m <= MAX_SIMILARITY_ROWS.
+    m is ceil(n / k), and k is the smallest number for which m <= MAX_SIMILARITY_ROWS.
     """
     every = math.ceil(len(embeddings) / MAX_SIMILARITY_ROWS)
     taken = embeddings[::every]

@@ -52,10 +52,7 @@ def plotly_script() -> Markup:
 
 
 def pack(values: np.ndarray) -> dict[str, str]:
-    """Encode an array in base64, in the form that plotly.js reads.
-
-    The values stay exact, and the text is about half as long as decimal numbers.
-    """
+    """Encode an array in base64, in the form that plotly.js reads."""
     kind = {"float64": "f8", "float32": "f4", "int32": "i4"}[values.dtype.name]
     shape = {"shape": ",".join(map(str, values.shape))} if values.ndim > 1 else {}
     return {"dtype": kind, "bdata": base64.b64encode(values.tobytes()).decode(), **shape}

@@ -23,8 +23,7 @@ TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
 class ValidationSet(NamedTuple):
     """The data that a validation loss was measured on. Losses on different validation sets cannot be compared."""
 
-    # For token shards, the sha256 of each validation shard in meta.json. For prompts and completions, the sha256 of
-    # val.jsonl. If meta.json or val.jsonl is missing: the path of the dataset.
+    # The sha256 of each validation shard, or of val.jsonl for completions. If it is unknown: the path of the dataset.
     data: str
     tokens: int  # number of scored tokens; 0 (which stands for the whole file) for prompts and completions
     sequence_length: int
@@ -77,8 +76,8 @@ class RunLog:
 def read_run_log(directory: Path, name: str) -> RunLog:
     """Read the files that train.py and `eval.run --json` wrote to a run's directory.
 
-    `name` becomes the name of the log. Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if
-    metrics.jsonl has no complete record or a file is damaged.
+    Raises FileNotFoundError if the directory has no metrics.jsonl, ValueError if metrics.jsonl has no complete record
+    or a file is damaged.
     """
     run = RunDirectory(directory)
     path = run.metrics_path

@@ -68,8 +68,8 @@ def progress_tables(logs: Sequence[RunLog], groups: Sequence[Sequence[int]]) -> 
     """Return a table for each validation set: after how many tokens and how much training time a run reached a loss.
 
     The rows are the losses that `loss_thresholds` returns, some with a name such as "best of RUN". Each run has a
-    column. If adjacent rows have equal cells, only the row with the lowest loss and the rows with a name are kept. A
-    table is left out if all its rows have equal cells, because such a table would add nothing to the curves.
+    column. A row without a name is left out if the next row has equal cells. A table is left out if all its rows have
+    equal cells.
     """
     tables = []
     for number, members in enumerate(groups, 1):

@@ -1,8 +1,7 @@
 """The checks of report/doctor.py on the curves of a run. Each check looks for one kind of problem.
 
-The thresholds were chosen with two kinds of runs of small models (0.1 to 1.2 million parameters): healthy runs, and
-runs with a known error. tests/report/test_doctor.py has examples of both kinds. A finding is a reason to look at the
-run. A run without findings can still be wrong.
+The thresholds were chosen with healthy runs, and with runs that have a known error, of models with 0.1 to 1.2 million
+parameters. A run without findings can still be wrong.
 """
 
 from __future__ import annotations
@@ -258,8 +257,7 @@ def periodic_loss(curves: Curves) -> Finding | None:
     spectrum = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(x)] / (x @ x)
     lags = np.arange(4, len(x) // 3)
-    # The correlation at lag k is a sum of len(x) - k products x[i] * x[i + k], divided by x @ x, a sum of len(x)
-    # products. So it is too small by the factor 1 - k / len(x).
+    # The correlation at lag k is a sum of only len(x) - k products, so it is too small by the factor 1 - k / len(x).
     unbiased = correlation[lags] / (1 - lags / len(x))
     best = int(unbiased.argmax())
     if unbiased[best] < max(0.4, 6 / math.sqrt(len(x))):
@@ -302,8 +300,7 @@ def sudden_rise(curves: Curves) -> Finding | None:
     # five losses before it.
     rises = (medians[5:] - medians[:-5])[2 * WIDTH - 5 :]
     first = int(rises.argmax())
-    # The factor is 6 and not 5 as in `jump_at_resume`, because this check looks at every step: among more steps, noise
-    # exceeds a limit more often.
+    # The factor is higher than in `jump_at_resume`: this check looks at all steps, so noise exceeds a limit more often.
     if rises[first] < max(6 * curves.noise, 0.15):
         return None
     step = curves.steps[first + 2 * WIDTH]

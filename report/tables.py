@@ -40,8 +40,7 @@ def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, f
     if not measured:
         return []
     best = {f"best of {log.name}": float(np.nanmin(log.splits["val"]["loss"])) for log in measured}
-    # The quantile leaves out the highest losses, which are those of the first validations. With them, the round values
-    # would be too far apart.
+    # The quantile leaves out the high losses of the first validations. They would put the round values too far apart.
     highest = float(np.nanquantile(np.concatenate([log.splits["val"]["loss"] for log in measured]), 0.8))
     round_values = MaxNLocator(count).tick_values(min(best.values()), highest)
     thresholds = [("", float(loss)) for loss in round_values if min(best.values()) < loss < highest]
@@ -50,10 +49,7 @@ def loss_thresholds(logs: Sequence[RunLog], count: int = 6) -> list[tuple[str, f
 
 
 def reached(log: RunLog, loss: float) -> str:
-    """Return, as text, the tokens and training time at the run's first validation with a loss of at most `loss`.
-
-    If there is no such validation, the text is "not reached".
-    """
+    """Return tokens and training time at the first validation with a loss of at most `loss`, or "not reached"."""
     val = log.splits["val"]
     under = np.flatnonzero(val["loss"] <= loss)
     if not len(under):

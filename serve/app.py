@@ -29,8 +29,8 @@ from serve.completions import Part, RequestError, choice, join, parse_request, u
 from serve.engine import Engine, Job
 
 MAX_BODY = 1 << 20  # largest number of bytes in the body of a request; a prompt that fits into a GPT-2 has far fewer
-# A request whose body has more than MAX_BODY bytes is refused. The server still reads the body, up to MAX_DISCARDED
-# bytes, and discards it, because a client may read the error only after it has sent the whole body.
+# A larger body is refused. The server still reads and discards up to this number of bytes, because a client may read
+# the error only after it has sent the whole body.
 MAX_DISCARDED = 64 << 20
 BODY_SECONDS = 30  # seconds in which a client must send the body of its request
 MAX_CONNECTIONS = 512
@@ -46,9 +46,8 @@ CONTENT_SECURITY_POLICY = (
 def make_app(engine: Engine, name: str, description: str, *, local: bool = True) -> Starlette:
     """Return the application for a model called `name`.
 
-    With `local`, the Host header of a request must be one of LOCAL_NAMES. This prevents DNS rebinding: the owner of
-    another website could let its domain name resolve to 127.0.0.1, and the pages of that website could then reach this
-    server.
+    With `local`, the Host header of a request must be one of LOCAL_NAMES. This prevents DNS rebinding: another site
+    could let its domain name resolve to 127.0.0.1, and its pages could then read the answers of this server.
     """
 
     @contextlib.asynccontextmanager
@@ -111,8 +110,7 @@ async def read_body(request: Request) -> bytes:
     """Return the body of a request.
 
     Raises RequestError if its content type is not JSON, if it is too large, or if it does not arrive in time. JSON is
-    required for security: a browser lets a page of another website send JSON to this server only if the server
-    consents, and this server does not. Other content types, such as text/plain, need no consent.
+    required for security: a browser sends no JSON from a page of another website without the server's consent (CORS).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body, size = bytearray(), 0
@@ -157,8 +155,7 @@ async def cancel_on_disconnect(request: Request, engine: Engine, job: Job) -> No
 async def answer(request: Request, engine: Engine, job: Job, name: str) -> Response:
     """Return the response to a request in the queue: a stream of events if it asks for one, otherwise one JSON object.
 
-    Raises RequestError if the model cannot answer the request. Raises ClientDisconnect if the job was canceled, either
-    because the client has disconnected or because the server stops.
+    Raises RequestError if the model cannot answer the request, ClientDisconnect if the job was canceled.
     """
     heading: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -188,10 +185,9 @@ async def answer(request: Request, engine: Engine, job: Job, name: str) -> Respo
 
 
 async def stream_events(engine: Engine, job: Job, heading: dict[str, Any], first: Part | None) -> AsyncIterator[str]:
-    """Yield server-sent events: one for each part, then an error, if there is one, and at the end "[DONE]".
+    """Yield server-sent events: the parts, then the error if there is one, or the usage if requested, then "[DONE]".
 
-    If there is no error and the request asks for the usage (the numbers of tokens), an event with the usage precedes
-    "[DONE]". If the client disconnects, the job is canceled. `first` is the first part, or None if there is none.
+    `first` is the first part, or None if there is none. If the client disconnects, the job is canceled.
     """
     with_logprobs = job.request.logprobs is not None
     offsets: dict[int, int] = {}

@@ -195,10 +195,7 @@ class Engine:
         return TokenInfo(self._label(token), float(logprobs[token]), alternatives)
 
     def _label(self, token: int) -> str:
-        """Return the text of a token. If its bytes are not whole characters, return them in the form "bytes:\\xf0".
-
-        OpenAI's protocol writes such tokens in this form.
-        """
+        """Return the text of a token. If its bytes are not whole characters, return "bytes:\\xf0", as OpenAI does."""
         text = self.tokenizer.decode_bytes([token])
         try:
             return text.decode()

@@ -41,8 +41,7 @@ def find_start(config: Config, directory: Path, processes: Processes) -> Start:
     Args:
         directory: the directory `checkpoints` of the run.
 
-    Raises ValueError or OSError if run.resume contradicts the checkpoints that exist, or if the checkpoint or the model
-    that one of these fields names is missing or damaged.
+    Raises ValueError or OSError if run.resume contradicts the checkpoints, or if a file is missing or damaged.
     """
     checkpoint, branches, damaged = None, False, list[Path]()
     if processes.is_main:
@@ -59,8 +58,7 @@ def find_start(config: Config, directory: Path, processes: Processes) -> Start:
 def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Path]]:
     """Return the checkpoint that run.resume selects, or None for a new run, and the newer checkpoints that are damaged.
 
-    Raises ValueError or FileNotFoundError if run.resume contradicts the checkpoints that exist, or if all of them are
-    damaged.
+    Raises ValueError or FileNotFoundError if run.resume contradicts the existing checkpoints, or if all are damaged.
     """
     if resume == "never":
         if list_checkpoints(directory):
@@ -92,8 +90,7 @@ def parse_branch_point(name: str) -> tuple[Path, str]:
 def find_branch_point(name: str) -> Path:
     """Return the checkpoint that run.branch_from names, after verifying its files.
 
-    Raises FileNotFoundError if there is no such run or step. Raises ValueError if `name` is not of the form RUN or
-    RUN@STEP, or if the checkpoint is damaged.
+    Raises FileNotFoundError if there is no such run or step, ValueError for a malformed `name` or a damaged checkpoint.
     """
     directory, step = parse_branch_point(name)
     if not is_run(directory):
@@ -138,8 +135,7 @@ def same_model(init_from: str, *others: str | None) -> bool:
 def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
     """Return whether the losses in a trainer/state.json were measured on another number of tokens than `val_tokens`.
 
-    The result is False if one of the two numbers is not known, because there is no validation split, or because the
-    checkpoint is older than the field "val_tokens".
+    The result is False if one of the two numbers is not known.
     """
     return bool(state.get("val_tokens") and val_tokens) and state["val_tokens"] != val_tokens
 
@@ -173,13 +169,12 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # old checkpoints lack both
     if same_model(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
-    # A parent may itself be a branch. A resumed run may write the path of its branch point in another way. Neither
-    # counts as a change of the configuration.
+    # It is no change if the parent is itself a branch, or if the same branch point is written in another way.
     run = state["identity"]["run"]
     if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
         run["branch_from"] = config.run.branch_from
     if is_parent or scores_other_tokens(state, val_tokens):
-        # This run measures new losses. The search for the lowest loss starts again, and eval.patience counts from zero.
+        # The search for the lowest loss starts again, and eval.patience counts from zero.
         state["val_loss"] = state["best"] = None
     refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
     if is_parent and state["step"] >= steps:
@@ -198,9 +193,9 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, is_parent: bool = False) -> None:
     """Raise ValueError if the identity of a run (see `run_identity`) has changed. The message lists the changes.
 
-    `before` is the identity in the checkpoint, `now` that of the present configuration. With `allow`, the length of the
-    run, learning rates and the schedule may differ. If `before` lacks a setting, the checkpoint was written before this
-    setting existed, and had its default. With `is_parent`, `before` belongs to the run that a new run branches from.
+    `before` is the identity in the checkpoint, `now` that of the present configuration. A setting that `before` lacks
+    had its default. With `allow`, the length of the run, learning rates and the schedule may differ. With `is_parent`,
+    `before` belongs to the run of run.branch_from.
     """
     defaults = Config().to_dict()
 
@@ -229,9 +224,8 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, 
 def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens: int) -> list[str]:
     """Return lines that name the checkpoint from which the run starts, or [] if there is none.
 
-    For a resumed run, another line says if validations now score another number of tokens. For a branch, another line
-    warns if the parent's learning rate in its last step before the branch differs from the rate that the schedule of
-    the branch has in this step. `saved` is the result of `read_saved_state`.
+    For a resumed run, a second line says if validations now score another number of tokens. For a branch, a second line
+    warns if the parent's learning rate at the branch point was different. `saved` is the result of `read_saved_state`.
     """
     if start.checkpoint is None:
         return []
@@ -261,8 +255,7 @@ def make_model(config: GPTConfig, initial: ModelFiles | None, seed: int, freeze_
     if initial is None:
         torch.manual_seed(seed)
         return GPT(config)
-    # The files may have a padded vocabulary, and fewer positions than `config`. So the model is made with the sizes of
-    # the files, and changed to the sizes of `config` after loading.
+    # The files may have a padded vocabulary and fewer positions than `config`. The sizes are changed after loading.
     found = initial.config
     with torch.device("meta"):
         model = GPT(dataclasses.replace(config, vocab_size=found.vocab_size, block_size=found.block_size))

@@ -2,8 +2,7 @@
 
 The constants of this module say which fraction of its peak FLOP/s and bandwidth a card reaches. They were chosen so
 that the estimates for GPT-2 124M differ by at most 7% from the rates that other projects have published (PUBLISHED). On
-one H200, a step of 64 x 1,024 tokens took longer than estimated: the estimates were 2% (AdamW) and 5% (Muon) too short.
-This project measured no other card, and no group of cards.
+one H200, the estimates were 2% (AdamW) and 5% (Muon) too short. No other card or group of cards was measured.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from training.metrics import duration
 
 # Tokens per second of one card for GPT-2 124M with 1,024 tokens per sequence: (card, project, tokens/s)
 PUBLISHED = [("H100", "llm.c", 468_000), ("A100", "llm.c", 218_000), ("RTX 4090", "nanoGPT", 106_000)]
-# Fractions of the peak FLOP/s that large matrix products and causal attention reach. The fastest cards lower their
-# clock rate in large products, because these need more power than the card may use.
+# Fractions of the peak FLOP/s that large matrix products and causal attention reach. The fastest cards reach less,
+# because their power limit lowers the clock rate.
 PRODUCTS, ATTENTION = 0.77, 0.40
 PRODUCTS_OF_FAST_CARDS, ATTENTION_OF_FAST_CARDS = 0.60, 0.28
 FAST_CARD = 700e12  # peak FLOP/s; a card with a higher peak counts as a fast card
@@ -33,14 +32,13 @@ NODE_SIZE, NETWORK = 8, 8 * 50e9  # GPUs of a machine, and its bytes/s to other 
 # Seconds of a collective operation in addition to the transfer: a constant, and the seconds for each GPU.
 LATENCY, LATENCY_PER_GPU = 20e-6, 2e-6
 # Bytes of memory traffic for each token and channel of a block, outside of matrix products, with 2 bytes per number: 40
-# in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass (the gradients of these three, a
-# second computation of GELU, gradients of biases, and joining the gradients of queries, keys and values).
+# in the forward pass (LayerNorm, residual stream, GELU), and 110 in the backward pass.
 ELEMENTWISE = 150
 # Tokens of all texts in HellaSwag, including padding. These texts are short, so the forward pass of a token takes
 # HELLASWAG_SLOWDOWN times as long as in training.
 HELLASWAG_TOKENS, HELLASWAG_SLOWDOWN = 1.7e6, 3.0
-# Tokens of each sampled text, and the seconds of a pass that adds one token to every text, measured on an H200. The
-# number of kernel launches determines these seconds, so they are used for any number of texts.
+# Tokens of each sampled text, and the seconds of a pass that adds one token to every text, measured on an H200. These
+# seconds hardly depend on the number of texts.
 TOKENS_OF_SAMPLES, SECONDS_OF_A_TOKEN = 200, 0.8e-3
 SLOW_STEP = 60.0  # seconds; a slower step gives a warning
 SLOWEST_CPU = 1e10  # FLOP/s that every CPU reaches; if a step is not slow at this rate, the CPU is not measured
@@ -162,8 +160,7 @@ def seconds_of_optimizer(workload: Workload, card: Card, peak: float, *, sharded
     if workload.muon:
         # Muon makes five iterations, each with matrix products of 2 r² c, 2 r³ and 2 r² c FLOPs for r rows and c
         # columns. Each block has four square matrices and two with 4 C columns. The processes divide the matrices of
-        # each shape between them. These products are assumed to reach 0.6 times the rate of other products. With this
-        # factor, Muon's part of a step on an H200 is estimated at 5.7 ms. The measured time was 6.3 ms.
+        # each shape between them. These products are assumed to reach 0.6 times the rate of other products.
         of_a_block = 5 * model.n_embd**3 * (4 * 6 + 2 * (2 * 8 + 2))
         seconds += of_a_block * ceil_div(model.n_layer, count) / (0.6 * fractions(card)[0] * peak)
     return seconds

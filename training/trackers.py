@@ -151,11 +151,7 @@ class Trackio:
 
 
 def run_id(path: Path) -> str:
-    """Return the id in a file. If there is no file, write one with a random id.
-
-    The id belongs to the run's directory: a resumed run keeps it, and a run of the same name in another directory has
-    another id.
-    """
+    """Return the id in a file, so that a resumed run keeps its id. If there is no file, write one with a random id."""
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

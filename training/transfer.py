@@ -40,7 +40,7 @@ RULE = {  # (optim.name, field of optim) -> powers of the size
     ("adamw", "lr"): Powers(-0.5, 0.0),
 }
 # optim.name -> settings for a small model. The learning rates are from the longest runs of docs/recipes.md that
-# varied them: 1,000 to 1,200 steps of 2,048 tokens. For Muon, 0.02 and 0.03 gave nearly equal losses there.
+# varied them. For Muon, 0.02 and 0.03 gave nearly equal losses there.
 TUNED = {
     "muon": Recipe(Size(128, 3), Optim(name="muon", muon_lr=0.025, lr=1e-2, weight_decay=0.1)),
     "adamw": Recipe(Size(128, 3), Optim(name="adamw", lr=2e-3, weight_decay=0.1)),

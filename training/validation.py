@@ -68,8 +68,7 @@ def measure(run: TrainingRun, signal: StopSignal) -> Validation | None:
         with interrupt_if(model, stop_requested):
             loss, parts, final = score_split(run)
             answers = score_hellaswag(run)
-        # If the loss is not finite, no text can be sampled. With FSDP, a forward pass needs all processes, so all of
-        # them sample, and only the texts of the main process are written. Without FSDP, the main process samples alone.
+        # With FSDP, a forward pass needs all processes, so all of them sample. Otherwise, only the main process does.
         texts: list[str] = []
         if math.isfinite(loss.loss) and (processes.is_main or run.plan.sharded):
             requested = stop_requested if run.plan.sharded else lambda: signal.received
@@ -87,8 +86,8 @@ def score_split(run: TrainingRun) -> tuple[SplitLoss, dict[str, SplitLoss], Spli
     """Return the loss on eval.tokens, the loss of each dataset of a mixture, and the loss on eval.final_tokens.
 
     The dict with the losses of the datasets is empty if there is only one dataset. The loss on eval.final_tokens is
-    None before the last step, or if the setting is null. It is computed in a separate pass over these tokens, so it is
-    bit for bit equal to the loss of a validation whose eval.tokens is the value of eval.final_tokens.
+    None before the last step, or if the setting is null. It is computed in a separate pass, so it equals, bit for bit,
+    the loss of a validation with this number of eval.tokens.
     """
     assert run.inputs.val  # `open_inputs` raises an error if there is no validation data
     losses = split_losses(run, run.inputs.val)

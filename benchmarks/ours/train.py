@@ -32,7 +32,7 @@ def train(device: Literal["cpu", "cuda"], rows: int, tokens: int) -> Run:
 def make_run(config: Config, shape: GPTConfig, processes: Processes, n_batches: int = 1) -> TrainingRun:
     """Return a training run with random weights. It reads the same `n_batches` batches of random tokens repeatedly.
 
-    The steps of the run are those of train.py. The run reads no dataset and writes no file.
+    The run reads no dataset and writes no file.
     """
     torch.manual_seed(0)
     model = GPT(shape)

@@ -17,8 +17,7 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
     """Set up nanoGPT's training step of the 124M model with its own optimizer and padded vocabulary.
 
     On a CPU, the model computes in float32 and is not compiled, as nanoGPT's README recommends. On CUDA, the model is
-    compiled. It computes under autocast to the GPU's 16-bit precision, and the matrix products that remain in float32
-    use TF32, as in nanoGPT's train.py.
+    compiled and computes under autocast to the GPU's 16-bit precision and with TF32, as in nanoGPT's train.py.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
@@ -44,8 +43,7 @@ def train(directory: str, device: str, rows: int, tokens: int) -> Run:
 def decode(directory: str, device: str) -> Run:
     """Set up decoding of one sample in float32, without a KV cache, with the sampling options of sample.py.
 
-    On CUDA, nanoGPT's sample.py would compute in 16 bits by default. Here, the model computes in float32, because
-    bench.py compares it only with contestants that decode in float32.
+    The precision is float32 because bench.py compares this contestant only with others that decode in float32.
     """
     nanogpt = load_file(Path(directory) / "model.py")
     torch.manual_seed(0)
