@@ -4,9 +4,9 @@
     python -m scripts.convert log124M/model_00019560.bin --out models/llm-c
     python sample.py --model models/llm-c --prompt "Hello"
 
-Only the weights are converted, not the state of the optimizer. The directory gets the tokenizer of --tokenizer. Without
-this option, the directory gets GPT-2's tokenizer if the vocabulary has GPT-2's size, with or without padding, and
-otherwise no tokenizer. Padding of the vocabulary is removed if the llm.c file or the tokenizer gives the real size.
+Only the weights are converted, not the state of the optimizer. Without --tokenizer, the directory gets GPT-2's
+tokenizer if it fits the vocabulary, and otherwise no tokenizer. Padding of the vocabulary is removed if the llm.c file
+or the tokenizer gives the real size.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from weights import STALE_BUFFER, check_pickled, unpickle_weights_only
 GPT2_VOCAB_SIZE = GPTConfig.vocab_size
 HEADER_BYTES = 1024
 # Version in the header of an llm.c model -> the NumPy dtype with which the tensors are read, and their PyTorch dtype.
-# NumPy has no bfloat16, so bfloat16 tensors are read as int16. Version 1, which has no padded vocabulary, is not
-# supported, because llm.c no longer writes it.
+# NumPy has no bfloat16, so bfloat16 tensors are read as int16.
 LLM_C_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}
 # The parameters of a block. A file of llm.c has the first of these parameters for all blocks, then the second parameter
 # for all blocks, and so on.

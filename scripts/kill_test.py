@@ -3,11 +3,9 @@
     python -m scripts.kill_test --config FILE.yaml --dir DIR --kills 80 --processes 1
 
 An attempt at the run is one start of train.py. Its processes are forked from the script's process, which has imported
-all modules already. So an attempt starts within a fraction of a second. With several processes, this script does the
-work of torchrun. SIGKILL comes at a random moment: during the start, after some steps, or while a checkpoint is being
-written. The script prints one JSON object with counts. The exit status is 1 if weights, optimizer state or metrics
-differ from those of the run that was never killed, if a temporary file remains, if an attempt fails, or if the run ends
-before the last kill.
+all modules already, so an attempt starts quickly. SIGKILL comes at a random moment: during the start, after some steps,
+or while a checkpoint is being written. The script prints one JSON object with counts. The exit status is 1 if the two
+runs differ (see `differences`), if an attempt fails, or if the run ends before the last kill.
 """
 
 from __future__ import annotations
@@ -115,7 +113,7 @@ def metrics_inode(run: RunDirectory) -> int:
 
 
 def last_step(run: RunDirectory) -> int:
-    """Return the step of the last complete line of metrics.jsonl, or 0 if there is none. Read only the file's end."""
+    """Return the step of the last complete line of metrics.jsonl, or 0 if there is none."""
     with open(run.metrics_path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         complete = file.read().split(b"\n")[:-1]
@@ -138,7 +136,7 @@ def unfinished_checkpoint(run: RunDirectory) -> Path | None:
 def kill_once(
     run: RunDirectory, attempt: Attempt, moment: str, chance: random.Random, steps: int
 ) -> dict[str, bool] | None:
-    """Wait for `moment`, one of MOMENTS. Then kill a random choice of the attempt's processes, see `Attempt.kill`.
+    """Wait for `moment`, one of MOMENTS. Then kill a random choice of the attempt's processes.
 
     The moment "step" comes after a random number of new steps, from 1 to `steps`. Return whether the attempt had taken
     a step, whether a checkpoint was half-written, and whether a process did not end within GRACE seconds. Return None

@@ -1,9 +1,8 @@
 """Check the direction of the imports between the project's modules: `python -m scripts.layers`.
 
-The script parses every Python file except the tests, without importing any. It prints how many import cycles, forbidden
-imports (see LAYERS and FORBIDDEN) and imports inside functions there are, and how much train.py imports. If a number
-exceeds its limit, the violations are listed and the exit status is 1, else 0. The limit for cycles and forbidden
-imports is 0. Cycles that exist only because of imports under TYPE_CHECKING have no limit.
+The script parses every Python file except the tests. It counts import cycles, forbidden imports (see LAYERS and
+FORBIDDEN), imports inside functions, and the imports of train.py. If a number exceeds its limit, the violations are
+listed and the exit status is 1. Cycles that exist only because of imports under TYPE_CHECKING have no limit.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ LAYERS = (
 # depend on the code that trains models.
 FORBIDDEN = {("sample", "training")}
 
-# The largest allowed number of imports inside functions. Such an import hides a dependency. If the import fails, the
-# error appears only when the function is called.
+# The largest allowed number of imports inside functions. Such an import hides a dependency.
 IMPORTS_IN_FUNCTIONS = 39
 # The largest numbers of names that train.py may import, and of modules that it may import them from. A reader of
 # train.py must know all of them.
@@ -52,7 +50,7 @@ TRAIN_NAMES, TRAIN_MODULES = 20, 8
 
 
 class Place(Enum):
-    """The part of a file that an import statement is in. The value describes it in a message."""
+    """The part of a file that an import statement is in."""
 
     MODULE = "at module level"
     FUNCTION = "inside a function"
@@ -88,10 +86,7 @@ class Tree(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the printed table. The check fails if `found` exceeds `limit`; with None, there is no limit.
-
-    `violations` describes each of the `found` violations.
-    """
+    """A line of the printed table. The check fails if `found` exceeds `limit`; with None, there is no limit."""
 
     title: str
     found: int
@@ -182,7 +177,7 @@ def read_tree(root: Path) -> Tree:
 def find_cycles(edges: Sequence[Edge]) -> list[list[Edge]]:
     """Return one cycle for each group of modules that import each other, directly or through other modules.
 
-    The cycle is a list of edges. It is a shortest cycle through the alphabetically first module of the group.
+    This cycle is a shortest one through the alphabetically first module of the group.
     """
     graph: dict[str, dict[str, Edge]] = {}
     for edge in edges:
@@ -239,7 +234,7 @@ def is_allowed(importer: str, imported: str) -> bool:
 
 
 def check_tree(tree: Tree) -> list[Row]:
-    """Return the rows of the table. Each has the number of cycles, imports or modules of one kind, and its limit."""
+    """Return the rows of the table."""
     at_import = [edge for edge in tree.edges if edge.place is Place.MODULE]
     at_run_time = [edge for edge in tree.edges if edge.place is not Place.TYPE_CHECKING]
     # A statement that imports several names from the same module counts as one violation.

@@ -1,9 +1,9 @@
 """Train a small model on a task that needs tokens from far back: `python -m scripts.long_context full window lsh`.
 
 The first half of a sequence is a table: each token is a pair of a place (a key, not the token's position) and the
-symbol of this place. The token's embedding is the sum of the embeddings of both. Each place occurs 16 times, in random
-order. Each token of the second half is only a place, and the model has to copy the symbol of this place from the table.
-Each sequence has new random symbols. docs/long-context.md has the results.
+symbol of this place. Each place occurs 16 times, in random order. Each token of the second half is only a place, and
+the model has to copy the symbol of this place from the table. Each sequence has new random symbols.
+docs/long-context.md has the results.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
     python -m scripts.publish runs/gpt2-124m --repo NAME/gpt2-124m --dry-run > card.md     # no network; edit the card
     python -m scripts.publish runs/gpt2-124m --repo NAME/gpt2-124m --card card.md
 
-The checkpoint is the newest one, or the best one if eval.patience ended the run. The optimizer state and the manifest
-are not uploaded. Without --card, the card is made from the files of the run: architecture, data, losses, the
-evaluations of this checkpoint in RUN/*.json (`eval.run --json`), and the command of the last start. Choose a license
-with --license: without one, nobody else may use the model. Before the first upload, store your token with `hf auth
-login`.
+The checkpoint is the newest one, or the best one if eval.patience ended the run. The optimizer state is not uploaded.
+Without --card, the card is made from the files of the run, with the evaluations of this checkpoint in RUN/*.json
+(`eval.run --json`). Choose a license with --license: without one, nobody else may use the model. Before the first
+upload, store your token with `hf auth login`.
 """
 
 from __future__ import annotations
@@ -147,10 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Upload the checkpoint of a run that `resolve_model` chooses, and its card.
-
-    With --dry-run, only print what would be uploaded.
-    """
+    """Upload a checkpoint of a run and its card. With --dry-run, only print what would be uploaded."""
     log = read_run_log(args.run, args.run.name)
     checkpoint = Path(resolve_model(str(args.run)))
     files = published_files(checkpoint)

@@ -4,9 +4,9 @@
 
 A recipe changes fields of a configuration, and may change the training loop with ideas of scripts/ideas.py. A size is a
 model with a dataset, see SIZES. Each recipe is trained with each seed and each length. Lengths are given as fractions
-of the steps of a full run. The learning rate decays to zero at the end of each run. So the final loss of a short run
-differs from the loss of a long run after the same steps, and each length is trained separately. Runs that are already
-in the file of results are not repeated. The tables and the figure of docs/recipes.md come from that file:
+of the steps of a full run. Each length needs its own run, because the learning rate decays to zero at the end of a run.
+Runs that are already in the file of results are not repeated. The tables and the figure of docs/recipes.md come from
+that file:
 
     python -m scripts.recipes --figure docs/recipes.png
 """
@@ -64,7 +64,6 @@ class Recipe(NamedTuple):
 
 
 # Fields of the sizes `plays` and `english`. bfloat16 halves the time of a run on a CPU with instructions for bfloat16.
-# Compared with float32, it changes the final loss of a run of `plays` with seed 1 by 0.0007.
 SHORT_WINDOWS = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=512 data.micro_batch=4 system.dtype=bfloat16"
 )
@@ -157,8 +156,7 @@ def p_value(differences: Sequence[float]) -> float:
 
     If a recipe has no influence, each seed's difference is equally likely with the opposite sign (Fisher 1935, The
     Design of Experiments, section 21). The p-value is the fraction of all 2^n choices of signs for which the sum of the
-    differences is at most the measured sum. The test assumes no distribution. With 8 seeds, the smallest possible
-    p-value is 1/256 = 0.0039.
+    differences is at most the measured sum.
     """
     sums = [
         math.fsum(sign * difference for sign, difference in zip(signs, differences, strict=True))
@@ -213,8 +211,7 @@ def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[fl
     """Return, for each recipe except `present` and each of its seeds, the steps to reach the loss of `present`.
 
     The loss of `present` is the mean final loss of its full runs. Only seeds with runs of several lengths are used. A
-    recipe is left out if it has no such seed or if, for one of these seeds, the loss of `present` is not between the
-    losses of two lengths.
+    recipe is left out if `steps_to` returns None for one of these seeds.
     """
     finals = recipes.get("present", {}).get(SIZES[size].steps)
     found = {}
@@ -231,8 +228,8 @@ def steps_to_present(size: str, recipes: dict[str, Losses]) -> dict[str, list[fl
 def steps_table(size: str, recipes: dict[str, Losses]) -> str:
     """Return the table of the recipes, except `present`, that have runs with fewer steps than a full run.
 
-    Runs of all lengths are compared with full runs of `present`. If the p-value of a shorter length is below 0.01, the
-    loss of its runs is significantly lower than that of `present`, so fewer steps are enough.
+    Runs of all lengths are compared with full runs of `present`. If the p-value of a shorter length is small, fewer
+    steps are enough.
     """
     full, found = SIZES[size].steps, steps_to_present(size, recipes)
     base = recipes.get("present", {}).get(full, {})

@@ -5,8 +5,7 @@
 BASE and HEAD are git revisions; `.` is the working tree with its uncommitted changes. Each revision is checked out into
 a temporary git worktree. With the code of each revision, the script prepares datasets, trains tiny models for 20 steps,
 decodes and evaluates. It compares the hashes of the shards, weights and optimizer states, the metrics that do not
-depend on time, the decoded tokens and the scores. With the code of HEAD, it also resumes four of BASE's runs (two
-with --short) from their checkpoints of step 10.
+depend on time, the decoded tokens and the scores. With the code of HEAD, it also resumes some of BASE's runs.
 
 Exit status 0: all compared results are equal. 1: a result differs, or a command failed. 2: the arguments are wrong.
 """
@@ -93,9 +92,7 @@ class Side:
     def launch(self, *arguments: str, processes: int = 1) -> str:
         """Run `python ARGUMENTS` with this side's code, under torchrun if there are several processes.
 
-        Return the standard output.
-
-        Raises Failure if the exit status is not 0 or the command exceeds TIMEOUT.
+        Return the standard output. Raises Failure if the exit status is not 0 or the command exceeds TIMEOUT.
         """
         command = [sys.executable]
         if processes > 1:
@@ -184,9 +181,8 @@ def metrics_facts(path: Path) -> Facts:
 def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]]:
     """Compare the facts of the two sides. Return the differences and the additions, each as a list of texts.
 
-    The key of a fact is a quantity and a place, such as "train loss" and "step 3". A quantity that only HEAD has, such
-    as a new column of the metrics, is an addition. Any other fact that one side lacks or has differently is a
-    difference.
+    The key of a fact is a quantity and a place, such as "train loss" and "step 3". A quantity that only HEAD has is an
+    addition. Any other fact that one side lacks or has differently is a difference.
     """
     absent, known = object(), {what for what, _ in base}
     differences = []
@@ -292,8 +288,8 @@ def resume(base: Side, head: Side, name: str, processes: int) -> Facts:
     run = head.directory / "resumed" / name
     shutil.copytree(base.directory / "runs" / name, run)
     shutil.rmtree(checkpoint_directory(run, STEPS))
-    # With run.resume must, HEAD fails if it finds no checkpoint. With auto, this error would not be noticed, because
-    # HEAD would start at step 0 and still end with the same bits.
+    # If HEAD finds no checkpoint, it fails with run.resume must. With auto, it would start at step 0 and still end with
+    # the same bits.
     arguments = ("--config", f"{name}.yaml", "--run.dir", "resumed", "--run.resume", "must")
     head.launch("train.py", *arguments, processes=processes)
     return run_facts(run)

@@ -4,13 +4,12 @@
     python -m scripts.scaling --figure docs/scaling.png
 
 With --train, small models are trained with the recipe and the dataset of a configuration, each in runs of several
-lengths. Only the model's layers and channels, the number of steps and the seed differ. Attention heads always have as
-many channels as in the configuration. A run that is already in the file of results (--results) is not repeated. With
---train and --held-out, the configuration itself is trained too: the held-out run, which is left out of the fit.
+lengths. A run that is already in the file of results (--results) is not repeated. With --train and --held-out, the
+configuration itself is trained too: the held-out run, which is left out of the fit.
 
-Then a law is fitted to the small runs in the file, which have at most a quarter of the FLOPs of the held-out run. The
-prediction of the law is compared with the loss of the held-out run. `train.py --dry-run` fits a law to the runs in
-docs/scaling.json, the default of --results, to predict the loss of a run. docs/scaling.md explains the method.
+Then a law is fitted to the small runs in the file, and its prediction is compared with the loss of the held-out run.
+`train.py --dry-run` predicts losses from docs/scaling.json, the default of --results. docs/scaling.md explains the
+method.
 """
 
 from __future__ import annotations
@@ -123,8 +122,8 @@ def train_run(arguments: list[str]) -> float:
 def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Study], list[dict[str, Any]]]:
     """Return all studies in a file, and the list of runs of the study with this recipe.
 
-    A study has the runs of one recipe. If the file has no study of this recipe, a new study without runs is added to
-    the returned studies. The file is read in each call, because another process may add runs to it.
+    If the file has no study of this recipe, a new study without runs is added to the returned studies. The file is read
+    in each call, because another process may add runs to it.
     """
     studies = read_studies(path)
     study = find_study(studies, recipe)
@@ -193,9 +192,8 @@ def run_table(study: Study, found: Fit) -> str:
 def form_table(study: Study, found: Fit) -> str:
     """Return the table of the forms of the law (see `FORMS`), with two errors for each form.
 
-    The first error comes from a cross-validation: the runs of one size (model and length) at a time are left out of the
-    fit and predicted. It is the root mean square of the errors of these predictions. The second error is the mean
-    relative error of the predictions for the held-out runs, which are larger than all fitted runs.
+    The first error is the root mean square error of a cross-validation: the runs of one size (model and length) at a
+    time are left out of the fit and predicted. The second error is the mean relative error for the held-out runs.
     """
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]
@@ -235,10 +233,7 @@ def check(study: Study, found: Fit) -> list[str]:
 
 
 def draw(study: Study, found: Fit, path: Path) -> None:
-    """Draw loss against tokens: fitted runs, the law as a curve for each model, and held-out runs.
-
-    The prediction for a held-out run is a black square next to the run, with a bar for its 95% interval.
-    """
+    """Draw loss against tokens: fitted runs, the law as a curve for each model, held-out runs and their predictions."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     models = {(run["layers"], run["channels"]): run["parameters"] for run in found.runs}
@@ -263,7 +258,7 @@ def draw(study: Study, found: Fit, path: Path) -> None:
 def report(args: argparse.Namespace) -> None:
     """Fit a law to the runs with the configuration's recipe, and print the result of `check` and two tables.
 
-    With --figure, also draw the losses and the law. Raises ValueError if the file of results has too few of these runs.
+    Raises ValueError if the file of results has too few of these runs.
     """
     recipe = describe(parse_config(["--config", args.config]))[0]
     study = find_study(read_studies(args.results), recipe)

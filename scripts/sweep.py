@@ -2,11 +2,9 @@
 
     python -m scripts.sweep --config configs/shakespeare-char.yaml --seeds 1 2 3 --vary optim.muon_lr=0.01,0.02,0.04
 
-Every combination of the values given with --vary is trained with every seed, one run after another. The runs are
-written to --dir. A run that has finished already is not repeated: its results are read. A run that diverges gets a loss
-of inf. To reproduce a row of the table, pass its last column to --vary. `--idea` trains with one or several of the
-changes in scripts/ideas.py. With `--best`, the table has the lowest validation loss of each run, and its step, instead
-of the last validation loss. docs/recipes.md and docs/small-data.md have such tables.
+Every combination of the values given with --vary is trained with every seed. The runs are written to --dir. A run that
+has finished already is not repeated: its results are read. A run that diverges gets a loss of inf. To reproduce a row
+of the table, pass its last column to --vary.
 """
 
 from __future__ import annotations
@@ -59,8 +57,8 @@ def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, 
     """Train a run as `finish` does. Return its last validation loss and its metrics.
 
     The loss is inf if the run diverged or the loss is not finite. It is measured on eval.final_tokens if this field is
-    set and eval.patience is 0, otherwise on eval.tokens. Losses can be compared only if they are measured on the same
-    tokens, and a run that eval.patience ends early is not scored on eval.final_tokens.
+    set and eval.patience is 0, otherwise on eval.tokens: a run that eval.patience ends early is not scored on
+    eval.final_tokens.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"

@@ -2,10 +2,9 @@
 
     python -m scripts.transfer --sweep muon --shapes 64x4 512x4 --values 0.01 0.014 0.02 0.028 0.04 --seeds 1 2
 
-A sweep varies one field of `optim`. Within a shape, the other fields of `optim` stay constant. A shape is WIDTHxLAYERS
-for a run of 100 steps, or WIDTHxLAYERSxSTEPS. Every value is trained with every seed in every shape. Runs that are
-already in the file of results, docs/transfer.json, are not repeated. The tables and the figure of docs/transfer.md come
-from that file:
+A sweep varies one field of `optim`. A shape is WIDTHxLAYERS for a run of 100 steps, or WIDTHxLAYERSxSTEPS. Every value
+is trained with every seed in every shape. Runs that are already in the file of results, docs/transfer.json, are not
+repeated. The tables and the figure of docs/transfer.md come from that file:
 
     python -m scripts.transfer --figure docs/transfer.png
 """
@@ -41,7 +40,7 @@ STEPS = 100  # optimizer steps of a run whose shape does not give their number
 
 
 class Shape(NamedTuple):
-    """The size of a model and the length of its run. Heads have 32 channels in every shape."""
+    """The size of a model and the length of its run."""
 
     width: int
     layers: int
@@ -156,8 +155,7 @@ def find_optimum(losses: dict[float, float]) -> float | None:
 
     `best` is the value with the lowest measured loss. The values enclose a minimum if a smaller and a larger value than
     `best` were measured. The parabola is a function of the logarithm of the value. It is fitted by least squares to all
-    values within a factor of about 2 of `best`. Values of 0 are ignored, and losses of inf are not fitted. If fewer
-    than three values can be fitted, or the parabola has no minimum between the fitted values, the result is `best`.
+    values within a factor of about 2 of `best`. If it has no minimum between these values, the result is `best`.
     """
     points = {value: loss for value, loss in losses.items() if value > 0}
     if not points:
@@ -209,8 +207,7 @@ def series(shapes: Collection[Shape]) -> dict[str, list[Shape]]:
     """Return the series, {name: shapes}. A series has at least two shapes, which differ in one number only.
 
     This number is the width, the layers or the steps. The other two are those of the base shape (WIDTH, LAYERS, STEPS).
-    There are also series of shapes that differ in the width, have LAYERS layers, and have the same number of steps,
-    which is not STEPS.
+    There are also series of the width for other numbers of steps.
     """
     found = {
         "width": [s for s in shapes if s[1:] == (LAYERS, STEPS)],

@@ -5,8 +5,7 @@
     python -m scripts.gpu_check --device cpu --tiny
 
 docs/gpu.md describes the parts. Each part runs in a separate process, so that a part that fails or crashes does not
-stop the others. No part needs a network. The third command above needs no GPU: it runs every part on a CPU with tiny
-shapes, as a rehearsal.
+stop the others. No part needs a network. The third command needs no GPU: it runs every part on a CPU with tiny shapes.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ class Outcome(NamedTuple):
 def run_part(number: int, settings: Settings, limit: float = TIME_LIMIT) -> Outcome:
     """Run a part in a separate process. After `limit` seconds, the process and its child processes are killed.
 
-    The new process is forked from this one, so it has imported all modules already. This process must never use the
-    GPU, because a forked process cannot use CUDA if its parent has used it.
+    The new process is forked from this one. So this process must never use the GPU: a forked process cannot use CUDA if
+    its parent has used it.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)

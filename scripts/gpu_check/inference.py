@@ -20,7 +20,7 @@ from model import GPT
 from scripts.gpu_check.parity import make_twins
 from scripts.gpu_check.report import Report, Settings
 
-# Batch size -> lowest allowed ratio of our decoding speed to that of transformers. Other batch sizes have no limit.
+# Batch size -> lowest allowed ratio of our decoding speed to that of transformers.
 DECODING_GOAL = {1: 4.0, 8: 3.0}
 
 

@@ -33,7 +33,7 @@ def best_milliseconds(work: partial) -> float:
 def time_products(settings: Settings, report: Report) -> None:
     """Time the three matrix products of the output head: the logits, and the gradients of its input and of its weights.
 
-    They are timed with the vocabulary as it is and padded to a multiple of 128, and for several numbers of tokens.
+    They are timed with the vocabulary as it is and with the vocabulary padded to a multiple of 128.
     """
     report.say("timing the products of the head")
     vocab, width = settings.shape.vocab_size, settings.shape.n_embd

@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that system.dtype auto selects on the device: the first one of `native_dtypes`."""
+        """The precision that system.dtype auto selects on the device."""
         return native_dtypes(torch.device(self.device))[0]
 
     @property
@@ -111,10 +111,7 @@ Part = Callable[[Settings, Report], None]
 
 
 def format_cell(value: object) -> str:
-    """Return the text of a table cell: "-" for None, and floats with three significant digits.
-
-    A float with an absolute value of at least 1000 is rounded to an integer.
-    """
+    """Return the text of a table cell. Floats are rounded, and None becomes "-"."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "-" if value is None else str(value)

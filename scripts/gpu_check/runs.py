@@ -15,7 +15,7 @@ from data.tokenizer import train_tokenizer
 from scripts.gpu_check.report import Settings
 
 ROOT = Path(__file__).resolve().parents[2]  # the root of this repository
-SHARD_TOKENS = 100_000_000  # largest number of tokens in a shard; also the default of data.prepare
+SHARD_TOKENS = 100_000_000  # largest number of tokens in a shard
 
 
 def write_dataset(directory: Path) -> Path:

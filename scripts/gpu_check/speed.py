@@ -44,10 +44,7 @@ KINDS = {
 
 
 def check_speed(settings: Settings, report: Report) -> None:
-    """Time our training step and that of each peer (another program), and check our memory estimate and MFU.
-
-    Several sizes of the micro-batch are timed. Our step is also timed without compiling, and without cuDNN's attention.
-    """
+    """Time our training step and that of each peer (another program), and check our memory estimate and MFU."""
     sizes, middle = ((2, 4), 4) if settings.tiny else ((16, 32, 64, 128), 64)
     table = [measure(settings, report, rows, "ours") for rows in sizes]
     table.append(measure(settings, report, middle, "ours, not compiled", compiled=False))
@@ -84,7 +81,7 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
 
 
 def measure_peer(settings: Settings, report: Report, rows: int, name: str, directory: str) -> dict[str, Any]:
-    """Return a row of the table for a peer of bench.py, whose model has 124M parameters even if ours is tiny."""
+    """Return a row of the table for a peer of bench.py, whose model always has 124M parameters."""
     # Imported here, because the module of a peer needs libraries that the rest of this file does not need.
     module = importlib.import_module(f"benchmarks.peers.{name}")
     arguments = (*([directory] if directory else []), settings.device, rows, settings.tokens)
@@ -111,7 +108,7 @@ def time_steps(settings: Settings, report: Report, rows: int, what: str, prepare
         report.say(f"{what} does not fit into the memory at {rows} sequences")
         return result
     finally:
-        step = None  # releases the model, also after an error, so that its memory is free for the next one
+        step = None  # releases the model, so that its memory is free for the next one
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()
@@ -152,9 +149,9 @@ def check_profile(settings: Settings, report: Report) -> None:
 def sum_by_kind(profiler: profile, device: str) -> dict[str, float]:
     """Return the milliseconds of each kind of operation: the time of its kernels on a GPU, of its operators on a CPU.
 
-    Everything inside the operator of the loss counts as the loss. A kernel does not record the operator that launched
-    it, but an operator records its kernels. So, on a GPU, the time of the loss is first summed for each kernel name,
-    and then subtracted from the time of all kernels with this name.
+    Everything inside the operator of the loss counts as the loss. On a GPU, operators record their kernels, but kernels
+    do not record their operators. So the time of the loss is first summed for each kernel name, and then subtracted
+    from the time of the kernels with this name.
     """
     events = profiler.events() or []
     times: dict[str, float] = dict.fromkeys(

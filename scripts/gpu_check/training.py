@@ -46,11 +46,7 @@ def losses(settings: Settings, shape: GPTConfig, dtype: torch.dtype, *, steps: i
 
 
 def check_curves(settings: Settings, report: Report) -> None:
-    """Compare two pairs of loss curves.
-
-    The first pair is that of a small model, on the device and on a CPU. The second pair is that of the model
-    `settings.shape`, in the precision `settings.dtype` and in float32.
-    """
+    """Compare the loss of a small model on the device and on a CPU, and of `settings.shape` in two precisions."""
     torch.set_float32_matmul_precision("highest")
     steps, rows = (6, 4) if settings.tiny else (30, 8)
     report.say(f"{steps} steps of a small model in float32, on the CPU and on {settings.device}")
@@ -99,8 +95,7 @@ def check_resume(settings: Settings, report: Report) -> None:
                 continue
             counts = json.loads(lines[-1])
             found = "equal bit for bit" if not counts["differences"] else "; ".join(counts["differences"])
-            # Without system.deterministic, some operators on a GPU add numbers in a different order in every run. So a
-            # difference is not an error there.
+            # Without system.deterministic, some operators on a GPU add numbers in a different order in every run.
             if deterministic or settings.device == "cpu":
                 report.check(f"{counts['kills']} kills, {name}", not counts["differences"], found)
             else:
