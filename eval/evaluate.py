@@ -19,7 +19,7 @@ from weights import locate
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a model, print the results and write the requested files. `args` are the parsed arguments of `eval.run`.
 
-    Raises ValueError or OSError for invalid arguments. Most of these errors are found before the model is loaded.
+    Raises ValueError or OSError for invalid arguments.
     """
     tasks = find_tasks(args.tasks)
     if args.shots and (others := [name for name in tasks if not is_multiple_choice(name)]):

@@ -25,8 +25,7 @@ from pretrained import fit_vocabulary
 from processes import Processes, stop_processes
 from weights import find_config, read_json
 
-# Requests are scored in groups of this many. The scores of a group are stored before the next group starts. If the
-# requests are the windows of a long text, only one group of them is in memory at a time.
+# Requests are scored in groups of this many. The scores of a group are stored before the next group starts.
 GROUP_SIZE = 1024
 
 

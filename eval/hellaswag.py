@@ -8,9 +8,6 @@ accuracies, so every result names its convention:
   ending is its number of tokens.
 - "harness", as in lm-evaluation-harness: the activity label precedes the context, the second part of the context is
   capitalized, the bracketed marks of WikiHow are removed, and the length of an ending is its number of characters.
-
-The released 124M model has acc 0.2859 and acc_norm 0.2955 with "completion", and acc 0.2892 and acc_norm 0.3114 with
-"harness" (see eval/reference.py).
 """
 
 from __future__ import annotations

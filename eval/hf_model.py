@@ -29,8 +29,8 @@ class HFModel(nn.Module):
             these ids get no probability.
     """
 
-    # Models often have more vocabulary entries than their tokenizer has tokens. For some models, the difference is
-    # several thousand. `check_pair` in eval/likelihood.py requires that it is below this limit.
+    # A model may have several thousand more vocabulary entries than its tokenizer has tokens. `check_pair` in
+    # eval/likelihood.py requires that the difference is below this limit.
     vocab_padding_limit = 1 << 16
 
     def __init__(self, model: Any, n_tokens: int) -> None:

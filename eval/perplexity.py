@@ -2,8 +2,7 @@
 
 The text is treated as one document that starts with end-of-text. With stride s, each window scores s new tokens. Each
 of these tokens is predicted from at least block_size + 1 - s tokens, or from all previous tokens if there are fewer. A
-smaller stride needs more windows, and usually gives a lower perplexity. With stride 1, every token has the longest
-possible context. Perplexities with different strides cannot be compared.
+smaller stride usually gives a lower perplexity, so perplexities with different strides cannot be compared.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_w
 from eval.likelihood import Request, Scorer
 from eval.rows import load_hub_rows
 
-# Perplexity per word, exp(nats per word), is computed only if the nats per word are below this limit. JSON cannot
-# represent infinity, and exp(709) is the largest integer power of e that a float can represent. A limit of 700 leaves a
-# factor of e⁹ for the standard error, which may be larger than the perplexity.
+# Perplexity per word, exp(nats per word), is computed only below this limit, because exp(710) overflows a float. The
+# limit leaves room for the standard error, which may be larger than the perplexity.
 MAX_NATS = 700.0
 
 
@@ -88,9 +86,8 @@ def perplexity(tokens: Sequence[int], eot: int, block_size: int, stride: int, sc
 def perplexity_metrics(result: Perplexity, n_bytes: int, n_words: int) -> dict[str, tuple[float, float]]:
     """Return (value, standard error) of perplexity per token, bits per byte and perplexity per word.
 
-    If n_bytes is 0, bits per byte is absent. If n_words is 0, perplexity per word is absent. Perplexity per word is
-    also absent if it is too large (see MAX_NATS). This happens in languages without spaces, where a long text has few
-    words.
+    Bits per byte is absent if n_bytes is 0. Perplexity per word is absent if n_words is 0, or if it is too large (see
+    MAX_NATS), for example in a language without spaces.
     """
     nats, stderr = result.normalized(result.tokens)
     metrics = {"perplexity": (math.exp(nats), math.exp(nats) * stderr)}

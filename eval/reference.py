@@ -1,7 +1,6 @@
 """Published results of the released GPT-2 models, to compare with our results.
 
-The models have the same names as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M). If no
-published value of a model is known, the dictionaries have no entry for this model.
+The models have the same names as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def _by_size(*values: float | None) -> dict[str, float]:
 
 # Validation losses of the released models in nats per token. Each key is a regular expression that must match a whole
 # word of a dataset's `source` (see DatasetMeta in data/shards.py), because FineWeb, FineWeb-Edu and FineWeb 2 are
-# different datasets. The losses of the 124M model on FineWeb (3.42) and on FineWeb-Edu (3.29) are often confused.
+# different datasets.
 VALIDATION_LOSS: dict[str, Published] = {
     "openwebtext": Published(_by_size(3.12, 2.84, 2.67, 2.54), "nanoGPT, README"),
     "fineweb(-10b|10B(-gpt2)?)?": Published(_by_size(3.424958, 3.083089, 3.000580, 2.831273), "llm.c"),
@@ -124,8 +123,7 @@ def losses_to_beat(directory: str | Path, source: str, tokenizer: str) -> list[t
     """Return the losses with which a run on this dataset can be compared, as pairs (model, nats per token).
 
     These are the losses in the dataset's `reference.json` that were measured with the same tokenizer. If the tokenizer
-    is GPT-2's and the file has no entry for the released 124M model, the published loss of this model is added, if one
-    is known.
+    is GPT-2's, a known published loss of the released 124M model is added, unless the file has a loss of this model.
     """
     measured = read_references(directory)
     lines = [(name, float(results["loss"])) for name, results in measured.items() if results["tokenizer"] == tokenizer]

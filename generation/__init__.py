@@ -1,7 +1,6 @@
 """Generate text with a GPT: greedy decoding, sampling, beam search, streaming.
 
-The arguments of `generate` that also exist in transformers' method `generate` have the same meaning there. So tests can
-compare the results of the two functions token by token.
+The arguments of `generate` that also exist in transformers' method `generate` have the same meaning there.
 
     options.py      GenerationOptions and GenerateOutput: what `generate` takes and returns
     prompts.py      prompts -> a checked batch of token ids and its mask

@@ -99,16 +99,14 @@ def start(ids: Tensor, options: GenerationOptions) -> tuple[Beams, Beams]:
     """Return the running and the finished beams before the first step.
 
     All K running beams of a prompt are copies of the prompt. Only the first has the score 0, and the others have the
-    score IMPOSSIBLE. There are no finished hypotheses yet, so all finished beams have the score IMPOSSIBLE.
+    score IMPOSSIBLE. All finished beams have the score IMPOSSIBLE, because no hypothesis is finished yet.
     """
     n_prompts, K = len(ids), options.num_beams
     fill = options.eos[0] if options.eos else 0
     blank = torch.zeros(n_prompts, K, options.max_new_tokens, device=ids.device)
     padded = F.pad(ids, (0, options.max_new_tokens), value=fill)[:, None].expand(-1, K, -1)
     finished = Beams(torch.full((n_prompts, K), IMPOSSIBLE, device=ids.device), padded, blank, blank.long() - 1)
-    # The running beams of a prompt are equal at first. Only the first beam has the score 0, so the first step selects
-    # all candidates from this beam, and no two candidates are equal. If all beams had the score 0, each candidate would
-    # appear K times.
+    # If all running beams had the score 0, each candidate of the first step would appear K times.
     running = finished._replace(scores=finished.scores.index_fill(1, ids.new_tensor([0]), 0.0))
     return running, finished
 
@@ -125,9 +123,8 @@ def extend(running: Beams, scores: Tensor, logprobs: Tensor, new: int, options: 
     n_candidates = min(max(2, 1 + len(options.eos)) * K, K * V)
     totals = (running.scores[:, :, None] + scores.view(n_prompts, K, V)).flatten(1)  # (B, K * V)
     if options.do_sample:
-        # Fewer than n_candidates pairs may have a nonzero probability. Without `gumbel`, `draw` samples like
-        # torch.multinomial, which would choose the other candidates arbitrarily. With Gumbel noise, the scores also
-        # rank the pairs whose probability is rounded to 0.
+        # With Gumbel noise, the scores also rank pairs whose probability is rounded to 0. torch.multinomial would
+        # choose arbitrarily among these pairs.
         chosen = draw(totals, n_candidates, options.generator, gumbel=True)
     else:
         chosen = totals.topk(n_candidates).indices
@@ -165,9 +162,8 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
     """Return (B, 1) booleans, True for each prompt whose running beams can still improve its finished hypotheses.
 
     The beams can improve them if fewer than num_beams hypotheses are finished, or if the best running beam would score
-    higher than the worst finished hypothesis. For this comparison, the sum of the beam's log-probabilities is divided
-    by n ** length_penalty, where n is `length`, the present number of new tokens. With early_stopping="never" and a
-    positive length_penalty, n is max_new_tokens instead.
+    higher than the worst finished hypothesis. The beam's score is computed for `length`, the present number of new
+    tokens. With early_stopping="never" and a positive length_penalty, it is computed for max_new_tokens.
     """
     at_full_length = options.early_stopping == "never" and options.length_penalty > 0
     final_length = options.max_new_tokens if at_full_length else length
@@ -178,8 +174,7 @@ def can_improve(running: Beams, finished: Beams, length: int, options: Generatio
 def best_results(finished: Beams, records: dict[str, Any], options: GenerationOptions) -> GenerateOutput:
     """Return the best num_return_sequences finished hypotheses of each prompt, cut to the length of the longest.
 
-    Raises ValueError if a prompt has fewer than num_return_sequences finished hypotheses. This happens only if too many
-    tokens are banned.
+    Raises ValueError if a prompt has fewer finished hypotheses, because too many tokens are banned.
     """
     best = Beams(*(tensor[:, : options.num_return_sequences].flatten(0, 1) for tensor in finished))
     lengths = (best.origins >= 0).sum(dim=1)

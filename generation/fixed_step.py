@@ -3,8 +3,7 @@
 A step of the 124M model consists of nearly 200 small operations. The host needs longer to queue them than a GPU needs
 to run them. A CUDA graph queues all of them with one call. The graph repeats the same operations at the same memory
 addresses, so no shape and no argument may change from step to step. Therefore the position of the new token is a tensor
-on the device. For the same reason, attention always reads the whole cache, and a mask hides the part that is not filled
-yet.
+on the device, and attention always reads the whole cache. A mask hides the part that is not filled yet.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from model import GPT, KVCache
 class FixedLayerCache(NamedTuple):
     """One layer of a KVCache, with the current length in a tensor on the device.
 
-    It replaces `model.LayerCache`, whose lengths are numbers on the host. A CUDA graph would record these numbers once,
-    and use the recorded numbers in every step.
+    It replaces `model.LayerCache`, whose lengths are numbers on the host: a CUDA graph would not update them.
     """
 
     keys: Tensor  # (N, H, max_length, D)
@@ -42,8 +40,8 @@ class FixedStep:
     """A step that reads one more token of each row. Its state is in tensors that keep their shapes and addresses.
 
     With `capture`, the first call runs the operations one by one, so that libraries such as cuBLAS initialize
-    themselves before the capture. The second call captures the operations as a CUDA graph and replays the graph. Later
-    calls only replay the graph. Without `capture`, or if capturing fails, all calls run the operations one by one.
+    themselves before the capture. The second call captures a CUDA graph, which this call and all later ones replay.
+    Without `capture`, or if capturing fails, all calls run the operations one by one.
     """
 
     def __init__(
@@ -116,11 +114,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
-    """Call `run` on the capture stream.
-
-    The operations that `run` queues start after the earlier work of the current stream. Later work of the current
-    stream starts after these operations.
-    """
+    """Call `run` on the capture stream, after the earlier and before the later work of the current stream."""
     stream, current = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -131,10 +125,8 @@ def on_capture_stream(run: Callable[[], None], device: torch.device) -> None:
 def capture_graph(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Return a CUDA graph of the operations that `run` queues. Raises RuntimeError if one of them cannot be captured.
 
-    `torch.cuda.graph` is not used here, because it would also empty the cache of the memory allocator. train.py
-    generates samples between training steps, and the next training step would have to fill the cache again. The error
-    mode "thread_local" lets other threads of train.py use CUDA during the capture: the loader's thread pins memory, and
-    NCCL's thread queries events.
+    `torch.cuda.graph` is not used here, because it would also empty the memory allocator's cache, which slows training.
+    The error mode "thread_local" lets other threads, such as the data loader's, use CUDA during the capture.
     """
     graph = torch.cuda.CUDAGraph()
 

@@ -15,8 +15,7 @@ from generation.numpy_step import NumpyStep, numpy_can_read
 from generation.options import GenerationOptions, Tokenizer
 from model import GPT, GPTOutput
 
-# Minimum number of new tokens for a `FixedStep`, which captures a CUDA graph. For fewer tokens, capturing the graph
-# probably takes more time than the graph saves.
+# Minimum number of new tokens for a `FixedStep`: for fewer, its CUDA graph probably costs more time than it saves.
 MIN_GRAPH_TOKENS = 8
 
 
@@ -28,9 +27,8 @@ def needs_only_logits(options: GenerationOptions) -> bool:
 def uses_fixed_step(model: GPT, options: GenerationOptions) -> bool:
     """Return whether single tokens are read by a `FixedStep`, which needs CUDA and returns only logits.
 
-    The options must allow at least MIN_GRAPH_TOKENS new tokens. A FixedStep supports only `attention="full"`, because
-    its mask is that of full attention. It cannot use weights that FSDP has sharded, because FSDP gathers the weights
-    only in a forward pass through the whole model.
+    A FixedStep supports only `attention="full"`, because its mask is that of full attention. It cannot use weights that
+    FSDP has sharded, because FSDP gathers the weights only in a forward pass through the whole model.
     """
     weight = model.transformer.wte.weight
     long_enough = options.max_new_tokens >= MIN_GRAPH_TOKENS
@@ -49,10 +47,8 @@ def uses_numpy_step(model: GPT, rows: int, mask: Tensor | None, options: Generat
 class CachedForward:
     """The model's forward pass over rows that grow by a token in each step. It reads only tokens that are not cached.
 
-    If rows are longer than block_size, the model sees only their last block_size tokens, and each step decreases the
-    position of each of these tokens by one. GPT-2's position embeddings are learned and absolute, so the keys and
-    values of a token change with its position. The cached keys and values are then useless, and each step reads all
-    block_size tokens again.
+    If rows are longer than block_size, each step reads all of their last block_size tokens. The position of each of
+    these tokens changes in every step, and cached keys and values are useless at another position.
     """
 
     def __init__(self, model: GPT, ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> None:
@@ -60,8 +56,8 @@ class CachedForward:
         length = ids.size(1) + options.max_new_tokens - 1  # the last new token is never an input of the model
         self.fixed = uses_fixed_step(model, options)
         if self.fixed:
-            # A row of the mask has a number for each token of the cache. CUDA's attention copies a mask if the size of
-            # its rows is not a multiple of 16 bytes, so round up to a multiple of 8: 8 numbers of 16 bits are 16 bytes.
+            # Round up to a multiple of 8: CUDA's attention copies a mask if the size of its rows is not a multiple of
+            # 16 bytes, which are 8 numbers of 16 bits.
             length = -(-length // 8) * 8
         self.cache = model.new_cache(len(ids), min(length, model.config.block_size))
         self.numpy = not self.fixed and uses_numpy_step(model, len(ids), mask, options)
@@ -72,9 +68,8 @@ class CachedForward:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
-        V is the model's vocab_size. If the options have a tokenizer with a smaller vocabulary, V is the tokenizer's
-        vocab_size, because larger ids have no text. If a FixedStep or a NumpyStep has read the last token of ids, the
-        output holds only the cache.
+        V is the model's vocab_size or, if it is smaller, the vocab_size of the tokenizer in the options. If a FixedStep
+        or a NumpyStep has read the last token of ids, the output holds only the cache.
 
         Raises:
             ValueError: a logit of the first call is NaN.
@@ -139,11 +134,9 @@ def record(records: dict[str, Any], logits: Tensor, scores: Tensor, output: GPTO
 def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether the last token completes a stop string. The token's text may continue after the stop string.
 
-    `ids` may contain end-of-text tokens, for example one in place of an empty prompt. The text of such a token is not
-    part of the generated text, so the search begins after the last end-of-text token in ids[:-1].
+    The search begins after the last end-of-text token in ids[:-1], whose text is not part of the generated text.
     """
-    # Each token has at least one byte, so a stop string of n bytes spans at most n tokens. Earlier tokens need no
-    # search.
+    # Each token has at least one byte, so a stop string of n bytes spans at most n tokens.
     tail = ids[-max(len(stop.encode()) for stop in stop_strings) :]
     tail = tail[max((i + 1 for i, token in enumerate(tail[:-1]) if token == tokenizer.eot), default=0) :]
     text, before = tokenizer.decode(tail), tokenizer.decode(tail[:-1]).rstrip("\ufffd")

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
 class Session:
     """The state of `sample.py --interactive`: the settings, the seed of the next sample, and the last text.
 
-    The model sees only the current prompt, not the earlier ones. The last text is the last prompt with its
-    continuation, and `:more` uses it as the prompt.
+    The last text is the last prompt with its continuation, and `:more` uses it as the prompt.
     """
 
     def __init__(self, args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> None:
@@ -102,7 +101,7 @@ class Session:
     def command(self, name: str = "", *values: str) -> None:
         """Run a command. In the user's line, the first word after the colon is `name`, the other words are `values`.
 
-        Raises ValueError if the command is unknown or cannot be run, for example because its value is impossible.
+        Raises ValueError if the command is unknown or cannot be run.
         """
         setting = name.replace("-", "_")
         if name == "help" and not values:

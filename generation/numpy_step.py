@@ -2,8 +2,7 @@
 
 For a single row, a matrix product uses each weight only once, so it cannot be faster than reading the weights from
 memory. In float32, NumPy's matrix products come closer to this limit than PyTorch's (measured on an AMD EPYC, Zen 3).
-The other operations are so small that most of their time is the overhead of the call. This overhead is also smaller in
-NumPy.
+Small operations also have less overhead in NumPy.
 
 `torch.set_num_threads` has no effect on NumPy. The environment variable OMP_NUM_THREADS limits the threads of NumPy and
 of PyTorch.

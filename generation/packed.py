@@ -1,8 +1,7 @@
 """Store a model's weights in a layout that makes decoding faster on a CPU.
 
-oneDNN, which computes matrix products for PyTorch on a CPU, reads weights in a memory layout of its own. In decoding, a
-weight matrix is multiplied by only a few rows at a time. If the matrix were converted to this layout for each product,
-the conversion would take a large part of the time.
+oneDNN, which computes matrix products for PyTorch on a CPU, reads weights in a memory layout of its own. In decoding,
+each product has only a few rows, so converting the weights for every product would take a large part of the time.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ from model import GPT
 
 
 class PackedLinear(nn.Module):
-    """Compute x Wᵀ + b on a CPU, with W stored in the memory layout that oneDNN's kernels read.
-
-    In bfloat16, F.linear would convert W to this layout again in every call.
-    """
+    """Compute x Wᵀ + b on a CPU, with W stored in the memory layout that oneDNN's kernels read."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -37,9 +33,8 @@ class PackedLinear(nn.Module):
 class DecodingHead(nn.Module):
     """Compute float32 logits (N, V) from hidden states (N, C), with a matrix product in the dtype of the weights.
 
-    If the dtype is less precise than float32, the product uses the weight minus its mean row (`centered_head` explains
-    why). Then the product of x and the mean row, one number for each row of x, is added in float32. This gives the
-    logits of the original weight.
+    If the dtype is less precise than float32, the product uses the weight minus its mean row (see `centered_head`).
+    Then the product of x and the mean row is added in float32, which restores the original logits.
     """
 
     def __init__(self, weight: Tensor, *, pack: bool) -> None:
@@ -56,9 +51,8 @@ class DecodingHead(nn.Module):
 def pack_weights(model: GPT, rows: int) -> None:
     """Prepare a model to decode `rows` rows at a time: add a `DecodingHead`, and pack linear layers if that is faster.
 
-    Afterwards the model can only decode: it cannot be trained, saved or moved to another device. A single row in
-    float32 on a CPU is decoded by a `NumpyStep`, which reads unpacked weights. In this case the function does not
-    change the model.
+    Afterwards the model can only decode: it cannot be trained, saved or moved to another device. A model that a
+    `NumpyStep` will decode is not changed, because a NumpyStep reads unpacked weights.
     """
     if rows == 1 and numpy_can_read(model):
         return

@@ -48,8 +48,8 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 def keep_top_p(scores: Tensor, p: float, min_tokens_to_keep: int = 1) -> Tensor:
     """Keep the smallest set of most probable tokens whose probabilities sum to at least p, and ban the other tokens
-    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. The code adds the
-    probabilities in ascending order, as transformers does. So the rounding is the same, and so is the result."""
+    (nucleus sampling, Holtzman et al. 2020). The set has at least min_tokens_to_keep tokens. Probabilities are added in
+    ascending order, so that the rounding is that of transformers."""
     ascending, order = scores.sort()
     banned = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     banned[:, -min_tokens_to_keep:] = False
@@ -110,8 +110,7 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
 def make_warpers(options: GenerationOptions) -> list[Callable[[Tensor], Tensor]]:
     """Return functions (N, V) -> (N, V) that change the sampling distribution, in the order of transformers."""
     warpers: list[Callable[[Tensor], Tensor]] = []
-    # In beam search, top_k, top_p and min_p keep at least two tokens, and more tokens than there are eos tokens. So at
-    # least one token that does not end the beam is kept.
+    # In beam search, keep more tokens than there are eos tokens, so that at least one kept token does not end the beam.
     min_tokens_to_keep = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos))
     if options.temperature != 1:
         warpers.append(lambda scores: scores / options.temperature)

@@ -17,8 +17,7 @@ from generation.processors import BANNED, make_processor
 from kernels.argmax import argmax
 from model import GPT, GPTOutput
 
-# On a GPU, the host checks only after this number of steps whether all rows have ended, because a check waits for the
-# GPU.
+# On a GPU, check only after this number of steps whether all rows have ended, because the host waits in a check.
 STEPS_BETWEEN_CHECKS = 16
 
 
@@ -66,13 +65,11 @@ _one_thread_is_set = threading.Lock()
 def one_thread() -> Iterator[None]:
     """Return a context in which PyTorch runs its operators in the calling thread only.
 
-    If a `NumpyStep` computes the forward passes, `sample_steps` chooses the tokens in this context. After PyTorch has
-    run an operator in several threads, these threads spin for a few milliseconds, in case another operator follows (see
-    openmp.py). They would compete for the cores with NumPy's threads, which then compute the next forward pass.
+    After PyTorch has run an operator in several threads, these threads spin for a few milliseconds. They would compete
+    for the cores with NumPy's threads, which compute the next forward pass of a `NumpyStep`.
 
-    PyTorch's number of threads is a setting of the whole process. So if another thread of this process is already
-    inside `one_thread`, this call changes nothing. A side effect remains: a thread that uses PyTorch for the first time
-    while the setting is 1 keeps using one thread afterwards.
+    The number of threads is a setting of the whole process. So if another thread is already inside `one_thread`, this
+    call changes nothing. A thread that first uses PyTorch while the setting is 1 keeps using one thread.
     """
     if not _one_thread_is_set.acquire(blocking=False):
         yield
@@ -104,8 +101,8 @@ def sample_steps(
     """Continue ids (N, T) greedily or by sampling, and yield each step as soon as its tokens are chosen.
 
     mask is (N, T + max_new_tokens) or None, as `prepare_prompts` returns it. The function checks only after every
-    `check_every` steps whether all rows have ended. So after all rows have ended, it may yield up to check_every - 1
-    more steps. Raises ValueError if all tokens of a row are banned, or if the model's logits are NaN.
+    `check_every` steps whether all rows have ended, so it may yield up to check_every - 1 steps too many. Raises
+    ValueError if all tokens of a row are banned, or if the model's logits are NaN.
     """
     rows, prompt_length = ids.shape
     length = prompt_length + options.max_new_tokens
@@ -143,8 +140,7 @@ def sample_steps(
 def steps_between_checks(device: torch.device, options: GenerationOptions) -> int:
     """Return the number of steps between two checks whether all rows have ended.
 
-    The number is larger than 1 only on CUDA, where a check makes the host wait for the GPU. With stop strings, the
-    number is 1, because the host decodes the tokens of each step and therefore waits in each step anyway.
+    With stop strings, the host decodes the tokens of each step, so it waits for the GPU in each step anyway.
     """
     return STEPS_BETWEEN_CHECKS if device.type == "cuda" and not options.stop_strings else 1
 

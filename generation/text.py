@@ -40,8 +40,7 @@ def stream(
     chosen = GenerationOptions(max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
     if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
         raise ValueError("only one sequence can be streamed: set num_beams and num_return_sequences to 1")
-    # This function is not a generator, so it checks the request when it is called. The code of a generator would run
-    # only when the caller asks for the first token.
+    # If this function were a generator, it would check the request only when the caller asks for the first token.
     ids, mask = prepare_prompts(model, [encode_prompt(tokenizer, prompt)], None, chosen)
     return _stream_tokens(model, tokenizer, ids, mask, chosen)
 
@@ -87,10 +86,9 @@ def generate_text(
     Args:
         batch_size: the largest number of prompts that are continued together.
         seed: the result with index i in the returned list is drawn with a generator of its own, which has the seed
-            `seed + i`. In beam search, all results of prompt i are drawn with one generator of seed `seed + i`. So no
-            random number depends on the batch size, and neither do float32 results. bfloat16 results can differ,
-            because rounding depends on the batch size. If `seed` is None, the generator in `options` is used, or else
-            PyTorch's default generator.
+            `seed + i`. In beam search, all results of prompt i are drawn with one generator of seed `seed + i`. So the
+            batch size does not change the random numbers. In bfloat16, it may still change results by rounding. None
+            means the generator in `options`, or else PyTorch's default generator.
         progress: called after each batch with the number of prompts in it.
         options: options of `generate`. The default of eos_token_id is the tokenizer's end-of-text.
 
@@ -103,7 +101,7 @@ def generate_text(
         **{"eos_token_id": tokenizer.eot, "tokenizer": tokenizer, **options, "return_dict": True}
     )
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    # The longest prompts come first, so that the error for a prompt that is too long comes before any long computation.
+    # Continue the longest prompts first, so that a prompt that is too long raises its error at once.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
     copies, by_prompt = chosen.num_return_sequences, chosen.num_beams > 1
     device = model.transformer.wte.weight.device

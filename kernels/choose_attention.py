@@ -27,8 +27,8 @@ def fast_attention(
         mask: see `kernels.masks.Mask`; None masks nothing.
         is_causal: whether each query attends only to the keys up to its own position; True only if `mask` is None.
         pattern: the Window or LSH that selects the keys that a query attends to; None: it selects all.
-        training: whether the model is in training mode. If it is, `fused_attention` expects all batches without a mask
-            to have the same shape. If their shapes differ, it is slow on CUDA.
+        training: whether the model is in training mode. If it is, all batches without a mask should have the same
+            shape: on CUDA, each new shape is slow.
     """
     if isinstance(mask, DocumentMask):
         return mask.attend(q, k, v, dropout)

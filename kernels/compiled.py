@@ -12,8 +12,8 @@ import torch
 class Compiled:
     """A function that is compiled at its first call. If compiling fails, the function runs uncompiled after a warning.
 
-    The first call also compiles the backward pass. By default, PyTorch would compile the backward pass only in
-    `loss.backward()`, after the call has returned, and this class could not catch a failure.
+    The first call also compiles the backward pass, so that `__call__` can catch a failure. By default, PyTorch would
+    compile the backward pass only in `loss.backward()`.
 
     Args:
         function: the function to compile.
@@ -34,9 +34,9 @@ class Compiled:
         if self._compiled is not None:
             try:
                 return self._compiled(*arguments)
-            # Catch the errors of Dynamo, Inductor and its compilers. Errors of the function itself are not caught.
+            # Only the compiler's errors are caught, not errors of the function itself.
             except self._cannot_compile as error:
-                # The first line may only say which compiler raised the error that the second line describes.
+                # The first line may only name the compiler; then the second line describes the error.
                 reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
                 print(
                     f"warning: compiling {self._what} failed, running it uncompiled is slower: {reason}",

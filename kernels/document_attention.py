@@ -1,9 +1,8 @@
 """Causal attention inside documents: if a sequence has several texts, each token attends to its own text only.
 
 On a CPU, PyTorch's kernel is called for each document, so a sequence of short documents takes less time than one long
-text. On CUDA, FlexAttention (Dong et al. 2024) divides queries and keys into blocks. For each block of queries, it
-skips the blocks of keys to which none of these queries may attend. In all other cases (with dropout, or on a device of
-another type), PyTorch's kernel gets the plain mask (T, T).
+text. On CUDA, FlexAttention (Dong et al. 2024) skips, for each block of queries, the blocks of keys to which none of
+these queries may attend. With dropout, or on another device, PyTorch's kernel gets the plain mask (T, T).
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from torch.nn import functional as F
 
 from kernels.attention import causal_attention_gradients
 
-# In 16-bit precision, the backward pass uses `causal_attention_gradients` for documents of more than this number of
-# tokens. For shorter documents, it converts its inputs to float32 and calls PyTorch's backward kernel, because small
-# matrix products are not faster in bfloat16: on an Intel Xeon, `causal_attention_gradients` would take 2.6 to 10 times
-# as long for these documents.
+# In 16-bit precision, the backward pass uses `causal_attention_gradients` only for documents of more than this number
+# of tokens. For shorter documents, PyTorch's kernel runs in float32: small matrix products are not faster in bfloat16.
 SHORT = 256
 
 
@@ -97,7 +94,7 @@ class DocumentAttention(torch.autograd.Function):
 def find_documents(ids: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield a pair of slices (rows, tokens) for each document of ids (B, T).
 
-    Neighboring rows whose documents have the same borders share their pairs: the slice `rows` then has all these rows.
+    If neighboring rows have the same document borders, one slice `rows` covers all of them.
     """
     ends = [[*(torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist(), len(row)] for row in ids]
     first = 0

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 def gelu(x: Tensor) -> Tensor:
     """Return x/2 (1 + tanh u) with u = √(2/π) (x + 0.044715 x³) (Hendrycks and Gimpel 2016)."""
-    # OpenAI trained GPT-2 with this approximation. The exact form (with erf) differs from it by up to 5e-4: with the
-    # exact form, the logits of the released weights would differ from those of every other implementation.
+    # OpenAI trained GPT-2 with this approximation. The exact form (with erf) differs from it by up to 5e-4, and would
+    # change the logits of the released weights.
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # (1 + tanh u)/2 is sigmoid(2u). On a CPU, the compiler's kernel for sigmoid takes half the time of its tanh kernel.

@@ -11,12 +11,11 @@ differ from the paper:
 - In the paper, the query and the key of a token are equal. Here they differ, as in GPT-2, and are hashed separately.
 - The paper sorts the tokens by bucket and cuts the sorted list into chunks. A query attends to keys in its own chunk
   and the previous one. Tokens after a query move the borders of the chunks, so they can change which earlier keys the
-  query attends to. Here they cannot: the `chunk` keys are counted backward from the query. So the loss measures the
-  probability of a text, and cached decoding gives the same result as a pass over the whole text.
+  query attends to. Here they cannot: the `chunk` keys are counted backward from the query. So cached decoding gives the
+  same result as a pass over the whole text.
 
-`Window` and `LSH` each have two methods: `__call__` is the fast form, and `mask` is the plain form, which returns the
-keys that each query attends to. Without padding, memory grows with the number T of tokens in the fast forms. In the
-plain forms it grows with T².
+`__call__` is the fast form of a pattern. `mask` is the plain form, which returns the keys that each query attends to.
+Without padding, the memory of the fast form grows with the number T of tokens. The plain form's memory grows with T².
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ HASH_SEED = 2020  # the hashes are part of the architecture: they are equal in a
 # If a hash needs more random vectors than this and the number of buckets is a multiple of 4, `factors` (below) chooses
 # two smaller hashes instead.
 MOST_DIRECTIONS = 64
-# The fast form of LSH (below) processes queries in groups. This is the maximum number of queries in a group. Smaller
-# groups would make the matrix products too small to be fast, and larger groups would have more padding.
+# Maximum number of queries in a group of the fast form of LSH (below). Smaller groups would make the matrix products
+# too small to be fast, and larger groups would have more padding.
 CHUNK_QUERIES = 64
 # Approximate number of attention scores that one call of `attend` computes. On a CPU, this is the number for each
 # thread, so that the scores of a thread fit into the cache of its core.
@@ -137,9 +136,8 @@ def find_pattern(config: dict[str, Any], layer: int) -> Window | LSH | None:
 def factors(buckets: int) -> list[int]:
     """Return the sizes of the hashes that together make `buckets` buckets: [64] for 64, [32, 32] for 1024, [] for 1.
 
-    A single hash multiplies each vector by `buckets` / 2 random vectors. The number of buckets should grow with the
-    length of the sequence, so for long sequences a single hash would take longer than the attention. Two combined
-    hashes need far fewer random vectors.
+    A single hash multiplies each vector by `buckets` / 2 random vectors. With many buckets, this would take longer than
+    the attention. Two combined hashes need far fewer random vectors.
     """
     if buckets == 1:
         return []
@@ -164,9 +162,8 @@ def find_buckets(x: Tensor, rotation: list[Tensor]) -> Tensor:
     """Return the bucket of each vector of x (..., D) as an integer. The shape is that of x without D.
 
     `rotation` has the random matrices of one round, R (D, n / 2) for each n of `factors`. The hash by one matrix is the
-    argmax of [x R; -x R], a number below n (Andoni et al. 2015, "Practical and optimal LSH for angular distance").
-    Vectors need not be normalized: their length does not change which of the products is the largest. With two
-    matrices, two vectors are in the same bucket only if both hashes are equal.
+    argmax of [x R; -x R], a number below n (Andoni et al. 2015, "Practical and optimal LSH for angular distance"). With
+    two matrices, two vectors are in the same bucket only if both hashes are equal.
     """
     buckets = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
     for directions in rotation:
@@ -267,9 +264,8 @@ class Part(NamedTuple):
 def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: Groups, chunk: int) -> Iterator[Part]:
     """Yield the groups of the last round in `rounds`, some groups at a time. q is (N, D), k and v are (M, D).
 
-    Keys that a query has seen in an earlier round are hidden from this query, so each key counts once. In the paper
-    (appendix A), a key that a query sees in n rounds has the weight 1/n in each of these rounds, which gives the same
-    result.
+    Keys that a query has seen in an earlier round are hidden from this query, so each key counts once, as in the paper
+    (appendix A).
     """
     (*earlier, order), size, (N, D) = rounds, len(groups.queries) // len(groups.blocks), q.shape
     sorted_keys = into_blocks(order.keys, chunk, 0).flatten()

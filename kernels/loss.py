@@ -1,8 +1,8 @@
 """Mean cross-entropy of the output head, computed in chunks, so that the logits are never all in memory.
 
-With GPT-2's vocabulary the logits are the largest tensor of a training step: for 64 sequences of 1,024 tokens they take
-13 GB in float32, and their gradient takes another 13 GB. `linear_cross_entropy` computes a chunk of logits at a time
-(up to 512 rows, on CUDA up to 8,192), and overwrites each chunk with its gradient before it computes the next one.
+With GPT-2's vocabulary the logits are the largest tensor of a training step: for 64 sequences of 1,024 tokens, the
+logits and their gradient take 13 GB each in float32. `linear_cross_entropy` computes a chunk of logits at a time, and
+overwrites each chunk with its gradient before it computes the next one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # targets with this value do not count, as in F.cross_entropy and transformers
 
-# Maximum number of rows of logits in one chunk (kernels/cuda_loss.py has limits of its own). A CPU computes the product
-# of this number of rows at full speed.
+# Maximum number of rows of logits in one chunk, except on CUDA. A CPU computes a product of 512 rows at full speed.
 MATMUL_ROWS = 512
 
 # The distance between rows of logits in memory is a multiple of this number of elements. GPT-2's vocabulary has an odd
-# size. Without this rule, most rows would begin in the middle of a cache line (64 bytes), and matrix products with
-# float32 logits would take up to a third longer (measured with MKL on an AMD EPYC, Zen 3).
+# size, so otherwise most rows would begin in the middle of a cache line (64 bytes), and matrix products in float32
+# would take up to a third longer.
 ROW_MULTIPLE = 32
 
 
@@ -36,9 +35,8 @@ def plain_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Te
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of the logits x weightᵀ, in nats, over the targets that are not IGNORE_INDEX.
 
-    x (N, C), weight (V, C), targets (N,). If all targets are IGNORE_INDEX, the result is 0 instead of NaN. So the
-    result times the number of counted targets is always the sum of their losses. Under autocast, matrix products run in
-    the dtype of autocast.
+    x (N, C), weight (V, C), targets (N,). If all targets are IGNORE_INDEX, the result is 0 instead of NaN. Under
+    autocast, matrix products run in the dtype of autocast.
 
     Raises NotImplementedError in forward-mode differentiation, such as `torch.func.jvp`.
     """
@@ -67,7 +65,7 @@ def centered_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize >= 4:
         return weight.to(dtype)
     head, mean = torch.empty_like(weight, dtype=dtype), weight.mean(dim=0, dtype=torch.float32)
-    # Subtract in parts: the differences are in float32, and all of them would take as much memory as a second head.
+    # Subtract in parts, because all differences in float32 would take as much memory as a second head.
     for part, rows in zip(head.split(2048), weight.split(2048), strict=True):
         part.copy_(rows - mean)
     return head
@@ -100,16 +98,14 @@ def loss_and_gradients(
             scores = part.float()
             highest, right_score = scores.amax(dim=-1, keepdim=True), scores.gather(1, right)
             p = torch.softmax(scores, dim=-1, out=scores)
-            # log_sum is log Σ exp(score). It is computed from the highest score, whose p = exp(score) / Σ exp(score)
-            # never rounds to 0. The p of a target may round to 0, and then its -log p would be infinite. So the loss is
-            # computed as log_sum - right_score.
+            # The p of a target may round to 0, so the loss is log_sum - right_score and not -log p. log_sum, which is
+            # log Σ exp(score), is computed from the highest score, whose p never rounds to 0.
             log_sum = highest - p.amax(dim=-1, keepdim=True).log()
             total += ((log_sum - right_score) * count).sum()
             if x_grad or weight_grad:
                 # d loss / d logits = softmax - one-hot, written over the logits
                 part.copy_(p.scatter_add_(1, right, torch.full_like(right_score, -1.0)))
-        # Ignored targets must not add to the gradients. Set their rows to 0 in dx and x_rows and not in logits: a row
-        # of dx or x_rows has only C numbers, and a row of logits has V.
+        # Set the rows of ignored targets to 0 in dx and x_rows and not in logits, which is much larger.
         if x_grad:
             dx[chunk] = (logits @ head) * counts
         if weight_grad:
@@ -123,11 +119,8 @@ def loss_and_gradients(
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add aᵀ b to `total` (float32).
 
-    On a CPU and on ROCm, the product is in the dtype of a and b if this dtype has the range of float32. float16 does
-    not have this range: its largest number is 65,504. The hidden states of the released GPT-2 reach a few hundred, and
-    if many positions have the same target, the product adds up as many as MATMUL_ROWS of them. The sum can exceed
-    65,504. Loss scaling does not prevent this overflow, because `_scale_gradients` multiplies by the scale later. So
-    products of float16 tensors are computed in float32.
+    Except on CUDA, float16 products are computed in float32, because a sum over many positions could exceed 65,504, the
+    largest float16 number. Loss scaling does not prevent this: `_scale_gradients` multiplies by the scale later.
     """
     if a.is_cuda and torch.version.hip is None and a.dtype != total.dtype:
         # Only CUDA supports `out_dtype`, with which products of 16-bit tensors are added in float32 (ROCm does not).
@@ -139,8 +132,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 # This is a custom operator, so that torch.compile treats it as a single operation instead of unrolling its loop. It
-# computes the gradients together with the loss, while the logits exist. So the logits are neither stored nor computed
-# again.
+# computes the gradients together with the loss, so the logits are neither stored nor computed again.
 linear_cross_entropy_sum = torch.library.custom_op(
     "gpt2::linear_cross_entropy_sum", loss_and_gradients, mutates_args=()
 )
@@ -165,8 +157,8 @@ def _scale_gradients(ctx: Any, total_grad: Tensor, *_: Tensor) -> tuple[Tensor |
     """Return the saved gradients times the gradient of the summed loss (the chain rule)."""
     dx, dweight = ctx.saved_tensors
     # Multiply in place, because dweight is as large as the head. This changes the saved tensors, so a second backward
-    # pass through the same graph is an error. torch.compile traces this function with tensors of other types. There,
-    # multiply out of place, because the compiler itself decides which memory to reuse.
+    # pass through the same graph is an error. Under torch.compile, whose tensors have other types, multiply out of
+    # place, because the compiler decides which memory to reuse.
     multiply = Tensor.mul_ if type(dx) is Tensor else Tensor.mul
     dx, dweight = multiply(dx, total_grad), multiply(dweight, total_grad)
     return (dx if ctx.x_grad else None, dweight if ctx.weight_grad else None, None, None, None, None)

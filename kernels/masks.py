@@ -39,8 +39,8 @@ def make_mask(
     The other arguments are those of `find_positions`. With document_ids, the mask is causal, and no other argument is
     used: `checks.check_masks` refuses documents together with padding, cached tokens or a model that is not causal.
 
-    The result is None if no mask is needed: there is no attention_mask, and either every query may attend to every key,
-    or the argument `is_causal` of PyTorch's kernel is enough (see `model.Attention`).
+    The result is None if there is no attention_mask, and either every query may attend to every key, or the argument
+    `is_causal` of PyTorch's kernel is enough.
     """
     if document_ids is not None:
         return DocumentMask.of(document_ids)
@@ -51,8 +51,8 @@ def make_mask(
     everything = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=device)
     mask = everything.tril(past) if causal else everything
     if attention_mask is not None:
-        # Keep the diagonal, so that padding attends at least to itself. A softmax over no key at all is NaN. In the
-        # next layer that NaN is a value with weight 0, and 0 times NaN is NaN: it would spread to all tokens.
+        # Keep the diagonal, so that padding attends at least to itself. A softmax over no key is NaN, and later layers
+        # would spread the NaN to all tokens, because 0 times NaN is NaN.
         itself = everything.tril(past).triu(past)
         mask = mask & attention_mask.bool()[:, None, None, :] | itself
     return mask
