@@ -10,8 +10,7 @@
 
 The contestants are this repository and its peers, the other implementations. Each contestant runs in a process of its
 own. The contestants take turns, so that a change of the machine's speed affects all of them. The tables show medians.
-For a peer that is not a package, give a directory with a clone of its repository. `tokenize` always includes tiktoken.
-With --device cuda all contestants run on the GPU, and only `train`, `decode` and `hellaswag` are measured.
+For a peer that is not a package, give a directory with a clone of its repository.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ from command import CommandParser, at_least_one, ending
 from files import file_sha256
 
 # multiprocessing imports this file in the process of each contestant, and the memory of all imported modules counts as
-# the contestant's. So this file does not import the modules of benchmarks/ that need PyTorch or a peer: it passes only
-# the names of these modules to the process.
+# the contestant's. So do not import modules that need PyTorch or a peer here: pass their names to the process.
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,8 +79,8 @@ def spread(result: dict[str, float]) -> float:
 def report(title: str, unit: str, amount: float, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Print and return a table: each contestant's rate in `unit` per second, and our rate divided by that rate.
 
-    The rate and the ratio are also added to the contestant's entry in `results`. The printed table also shows spread
-    and peak memory. amount is the work of one run, in `unit`.
+    The rate and the ratio are also added to the contestant's entry in `results`. amount is the work of one run, in
+    `unit`.
     """
     print(f"\n{title}")
     print(f"  {'':<14}{unit + '/s':>12}{'spread':>9}{'peak MiB':>10}{'ours is':>10}")

@@ -58,8 +58,8 @@ def verify(checkpoint: Path) -> None:
 def find_newest(directory: Path) -> tuple[Path | None, list[Path]]:
     """Return the newest undamaged checkpoint of a run, and the damaged checkpoints that are newer.
 
-    `directory` is the run's directory `checkpoints`. A checkpoint is damaged if `verify` raises an error. A damaged
-    checkpoint is named on stderr, skipped and left unchanged. The first result is None if there is no checkpoint.
+    `directory` is the run's directory `checkpoints`. Damaged checkpoints are named on stderr and left unchanged. The
+    first result is None if there is no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, but all of them are damaged.
@@ -87,16 +87,14 @@ def find_best(directory: Path, unreadable: set[Path]) -> tuple[float, Path] | No
     """Return the lowest validation loss of the existing checkpoints, and its checkpoint, or None if no loss is known.
 
     A checkpoint stores two losses, if they are known: its own validation loss, and the lowest validation loss of the
-    run so far, with the step of that loss. If the run was asked to stop when a validation was due, the checkpoint of
-    that step lacks its own loss: the validation ran only after the run had resumed. But if this validation found the
-    lowest loss so far, later checkpoints store this loss and the step.
+    run so far, with the step of that loss. A checkpoint that was saved before its validation, because the run was asked
+    to stop, lacks its own loss, but later checkpoints may store this loss as the lowest one.
 
-    Losses on different numbers of tokens cannot be compared. If eval.tokens has changed during the run, losses on
-    another number of tokens than the newest loss are ignored. Older versions of this repository did not store the
-    number of tokens. Losses without this number are never ignored.
+    If eval.tokens has changed during the run, losses on another number of tokens than the newest loss are ignored. A
+    loss whose number of tokens is unknown (from an older version of this repository) is not ignored.
 
-    `directory` is the run's directory `checkpoints`. Checkpoints in `unreadable` are ignored. If the trainer/state.json
-    of a checkpoint cannot be read, the path of the checkpoint is printed on stderr and added to `unreadable`.
+    `directory` is the run's directory `checkpoints`. Checkpoints in `unreadable` are ignored. A checkpoint whose
+    trainer/state.json cannot be read is named on stderr and added to `unreadable`.
     """
     measured: list[tuple[int | None, Path, float]] = []  # tokens (None in older checkpoints), checkpoint, loss
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(directory)}
@@ -130,8 +128,7 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
 
     Args:
         which: "newest"; "best", the checkpoint with the lowest validation loss; or a step, such as "500". None means
-            "best" if eval.patience ended the run, because the checkpoints after the best one are worse. Otherwise
-            None means "newest".
+            "best" if eval.patience ended the run, otherwise "newest".
 
     Raises:
         FileNotFoundError: the run has no checkpoint, no checkpoint of this step or, for "best", no validation loss.
@@ -171,8 +168,7 @@ def choose_checkpoint(run: Path, which: str | None = None) -> Path:
 def _ended_by_patience(newest: Path) -> bool:
     """Return whether eval.patience ended a run before its last step. `newest` is the newest checkpoint of the run.
 
-    Return False if this is not known, because the state of the checkpoint cannot be read, or because an older version
-    of this repository wrote the state and did not store whether the run had finished.
+    The result is also False if the state of the checkpoint cannot be read, or lacks the field "finished".
     """
     try:
         state = read_state(newest)

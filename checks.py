@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The largest integer that a config.json may contain for a size. A larger number is a mistake. Without this limit, a
-# model of the stated size could fill the memory before the mistake is noticed.
+# The largest size that a config.json may contain. A larger number is a mistake, and a model of that size could fill the
+# memory.
 LARGEST_FIELD = 2**24
 
 
@@ -37,10 +37,9 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_shared_fields(config: dict[str, Any]) -> None:
-    """Raise ValueError, naming the field, if a value is impossible in a GPTConfig and in a config.json.
+    """Check fields that have the same names in GPTConfig and config.json. Raises ValueError, naming the field.
 
-    n_embd and n_head must already have been checked to be positive integers. The names of the checked fields are the
-    same in both.
+    n_embd and n_head must already be known to be positive integers.
     """
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"n_embd ({config['n_embd']}) must be divisible by n_head ({config['n_head']})")
@@ -53,8 +52,7 @@ def check_shared_fields(config: dict[str, Any]) -> None:
 def check_attention(config: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if `config` selects an attention that is not implemented.
 
-    The fields attention, window_size, lsh_buckets and lsh_rounds may be missing: a config.json has them only if the
-    attention is not full.
+    The fields attention, window_size, lsh_buckets and lsh_rounds may be missing if the attention is full.
     """
     attention = config.get("attention", "full")
     if attention not in ("full", "window", "lsh"):
@@ -110,7 +108,7 @@ def check_tokens(
 
     Args:
         config: the model's GPTConfig.
-        past: the number of cached tokens. The new tokens follow them.
+        past: the number of cached tokens.
         ignored: the id that marks a position without a target in `targets` and `labels`.
 
     Raises ValueError, see `GPT.forward`.

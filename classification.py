@@ -232,10 +232,7 @@ def train_step(
 ) -> float:
     """Take one optimizer step on the loss of a batch, and return this loss in nats.
 
-    Unlike a step of train.py, this step runs in a single process and does not accumulate gradients.
-
-    Raises FloatingPointError if the gradient is not finite. But if the loss is finite and float16's loss scale is above
-    1, this scale may be the reason. Then the scaler skips the step, and no error is raised.
+    Raises FloatingPointError if the gradient is not finite, unless float16's loss scale may be the reason.
     """
     with autocast(next(model.parameters()).device, dtype):
         loss = compute_loss()
@@ -243,8 +240,8 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, grad_clip)
-    # A loss scale above 1 can itself make gradients infinite although the loss is finite. Then the scaler skips this
-    # step and lowers the scale.
+    # A loss scale above 1 can make gradients infinite although the loss is finite. Then the scaler skips this step and
+    # lowers the scale.
     if not torch.isfinite(norm) and (not loss.isfinite() or scaler.get_scale() <= 1):
         raise FloatingPointError("the gradient is not finite; lower --lr")
     for optimizer in optimizers:

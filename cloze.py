@@ -6,8 +6,7 @@ log-probability of the whole text with the class's word in the blank. If a class
 mean of the log-probabilities with each of these words (Schick et al. 2020, arXiv:2010.13641).
 
 Different words in the same blank give texts that begin with the same tokens. The log-probability of these tokens is the
-same in every score. It changes neither the differences between the scores nor their softmax, so it is not computed.
-Therefore, if the pattern ends with the blank, a score is the log-probability of the word, given the text before it.
+same in every score and does not change the softmax of the scores, so it is not computed.
 
 Letters in shapes: N texts, W words of a verbalizer, K classes; T, C and V as in model.py.
 """
@@ -45,8 +44,7 @@ class Verbalizer:
     def class_means(self, word_scores: Tensor) -> Tensor:
         """Return the mean score of the words of each class. (N, W) -> (N, K)."""
         class_of = torch.tensor(self.class_of, device=word_scores.device)
-        # Not a matrix product, because autocast would compute it in 16 bits. A score is a sum of log-probabilities, and
-        # near -300 the numbers of bfloat16 are 2 apart.
+        # Not a matrix product: autocast would compute it in 16 bits, and bfloat16 numbers near -300 are 2 apart.
         sums = word_scores.new_zeros(len(word_scores), len(self.classes)).index_add(1, class_of, word_scores)
         return sums / class_of.bincount()
 

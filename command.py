@@ -22,8 +22,7 @@ from typing import Any, NoReturn, TextIO
 def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Print an uncaught exception, but only a line break for Ctrl-C.
 
-    In a command, the context manager `ending` (below) handles Ctrl-C. It is not active yet while modules are imported:
-    a Ctrl-C at that time is handled here.
+    This function handles a Ctrl-C while modules are imported. After that, the context manager `ending` handles it.
     """
     if issubclass(kind, KeyboardInterrupt):
         print(file=sys.stderr)
@@ -58,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Return the options of a parser and its subcommands. The parser also reports options that a subcommand lacks."""
+    """Return the options of a parser and its subcommands."""
     found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -93,11 +92,8 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
     For an error that the user can correct, print its message and exit with status 2. For Ctrl-C, print `interrupted`
     and exit with status 130. Other exceptions keep their traceback.
 
-    If the program that reads the output ends before the command, as in `... | head`, the command finishes its work
-    without a message. With `needs_reader`, the command exits at once with status 0. Set `needs_reader` if the output is
-    the only result of the command.
-
-    Characters that the encoding of the standard output lacks are printed as escapes, such as \\xe9.
+    If the program that reads the output ends first, as in `... | head`, the command finishes its work without a
+    message. With `needs_reader`, for commands whose output is the only result, it exits at once with status 0.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # false if a test or another program replaced stdout
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -122,14 +118,13 @@ def described(error: Exception) -> str:
 def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoReturn:
     """Print an error on stderr and end the process.
 
-    torchrun surrounds the errors of its processes with a long report of its own. So the message is also passed to
-    torchrun. At the end of its report, where the user sees it, torchrun repeats the message of the process that failed
-    first.
+    The message is also passed to torchrun. At the end of its own long report, torchrun repeats the message of the
+    process that failed first.
 
     Args:
         status: the exit status.
-        consequence: True if this process fails because another process has failed. Then the reported time is a minute
-            late: torchrun compares times in whole seconds, and could otherwise take this failure for the first one.
+        consequence: True if this process fails because another process has failed. The reported time is then a minute
+            late, so that torchrun does not take this failure for the first one.
     """
     print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -168,7 +163,7 @@ def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     """In the `with` block, drop what is written to stdout and stderr after their reader has gone away.
 
     By default, Python raises an error for such a write: `train.py ... | head -3`, or a closed terminal, would end the
-    run. With `needs_reader`, a write to stdout raises NoReader if the reader of stdout has gone away.
+    run. With `needs_reader`, such a write to stdout raises NoReader.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_lasting(stream) for stream in before)

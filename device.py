@@ -19,8 +19,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The environment variable ONEDNN_MAX_CPU_ISA limits the CPU instructions that oneDNN uses. Each set holds the values
-# that exclude one kind of instructions: those for bfloat16, those for float16, or those for matrices (AMX).
+# Values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN does not use the CPU's instructions for
+# bfloat16, for float16, or for matrices (AMX).
 ISA_WITHOUT_BFLOAT16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 ISA_WITHOUT_FLOAT16 = ISA_WITHOUT_BFLOAT16 | {"avx512_core_bf16"}
 ISA_WITHOUT_AMX = ISA_WITHOUT_FLOAT16 | {"avx512_core_fp16"}
@@ -30,8 +30,7 @@ def separate_compiled_code() -> None:
     """Give torch.compile a cache of its own if ATEN_CPU_CAPABILITY limits the CPU's instruction set.
 
     In PyTorch 2.13, the keys of the cache do not include this variable. So a process with the limit would load code
-    that was compiled without the limit, and this code could compute wrong numbers or crash. If TORCHINDUCTOR_CACHE_DIR
-    is already set, it is not changed.
+    that was compiled without the limit, and this code could compute wrong numbers or crash.
     """
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
         directory = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
@@ -75,8 +74,8 @@ CARDS = {
     "V100": Card(torch.float16, 125e12, 16, 0.90e12, 150e9),
     "T4": Card(torch.float16, 65e12, 16, 0.32e12, 16e9),
 }
-# A device name can contain a key of CARDS although the device is not this card: "RTX 3090 Ti" is another card, and
-# "MIG" in a name means a part of a card. `find_card` appends this regular expression to a key to exclude such names.
+# `find_card` appends this regular expression to a key of CARDS to exclude other devices: "RTX 3090 Ti" is another card,
+# and "MIG" in a name means a part of a card.
 OTHER_MODEL = r"(?! (Ti|D|NVL|Laptop)\b)(?!.*\bMIG\b)"
 
 
@@ -125,9 +124,8 @@ def native_dtypes(device: torch.device) -> list[torch.dtype]:
         reduced.append(torch.bfloat16)
     if limit not in ISA_WITHOUT_FLOAT16 and any(has.get(name) for name in ("avx512_fp16", "amx_fp16")):
         reduced.append(torch.float16)
-    # On Intel CPUs, only AMX units multiply 16-bit numbers faster than float32. A Xeon with AVX-512 for all three
-    # precisions, but without AMX, reaches 323 GFLOP/s in float32, 316 in float16 and 170 in bfloat16 (`bench.py train`,
-    # 2 cores).
+    # On Intel CPUs, only AMX units multiply 16-bit numbers faster than float32. A Xeon without AMX reaches 323 GFLOP/s
+    # in float32, 316 in float16 and 170 in bfloat16.
     has_amx = limit not in ISA_WITHOUT_AMX and any(has.get(name) for name in ("amx_bf16", "amx_fp16"))
     if is_intel_cpu() and not has_amx:
         return [torch.float32, *reduced]
@@ -140,16 +138,12 @@ def is_intel_cpu() -> bool:
 
 
 def packing_is_faster(weight: torch.Tensor) -> bool:
-    """Return whether decoding is faster if oneDNN stores this weight packed, in the layout that oneDNN's kernels read.
-
-    For a batch of one row in float32, the result is usually not needed, because generation/numpy_step.py decodes this
-    row with unpacked weights.
-    """
+    """Return whether decoding is faster if oneDNN stores this weight packed, in the layout that its kernels read."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        # F.linear uses Intel's MKL; packed weights need oneDNN. We have measured only a batch of one row, on an Intel
-        # Xeon: MKL decoded 40 tokens/s and oneDNN 34. Therefore weights are not packed on Intel's CPUs.
+        # F.linear uses Intel's MKL; packed weights need oneDNN. On an Intel Xeon, with a batch of one row, MKL decoded
+        # 40 tokens/s and oneDNN 34.
         return not is_intel_cpu()
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -158,8 +152,7 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
     """Return the precision that `auto`, `float32`, `bfloat16` or `float16` means on a device.
 
     `auto` is the first of `native_dtypes`. With `decoding` on a CPU, `auto` is a native precision of 16 bits, if there
-    is one, even if its products are not faster than products in float32. The reason is that the model reads all its
-    weights from memory for each new token, and 16-bit weights have half as many bytes.
+    is one: the model reads all its weights from memory for each new token, and 16-bit weights have half as many bytes.
 
     If the processor has to emulate the requested precision, the function warns on stderr, but returns this precision.
     """
@@ -176,7 +169,7 @@ def find_dtype(name: str, device: torch.device, *, decoding: bool = False) -> to
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return `dtype` if the device computes matrix products in `dtype` without emulation, otherwise float32.
 
-    Use this function where speed matters more than `dtype`, the configured precision, as in Muon's iteration.
+    Use this function where speed matters more than precision, as in Muon's iteration.
     """
     return dtype if dtype in native_dtypes(device) else torch.float32
 
@@ -184,16 +177,14 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def make_deterministic() -> None:
     """Make every operator give the same bits in every run on the same hardware. Call it before the first use of a GPU.
 
-    On a GPU, the backward passes of embeddings and attention add numbers in the order in which threads finish, which
-    varies. Their deterministic forms are slower and add in a fixed order. An operator without a deterministic form
-    raises RuntimeError. The function also stops the compiler from choosing the kernel that is fastest in a measurement,
-    because this choice varies between runs.
+    On a GPU, some operators add numbers in the order in which threads finish, which varies. Their deterministic forms
+    are slower. An operator without a deterministic form raises RuntimeError. The compiler no longer chooses the kernel
+    that is fastest in a measurement, because this choice varies between runs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its initialization
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)
-    # The call above also makes PyTorch fill new memory with NaN. This takes time and changes nothing here, because all
-    # memory is written before it is read.
+    # The call above also fills new memory with NaN. This only costs time: all memory is written before it is read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -218,8 +209,7 @@ def cpu_instruction_set() -> str:
     if has.get("architecture") != "x86_64":
         name = "SVE" if has.get("sve") else "NEON"
     else:
-        # ATEN_CPU_CAPABILITY limits PyTorch's own kernels, and `get_cpu_capability` obeys it. ONEDNN_MAX_CPU_ISA limits
-        # oneDNN's kernels, and `native_dtypes` obeys it.
+        # `get_cpu_capability` obeys ATEN_CPU_CAPABILITY, and `native_dtypes` obeys ONEDNN_MAX_CPU_ISA.
         name = {"AVX512": "AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "AVX2")
     native = [str(dtype).removeprefix("torch.") for dtype in native_dtypes(torch.device("cpu"))]
     return ", ".join([name, *(dtype for dtype in native if dtype != "float32")])
@@ -229,8 +219,7 @@ def keep_freed_memory() -> None:
     """Make the C library keep freed memory and use it again in the next step, as PyTorch's CUDA allocator does.
 
     By default, glibc returns the memory of every large tensor to the operating system. At the next allocation, the
-    system fills the memory with zeros, which takes about a tenth of a training step on a CPU. Only glibc (Linux) has
-    this setting; on other systems the function does nothing.
+    system fills the memory with zeros, which takes about a tenth of a training step on a CPU.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)

@@ -30,10 +30,9 @@ Strategy = Literal["last", "all", "token"]
 
 
 def last_kept(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the hidden state of the last kept token of each row, (B, T, C) -> (B, C).
+    """Return the hidden state of the last token that the mask keeps in each row, (B, T, C) -> (B, C).
 
-    A token is kept if its attention mask is not 0. Padding may be on either side. If a row keeps no token, the result
-    is the state of its first token.
+    Padding may be on either side. If a row keeps no token, the result is the state of its first token.
     """
     if attention_mask is None:
         return x[:, -1]
@@ -86,7 +85,7 @@ def save_with_head(
 ) -> None:
     """Write GPT and head as one state dict, in transformers' layout. Add the entries of `fields` to config.json.
 
-    `architecture` is the name of the class that loads the files, see `weights.save_weights`.
+    `architecture` is the name of the class that loads the files.
     """
     state = {name.removeprefix("gpt."): tensor for name, tensor in model.state_dict().items()}
     config = asdict(model.gpt.config)
@@ -116,16 +115,16 @@ class SequenceClassifier(nn.Module):
     Args:
         gpt: the language model whose hidden states are classified.
         num_labels: K, the number of classes.
-        strategy: the input of the classifier. `last` (cls_time in the library Texar): the hidden state of the last
-            token that is not padding. `all` (all_time): the hidden states of all tokens that are not padding,
-            concatenated and padded with zeros up to max_length. `token` (time_wise): the hidden state of one token;
-            each token is classified separately.
+        strategy: the input of the classifier. `last`: the hidden state of the last token that is not padding. `all`:
+            the hidden states of all tokens that are not padding, concatenated and padded with zeros up to max_length.
+            `token`: the hidden state of one token; each token is classified separately.
         max_length: the longest sequence in tokens; None means block_size. Only strategy `all` enforces this limit.
 
-    The loss depends on K and on the dtype of the labels. With K = 1, floating-point labels mean regression (squared
-    error), and integers 0 and 1 mean binary classification (logistic loss; transformers uses the squared error for
-    them too). With K > 1, as in transformers, integers are class indices (cross-entropy), and K floating-point labels
-    from 0 to 1 say which classes apply to a sequence or token (logistic loss; several classes may apply).
+    The loss depends on K and on the dtype of the labels:
+        K = 1, floats: squared error (regression).
+        K = 1, integers 0 and 1: logistic loss (binary classification). transformers uses the squared error here.
+        K > 1, integers: cross-entropy; the integers are class indices.
+        K > 1, K floats from 0 to 1: logistic loss of each class (several classes may apply).
     """
 
     def __init__(

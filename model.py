@@ -60,10 +60,9 @@ class GPTConfig:
     dropout: float = 0.0
     cross_attention: bool = False  # a second attention in each block, over an encoder's output
     causal: bool = True  # False: each token attends to the whole sequence, as in an encoder
-    # full: each token attends to itself and all earlier tokens, as in GPT-2, in time proportional to T². window and lsh
-    # are for long sequences (kernels/long_attention.py). window: each token attends to the last window_size tokens,
-    # itself included. lsh: each token attends to itself and to a limited number of earlier tokens: the last ones whose
-    # keys have the same hash as its query.
+    # full: each token attends to itself and all earlier tokens, as in GPT-2, in time proportional to T².
+    # window: each token attends to the last window_size tokens, itself included.
+    # lsh: each token attends to itself and to the last few earlier tokens whose keys have the same hash as its query.
     attention: str = "full"
     window_size: int = 256
     lsh_buckets: int = 64
@@ -138,8 +137,7 @@ class Attention(nn.Module):
             k, v = layer_cache.append(k, v)  # (B, H, S, D)
         # Without the causal mask a token could read its own target from the next position: the training loss would go
         # to zero and the model could not generate. A single query (cached decoding) belongs to the last token: it may
-        # attend to every key and needs no mask. PyTorch's kernel needs a Python bool, but in torch.export and
-        # torch.jit.trace, q.size(2) is a symbol, and so is the result of the comparison.
+        # attend to every key and needs no mask. `bool`: in torch.export and torch.jit.trace, q.size(2) is a symbol.
         is_causal = bool(self.causal and mask is None and q.size(2) > 1)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -191,7 +189,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        # OpenAI's eps is 1e-5: the released weights were trained with it (transformers' BERT, for example, has 1e-12).
+        # GPT-2's eps is 1e-5: the released weights were trained with it.
         eps = config.layer_norm_epsilon
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=eps)
         self.attn = Attention(config, layer)
@@ -275,7 +273,7 @@ class GPT(nn.Module):
         output_hidden_states: bool = False, output_attentions: bool = False,
         return_logits: bool | None = None, logits_to_keep: int = 0,
     ) -> GPTOutput:  # fmt: skip
-        """Run the model on T tokens of each of B sequences. They follow the cached tokens, of which there are `past`.
+        """Run the model on T tokens of each of B sequences, which follow `past` cached tokens.
 
         Args:
             input_ids: (B, T) token ids. Give either `input_ids` or `inputs_embeds`, but not both.
@@ -296,7 +294,7 @@ class GPT(nn.Module):
 
         Raises:
             ValueError: wrong combination, shape, length or id. The range of ids is not checked inside torch.compile or
-                on a GPU, where reading ids makes the host wait: check ids before you copy them to the GPU.
+                on a GPU: check ids before you copy them to the GPU.
         """
         config = self.config
         past = 0 if cache is None else cache.length

@@ -6,8 +6,7 @@
     model.ckpt.data-00000-of-00001    the tensors, little-endian, one after the other
     encoder.json, vocab.bpe           the tokenizer, which data/tokenizer.py reads
 
-Each block of the table and each tensor is stored with its CRC32C, a checksum. This module computes the checksum of what
-it reads and compares it with the stored checksum, so damaged data is never returned.
+Each block of the table and each tensor is stored with its CRC32C, a checksum. This module verifies these checksums.
 
 Formats: https://github.com/google/leveldb/blob/main/doc/table_format.md for the table, and
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto for its values.
@@ -187,7 +186,7 @@ def _read_place(value: bytes) -> Place:
 
 
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the keys and values of a LevelDB table. Raises ValueError if the checksum of a block is wrong."""
+    """Yield the keys and values of a LevelDB table. Raises ValueError if the table is damaged."""
     footer = data[-FOOTER_SIZE:]
     if len(footer) < FOOTER_SIZE or int.from_bytes(footer[-8:], "little") != MAGIC:
         raise ValueError(f"its {len(data):,} bytes do not end like a TensorFlow index")
@@ -201,9 +200,8 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Verify the checksum of a block of a table, then yield the keys and values of the block.
 
-    Some keys are stored completely. Any other key is stored without the beginning that it has in common with the
-    previous key. The block ends with the offsets of the complete keys, and the number of these offsets. The offsets are
-    not read, because only a search for a single key needs them.
+    A key may be stored without the beginning that it has in common with the previous key. The block ends with the
+    offsets of the keys that are stored completely (not read here), and the number of these offsets.
     """
     block, trailer = data[offset : offset + size + 1], data[offset + size + 1 : offset + size + TRAILER_SIZE]
     if len(trailer) < TRAILER_SIZE - 1 or int.from_bytes(trailer, "little") != masked_crc32c(block):
@@ -279,8 +277,7 @@ def _data(message: dict[int, list[int | bytes]], field: int) -> bytes:
 def masked_crc32c(data: bytes | np.ndarray) -> int:
     """Return the masked CRC32C of data: the CRC32C, rotated by 15 bits, plus CRC_MASK.
 
-    LevelDB and TensorFlow store this number, because the CRC32C of data that itself contains a CRC32C is unreliable.
-    An array must be read-only, which the package google_crc32c requires.
+    LevelDB and TensorFlow store this number. An array must be read-only, which the package google_crc32c requires.
     """
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + CRC_MASK) & 0xFFFFFFFF

@@ -1,13 +1,12 @@
 """How the threads of PyTorch's CPU operators wait for work. Import this module before torch, which loads OpenMP.
 
 OpenMP reads its settings when it is loaded. Its threads wait for the next operator by spinning: they check again and
-again whether there is work. If nothing else runs, spinning is fastest, because sleeping threads would have to be woken
-hundreds of times in a training step. But on a busy machine, a spinning thread occupies a core that another thread of
-the same operator needs. GOMP_SPINCOUNT is the number of checks before a thread sleeps. Training speed of `make demo` on
-two cores (bfloat16), in tokens/s (one case was not measured):
+again whether there is work. If nothing else runs, spinning is fastest, because waking a sleeping thread takes time. But
+on a busy machine, a spinning thread occupies a core that another thread of the same operator needs. GOMP_SPINCOUNT is
+the number of checks before a thread sleeps. Training speed of `make demo` on two cores (bfloat16), in tokens/s:
 
-    GOMP_SPINCOUNT               not set     1000       0
-    nothing else running          21,010   19,726   14,090
+    GOMP_SPINCOUNT               not set     1000
+    nothing else running          21,010   19,726
     another process computing      5,259    9,175
 """
 
@@ -30,8 +29,7 @@ def cores_in_use(seconds: float) -> float:
 def machine_is_busy() -> bool:
     """Return whether other processes use BUSY_CORES or more in two measurements, of 0.1 and then 0.4 seconds.
 
-    A process that has just ended uses a core until its memory is released. So a single measurement is not enough. The
-    second measurement is made only if the first one finds a busy machine.
+    A process that has just ended uses a core until its memory is released, so a single measurement is not enough.
     """
     return all(cores_in_use(seconds) >= BUSY_CORES for seconds in (0.1, 0.4))
 
@@ -39,9 +37,8 @@ def machine_is_busy() -> bool:
 def adapt_to_load() -> None:
     """Make waiting threads sleep after a short spin if the machine is busy now.
 
-    Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. This setting does not change any
-    computed number. If GOMP_SPINCOUNT or OMP_WAIT_POLICY is already set, nothing is changed. With OMP_NUM_THREADS=1,
-    which is what torchrun sets, no threads wait, so the load is not measured.
+    Only libgomp, the OpenMP library of PyTorch on Linux, reads GOMP_SPINCOUNT. Settings of the user have precedence.
+    With OMP_NUM_THREADS=1, which torchrun sets, no threads wait, so the load is not measured.
     """
     is_set = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
     one_thread = os.environ.get("OMP_NUM_THREADS") == "1"

@@ -22,8 +22,8 @@ def is_llm_c(path: Path) -> bool:
 def conversion_hint(path: Path) -> str:
     """Return the end of an error message, which says how to convert a file. The result is "" if the format is unknown.
 
-    The text has the form "; it is a file of PROGRAM: run COMMAND". If `path` is a directory, the text is about the
-    first file in the directory that has a known format, and has the name of this file in place of "it".
+    The text has the form "; it is a file of PROGRAM: run COMMAND". If `path` is a directory, the text names the first
+    file in the directory that has a known format.
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:

@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(args, verbalizer, unlabeled, val_texts, val_labels)
     args.out.mkdir(parents=True, exist_ok=True)  # if --out cannot be created, fail before the training
     probabilities = label_texts(task)
-    # `make_task` has loaded a classifier too, but load a new one here: loading sets the seed, so the training that
-    # follows uses the same random numbers as `classify.py train`.
+    # Loading a new classifier sets the seed, so this training uses the same random numbers as `classify.py train`.
     classifier, tokenizer = load_classifier(args, verbalizer.classes)
     train_examples = encode(unlabeled, probabilities.tolist(), tokenizer, classifier.max_length)
     val_examples = encode(val_texts, val_labels, tokenizer, classifier.max_length)
@@ -145,8 +144,7 @@ def label_texts(task: Task) -> Tensor:
     """Train all generations of the ensemble, and return the class probabilities of the unlabeled texts (N, K)."""
     weights, ensemble = first_generation(task)
     for generation in range(1, task.args.generations + 1):
-        # The first generation learns the classes from the labeled texts alone. Without labeled texts, the pretrained
-        # model itself is the first generation, and its training is skipped.
+        # Without labeled texts, the first generation is the pretrained model itself and is not trained.
         if generation > 1 or task.train[0].labels:
             ensemble = train_generation(task, ensemble, weights, generation)
     return soft_labels([m.scores for m in ensemble], [weights[m.pattern] for m in ensemble], task.args.temperature)
@@ -224,11 +222,10 @@ def pseudo_label(
 ) -> dict[int, int]:
     """Choose unlabeled texts, and label them with some of the models `others` (iPET). Return {index of text: class}.
 
-    `labels` are the classes of the texts in --train. With each generation, the number of labeled texts (those of
-    --train and the chosen ones) grows by the factor GROWTH, and the classes keep the proportions that they have in
-    `labels`. Without --train, all classes get the same number of texts. The texts of a class are drawn at random from
-    those that the models assign to this class. Texts about which the models are more certain are more likely to be
-    drawn. If the models assign too few texts to a class, all of these are used.
+    `labels` are the classes of the texts in --train. With each generation, the number of labeled texts grows by the
+    factor GROWTH, and the classes keep the proportions that they have in `labels`. Without --train, all classes get the
+    same number of texts. The texts of a class are drawn at random from those that the models assign to this class.
+    Texts about which the models are more certain are more likely to be drawn.
     """
     rng = np.random.default_rng(seed)
     size = max(1, round(PART_OF_OTHERS * len(others)))

@@ -25,9 +25,9 @@ def resolve_model(name_or_dir: str | None, runs: str = "runs", checkpoint: str |
     value is returned unchanged.
 
     Raises:
-        FileNotFoundError: there is no run, the named run does not exist, or the run lacks the requested checkpoint; or
-            a directory is not a model, but holds runs or checkpoints.
-        ValueError: the checkpoint is damaged; or `checkpoint` has an unknown value, or is given for a model that is not
+        FileNotFoundError: the run or its requested checkpoint does not exist, or a directory holds runs or checkpoints
+            but is not a model.
+        ValueError: the checkpoint is damaged, or `checkpoint` has an unknown value or is given for a model that is not
             a run.
     """
     if name_or_dir is None:
@@ -69,11 +69,11 @@ class ModelFiles(NamedTuple):
 
 
 def find_model(name_or_dir: str | None, checkpoint: str | None = None) -> ModelFiles:
-    """Find the model that the options `--model` and `--checkpoint` select (see `resolve_model`), and read its files.
+    """Find the model that the options `--model` and `--checkpoint` select, and read its configuration and tokenizer.
 
     Raises:
         OSError: there is no such model.
-        ValueError: the files are damaged, or the tokenizer does not belong to the model (see `check_vocabulary`).
+        ValueError: the files are damaged, or the tokenizer does not belong to the model.
     """
     name = resolve_model(name_or_dir, checkpoint=checkpoint)
     stored = open_model(locate(name))  # before the tokenizer, so that an empty directory gives an error about the model
@@ -117,8 +117,8 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, directory: str | Pat
 def fit_vocabulary(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
     """Remove from a model, in place, the tokens that a tokenizer lacks.
 
-    Many trainers pad the vocabulary, for example from 50,257 to 50,304 tokens. The added ids have no text. After their
-    rows are removed from the token embedding, these ids get no probability and cannot be sampled.
+    Many trainers pad the vocabulary, for example from 50,257 to 50,304 tokens. The added ids have no text and must not
+    be sampled.
 
     Raises ValueError if the tokenizer does not belong to the model in `directory`.
     """

@@ -1,7 +1,6 @@
 """The processes that torchrun starts: how they find each other, what they compute on, and how they end.
 
-Training and evaluation share a few operations: the sum of a tensor or the minimum of an integer over all processes, and
-sending an integer to all of them. With a single process, every operation here works without a process group.
+With a single process, every operation here works without a process group.
 """
 
 from __future__ import annotations
@@ -19,19 +18,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Import torch.distributed.nn.functional before a process group exists. Otherwise the default arguments of its functions
-# store the group, whose threads then live until Python exits. A gloo thread that releases a tensor during exit aborts
-# the process.
+# Import this module before a process group exists. Otherwise the default arguments of its functions store the group,
+# whose threads then live until Python exits. A gloo thread that releases a tensor during exit aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 
 from device import autocast, find_device, find_dtype, keep_freed_memory, make_deterministic
 
-# How long processes wait for each other at the start. Some may come late, because each one first loads libraries from a
-# file system that may be slow.
+# How long processes wait for each other at the start. Each one first loads libraries, perhaps from a slow file system.
 JOIN_TIMEOUT = timedelta(minutes=10)
-# How long a collective operation waits for a process. The longest wait is for process 0, which must finish writing the
-# checkpoint of a large model before it saves the next one. NCCL's default of 10 minutes can be too short for that.
+# How long a collective operation waits for a process. NCCL's default of 10 minutes can be too short for process 0,
+# which must finish writing the checkpoint of a large model before it saves the next one.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # How long `name_lost_processes` waits for answers: less than the 30 seconds after which torchrun kills the processes.
 ANSWER_TIMEOUT = timedelta(seconds=3)
@@ -82,9 +79,8 @@ def start_processes(device_name: str, dtype_name: str, *, deterministic: bool = 
     """Find the device, and join the other processes if torchrun started several.
 
     Args:
-        device_name: `system.device` of the configuration, see `device.find_device`.
-        dtype_name: `system.dtype` of the configuration, see `device.find_dtype`.
-        deterministic: `system.deterministic` of the configuration, see `device.make_deterministic`.
+        device_name, dtype_name, deterministic: system.device, system.dtype and system.deterministic of the
+            configuration.
 
     Raises:
         ValueError: this machine does not have the device, several processes cannot use it, or the environment variables
@@ -123,13 +119,12 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     """Return the key-value store through which the processes find each other, without the keys of earlier attempts.
 
     torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. In this store, a restarted process may
-    find the address of a dead process, and would wait for that process until a timeout of half an hour. Therefore the
-    main process chooses a random name for each attempt, that is, each start of all processes. All keys in the returned
-    store begin with this name. Each other process chooses a random key and announces this key to the main process. The
-    main process stores the name under the announced key, so no process can read the name of an earlier attempt.
+    find the address of a dead process, and would wait for that process. Therefore the main process chooses a random
+    name for each attempt, that is, each start of all processes. All keys in the returned store begin with this name.
+    Each other process announces a random key, and the main process stores the name under this key. So no process can
+    read the name of an earlier attempt.
 
-    Raises TimeoutError if a process does not connect within JOIN_TIMEOUT. The main process names the missing processes;
-    the other processes name process 0 if it does not answer.
+    Raises TimeoutError if a process does not connect within JOIN_TIMEOUT.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -184,8 +179,7 @@ def name_lost_processes() -> str:
 
     The collective operation fails in every process. Each process that is alive calls this function, which announces the
     process in the store. A process that is not announced after ANSWER_TIMEOUT has ended or hangs. If the store does not
-    answer, the process that held it (process 0 or torchrun) has ended, and the result is "process 0". If all processes
-    answer, only a connection has failed, and the result names the connection.
+    answer, the process that held it has ended, and the result is "process 0".
     """
     try:
         store, rank, world_size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()

@@ -10,8 +10,7 @@ The same command again resumes from the newest checkpoint. README.md describes t
 
 from __future__ import annotations
 
-# Import training.launch before torch. training.launch imports openmp.py, which sets an environment variable. The OpenMP
-# library reads this variable when torch loads the library.
+# Import training.launch before torch: it sets an environment variable that OpenMP reads when torch loads OpenMP.
 from training.launch import StopSignal, training_process
 
 # isort: split
@@ -32,7 +31,7 @@ from training.setup import TrainingRun, dry_run, is_due, setup
 from training.validation import measure
 
 # Training stops after this number of bad steps without a good step between them. A step is good if its loss and its
-# gradient are finite. Otherwise it is bad, unless its gradient overflowed float16: then it is neither bad nor good.
+# gradient are finite. Any other step is bad, unless its gradient overflowed float16.
 MAX_BAD_STEPS = 10
 
 
@@ -59,7 +58,7 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
     loss_sum = torch.zeros((), device=device)
     for i, (inputs, targets, weight, documents) in enumerate(micro_batches, 1):
         # Only the last backward pass averages the gradients over the processes. By then, `.grad` is the sum over this
-        # process's micro-batches, so one average of the sums is enough, instead of one for each micro-batch.
+        # process's micro-batches, so one average is enough.
         synchronize_gradients(run.loss_function, run.model, i == len(micro_batches))
         # With non_blocking, a copy from pinned memory to a GPU runs while the host queues the next operations.
         inputs = inputs.to(device, non_blocking=True)  # (b, T), b sequences in the micro-batch
@@ -79,8 +78,7 @@ def accumulate_gradients(run: TrainingRun) -> Tensor:
 def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> StepResult:
     """Take one optimizer step on a global batch, and log it. Skip the step if its loss or gradient is not finite.
 
-    `stop_requested` and `save_requested` are the requests of this process. The result has the requests of all
-    processes.
+    `stop_requested` and `save_requested` are requests of this process. The result has the requests of all processes.
     """
     config, processes, state = run.config, run.processes, run.state
     run.clock, state.val_loss = Stopwatch(), None
@@ -104,8 +102,7 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
 
     # `tolist` is the only host-device synchronization of a step: up to here, the host queued work for the device
     # without waiting for results. The sums over all processes give every process the same numbers, so all of them make
-    # the same decisions. `torch.full` writes directly to device memory. Copying a tensor from the host would be a
-    # second synchronization.
+    # the same decisions. `torch.full` writes directly to device memory, without a second synchronization.
     requests = [torch.full((), float(asked), device=processes.device) for asked in (stop_requested, save_requested)]
     reduced = processes.all_reduce_sum(torch.stack([loss_sum, *requests]))
     numbers = torch.cat([reduced, torch.stack([norm, scale, next_scale])]).tolist()
@@ -119,9 +116,8 @@ def train_step(run: TrainingRun, stop_requested: bool, save_requested: bool) -> 
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
     run.clock.lap("optimizer")
-    # A loss scale that is too large makes the gradient overflow float16 although the loss is finite.
-    # `run.scaler.update` above has then halved the scale. At a scale of 1 or less, the scale is not the reason for an
-    # overflow.
+    # A loss scale that is too large makes the gradient overflow float16 although the loss is finite. At a scale of 1 or
+    # less, the scale is not the reason.
     overflowed = math.isfinite(loss) and loss_scale > 1 and next_loss_scale < loss_scale
     diverged = not finite and not overflowed
     state.step += 1
@@ -142,8 +138,7 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
         return False
     state, loss = run.state, result.loss.loss
     state.val_loss = loss
-    # A NaN is not stored as the best loss here, but a checkpoint of an older version of this repository may contain
-    # one. Comparisons with NaN are false, so the new loss then replaces the NaN.
+    # `loss >= NaN` is false, so a new loss replaces a NaN that an older version of this repository stored as the best.
     if math.isfinite(loss) and not (state.best and loss >= state.best[0]):
         state.best = loss, state.step
     tokens = state.step * run.config.data.batch_tokens
@@ -174,7 +169,7 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
 def save(run: TrainingRun) -> None:
     """Copy weights and optimizer state to host memory, and let a thread write them while training continues."""
     start = time.perf_counter()
-    # "finished" at a step before the last one means that eval.patience has ended the run (see checkpoints.py).
+    # "finished" at a step before the last one means that eval.patience has ended the run.
     state = run.checkpoint_state() | {"finished": is_done(run) and not run.lacks_validation}
     run.checkpoints.save(run.model, run.optimizers, run.inputs.tokenizer, state, write=run.processes.is_main)
     run.state.save_seconds = time.perf_counter() - start
@@ -197,9 +192,8 @@ def train(
 ) -> Literal["finished", "preempted"]:
     """Train to the last step, until eval.patience ends the run, or until a signal asks to stop.
 
-    Return the status that status.json also contains: "preempted" if a signal stopped the run, otherwise "finished".
-    scripts/ideas.py passes its own `train_step` and `validate`. With `profile`, the main process traces three steps and
-    writes the trace to trace.json in the run's directory.
+    Return "preempted" if a signal stopped the run, otherwise "finished". scripts/ideas.py passes its own `train_step`
+    and `validate`. With `profile`, the main process writes a trace of three steps to the run's directory.
 
     Raises FloatingPointError after MAX_BAD_STEPS bad steps. An error in writing a checkpoint can also end the run.
     """
@@ -220,12 +214,10 @@ def train(
         # of them, and their clocks differ. So train_step adds up the requests of all processes together with the loss.
         save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
         finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
-        # A thread writes the checkpoints, and its error is raised here. So if the disk is full, the run stops now and
-        # not hours later at the next save.
+        # Raise an error of the thread that writes checkpoints, such as a full disk, now and not at the next save.
         run.checkpoints.raise_failure()
 
-        # The data can cause a single bad step. Many in a row mean that training cannot recover. Overflows of float16
-        # are not counted, and they do not reset the count.
+        # The data can cause a single bad step. Many in a row mean that training cannot recover.
         if diverged:
             bad_steps += 1
         elif finite:
@@ -237,14 +229,12 @@ def train(
         # the validation, which may take minutes. The resumed run begins with that validation.
         if run.lacks_validation and not stopping:
             stopping = not validate(run, signal)
-        # Validation comes before saving, because the checkpoint stores the validation loss, which identifies the best
-        # checkpoint. After a step whose loss or gradient is not finite, a periodic save is omitted: training may have
-        # diverged, and the newest checkpoint must be one from which a run can recover.
+        # Validation comes before saving, because the checkpoint stores the validation loss. After a skipped step, a
+        # periodic save is omitted: the newest checkpoint must be one from which a run can recover.
         if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
             save(run)
             last_save = time.monotonic()
-        # Draw after saving, because an error in the drawing must not prevent a checkpoint. The function `conclude`
-        # (below) makes the last drawing.
+        # Draw after saving: an error in the drawing must not prevent a checkpoint. `conclude` makes the last drawing.
         if state.val_loss is not None and not (is_done(run) or stopping):
             run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:

@@ -34,17 +34,15 @@ CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 # Names of buffers that hold the causal mask in old checkpoints. These buffers are not parameters, and are skipped.
 STALE_BUFFER = re.compile(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
-# The parameters that compute queries: all rows of q_attn, and the first n_embd rows of c_attn, whose other rows compute
-# keys and values.
+# The parameters that compute queries: all rows of q_attn, and the first n_embd rows of c_attn.
 QUERIES = re.compile(r"transformer\.h\.(\d+)\.(attn\.c_attn|crossattention\.q_attn)\.(weight|bias)$")
 
 # Fields of config.json for which only GPT-2's value is implemented. Another value means another architecture.
 FIXED_CONFIG = {"model_type": "gpt2", "tie_word_embeddings": True}
 BIDIRECTIONAL = "gpt2-bidirectional"  # the model_type of a model that is not causal, and therefore not a GPT-2
 # Fields that affect the attention scores, with GPT-2's values. Other values of the two scale_ fields multiply the
-# scores by a factor: `query_scale` returns the factor, and `load_weights` multiplies the weights of the queries by it.
-# reorder_and_upcast_attn changes only the precision in which transformers computes the scores: both values are
-# accepted.
+# scores by a factor: `load_weights` multiplies the weights of the queries by this factor. reorder_and_upcast_attn
+# changes only the precision in which transformers computes the scores: both values are accepted.
 ATTENTION_CONFIG = {
     "reorder_and_upcast_attn": False,
     "scale_attn_by_inverse_layer_idx": False,
@@ -56,11 +54,9 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_new",
     "swish": "silu",
 }
-# Fields that a plain GPT-2 does not have, each with the values that mean the same as a missing field. Other values are
-# refused.
+# Fields that GPT-2 does not have, each with the values that mean the same as a missing field. Other values are refused.
 ABSENT_CONFIG: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "pruned_heads": (None, {})}
-# Other fields that transformers writes, with their default values. GPT does not depend on them. heads.DoubleHeads
-# requires the default values of summary_activation, summary_type and summary_use_proj.
+# Other fields that transformers writes, with their default values. Only heads.DoubleHeads depends on some of them.
 INERT_CONFIG = {
     "initializer_range": 0.02,
     "pad_token_id": None,
@@ -86,11 +82,9 @@ CONFIG_FIELDS = {
     "activation_function": "activation",
     "layer_norm_epsilon": "layer_norm_epsilon",
 }
-# Fields that only this repository defines. They are written only if the attention is not full, and other tools ignore
-# them.
+# Fields that only this repository defines. They are written only if the attention is not full.
 ATTENTION_FIELDS = ("attention", "window_size", "lsh_buckets", "lsh_rounds")
-# The fields of the model's shape, each with other names under which a config.json may have it. transformers accepts
-# these names, except n_ctx, which old files have.
+# The fields of the model's shape, each with other names under which a config.json may have it.
 SHAPE_ALIASES = {
     "vocab_size": (),
     "n_positions": ("max_position_embeddings", "n_ctx"),
@@ -109,9 +103,8 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# The limits of fields for which LARGEST_FIELD, the limit of all other sizes, is too high. If a damaged config.json
-# has a huge n_layer, building the model could take hours, and only then would `load_weights` find that most of the
-# tensors are missing.
+# The limits of fields for which LARGEST_FIELD, the limit of all other sizes, is too high. If a damaged config.json has
+# a huge n_layer, building the model could take hours.
 LARGEST = {"n_layer": 10_000}
 
 # OpenAI's names of the released models -> their names on the hub. 117M and 345M are earlier names of 124M and 355M.
@@ -132,9 +125,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 def locate(name_or_dir: str | Path) -> Path:
     """Return the directory that holds a model's files.
 
-    A directory is returned unchanged, unless it is the directory of a run: then one of its checkpoints is returned (see
-    `choose_checkpoint`). Any other name is the name of a model on the Hugging Face hub: its snapshot in the local cache
-    is returned, and is downloaded first if it is missing. OpenAI's names, such as 124M, stand for the hub's names.
+    A directory is returned unchanged, unless it is the directory of a run: then one of its checkpoints is returned. Any
+    other name is the name of a model on the Hugging Face hub, or OpenAI's name of it, such as 124M: its snapshot is
+    downloaded if it is not in the local cache yet.
 
     Raises:
         FileNotFoundError: the name is neither a directory nor a model that could be downloaded; or a run has no
@@ -159,8 +152,7 @@ def locate(name_or_dir: str | Path) -> Path:
         if not any(snapshot.glob("*.safetensors")):  # older models on the hub have pytorch_model.bin instead
             patterns = ["*.json", "*.txt", "pytorch_model.bin", "pytorch_model-*.bin"]
             snapshot = Path(snapshot_download(name, allow_patterns=patterns))
-    # Most errors of the network and of the hub are OSErrors. A proxy that refuses to connect causes an HTTPError. The
-    # hub's client raises HFValidationError for a name that no model can have.
+    # A proxy that refuses to connect causes an HTTPError, and a name that no model can have an HFValidationError.
     except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
@@ -324,9 +316,8 @@ def find_weight_files(directory: Path) -> list[Path]:
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and tensors in a directory's model.safetensors or pytorch_model.bin, or in the shards of either.
 
-    A file that PyTorch before version 1.6 wrote is read as a whole. From other files, one tensor is read at a time. If
-    the caller keeps only copies, memory holds these copies and one tensor of the file. The largest tensor of a file
-    comes first, when there are few copies, so that the peak of memory is low.
+    To save memory, one tensor is read at a time (from a file that PyTorch before version 1.6 wrote, all tensors at
+    once). The largest tensor of a file comes first, while the caller holds few other tensors.
 
     Raises:
         FileNotFoundError, ValueError: there are no weights, or a file is damaged; see `find_weight_files`.
@@ -460,8 +451,8 @@ def save_weights(
         eos_token_id: the id of the tokenizer's end-of-text token. None means 50256 if the vocabulary has 50257
             tokens, otherwise no such token.
         max_shard_size: weights above this size are divided into several files.
-        architecture: name of the class that loads the files, usually a class of transformers. If the model is not
-            causal, config.json names BidirectionalGPT2 instead.
+        architecture: name of the class that loads the files. If the model is not causal, config.json names
+            BidirectionalGPT2 instead.
         extra_config: additional fields of config.json.
     """
     from huggingface_hub import save_torch_state_dict  # imported here: loading a model does not need it
@@ -475,8 +466,7 @@ def save_weights(
     fields["n_ctx"] = fields["n_positions"]  # the name that llama.cpp and mlx-lm read
     fields |= FIXED_CONFIG | ATTENTION_CONFIG | INERT_CONFIG | special | (extra_config or {})
     if not config["causal"]:
-        # Other programs do not implement a bidirectional GPT-2, and would apply the causal mask if the model_type were
-        # GPT-2's. They refuse this model, because they do not know its model_type.
+        # Other programs would apply the causal mask if the model_type were GPT-2's. They refuse an unknown model_type.
         fields |= {"causal": False, "model_type": BIDIRECTIONAL, "architectures": ["BidirectionalGPT2"]}
     if config["attention"] != "full":
         fields |= {name: config[name] for name in ATTENTION_FIELDS}

@@ -1,8 +1,7 @@
 """The choice of PyTorch's attention kernel on CUDA, and a faster backward pass for 16-bit training on a CPU.
 
-`CausalAttention` uses PyTorch's forward pass. For 256 to 1,024 tokens of the 124M model in bfloat16 (AMD EPYC with
-avx512_bf16, one thread), PyTorch's own backward pass takes 1.1 to 1.7 times as long as the one here and is slightly
-less accurate.
+`CausalAttention` uses PyTorch's forward pass. In bfloat16 (AMD EPYC with avx512_bf16), PyTorch's own backward pass
+takes 1.1 to 1.7 times as long as the one here and is slightly less accurate.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def fused_attention(
     """Return `F.scaled_dot_product_attention` of q (B, H, T, D), k and v (B, H, S, D).
 
     cuDNN is excluded outside of training, and with a mask, which usually means padding: in both cases, the next batch
-    probably has another shape (see `attention_backends`).
+    probably has another shape.
     """
     with attention_backends(q.device, fixed_shapes=training and mask is None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -56,7 +55,7 @@ def use_newer_flash_attention(device: torch.device, dropout: float) -> str | Non
     """Let PyTorch use FlashAttention 3 or 4 if it is installed and made for this card. Return its name, "FA3" or "FA4".
 
     cuDNN's attention is then switched off, because PyTorch might prefer it. If neither version can be used, change
-    nothing and return None. With dropout, neither can: they do not support dropout of attention weights.
+    nothing and return None. Neither version supports dropout of attention weights.
     """
     if device.type != "cuda" or dropout:
         return None
@@ -109,8 +108,8 @@ def causal_attention_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
     dq, dk, dv = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     for parts in zip(*(t.split(sequences) for t in (dy, q, k, v, dq, dk, dv)), strict=True):
         inputs, gradients = parts[:4], parts[4:]
-        # Make contiguous copies. They cost less time than they save: q, k and v are slices of one tensor (B, T, 3 C),
-        # and matrix products are slower when consecutive rows are far apart in memory.
+        # Contiguous copies save more time than they cost: q, k and v are slices of one tensor (B, T, 3 C), and matrix
+        # products are slower when consecutive rows are far apart in memory.
         _write_gradients(*(t.flatten(0, 1).contiguous() for t in inputs), *(t.flatten(0, 1) for t in gradients))
     return dq, dk, dv
 
@@ -119,8 +118,7 @@ def _write_gradients(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk
     """Compute the gradients of some heads, and write them to dq, dk and dv. All tensors are (heads, T, D)."""
     T, scale = q.size(1), 1 / math.sqrt(q.size(2))
     queries, keys = q.float() * scale, k.float().mT
-    # Every block of queries adds to the gradients of all keys and values that it attends to. These long sums need
-    # float32.
+    # Every block of queries adds to the gradients of the keys and values before it. These long sums need float32.
     dk_sum, dv_sum = torch.zeros_like(queries), torch.zeros_like(queries)
     future = torch.full((BLOCK_QUERIES, BLOCK_QUERIES), float("-inf")).triu(1)
     for first in range(0, T, BLOCK_QUERIES):
