@@ -210,7 +210,7 @@ def port_number(text: str) -> int:
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End the process with a message if a named argument is below 1. One that is absent or None is not checked."""
+    """End the process with a message if one of the arguments `names` is below 1. None and absent ones are allowed."""
     for name in names:
         value = getattr(args, name, None)
         if value is not None and value < 1:

@@ -209,7 +209,8 @@ def cpu_instruction_set() -> str:
     if has.get("architecture") != "x86_64":
         name = "SVE" if has.get("sve") else "NEON"
     else:
-        # `get_cpu_capability` obeys ATEN_CPU_CAPABILITY, and `native_dtypes` obeys ONEDNN_MAX_CPU_ISA.
+        # Environment variables can limit the instruction set. `get_cpu_capability` reads ATEN_CPU_CAPABILITY, and
+        # `native_dtypes` reads ONEDNN_MAX_CPU_ISA.
         name = {"AVX512": "AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "AVX2")
     native = [str(dtype).removeprefix("torch.") for dtype in native_dtypes(torch.device("cpu"))]
     return ", ".join([name, *(dtype for dtype in native if dtype != "float32")])

@@ -356,7 +356,7 @@ class Loader:
         return [split_evenly(len(self.rows), part, n) for part in range(n)]
 
     def _weights(self, order: np.ndarray) -> list[float]:
-        """Return the weights of this rank's micro-batches.
+        """Return the weight of each of this rank's micro-batches: its fraction of the targets of the global batch.
 
         The weights of all ranks together add up to 1, or to 0 if the global batch has no targets.
         """

@@ -189,8 +189,8 @@ def _score(
     padding, and a mask (R, T) that is True where the token of the continuation is not the most likely token.
     """
     device = next(model.parameters()).device
-    # A GPT's first pass reads the contexts without their last tokens. The later passes read each of these last tokens
-    # together with the continuation, because its logits predict the first token of the continuation.
+    # A GPT's first pass reads the contexts without their last tokens. The logits of a context's last token predict the
+    # first token of the continuation, so the later passes read this last token together with the continuation.
     contexts, mask = _pad([context[:-1] for context in batch.contexts], device, left=True)  # (contexts, P)
     cache = None
     if head is not None and contexts.size(1):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def argmax(x: Tensor) -> Tensor:
-    """Return the index of the largest value in the last dimension of x, and of the first one if several are equal.
+    """Return the index of the largest value in the last dimension of x. If several are equal, it is the first index.
 
     NumPy computes it for float32 on a CPU: for 50,257 logits, in 8 µs instead of 106 µs with PyTorch (AMD EPYC).
     """

@@ -78,7 +78,7 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 
 class DocumentAttention(torch.autograd.Function):
-    """`DocumentMask.attend` on a CPU: a call of PyTorch's fused kernel for each document."""
+    """`DocumentMask.attend` on a CPU: PyTorch's fused kernel is called for each document by itself."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:

@@ -219,9 +219,9 @@ def sort_round(q_bucket: Tensor, k_bucket: Tensor, buckets: int, chunk: int) -> 
 
 
 def unsort(order: Tensor, values: Tensor) -> Tensor:
-    """Undo a sort: return values (n,), which are given in sorted order, in the order before the sort.
+    """Undo a sort: `values` (n,) are in sorted order, and the result has them in the order before the sort.
 
-    order (n,) has, for each place in the sorted order, the index before the sort.
+    `order` (n,) has, for each place in the sorted order, the index before the sort.
     """
     return torch.empty_like(values).index_copy_(0, order, values)
 
@@ -232,8 +232,9 @@ def group_queries(order: Round, chunk: int) -> Groups:
     block = (order.last[order.queries].long() - 1).clamp(min=0) // chunk  # ascending, because queries are sorted
     counts = block.bincount()
     n_groups = (counts + size - 1) // size
-    # The place of a query is its index in `Groups.queries`: the start of the first group of its block, plus the number
-    # of earlier queries in this block.
+    # The block of a query is the block of keys in which its range ends. The place of a query is its index in
+    # `Groups.queries`: the start of the first group of its block, plus the number of queries of the same block that
+    # come before it in the sorted order.
     shift = (n_groups.cumsum(0) - n_groups) * size - (counts.cumsum(0) - counts)
     places = torch.arange(len(block), device=block.device) + shift[block]
     blocks = torch.arange(len(counts), device=block.device).repeat_interleave(n_groups)
@@ -254,7 +255,7 @@ class Part(NamedTuple):
 
     rows: slice  # the part of `Groups.queries` that has these queries
     queries: Tensor  # (c s,) the index of each query in the input; N - 1 for padding, whose results are not used
-    pairs: Tensor  # (2 c,) the indices of the two blocks of each group
+    pairs: Tensor  # (2 c,) the two blocks of each group, as indices in the result of `into_blocks`
     q: Tensor  # (c, s, D)
     k: Tensor  # (c, 2 chunk, D)
     v: Tensor  # (c, 2 chunk, D)

@@ -145,7 +145,7 @@ def passage_hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def beside_references(curves: Curves, references: list[tuple[str, float]]) -> list[Finding]:
-    """Return one note, or none: the last validation loss and other models' losses on the same validation set."""
+    """Return a note with the last validation loss and those of other models on the same text; [] if there are none."""
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in references)
     if not others or not len(curves.val["loss"]):
         return []

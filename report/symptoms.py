@@ -21,7 +21,7 @@ class Finding(NamedTuple):
     """Something that a check found in a run."""
 
     title: str
-    evidence: str  # the numbers that the check saw
+    evidence: str  # what the check saw, usually numbers
     advice: str = ""  # what to try
     problem: bool = True  # False for a note, which is worth knowing although nothing is wrong
 

@@ -185,7 +185,7 @@ class Checkpoint:
     every: NonNegativeInt = 1000
     """Steps between checkpoints; there is also one after the last step. 0: only that one."""
     every_minutes: NonNegativeFloat = 0.0
-    """Minutes between additional checkpoints; 0: none."""
+    """Also save a checkpoint when the last one is this many minutes old; 0: never."""
     keep: PositiveInt = 3
     """Number of newest checkpoints to keep, in addition to the one with the best validation loss."""
     on_error: Literal["stop", "continue"] = "stop"

@@ -49,7 +49,7 @@ class Hardware:
     count: int
     dtype: torch.dtype  # precision of matrix products
     gpu_memory: int | None = None  # bytes of each GPU; None on a CPU
-    peak_flops: float | None = None  # FLOP/s of each device in its 16-bit precision; None if it is not known
+    peak_flops: float | None = None  # FLOP/s of each device in the precision of device.CARDS; None if it is not known
 
     @classmethod
     def of(cls, processes: Processes) -> Hardware:

@@ -46,7 +46,7 @@ CPU_SHARE = 0.75  # fraction of a CPU's rate of matrix products that a step reac
 
 
 class StepTime(NamedTuple):
-    """Seconds of an optimizer step by part, on each of the cards."""
+    """The seconds that a card needs for each part of an optimizer step. They are equal on all cards of the run."""
 
     compute: float  # blocks, forward and backward
     loss: float  # head and cross-entropy, forward and backward

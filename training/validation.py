@@ -28,7 +28,9 @@ class Validation(NamedTuple):
 
     loss: SplitLoss
     parts: dict[str, SplitLoss]  # by dataset; empty if there is only one dataset
-    final: SplitLoss | None  # on eval.final_tokens; None before the last step, or if not configured
+    final: (
+        SplitLoss | None
+    )  # over eval.final_tokens tokens, after the last step; None at other steps, or without this field
     hellaswag: dict[str, Any] | None  # None if it was not scored
     texts: list[str]  # samples; only the main process's are used
 

@@ -1,1 +1,1 @@
-"""Other implementations as contestants, a module for each. A module's functions return the same as those in ours/."""
+"""The peers: other implementations that bench.py measures, a module for each. Functions return the same as in ours/."""

@@ -1,4 +1,4 @@
-"""Read a file of a peer that is not a package but a clone of a repository."""
+"""Load a Python file of a peer that is not an installed package, but a clone of a repository."""
 
 from __future__ import annotations
 

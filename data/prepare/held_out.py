@@ -117,8 +117,8 @@ def _find_border(source: Source, lengths: list[int], target: int, size: int) -> 
     requested size of the split in bytes. Searches one kind of border after the other, in the order below. Of the first
     kind that is found, chooses the border nearest to `target`:
 
-    1. A paragraph or a file, if the split then has at least half the requested `size`, and at most the larger of twice
-       this size and a tenth of the text.
+    1. A paragraph or a file, if the split then has between size / 2 and max(2 * size, total / 10) bytes, where `total`
+       is the sum of `lengths`.
     2. A line.
     3. Any paragraph or file.
     4. A word, if the text has at least SHORT_TEXT bytes.

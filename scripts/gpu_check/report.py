@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that system.dtype auto selects on the device."""
+        """The precision that the setting system.dtype selects on the device if its value is `auto`."""
         return native_dtypes(torch.device(self.device))[0]
 
     @property

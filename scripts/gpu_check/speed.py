@@ -81,7 +81,7 @@ def measure(settings: Settings, report: Report, rows: int, what: str, *, compile
 
 
 def measure_peer(settings: Settings, report: Report, rows: int, name: str, directory: str) -> dict[str, Any]:
-    """Return a row of the table for a peer of bench.py, whose model always has 124M parameters."""
+    """Return a row of the table for a peer, an implementation that bench.py compares with. Its model is the 124M."""
     # Imported here, because the module of a peer needs libraries that the rest of this file does not need.
     module = importlib.import_module(f"benchmarks.peers.{name}")
     arguments = (*([directory] if directory else []), settings.device, rows, settings.tokens)
