@@ -48,7 +48,7 @@ from training.prediction import (
     recipe_of,
     size_of,
 )
-from training.scaling_law import FORMS, fit
+from training.scaling_law import FORMS, fit, leave_one_size_out
 
 SHAPES = ("2x64", "3x96", "2x128", "3x128")
 FRACTIONS = [1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4]
@@ -205,10 +205,10 @@ def form_table(study: Study, found: Fit) -> str:
         errors = [law.loss(run["parameters"], run["tokens"]) / run["loss"] - 1 for run in held_out]
         rows.append(
             [
-                f"**{name}**" if name == found.form else name,
+                f"**{name}**" if name == "general" else name,
                 form.description,
                 formula,
-                f"{found.errors[name]:.2%}",
+                f"{np.sqrt(np.square(leave_one_size_out(fitted, form)).mean()):.2%}",
                 f"{statistics.mean(errors):+.2%}" if errors else "",
             ]
         )

@@ -13,7 +13,7 @@ from model import GPTConfig
 from training.config import Config
 from training.estimate import count_parameters, flops_per_token
 from training.inputs import Inputs
-from training.scaling_law import FORMS, Law, Observations, bootstrap, fit, interval, leave_one_size_out
+from training.scaling_law import FORMS, Law, Observations, bootstrap, fit, interval
 from training.start import run_identity
 
 # Written by scripts/scaling.py. An installation may lack the file; then nothing is predicted.
@@ -31,9 +31,7 @@ Study = dict[str, Any]
 class Fit(NamedTuple):
     """A law that was fitted to the runs of a study, and the data that `predict` and `extrapolations` need."""
 
-    form: str  # key of FORMS, the form of `law`
     law: Law
-    errors: dict[str, float]  # form -> root mean square of its errors in `leave_one_size_out`
     samples: np.ndarray  # (forms * SAMPLES, 7), the rows of `bootstrap` for all forms; intervals come from them
     runs: list[dict[str, Any]]  # the fitted runs; predictions outside their range are extrapolations
 
@@ -70,10 +68,10 @@ def recipe_of(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, Any
 
 
 def size_of(config: Config, model: GPTConfig) -> dict[str, int]:
-    """Return the size of a run: its parameters without embeddings, and its training tokens and FLOPs."""
+    """Return the size of a run: its parameters (with embeddings), its training tokens and its FLOPs."""
     n_parameters, tokens = count_parameters(model), config.optim.steps * config.data.batch_tokens
     return {
-        "parameters": n_parameters - (model.vocab_size + model.block_size) * model.n_embd,
+        "parameters": n_parameters,
         "tokens": tokens,
         "flops": flops_per_token(model, n_parameters, config.data.sequence_length) * tokens,
     }
@@ -122,8 +120,8 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
     Return None if these runs have too few different sizes (parameters, tokens). By default, the runs that are marked as
     held out are not fitted: the caller compares their losses with predictions, to check the law.
 
-    The form of the law is the one that predicts the runs of each size best from the runs of all other sizes. The
-    intervals come from all forms, because forms that fit small runs equally well can disagree about a larger run.
+    The law has the general form, in which all numbers are fitted. The intervals come from all forms, because forms that
+    fit small runs equally well can disagree about a larger run.
     """
     shortest = MIN_STEPS * study["recipe"]["optim"]["warmup_steps"]
     used = [run for run in study["runs"] if with_held_out or not run["held_out"]]
@@ -133,11 +131,9 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
         form.matrix.shape[1] for form in FORMS.values()
     ):
         return None
-    errors = {name: float(np.sqrt((leave_one_size_out(observed, form) ** 2).mean())) for name, form in FORMS.items()}
-    best = min(errors, key=lambda name: errors[name])
-    law = fit(observed, FORMS[best])
-    samples = [bootstrap(observed, form, fit(observed, form), SAMPLES) for form in FORMS.values()]
-    return Fit(best, law, errors, np.concatenate(samples), runs)
+    laws = {name: fit(observed, form) for name, form in FORMS.items()}
+    samples = [bootstrap(observed, form, laws[name], SAMPLES) for name, form in FORMS.items()]
+    return Fit(laws["general"], np.concatenate(samples), runs)
 
 
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:

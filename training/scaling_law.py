@@ -1,6 +1,6 @@
 """A law of the validation loss, L(N, D) = E + (A / N^a + B / D^b)^c, and its fit to runs.
 
-N is the number of parameters without embeddings, D the number of training tokens. With c = 1, this is the law of
+N is the number of parameters, with embeddings, and D the number of training tokens. With c = 1, this is the law of
 Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", section 3.3. With E = 0 and b = 1, this is the
 law of Kaplan et al. 2020, "Scaling Laws for Neural Language Models", equation 1.5. A fitted law holds for one recipe
 and one dataset.
@@ -39,7 +39,7 @@ class Law(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A form of the law, with f < 6 free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ free numbers."""
+    """A form of the law, with f <= 6 free numbers: (log E, log A, a, log B, b, c) = offset + matrix @ free numbers."""
 
     description: str
     matrix: np.ndarray  # (6, f)
@@ -49,6 +49,7 @@ class Form(NamedTuple):
 _EYE = np.eye(6)
 _NO_FLOOR = -60.0  # log E that stands for E = 0: exp(-60) is almost 0. Minus infinity would give NaN in matrix products
 FORMS = {
+    "general": Form("all six numbers are fitted", _EYE, np.zeros(6)),
     "full": Form("Hoffmann et al. 2022: c = 1", _EYE[:, :5], _EYE[5]),
     "one-exponent": Form("c = 1, a = b", np.stack([*_EYE[:2], _EYE[2] + _EYE[4], _EYE[3]], axis=1), _EYE[5]),
     # the exponents of equation 10 of Hoffmann et al. 2022
@@ -60,7 +61,7 @@ FORMS = {
 class Observations(NamedTuple):
     """Finished runs as arrays of equal length n. The size of a run is its pair (parameters, tokens)."""
 
-    parameters: np.ndarray  # (n,) without embeddings
+    parameters: np.ndarray  # (n,) with embeddings
     tokens: np.ndarray  # (n,)
     losses: np.ndarray  # (n,) nats per token
 
