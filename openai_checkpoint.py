@@ -28,7 +28,7 @@ from torch import Tensor
 FOOTER_SIZE = 48  # bytes at the end of a table: two handles (offset and size of a block), padding, MAGIC
 MAGIC = 0xDB4775248B80FB57
 TRAILER_SIZE = 5  # bytes after each block: its compression (1 byte, 0: none) and its CRC32C (4 bytes)
-CRC_MASK = 0xA282EAD8  # see `masked_crc32c`
+CRC_MASK = 0xA282EAD8  # added to a rotated CRC32C: see `masked_crc32c`
 
 # TensorFlow's code for a data type (types.proto) -> PyTorch's dtype.
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}

@@ -128,7 +128,8 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun provides no store
+        # Process 0 starts the store, unless torchrun has already started one.
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # `dist.rendezvous` would wait here for the other processes, and could not name those that are missing.
             store: dist.Store = dist.TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
         else:

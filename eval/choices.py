@@ -60,7 +60,8 @@ def make_questions(
 ) -> list[Question]:
     """Turn each row into a question with `render`.
 
-    Raises ValueError with the number of the first row that lacks a field or has an invalid value.
+    Raises ValueError if there are no rows, or with the number of the first row that lacks a field or has an invalid
+    value.
     """
     if not rows:
         raise ValueError(f"{name}: the data has no rows")

@@ -1,6 +1,6 @@
 """Published results of the released GPT-2 models, to compare with our results.
 
-The models have the same names as on the hub: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M), gpt2-xl (1558M).
+The models have the same names as on the hub: gpt2 (124M), gpt2-medium (355M), gpt2-large (774M), gpt2-xl (1558M).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class CachedForward:
     def __call__(self, ids: Tensor) -> tuple[Tensor, GPTOutput]:
         """Return the float32 logits (N, V) of the token after ids (N, T), and the model's output.
 
-        V is the model's vocab_size or, if it is smaller, the vocab_size of the tokenizer in the options. If a FixedStep
+        V is the vocab_size of the model or that of the tokenizer in the options, whichever is smaller. If a FixedStep
         or a NumpyStep has read the last token of ids, the output holds only the cache.
 
         Raises:

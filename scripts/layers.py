@@ -156,7 +156,7 @@ def imported_modules(
 
 
 def read_tree(root: Path) -> Tree:
-    """Parse all modules of the project in `root`.
+    """Parse all modules of the project in `root`, without the tests.
 
     Raises:
         SyntaxError: a file is not valid Python.

@@ -202,7 +202,7 @@ def compare(base: Mapping[tuple[str, str], Any], head: Mapping[tuple[str, str], 
 
 
 def excerpt(text: str, position: int = 0, width: int = 48) -> str:
-    """Return `width` characters of a text around a position, with … where text is omitted."""
+    """Return at most `width` characters of a text around a position, with … where text is omitted."""
     if len(text) <= width:
         return text
     start = max(0, min(position - width // 3, len(text) - width))

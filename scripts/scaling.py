@@ -5,11 +5,12 @@
 
 With --train, small models are trained with the recipe and the dataset of a configuration, each in runs of several
 lengths. A run that is already in the file of results (--results) is not repeated. With --train and --held-out, the
-configuration itself is trained too: the held-out run, which is left out of the fit.
+configuration itself is trained too, or models with other layers and channels (--held-out-shapes) for as many steps.
+These held-out runs are left out of the fit.
 
-Then a law is fitted to the small runs in the file, and its prediction is compared with the loss of the held-out run.
-`train.py --dry-run` predicts losses from docs/scaling.json, the default of --results. docs/scaling.md explains the
-method.
+Then a law is fitted to the small runs in the file, and its predictions are compared with the losses of the held-out
+runs. `train.py --dry-run` predicts losses from docs/scaling.json, the default of --results. docs/scaling.md explains
+the method.
 """
 
 from __future__ import annotations
@@ -136,17 +137,23 @@ def kept_runs(path: Path, config: str, recipe: dict[str, Any]) -> tuple[list[Stu
 def train_all(args: argparse.Namespace) -> None:
     """Train the runs that the file of results lacks, and add each to the file when it ends.
 
-    Small runs with more than 1 / HELD_OUT of the FLOPs of the held-out run are skipped.
+    Small runs with more than 1 / HELD_OUT of the FLOPs of the configuration are skipped. Raises ValueError if a
+    held-out run would have fewer FLOPs than the configuration.
     """
     base = parse_config(["--config", args.config])
     recipe, own = describe(base)
     lengths = sorted({round(fraction * base.optim.steps) for fraction in args.fractions})
     planned = list(itertools.product(args.seeds, args.shapes, lengths))
-    whole = Shape(own["layers"], own["channels"]), own["steps"]
-    for seed, shape, steps in [*planned, *((seed, *whole) for seed in args.held_out)]:
+    large = args.held_out_shapes or [Shape(own["layers"], own["channels"])]
+    held_out = list(itertools.product(args.held_out, large, [own["steps"]]))
+    for seed, shape, steps in [*planned, *held_out]:
         arguments = arguments_of(args.config, shape, steps, seed)
         entry = describe(parse_config(arguments))[1]
-        is_held_out = (shape, steps) == whole
+        is_held_out = shape in large and steps == own["steps"]
+        if is_held_out and entry["flops"] < own["flops"]:
+            raise ValueError(
+                f"--held-out-shapes {shape}: such a run has fewer FLOPs than {args.config}: choose a larger model"
+            )
         is_known = any(entry.items() <= run.items() for run in kept_runs(args.results, args.config, recipe)[1])
         if not is_known and (is_held_out or entry["flops"] * HELD_OUT <= own["flops"]):
             loss = train_run(arguments)
@@ -309,6 +316,14 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         metavar="SEED",
         help="with --train: also train the configuration itself with these seeds",
+    )
+    add(
+        "--held-out-shapes",
+        nargs="*",
+        type=Shape.parse,
+        default=[],
+        metavar="LxC",
+        help="layers and channels of the held-out models (default: those of the configuration)",
     )
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="file with all runs (default: docs/scaling.json)")
     add("--figure", type=Path, metavar="PNG", help="draw the losses and the fit")

@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def validation_fingerprint(self) -> str | None:
-        """A hash of the validation data, which is equal for equal data; None without validation data."""
+        """A text made of hashes of the validation data, equal for equal data; None without validation data."""
         fingerprints = [windows.fingerprint for windows in self.val.values()]
         return " ".join(fingerprints) or None
 
@@ -199,7 +199,7 @@ def describe_epochs(config: Config, inputs: Inputs) -> str:
 
 
 def warnings(config: Config, inputs: Inputs) -> list[str]:
-    """Return warnings about a learning rate chosen for a larger batch, text that repeats too often, and cut prompts."""
+    """Return warnings: the learning rate was chosen for a larger batch, text repeats too often, or prompts are cut."""
     data, optim, model = config.data, config.optim, config.model
     found = []
     as_released = model.init_from == "scratch" and not (model.n_layer or model.n_head or model.n_embd)

@@ -115,10 +115,11 @@ def starting_points(losses: np.ndarray) -> np.ndarray:
 def minimize(
     free: np.ndarray, form: Form, x: np.ndarray, y: np.ndarray, target: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimize the weighted Huber loss, starting at each of the k rows of `free` (k, f).
+    """Fit a law from each of k starting points, the rows of `free` (k, f), which are free numbers of `form`.
 
-    x and y (n,) are the centered logarithms of parameters and tokens. target (n,) has the logarithms of the losses, and
-    weights is (k, n). Return the free numbers at the minima, (k, f), and the Huber losses there, (k,).
+    For each row, minimize the sum of the Huber losses of the residuals, weighted by the same row of `weights` (k, n). x
+    and y (n,) are log N and log D minus their means, and target (n,) has the logarithms of the losses. Return the free
+    numbers at the minima, (k, f), and the sums there, (k,).
     """
     damping = np.full(len(free), 1e-2)
     residuals, jacobian = evaluate(free, form, x, y, target)

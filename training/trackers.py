@@ -72,9 +72,9 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
 
 
 class WeightsAndBiases:
-    """Sends metrics to Weights & Biases, where wandb_id.txt in the run's directory identifies the run.
+    """Sends metrics to Weights & Biases. The file wandb_id.txt in the run's directory has the run's id at this service.
 
-    A resumed run may repeat steps. The service ignores those that it already has.
+    A resumed run may send steps again. The service ignores the steps that it already has.
     """
 
     def __init__(self, config: Config, directory: Path, last_step: int) -> None:

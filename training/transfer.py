@@ -39,8 +39,8 @@ RULE = {  # (optim.name, field of optim) -> powers of the size
     ("muon", "lr"): Powers(-0.5, 0.0),
     ("adamw", "lr"): Powers(-0.5, 0.0),
 }
-# optim.name -> settings for a small model. The learning rates are from the longest runs of docs/recipes.md that
-# varied them. For Muon, 0.02 and 0.03 gave nearly equal losses there.
+# optim.name -> settings for a small model. The learning rates were the best in the longest runs of docs/recipes.md that
+# compared several rates. For Muon, 0.02 and 0.03 gave nearly equal losses there, so the rate here is between them.
 TUNED = {
     "muon": Recipe(Size(128, 3), Optim(name="muon", muon_lr=0.025, lr=1e-2, weight_decay=0.1)),
     "adamw": Recipe(Size(128, 3), Optim(name="adamw", lr=2e-3, weight_decay=0.1)),

@@ -79,7 +79,8 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
     """Return the place of an error, for messages: the file, and the number of the line, document or row.
 
-    `number` comes from `_raw_documents`. `offset` is the position of the error in the document `raw`.
+    `number` is the one that `_raw_documents` yields with the document. `offset` is the position of the error in the
+    document `raw`. For a text file without `raw`, the result is only the file.
     """
     if chunk.format == "text":
         if not raw:

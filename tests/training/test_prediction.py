@@ -85,10 +85,10 @@ def test_a_dry_run_prints_the_expected_loss_with_its_interval(lines, configure):
     [
         ({"optim.steps": 240}, ["3.0 times the most tokens"]),
         ({"optim.steps": 5}, ["2.0 times fewer than the fewest tokens"]),
-        ({"model.n_layer": 4, "model.n_embd": 64, "model.n_head": 4}, ["2.0 times the most parameters"]),
+        ({"model.n_layer": 4, "model.n_embd": 64, "model.n_head": 4}, ["1.9 times the most parameters"]),
         (
             {"model.n_layer": 4, "model.n_embd": 64, "model.n_head": 4, "optim.steps": 160},
-            ["2.0 times the most parameters", "2.0 times the most tokens", "times the most FLOPs"],
+            ["1.9 times the most parameters", "2.0 times the most tokens", "times the most FLOPs"],
         ),
     ],
 )
