@@ -1,9 +1,9 @@
 """Pattern-exploiting training (`classify.py pet`): train a classifier on a few labeled texts and many unlabeled ones.
 
-The method is that of Schick and Schütze 2021, arXiv:2001.07676. cloze.py explains patterns, verbalizers and the
-letters in shapes.
+The method is that of Schick and Schütze 2021, arXiv:2001.07676. A pattern puts a text into a sentence with a blank, and
+a word in the blank names the class. cloze.py explains patterns, verbalizers and the letters in shapes.
 
-1. For each pattern, one or more models are trained to fill the blank in the labeled texts, and as language models on
+1. For each pattern, one or more models are trained to fill the blank for the labeled texts, and as language models on
    the unlabeled texts.
 2. Together the models assign each unlabeled text a probability for each class (soft labels).
 3. A classifier is trained on the unlabeled texts with these probabilities.
@@ -220,12 +220,13 @@ def pseudo_label(
     generation: int,
     seed: int,
 ) -> dict[int, int]:
-    """Choose unlabeled texts, and label them with some of the models `others` (iPET). Return {index of text: class}.
+    """Choose unlabeled texts for a new model, and label them (iPET). Return {index of text: class}.
 
-    `labels` are the classes of the texts in --train. With each generation, the number of labeled texts grows by the
-    factor GROWTH, and the classes keep the proportions that they have in `labels`. Without --train, all classes get the
-    same number of texts. The texts of a class are drawn at random from those that the models assign to this class.
-    Texts about which the models are more certain are more likely to be drawn.
+    A random fraction (PART_OF_OTHERS) of `others` labels the texts. `others` are models of the previous generation.
+    `weights` has a weight for each pattern. `labels` are the classes of the texts in --train. With each generation, the
+    number of labeled texts grows by the factor GROWTH, and the classes keep the proportions that they have in `labels`.
+    Without --train, all classes get the same number of texts. The texts of a class are drawn at random from those that
+    the models assign to this class. Texts about which the models are more certain are more likely to be drawn.
     """
     rng = np.random.default_rng(seed)
     size = max(1, round(PART_OF_OTHERS * len(others)))
@@ -247,7 +248,7 @@ def pseudo_label(
 
 
 def train_model(task: Task, labeled: Labeled, seed: int) -> GPT:
-    """Fine-tune a copy of the pretrained model to fill the blanks of `labeled`, and to predict the unlabeled texts."""
+    """Fine-tune the pretrained model to fill the blanks of `labeled`, and as a language model on unlabeled texts."""
     args, n = task.args, len(labeled.labels)
     torch.manual_seed(seed)
     model = copy.deepcopy(task.base).train()

@@ -40,8 +40,8 @@ _HARNESS_LAMBADA = "lm-evaluation-harness, lambada_openai"
 _PAPER = "Radford et al. 2019, table 3"
 _STRIDE = "Hugging Face's perplexity script"
 
-# Results of the released models. The keys are task, convention and metric, with the names that eval.run writes.
-# Accuracies are fractions.
+# Results of the released models. A key is (task, convention, metric), in the names that the results of eval.run have.
+# The convention says how the task is scored. Accuracies are fractions.
 EVALUATIONS: dict[tuple[str, str, str], Published] = {
     ("hellaswag", "completion", "acc"): Published(_by_size(0.2859, None, None, 0.3842), _BUILD_NANOGPT),
     ("hellaswag", "completion", "acc_norm"): Published(_by_size(0.2955, 0.3752, 0.4320, 0.4893), _BUILD_NANOGPT),

@@ -27,7 +27,7 @@ from kernels.loss import IGNORE_INDEX, add_product, centered_head, linear_cross_
 HEAD_MULTIPLE = 128
 # Minimum and maximum number of rows of logits in memory at a time. More than 8,192 make the products hardly faster.
 FEWEST_ROWS, MOST_ROWS = 512, 8192
-LOGITS_SHARE = 0.01  # fraction of a GPU's memory that the logits may use; FEWEST_ROWS rows may use more
+LOGITS_SHARE = 0.01  # fraction of a GPU's memory for the logits; FEWEST_ROWS rows are allowed to need more
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The checks of report/doctor.py on the curves of a run. Each check looks for one kind of problem.
 
-The thresholds were chosen with healthy runs, and with runs that have a known error, of models with 0.1 to 1.2 million
-parameters. A run without findings can still be wrong.
+The thresholds were chosen on runs of models with 0.1 to 1.2 million parameters: on healthy runs, and on runs with a
+known error. A run without findings can still be wrong.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Data:
     windows: Literal["packed", "aligned"] = "packed"
     """packed: cut the text every sequence_length tokens. aligned: begin windows at documents, and cut few documents."""
     shift: bool = False
-    """Cut packed windows at different places in each epoch, so that repeated text has different contexts."""
+    """With packed windows, cut the text at other places in each epoch, which gives each token another context."""
     document_mask: bool = False
     """Each token attends to its own document (or packed example) only, and positions begin at 0 in each of them."""
     mixture: list[MixturePart] = field(default_factory=list)

@@ -46,7 +46,8 @@ def compile_blocks(model: GPT, forward: Callable[..., Any]) -> None:
     block in hooks that cannot be part of a graph. DDP averages gradients during the backward pass, but a single graph
     of the whole model would return all gradients at its end. In eval mode, where shapes vary, blocks run uncompiled.
     """
-    import torch._dynamo.config as dynamo_config  # imported here: the import takes a second, and few runs compile
+    # imported here: the import takes a second, and only compiled runs on several processes need it
+    import torch._dynamo.config as dynamo_config
 
     dynamo_config.optimize_ddp = False  # True would split a block's graph at the borders of DDP's buckets
     compiled = Compiled(forward, "the blocks")  # one for all blocks, which share the code compiled for the first

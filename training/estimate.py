@@ -21,8 +21,8 @@ from training.config import Config
 def flops_per_token(model: GPTConfig, n_parameters: int, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
 
-    N is the number of parameters, L the number of blocks, C the width and T the sequence length. With attention window
-    or lsh, T is at most the number of tokens that a token can attend to.
+    N is the number of parameters, L the number of blocks, C the width and T the sequence length. If `attention` is
+    "window" or "lsh", T is the sequence length or the number of tokens that a token can attend to, if this is smaller.
     """
     pattern = find_pattern(asdict(model), layer=0)
     keys = sequence_length if pattern is None else min(sequence_length, pattern.most_keys)

@@ -116,7 +116,8 @@ def seconds_of_loss(model: GPTConfig, card: Card, peak: float, dtype: torch.dtyp
     """Return the seconds of one token's loss: three matrix products, and the logits read twice and written once."""
     columns = padded(model.vocab_size)
     rows = rows_at_a_time(card.memory * 2**30, model.vocab_size, dtype.itemsize)
-    # The product of each chunk of rows is added to the head's gradient: 4 bytes read and 4 bytes written per weight.
+    # The loss handles `rows` rows of logits at a time. For each such chunk, the head's float32 gradient is read and
+    # written: 4 + 4 bytes for each weight of the head.
     traffic = 3 * columns * dtype.itemsize + 8 * columns * model.n_embd / rows
     return 6 * columns * model.n_embd / (fractions(card)[0] * peak) + traffic / (BANDWIDTH * card.bandwidth)
 
