@@ -126,8 +126,8 @@ class Tokenizer(ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        # With another tokenizer_class, transformers would replace this vocabulary by GPT-2's own if the directory also has
-        # a GPT-2 model.
+        # With another tokenizer_class, transformers would replace this vocabulary by GPT-2's own if the directory also
+        # has a GPT-2 model.
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,

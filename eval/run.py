@@ -34,8 +34,12 @@ TASK_HELP = """tasks:
   loss                          loss as in training, on the validation split of --data DIR
 """
 
+CORPORA = ("wikitext-2", "wikitext-2-raw", "wikitext-103", "ptb", "enwik8", "text8", "1bw")  # of eval/perplexity.py
 OPTIONS_OF_TASKS = {  # for each of these options, the only tasks that read it
+    "text": ("perplexity", *CORPORA),
+    "stride": ("perplexity", *CORPORA),
     "data": ("perplexity", "loss"),
+    "tokens": ("perplexity", "loss"),
     "document_mask": ("loss",),
     "file": ("classify",),
     "train_file": ("classify",),
@@ -77,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument(
         "--tokens",
         type=int,
-        default=10485760,
         metavar="N",
         help="score this many tokens of the validation split of --data (default: 10485760, as in training)",
     )
@@ -117,7 +120,9 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     for name, tasks in OPTIONS_OF_TASKS.items():
         if getattr(args, name) and not set(tasks) & set(args.tasks):
             option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} is read only by --tasks {' and '.join(tasks)}: add such a task, or omit {option}")
+            parser.error(f"{option} is read only by --tasks {', '.join(tasks)}: add such a task, or omit {option}")
+    if args.tokens and not args.data:
+        parser.error("--tokens counts tokens of --data: omit it, or use --limit for the windows of --text")
     if args.save_reference and "loss" not in args.tasks:
         parser.error("--save-reference stores the result of --tasks loss: add loss to --tasks")
     return args

@@ -45,6 +45,7 @@ class TaskResult:
 
 
 TaskFunction = Callable[[argparse.Namespace, Evaluator], TaskResult]
+VALIDATION_TOKENS = 10485760  # default of --tokens, the same as that of eval.tokens in training
 
 
 def find_tasks(names: Sequence[str]) -> dict[str, TaskFunction]:
@@ -170,7 +171,7 @@ def run_perplexity(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult
         text = read_text(args.text)
         return _slide(args, evaluator, evaluator.tokenizer.encode(text), text, len(text.split()))
     split, dataset_tokenizer = _open_validation(args.data)
-    tokens = _encode_split(split, dataset_tokenizer, evaluator.tokenizer, args.tokens)
+    tokens = _encode_split(split, dataset_tokenizer, evaluator.tokenizer, args.tokens or VALIDATION_TOKENS)
     starts_with_eot = tokens[0] == evaluator.tokenizer.eot  # `SlidingWindows` adds this end-of-text itself
     return _slide(args, evaluator, tokens[int(starts_with_eot) :], None, 0)
 
@@ -267,14 +268,15 @@ def run_loss(args: argparse.Namespace, evaluator: Evaluator) -> TaskResult:
     tokenizer, processes = evaluator.tokenizer, evaluator.processes
     sequence_length = min(1024, evaluator.model.config.block_size)
     split, dataset_tokenizer = _open_validation(args.data)
+    limit = min(args.tokens or VALIDATION_TOKENS, (args.limit or VALIDATION_TOKENS) * sequence_length)
     windows: Windows
     if dataset_tokenizer == tokenizer:
         eot = tokenizer.eot if args.document_mask else None
-        windows = TokenWindows(split, sequence_length, tokenizer.vocab_size, tokens=args.tokens, mask_eot=eot)
+        windows = TokenWindows(split, sequence_length, tokenizer.vocab_size, tokens=limit, mask_eot=eot)
     elif args.document_mask:
         raise ValueError(f"--document-mask needs a dataset with the model's tokenizer, and {args.data} has another")
     else:
-        tokens = np.array(_encode_split(split, dataset_tokenizer, tokenizer, args.tokens))
+        tokens = np.array(_encode_split(split, dataset_tokenizer, tokenizer, limit))
         windows = ArrayWindows(tokens, sequence_length, f"the validation split of {args.data}")
     with processes.autocast():
         result = split_loss(

@@ -227,7 +227,9 @@ def kill_and_compare(args: argparse.Namespace, config: Config) -> dict[str, Any]
 
 def main() -> None:
     """Read the command line, run the test, and print the counts."""
-    parser = CommandParser(prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandParser(
+        prog="python -m scripts.kill_test", description=(__doc__ or "").split("\n\n")[0].rstrip(":") + "."
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE.yaml", help="YAML file of a short run with many steps and checkpoints"
     )

@@ -80,11 +80,14 @@ def architecture(config: GPTConfig, tokenizer: str) -> dict[str, str]:
 def training(log: RunLog, state: dict[str, Any]) -> dict[str, str]:
     """Return the rows of the card about the data, the recipe and the losses, for the checkpoint with this state."""
     data, optim, start = log.config["data"], log.config["optim"], log.provenance[-1] if log.provenance else {}
+    rate = f"{optim['lr']:g}"
+    if optim["name"] == "muon":  # which updates the matrices; AdamW updates everything else with `lr`
+        rate = f"{optim['muon_lr']:g} (AdamW: {rate})"
     rows = {
         "data": log.source,
         "steps": f"{state['step']:,} of {optim['steps']:,}",
         "tokens": f"{state['step'] * data['batch_tokens']:,}, in batches of {data['batch_tokens']:,}",
-        "optimizer": f"{optim['name']}, learning rate {optim['lr']:g}, {optim['schedule']}",
+        "optimizer": f"{optim['name']}, learning rate {rate}, {optim['schedule']}",
         "precision": start.get("dtype", "").removeprefix("torch."),
         "code": f"commit {start['git_commit']}" if start.get("git_commit") else "",
     }

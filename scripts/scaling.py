@@ -154,7 +154,8 @@ def train_all(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--held-out-shapes {shape}: such a run has fewer FLOPs than {args.config}: choose a larger model"
             )
-        is_known = any(entry.items() <= run.items() for run in kept_runs(args.results, args.config, recipe)[1])
+        settings = {name: value for name, value in entry.items() if name != "precision"}
+        is_known = any(settings.items() <= run.items() for run in kept_runs(args.results, args.config, recipe)[1])
         if not is_known and (is_held_out or entry["flops"] * HELD_OUT <= own["flops"]):
             loss = train_run(arguments)
             print(f"{shape}, {steps} steps, seed {seed}: {loss:.4f}", file=sys.stderr)

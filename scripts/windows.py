@@ -19,6 +19,7 @@ import statistics
 from pathlib import Path
 
 from command import CommandParser, ending
+from data.shards import open_split
 from eval.run import main as evaluate
 from scripts.sweep import finish, markdown
 
@@ -36,7 +37,8 @@ SCORES = {"with context across borders": [], "each document by itself": ["--docu
 
 def score(run: Path, held_out: str, flags: list[str]) -> float:
     """Return the loss of a run on the validation split of a dataset, as `eval.run` measures it with these flags."""
-    results = run / f"loss{''.join(flags)}.json"
+    split = open_split(Path(held_out), "val")
+    results = run / f"loss-{split.fingerprint[:12]}{''.join(flags)}.json"
     if not results.exists():
         files = ["--model", str(run), "--data", held_out, "--json", str(results)]
         evaluate([*files, "--tasks", "loss", "--dtype", "float32", *flags])

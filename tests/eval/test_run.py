@@ -17,8 +17,9 @@ from eval.evaluate import format_table
 from eval.evaluator import ScoreCache
 from eval.likelihood import Request, Scores, log_likelihoods
 from eval.loss import ArrayWindows
+from eval.perplexity import CORPORA as PERPLEXITY_CORPORA
 from eval.reference import losses_to_beat, published, read_references, save_reference
-from eval.run import main
+from eval.run import CORPORA, main
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +238,8 @@ def test_the_loss_of_a_model_is_stored_in_the_dataset(tiny, text, tmp_path):
     assert stored["loss"] == pytest.approx(nats / stored["tokens"], rel=1e-5)
     n_bytes = sum(len(document.encode()) for document in documents)
     assert stored["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
+    main(["--model", tiny, "--tasks", "loss", "--data", str(same), "--limit", "2", "--json", str(json_file)])
+    assert {row["count"] for row in results(json_file).values()} == {256}  # two windows
     # The other dataset has the same text with another tokenizer, so bits per byte are equal.
     other = make_dataset(tmp_path / "other", train_tokenizer("bpe:300", documents), documents)
     main(["--model", tiny, "--tasks", "loss", "--data", str(other), "--save-reference"])
@@ -330,8 +333,10 @@ def test_errors_explain_what_is_wrong(tiny, text, tmp_path, capsys):
     assert "--tasks perplexity needs --text or --data" in error_of(capsys, "--tasks", "perplexity")
     assert "--tasks classify needs --template" in error_of(capsys, "--tasks", "classify", "--file", "x.csv")
     assert "add loss to --tasks" in error_of(capsys, "--tasks", "copa", "--save-reference")
-    for option in ("--data", "--file", "--train-file", "--template", "--labels", "--document-mask"):
-        given = [option] if option == "--document-mask" else [option, "x"]
+    assert tuple(PERPLEXITY_CORPORA) == CORPORA
+    readers = ("--data", "--text", "--stride", "--tokens", "--file", "--train-file", "--template", "--labels")
+    for option in (*readers, "--document-mask"):
+        given = [option] if option == "--document-mask" else [option, "7"]
         message = error_of(capsys, "--tasks", "copa", *given)
         assert f"{option} is read only by --tasks " in message
         assert f"add such a task, or omit {option}" in message
@@ -340,6 +345,8 @@ def test_errors_explain_what_is_wrong(tiny, text, tmp_path, capsys):
     )
     both = ["--tasks", "perplexity", "--text", str(text), "--data", str(tmp_path)]
     assert "--tasks perplexity takes --text or --data, not both" in error_of(capsys, *both)
+    tokens_of_text = ["--tasks", "perplexity", "--text", str(text), "--tokens", "9"]
+    assert "--tokens counts tokens of --data: omit it, or use --limit" in error_of(capsys, *tokens_of_text)
     assert "--limit must be at least 1, got 0" in error_of(capsys, "--tasks", "copa", "--limit", "0")
     assert "cannot be used" in error_of(capsys, "--model", tiny, "--tasks", "copa", "--device", "nonsense")
     nowhere = str(tmp_path / "none" / "f.json")

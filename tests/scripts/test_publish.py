@@ -98,6 +98,12 @@ def test_the_card_has_no_evaluation_of_another_checkpoint(run, capsys):
     assert "99.0" not in card
 
 
+def test_the_card_of_a_run_with_muon_has_both_learning_rates(tiny_run, train, capsys):
+    fields = {"optim.name": "muon", "optim.muon_lr": 0.02, "optim.lr": 0.01, "optim.steps": 2, "optim.warmup_steps": 0}
+    publish.main([str(train(tiny_run("muon", **fields))), "--repo", "me/mine", "--dry-run"])
+    assert "| optimizer | muon, learning rate 0.02 (AdamW: 0.01), cosine |" in capsys.readouterr().out
+
+
 def test_an_edited_card_is_uploaded_as_it_is(run, uploads, tmp_path):
     (tmp_path / "card.md").write_text("# Mine\n")
     publish.main([str(run), "--repo", "me/mine", "--card", str(tmp_path / "card.md")])

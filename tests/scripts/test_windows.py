@@ -1,6 +1,8 @@
 """The comparison of windows: the table agrees with the validation losses of its runs, and a second call repeats it."""
 
+import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,24 @@ def test_each_way_is_a_setting_of_its_own():
         ("packed", False, True),
         ("aligned", False, True),
     ]
+
+
+def test_another_held_out_dataset_is_scored_again(verses, python, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text("Other words.\n" * 50)
+    scored, other = [], tmp_path / "other"
+    python("-m", "data.prepare", "text", tmp_path / "other.txt", "--out", other, "--tokenizer", "char")
+
+    def evaluate(arguments):
+        scored.append(arguments[arguments.index("--data") + 1])
+        Path(arguments[arguments.index("--json") + 1]).write_text(
+            json.dumps([{"metric": "loss", "value": len(scored)}])
+        )
+
+    monkeypatch.setattr(windows, "evaluate", evaluate)
+    losses = [windows.score(tmp_path, str(held_out), []) for held_out in (verses, other, verses)]
+    assert (losses, scored) == ([1, 2, 1], [str(verses), str(other)])
+    with pytest.raises(FileNotFoundError):
+        windows.score(tmp_path, str(tmp_path / "missing"), [])
 
 
 @pytest.mark.slow
