@@ -220,7 +220,7 @@ def form_table(study: Study, found: Fit) -> str:
                 f"{statistics.mean(errors):+.2%}" if errors else "",
             ]
         )
-    heads = ["form", "meaning", "L(N, D)", "error of sizes left out", "error of the held-out run"]
+    heads = ["form", "meaning", "L(N, D)", "error of sizes left out", "mean error of held-out runs"]
     return markdown(heads, rows)
 
 
@@ -241,25 +241,32 @@ def check(study: Study, found: Fit) -> list[str]:
 
 
 def draw(study: Study, found: Fit, path: Path) -> None:
-    """Draw loss against tokens: fitted runs, the law as a curve for each model, held-out runs and their predictions."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Draw loss against tokens: fitted runs, the law as a curve for each model, held-out runs and their predictions.
+
+    The prediction for a held-out run is a square to the right of the run, with a bar for its 95% interval.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     models = {(run["layers"], run["channels"]): run["parameters"] for run in found.runs}
-    most = max(run["tokens"] for run in study["runs"])
+    most, colors = max(run["tokens"] for run in study["runs"]), dict[tuple[int, int], Any]()
     for (layers, channels), parameters in sorted(models.items(), key=lambda item: item[1]):
         own = [r for r in found.runs if (r["layers"], r["channels"]) == (layers, channels)]
-        label = f"{layers} layers, {channels} channels: N = {parameters:,}"
+        label = f"{layers}x{channels}: N = {parameters:,}"
         (points,) = axes.plot([r["tokens"] for r in own], [r["loss"] for r in own], "o", markersize=4, label=label)
         tokens = np.geomspace(min(run["tokens"] for run in own), most, 50)
         axes.plot(tokens, found.law.loss(parameters, tokens), color=points.get_color(), linewidth=1)
-    for group in by_size([run for run in study["runs"] if run["held_out"]]):
+        colors[layers, channels] = points.get_color()
+    for i, group in enumerate(by_size([run for run in study["runs"] if run["held_out"]]), 1):
         run, (predicted, low, high) = group[0], found.predict(group[0])
-        error = [[predicted - low], [high - predicted]]
-        axes.errorbar(run["tokens"] * 1.03, predicted, yerr=error, fmt="s", color="black", capsize=4, label="predicted")
-        axes.plot([r["tokens"] for r in group], [r["loss"] for r in group], "r*", markersize=9, label="held out")
+        error, name = [[predicted - low], [high - predicted]], f"{run['layers']}x{run['channels']}"
+        color = colors.get((run["layers"], run["channels"]), "black")
+        place = run["tokens"] * 1.04**i
+        axes.errorbar(place, predicted, yerr=error, fmt="s", color=color, capsize=4, label=f"{name} predicted")
+        places, losses = [r["tokens"] for r in group], [r["loss"] for r in group]
+        axes.plot(places, losses, "*", color=color, markeredgecolor="black", markersize=10, label=f"{name} held out")
     axes.set(xscale="log", xlabel="training tokens D", ylabel="validation loss, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=100)
 
 
