@@ -136,7 +136,7 @@ def check_dataset(directory: Path, shown: int, histogram: Path, config: Path | N
             split.verify()
         documents = splits[name] = measure_documents(split, tokenizer.eot)
         if meta is not None:
-            _check_counts(name, split, documents, tokenizer, meta)
+            _check_counts(name, split, tokenizer, meta)
         _print_split(name, split, documents, tokenizer, shown)
     if not splits:
         raise FileNotFoundError(f"{directory} has no shards: make a dataset with python -m data.prepare")
@@ -160,14 +160,11 @@ def _check_tokenizer(directory: Path, meta: DatasetMeta, tokenizer: Tokenizer) -
         _compare(f"the tokenizer in {directory}: {key}", found, getattr(meta, key))
 
 
-def _check_counts(
-    name: str, split: Split, documents: DocumentStatistics, tokenizer: Tokenizer, meta: DatasetMeta
-) -> None:
+def _check_counts(name: str, split: Split, tokenizer: Tokenizer, meta: DatasetMeta) -> None:
     """Raise ValueError when a count of `meta.json` is wrong for this split, or a token is outside the vocabulary."""
-    _compare(f"{name}: documents", len(documents.lengths), meta.documents[name])
     _compare(f"{name}: tokens", split.n_tokens, meta.tokens[name])
     text_bytes, token_bytes = 0, tokenizer.token_bytes()
-    position = 0
+    position = documents = 0
     for shard in meta.shards[name]:
         begun = 0
         for start in range(position, position + shard.tokens, READ_TOKENS):
@@ -178,7 +175,8 @@ def _check_counts(
                 raise ValueError(f"{shard.file} holds the token {tokens.max()}, outside the vocabulary")
             text_bytes += int(token_bytes[tokens].sum())
         _compare(f"{shard.file}: documents", begun, shard.documents)
-        position += shard.tokens
+        position, documents = position + shard.tokens, documents + begun
+    _compare(f"{name}: documents", documents, meta.documents[name])
     if name in meta.text_bytes:  # `data.prepare download` does not know the text, so it leaves this entry out
         _compare(f"{name}: text_bytes", text_bytes, meta.text_bytes[name])
 

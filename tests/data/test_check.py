@@ -14,6 +14,7 @@ from data import check
 from data.prepare.__main__ import main as prepare
 from data.shards import open_split
 from data.tokenizer import load_tokenizer, train_tokenizer
+from files import file_sha256
 
 TEXTS = [f"document number {i}, " + "word " * (i % 7) for i in range(200)]
 
@@ -124,6 +125,23 @@ def test_everything_that_meta_states_is_compared(dataset: Path, capsys: pytest.C
     assert "train_000000.bin: documents is" in refused(move)
     train_tokenizer("char", ["abc"]).save(dataset)
     assert "tokenizer_sha256 is" in refused(lambda meta: None)
+
+
+def test_a_downloaded_train_split_may_begin_inside_a_document(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The train split of llm.c's shards continues the last document of the validation split."""
+    path = dataset / "train_000000.bin"
+    data = np.fromfile(path, "<u2")
+    data[512] = 262  # the first token after the header
+    data.tofile(path)
+    meta = json.loads((dataset / "meta.json").read_text())
+    meta["shards"]["train"][0]["sha256"] = file_sha256(path)
+    meta["shards"]["train"][0]["documents"] -= 1
+    meta["documents"]["train"] -= 1
+    (dataset / "meta.json").write_text(json.dumps(meta | {"text_bytes": {}}))
+    check.main([str(dataset)])
+    assert f" tokens in {meta['documents']['train'] + 1} documents" in capsys.readouterr().out
 
 
 def test_control_sequences_of_a_text_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
