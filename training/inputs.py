@@ -123,6 +123,8 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
     """
     directory = Path(dataset)
     train, val = open_split(directory, "train"), None
+    # A downloaded dataset does not state the size of its text.
+    text_bytes = train.meta.text_bytes.get("train") if train.meta else None
     if list_shards(directory, "val") or (train.meta and train.meta.shards.get("val")):
         val = open_split(directory, "val")
     elif config.eval.every:
@@ -154,7 +156,7 @@ def open_tokens(config: Config, dataset: str, *, verify: bool) -> Inputs:
         [[tokenizer.eot]],
         [f"{dataset}: {windows.summary}"] if isinstance(windows, AlignedWindows) else [],
         final_val=validation_windows(config.eval.final_tokens),
-        bytes_per_token=train.meta.text_bytes["train"] / train.meta.tokens["train"] if train.meta else None,
+        bytes_per_token=text_bytes / train.n_tokens if text_bytes else None,
     )
 
 

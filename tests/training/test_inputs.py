@@ -121,6 +121,21 @@ def test_a_mixture_trains_resumes_and_validates_each_part(tiny_run, train, verse
         train(config)
 
 
+def test_a_dataset_that_does_not_state_the_size_of_its_text_is_trained_on(tiny_run, train, verses, tmp_path):
+    """As `data.prepare download` makes it."""
+    downloaded = shutil.copytree(verses, tmp_path / "downloaded")
+    meta = json.loads((downloaded / "meta.json").read_text())
+    (downloaded / "meta.json").write_text(json.dumps(meta | {"text_bytes": {}}))
+    mixture = [MixturePart(str(verses), 1), MixturePart(str(downloaded), 1)]
+    for name, changes in (("alone", {"data.dir": str(downloaded)}), ("mixed", {"data.mixture": mixture})):
+        config = tiny_run(name, **{"optim.steps": 3, "eval.every": 3}, **changes)
+        assert open_inputs(config, None, verify=True).bytes_per_token is None
+        assert losses(train(config), "val")
+    assert open_inputs(tiny_run(), None, verify=False).bytes_per_token == (
+        meta["text_bytes"]["train"] / meta["tokens"]["train"]
+    )
+
+
 def test_a_dry_run_shows_the_epochs_of_each_part(tiny_run, verses, letters):
     mixture = [MixturePart(str(verses), 1), MixturePart(str(letters / "same"), 9)]
     config = tiny_run("dry", **{"data.mixture": mixture, "optim.steps": 200})
