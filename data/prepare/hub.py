@@ -15,10 +15,10 @@ import numpy as np
 from data.prepare.files import file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
-from data.prepare.writer import refuse_links
+from data.prepare.writer import begin_progress, refuse_links, save_tokenizer
 from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header, read_meta
 from data.tokenizer import load_tokenizer
-from files import file_sha256, write_json
+from files import file_sha256
 
 # name of the subcommand: (dataset on the hub, configuration)
 PRESETS = {
@@ -182,8 +182,9 @@ def download(name: str, directory: Path) -> DatasetMeta:
     info = _dataset_info(repository)
     directory.mkdir(parents=True, exist_ok=True)
     refuse_links(directory)
-    write_json(directory / PROGRESS_FILE, {"settings": {"download": repository}})
+    progress = begin_progress(directory, {"download": repository})
     tokenizer = load_tokenizer("gpt2")
+    save_tokenizer(tokenizer, directory, progress["kept"])
     shards: dict[str, list[ShardMeta]] = {"train": [], "val": []}
     listed = sorted((file for file in info.siblings if file.rfilename.endswith(".bin")), key=lambda f: f.rfilename)
     for number, file in enumerate(listed, 1):
@@ -207,7 +208,6 @@ def download(name: str, directory: Path) -> DatasetMeta:
             )
         documents = int(np.count_nonzero(np.fromfile(path, TOKEN, offset=HEADER_BYTES) == tokenizer.eot))
         shards["val" if "_val_" in path.name else "train"].append(ShardMeta(path.name, tokens, documents, sha256))
-    tokenizer.save(directory)
     meta = DatasetMeta(
         tokenizer="gpt2",
         tokenizer_sha256=tokenizer.fingerprint,

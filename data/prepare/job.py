@@ -23,7 +23,15 @@ from data.prepare.documents import Documents, parse
 from data.prepare.encode import Encoder, ValidationRule, encode_in_order, read_batches
 from data.prepare.held_out import SHORT_TEXT, has_few_documents
 from data.prepare.source import Source
-from data.prepare.writer import SPLITS, DatasetWriter, PrepareProgress, refuse_links
+from data.prepare.writer import (
+    SPLITS,
+    TOKENIZER_FILES,
+    DatasetWriter,
+    PrepareProgress,
+    begin_progress,
+    refuse_links,
+    save_tokenizer,
+)
 from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 from files import write_json
@@ -135,13 +143,14 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
         assert meta is not None
         print(f"{job.out} is complete already: nothing to do")
         return meta
+    kept = progress.get("kept", [])
     if "tokenizer_sha256" in progress:
         tokenizer = load_tokenizer(job.out)
     else:
         if job.tokenizer != "gpt2" and not job.given:
             print(f"making a {job.tokenizer} tokenizer from the text ...", file=sys.stderr)
         tokenizer = job.given or make_tokenizer(job.tokenizer, job.source, job.validation)
-        tokenizer.save(job.out)
+        save_tokenizer(tokenizer, job.out, kept)
         progress["tokenizer_sha256"] = tokenizer.fingerprint
         write_json(job.out / PROGRESS_FILE, progress)
     if job.tokenizer != "char" and not tokenizer.bulk_encoder.startswith("gigatoken"):
@@ -156,14 +165,14 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
         separator = job.source.options.separator
         print(f"the separator {separator!r} does not occur: each text file is one document", file=sys.stderr)
     if job.part[1] == 1:
-        _refuse_empty(job, dataset)
+        _refuse_empty(job, dataset, kept)
     return _finish(job, tokenizer, dataset)
 
 
 def _begin(job: Job) -> dict[str, Any] | None:
     """Return the content of the progress file, or None when the dataset is complete. Makes the file for a new dataset.
 
-    Keys of the file: "settings"; "tokenizer_sha256", as soon as there is a tokenizer; "state", as soon as a state has
+    Keys of the file: those of `begin_progress`; "tokenizer_sha256", if there is a tokenizer; "state", if a state has
     been saved. Raises ValueError when the directory holds shards that this command did not write, or a dataset with
     other settings or another tokenizer.
     """
@@ -176,16 +185,14 @@ def _begin(job: Job) -> dict[str, Any] | None:
         earlier, used = progress["settings"], progress.get("tokenizer_sha256")
         if "state" not in progress and earlier != settings:
             # No state has been saved yet, so start again with the new settings.
-            progress, earlier = {"settings": settings}, settings
-            write_json(path, progress)
+            progress, earlier = begin_progress(job.out, settings), settings
     elif meta is not None:
         progress = None
         earlier, used = {key: getattr(meta, key) for key in settings}, meta.tokenizer_sha256
     elif list_shards(job.out, "train") or list_shards(job.out, "val"):
         raise ValueError(f"{job.out} has shards that this command did not write: choose another --out")
     else:
-        progress, earlier = {"settings": settings}, settings
-        write_json(path, progress)
+        progress, earlier = begin_progress(job.out, settings), settings
     if earlier != settings and earlier | {"revision": settings["revision"]} == settings:
         raise ValueError(
             f"{job.out} was prepared from another version: the source files have changed (earlier: "
@@ -232,17 +239,18 @@ def _encode(
     bar.close()
 
 
-def _refuse_empty(job: Job, dataset: DatasetWriter) -> None:
+def _refuse_empty(job: Job, dataset: DatasetWriter, kept: list[str]) -> None:
     """If a split has no documents, remove everything that was written, and raise ValueError.
 
-    An empty validation split is allowed if the fraction of the validation rule is 0.
+    The files in `kept` were there before and stay. An empty validation split is allowed if the fraction of the
+    validation rule is 0.
     """
     documents = {split: writer.n_documents for split, writer in dataset.writers.items()}
     empty = [split for split in SPLITS if not documents[split]]
     if not empty or (empty == ["val"] and job.validation.fraction == 0):
         return
     dataset.discard()
-    for name in (PROGRESS_FILE, "tokenizer.json", "tokenizer_config.json"):
+    for name in {PROGRESS_FILE, *TOKENIZER_FILES} - set(kept):
         (job.out / name).unlink(missing_ok=True)
     names = [file.name for file in job.source.files]
     if len(empty) == len(SPLITS):

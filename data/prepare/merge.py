@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare.filters import SeenDocuments
-from data.prepare.writer import SPLITS, refuse_links
+from data.prepare.writer import SPLITS, begin_progress, refuse_links, save_tokenizer
 from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_split, read_meta
 from data.tokenizer import load_tokenizer
-from files import write_json
 
 BLOCK_TOKENS = 1 << 22  # tokens read at once
 
@@ -32,9 +31,9 @@ def merge_parts(directory: Path) -> DatasetMeta:
     parts = _find_parts(directory)
     refuse_links(directory)
     first = next(iter(parts.values()))
-    write_json(directory / PROGRESS_FILE, {"settings": {"parts": len(parts)}})
+    progress = begin_progress(directory, {"parts": len(parts)})
     tokenizer = load_tokenizer(next(iter(parts)))
-    tokenizer.save(directory)
+    save_tokenizer(tokenizer, directory, progress["kept"])
     writers = {split: ShardWriter(directory, split, first.shard_tokens, tokenizer.eot) for split in SPLITS}
     # --deduplicate compared documents only within each part, so the same document may be in several parts.
     seen = SeenDocuments(directory) if "without duplicates" in first.filter.split("; ") else None

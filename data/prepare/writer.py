@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from dataclasses import replace
@@ -16,8 +17,11 @@ from data.prepare.encode import Encoded, ValidationRule
 from data.prepare.filters import SeenDocuments
 from data.prepare.source import Chunk
 from data.shards import META_FILE, PROGRESS_FILE, ShardWriter
+from data.tokenizer import Tokenizer, load_tokenizer
+from files import write_json
 
 SPLITS = ("train", "val")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the files that `Tokenizer.save` writes
 
 
 def refuse_links(directory: Path) -> None:
@@ -30,6 +34,41 @@ def refuse_links(directory: Path) -> None:
     links = sorted(path for path in directory.iterdir() if path.is_symlink() and not path.match("part-*-of-*"))
     if links:
         raise ValueError(f"{links[0]} is a link, which would be written through: remove it, or choose another --out")
+
+
+def begin_progress(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the progress file of a new dataset, and return its content.
+
+    "kept" lists the files of a tokenizer that were in the directory before the dataset was begun.
+    """
+    path = directory / PROGRESS_FILE
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8")).get("kept", [])
+    else:
+        kept = [name for name in TOKENIZER_FILES if (directory / name).exists()]
+    progress = {"settings": settings, "kept": kept}
+    write_json(path, progress)
+    return progress
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, kept: list[str]) -> None:
+    """Save the tokenizer of a new dataset, or find that it was there before (`kept` of `begin_progress`).
+
+    Raises ValueError if another tokenizer was there before: its files would be overwritten.
+    """
+    if not kept:
+        tokenizer.save(directory)
+        return
+    try:
+        found = load_tokenizer(directory)
+    except (OSError, ValueError):  # the files are damaged, or belong to a tokenizer of another kind
+        found = None
+    if found != tokenizer:
+        (directory / PROGRESS_FILE).unlink()
+        raise ValueError(
+            f"{directory / kept[0]} belongs to another tokenizer than this dataset, and would be overwritten: "
+            "remove it, or choose another directory"
+        )
 
 
 class PrepareProgress:

@@ -325,6 +325,7 @@ def test_downloaded_shards_are_checked(
     assert "fineweb_train_000002.bin was damaged in the download" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not complete"):
         open_split(tmp_path / "again", "train")
+    (tmp_path / "again" / "tokenizer.json").unlink()
     (tmp_path / "again" / "tokenizer.json").symlink_to(tmp_path / "outside")
     with pytest.raises(SystemExit):
         main(["download", "fineweb-10b", "--out", str(tmp_path / "again")])

@@ -194,6 +194,22 @@ def test_given_tokenizer_is_used_and_a_different_one_is_refused(run, refused, tm
     assert "was prepared with another char tokenizer: choose another --out" in message
 
 
+def test_the_files_of_a_tokenizer_that_were_there_before_stay(run, refused, contents, tmp_path):
+    two, out = tmp_path / "two.jsonl", tmp_path / "out"
+    two.write_text('{"text": "ab"}\n{"text": "ba"}\n')
+    train_tokenizer("char", ["abc"]).save(out)
+    (out / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
+    before = contents(out)
+    assert "none of 2 documents is in the val split" in refused("text", two, "--tokenizer", out, "--out", out)
+    assert contents(out) == before
+    for _ in range(2):
+        message = refused("text", two, "--tokenizer", "char", "--val-fraction", 0, "--out", out)
+        assert "tokenizer.json belongs to another tokenizer than this dataset, and would be overwritten" in message
+        assert contents(out) == before
+    run("text", two, "--tokenizer", out, "--val-fraction", 0, "--out", out)
+    assert before.items() <= contents(out).items()
+
+
 def test_a_tokenizer_without_end_of_text_gets_one_on_request(run, refused, jsonl, tmp_path):
     tokenizer = train_tokenizer("bpe:300", ["the cat sat on the mat"])
     own, out = tmp_path / "own", tmp_path / "out"
