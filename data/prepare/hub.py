@@ -15,8 +15,8 @@ import numpy as np
 from data.prepare.files import file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
-from data.prepare.writer import begin_progress, refuse_links, save_tokenizer
-from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header, read_meta
+from data.prepare.writer import begin_progress, read_complete_meta, refuse_links, save_tokenizer
+from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header
 from data.tokenizer import load_tokenizer
 from files import file_sha256
 
@@ -172,11 +172,11 @@ def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Itera
 def download(name: str, directory: Path) -> DatasetMeta:
     """Download shards that are already tokenized, check header and sha256 of each, and write `meta.json`.
 
-    Files that are already in `directory` are not downloaded again. If `directory` has a `meta.json`, nothing is
+    Files that are already in `directory` are not downloaded again. If `directory` has the complete dataset, nothing is
     downloaded or checked. Returns the content of `meta.json`. Raises OSError when the hub cannot be reached, ValueError
     for a damaged shard.
     """
-    if directory.is_dir() and (meta := read_meta(directory)) is not None:
+    if directory.is_dir() and (meta := read_complete_meta(directory)) is not None:
         return meta
     repository = TOKENIZED[name]
     info = _dataset_info(repository)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare.filters import SeenDocuments
-from data.prepare.writer import SPLITS, begin_progress, refuse_links, save_tokenizer
-from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_split, read_meta
+from data.prepare.writer import SPLITS, begin_progress, read_complete_meta, refuse_links, save_tokenizer
+from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_split
 from data.tokenizer import load_tokenizer
 
 BLOCK_TOKENS = 1 << 22  # tokens read at once
@@ -22,10 +22,10 @@ def merge_parts(directory: Path) -> DatasetMeta:
     The result has the same bytes as a dataset from a single run. There is one exception: with --deduplicate, a single
     run keeps all copies of a document that is cut into several chunks, and this function keeps only the first copy.
 
-    Returns the content of `meta.json`. If `directory` has this file already, does nothing else. Raises ValueError when
-    a part is missing, damaged, or made with other settings than the first part.
+    Returns the content of `meta.json`. If `directory` has a complete dataset already, does nothing else. Raises
+    ValueError when a part is missing, damaged, or made with other settings than the first part.
     """
-    if (meta := read_meta(directory)) is not None:
+    if (meta := read_complete_meta(directory)) is not None:
         print(f"{directory} is complete already: nothing to do")
         return meta
     parts = _find_parts(directory)
@@ -111,7 +111,7 @@ def _find_parts(directory: Path) -> dict[Path, DatasetMeta]:
     parts: dict[Path, DatasetMeta] = {}
     for index in range(1, count + 1):
         part = part_directory(directory, (index, count))
-        meta = read_meta(part) if part in found and not (part / PROGRESS_FILE).exists() else None
+        meta = read_complete_meta(part) if part in found else None
         if meta is None:
             raise ValueError(f"{part} is not complete: run the same command with --part {index}/{count} first")
         parts[part] = meta

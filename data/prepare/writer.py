@@ -16,12 +16,21 @@ import numpy as np
 from data.prepare.encode import Encoded, ValidationRule
 from data.prepare.filters import SeenDocuments
 from data.prepare.source import Chunk
-from data.shards import META_FILE, PROGRESS_FILE, ShardWriter
+from data.shards import META_FILE, PROGRESS_FILE, DatasetMeta, ShardWriter, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer
 from files import write_json
 
 SPLITS = ("train", "val")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the files that `Tokenizer.save` writes
+
+
+def read_complete_meta(directory: Path) -> DatasetMeta | None:
+    """Return `meta.json` if the dataset in `directory` is complete, else None.
+
+    A dataset that has both `meta.json` and the progress file is not complete: the process that made it was killed.
+    Raises FileNotFoundError for a missing directory.
+    """
+    return None if (directory / PROGRESS_FILE).exists() else read_meta(directory)
 
 
 def refuse_links(directory: Path) -> None:

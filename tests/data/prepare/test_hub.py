@@ -22,7 +22,7 @@ from data.prepare import hub
 from data.prepare.__main__ import main
 from data.prepare.documents import Documents, parse
 from data.prepare.source import ParseOptions
-from data.shards import open_split, read_meta
+from data.shards import PROGRESS_FILE, open_split, read_meta
 from data.tokenizer import load_tokenizer
 
 COMMIT = "c0ffee" + "0" * 34
@@ -316,6 +316,10 @@ def test_downloaded_shards_are_checked(
     train, val = open_split(directory, "train"), open_split(directory, "val")
     assert (train.n_tokens, val.n_tokens) == (2000, 1000)
     train.verify()
+    # A download that was killed before it deleted the progress file is completed.
+    (directory / PROGRESS_FILE).write_text('{"settings": {}}')
+    main(["download", "fineweb-10b"])
+    open_split(directory, "train").verify()
 
     data = bytearray((theirs / "fineweb_train_000002.bin").read_bytes())
     data[-1] ^= 1

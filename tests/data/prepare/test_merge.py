@@ -2,6 +2,8 @@
 
 import json
 
+from data.shards import PROGRESS_FILE
+
 
 def test_three_parts_merged_equal_one_run(run, contents, documents, tmp_path, monkeypatch):
     directory = tmp_path / "files"
@@ -19,6 +21,10 @@ def test_three_parts_merged_equal_one_run(run, contents, documents, tmp_path, mo
             patched.setenv(names[0], str(rank))
             patched.setenv(names[1], "3")
             run("text", directory, "--out", out, *options, "--part", "env")
+    run("merge", out)
+    assert contents(out) == contents(tmp_path / "one")
+    # A merge that was killed before it deleted the progress file is completed.
+    (out / PROGRESS_FILE).write_text('{"settings": {"parts": 3}}')
     run("merge", out)
     assert contents(out) == contents(tmp_path / "one")
 
