@@ -30,6 +30,7 @@ from data.prepare.writer import (
     PrepareProgress,
     begin_progress,
     refuse_links,
+    refuse_other_settings,
     save_tokenizer,
 )
 from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
@@ -193,23 +194,10 @@ def _begin(job: Job) -> dict[str, Any] | None:
         raise ValueError(f"{job.out} has shards that this command did not write: choose another --out")
     else:
         progress, earlier = begin_progress(job.out, settings), settings
-    if earlier != settings and earlier | {"revision": settings["revision"]} == settings:
-        raise ValueError(
-            f"{job.out} was prepared from another version: the source files have changed (earlier: "
-            f"{earlier['revision']}; now: {settings['revision']}); choose another --out, or delete it to start again"
-        )
-    if earlier != settings:
-        changed = "; ".join(
-            f"{key} {earlier[key]!r}, now {settings[key]!r}" for key in settings if earlier[key] != settings[key]
-        )
-        raise ValueError(
-            f"{job.out} was prepared with other options ({changed}): choose another --out, or delete it to start again"
-        )
+    remedy = "choose another --out, or delete it to start again"
+    refuse_other_settings(job.out, earlier, settings, remedy)
     if job.given and used not in (None, job.given.fingerprint):
-        raise ValueError(
-            f"{job.out} was prepared with another {job.tokenizer} tokenizer: choose another --out, or delete it to "
-            "start again"
-        )
+        raise ValueError(f"{job.out} was prepared with another {job.tokenizer} tokenizer: {remedy}")
     return progress
 
 

@@ -33,6 +33,23 @@ def read_complete_meta(directory: Path) -> DatasetMeta | None:
     return None if (directory / PROGRESS_FILE).exists() else read_meta(directory)
 
 
+def refuse_other_settings(directory: Path, earlier: dict[str, Any], settings: dict[str, Any], remedy: str) -> None:
+    """Raise ValueError if the dataset in `directory` has other settings (`earlier`) than `settings`.
+
+    Both have the keys of `meta.json`; only the keys of `settings` are compared. `remedy` ends the error message.
+    """
+    changed = [key for key in settings if earlier[key] != settings[key]]
+    # If the end of the text is held out, "validation" states sizes of the text, which change with the files.
+    if "revision" in changed and {"revision", "validation"}.issuperset(changed):
+        raise ValueError(
+            f"{directory} was prepared from another version: the source files have changed (earlier: "
+            f"{earlier['revision']}; now: {settings['revision']}); {remedy}"
+        )
+    if changed:
+        described = "; ".join(f"{key} {earlier[key]!r}, now {settings[key]!r}" for key in changed)
+        raise ValueError(f"{directory} was prepared with other options ({described}): {remedy}")
+
+
 def refuse_links(directory: Path) -> None:
     """Raise ValueError for a symbolic link in an incomplete dataset: writing to it would change a file somewhere else.
 

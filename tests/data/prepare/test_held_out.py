@@ -70,6 +70,14 @@ def test_few_files_are_divided_at_a_file_or_in_one(run, read_documents, tmp_path
     assert len(read_documents(tmp_path / "p", "train")) == 10
 
 
+def test_a_longer_file_is_named_as_the_reason_for_another_split(run, refused, tmp_path):
+    path, options = tmp_path / "a.txt", ("--out", tmp_path / "o", "--tokenizer", "char", "--val-fraction", 0.1)
+    path.write_text(PARAGRAPH * 20)
+    run("text", path, *options)
+    path.write_text(PARAGRAPH * 21)
+    assert "was prepared from another version: the source files have changed" in refused("text", path, *options)
+
+
 def test_other_sources_are_divided_by_hash_as_before(run, tmp_path):
     (tmp_path / "many").mkdir()
     for i in range(20):
