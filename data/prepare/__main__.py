@@ -24,7 +24,7 @@ from data.prepare.shakespeare import shakespeare_source
 from data.prepare.source import ParseOptions, Source
 from data.prepare.text import text_source, unused_separators
 from data.prepare.tokens import token_source
-from data.prepare.writer import SPLITS
+from data.prepare.writer import SPLITS, read_complete_meta, refuse_other_settings
 from data.shards import MAX_SHARD_TOKENS, DatasetMeta
 from data.tokenizer import load_tokenizer, parse_kind
 from data.tokenizer_files import END_OF_TEXT
@@ -313,6 +313,9 @@ def main(arguments: list[str] | None = None) -> None:
             job = _job(args)
             if args.executor and args.part is None:
                 given = sys.argv[1:] if arguments is None else arguments
+                if args.out.is_dir() and (earlier := read_complete_meta(args.out)):
+                    settings = job.settings() | {"part": ""}
+                    refuse_other_settings(args.out, vars(earlier), settings, "choose another --out")
                 slurm = SlurmOptions(args.slurm_partition, args.slurm_time)
                 run_tasks(args.executor, given, args.out, args.tasks, args.workers or 1, slurm)
                 if args.executor == "slurm":

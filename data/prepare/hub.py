@@ -15,7 +15,7 @@ import numpy as np
 from data.prepare.files import file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
-from data.prepare.writer import begin_progress, read_complete_meta, refuse_links, save_tokenizer
+from data.prepare.writer import begin_progress, read_complete_meta, refuse_links, refuse_other_settings, save_tokenizer
 from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header
 from data.tokenizer import load_tokenizer
 from files import file_sha256
@@ -174,11 +174,13 @@ def download(name: str, directory: Path) -> DatasetMeta:
 
     Files that are already in `directory` are not downloaded again. If `directory` has the complete dataset, nothing is
     downloaded or checked. Returns the content of `meta.json`. Raises OSError when the hub cannot be reached, ValueError
-    for a damaged shard.
+    for a damaged shard, or if `directory` has another dataset.
     """
-    if directory.is_dir() and (meta := read_complete_meta(directory)) is not None:
-        return meta
     repository = TOKENIZED[name]
+    source = f"hf {repository}, already tokenized"
+    if directory.is_dir() and (meta := read_complete_meta(directory)) is not None:
+        refuse_other_settings(directory, vars(meta), {"source": source}, "choose another --out")
+        return meta
     info = _dataset_info(repository)
     directory.mkdir(parents=True, exist_ok=True)
     refuse_links(directory)
@@ -212,7 +214,7 @@ def download(name: str, directory: Path) -> DatasetMeta:
         tokenizer="gpt2",
         tokenizer_sha256=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        source=f"hf {repository}, already tokenized",
+        source=source,
         revision=info.sha,
         filter="",
         validation="as the source has it",

@@ -31,9 +31,10 @@ from data.prepare.writer import (
     begin_progress,
     refuse_links,
     refuse_other_settings,
+    refuse_shards,
     save_tokenizer,
 )
-from data.shards import PROGRESS_FILE, DatasetMeta, list_shards, read_meta
+from data.shards import PROGRESS_FILE, DatasetMeta, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 from files import write_json
 
@@ -190,9 +191,8 @@ def _begin(job: Job) -> dict[str, Any] | None:
     elif meta is not None:
         progress = None
         earlier, used = {key: getattr(meta, key) for key in settings}, meta.tokenizer_sha256
-    elif list_shards(job.out, "train") or list_shards(job.out, "val"):
-        raise ValueError(f"{job.out} has shards that this command did not write: choose another --out")
     else:
+        refuse_shards(job.out)
         progress, earlier = begin_progress(job.out, settings), settings
     remedy = "choose another --out, or delete it to start again"
     refuse_other_settings(job.out, earlier, settings, remedy)

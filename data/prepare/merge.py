@@ -9,11 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare.filters import SeenDocuments
-from data.prepare.writer import SPLITS, begin_progress, read_complete_meta, refuse_links, save_tokenizer
+from data.prepare.writer import (
+    SPLITS,
+    begin_progress,
+    read_complete_meta,
+    refuse_links,
+    refuse_other_settings,
+    refuse_shards,
+    save_tokenizer,
+)
 from data.shards import PROGRESS_FILE, DatasetMeta, ShardWriter, Split, open_split
 from data.tokenizer import load_tokenizer
 
 BLOCK_TOKENS = 1 << 22  # tokens read at once
+# The entries of `meta.json` that are equal in all parts and in the merged dataset.
+SHARED = ("tokenizer", "tokenizer_sha256", "source", "revision", "filter", "validation", "shard_tokens")
 
 
 def merge_parts(directory: Path) -> DatasetMeta:
@@ -23,13 +33,19 @@ def merge_parts(directory: Path) -> DatasetMeta:
     run keeps all copies of a document that is cut into several chunks, and this function keeps only the first copy.
 
     Returns the content of `meta.json`. If `directory` has a complete dataset already, does nothing else. Raises
-    ValueError when a part is missing, damaged, or made with other settings than the first part.
+    ValueError when a part is missing, damaged, or made with other settings than the first part or that dataset.
     """
     if (meta := read_complete_meta(directory)) is not None:
+        for part in filter(Path.is_dir, sorted(directory.glob("part-*-of-*"))):
+            if made := read_complete_meta(part):
+                remedy = f"delete the files in {directory} (not its directories), or use another --out for the parts"
+                refuse_other_settings(directory, vars(meta), {key: getattr(made, key) for key in SHARED}, remedy)
         print(f"{directory} is complete already: nothing to do")
         return meta
     parts = _find_parts(directory)
     refuse_links(directory)
+    if not (directory / PROGRESS_FILE).exists():
+        refuse_shards(directory)
     first = next(iter(parts.values()))
     progress = begin_progress(directory, {"parts": len(parts)})
     tokenizer = load_tokenizer(next(iter(parts)))
@@ -115,7 +131,7 @@ def _find_parts(directory: Path) -> dict[Path, DatasetMeta]:
         if meta is None:
             raise ValueError(f"{part} is not complete: run the same command with --part {index}/{count} first")
         parts[part] = meta
-        for key in ("tokenizer_sha256", "source", "revision", "filter", "validation", "shard_tokens"):
+        for key in SHARED:
             if getattr(meta, key) != getattr(parts[found[0]], key):
                 raise ValueError(f"{part} differs from {found[0]} in {key}: prepare it again")
     if len(found) != count:

@@ -16,7 +16,7 @@ import numpy as np
 from data.prepare.encode import Encoded, ValidationRule
 from data.prepare.filters import SeenDocuments
 from data.prepare.source import Chunk
-from data.shards import META_FILE, PROGRESS_FILE, DatasetMeta, ShardWriter, read_meta
+from data.shards import META_FILE, PROGRESS_FILE, DatasetMeta, ShardWriter, list_shards, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer
 from files import write_json
 
@@ -39,8 +39,8 @@ def refuse_other_settings(directory: Path, earlier: dict[str, Any], settings: di
     Both have the keys of `meta.json`; only the keys of `settings` are compared. `remedy` ends the error message.
     """
     changed = [key for key in settings if earlier[key] != settings[key]]
-    # If the end of the text is held out, "validation" states sizes of the text, which change with the files.
-    if "revision" in changed and {"revision", "validation"}.issuperset(changed):
+    # With the files, a tokenizer made from them changes, and "validation", if it states the sizes of a held-out end.
+    if "revision" in changed and {"revision", "validation", "tokenizer_sha256"}.issuperset(changed):
         raise ValueError(
             f"{directory} was prepared from another version: the source files have changed (earlier: "
             f"{earlier['revision']}; now: {settings['revision']}); {remedy}"
@@ -60,6 +60,12 @@ def refuse_links(directory: Path) -> None:
     links = sorted(path for path in directory.iterdir() if path.is_symlink() and not path.match("part-*-of-*"))
     if links:
         raise ValueError(f"{links[0]} is a link, which would be written through: remove it, or choose another --out")
+
+
+def refuse_shards(directory: Path) -> None:
+    """Raise ValueError if the directory of a new dataset has shards: they would be deleted or mixed with new ones."""
+    if any(list_shards(directory, split) for split in SPLITS):
+        raise ValueError(f"{directory} has shards that this command did not write: choose another --out")
 
 
 def begin_progress(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:

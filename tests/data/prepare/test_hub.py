@@ -334,6 +334,11 @@ def test_downloaded_shards_are_checked(
     with pytest.raises(SystemExit):
         main(["download", "fineweb-10b", "--out", str(tmp_path / "again")])
     assert "tokenizer.json is a link, which would be written through" in capsys.readouterr().err
+    meta = json.loads((directory / "meta.json").read_text())
+    (directory / "meta.json").write_text(json.dumps(meta | {"source": "hf another/dataset"}))
+    with pytest.raises(SystemExit):
+        main(["download", "fineweb-10b"])
+    assert "prepared with other options (source 'hf another/dataset', now " in capsys.readouterr().err
 
 
 def test_presets_are_among_the_known_datasets() -> None:

@@ -57,3 +57,26 @@ def test_merge_refuses_missing_different_and_damaged_parts(run, refused, content
     run("merge", out)
     run("text", *files, "--out", tmp_path / "one", "--val-fraction", 0.1)
     assert contents(out) == contents(tmp_path / "one")
+
+
+def test_merge_does_not_replace_another_dataset(run, refused, contents, tmp_path):
+    files = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    options = ("--tokenizer", "char", "--val-fraction", 0)
+    for path in files:
+        path.write_text('{"text": "old"}\n')
+    for out in ("single", "without meta.json"):
+        run("text", *files, "--out", tmp_path / out, *options)
+    (tmp_path / "without meta.json" / "meta.json").unlink()
+    for path in files:
+        path.write_text('{"text": "newer"}\n')
+    for out, reason in (
+        ("single", "single was prepared from another version: the source files have changed"),
+        ("without meta.json", "has shards that this command did not write"),
+    ):
+        before = contents(tmp_path / out)
+        for part in ("1/2", "2/2"):
+            run("text", *files, "--out", tmp_path / out, *options, "--part", part)
+        assert reason in refused("merge", tmp_path / out)
+        assert contents(tmp_path / out) == before
+    executor = ("--executor", "local", "--tasks", 2)
+    assert "the source files have changed" in refused("text", *files, "--out", tmp_path / "single", *options, *executor)
