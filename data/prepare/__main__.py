@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command import CommandParser, ending
 from data.plain_text import read_escapes
-from data.prepare.encode import ValidationRule
+from data.prepare.encode import SPLIT_OF_SOURCE, ValidationRule, split_by_hash
 from data.prepare.executors import EXECUTORS, SlurmOptions, run_tasks
 from data.prepare.filters import Filters, check_languages
 from data.prepare.held_out import has_few_documents, hold_out_end
@@ -217,7 +217,7 @@ def _job(args: argparse.Namespace) -> Job:
     validation = _validation(args, source)
     if validation.tokens and (count > 1 or (args.val and kind.startswith("bpe") and not given)):
         raise ValueError("--val-tokens and --val first-shard need the whole source in order: use --val-fraction here")
-    if validation.fraction and not args.val and count == 1 and has_few_documents(source):
+    if validation.fraction and not args.val and has_few_documents(source):
         known = given or (load_tokenizer(kind) if kind == "gpt2" else None)
         source, validation = hold_out_end(source, validation, kind, known)
         print(f"validation split: {validation.description}", file=sys.stderr)
@@ -264,13 +264,12 @@ def _validation(args: argparse.Namespace, source: Source) -> ValidationRule:
             raise ValueError(
                 f"{args.command} defines its own validation split: omit --val, --val-tokens, --val-fraction"
             )
-        return ValidationRule("as the source has it", 0.0)
+        return SPLIT_OF_SOURCE
     if args.val:
         return ValidationRule("first shard", 1.0, args.shard_tokens)
     if args.val_tokens:
         return ValidationRule(f"one document in ten by hash, {args.val_tokens} tokens", 0.1, args.val_tokens)
-    fraction = 0.01 if args.val_fraction is None else args.val_fraction
-    return ValidationRule(f"{fraction:g} of the documents by hash", fraction)
+    return split_by_hash(0.01 if args.val_fraction is None else args.val_fraction)
 
 
 def _report(out: Path, meta: DatasetMeta) -> None:

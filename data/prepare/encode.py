@@ -63,6 +63,15 @@ class ValidationRule:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < self.fraction * 2**64
 
 
+# Do not reword these descriptions: a run can continue a dataset only if this text has not changed.
+SPLIT_OF_SOURCE = ValidationRule("as the source has it", 0.0)
+
+
+def split_by_hash(fraction: float) -> ValidationRule:
+    """Return the rule that holds out this fraction of the documents. With 0, there is no validation split."""
+    return ValidationRule(f"{fraction:g} of the documents by hash", fraction)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The documents of a batch of chunks, after encoding.

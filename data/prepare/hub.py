@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from data.prepare.encode import SPLIT_OF_SOURCE
 from data.prepare.files import file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
 from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
@@ -217,7 +218,7 @@ def download(name: str, directory: Path) -> DatasetMeta:
         source=source,
         revision=info.sha,
         filter="",
-        validation="as the source has it",
+        validation=SPLIT_OF_SOURCE.description,
         shard_tokens=max(shard.tokens for listed in shards.values() for shard in listed),
         tokens={split: sum(shard.tokens for shard in listed) for split, listed in shards.items()},
         documents={split: sum(shard.documents for shard in listed) for split, listed in shards.items()},

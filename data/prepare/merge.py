@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.prepare.encode import SPLIT_OF_SOURCE, split_by_hash
 from data.prepare.filters import SeenDocuments
 from data.prepare.writer import (
     SPLITS,
@@ -33,7 +34,8 @@ def merge_parts(directory: Path) -> DatasetMeta:
     run keeps all copies of a document that is cut into several chunks, and this function keeps only the first copy.
 
     Returns the content of `meta.json`. If `directory` has a complete dataset already, does nothing else. Raises
-    ValueError when a part is missing, damaged, or made with other settings than the first part or that dataset.
+    ValueError when a part is missing, damaged, or made with other settings than the first part or that dataset, or when
+    a split is empty.
     """
     if (meta := read_complete_meta(directory)) is not None:
         for part in filter(Path.is_dir, sorted(directory.glob("part-*-of-*"))):
@@ -43,6 +45,7 @@ def merge_parts(directory: Path) -> DatasetMeta:
         print(f"{directory} is complete already: nothing to do")
         return meta
     parts = _find_parts(directory)
+    _refuse_empty(list(parts.values()))
     refuse_links(directory)
     if not (directory / PROGRESS_FILE).exists():
         refuse_shards(directory)
@@ -93,6 +96,19 @@ def merge_parts(directory: Path) -> DatasetMeta:
     if seen is not None:
         seen.remove()
     return merged
+
+
+def _refuse_empty(parts: list[DatasetMeta]) -> None:
+    """Raise ValueError if a split has no documents, as a single run does."""
+    validation = parts[0].validation
+    optional = validation in (SPLIT_OF_SOURCE.description, split_by_hash(0).description)
+    empty = [split for split in SPLITS if not any(meta.documents[split] for meta in parts)]
+    if empty and not (empty == ["val"] and optional):
+        raise ValueError(
+            f"none of the documents of the {len(parts)} parts is in the {empty[0]} split ({validation}): prepare the "
+            "parts again from more documents, with another --val-fraction, or with --val-fraction 0 to have no "
+            "validation split"
+        )
 
 
 def _blocks(split: Split) -> Iterator[np.ndarray]:

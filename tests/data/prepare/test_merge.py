@@ -59,6 +59,26 @@ def test_merge_refuses_missing_different_and_damaged_parts(run, refused, content
     assert contents(out) == contents(tmp_path / "one")
 
 
+def test_parts_of_a_few_texts_hold_out_the_end_like_one_run(run, refused, contents, tmp_path):
+    texts, rows = tmp_path / "texts", tmp_path / "rows"
+    texts.mkdir()
+    rows.mkdir()
+    for i in range(4):
+        (texts / f"{i}.txt").write_text("".join(f"Line {n} of text {i}.\n\n" for n in range(40)))
+    for i in range(2):
+        (rows / f"{i}.jsonl").write_text("".join(f'{{"text": "{i} {n}"}}\n' for n in range(6)))
+    char = ("--tokenizer", "char")
+    run("text", texts, "--out", tmp_path / "one", *char)
+    assert "none of 12 documents is in the val split" in refused("text", rows, "--out", tmp_path / "no", *char)
+    for source in (texts, rows):
+        for part in ("1/2", "2/2"):
+            run("text", source, *char, "--out", tmp_path / f"{source.stem}-parts", "--part", part)
+    run("merge", tmp_path / "texts-parts")
+    assert contents(tmp_path / "texts-parts") == contents(tmp_path / "one")
+    message = refused("merge", tmp_path / "rows-parts")
+    assert "none of the documents of the 2 parts is in the val split (0.01 of the documents by hash)" in message
+
+
 def test_merge_does_not_replace_another_dataset(run, refused, contents, tmp_path):
     files = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
     options = ("--tokenizer", "char", "--val-fraction", 0)
