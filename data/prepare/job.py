@@ -38,7 +38,8 @@ from data.shards import PROGRESS_FILE, DatasetMeta, read_meta
 from data.tokenizer import Tokenizer, load_tokenizer, parse_kind, train_tokenizer
 from files import write_json
 
-# A chunk has about CHUNK_BYTES bytes. If the shards are small, it has fewer, but at least MIN_CHUNK_BYTES.
+# A chunk has about CHUNK_BYTES bytes. If the shards are small, it has fewer, but at least MIN_CHUNK_BYTES. The size of
+# the chunks of a single document does not depend on the shards (see `read_chunks`).
 CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 1 << 16
 SAVE_SECONDS = 5  # the progress file is updated after this many seconds, or earlier if a shard is complete
 SMALL_BYTES = 1 << 25  # a source of fewer bytes is encoded in this process, because starting workers would take longer

@@ -43,8 +43,9 @@ SPLIT_KEY_BYTES = 1 << 12
 SEARCH_BYTES = 1 << 16
 # If a row group of a parquet file has more bytes of text than this, the main process cuts it into several chunks.
 ROW_GROUP_BYTES = 1 << 26
-# If this many bytes of a document contain no safe cut (defined below), the document is cut at a place that is not safe,
-# which bounds the memory.
+# A text file without a separator is one document. If it has at most this many bytes, it is one chunk, so that filters
+# and --val-tokens see the whole document. A longer one is cut at a safe cut (defined below) or, if this many bytes
+# contain none, at a place that is not safe, which bounds the memory.
 LONGEST_PIECE = 1 << 22
 # A safe cut is a place where a document can be divided without changing its tokens. The place before a newline or space
 # is a safe cut if the character after the newline or space is not white space. Each of our tokenizers begins a token
@@ -111,7 +112,7 @@ def text_filter(options: ParseOptions) -> str:
 
 
 def read_chunks(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[Chunk]:
-    """Cut one file into chunks of about `limit` bytes.
+    """Cut one file into chunks of about `limit` bytes, or of about LONGEST_PIECE bytes if the file is one document.
 
     Raises ValueError naming the file when it is damaged or lacks the text column, OSError when it cannot be read.
     """
@@ -119,6 +120,8 @@ def read_chunks(file: SourceFile, limit: int, options: ParseOptions) -> Iterator
     marks = re.compile(b"\n") if format == "jsonl" else None
     if format == "text" and options.separator:
         format, marks = "separated", separator_pattern(options.separator)
+    elif format == "text":
+        limit = LONGEST_PIECE
     with named_errors(file.name), open_file(file.name) as raw:
         if format == "parquet":
             yield from _parquet_chunks(file, raw, limit, options.text_key)
@@ -216,7 +219,7 @@ def _cut_file(
     key: bytes | None = None
     while end < stop:
         cut = _last_cut(read, searched, end, marks)
-        if not cut and not marks and end - begin >= LONGEST_PIECE:
+        if not cut and not marks:
             cut = _forced_cut(read, begin, end)
         if cut:
             continues, key = key is not None, key or (None if marks else read(begin, begin + SPLIT_KEY_BYTES))
@@ -246,7 +249,7 @@ def _cut_stream(
         if len(buffer) < limit:
             continue
         cut = _last_cut(read, searched, len(buffer), marks)
-        if not cut and not marks and len(buffer) >= LONGEST_PIECE:
+        if not cut and not marks:
             cut = _forced_cut(read, 0, len(buffer))
         if cut:
             data, position = bytes(memoryview(buffer)[:cut]), min(raw.tell(), file.size)

@@ -80,7 +80,8 @@ def test_invalid_utf8_and_empty_documents(run, refused, read_documents, tmp_path
         assert message in refused("text", tmp_path / name, "--out", tmp_path / "strict", "--strict")
 
 
-def test_line_numbers_are_right_far_into_a_file(refused, tmp_path):
+def test_line_numbers_are_right_far_into_a_file(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.text.LONGEST_PIECE", 1 << 16)
     line = json.dumps({"text": "x" * 1000}) + "\n"
     (tmp_path / "a.jsonl").write_text(line * 500 + "[]\n" + line)
     (tmp_path / "b.txt").write_bytes(b"y\n|\n" * 100_000 + b"\xff")
@@ -92,6 +93,6 @@ def test_line_numbers_are_right_far_into_a_file(refused, tmp_path):
         ]:
             path = tmp_path / f"{name}{suffix}"
             path.write_bytes(compress((tmp_path / name).read_bytes()))
-            # Small shards make small chunks.
+            # Small shards make small chunks of lines and separated documents.
             out = ("--out", tmp_path / f"{path.name}{len(options)}", "--shard-tokens", 1000, "--strict")
             assert message in refused("text", path, *out, *options)

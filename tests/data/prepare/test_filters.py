@@ -96,6 +96,24 @@ def test_length_is_counted_in_characters(run, read_documents, tmp_path):
     assert meta.filter == "at least 4 characters; at most 10 characters"
 
 
+def test_small_shards_do_not_change_what_happens_to_a_text_file(run, tmp_path):
+    """A text of more bytes than a small chunk of other formats is still filtered, compared and counted as a whole."""
+    for i in range(30):
+        (tmp_path / f"{i:02d}.txt").write_text(f"Text {i}.\n" + "All of them are long.\n" * 3_500)
+    write(tmp_path / "a.jsonl", ["short", "short too"])
+    (tmp_path / "repeated.txt").write_bytes((tmp_path / "07.txt").read_bytes())
+    (tmp_path / "too long.txt").write_text("All of them are long.\n" * 4_000)
+    options = ("--tokenizer", "char", "--deduplicate", "--max-chars", 80_000, "--val-tokens", 225_000)
+    skipped = []
+    for size in (1_000_000, 200_000):
+        run("text", tmp_path, "--out", tmp_path / f"{size}", *options, "--shard-tokens", size)
+        meta = read_meta(tmp_path / f"{size}")
+        assert meta.tokens["val"] <= 225_000
+        skipped.append((meta.tokens, meta.skipped))
+    assert skipped[0] == skipped[1]
+    assert (meta.skipped["duplicate"], meta.skipped["too_long"]) == (1, 1)
+
+
 def test_language_is_that_of_the_beginning(run, read_documents, tmp_path, monkeypatch, capsys):
     def classify(text):
         return ("de" if "der" in text else "en"), 1.0

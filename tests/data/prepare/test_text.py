@@ -73,13 +73,13 @@ def test_large_row_groups_are_cut_into_chunks(run, contents, jsonl, documents, t
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe:300", "char"])
-def test_cutting_a_long_document_does_not_change_its_tokens(run, read_all, kind, tmp_path, capsys):
+def test_cutting_a_long_document_does_not_change_its_tokens(run, read_all, kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data.prepare.text.LONGEST_PIECE", 1 << 16)
     plays = read_plays()
     text = "\n".join(plays[name] for name in ("hamlet", "othello")) + " " * 7_000 + "\n\n \t\nend"
     for i, document in enumerate((text, plays["cymbeline"])):
         (tmp_path / f"{i}.txt").write_text(document)
     out = tmp_path / "out"
-    # Small shards make small chunks.
     run("text", tmp_path, "--out", out, "--tokenizer", kind, "--shard-tokens", 30_000, "--val-fraction", 0)
     tokenizer = load_tokenizer(out)
     expected = [tokenizer.eot, *tokenizer.encode(text), tokenizer.eot, *tokenizer.encode(plays["cymbeline"])]
@@ -107,7 +107,8 @@ def test_cutting_a_long_document_does_not_change_its_tokens(run, read_all, kind,
         "没有换行，没有空格。",
     ],
 )
-def test_text_of_any_script_can_be_cut(run, read_all, text, tmp_path):
+def test_text_of_any_script_can_be_cut(run, read_all, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.text.LONGEST_PIECE", 60_000)
     text = text * (400_000 // len(text.encode())) + "end"
     (tmp_path / "a.txt").write_bytes(text.encode())
     file = SourceFile(str(tmp_path / "a.txt"), (tmp_path / "a.txt").stat().st_size)
