@@ -68,8 +68,8 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
             documents.invalid_utf8 += 1
             plain = _SURROGATE.sub("\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
             text = plain.encode()
-        # Do not filter a part of a document: earlier parts of the document may be in the dataset already.
-        if filtering and chunk.split_key is None and (reason := options.filters.reject(text)):
+        # Do not filter a part of a document: other parts of the document may be in the dataset already.
+        if filtering and chunk.whole and (reason := options.filters.reject(text)):
             documents.filtered[reason] = documents.filtered.get(reason, 0) + 1
             continue
         documents.texts.append(text)

@@ -82,7 +82,7 @@ class Encoded:
     candidate: (documents,) bool, whether the document is a candidate for the validation split;
     text_bytes: (documents,) int64, the number of UTF-8 bytes of each document;
     continues: whether the first document is the continuation of the last document of the previous batch;
-    whole: (documents,) bool, False for a part of a long document;
+    whole: (documents,) bool, False for a part of a document;
     empty, invalid_utf8, carriage_returns, separators, filtered: counts, as in `Documents`.
     """
 
@@ -124,7 +124,7 @@ class Encoder:
         for chunk in chunks:
             begun = len(documents.texts)
             parse(chunk, self.options, documents)
-            whole += [chunk.split_key is None] * (len(documents.texts) - begun)
+            whole += [chunk.whole] * (len(documents.texts) - begun)
             candidate += [self.validation.candidate(chunk, text) for text in documents.texts[begun:]]
         tokens, lengths = self.tokenizer.encode_documents(documents.texts)
         begins = np.cumsum(lengths) - lengths

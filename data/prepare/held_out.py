@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 from data.plain_text import HEAD_BYTES, detect_encoding
+from data.prepare.documents import Documents, parse
 from data.prepare.encode import ValidationRule
 from data.prepare.files import compression, file_format, is_remote
 from data.prepare.source import Source, SourceFile
-from data.prepare.text import named_errors, open_file, text_blocks
+from data.prepare.text import LONGEST_PIECE, named_errors, open_file, text_blocks
 from data.tokenizer import Tokenizer
 
 MANY_DOCUMENTS = 20  # with at least this many documents, a hash of each document decides its split
@@ -45,7 +47,8 @@ def hold_out_end(
     """Return the source with the end of its text as the validation split, and the rule that describes this split.
 
     The split has about the size that `rule` asks for, and begins at a border of a file, paragraph, line or word (see
-    `_find_border`). If there is no such border, `source` and `rule` are returned unchanged.
+    `_find_border`). If there is no such border, `source` and `rule` are returned unchanged. Documents that the filters
+    leave out do not count, and are not divided.
 
     Args:
         source: a source for which `has_few_documents` is true.
@@ -53,7 +56,7 @@ def hold_out_end(
         kind: kind of the tokenizer.
         tokenizer: the tokenizer, or None when it will be made from the text.
     """
-    lengths = [_text_length(file) for file in source.files]
+    lengths = [_text_length(file) if _is_kept(file, source) else 0 for file in source.files]
     total = sum(lengths)
     size = max(1, round(total * rule.fraction))
     if rule.tokens is not None:
@@ -77,6 +80,14 @@ def hold_out_end(
     held_out = sum(lengths[index:]) - offset
     description = f"the last {held_out:,} of {total:,} bytes of the text, from the border of a {border}"
     return replace(source, files=tuple(files)), ValidationRule(description, rule.fraction or 0.1)
+
+
+def _is_kept(file: SourceFile, source: Source) -> bool:
+    """Return whether the filters keep the document of a text file."""
+    if not source.options.filters.by_text:
+        return True
+    chunk, *more = itertools.islice(source.read(file, LONGEST_PIECE), 2)
+    return bool(more or parse(chunk, source.options, Documents()).texts)  # a document of several chunks is always kept
 
 
 def _bytes_per_token(sample: bytes, kind: str, tokenizer: Tokenizer | None) -> float:

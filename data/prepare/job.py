@@ -243,8 +243,10 @@ def _refuse_empty(job: Job, dataset: DatasetWriter, kept: list[str]) -> None:
         (job.out / name).unlink(missing_ok=True)
     names = [file.name for file in job.source.files]
     if len(empty) == len(SPLITS):
+        filters = job.source.options.filters.describe()
         raise ValueError(
             f"no text in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: every document is empty"
+            + (f" or left out by the filters ({filters}): choose others" if filters else "")
         )
     if has_few_documents(job.source):  # `hold_out_end` found no border
         raise ValueError(

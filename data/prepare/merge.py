@@ -31,7 +31,8 @@ def merge_parts(directory: Path) -> DatasetMeta:
     """Merge the parts in `directory` into one dataset. Keeps the parts.
 
     The result has the same bytes as a dataset from a single run. There is one exception: with --deduplicate, a single
-    run keeps all copies of a document that is cut into several chunks, and this function keeps only the first copy.
+    run keeps all copies of a document that is cut into several chunks or divided between the splits, and this function
+    keeps only the first copy.
 
     Returns the content of `meta.json`. If `directory` has a complete dataset already, does nothing else. Raises
     ValueError when a part is missing, damaged, or made with other settings than the first part or that dataset, or when

@@ -65,6 +65,11 @@ class Chunk:
     position: tuple[int, int] = (0, 0)
 
     @property
+    def whole(self) -> bool:
+        """Whether the documents of the chunk are whole, neither cut into chunks nor divided between the splits."""
+        return self.split_key is None and self.file.begin == 0 and self.file.end is None
+
+    @property
     def size(self) -> int:
         """The number of bytes of text; for a row group, an estimate."""
         return len(self.data) + self.text_bytes

@@ -70,6 +70,29 @@ def test_few_files_are_divided_at_a_file_or_in_one(run, read_documents, tmp_path
     assert len(read_documents(tmp_path / "p", "train")) == 10
 
 
+@pytest.mark.parametrize(
+    ("options", "kept", "reason"),
+    [(("--min-chars", 500), PARAGRAPH * 20, "too_short"), (("--max-chars", 900), PARAGRAPH * 10, "too_long")],
+)
+def test_filters_judge_a_text_before_its_end_is_held_out(run, read_documents, options, kept, reason, tmp_path):
+    (tmp_path / "a.txt").write_text(PARAGRAPH * 20)
+    (tmp_path / "b.txt").write_text(PARAGRAPH * 10)
+    run("text", tmp_path, *options, "--tokenizer", "char", "--val-fraction", 0.1, "--out", tmp_path / "o")
+    (train,), (val,) = read_documents(tmp_path / "o", "train"), read_documents(tmp_path / "o", "val")
+    assert train + val == kept
+    assert len(val) == len(kept) // 10
+    assert read_meta(tmp_path / "o").skipped[reason] == 1
+
+
+def test_filters_that_leave_nothing_are_named(refused, tmp_path):
+    for name, text in (("a.txt", PARAGRAPH * 9), ("a.jsonl", '{"text": "short"}\n')):
+        (tmp_path / name).write_text(text)
+        message = refused(
+            "text", tmp_path / name, "--min-chars", 10_000, "--tokenizer", "char", "--out", tmp_path / "o"
+        )
+        assert f"{name}: every document is empty or left out by the filters (at least 10000 characters)" in message
+
+
 def test_a_longer_file_is_named_as_the_reason_for_another_split(run, refused, tmp_path):
     path, options = tmp_path / "a.txt", ("--out", tmp_path / "o", "--tokenizer", "char", "--val-fraction", 0.1)
     path.write_text(PARAGRAPH * 20)
