@@ -139,7 +139,8 @@ def _shared_options() -> CommandParser:
         "--val-tokens",
         type=_whole_number,
         metavar="N",
-        help="hold out documents, one in ten by hash, until they have N tokens",
+        help="hold out documents, one in ten by hash, until they have N tokens; of fewer than 20 text files, hold out "
+        "the end: N tokens or, if this is less, a tenth of the text",
     )
     held_out.add_argument(
         "--val", choices=["first-shard"], help="hold out the first documents, as many as fill a shard"

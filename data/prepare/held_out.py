@@ -52,7 +52,7 @@ def hold_out_end(
 
     Args:
         source: a source for which `has_few_documents` is true.
-        rule: states the fraction of the text, or the number of tokens, to hold out.
+        rule: states the fraction of the text to hold out, and perhaps a number of tokens, which is then a maximum.
         kind: kind of the tokenizer.
         tokenizer: the tokenizer, or None when it will be made from the text.
     """
@@ -60,10 +60,11 @@ def hold_out_end(
     total = sum(lengths)
     size = max(1, round(total * rule.fraction))
     if rule.tokens is not None:
+        # So far, `size` is a tenth of the text, because of other sources, at most one document in ten is held out.
         # Measure the bytes per token at the end of the text, because this part is held out.
         last = next((i for i in reversed(range(len(lengths))) if lengths[i]), 0)
         sample = b"".join(_read_part(source.files[last], max(0, lengths[last] - SEARCHED_BYTES // 4), lengths[last]))
-        size = max(1, min(total - 1, round(rule.tokens * _bytes_per_token(sample, kind, tokenizer))))
+        size = max(1, min(size, round(rule.tokens * _bytes_per_token(sample, kind, tokenizer))))
     found = _find_border(source, lengths, total - size, size)
     if found is None:
         return source, rule

@@ -39,6 +39,12 @@ def test_size_in_tokens_is_about_what_was_asked_for(run, read_documents, read_al
         assert len(read_documents(tmp_path / kind, "train")) == len(read_documents(tmp_path / kind, "val")) == 1
 
 
+def test_number_of_tokens_is_at_most_a_tenth_of_the_text(run, read_documents, tmp_path):
+    (tmp_path / "a.txt").write_text(PARAGRAPH * 100)
+    run("text", tmp_path / "a.txt", "--out", tmp_path / "o", "--val-tokens", 1_000_000, "--tokenizer", "char")
+    assert read_documents(tmp_path / "o", "val") == [PARAGRAPH * 10]
+
+
 @pytest.mark.parametrize(
     ("text", "val", "border"),
     [
