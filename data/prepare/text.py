@@ -257,8 +257,9 @@ def _cut_stream(
             yield Chunk(file, format, first, position - done, data, continues, key)
             del buffer[:cut]
             first += sum(1 for _ in marks.finditer(data)) if marks else data.count(b"\n")
-            done = position
-        searched = max(0, len(buffer) - _context(marks))
+            done, searched = position, 0
+        else:
+            searched = max(0, len(buffer) - _context(marks))
     yield Chunk(file, format, first, file.size - done, bytes(buffer), key is not None, key)
 
 
@@ -272,28 +273,43 @@ def _last_cut(
 ) -> int:
     """Return the last place in start..end where a chunk may end, or 0 if there is none.
 
-    With `marks`, a chunk may end after each match of this pattern. Without marks, it may end at a safe cut.
+    With `marks`, a chunk may end after a match of this pattern (see `_last_mark`); no match reaches across `start`.
+    Without marks, a chunk may end at a safe cut.
     """
+    if marks:
+        # Usually the last bytes are enough.
+        for begin in (max(start, end - SEARCH_BYTES), start):
+            if cut := _last_mark(read(begin, end), marks, _context(marks) if begin > start else 0):
+                return begin + cut
+        return 0
     while True:
-        begin = max(start, end - SEARCH_BYTES - _context(marks))
-        cut = _last_match(read(begin, end), marks)
+        begin = max(start, end - SEARCH_BYTES - _CUT_CONTEXT)
+        cut = _last_safe_cut(read(begin, end))
         if cut:
             return begin + cut
         if begin == start:
             return 0
         # Search the first bytes of this block again: a match that begins before the block may end in them.
-        end = begin + _context(marks)
+        end = begin + _CUT_CONTEXT
 
 
-def _last_match(text: bytes | bytearray, marks: re.Pattern[bytes] | None) -> int:
-    """Return the last place in `text` where a chunk may end, or 0 if there is none.
+def _last_mark(text: bytes | bytearray, marks: re.Pattern[bytes], judged: int) -> int:
+    """Return the end of the last match in `text` that `bytes.split` finds in the whole file, or 0 if none is known.
 
-    Without `marks`, a _WORD_CUT is used only if `text` has no _FILE_CUT.
+    `split` goes from left to right, and no two of its matches overlap: in three newlines, it finds one "\n\n". So this
+    function begins at a match that no earlier one overlaps, because `split` always finds such a match. For matches that
+    begin before `judged`, this is not known.
     """
-    if marks:
-        # The lookahead also finds matches that overlap, such as the three matches of "\n\n" in "\n\n\n\n".
-        overlapping = re.compile(b"(?=(%b))" % marks.pattern)
-        return max((match.end(1) for match in overlapping.finditer(text)), default=0)
+    end = judged
+    for match in re.finditer(b"(?=(%b))" % marks.pattern, text):  # the lookahead also finds matches that overlap
+        if match.start() >= end:
+            return max(found.end() for found in marks.finditer(text, match.start()))
+        end = max(end, match.end(1))
+    return 0
+
+
+def _last_safe_cut(text: bytes | bytearray) -> int:
+    """Return the last safe cut in `text`, or 0 if there is none. A _WORD_CUT is used only if there is no _FILE_CUT."""
     for pattern in (_FILE_CUT, _WORD_CUT):
         if cut := max((match.start() for match in pattern.finditer(text)), default=0):
             return cut

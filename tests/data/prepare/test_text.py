@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from data.prepare.documents import Documents, parse
 from data.prepare.shakespeare import read_plays
 from data.prepare.source import ParseOptions, SourceFile
 from data.prepare.text import read_chunks
@@ -192,6 +194,30 @@ def test_separators_are_found_wherever_a_file_is_cut(run, read_documents, end, t
     run("text", tmp_path / "a.txt", "--out", out, *options)
     assert len(list((out).glob("train*"))) > 10
     assert read_documents(out, "train") == documents
+
+
+@pytest.mark.parametrize("separator", ["\n---\n", "\n\n", "aba"])
+def test_overlapping_separators_give_the_same_documents_wherever_a_file_is_cut(separator, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.text.SEARCH_BYTES", 30)
+    monkeypatch.setattr("data.prepare.text.BLOCK_BYTES", 20)
+    chosen = random.Random(0)
+    overlapping = [separator[:n] for n in range(1, len(separator) + 1) if separator.endswith(separator[:n])]
+    parts = [separator, *(separator[len(part) :] for part in overlapping), "\r\n", "text", "x" * 40]
+    for _ in range(60):
+        text = "".join(chosen.choices(parts, k=30))
+        expected = text.replace("\r\n", "\n").split(separator)
+        for name, compress in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
+            (tmp_path / name).write_bytes(compress(text.encode()))
+            file, options = (
+                SourceFile(str(tmp_path / name), (tmp_path / name).stat().st_size),
+                ParseOptions("", separator),
+            )
+            for limit in (1, 10, 50, 200):
+                documents = Documents()
+                for chunk in read_chunks(file, limit, options):
+                    parse(chunk, options, documents)
+                assert documents.texts == [part.strip("\n").encode() for part in expected if part.strip("\n")]
+                assert documents.separators == len(expected) - 1
 
 
 def test_marks_of_jsonl_and_utf16_jsonl(run, read_documents, tmp_path):
