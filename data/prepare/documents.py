@@ -45,7 +45,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
     Raises ValueError naming the file and the line or row when a document cannot be used.
     """
     filtering = options.filters.by_text
-    for number, raw in _raw_documents(chunk, options, documents):
+    for number, raw in raw_documents(chunk, options, documents):
         if not raw:
             if options.strict and not chunk.continues:
                 raise ValueError(
@@ -79,7 +79,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
 def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
     """Return the place of an error, for messages: the file, and the number of the line, document or row.
 
-    `number` is the one that `_raw_documents` yields with the document. `offset` is the position of the error in the
+    `number` is the one that `raw_documents` yields with the document. `offset` is the position of the error in the
     document `raw`. For a text file without `raw`, the result is only the file.
     """
     if chunk.format == "text":
@@ -103,7 +103,7 @@ def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = 
     return f"{chunk.file.name}, {unit} {number}"
 
 
-def _raw_documents(
+def raw_documents(
     chunk: Chunk, options: ParseOptions, documents: Documents
 ) -> Iterable[tuple[int, bytes | str | None]]:
     """Yield (number, text) for each document. The text may be empty or None, and may be invalid UTF-8.

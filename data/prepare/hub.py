@@ -12,10 +12,11 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from data.prepare.documents import Documents, raw_documents
 from data.prepare.encode import SPLIT_OF_SOURCE
-from data.prepare.files import file_format, files_revision
+from data.prepare.files import FORMATS, file_format, files_revision
 from data.prepare.source import Chunk, ParseOptions, Source, SourceFile
-from data.prepare.text import open_file, open_parquet, read_chunks, text_filter
+from data.prepare.text import read_chunks, text_filter
 from data.prepare.writer import begin_progress, read_complete_meta, refuse_links, refuse_other_settings, save_tokenizer
 from data.shards import HEADER_BYTES, PROGRESS_FILE, TOKEN, DatasetMeta, ShardMeta, read_header
 from data.tokenizer import load_tokenizer
@@ -64,15 +65,15 @@ def hub_source(
     missing = chosen.keys() - found.keys()
     if missing:
         raise ValueError(f"{dataset} has no split {missing.pop()!r}, only {', '.join(found)}: choose one with --split")
+    kinds = [kind for kind in FORMATS.values() if kind != "text" or not articles]
     files = []
     for theirs, ours in chosen.items():
         for path in found[theirs]:
-            if not file_format(path):
-                raise ValueError(
-                    f"{dataset} is stored as {Path(path).name}: expected .parquet, .jsonl, .csv, .arrow or .txt files"
-                )
+            if file_format(path) not in kinds:
+                raise ValueError(f"{dataset} is stored as {Path(path).name}: expected files of type {', '.join(kinds)}")
             files.append(SourceFile(path, Path(path).stat().st_size if local else _hub_size(path), ours))
-    read = functools.partial(_read_articles if articles else read_chunks, options=options)
+    by_article = functools.partial(_read_articles, files=tuple(files), options=options)
+    read = by_article if articles else functools.partial(read_chunks, options=options)
     described = ", ".join(filter(None, ["hf " + (Path(dataset).name if local else dataset), name, split]))
     revision = files_revision(file.name for file in files) if local else commit
     return Source(
@@ -146,9 +147,13 @@ def _data_files(dataset: str, name: str | None, revision: str | None) -> dict[st
     return found
 
 
-def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[Chunk]:
-    """Join the rows of WikiText, which are single lines, into articles: each reaches from one title to the next."""
-    lines: list[str] = []
+def _read_articles(
+    file: SourceFile, limit: int, files: tuple[SourceFile, ...], options: ParseOptions
+) -> Iterator[Chunk]:
+    """Join the rows of WikiText, which are single lines, into articles, and yield those that begin in `file`.
+
+    `files` are all files of the source: an article may continue in the next file of its split.
+    """
     done: list[str] = []
     first, size = 1, 0
 
@@ -156,18 +161,42 @@ def _read_articles(file: SourceFile, limit: int, options: ParseOptions) -> Itera
         data = "".join(json.dumps({options.text_key: text}) + "\n" for text in done).encode()
         return Chunk(file, "jsonl", first, file.size if last else 0, data)
 
-    with open_file(file.name) as raw:
-        for batch in open_parquet(raw, file.name).iter_batches(columns=[options.text_key]):
-            for line in batch.column(0).to_pylist():
-                if _ARTICLE.fullmatch(line) and any(lines):
-                    done.append("".join(lines))
-                    size, lines = size + len(done[-1]), []
-                    if size >= limit:
-                        yield chunk()
-                        first, size, done = first + len(done), 0, []
-                lines.append(line)
-    done += ["".join(lines)] if any(lines) else []
+    for article in _articles(file, limit, files, options):
+        done.append(article)
+        size += len(article)
+        if size >= limit:
+            yield chunk()
+            first, size, done = first + len(done), 0, []
     yield chunk(last=True)
+
+
+def _articles(file: SourceFile, limit: int, files: tuple[SourceFile, ...], options: ParseOptions) -> Iterator[str]:
+    """Iterate over the articles that begin in `file`. Each reaches from its title to the next."""
+    split = [other for other in files if other.split == file.split]
+    lines: list[str] = []
+    begun = file == split[0]  # rows before the first title continue an article of an earlier file, if there is one
+    for other in split[split.index(file) :]:
+        if other != file and not begun:
+            return
+        for line in _rows(other, limit, options):
+            is_title = _ARTICLE.fullmatch(line) is not None
+            if is_title and any(lines):
+                yield "".join(lines)
+                lines = []
+            if is_title and other != file:
+                return
+            begun = begun or is_title
+            if begun:
+                lines.append(line)
+    if any(lines):
+        yield "".join(lines)
+
+
+def _rows(file: SourceFile, limit: int, options: ParseOptions) -> Iterator[str]:
+    """Iterate over the texts of the rows of a file."""
+    for chunk in read_chunks(file, limit, options):
+        for _, text in raw_documents(chunk, options, Documents()):
+            yield text.decode(errors="surrogateescape") if isinstance(text, bytes) else text or ""
 
 
 def download(name: str, directory: Path) -> DatasetMeta:

@@ -279,6 +279,30 @@ def test_wikitext_rows_become_articles(tmp_path: Path) -> None:
         assert second.decode() == " = Second = \n End . \n"
 
 
+def test_articles_continue_in_the_next_file_of_a_saved_dataset(tmp_path: Path) -> None:
+    files = [
+        [" = First = \n", " Text . \n", " = Second = \n", " Begin . \n"],
+        [" Middle . \n", ""],
+        [" End . \n", " = Third = \n", " Text . \n"],
+    ]
+    for n, rows in enumerate(files):
+        table = pyarrow.table({"text": rows})
+        with pyarrow.ipc.new_stream(tmp_path / f"{n}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    names = [{"filename": f"{n}.arrow"} for n in range(3)]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": names}))
+    source = hub.hub_source(str(tmp_path), None, None, ParseOptions(), articles=True)
+    for limit in (1, 1000):
+        found = []
+        for file in source.files:
+            documents = Documents()
+            for chunk in source.read(file, limit):
+                parse(chunk, source.options, documents)
+            found.append([text.decode() for text in documents.texts])
+        second = " = Second = \n Begin . \n Middle . \n End . \n"
+        assert found == [[" = First = \n Text . \n", second], [], [" = Third = \n Text . \n"]]
+
+
 def test_unreachable_hub_is_explained(python: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for arguments in (["fineweb-edu-10b"], ["hf", "some/dataset"], ["download", "fineweb-10b"]):
