@@ -309,10 +309,11 @@ class Config:
 
     def _check_mixture(self) -> None:
         """Raise ValueError if data.mixture has a dataset twice, or is combined with completions."""
-        directories = [part.dir for part in self.data.mixture]
-        if directories and self.data.format == "completions":
+        mixture = self.data.mixture
+        if mixture and self.data.format == "completions":
             raise ValueError("data.mixture needs data.format tokens: write the examples into one file to mix them")
-        if twice := next((name for name in directories if directories.count(name) > 1), None):
+        paths = [Path(part.dir).resolve() for part in mixture]
+        if twice := next((part.dir for part, path in zip(mixture, paths, strict=True) if paths.count(path) > 1), None):
             raise ValueError(f"data.mixture has {twice} twice: list it once, with the sum of its weights")
 
     def model_config(self, vocab_size: int, initial: ModelFiles | None = None) -> GPTConfig:

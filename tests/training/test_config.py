@@ -176,6 +176,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
             ["--data.mixture", '[{"dir": "a", "weight": 1}, {"dir": "a", "weight": 2}]'],
             "data.mixture has a twice: list it once",
         ),
+        (
+            ["--data.mixture", '[{"dir": "a", "weight": 1}, {"dir": "b/../a/", "weight": 2}]'],
+            "data.mixture has a twice: list it once",
+        ),
         (["--data.mixture", '[{"dir": "a", "weight": 0}]'], "data.mixture"),
         (["--data.format", "completions", "--data.document_mask", "true"], "data.document_mask needs data.pack"),
         (["--data.windows", "aligned", "--data.shift", "true"], "data.shift moves the cuts of packed windows"),
