@@ -46,6 +46,18 @@ GPT2_FILES = {
 }
 
 
+class UnknownCharacterError(ValueError):
+    """A text has a character that the tokenizer lacks.
+
+    document, position: index of the text among those that were encoded, and of the character in this text.
+    """
+
+    def __init__(self, message: str, document: int, position: int) -> None:
+        super().__init__(message)
+        self.document = document
+        self.position = position
+
+
 class Tokenizer(ABC):
     """The interface of all tokenizers. Two tokenizers are equal when they map every text to the same ids.
 
@@ -298,16 +310,18 @@ class CharacterTokenizer(Tokenizer):
 
     def encode_documents(self, texts: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         parts = [np.empty(0, np.int32)]
-        for text in texts:
+        for document, text in enumerate(texts):
             utf8 = _to_utf8(text) if isinstance(text, str) else text
             points = np.frombuffer(utf8.decode().encode("utf-32-le"), "<u4")
             parts.append(self._ids[points])
             unknown = np.flatnonzero(parts[-1] == self.vocab_size)
             if len(unknown):
                 character = chr(points[unknown[0]])
-                raise ValueError(
+                raise UnknownCharacterError(
                     f"character {character!r} (U+{ord(character):04X}, at {unknown[0]}) is not among the "
-                    f"{self.eot} characters of this tokenizer: remove it, or use a tokenizer that has it"
+                    f"{self.eot} characters of this tokenizer: remove it, or use a tokenizer that has it",
+                    document,
+                    int(unknown[0]),
                 )
         lengths = np.array([len(part) for part in parts[1:]], np.int64)
         return np.concatenate(parts).astype(np.uint16), lengths

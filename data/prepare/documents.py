@@ -24,6 +24,7 @@ class Documents:
     """Documents as valid UTF-8, and counts of what was unusual about them.
 
     texts: the documents;
+    numbers: for each document, its number as in `raw_documents`;
     empty: the number of empty documents, which were skipped;
     invalid_utf8: the number of documents in which invalid UTF-8 was replaced;
     carriage_returns: the number of line ends of text files that were \\r\\n or \\r and became \\n;
@@ -32,6 +33,7 @@ class Documents:
     """
 
     texts: list[bytes] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     empty: int = 0
     invalid_utf8: int = 0
     carriage_returns: int = 0
@@ -49,7 +51,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
         if not raw:
             if options.strict and not chunk.continues:
                 raise ValueError(
-                    f"{_where(chunk, options, number)}: the document is empty; remove it, or omit --strict to skip it"
+                    f"{place(chunk, options, number)}: the document is empty; remove it, or omit --strict to skip it"
                 )
             documents.empty += not chunk.continues
             continue
@@ -61,7 +63,7 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
                 text = raw
         except UnicodeError as error:
             if options.strict:
-                where = _where(chunk, options, number, raw, error.start)  # type: ignore[attr-defined]
+                where = place(chunk, options, number, raw, error.start)  # type: ignore[attr-defined]
                 raise ValueError(
                     f"{where}: invalid UTF-8; repair it, or omit --strict to replace it with U+FFFD"
                 ) from None
@@ -73,10 +75,11 @@ def parse(chunk: Chunk, options: ParseOptions, documents: Documents) -> Document
             documents.filtered[reason] = documents.filtered.get(reason, 0) + 1
             continue
         documents.texts.append(text)
+        documents.numbers.append(number)
     return documents
 
 
-def _where(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
+def place(chunk: Chunk, options: ParseOptions, number: int, raw: bytes | str = b"", offset: int = 0) -> str:
     """Return the place of an error, for messages: the file, and the number of the line, document or row.
 
     `number` is the one that `raw_documents` yields with the document. `offset` is the position of the error in the
@@ -159,12 +162,12 @@ def _json_lines(chunk: Chunk, options: ParseOptions) -> Iterator[tuple[int, str 
             # Invalid UTF-8 becomes lone surrogates, which `parse` replaces or refuses.
             row = parse_json_object(line.decode(errors="surrogateescape"), "")
         except ValueError as error:
-            raise ValueError(f"{_where(chunk, options, number)}{error}") from None
+            raise ValueError(f"{place(chunk, options, number)}{error}") from None
         text = row.get(text_key, "")
         if text_key not in row:
-            where = _where(chunk, options, number)
+            where = place(chunk, options, number)
             raise ValueError(f"{where}: no key {text_key!r}, only {', '.join(row)}; choose one with --text-key")
         if not isinstance(text, str | None):
-            where, found = _where(chunk, options, number), type(text).__name__
+            where, found = place(chunk, options, number), type(text).__name__
             raise ValueError(f"{where}: {text_key!r} is of type {found}, expected str; choose another --text-key")
         yield number, text

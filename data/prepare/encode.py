@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from data.prepare.documents import Documents, parse
+from data.prepare.documents import Documents, parse, place
 from data.prepare.source import Chunk, ParseOptions, Source
 from data.prepare.text import SPLIT_KEY_BYTES, safe_cut
 from data.shards import TOKEN
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, UnknownCharacterError, load_tokenizer
 
 # The tokens from the fast encoder gigatoken are checked: a sample of the documents is encoded again with the reference
 # tokenizer. For each shard, the sample has at least CHECKED_DOCUMENTS documents, and in total at least the fraction
@@ -120,13 +120,19 @@ class Encoder:
             return self._take_tokens(chunks)
         documents = Documents()
         candidate: list[bool] = []
-        whole: list[bool] = []
+        chunk_of: list[Chunk] = []
         for chunk in chunks:
             begun = len(documents.texts)
             parse(chunk, self.options, documents)
-            whole += [chunk.whole] * (len(documents.texts) - begun)
+            chunk_of += [chunk] * (len(documents.texts) - begun)
             candidate += [self.validation.candidate(chunk, text) for text in documents.texts[begun:]]
-        tokens, lengths = self.tokenizer.encode_documents(documents.texts)
+        try:
+            tokens, lengths = self.tokenizer.encode_documents(documents.texts)
+        except UnknownCharacterError as error:
+            i, text = error.document, documents.texts[error.document]
+            offset = len(text.decode()[: error.position].encode())
+            where = place(chunk_of[i], self.options, documents.numbers[i], text, offset)
+            raise ValueError(f"{where}: {error}") from None
         begins = np.cumsum(lengths) - lengths
         self._check(chunks[0], documents.texts, tokens, begins)
         # `read_batches` puts a chunk that continues a document at the beginning of a batch. The continuation has no
@@ -140,7 +146,7 @@ class Encoder:
             candidate=np.array(candidate, bool),
             text_bytes=np.array([len(text) for text in documents.texts], np.int64),
             continues=continues,
-            whole=np.array(whole, bool),
+            whole=np.array([chunk.whole for chunk in chunk_of], bool),
             empty=documents.empty,
             invalid_utf8=documents.invalid_utf8,
             carriage_returns=documents.carriage_returns,

@@ -11,6 +11,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from data.tokenizer import train_tokenizer
+
 BAD_INPUT = {
     "key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "key.jsonl, line 2: no key 'text', only body"),
     "json.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "json.jsonl, line 3: not JSON"),
@@ -96,3 +98,18 @@ def test_line_numbers_are_right_far_into_a_file(refused, tmp_path, monkeypatch):
             # Small shards make small chunks of lines and separated documents.
             out = ("--out", tmp_path / f"{path.name}{len(options)}", "--shard-tokens", 1000, "--strict")
             assert message in refused("text", path, *out, *options)
+
+
+def test_a_character_that_the_given_tokenizer_lacks_is_named_with_its_place(refused, tmp_path):
+    train_tokenizer("char", ["abc\n"]).save(tmp_path / "abc")
+    (tmp_path / "a.txt").write_text("a\n" * 700 + "ab\nbZ\nc\n")
+    (tmp_path / "b.txt").write_text("a\n===\nb\n===\ncZ\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "abc"}\n\n{"text": "aZ"}\n')
+    options = ("--tokenizer", tmp_path / "abc", "--out", tmp_path / "out", "--separator", "===\n")
+    for name, given, place in (
+        ("a.txt", options[:-2], "a.txt, line 702"),
+        ("b.txt", options, "b.txt, document 3"),
+        ("c.jsonl", options[:-2], "c.jsonl, line 3"),
+    ):
+        message = refused("text", tmp_path / name, *given, "--val-fraction", 0)
+        assert f"{place}: character 'Z' (U+005A, at " in message
