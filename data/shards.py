@@ -59,7 +59,8 @@ class DatasetMeta:
     skipped: for each reason, the number of documents that were omitted, changed or longer than a shard. The entry
         "carriage_returns" is the number of changed line ends;
     versions: versions of the libraries that made the dataset;
-    part: "I of N" for part I of a dataset that is prepared in N parts, otherwise empty.
+    part: "I of N" for part I of a dataset that is prepared in N parts, otherwise empty;
+    tokenizer_given: whether --tokenizer DIR gave the tokenizer. The file has this entry only if it is true.
     """
 
     tokenizer: str
@@ -77,10 +78,14 @@ class DatasetMeta:
     skipped: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     part: str = ""
+    tokenizer_given: bool = False
 
     def save(self, directory: Path) -> None:
         """Write `directory/meta.json` atomically."""
-        write_json(directory / META_FILE, dataclasses.asdict(self))
+        described = dataclasses.asdict(self)
+        if not self.tokenizer_given:
+            del described["tokenizer_given"]
+        write_json(directory / META_FILE, described)
 
 
 def read_meta(directory: str | Path) -> DatasetMeta | None:

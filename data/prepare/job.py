@@ -154,7 +154,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
             print(f"making a {job.tokenizer} tokenizer from the text ...", file=sys.stderr)
         tokenizer = job.given or make_tokenizer(job.tokenizer, job.source, job.validation)
         save_tokenizer(tokenizer, job.out, kept)
-        progress["tokenizer_sha256"] = tokenizer.fingerprint
+        progress |= {"tokenizer_sha256": tokenizer.fingerprint, "tokenizer_given": job.given is not None}
         write_json(job.out / PROGRESS_FILE, progress)
     if job.tokenizer != "char" and not tokenizer.bulk_encoder.startswith("gigatoken"):
         print(f"gigatoken is not installed: encoding with {tokenizer.bulk_encoder}, which is slower", file=sys.stderr)
@@ -175,29 +175,31 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
 def _begin(job: Job) -> dict[str, Any] | None:
     """Return the content of the progress file, or None when the dataset is complete. Makes the file for a new dataset.
 
-    Keys of the file: those of `begin_progress`; "tokenizer_sha256", if there is a tokenizer; "state", if a state has
-    been saved. Raises ValueError when the directory holds shards that this command did not write, or a dataset with
-    other settings or another tokenizer.
+    Keys of the file: those of `begin_progress`; "tokenizer_sha256" and "tokenizer_given", if there is a tokenizer;
+    "state", if a state has been saved. Raises ValueError when the directory holds shards that this command did not
+    write, or a dataset with other settings or another tokenizer.
     """
     path = job.out / PROGRESS_FILE
     settings = job.settings()
     meta = read_meta(job.out)
-    used = None  # the fingerprint of the tokenizer that the dataset has already, if it has one
+    used, was_given = None, False  # the fingerprint of the dataset's tokenizer, and whether it was given
     if path.exists():
         progress = json.loads(path.read_text(encoding="utf-8"))
-        earlier, used = progress["settings"], progress.get("tokenizer_sha256")
-        if "state" not in progress and earlier != settings:
+        if "state" not in progress and progress["settings"] != settings:
             # No state has been saved yet, so start again with the new settings.
-            progress, earlier = begin_progress(job.out, settings), settings
+            progress = begin_progress(job.out, settings)
+        earlier = progress["settings"]
+        used, was_given = progress.get("tokenizer_sha256"), progress.get("tokenizer_given", False)
     elif meta is not None:
         progress = None
-        earlier, used = {key: getattr(meta, key) for key in settings}, meta.tokenizer_sha256
+        earlier, used, was_given = vars(meta), meta.tokenizer_sha256, meta.tokenizer_given
     else:
         refuse_shards(job.out)
         progress, earlier = begin_progress(job.out, settings), settings
     remedy = "choose another --out, or delete it to start again"
     refuse_other_settings(job.out, earlier, settings, remedy)
-    if job.given and used not in (None, job.given.fingerprint):
+    expected = job.given or (make_tokenizer(job.tokenizer, job.source, job.validation) if was_given else None)
+    if expected and used not in (None, expected.fingerprint):
         raise ValueError(f"{job.out} was prepared with another {job.tokenizer} tokenizer: {remedy}")
     return progress
 
@@ -265,6 +267,7 @@ def _finish(job: Job, tokenizer: Tokenizer, dataset: DatasetWriter) -> DatasetMe
     meta = DatasetMeta(
         **job.settings(),
         tokenizer_sha256=tokenizer.fingerprint,
+        tokenizer_given=job.given is not None,
         vocab_size=tokenizer.vocab_size,
         tokens={split: writer.n_tokens for split, writer in dataset.writers.items()},
         documents={split: writer.n_documents for split, writer in dataset.writers.items()},

@@ -192,6 +192,11 @@ def test_given_tokenizer_is_used_and_a_different_one_is_refused(run, refused, tm
     run("text", text, "--out", tmp_path / "own", "--val-fraction", 0.3, "--tokenizer", "char")
     message = refused("text", text, *options, "--tokenizer", tmp_path / "own")
     assert "was prepared with another char tokenizer: choose another --out" in message
+    # Nor is it continued with a tokenizer made from the text, unless that is the same.
+    assert "was prepared with another char tokenizer" in refused("text", text, *options, "--tokenizer", "char")
+    run("text", text, "--out", tmp_path / "same", "--val-fraction", 0.3, "--tokenizer", tmp_path / "own")
+    run("text", text, "--out", tmp_path / "same", "--val-fraction", 0.3, "--tokenizer", "char")
+    assert "tokenizer_given" not in (tmp_path / "own" / "meta.json").read_text()
 
 
 def test_the_files_of_a_tokenizer_that_were_there_before_stay(run, refused, contents, tmp_path):
