@@ -99,7 +99,8 @@ def ending(parser: argparse.ArgumentParser, interrupted: str = "\n", *, needs_re
         sys.stdout.reconfigure(errors="backslashreplace")
     with lasting_output(needs_reader=needs_reader):
         try:
-            yield
+            with complete_output():
+                yield
         except (ValueError, OSError, FloatingPointError) as error:
             fail(f"{parser.prog}: {described(error)}")
         except KeyboardInterrupt:
@@ -126,7 +127,8 @@ def fail(message: str, status: int = 2, *, consequence: bool = False) -> NoRetur
         consequence: True if this process fails because another process has failed. The reported time is then a minute
             late, so that torchrun does not take this failure for the first one.
     """
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # for example, stderr is a file on a full disk
+        print(message, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format that torch.distributed.elastic.multiprocessing.errors reads.
         info = {"py_callstack": message, "timestamp": str(int(time.time()) + 60 * consequence)}
@@ -140,9 +142,12 @@ class NoReader(BaseException):
 
 
 class _LastingFile(io.FileIO):
-    """A file descriptor that becomes /dev/null after a write has failed because the pipe or the terminal was closed."""
+    """A file descriptor that becomes /dev/null after a write has failed because the pipe or the terminal was closed.
 
-    needs_reader = False  # if True, `write` raises NoReader after such a failure
+    Other failures of a write, such as a full disk, raise OSError.
+    """
+
+    needs_reader = False  # if True, `write` raises NoReader after the pipe or the terminal was closed
 
     def write(self, data: Any, /) -> int:
         try:
@@ -151,11 +156,15 @@ class _LastingFile(io.FileIO):
             gone = error.errno in (errno.EPIPE, errno.EIO) and not stat.S_ISREG(os.fstat(self.fileno()).st_mode)
             if not gone:
                 raise
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), self.fileno())
+        self.silence()
         if self.needs_reader:
             raise NoReader
         return memoryview(data).nbytes
+
+    def silence(self) -> None:
+        """Make the file descriptor write to /dev/null from now on."""
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.fileno())
 
 
 @contextmanager
@@ -164,6 +173,9 @@ def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
 
     By default, Python raises an error for such a write: `train.py ... | head -3`, or a closed terminal, would end the
     run. With `needs_reader`, such a write to stdout raises NoReader.
+
+    At the end of the block, text that cannot be written is dropped without an error: use `complete_output` inside the
+    block. A stream that was closed before Python started (`>&-`), which is None in Python, becomes /dev/null.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_lasting(stream) for stream in before)
@@ -172,11 +184,29 @@ def lasting_output(*, needs_reader: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        # A stream is None if its descriptor was closed before Python started.
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(NoReader):
+        for stream in (sys.stdout, sys.stderr):
+            try:
                 stream.flush()
+            except (NoReader, OSError):
+                # Python flushes a stream once more when it deletes it, and would print an error.
+                if isinstance(raw := _raw(stream), _LastingFile):
+                    raw.silence()
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def complete_output() -> Iterator[None]:
+    """Flush stdout at the end of the `with` block, also if SystemExit ends it.
+
+    An error of the last write to stdout, such as a full disk, is therefore raised where the caller can handle it. If
+    another exception ends the block, stdout is not flushed here, so that no second error replaces the exception.
+    """
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _raw(stream: TextIO) -> object:
@@ -184,8 +214,14 @@ def _raw(stream: TextIO) -> object:
     return getattr(buffer, "raw", buffer)
 
 
-def _lasting(stream: TextIO) -> TextIO:
-    """Return a stream like `stream` that writes to a _LastingFile, or `stream` itself if it has no descriptor."""
+def _lasting(stream: TextIO | None) -> TextIO:
+    """Return a stream like `stream` that writes to a _LastingFile, or `stream` itself if it has no descriptor.
+
+    If `stream` is None, return a stream to /dev/null.
+    """
+    if stream is None:
+        null = os.open(os.devnull, os.O_WRONLY)  # stays open, like the descriptors of other standard streams
+        return open(null, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     raw = _raw(stream)
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
         return stream

@@ -141,14 +141,36 @@ def test_a_command_outlives_the_reader_of_its_errors_and_its_terminal(tmp_path):
         assert done.exists()
 
 
+FULL = """
+import argparse, sys
+from command import ending
+with ending(argparse.ArgumentParser(prog="a")):
+    print("a line" * int(sys.argv[1]))
+    if sys.argv[2] == "exit":
+        sys.exit(0)
+    if sys.argv[2] == "fail":
+        raise ValueError("choose another")
+"""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_is_still_an_error():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", PRINTING, "outlives", os.devnull], stdout=full, stderr=subprocess.PIPE
-        )
-    assert b"No space left on device" in done.stderr
-    assert done.returncode != 0
+@pytest.mark.parametrize(
+    ("length", "end", "message"),
+    [
+        (1, "", "No space left on device"),
+        (10_000, "", "No space left on device"),  # more than fits into a buffer
+        (1, "exit", "No space left on device"),
+        (1, "fail", "choose another"),
+    ],
+)
+def test_a_full_disk_is_an_error_with_a_message(length, end, message):
+    for errors, expected in ((subprocess.PIPE, f"a: {message}\n"), (subprocess.STDOUT, None)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", FULL, str(length), end], stdout=full, stderr=errors, text=True,
+                env=os.environ | {"PYTHONUNBUFFERED": ""},
+            )  # fmt: skip
+        assert (done.returncode, done.stderr) == (2, expected)
 
 
 def test_an_error_under_torchrun_is_also_given_to_torchrun(tmp_path, monkeypatch, capsys):
@@ -172,11 +194,14 @@ def test_an_error_file_that_cannot_be_written_does_not_hide_the_error(tmp_path, 
 
 
 def test_a_command_may_be_started_without_an_output():
-    """With `>&-`, sys.stdout is None."""
-    source = "import argparse, command\nwith command.ending(argparse.ArgumentParser()): pass"
-    shell = f'exec "{sys.executable}" -c "{source}" >&-'
-    result = subprocess.run(shell, shell=True, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+    """With `>&-`, sys.stdout is None, and with `2>&-`, sys.stderr is."""
+    source = "import argparse, sys, command\nwith command.ending(argparse.ArgumentParser()):\n"
+    source += " for stream in (sys.stdout, sys.stderr): print(stream.isatty(), file=stream)"
+    for closed, output in ((">&-", ("", "False\n")), ("2>&-", ("False\n", "")), (">&- 2>&-", ("", ""))):
+        shell = f'exec "{sys.executable}" -c "{source}" {closed}'
+        root = Path(__file__).parent.parent
+        result = subprocess.run(shell, shell=True, cwd=root, capture_output=True, text=True)
+        assert (result.returncode, result.stdout, result.stderr) == (0, *output)
 
 
 def test_an_impossible_port_is_refused(parser, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Import `command` before torch. `command` sets an environment variable that OpenMP reads when torch is imported.
-from command import described, fail, lasting_output
+from command import complete_output, described, fail, lasting_output
 
 # isort: split
 import contextlib
@@ -56,9 +56,10 @@ def training_process() -> Iterator[tuple[Config, Flags, Processes]]:
     who = f"process {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     with lasting_output():
         try:
-            config, flags = parse_command_line()
-            system = config.system
-            yield config, flags, start_processes(system.device, system.dtype, deterministic=system.deterministic)
+            with complete_output():
+                config, flags = parse_command_line()
+                system = config.system
+                yield config, flags, start_processes(system.device, system.dtype, deterministic=system.deterministic)
         except (ValueError, OSError, FloatingPointError) as error:
             fail(f"train.py: {who}{described(error)}")
         except RuntimeError as error:
