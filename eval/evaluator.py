@@ -85,7 +85,7 @@ class ScoreCache:
         self.entries: dict[str, dict[str, list[Any]]] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                # The last line is incomplete if the process was killed while it wrote the line: skip it.
+                # A line is incomplete if the process was killed while it wrote the line: skip it.
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.entries[entry.pop("key")] = entry
@@ -99,7 +99,7 @@ class ScoreCache:
         if self.path is not None:
             entry = {"key": key, "log_probs": scores.log_probs.tolist(), "greedy": scores.greedy.tolist()}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write("\n" + json.dumps(entry))  # on a new line, because the last line may be incomplete
 
 
 def model_fingerprint(directory: Path) -> str:

@@ -139,9 +139,9 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(tiny, tmp_path, mo
         main([*arguments, str(tmp_path / "f.json")])
     assert stopped.value.code == 130
     partial = tmp_path / "f.json.partial"
-    assert len(partial.read_text("utf-8").splitlines()) == 4
+    assert len(partial.read_text("utf-8").strip().splitlines()) == 4
     with open(partial, "a", encoding="utf-8") as file:
-        file.write('{"key": "cut sh')
+        file.write('\n{"key": "cut sh')
     resumed = True
     main([*arguments, str(tmp_path / "f.json")])
     assert groups == [4] * 6  # 3 groups per task: 4 before the interruption, 2 after it
@@ -161,6 +161,18 @@ def test_scores_of_another_model_are_not_reused(tmp_path):
     assert again.entries[again.key(requests)]["log_probs"] == [-1.5]
     other = ScoreCache(path, "two")
     assert other.key(requests) not in other.entries
+
+
+def test_scores_that_are_stored_after_a_kill_inside_a_write_are_kept(tmp_path):
+    path = tmp_path / "x.partial"
+    groups = [[Request((1,), (token,))] for token in range(4)]
+    for group in groups:
+        cache = ScoreCache(path, "one")
+        cache.add(cache.key(group), Scores(np.array([-1.5]), np.array([True])))
+        if group is groups[1]:
+            path.write_bytes(path.read_bytes()[:-5])
+    again = ScoreCache(path, "one")
+    assert [again.key(group) in again.entries for group in groups] == [True, False, True, True]
 
 
 def test_perplexity_of_a_text_matches_that_of_transformers(tiny, text, tmp_path):
