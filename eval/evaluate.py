@@ -11,6 +11,7 @@ from typing import Any
 from eval.evaluator import Evaluator, ScoreCache, join_processes, load_model_and_tokenizer, model_fingerprint
 from eval.reference import published
 from eval.tasks import TaskResult, find_tasks, is_multiple_choice
+from files import PARTIAL_SUFFIX
 from model import PRESETS
 from pretrained import resolve_model
 from weights import locate
@@ -34,8 +35,9 @@ def evaluate(args: argparse.Namespace) -> None:
             name, directory, processes.device, through_transformers=args.transformers
         )
         batch_size = args.batch_size or (8 if processes.device.type == "cpu" else 64)
-        partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
-        identity = f"{model_fingerprint(directory)} {processes.dtype} {batch_size} {args.transformers}"
+        partial = None if args.json is None else args.json.with_name(args.json.name + PARTIAL_SUFFIX)
+        fingerprint = model_fingerprint(directory, [path for path in (args.json, args.examples) if path is not None])
+        identity = f"{fingerprint} {processes.dtype} {batch_size} {args.transformers}"
         show_progress = processes.is_main and sys.stderr.isatty()
         evaluator = Evaluator(
             name, model, tokenizer, processes, batch_size, ScoreCache(partial, identity), show_progress

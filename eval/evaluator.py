@@ -20,6 +20,7 @@ from data.tokenizer import load_tokenizer
 from device import find_device, find_dtype, keep_freed_memory
 from eval.hf_model import load_hf_model
 from eval.likelihood import Request, Scores, check_pair, log_likelihoods
+from files import PARTIAL_SUFFIX
 from model import GPT, PRESETS
 from pretrained import fit_vocabulary
 from processes import Processes, stop_processes
@@ -102,9 +103,18 @@ class ScoreCache:
                 file.write("\n" + json.dumps(entry))  # on a new line, because the last line may be incomplete
 
 
-def model_fingerprint(directory: Path) -> str:
-    """Return names, sizes and modification times of a model's files as a text, which changes when the model changes."""
-    files = sorted(path for path in directory.iterdir() if path.is_file())
+def model_fingerprint(directory: Path, outputs: Sequence[Path]) -> str:
+    """Return names, sizes and modification times of a model's files as a text, which changes when the model changes.
+
+    A model may have files with any name, so all files in `directory` count, except `outputs`, which the evaluation
+    itself writes, and files that another evaluation is writing.
+    """
+    written = {path.resolve() for path in outputs}
+    files = sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file() and path.suffix != PARTIAL_SUFFIX and path.resolve() not in written
+    )
     return str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from data.loader import TokenWindows
 from data.shards import ShardWriter, open_split
 from data.tokenizer import load_tokenizer, train_tokenizer
 from eval.evaluate import format_table
-from eval.evaluator import ScoreCache
+from eval.evaluator import ScoreCache, model_fingerprint
 from eval.likelihood import Request, Scores, log_likelihoods
 from eval.loss import ArrayWindows
 from eval.perplexity import CORPORA as PERPLEXITY_CORPORA
@@ -122,7 +123,9 @@ def test_a_table_has_no_column_without_an_entry():
 
 
 def test_an_interrupted_evaluation_continues_where_it_stopped(tiny, tmp_path, monkeypatch):
-    arguments = ["--model", tiny, "--tasks", "piqa,copa", "--limit", "6", "--json"]
+    """Also if its files are in the model's directory, whose other files tell whether the model has changed."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    arguments = ["--model", str(model), "--tasks", "piqa,copa", "--limit", "6", "--json"]
     main([*arguments, str(tmp_path / "whole.json")])
     monkeypatch.setattr("eval.evaluator.GROUP_SIZE", 4)
     groups = []
@@ -136,20 +139,31 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(tiny, tmp_path, mo
     monkeypatch.setattr("eval.evaluator.log_likelihoods", counted)
     resumed = False
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, str(tmp_path / "f.json")])
+        main([*arguments, str(model / "f.json")])
     assert stopped.value.code == 130
-    partial = tmp_path / "f.json.partial"
+    partial = model / "f.json.partial"
     assert len(partial.read_text("utf-8").strip().splitlines()) == 4
     with open(partial, "a", encoding="utf-8") as file:
         file.write('\n{"key": "cut sh')
     resumed = True
-    main([*arguments, str(tmp_path / "f.json")])
+    main([*arguments, str(model / "f.json")])
     assert groups == [4] * 6  # 3 groups per task: 4 before the interruption, 2 after it
     assert not partial.exists()
-    uninterrupted, resumed_results = results(tmp_path / "whole.json"), results(tmp_path / "f.json")
+    uninterrupted, resumed_results = results(tmp_path / "whole.json"), results(model / "f.json")
     assert uninterrupted.keys() == resumed_results.keys()
     for name in uninterrupted:
         assert resumed_results[name]["value"] == pytest.approx(uninterrupted[name]["value"], rel=1e-5)
+
+
+def test_outputs_in_the_directory_of_a_model_do_not_change_its_fingerprint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    outputs = [tmp_path / "f.json", tmp_path / "none" / ".." / "e.jsonl"]
+    before = model_fingerprint(tmp_path, outputs)
+    for name in ("f.json", "f.json.partial", "e.jsonl", "another.json.partial"):
+        (tmp_path / name).write_text(name)
+    assert model_fingerprint(tmp_path, outputs) == before
+    (tmp_path / "vocab.json").write_text("{}")
+    assert model_fingerprint(tmp_path, outputs) != before
 
 
 def test_scores_of_another_model_are_not_reused(tmp_path):
