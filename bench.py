@@ -40,7 +40,7 @@ from benchmarks.workload import (
     QUESTIONS,
 )
 from command import CommandParser, at_least_one, ending
-from files import file_sha256
+from files import check_writable, file_sha256
 
 # multiprocessing imports this file in the process of each contestant, and the memory of all imported modules counts as
 # the contestant's. So do not import modules that need PyTorch or a peer here: pass their names to the process.
@@ -293,9 +293,9 @@ def main() -> None:
         if not Path(directory).is_dir():
             parser.error(f"--corpus {directory} is not a directory")
     at_least_one(parser, args, "runs")
-    if args.json and not args.json.parent.is_dir():  # fail before the measurements, not after them
-        parser.error(f"cannot write {args.json}: there is no directory {args.json.parent}")
     with ending(parser):
+        if args.json:  # fail before the measurements, not after them
+            check_writable(args.json)
         measure(args, peers)
 
 

@@ -1,4 +1,7 @@
-"""Write JSON atomically, delete directories, flush renames to disk, and hash files. Uses only the standard library."""
+"""Write JSON atomically, check outputs, delete directories, flush renames to disk, and hash files.
+
+Uses only the standard library.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,19 @@ def write_json(path: Path, value: Any) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, naming the path, if a file at `path` could not be written. The check itself writes nothing.
+
+    A command calls this function before long work, whose result would otherwise be lost.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a directory, expected the name of a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: it is read-only for this user, choose another place")
 
 
 def discard(path: Path) -> None:

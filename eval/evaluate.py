@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.evaluator import Evaluator, ScoreCache, join_processes, load_model_and_tokenizer, model_fingerprint
-from eval.reference import published
+from eval.reference import REFERENCE_FILE, published
 from eval.tasks import TaskResult, find_tasks, is_multiple_choice
-from files import PARTIAL_SUFFIX
+from files import PARTIAL_SUFFIX, check_writable
 from model import PRESETS
 from pretrained import resolve_model
 from weights import locate
@@ -25,9 +26,9 @@ def evaluate(args: argparse.Namespace) -> None:
     tasks = find_tasks(args.tasks)
     if args.shots and (others := [name for name in tasks if not is_multiple_choice(name)]):
         raise ValueError(f"--shots applies to multiple-choice tasks only, not to {', '.join(others)}")
-    for path in (args.json, args.examples):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    outputs = output_files(args)
+    for path in outputs:
+        check_writable(path)
     with join_processes(args.device, args.dtype) as processes:
         name = resolve_model(args.model, checkpoint=args.checkpoint)
         directory = locate(name)
@@ -36,8 +37,7 @@ def evaluate(args: argparse.Namespace) -> None:
         )
         batch_size = args.batch_size or (8 if processes.device.type == "cpu" else 64)
         partial = None if args.json is None else args.json.with_name(args.json.name + PARTIAL_SUFFIX)
-        fingerprint = model_fingerprint(directory, [path for path in (args.json, args.examples) if path is not None])
-        identity = f"{fingerprint} {processes.dtype} {batch_size} {args.transformers}"
+        identity = f"{model_fingerprint(directory, outputs)} {processes.dtype} {batch_size} {args.transformers}"
         show_progress = processes.is_main and sys.stderr.isatty()
         evaluator = Evaluator(
             name, model, tokenizer, processes, batch_size, ScoreCache(partial, identity), show_progress
@@ -54,13 +54,24 @@ def evaluate(args: argparse.Namespace) -> None:
             examples += [heading | {"index": i} | example for i, example in enumerate(result.examples)]
         if not processes.is_main:
             return
+        # First the results, which are worth most. The stored scores are deleted last, because they are needed again if
+        # a file cannot be written.
+        if args.json is not None:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(format_table(rows))
         if args.examples is not None:
             args.examples.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
-        if args.json is not None:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            if partial is not None:
-                partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def output_files(args: argparse.Namespace) -> list[Path]:
+    """Return the files that an evaluation with these arguments writes, including those that exist only for a time."""
+    replaced = [args.json] if args.json is not None else []
+    if args.save_reference:
+        replaced.append(args.data / REFERENCE_FILE)
+    partial = [Path(f"{path}{PARTIAL_SUFFIX}") for path in replaced]
+    return [*replaced, *partial, *([args.examples] if args.examples is not None else [])]
 
 
 def result_rows(task: str, result: TaskResult, checkpoint: str) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from command import CommandParser, ending
-from files import write_json
+from files import check_writable, write_json
 from scripts.gpu_check.inference import check_inference
 from scripts.gpu_check.parity import check_parity
 from scripts.gpu_check.products import check_products
@@ -128,8 +128,6 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     for name, directory in peers.items():
         if name not in ("transformers", "nanogpt") or (name == "nanogpt" and not Path(directory, "model.py").is_file()):
             parser.error(f"--peer {name}={directory}: expected transformers, or nanogpt=DIR with its model.py")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"cannot write {args.json}: there is no directory {args.json.parent}")
     args.parser = parser
     return args, Settings(device=args.device, tiny=args.tiny, peers=peers)
 
@@ -139,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     args, settings = parse_arguments(arguments)
     outcomes: dict[int, Outcome] = {}
     with ending(args.parser):
+        if args.json:
+            check_writable(args.json)
         for number in args.numbers:
             print(f"\npart {number}: {PARTS[number][0]}", flush=True)
             outcomes[number] = run_part(number, settings)

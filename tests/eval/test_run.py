@@ -375,10 +375,28 @@ def test_errors_explain_what_is_wrong(tiny, text, tmp_path, capsys):
     assert "--tokens counts tokens of --data: omit it, or use --limit" in error_of(capsys, *tokens_of_text)
     assert "--limit must be at least 1, got 0" in error_of(capsys, "--tasks", "copa", "--limit", "0")
     assert "cannot be used" in error_of(capsys, "--model", tiny, "--tasks", "copa", "--device", "nonsense")
-    nowhere = str(tmp_path / "none" / "f.json")
-    assert "there is no directory" in error_of(capsys, "--model", tiny, "--tasks", "copa", "--json", nowhere)
     options = ["--model", tiny, "--tasks", "perplexity", "--text", str(text), "--stride", "129"]
     assert "eval.run: perplexity: stride 129: expected 1..128" in error_of(capsys, *options)  # it names the task
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    command = ["--model", "/nonexistent", "--tasks", "loss", "--data", str(tmp_path)]
+    nowhere = str(tmp_path / "none" / "f.json")
+    assert f"there is no directory {tmp_path}/none" in error_of(capsys, *command, "--json", nowhere)
+    for option in ("--json", "--examples"):
+        expected = f"cannot write {tmp_path}: it is a directory, expected the name of a file"
+        assert expected in error_of(capsys, *command, option, str(tmp_path))
+    for name, given in (("f.json", ["--json", str(tmp_path / "f.json")]), ("reference.json", ["--save-reference"])):
+        (tmp_path / f"{name}.partial").mkdir()
+        assert f"cannot write {tmp_path}/{name}.partial: it is a directory" in error_of(capsys, *command, *given)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_on_a_full_disk_does_not_lose_the_other_results(tiny, tmp_path, capsys):
+    command = ["--model", tiny, "--tasks", "copa", "--limit", "2"]
+    assert "No space left" in error_of(capsys, *command, "--json", str(tmp_path / "f"), "--examples", "/dev/full")
+    assert results(tmp_path / "f")["copa", "harness", "acc"]["count"] == 2
+    assert (tmp_path / "f.partial").exists()  # the same command gives the examples without scoring again
 
 
 def test_a_model_with_the_tokenizer_of_another_is_refused(tmp_path, capsys):
