@@ -83,7 +83,7 @@ def beam_search(model: GPT, ids: Tensor, mask: Tensor | None, options: Generatio
         if t + 1 < length:
             ids_so_far = candidates.ids[:, :, : t + 1].flatten(0, 1)
             candidate_mask = None if mask is None else mask[::K].repeat_interleave(ended.size(1), dim=0)
-            ended = find_ended(ids_so_far, candidate_mask, options).view_as(ended)
+            ended = find_ended(ids_so_far, candidate_mask, prompt_length, options).view_as(ended)
         alive = candidates.scores + IMPOSSIBLE * ended
         running = candidates._replace(scores=alive).take(alive.topk(K).indices)
         finished = add_finished(finished, candidates, ended & improvable, new + 1, options)

@@ -68,6 +68,7 @@ def generate(  # type: ignore[empty-body]
     bad_words_ids: Sequence[Sequence[int]] | None = None,
     min_new_tokens: int = 0,
     stop_strings: str | Sequence[str] | None = None,
+    stop_in_prompt: bool = True,
     num_return_sequences: int = 1,
     gumbel: bool = False,
     sliding: bool = False,
@@ -105,6 +106,8 @@ def generate(  # type: ignore[empty-body]
         bad_words_ids: token sequences that must not be generated. A sequence that is a single eos token is ignored.
         min_new_tokens: ban the eos tokens until a row has this number of new tokens.
         stop_strings: strings that end a row when they appear in its text. They need `tokenizer`, which decodes the row.
+        stop_in_prompt: a stop string may begin in the prompt, as in transformers. With False, it ends a row only if all
+            of it is in the new tokens.
         num_return_sequences: number of results for each prompt. The results of a prompt are adjacent rows.
         gumbel: sample with the Gumbel-max trick. The distribution is the same as without `gumbel`, but the same seed
             gives other tokens.

@@ -144,10 +144,11 @@ def ends_with_stop_string(ids: Sequence[int], stop_strings: Sequence[str], token
     return any(end > len(before) for end in ends)
 
 
-def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> Tensor:
+def find_ended(ids: Tensor, mask: Tensor | None, prompt_length: int, options: GenerationOptions) -> Tensor:
     """Return (N,) booleans, True for each row of ids (N, T) whose last token ends the row.
 
-    mask is (N, T or more), 0 for padding, or None if no row is padded. Padding is not searched for stop strings.
+    mask is (N, T or more), 0 for padding, or None if no row is padded. Padding is not searched for stop strings, and
+    neither are the first prompt_length tokens if options.stop_in_prompt is False.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for token in options.eos:  # a loop, because the host would wait while a tensor of these tokens is copied to a GPU
@@ -155,9 +156,10 @@ def find_ended(ids: Tensor, mask: Tensor | None, options: GenerationOptions) -> 
     if options.stop_strings:
         assert options.tokenizer is not None
         stops = [options.stop_strings] if isinstance(options.stop_strings, str) else options.stop_strings
-        rows = ids.tolist()
+        first = 0 if options.stop_in_prompt else prompt_length
+        rows = ids[:, first:].tolist()
         if mask is not None:
-            kept = mask[:, : ids.size(1)].tolist()
+            kept = mask[:, first : ids.size(1)].tolist()
             rows = [[*compress(row, keep)] for row, keep in zip(rows, kept, strict=True)]
         by_text = [ends_with_stop_string(row, stops, options.tokenizer) for row in rows]
         ended |= torch.tensor(by_text, device=ids.device)

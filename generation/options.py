@@ -45,6 +45,7 @@ class GenerationOptions:
     bad_words_ids: Sequence[Sequence[int]] | None = None
     min_new_tokens: int = 0
     stop_strings: str | Sequence[str] | None = None
+    stop_in_prompt: bool = True
     num_return_sequences: int = 1
     gumbel: bool = False
     sliding: bool = False

@@ -129,7 +129,7 @@ def sample_steps(
             tokens = tokens.where(running, options.eos[0])
         ids[:, t] = tokens
         if options.eos:
-            running = running & ~find_ended(ids[:, : t + 1], mask, options)
+            running = running & ~find_ended(ids[:, : t + 1], mask, prompt_length, options)
             if (t + 1 - prompt_length) % check_every == 0:
                 is_last = is_last or not running.any()
         yield Step(tokens, logits, scores, output, was_running, is_last)

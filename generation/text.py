@@ -133,7 +133,7 @@ def _completion(
     options: GenerationOptions,
 ) -> Completion:
     """Return the completion for the new tokens of one row. The last token may be eos."""
-    ended = bool(find_ended(torch.tensor([prompt_tokens + tokens]), None, options))
+    ended = bool(find_ended(torch.tensor([prompt_tokens + tokens]), None, len(prompt_tokens), options))
     length = len(tokens) - (tokens[-1] in options.eos)
     reason: Literal["stop", "length"] = "stop" if ended else "length"
     return Completion(prompt, tokenizer.decode(tokens[:length]), tokens[:length], logprobs[:length], reason)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from generation import generate_text, stream
+from generation.forward import ends_with_stop_string
 from generation.options import GenerationOptions
 from generation.prompts import encode_prompt, prepare_prompts
 from model import GPT
@@ -177,15 +178,17 @@ class Engine:
             num_beams=request.num_beams,
             num_return_sequences=request.n,
             stop_strings=list(request.stop) or None,
+            stop_in_prompt=False,
             sliding=request.sliding,
             logits_processor=check,
         )
         for index, result in enumerate(results, first):
             tokens = [TokenInfo(self._label(t), p, []) for t, p in zip(result.tokens, result.logprobs, strict=True)]
-            stop = find_stop(result.text, request.stop)
+            text = result.text[: find_stop(result.text, request.stop)]
+            at_stop = bool(request.stop) and ends_with_stop_string(result.tokens, request.stop, self.tokenizer)
             # An end-of-text token that ended the result is counted, although `tokens` does not contain it.
-            at_eot = result.finish_reason == "stop" and stop is None
-            yield Part(index, result.text[:stop], tokens, len(tokens) + at_eot, result.finish_reason)
+            at_eot = result.finish_reason == "stop" and not at_stop
+            yield Part(index, text, tokens, len(tokens) + at_eot, result.finish_reason)
 
     def _describe(self, token: int, logits: Tensor, count: int) -> TokenInfo:
         """Return a token with its log-probability and the `count` most probable tokens. logits is (V,)."""

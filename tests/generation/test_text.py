@@ -88,6 +88,17 @@ def test_a_stop_string_may_begin_in_the_prompt(pair):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_with_stop_in_prompt_false_a_stop_string_ends_only_new_text(pair, options):
+    """Also in a batch with a longer prompt."""
+    options |= {"max_new_tokens": 10, "stop_strings": "stop", "stop_in_prompt": False}
+    prompts = ["the st", "a longer prompt"]
+    for completion in generate_text(pair[1], Bytes(), prompts, logits_processor=force("op stopped"), **options):
+        assert (completion.text, completion.finish_reason) == ("op stop", "stop")
+    completion = generate_text(pair[1], Bytes(), prompts, logits_processor=force("oppressed!"), **options)[0]
+    assert (completion.text, completion.finish_reason) == ("oppressed!", "length")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_a_stop_string_does_not_match_padding(pair, options):
     """The shorter prompt is padded with end-of-text, which decodes to <eot>, and an empty prompt is end-of-text."""
     options |= {"max_new_tokens": 4, "stop_strings": ["t>ab", "t>b"]}

@@ -90,6 +90,19 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 0}, {"num_beams": 2}], ids=str)
+def test_a_stop_string_does_not_begin_in_the_prompt(tiny_model, fields):
+    def complete(**more):
+        job = SimpleNamespace(request=parse(prompt="run", max_tokens=3, **fields, **more), canceled=False)
+        (part,) = join(list(Engine(*tiny_model)._complete(job)))
+        return part.text, part.n_tokens, part.finish_reason
+
+    text, _, reason = complete()
+    assert (len(text), reason) == (3, "length")
+    assert complete(stop=f"n{text[0]}") == (text, 3, "length")
+    assert complete(stop=text[0]) == ("", 1, "stop")
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"num_beams": 2}], ids=str)
 def test_the_end_of_text_counts_as_a_new_token(tiny_model, fields):
     model, tokenizer = copy.deepcopy(tiny_model)
     with torch.no_grad():  # end-of-text is the most probable token
