@@ -220,8 +220,9 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """Return an error in OpenAI's format."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    """Return an error in OpenAI's format. In the message, a lone surrogate, which UTF-8 cannot encode, is escaped."""
+    encodable = message.encode(errors="backslashreplace").decode()
+    return {"error": {"message": encodable, "type": kind, "param": None, "code": None}}
 
 
 async def refuse(request: Request, error: RequestError) -> Response:

@@ -179,14 +179,15 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
         raise RequestError(
             f"prompt is {_shown(prompt)}, expected a text, token ids, or a list of texts or of token ids"
         )
-    for text in prompts:
-        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-            raise RequestError("prompt contains a lone surrogate, which is not a character: remove it")
+    _check_characters("prompt", [text for text in prompts if isinstance(text, str)])
     return prompts
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    """Return the stop strings in the field "stop". Raises RequestError if its value is invalid."""
+    """Return the stop strings in the field "stop".
+
+    Raises RequestError if the field has another value, or a text that is not valid Unicode.
+    """
     stops = [stop] if isinstance(stop, str) else stop
     valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)
     if not valid or len(stops) > MAX_STOPS:
@@ -194,7 +195,14 @@ def _stops(stop: Any) -> tuple[str, ...]:
             f"stop is {_shown(stop)}, expected a text or a list of at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} "
             f"characters"
         )
+    _check_characters("stop", stops)
     return tuple(stops)
+
+
+def _check_characters(name: str, texts: Sequence[str]) -> None:
+    """Raise RequestError if a text in the field `name` is not valid Unicode, and therefore cannot be encoded."""
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise RequestError(f"{name} contains a lone surrogate, which is not a character: remove it")
 
 
 def choice(part: Part, *, with_logprobs: bool, offset: int = 0) -> dict[str, Any]:

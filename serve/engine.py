@@ -209,6 +209,10 @@ class Engine:
 def check_prompt(model: GPT, tokenizer: Tokenizer, prompt: list[int], request: CompletionRequest) -> None:
     """Raise ValueError if a prompt has ids outside the vocabulary, or is too long together with the new tokens."""
     options = GenerationOptions(max_new_tokens=request.max_tokens, sliding=request.sliding, tokenizer=tokenizer)
+    vocab_size = options.n_choices(model.config.vocab_size)
+    # Checked here too, because `prepare_prompts` cannot put an id of more than 64 bits into a tensor.
+    if outside := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise ValueError(f"prompt contains the token id {outside[0]}, outside 0..{vocab_size - 1}")
     prepare_prompts(model, [prompt], None, options)
 
 

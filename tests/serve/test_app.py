@@ -108,6 +108,8 @@ def test_impossible_requests_get_a_4xx_with_a_sentence(server, openai):
     assert (status, "Ω" in message(content)) == (400, True)
     status, content = post(server, json.dumps({"prompt": [5000]}))
     assert (status, "outside 0..98" in message(content)) == (400, True)
+    status, content = post(server, json.dumps({"prompt": "a", "\ud800b": 1}))
+    assert (status, message(content)) == (400, r"unknown field \ud800b: omit it, or correct its name")
     status, content = post(server, "{}", kind="text/plain")
     assert (status, message(content)) == (415, "the content type is 'text/plain', expected application/json")
     assert post(server, "{")[0] == 400

@@ -61,6 +61,7 @@ def test_prompts_and_stops_may_be_lists():
         (b'{"stream": 1}', "stream is 1, expected true or false"),
         (b'{"stop": [""]}', 'stop is [""], expected a text or a list'),
         (b'{"stop": 5}', "stop is 5, expected a text or a list"),
+        (rb'{"stop": ["a", "\udfff"]}', "stop contains a lone surrogate, which is not a character: remove it"),
         (b'{"echo": true, "logprobs": 1}', "echo with logprobs is not supported"),
         (b'{"presence_penalty": 0.5}', "presence_penalty is not supported: omit it"),
         (b'{"best_of": 2}', "best_of is not supported"),
@@ -74,6 +75,13 @@ def test_an_impossible_request_is_refused_with_a_sentence(body, message):
         parse_request(body)
     assert str(error.value).startswith(message)
     assert error.value.status == 400
+
+
+@pytest.mark.parametrize("token", [99, -1, 2**63, -(2**63) - 1])
+def test_a_token_id_outside_the_vocabulary_is_refused_with_the_name_of_the_field(tiny_model, token):
+    job = SimpleNamespace(request=parse(prompt=[[1], [1, token]]), canceled=False)
+    with pytest.raises(ValueError, match=rf"^prompt contains the token id {token}, outside 0\.\.98$"):
+        list(Engine(*tiny_model)._complete(job))
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back():
