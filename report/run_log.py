@@ -136,7 +136,7 @@ def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, Valida
         source = directory.name
     else:
         shards = " ".join(shard.sha256 for shard in meta.shards["val"])
-        tokens = min(limit, meta.tokens["val"])
+        tokens = min(limit, max(0, meta.tokens["val"] - 1))  # the first token of a split is never scored
         validation = ValidationSet(shards, tokens, data.get("sequence_length", 0), meta.tokenizer)
         source = meta.source
     losses = losses_to_beat(directory, source, validation.tokenizer) if data else []
@@ -155,10 +155,10 @@ def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:
     val, hellaswag = log.splits["val"], log.splits["hellaswag"]
     if len(val["step"]):
         released = {name.removesuffix(", published"): loss for name, loss in log.reference_losses}
-        losses = [(val["loss"][-1], log.validation)]
-        if np.isfinite(val["final_loss"][-1]):
-            losses.append((val["final_loss"][-1], log.validation._replace(tokens=int(val["final_tokens"][-1]))))
-        for loss, validation in losses:
+        losses = {log.validation: val["loss"][-1]}
+        if np.isfinite(val["final_loss"][-1]):  # the same loss again if the split has at most eval.tokens tokens
+            losses[log.validation._replace(tokens=int(val["final_tokens"][-1]))] = val["final_loss"][-1]
+        for validation, loss in losses.items():
             row = {"task": "validation", "convention": f"{log.source}, {validation}", "metric": "loss", "value": loss}
             yield row | {"checkpoint": f"step {int(val['step'][-1])}", "published": released}
     for metric in ("acc", "acc_norm") if len(hellaswag["step"]) else ():

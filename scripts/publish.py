@@ -5,8 +5,9 @@
 
 The checkpoint is the newest one, or the best one if eval.patience ended the run. The optimizer state is not uploaded.
 Without --card, the card is made from the files of the run, with the evaluations of this checkpoint in RUN/*.json
-(`eval.run --json`). Choose a license with --license: without one, nobody else may use the model. Before the first
-upload, store your token with `hf auth login`.
+(`eval.run --json`). Evaluations of another step, or of a run with another directory name, are left out. Choose a
+license with --license: without one, nobody else may use the model. Before the first upload, store your token with
+`hf auth login`.
 """
 
 from __future__ import annotations
@@ -106,10 +107,15 @@ def command(log: RunLog) -> str:
 
 
 def is_of_checkpoint(row: dict[str, Any], checkpoint: Path) -> bool:
-    """Return whether the row of an evaluation belongs to this checkpoint. True if the row names no checkpoint."""
+    """Return whether the row of an evaluation belongs to this checkpoint. True if the row names no checkpoint.
+
+    The end of the path, RUN/checkpoints/STEP, has to be the same. The rest may differ, because a run may be moved.
+    """
     step = int(checkpoint.name.removeprefix("step-"))
     evaluated = row.get("checkpoint")
-    return evaluated is None or evaluated == f"step {step}" or Path(evaluated).name == checkpoint.name
+    if evaluated in (None, f"step {step}"):
+        return True
+    return Path(evaluated).resolve().parts[-3:] == checkpoint.resolve().parts[-3:]
 
 
 def evaluation(row: dict[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenize
 
 @pytest.fixture
 def run(tiny_run, train):
-    directory = train(tiny_run("mine|<b>", **{"optim.steps": 4, "eval.every": 2}))
+    changes = {"optim.steps": 4, "eval.every": 2, "eval.final_tokens": 10**8}  # more than the validation split has
+    directory = train(tiny_run("mine|<b>", **changes))
     row = {"task": "hellaswag", "convention": "harness", "metric": "acc", "value": 0.28921, "stderr": 0.0045}
     (directory / "eval.json").write_text(json.dumps([row]))
     return directory
@@ -60,18 +61,22 @@ def test_what_is_uploaded_loads_in_transformers_and_has_a_card(run, uploads, cap
     _, metadata, text = card.split("---\n", 2)
     assert yaml.safe_load(metadata)["license"] == "mit"
     assert yaml.safe_load(metadata)["library_name"] == "transformers"
-    loss = [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"][-1]
+    last = [record for record in read_metrics(run / "metrics.jsonl") if record["split"] == "val"][-1]
+    assert last["final_loss"] == last["loss"]
+    scored = f"{last['final_tokens']:,} tokens in windows of 32"
     n_parameters = sum(parameter.numel() for parameter in theirs.parameters())
     for row in (
         f"| parameters | {n_parameters:,} |",
         "| steps | 4 of 4 |",
         "| tokens | 1,024, in batches of 256 |",
-        f"| validation loss | {loss:.4f} nats per token after step 4, on ",
+        f"| validation loss | {last['loss']:.4f} nats per token after step 4, on {scored} |",
+        f", {scored} | loss | {last['loss']:.4f} |",
         "| hellaswag | harness | acc | 0.2892 ± 0.0045 |",
         "```\npython ",
         "## License\n\nmit\n",
     ):
         assert row in text, row
+    assert text.count("| validation | ") == 1  # the loss on eval.final_tokens is the same
 
 
 def test_a_dry_run_shows_files_and_card_and_needs_no_network(run, monkeypatch, capsys):
@@ -88,13 +93,17 @@ def test_a_dry_run_shows_files_and_card_and_needs_no_network(run, monkeypatch, c
 def test_the_card_has_no_evaluation_of_another_checkpoint(run, capsys):
     row = {"task": "lambada", "convention": "harness", "metric": "acc"}
     rows = [row | {"value": step / 10, "checkpoint": str(run / "checkpoints" / f"step-{step:06d}")} for step in (2, 4)]
+    rows.append(row | {"value": 0.6, "checkpoint": str(run.parent / "another" / "checkpoints" / "step-000004")})
+    rows.append(row | {"value": 0.5, "checkpoint": f"/before/it/was/moved/{run.name}/checkpoints/step-000004"})
     (run / "lambada.json").write_text(json.dumps(rows))
     with open(run / "metrics.jsonl", "a") as file:  # as if the best checkpoint were published, not the newest
         file.write(json.dumps({"split": "val", "step": 6, "tokens": 1536, "loss": 99.0, "bits_per_byte": 9.0}) + "\n")
     publish.main([str(run), "--repo", "me/mine", "--dry-run"])
     card = capsys.readouterr().out
     assert "| lambada | harness | acc | 0.4000 |" in card
+    assert "| lambada | harness | acc | 0.5000 |" in card
     assert "0.2000" not in card
+    assert "0.6000" not in card
     assert "99.0" not in card
 
 
