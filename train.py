@@ -146,6 +146,7 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
     parts = {name: part.loss for name, part in result.parts.items()}  # by dataset; empty if there is only one
     more: dict[str, Any] = {"parts": parts} if parts else {}
     if (final := result.final) is not None:
+        state.final_tokens = run.inputs.final_tokens
         more |= {"final_loss": final.loss, "final_bits_per_byte": final.bits_per_byte, "final_tokens": final.tokens}
     run.directory.log("val", state.step, tokens=tokens, loss=loss, bits_per_byte=bits, **more)
     run.progress.say(f"step {state.step:>6}  validation loss {loss:.4f}, {bits:.4f} bits per byte")

@@ -45,8 +45,8 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
     with setup(config, start_processes(config.system.device, config.system.dtype)) as run:
         if idea is not None and run.state.step and (not is_done(run) or run.lacks_validation):
             raise ValueError(
-                f"{run.directory.path} was interrupted at step {run.state.step}, and checkpoints do not store what an "
-                "idea keeps: delete it, to train it again"
+                f"{run.directory.path} was stopped at step {run.state.step} before the last validation of this "
+                "configuration, and checkpoints do not store what an idea keeps: delete it, to train it again"
             )
         changed = (idea or Idea)(run)
         if train(run, train_step=changed.train_step, validate=changed.validate) != "finished":

@@ -166,7 +166,7 @@ class Eval:
     run has another number, it forgets its lowest loss so far, and patience counts from zero."""
     final_tokens: PositiveInt | None = None
     """Tokens to score in another pass after the last step (null: no such pass). eval.tokens, which every validation
-    scores, can then be small."""
+    scores, can then be small. If a finished run starts with another number, only its last validation is repeated."""
     hellaswag: bool = True
     """Score HellaSwag during training, in the convention "completion" (see eval/hellaswag.py)."""
     hellaswag_every: PositiveInt = 1000

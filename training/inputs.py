@@ -58,7 +58,17 @@ class Inputs:
     @property
     def validation_tokens(self) -> int:
         """Number of targets that each validation scores, 0 without validation data."""
-        return sum(windows.count(np.arange(len(windows))) for windows in self.val.values())
+        return count_targets(self.val)
+
+    @property
+    def final_tokens(self) -> int:
+        """Number of targets of the pass over eval.final_tokens after the last step, 0 without this field."""
+        return count_targets(self.final_val)
+
+
+def count_targets(val: dict[str, Windows]) -> int:
+    """Return the number of targets in the validation windows of all datasets."""
+    return sum(windows.count(np.arange(len(windows))) for windows in val.values())
 
 
 def open_inputs(config: Config, initial: ModelFiles | None, *, verify: bool) -> Inputs:

@@ -44,6 +44,7 @@ class TrainingState:
     val_loss: float | None = None  # validation loss after step `step`; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
     val_tokens: int = 0  # number of targets over which val_loss and best are means; 0: no validation split so far
+    final_tokens: int = 0  # number of targets that the last pass over eval.final_tokens scored; 0: no such pass so far
     save_seconds: float = 0.0  # seconds that training paused for the last checkpoint; logged with the next step
 
 
@@ -69,9 +70,14 @@ class TrainingRun:
 
     @property
     def lacks_validation(self) -> bool:
-        """True if a validation is due after step `state.step` and has no result yet."""
+        """True if a validation is due after step `state.step` and has no result yet.
+
+        The last validation of a finished run also lacks a result if eval.final_tokens has changed since.
+        """
         step, every = self.state.step, self.config.eval.every
         is_last = every > 0 and step == self.config.optim.steps
+        if is_last and self.inputs.final_tokens not in (0, self.state.final_tokens):
+            return True
         return self.state.val_loss is None and (is_last or is_due(step, every))
 
     def checkpoint_state(self) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def test_impossible_combinations_are_refused(trained, tiny_run, write_config, py
     shutil.rmtree(tmp_path / "swept" / "x-averaged-seed_1" / "checkpoints" / "step-000006")
     result = python(*sweep, check=False)
     assert result.returncode == 2
-    assert "interrupted at step 3" in result.stderr
+    assert "was stopped at step 3 before the last validation" in result.stderr
 
 
 def test_a_run_that_was_stopped_in_its_last_validation_is_not_continued(tiny_run, write_config, python, tmp_path):
@@ -194,7 +194,7 @@ def test_a_run_that_was_stopped_in_its_last_validation_is_not_continued(tiny_run
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     result = python(*sweep, check=False)
     assert result.returncode == 2
-    assert "interrupted at step 6" in result.stderr
+    assert "was stopped at step 6 before the last validation" in result.stderr
 
 
 def test_ideas_change_initialization_decay_and_momentum(trained):

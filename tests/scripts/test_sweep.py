@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 
+from scripts.sweep import train_to_end
 from training.run_directory import read_metrics
 
 
@@ -60,6 +61,22 @@ def test_values_can_contain_slashes_and_lists(sweep, verses, tmp_path):
     assert len(runs) == 2
 
 
+def test_a_finished_run_is_scored_on_final_tokens_that_were_added_later(tiny_run, write_config):
+    options = {"optim.steps": 3, "eval.every": 3, "eval.tokens": 70}
+
+    def score(name, **changes):
+        config = write_config(tiny_run(name, **options | changes))
+        loss, records = train_to_end(["--config", str(config)], None)
+        assert [record["step"] for record in records if record["split"] == "train"] == [1, 2, 3]
+        return loss
+
+    before = score("x")
+    for tokens in (100, 200):
+        later = score("x", **{"eval.final_tokens": tokens})
+        assert later == score(f"fresh-{tokens}", **{"eval.final_tokens": tokens}) != before
+    assert score("x") == before
+
+
 def test_a_run_that_patience_ended_is_read_and_not_repeated(sweep, tmp_path):
     changes = {"optim.steps": 30, "optim.lr": 1e-12, "eval.patience": 2}
     changes |= {"eval.tokens": 70, "eval.final_tokens": 10**6}  # the latter are scored after the last step only
@@ -75,7 +92,7 @@ def test_a_run_that_patience_ended_is_read_and_not_repeated(sweep, tmp_path):
     # The same run without eval.patience would be continued, which is impossible.
     result = sweep(*arguments, check=False, **changes | {"eval.patience": 0})
     assert result.returncode == 2
-    assert f"was interrupted at step {last['step']}, and checkpoints do not store" in result.stderr
+    assert f"was stopped at step {last['step']} before the last validation of this configuration" in result.stderr
 
 
 def test_one_loss_is_in_a_column_if_patience_ends_only_some_runs(sweep, tmp_path):

@@ -1,9 +1,11 @@
 """Validation during training: when HellaSwag is scored, and the score of more tokens after the last step."""
 
+import json
 import shutil
 
 import pytest
 
+from checkpoints import STATE, read_state
 from report.run_log import read_run_log
 from training.config import Config, MixturePart
 from training.run_directory import read_metrics
@@ -59,6 +61,31 @@ def test_the_last_validation_also_scores_final_tokens_and_changes_nothing_else(t
     shutil.rmtree(run / "checkpoints" / "step-000006")
     train(config)
     assert validations(run) == [*earlier, last]
+
+
+def test_a_finished_run_repeats_its_last_validation_if_final_tokens_change(tiny_run, train, monkeypatch):
+    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1, "eval.tokens": 70}
+    run = train(tiny_run("run", **options))
+    for tokens in (100, 10**6):
+        changed = options | {"eval.final_tokens": tokens}
+        assert validations(train(tiny_run("run", **changed))) == validations(train(tiny_run(f"{tokens}", **changed)))
+        assert (run / "samples.txt").read_bytes() == (run.parent / f"{tokens}" / "samples.txt").read_bytes()
+
+    def written():
+        return (run / "metrics.jsonl").read_bytes(), (run / "checkpoints" / "step-000004" / STATE).stat().st_mtime_ns
+
+    before = written()
+    for tokens in (10**6, 10**7, None):  # the first two are the whole split
+        train(tiny_run("run", **options | {"eval.final_tokens": tokens}))
+        assert written() == before
+    # In a checkpoint of an earlier version, it is not known what was scored.
+    state = read_state(run / "checkpoints" / "step-000004")
+    older = {name: value for name, value in state.items() if name != "final_tokens"}
+    (run / "checkpoints" / "step-000004" / STATE).write_text(json.dumps(older))
+    monkeypatch.setattr("checkpoints.verify", lambda path: None)
+    train(tiny_run("run", **changed))
+    assert written()[0] == before[0]
+    assert read_state(run / "checkpoints" / "step-000004") == state
 
 
 def test_final_tokens_of_a_mixture_are_those_of_all_its_parts(tiny_run, train, verses, tmp_path):
