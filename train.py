@@ -137,10 +137,12 @@ def validate(run: TrainingRun, signal: StopSignal) -> bool:
     if result is None:
         return False
     state, loss = run.state, result.loss.loss
+    # If this step already has a loss, a finished run repeats its last validation, which counts only once.
+    state.validations_since_best += state.val_loss is None
     state.val_loss = loss
     # `loss >= NaN` is false, so a new loss replaces a NaN that an older version of this repository stored as the best.
     if math.isfinite(loss) and not (state.best and loss >= state.best[0]):
-        state.best = loss, state.step
+        state.best, state.validations_since_best = (loss, state.step), 0
     tokens = state.step * run.config.data.batch_tokens
     bits = result.loss.bits_per_byte
     parts = {name: part.loss for name, part in result.parts.items()}  # by dataset; empty if there is only one
@@ -178,10 +180,9 @@ def save(run: TrainingRun) -> None:
 
 def is_done(run: TrainingRun) -> bool:
     """Return whether the last step is done, or eval.patience validations in a row found no lower loss."""
-    state, config = run.state, run.config
-    patience = config.eval.patience * config.eval.every
-    out_of_patience = patience > 0 and state.best is not None and state.step - state.best[1] >= patience
-    return out_of_patience or state.step == config.optim.steps
+    state, patience = run.state, run.config.eval.patience
+    out_of_patience = state.best is not None and 0 < patience <= state.validations_since_best
+    return out_of_patience or state.step == run.config.optim.steps
 
 
 def train(

@@ -77,7 +77,7 @@ class _LossWithZ(nn.Module):
 
 
 class Averaged(Idea):
-    """Before the last validation, the weights become their mean over all steps in which the learning rate decreased."""
+    """After the last step, the weights become their mean over all steps in which the learning rate decreased."""
 
     first = 0.0  # fraction of the run's steps, from the start, that the mean leaves out
 

@@ -17,12 +17,14 @@ from torch._dynamo.utils import counters
 import checkpoints
 import data.tokenizer
 from checkpoints import MANIFEST, STATE, choose_checkpoint, find_best, read_state
+from eval.loss import SplitLoss
 from files import file_sha256
 from processes import Processes
 from train import MAX_BAD_STEPS, train_step
 from train import train as train_run
 from training.run_directory import read_metrics
 from training.setup import setup
+from training.validation import Validation
 
 
 def losses(run, split="train"):
@@ -381,6 +383,41 @@ def test_a_run_says_that_patience_ended_it(tiny_run, train, capsys):
     assert choose_checkpoint(run).name == f"step-{step:06d}"
     train(tiny_run("longer", **options | {"optim.steps": 3, "eval.patience": 3}))  # the last step comes first
     assert "eval.patience ended" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def rising_losses(monkeypatch):
+    """Each validation finds a higher loss than the one before it."""
+
+    def measure(run, signal):
+        return Validation(SplitLoss(3 + run.state.step, 1.0, 1), {}, None, None, [])
+
+    monkeypatch.setattr("train.measure", measure)
+
+
+def test_patience_counts_validations_although_their_interval_changes(tiny_run, train, rising_losses):
+    options = {"eval.patience": 3, "run.allow_changes": True}
+    train(tiny_run("x", **options | {"eval.every": 20, "optim.steps": 24}))
+    run = train(tiny_run("x", **options | {"eval.every": 5, "optim.steps": 60}))
+    assert losses(run, "val") == [3, 23, 27, 28]
+    assert read_state(run / "checkpoints" / "step-000025")["finished"]
+
+
+@pytest.mark.parametrize(("step", "is_validated"), [(1, False), (2, True), (2, False), (3, False)])
+def test_patience_of_a_run_that_an_older_version_began(tiny_run, train, rising_losses, monkeypatch, step, is_validated):
+    """Its checkpoints do not store the number of validations since the best one. The run ends at the same step."""
+    options = {"eval.patience": 2, "eval.every": 2, "checkpoint.every": 1, "checkpoint.keep": 9}
+    run = train(tiny_run("x", **options))
+    assert losses(run, "val") == [3, 5, 7]
+    checkpoint = run / "checkpoints" / f"step-{step:06d}"
+    for later in range(step + 1, 5):
+        shutil.rmtree(run / "checkpoints" / f"step-{later:06d}")
+    state = read_state(checkpoint)
+    del state["validations_since_best"]
+    (checkpoint / STATE).write_text(json.dumps(state | ({} if is_validated else {"val_loss": None})))
+    monkeypatch.setattr("checkpoints.verify", lambda path: None)
+    train(tiny_run("x", **options))
+    assert losses(run, "val") == [3, 5, 7]
 
 
 def test_the_lowest_loss_is_searched_again_if_eval_tokens_change(tiny_run, train, capsys):

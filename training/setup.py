@@ -43,6 +43,7 @@ class TrainingState:
     overflow_steps: int = 0  # steps whose gradient overflowed float16
     val_loss: float | None = None  # validation loss after step `step`; None if it was not measured
     best: tuple[float, int] | None = None  # lowest validation loss so far, and the step after which it was measured
+    validations_since_best: int = 0  # number of validations after the one of `best`, for eval.patience
     val_tokens: int = 0  # number of targets over which val_loss and best are means; 0: no validation split so far
     final_tokens: int = 0  # number of targets that the last pass over eval.final_tokens scored; 0: no such pass so far
     save_seconds: float = 0.0  # seconds that training paused for the last checkpoint; logged with the next step

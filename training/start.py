@@ -175,7 +175,11 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
         run["branch_from"] = config.run.branch_from
     if is_parent or scores_other_tokens(state, val_tokens):
         # The search for the lowest loss starts again, and eval.patience counts from zero.
-        state["val_loss"] = state["best"] = None
+        state |= {"val_loss": None, "best": None, "validations_since_best": 0}
+    if "validations_since_best" not in state and state.get("best") and config.eval.every:  # an older checkpoint
+        # A validation of the checkpoint's own step is missing if val_loss is None.
+        steps_since_best = state["step"] - state["best"][1] - (state.get("val_loss") is None)
+        state["validations_since_best"] = steps_since_best // config.eval.every
     refuse_changes(state["identity"], identity, allow=is_parent or config.run.allow_changes, is_parent=is_parent)
     if is_parent and state["step"] >= steps:
         raise ValueError(

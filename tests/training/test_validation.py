@@ -64,7 +64,7 @@ def test_the_last_validation_also_scores_final_tokens_and_changes_nothing_else(t
 
 
 def test_a_finished_run_repeats_its_last_validation_if_final_tokens_change(tiny_run, train, monkeypatch):
-    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1, "eval.tokens": 70}
+    options = {"optim.steps": 4, "eval.every": 2, "eval.samples": 1, "eval.tokens": 70, "optim.lr": 1e-20}
     run = train(tiny_run("run", **options))
     for tokens in (100, 10**6):
         changed = options | {"eval.final_tokens": tokens}
@@ -86,6 +86,7 @@ def test_a_finished_run_repeats_its_last_validation_if_final_tokens_change(tiny_
     train(tiny_run("run", **changed))
     assert written()[0] == before[0]
     assert read_state(run / "checkpoints" / "step-000004") == state
+    assert state["validations_since_best"] == 2  # those after steps 2 and 4: a repeated one counts once
 
 
 def test_final_tokens_of_a_mixture_are_those_of_all_its_parts(tiny_run, train, verses, tmp_path):
