@@ -11,7 +11,7 @@ from data.shards import TOKEN, open_split
 from data.tokenizer import load_tokenizer
 from pretrained import load_model
 from report.model_pages import write_attention_page, write_embeddings_page, write_tokens_page
-from report.run_log import read_run_log
+from report.run_log import dataset_directories, read_run_log
 from report.runs_page import write_runs_page
 
 PAGES = ("report", "attention", "tokens", "embeddings")
@@ -38,9 +38,11 @@ def write_all_pages(run: Path, checkpoint: str | None, text: str | None) -> None
 def example_text(config: dict[str, Any]) -> str:
     """Return the text of the first EXAMPLE_TOKENS tokens of a run's validation split, without end-of-text tokens.
 
+    For a mixture, this is the split of its first dataset.
+
     Raises ValueError if the split or its tokenizer cannot be read, for example because the dataset no longer exists.
     """
-    directory = config.get("data", {}).get("dir", "")
+    directory = dataset_directories(config)[0]
     try:
         split = open_split(directory, "val")
         tokenizer = load_tokenizer(directory)

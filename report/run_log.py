@@ -23,7 +23,8 @@ TRAIN_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "loss_scale")
 class ValidationSet(NamedTuple):
     """The data that a validation loss was measured on. Losses on different validation sets cannot be compared."""
 
-    # The sha256 of each validation shard, or of val.jsonl for completions. If it is unknown: the path of the dataset.
+    # The sha256 of each validation shard (of all datasets of a mixture), or of val.jsonl for completions. If the sha256
+    # is unknown: the path of the dataset.
     data: str
     tokens: int  # number of scored tokens; 0 (which stands for the whole file) for prompts and completions
     sequence_length: int
@@ -43,7 +44,8 @@ class RunLog:
         status: the result of `RunDirectory.read_status`, such as "finished".
         splits: the columns of metrics.jsonl by split and name, (n,) each, with NaN for missing values.
         convention: how HellaSwag was scored (see Convention in eval/choices.py), or "" if it was not scored.
-        source: where the text of the dataset comes from, or the name of its directory if no file says it.
+        source: where the text of the dataset comes from, or the name of its directory if no file says it. For a
+            mixture, the sources of all datasets.
         reference_losses: (model, nats per token) of other models on the same validation set.
         evaluations: results in the format of eval.run, some with the "checkpoint" that was evaluated.
         samples: ("step 500", texts) in the order of writing.
@@ -116,34 +118,50 @@ def _columns(records: Sequence[dict[str, Any]], split: str, names: Sequence[str]
     return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
 
 
+def dataset_directories(config: dict[str, Any]) -> list[str]:
+    """Return the directories of a run's datasets: several for a mixture, otherwise data.dir, or "" if it is unknown."""
+    data = config.get("data", {})
+    return [part["dir"] for part in data.get("mixture") or []] or [data.get("dir", "")]
+
+
 def _read_validation_set(config: dict[str, Any], run: Path) -> tuple[str, ValidationSet, list[tuple[str, float]]]:
     """Return the source of the dataset, the validation set, and the losses of other models on it.
 
-    The files of a run do not describe its validation set, so this function reads the dataset itself.
+    The files of a run do not describe its validation set, so this function reads the datasets themselves.
     """
-    data, limit = config.get("data", {}), config.get("eval", {}).get("tokens", 0)
-    directory = Path(data.get("dir", ""))
+    data, names = config.get("data", {}), dataset_directories(config)
     if data.get("format") == "completions":
-        file, checkpoints = directory / "val.jsonl", list_checkpoints(RunDirectory(run).checkpoints)
+        directory, checkpoints = Path(names[0]), list_checkpoints(RunDirectory(run).checkpoints)
+        file = directory / "val.jsonl"
         texts = file_sha256(file) if file.is_file() else str(directory)
         kind = load_tokenizer(checkpoints[-1]).kind if checkpoints else ""
         return directory.name, ValidationSet(texts, 0, data.get("sequence_length", 0), kind), []
-    meta = read_meta(directory) if data.get("dir") and directory.is_dir() else None
-    if meta is None:
-        # Shards without meta.json have GPT-2 tokens. If the dataset is gone, its tokenizer is unknown.
-        kind = "gpt2" if directory.is_dir() else ""
-        validation = ValidationSet(str(directory), limit, data.get("sequence_length", 0), kind)
-        source = directory.name
-    else:
-        shards = " ".join(shard.sha256 for shard in meta.shards["val"])
-        tokens = min(limit, max(0, meta.tokens["val"] - 1))  # the first token of a split is never scored
-        validation = ValidationSet(shards, tokens, data.get("sequence_length", 0), meta.tokenizer)
-        source = meta.source
-    losses = losses_to_beat(directory, source, validation.tokenizer) if data else []
+    sources, sets = zip(*(_read_dataset(name, config) for name in names), strict=True)
+    source = "; ".join(sources)
+    # The parts of a mixture are sorted, because the loss on all of them does not depend on their order.
+    texts, tokens = " ".join(sorted(part.data for part in sets)), sum(part.tokens for part in sets)
+    validation = sets[0]._replace(data=texts, tokens=tokens)
+    if data.get("mixture"):  # no loss of another model was measured on a mixture
+        return source, validation, []
+    losses = losses_to_beat(names[0], source, validation.tokenizer) if data else []
     released = published_losses(source) if validation.tokenizer == "gpt2" else {}
     known = {name.removesuffix(", published") for name, _ in losses}
     losses += [(f"{name}, published", loss) for name, loss in released.items() if name not in known]
     return source, validation, losses
+
+
+def _read_dataset(name: str, config: dict[str, Any]) -> tuple[str, ValidationSet]:
+    """Return the source of the token shards in the directory `name`, and their validation set."""
+    directory, limit = Path(name), config.get("eval", {}).get("tokens", 0)
+    length = config.get("data", {}).get("sequence_length", 0)
+    meta = read_meta(directory) if name and directory.is_dir() else None
+    if meta is None:
+        # Shards without meta.json have GPT-2 tokens. If the dataset is gone, its tokenizer is unknown.
+        kind = "gpt2" if directory.is_dir() else ""
+        return directory.name, ValidationSet(str(directory), limit, length, kind)
+    shards = " ".join(shard.sha256 for shard in meta.shards["val"])
+    tokens = min(limit, max(0, meta.tokens["val"] - 1))  # the first token of a split is never scored
+    return meta.source, ValidationSet(shards, tokens, length, meta.tokenizer)
 
 
 def _evaluations(log: RunLog) -> Iterator[dict[str, Any]]:

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from data.tokenizer import load_tokenizer
-from eval.reference import published_losses
+from eval.reference import published_losses, save_reference
 from model import GPT, GPTConfig
 from report import page
-from report.all_pages import PAGES
+from report.all_pages import PAGES, example_text
 from report.charts import COLORS, POINTS, by_validation_set, make_charts, thin
 from report.model_pages import packed_attentions, predict_tokens, similarity
 from report.page import token_labels
@@ -122,6 +122,29 @@ def test_runs_with_different_validation_sets_have_separate_charts(tmp_path):
     assert "validated on 2 different sets" in out.read_text(encoding="utf-8")
     report(directories[0], directories[2], "--out", out)
     assert "different sets" not in out.read_text(encoding="utf-8")
+
+
+def test_the_validation_set_of_a_mixture_is_that_of_its_parts(tmp_path, verses):
+    """data.dir is not used then, and may be missing or another dataset."""
+    alone, other = (shutil.copytree(verses, tmp_path / name) for name in ("alone", "other"))
+    save_reference(alone, "gpt2", {"loss": 1.0, "tokenizer": "char"})
+    meta = json.loads((other / "meta.json").read_text())
+    shards = [{**shard, "sha256": "0"} for shard in meta["shards"]["val"]]
+    (other / "meta.json").write_text(
+        json.dumps(meta | {"source": "letters", "shards": meta["shards"] | {"val": shards}})
+    )
+
+    def log(name, directory, *parts):
+        mixture = [{"dir": str(part), "weight": 1.0} for part in parts]
+        data = {"dir": str(directory), "mixture": mixture, "sequence_length": 64}
+        return read_run_log(write_run(tmp_path / name, config={"data": data, "eval": {"tokens": 70}}), name)
+
+    mixed, turned = log("a", alone, alone, other), log("b", tmp_path / "gone", other, alone)
+    assert by_validation_set([mixed, turned, log("c", alone), log("d", other)]) == [[0, 1], [2], [3]]
+    assert (mixed.validation.tokens, mixed.validation.tokenizer) == (140, "char")
+    assert mixed.source == f"{meta['source']}; letters"
+    assert (mixed.reference_losses, log("e", alone).reference_losses) == ([], [("gpt2", 1.0)])
+    assert example_text(turned.config) == example_text(log("f", verses).config)
 
 
 def test_tokens_and_time_to_a_loss(tmp_path):
