@@ -14,6 +14,7 @@ import uuid
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from device import autocast, find_device, find_dtype, keep_freed_memory, make_deterministic
+
+Value = TypeVar("Value")
 
 # How long processes wait for each other at the start. Each one first loads libraries, perhaps from a slow file system.
 JOIN_TIMEOUT = timedelta(minutes=10)
@@ -62,13 +65,13 @@ class Processes:
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
-    def broadcast(self, number: int) -> int:
-        """Return, on every process, the integer that the main process passed."""
+    def broadcast(self, value: Value) -> Value:
+        """Return, on every process, the value that the main process passed: a number, a text, a path, or a tuple."""
         if self.world_size == 1:
-            return number
-        tensor = torch.tensor(number, device=self.device)
-        dist.broadcast(tensor, src=0)
-        return int(tensor)
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def autocast(self) -> AbstractContextManager:
         """Return a context in which matrix products run in this process's `dtype`."""

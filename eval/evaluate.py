@@ -30,7 +30,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for path in outputs:
         check_writable(path)
     with join_processes(args.device, args.dtype) as processes:
-        name = resolve_model(args.model, checkpoint=args.checkpoint)
+        # Each process finds the model, and prints an error about a wrong name. All use the one that the main process
+        # found, because a run that is still training may have saved another checkpoint meanwhile.
+        name = processes.broadcast(resolve_model(args.model, checkpoint=args.checkpoint))
         directory = locate(name)
         model, tokenizer = load_model_and_tokenizer(
             name, directory, processes.device, through_transformers=args.transformers

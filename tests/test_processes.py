@@ -17,7 +17,7 @@ def test_one_process_needs_no_process_group():
     one = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
     assert one.is_main
     assert one.all_reduce_sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
-    assert (one.all_reduce_min(3), one.broadcast(4)) == (3, 4)
+    assert (one.all_reduce_min(3), one.broadcast((4, None))) == (3, (4, None))
     assert not torch.distributed.is_initialized()
 
 

@@ -10,6 +10,7 @@ import torch
 from checkpoints import read_state
 from device import CARDS, DTYPES, Card, find_card
 from model import GPTConfig
+from pretrained import find_model
 from processes import Processes
 from training.config import Config, Flags
 from training.estimate import Hardware, Workload, count_parameters
@@ -17,7 +18,7 @@ from training.inputs import Inputs, describe_epochs, open_inputs, warnings
 from training.metrics import duration
 from training.plan import GPU_SHARE, usable_memory
 from training.prediction import describe_expected_loss
-from training.start import Start, describe_start, find_initial_model, find_start, read_saved_state, run_identity
+from training.start import Start, choose_model, describe_start, find_start, read_saved_state, run_identity
 from training.step_time import CPU_SHARE, PUBLISHED, estimate_step, seconds_on_cpu
 from training.transfer import describe_rates
 
@@ -86,8 +87,9 @@ def find_start_alone(config: Config, processes: Processes) -> tuple[Start, str]:
     try:
         return find_start(config, directory, Processes(0, 1, processes.device, processes.dtype)), ""
     except FileNotFoundError as error:
-        # If the missing file is the model that model.init_from names, `find_initial_model` raises the error again.
-        return Start(None, False, [], find_initial_model(config, None)), str(error)
+        # If the missing file is the model that model.init_from names, `choose_model` or `find_model` raises an error.
+        model = choose_model(config, None)
+        return Start(None, False, [], find_model(model) if model else None), str(error)
 
 
 def check_start(start: Start, config: Config, model: GPTConfig, inputs: Inputs | None) -> list[str]:

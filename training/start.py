@@ -11,7 +11,7 @@ import torch
 
 from checkpoints import choose_checkpoint, find_newest, is_run, list_checkpoints, read_state
 from model import GPT, GPTConfig
-from pretrained import ModelFiles, extend_positions, find_model
+from pretrained import ModelFiles, extend_positions, find_model, resolve_model
 from processes import Processes
 from training.config import Config, Optim
 from training.inputs import Inputs
@@ -36,23 +36,22 @@ class Start(NamedTuple):
 def find_start(config: Config, directory: Path, processes: Processes) -> Start:
     """Return where a run starts according to run.resume, run.branch_from and model.init_from.
 
-    Only the main process chooses the checkpoint, so that all processes start from the same one.
+    Only the main process chooses the checkpoint or the model, so that all processes start from the same one: another
+    run may add or delete checkpoints meanwhile.
 
     Args:
         directory: the directory `checkpoints` of the run.
 
     Raises ValueError or OSError if run.resume contradicts the checkpoints, or if a file is missing or damaged.
     """
-    checkpoint, branches, damaged = None, False, list[Path]()
+    checkpoint, branches, damaged, model = None, False, list[Path](), None
     if processes.is_main:
         checkpoint, damaged = find_checkpoint(config.run.resume, directory)
         if checkpoint is None and config.run.branch_from is not None:
             checkpoint, branches = find_branch_point(config.run.branch_from), True
-    step = processes.broadcast(-1 if checkpoint is None else read_state(checkpoint)["step"])
-    if branches := bool(processes.broadcast(int(branches))):
-        directory = parse_branch_point(str(config.run.branch_from))[0] / "checkpoints"
-    checkpoint = None if step < 0 else directory / f"step-{step:06d}"
-    return Start(checkpoint, branches, damaged, find_initial_model(config, checkpoint))
+        model = choose_model(config, checkpoint)
+    checkpoint, branches, model = processes.broadcast((checkpoint, branches, model))
+    return Start(checkpoint, branches, damaged, find_model(model) if model else None)
 
 
 def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Path]]:
@@ -100,11 +99,15 @@ def find_branch_point(name: str) -> Path:
     return choose_checkpoint(directory, step)
 
 
-def find_initial_model(config: Config, checkpoint: Path | None) -> ModelFiles | None:
-    """Return the model in `checkpoint`. Without a checkpoint, return that of model.init_from, or None for scratch."""
+def choose_model(config: Config, checkpoint: Path | None) -> str | None:
+    """Return the directory or hub name of the model to start from, or None for new weights.
+
+    This is the model in `checkpoint` or, without a checkpoint, that of model.init_from. For a run, it is one of its
+    checkpoints.
+    """
     if checkpoint is None and config.model.init_from == "scratch":
         return None
-    return find_model(str(checkpoint or config.model.init_from))
+    return resolve_model(str(checkpoint or config.model.init_from))
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:

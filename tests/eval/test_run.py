@@ -107,6 +107,14 @@ def test_table_json_and_examples(tiny, tmp_path, capsys):
     assert not (tmp_path / "f.json.partial").exists()
 
 
+def test_all_processes_evaluate_the_model_that_the_main_process_found(tiny, text, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("processes.Processes.broadcast", lambda self, value: tiny)
+    other = shutil.copytree(tiny, tmp_path / "other")  # as if this process had found a newer checkpoint
+    main(["--model", str(other), "--tasks", "perplexity", "--text", str(text), "--device", "cpu", "--json", str(out)])
+    assert {row["checkpoint"] for row in results(out).values()} == {tiny}
+
+
 def test_a_table_has_no_column_without_an_entry():
     row = {"task": "perplexity", "convention": "stride 64", "metric": "perplexity", "value": 20.7, "stderr": None}
     row |= {"count": 1200, "published": {}}

@@ -1,9 +1,11 @@
 """What a resumed run may change, and what is refused."""
 
 import pytest
+import torch
 
+from processes import Processes
 from training.config import Config, MixturePart
-from training.start import fixed_settings, refuse_changes
+from training.start import find_start, fixed_settings, refuse_changes
 
 FIELDS = [(s, f) for s, fields in Config().to_dict().items() for f in fields]
 
@@ -64,3 +66,20 @@ def test_other_hardware_and_other_reports_are_the_same_run():
     now = Config()
     now.data.micro_batch, now.system.device, now.eval.every, now.checkpoint.keep, now.log.every = 3, "cpu", 7, 9, 1
     refuse_changes(fixed_settings(Config()), fixed_settings(now), allow=False)
+
+
+def test_all_processes_start_from_the_model_that_the_main_process_chose(tiny_run, train, tmp_path, monkeypatch):
+    """The run of model.init_from saves a checkpoint after the main process has chosen one."""
+    source = tiny_run("source", **{"optim.steps": 3})
+    first = train(source) / "checkpoints" / "step-000003"
+    config, broadcast = tiny_run("tuned", **{"model.init_from": str(first.parent.parent)}), []
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value: broadcast.append(value) or value)
+
+    def start(rank):
+        processes = Processes(rank, 2, torch.device("cpu"), torch.float32)
+        return find_start(config, tmp_path / "runs" / "tuned" / "checkpoints", processes)
+
+    assert start(0).model.directory == first
+    train(tiny_run("source", **{"optim.steps": 4, "run.allow_changes": True}))
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value: broadcast[0])
+    assert start(1).model.directory == first
