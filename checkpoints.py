@@ -31,6 +31,18 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def check_directory(directory: Path) -> None:
+    """Raise NotADirectoryError if a run's `checkpoints` exists and is not a directory.
+
+    Usually it is a link to a disk that is not mounted. Such a run has checkpoints, so it must not start again.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise NotADirectoryError(
+            f"{directory} leads to {os.path.realpath(directory)}, which is not a directory: mount its disk, or restore "
+            f"the checkpoints. To start from the beginning, delete {directory}"
+        )
+
+
 def verify(checkpoint: Path) -> None:
     """Compare every file that a checkpoint's manifest lists with the size and the hash in the manifest.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints import choose_checkpoint, find_newest, is_run, list_checkpoints, read_state
+from checkpoints import check_directory, choose_checkpoint, find_newest, is_run, list_checkpoints, read_state
 from model import GPT, GPTConfig
 from pretrained import ModelFiles, extend_positions, find_model, resolve_model
 from processes import Processes
@@ -57,8 +57,9 @@ def find_start(config: Config, directory: Path, processes: Processes) -> Start:
 def find_checkpoint(resume: str, directory: Path) -> tuple[Path | None, list[Path]]:
     """Return the checkpoint that run.resume selects, or None for a new run, and the newer checkpoints that are damaged.
 
-    Raises ValueError or FileNotFoundError if run.resume contradicts the existing checkpoints, or if all are damaged.
+    Raises ValueError or OSError if run.resume contradicts the existing checkpoints, or if they cannot be read.
     """
+    check_directory(directory)
     if resume == "never":
         if list_checkpoints(directory):
             raise ValueError(

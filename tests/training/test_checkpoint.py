@@ -256,6 +256,23 @@ def test_older_checkpoints_that_cannot_be_read_are_kept(run, tiny_run, train, ca
     assert capsys.readouterr().err.count("cannot be read") == 2  # each is named once
 
 
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_a_run_whose_checkpoints_are_on_a_missing_disk_does_not_start_again(run, tiny_run, train, tmp_path, resume):
+    disk = tmp_path / "disk"
+    shutil.move(run / "checkpoints", disk / "checkpoints")
+    (run / "checkpoints").symlink_to(disk / "checkpoints")
+    config = tiny_run("run", **{"optim.steps": 10, "run.resume": resume})
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    shutil.move(disk, tmp_path / "unmounted")
+    with pytest.raises(NotADirectoryError, match=rf"{run}/checkpoints leads to {disk}/\w+, which is not a directory"):
+        train(config)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    shutil.move(tmp_path / "unmounted", disk)
+    if resume != "never":
+        train(config)
+        assert steps(run) == [4, 8, 10]
+
+
 def test_resume_never_and_must(run, tiny_run, train):
     with pytest.raises(ValueError, match=r"run.resume is never, but .* has checkpoints"):
         train(tiny_run("run", **{"run.resume": "never"}))
