@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from processes import Processes, lost_process, name_lost_processes, start_processes, stop_processes
 from training.config import Config, Flags, parse_command_line
@@ -21,8 +22,9 @@ from training.config import Config, Flags, parse_command_line
 class StopSignal:
     """Records the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, so that training can stop after the current step.
 
-    After this first signal, Ctrl-C raises KeyboardInterrupt as usual. If the process was started with nohup, SIGHUP
-    stays ignored.
+    Use it in a `with` statement. It handles the signals in the `with` block only; then the previous handlers are
+    restored. After the first signal, Ctrl-C raises KeyboardInterrupt as usual. If the process was started with nohup,
+    SIGHUP stays ignored.
 
     Args:
         announce: whether to print on stderr that training will stop; True on the main process only.
@@ -30,9 +32,18 @@ class StopSignal:
 
     def __init__(self, *, announce: bool) -> None:
         self.received, self._announce = False, announce
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._receive)
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            if handler is not None:  # None means that it was not set in Python, which cannot restore it
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True

@@ -26,11 +26,8 @@ MUON = {
 
 
 @pytest.fixture
-def trained(tiny_run, prepare, monkeypatch):
+def trained(tiny_run, prepare):
     """`trained("z-loss")`: a TrainingRun after its last step, without an idea for "plain"."""
-    monkeypatch.setattr(
-        "train.StopSignal", lambda **options: SimpleNamespace(received=False)
-    )  # keeps pytest's signal handlers
 
     def run(name, **changes):
         with prepare(tiny_run(name, **MUON | changes)) as prepared:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -77,7 +76,6 @@ def test_a_recipe_is_compared_with_the_present_recipe(results, tmp_path):
 
 
 def test_the_command_trains_what_the_results_lack(tiny_run, write_config, monkeypatch, tmp_path, capsys, python):
-    monkeypatch.setattr("train.StopSignal", lambda **options: SimpleNamespace(received=False))
     config = str(write_config(tiny_run("tiny", **{"optim.name": "muon", "eval.every": 6})))
     monkeypatch.setattr(recipes, "SIZES", {"small": Size(config, 8)})
     monkeypatch.setattr(recipes, "PRESENT", "optim.lr=1e-2")

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -26,8 +25,7 @@ def config(tiny_run, write_config):
 
 
 @pytest.fixture
-def options(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.StopSignal", lambda **options: SimpleNamespace(received=False))
+def options(config, tmp_path):
     grid = ["--shapes", "1x16", "1x32", "2x16", "2x32", "--fractions", "0.2", "0.5", "1", "--seeds", "1"]
     return ["--config", config, "--results", str(tmp_path / "scaling.json"), *grid]
 

@@ -1,5 +1,7 @@
 """A sweep trains each combination once, and its table agrees with the logs of the runs."""
 
+import os
+import signal
 import statistics
 
 import pytest
@@ -75,6 +77,23 @@ def test_a_finished_run_is_scored_on_final_tokens_that_were_added_later(tiny_run
         later = score("x", **{"eval.final_tokens": tokens})
         assert later == score(f"fresh-{tokens}", **{"eval.final_tokens": tokens}) != before
     assert score("x") == before
+
+
+def test_control_c_at_the_end_of_a_run_or_before_the_next_ends_a_sweep(tiny_run, write_config, monkeypatch):
+    def train_one(name):
+        config = write_config(tiny_run(name, **{"optim.steps": 2, "eval.every": 2, "optim.warmup_steps": 1}))
+        train_to_end(["--config", str(config)], None)
+
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    train_one("first")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("scripts.sweep.setup", interrupt)
+        train_one("second")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.draw_loss", interrupt)  # the last checkpoint has been written
+        train_one("third")
 
 
 def test_a_run_that_patience_ended_is_read_and_not_repeated(sweep, tmp_path):

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -116,7 +115,6 @@ def test_each_sweep_varies_its_field_only(name):
 
 
 def test_the_command_trains_what_the_results_lack(tiny_run, write_config, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("train.StopSignal", lambda **options: SimpleNamespace(received=False))
     monkeypatch.setattr(transfer, "BASE", str(write_config(tiny_run("tiny"))))
     monkeypatch.setattr(transfer, "COMMON", "eval.at_start=false")
     sweeps = {"muon": Sweep("muon", "muon_lr", "optim.lr=0.01"), "muon-lr": Sweep("muon", "lr", "optim.muon_lr=0.02")}

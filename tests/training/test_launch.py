@@ -1,5 +1,6 @@
 """The start and the end of a training process: stop requests, their messages, and exit statuses."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from train import train_step
 from training.launch import StopSignal
 from training.run_directory import read_metrics
 
@@ -25,28 +27,42 @@ def keep_handlers():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_interrupt_is_not_recorded_but_raised(keep_handlers, capfd, number):
-    stop = StopSignal(announce=True)
-    assert not stop.received
-    os.kill(os.getpid(), number)
-    assert stop.received
-    again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
-    assert capfd.readouterr().err == f"\nStopping after this step, with a checkpoint{again}\n"
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+    with StopSignal(announce=True) as stop:
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        assert stop.received
+        again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
+        assert capfd.readouterr().err == f"\nStopping after this step, with a checkpoint{again}\n"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_only_the_main_process_announces_a_stop(keep_handlers, capfd):
-    stop = StopSignal(announce=False)
-    os.kill(os.getpid(), signal.SIGINT)
+    with StopSignal(announce=False) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
     assert stop.received
     assert capfd.readouterr().err == ""
 
 
 def test_under_nohup_the_run_outlives_its_terminal(keep_handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopSignal(announce=False)
-    os.kill(os.getpid(), signal.SIGHUP)
+    with StopSignal(announce=False) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.received
+
+
+@pytest.mark.parametrize("failure", [None, FloatingPointError, KeyboardInterrupt])
+def test_after_training_the_previous_handlers_are_back(keep_handlers, tiny_run, train, failure):
+    def step(run, *requests):
+        os.kill(os.getpid(), signal.SIGTERM)  # its handler replaces that of Ctrl-C
+        if failure is not None:
+            raise failure
+        return train_step(run, *requests)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with contextlib.suppress(FloatingPointError, KeyboardInterrupt):
+        train(tiny_run(), train_step=step)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 # Interrupts itself while train.py imports a module.
