@@ -42,7 +42,9 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
     config = parse_config(arguments)
     if not config.eval.every:
         raise ValueError("eval.every is 0: set it, because runs without a validation cannot be compared")
-    with setup(config, start_processes(config.system.device, config.system.dtype)) as run:
+    system = config.system
+    processes = start_processes(system.device, system.dtype, deterministic=system.deterministic)
+    with setup(config, processes) as run:
         if idea is not None and run.state.step and (not is_done(run) or run.lacks_validation):
             raise ValueError(
                 f"{run.directory.path} was stopped at step {run.state.step} before the last validation of this "

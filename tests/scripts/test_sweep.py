@@ -3,10 +3,12 @@
 import os
 import signal
 import statistics
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
-from scripts.sweep import train_to_end
+from scripts.sweep import finish, train_to_end
 from training.run_directory import read_metrics
 
 
@@ -77,6 +79,16 @@ def test_a_finished_run_is_scored_on_final_tokens_that_were_added_later(tiny_run
         later = score("x", **{"eval.final_tokens": tokens})
         assert later == score(f"fresh-{tokens}", **{"eval.final_tokens": tokens}) != before
     assert score("x") == before
+
+
+def test_a_run_of_a_sweep_is_deterministic_if_configured(tiny_run, write_config, monkeypatch):
+    found = []
+    monkeypatch.setattr("scripts.sweep.start_processes", lambda *names, deterministic: found.append(deterministic))
+    monkeypatch.setattr("scripts.sweep.setup", lambda config, processes: nullcontext(SimpleNamespace()))
+    monkeypatch.setattr("scripts.sweep.train", lambda run, **functions: "finished")
+    for wanted in (True, False):
+        finish(["--config", str(write_config(tiny_run(**{"system.deterministic": wanted, "eval.every": 1})))], None)
+    assert found == [True, False]
 
 
 def test_control_c_at_the_end_of_a_run_or_before_the_next_ends_a_sweep(tiny_run, write_config, monkeypatch):
