@@ -30,6 +30,9 @@ from training.config import parse_config
 from training.run_directory import read_metrics
 from training.setup import setup
 
+# Fields that a sweep sets itself for each run, and what to do instead of varying them.
+OWN_FIELDS = {"run.seed": "use --seeds", "run.dir": "use --dir", "run.name": "each run is named by the varied values"}
+
 
 def finish(arguments: list[str], idea: type[Idea] | None) -> None:
     """Train a run until it ends. `arguments` are those of train.py. `idea`, if given, changes the training.
@@ -158,9 +161,14 @@ def main() -> None:
     )
     parser.add_argument("--dir", default="runs/sweep", help="directory of the runs (default: %(default)s)")
     args = parser.parse_args()
-    for field in args.vary:
+    names = [field.partition("=")[0] for field in args.vary]
+    for field, name in zip(args.vary, names, strict=True):
         if "=" not in field:
             parser.error(f"--vary {field}: expected FIELD=VALUE,VALUE")
+        if name in OWN_FIELDS:
+            parser.error(f"--vary {field}: the sweep sets {name} itself; {OWN_FIELDS[name]}")
+        if names.count(name) > 1:
+            parser.error(f"--vary has {name} twice: give all its values at once, {name}=VALUE,VALUE")
     then = "delete the run that was stopped, and repeat" if args.idea else "continue with"
     with ending(parser, interrupted=f"\n{parser.prog}: stopped; {then} the same command\n"):
         print(table(args))
