@@ -232,8 +232,8 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], *, allow: bool, 
 def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens: int) -> list[str]:
     """Return lines that name the checkpoint from which the run starts, or [] if there is none.
 
-    For a resumed run, a second line says if validations now score another number of tokens. For a branch, a second line
-    warns if the parent's learning rate at the branch point was different. `saved` is the result of `read_saved_state`.
+    For a resumed run, a second line says if validations now score another number of tokens. For a branch, other lines
+    warn if the parent's learning rates at the branch point were different. `saved` is the result of `read_saved_state`.
     """
     if start.checkpoint is None:
         return []
@@ -248,13 +248,15 @@ def describe_start(start: Start, saved: dict[str, Any], optim: Optim, val_tokens
             )
         return lines
     before = dataclasses.replace(optim, **saved["identity"]["optim"])
-    old, new = (o.lr * learning_rate_factor(saved["step"] - 1, o) for o in (before, optim))
     lines = [f"branching from {parent}"]
-    if not math.isclose(old, new):
-        lines.append(
-            f"warning: {parent} was trained with a learning rate of {old:.3g} in its last step, where the schedule of "
-            f"this run has {new:.3g}: branch from an earlier step, or change optim.steps or the schedule"
-        )
+    for name in ("lr", "muon_lr") if optim.name == "muon" else ("lr",):
+        old, new = (getattr(o, name) * learning_rate_factor(saved["step"] - 1, o) for o in (before, optim))
+        if not math.isclose(old, new):
+            lines.append(
+                f"warning: {parent} was trained with a learning rate of {old:.3g} in its last step, where this run has "
+                f"{new:.3g} (optim.{name}): branch from an earlier step, or change optim.{name}, optim.steps or the "
+                f"schedule"
+            )
     return lines
 
 

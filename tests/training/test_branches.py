@@ -157,17 +157,30 @@ def test_patience_counts_from_the_branch_point(stable, tiny_run, train):
     assert read_metrics(branch / "metrics.jsonl")[-1]["step"] == 16
 
 
-def test_a_branch_point_inside_the_decay_gives_a_warning(stable, tiny_run, prepare, capsys):
-    parent = stable()
-    for step, warned in ((14, False), (16, True)):
-        with prepare(tiny_run(str(step), **DECAY | {"run.branch_from": f"{parent}@{step}"})):
-            pass
-        output = capsys.readouterr().out
-        assert f"branching from {parent}/checkpoints/step-0000{step}" in output
-        message = (
-            "was trained with a learning rate of 0.01 in its last step, where the schedule of this run has 0.00833"
-        )
-        assert (message in output) == warned
+@pytest.mark.parametrize(
+    ("step", "changes", "warned"),
+    [
+        (14, {}, []),
+        (16, {}, ["0.01 in its last step, where this run has 0.00833 (optim.lr)"]),
+        (14, {"optim.lr": 2e-2}, ["0.01 in its last step, where this run has 0.02 (optim.lr)"]),
+        (14, {"optim.muon_lr": 0.03}, []),  # AdamW does not use it
+        (14, {"optim.name": "muon"}, []),
+        (14, {"optim.name": "muon", "optim.muon_lr": 0.03}, ["0.02 in its last step, where this run has 0.03 (opt"]),
+        (16, {"optim.name": "muon"}, ["where this run has 0.00833 (optim.lr)", "this run has 0.0167 (optim.muon_lr)"]),
+    ],
+)
+def test_other_learning_rates_at_the_branch_point_give_a_warning(
+    stable, tiny_run, prepare, capsys, step, changes, warned
+):
+    parent = stable(**{"optim.name": changes.get("optim.name", "adamw")})
+    capsys.readouterr()
+    with prepare(tiny_run("branch", **DECAY | changes | {"run.branch_from": f"{parent}@{step}"})):
+        pass
+    lines = capsys.readouterr().out.splitlines()
+    assert f"branching from {parent}/checkpoints/step-0000{step}" in lines
+    lines = [line for line in lines if "was trained with a learning rate of" in line]
+    assert len(lines) == len(warned)
+    assert all(message in line for message, line in zip(warned, lines, strict=True))
 
 
 @pytest.mark.parametrize(
