@@ -28,7 +28,7 @@ from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
 from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
-from training.start import Start, describe_start, find_start, make_model, read_saved_state, run_identity
+from training.start import Start, describe_start, find_start, make_model, read_saved_state, run_identity, source_paths
 from training.step_time import warn_of_slow_cpu
 from training.trackers import check_packages
 
@@ -85,14 +85,12 @@ class TrainingRun:
         """Return the content of a checkpoint's trainer/state.json."""
         progress = dataclasses.asdict(self.state)
         del progress["save_seconds"]
-        initial = Path(self.config.model.init_from)
         return {
             **progress,
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.plan.micro_batch,
             **self.plan.planned_for,
-            # `identity` has model.init_from as given, which may be relative to the directory that train.py started in.
-            "init_from_path": str(initial.resolve()) if initial.exists() else None,
+            **source_paths(self.config),
             "identity": self.identity,
         }
 

@@ -131,9 +131,21 @@ def run_identity(config: Config, model: GPTConfig, inputs: Inputs) -> dict[str, 
     }
 
 
-def same_model(init_from: str, *others: str | None) -> bool:
-    """Return whether model.init_from is the same name, or the same directory, as one of `others`."""
-    return any(other is not None and Path(other).resolve() == Path(init_from).resolve() for other in others)
+def source_paths(config: Config) -> dict[str, str | None]:
+    """Return the absolute paths of model.init_from and run.branch_from, for a checkpoint's trainer/state.json.
+
+    `run_identity` has both as given, which may be relative to the directory that train.py started in.
+    """
+    initial, branch_from = Path(config.model.init_from), config.run.branch_from
+    return {
+        "init_from_path": str(initial.resolve()) if initial.exists() else None,
+        "branch_from_path": None if branch_from is None else str(parse_branch_point(branch_from)[0].resolve()),
+    }
+
+
+def same_place(name: str | Path, *others: str | Path | None) -> bool:
+    """Return whether the name of a model, or of a directory, leads to the same directory as one of `others`."""
+    return any(other is not None and Path(other).resolve() == Path(name).resolve() for other in others)
 
 
 def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
@@ -144,12 +156,15 @@ def scores_other_tokens(state: dict[str, Any], val_tokens: int) -> bool:
     return bool(state.get("val_tokens") and val_tokens) and state["val_tokens"] != val_tokens
 
 
-def same_branch_point(before: str | None, now: str | None) -> bool:
-    """Return whether two values of run.branch_from name the same step of the same directory."""
+def same_branch_point(before: str | None, now: str | None, path: str | None) -> bool:
+    """Return whether two values of run.branch_from name the same step of the same directory.
+
+    `path` is the directory that `before` led to. None means that it is not known.
+    """
     if before is None or now is None:
         return before == now
     (old, old_step), (new, new_step) = parse_branch_point(before), parse_branch_point(now)
-    return (old.resolve(), old_step) == (new.resolve(), new_step)
+    return old_step == new_step and same_place(new, old, path)
 
 
 def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val_tokens: int) -> dict[str, Any]:
@@ -171,11 +186,11 @@ def read_saved_state(start: Start, config: Config, identity: dict[str, Any], val
     # Older checkpoints do not store the newer fields of GPTConfig. They were trained with the defaults.
     model = state["identity"]["model"] = dataclasses.asdict(GPTConfig()) | state["identity"]["model"]
     places = state.get("init_from_path"), model.get("init_from", config.model.init_from)  # old checkpoints lack both
-    if same_model(config.model.init_from, *places):
+    if same_place(config.model.init_from, *places):
         model["init_from"] = config.model.init_from
     # It is no change if the parent is itself a branch, or if the same branch point is written in another way.
     run = state["identity"]["run"]
-    if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from):
+    if is_parent or same_branch_point(run.get("branch_from"), config.run.branch_from, state.get("branch_from_path")):
         run["branch_from"] = config.run.branch_from
     if is_parent or scores_other_tokens(state, val_tokens):
         # The search for the lowest loss starts again, and eval.patience counts from zero.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import OPTIMIZER, read_state
+from checkpoints import OPTIMIZER, STATE, read_state
 from processes import start_processes
 from report.diagnosis import diagnose
 from train import train_step
@@ -103,6 +103,26 @@ def test_a_branch_point_can_be_spelled_in_other_ways_when_the_branch_resumes(sta
     for name in ("stables@14", "stable@7", "stable", None):
         with pytest.raises(ValueError, match=r"run.branch_from was '.*/stable@14', is .*\. Restore these values"):
             train(tiny_run("branch", **options | {"run.branch_from": name}))
+
+
+def test_a_branch_resumes_in_another_directory_than_it_started_in(stable, tiny_run, train, monkeypatch, tmp_path):
+    parent = stable()
+    options = DECAY | {"optim.steps": 18, "checkpoint.every": 1, "checkpoint.keep": 9}
+    monkeypatch.chdir(parent.parent.parent)
+    branch = train(tiny_run("branch", **options | {"run.branch_from": "runs/stable@14"}))
+    shutil.rmtree(branch / "checkpoints" / "step-000018")
+    monkeypatch.chdir(tmp_path.parent)
+    for name in (f"{parent}@7", f"{parent}s@14"):
+        with pytest.raises(ValueError, match=r"run.branch_from was 'runs/stable@14', is "):
+            train(tiny_run("branch", **options | {"run.branch_from": name}))
+    train(tiny_run("branch", **options | {"run.branch_from": f"{parent}@14"}))
+    assert [r["step"] for r in read_metrics(branch / "metrics.jsonl")] == [15, 16, 17, 18]
+    state = read_state(branch / "checkpoints" / "step-000017")
+    del state["branch_from_path"]  # as in a checkpoint of an older version
+    (branch / "checkpoints" / "step-000017" / STATE).write_text(json.dumps(state))
+    shutil.rmtree(branch / "checkpoints" / "step-000018")
+    monkeypatch.setattr("checkpoints.verify", lambda path: None)
+    train(tiny_run("branch", **options | {"run.branch_from": "runs/stable@14"}))
 
 
 def test_a_dry_run_says_where_a_branch_would_start_or_why_it_cannot(stable, tiny_run, train):
