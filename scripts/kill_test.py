@@ -29,7 +29,7 @@ import torch.distributed.checkpoint.state_dict  # noqa: F401 (imported here, so 
 
 import train
 from checkpoints import MANIFEST, list_checkpoints, read_state
-from command import CommandParser, ending
+from command import CommandParser, at_least_one, ending
 from files import PARTIAL_SUFFIX
 from training.config import Config, parse_config
 from training.run_directory import RunDirectory
@@ -241,6 +241,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     args = parser.parse_args()
     config = parse_config(["--config", args.config])
+    at_least_one(parser, args, "kills", "processes")
+    if config.eval.patience:
+        parser.error(f"eval.patience {config.eval.patience} may end the run before optim.steps: set it to 0")
+    if (killed := args.dir / "killed").exists():
+        parser.error(f"{killed} is the run of an earlier test: give another --dir, or delete it")
     if args.kills > config.optim.steps:
         parser.error(
             f"--kills {args.kills} in a run of optim.steps {config.optim.steps}: raise optim.steps, or kill less often"

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from scripts.kill_test import main
+
 
 @pytest.fixture
 def kill(tiny_run, write_config, python, tmp_path):
@@ -38,12 +40,25 @@ def test_five_kills_of_a_float16_run_with_dropout(kill):
     assert kill(5, 1, **changes)["differences"] == []
 
 
-def test_more_kills_than_steps_are_refused_before_anything_runs(tiny_run, write_config, python, tmp_path):
-    config, out = write_config(tiny_run(**{"optim.steps": 3})), tmp_path / "out"
-    result = python("-m", "scripts.kill_test", "--config", config, "--dir", out, "--kills", 4, check=False)
-    assert result.returncode == 2
-    assert "--kills 4 in a run of optim.steps 3: raise optim.steps, or kill less often" in result.stderr
-    assert not out.exists()
+def test_impossible_tests_are_refused_before_anything_runs(tiny_run, write_config, tmp_path, monkeypatch, capsys):
+    def error_of(out, *options, **changes):
+        config = write_config(tiny_run(**{"optim.steps": 3} | changes))
+        monkeypatch.setattr("sys.argv", ["kill_test", "--config", str(config), "--dir", str(out), *options])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        assert not (out / "alone").exists()
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    few = "--kills 4 in a run of optim.steps 3: raise optim.steps, or kill less often"
+    assert few in error_of(out, "--kills", "4")
+    assert "--kills must be at least 1, got -1" in error_of(out, "--kills", "-1")
+    assert "--processes must be at least 1, got 0" in error_of(out, "--kills", "1", "--processes", "0")
+    early = "eval.patience 2 may end the run before optim.steps: set it to 0"
+    assert early in error_of(out, "--kills", "1", **{"eval.patience": 2, "eval.every": 1})
+    (out / "killed").mkdir(parents=True)
+    assert f"{out}/killed is the run of an earlier test: give another --dir, or" in error_of(out, "--kills", "1")
 
 
 @pytest.mark.slow
