@@ -293,14 +293,14 @@ def _last_cut(
         end = begin + _CUT_CONTEXT
 
 
-def _last_mark(text: bytes | bytearray, marks: re.Pattern[bytes], judged: int) -> int:
-    """Return the end of the last match in `text` that `bytes.split` finds in the whole file, or 0 if none is known.
+def _last_mark(text: bytes | bytearray, marks: re.Pattern[bytes], first: int) -> int:
+    r"""Return the end of the last match in `text` that `bytes.split` finds in the whole file, or 0 if none is known.
 
     `split` goes from left to right, and no two of its matches overlap: in three newlines, it finds one "\n\n". So this
-    function begins at a match that no earlier one overlaps, because `split` always finds such a match. For matches that
-    begin before `judged`, this is not known.
+    function begins at a match that no earlier one overlaps, because `split` always finds such a match. It begins at
+    `first` or later, because a match that begins before `text` may overlap those in the first bytes of `text`.
     """
-    end = judged
+    end = first
     for match in re.finditer(b"(?=(%b))" % marks.pattern, text):  # the lookahead also finds matches that overlap
         if match.start() >= end:
             return max(found.end() for found in marks.finditer(text, match.start()))
