@@ -200,53 +200,54 @@ def train(
     Raises FloatingPointError after MAX_BAD_STEPS bad steps. An error in writing a checkpoint can also end the run.
     """
     config, state = run.config, run.state
+    signal = StopSignal(announce=run.processes.is_main)
     stopping, bad_steps, last_save = False, 0, time.monotonic()
-    with StopSignal(announce=run.processes.is_main) as signal:
-        # Validate before training. At step 0, the loss of an untrained model is about ln(vocab_size): another number
-        # means an error in the code. A run that resumes at a later step validates if the validation of this step is
-        # missing, for example because a stop request skipped it.
-        if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
+    # Validate before training. At step 0, the loss of an untrained model is about ln(vocab_size): another number means
+    # an error in the code. A run that resumes at a later step validates if the validation of this step is missing, for
+    # example because a stop request skipped it.
+    if config.eval.every and (config.eval.at_start if state.step == 0 else run.lacks_validation):
+        stopping = not validate(run, signal)
+        if is_done(run) and not stopping:
+            save(run)  # the checkpoint from which this run resumed lacks the loss of the last validation
+    profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
+
+    while not is_done(run) and not stopping:
+        # All processes must leave the loop, or save, after the same step. But a stop signal may have reached only one
+        # of them, and their clocks differ. So train_step adds up the requests of all processes together with the loss.
+        save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
+        finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
+        # Raise an error of the thread that writes checkpoints, such as a full disk, now and not at the next save.
+        run.checkpoints.raise_failure()
+
+        # The data can cause a single bad step. Many in a row mean that training cannot recover.
+        if diverged:
+            bad_steps += 1
+        elif finite:
+            bad_steps = 0
+        if bad_steps == MAX_BAD_STEPS:
+            give_up(run)
+
+        # A process that receives SIGTERM has little time left, often 30 seconds. So a stop request skips or interrupts
+        # the validation, which may take minutes. The resumed run begins with that validation.
+        if run.lacks_validation and not stopping:
             stopping = not validate(run, signal)
-            if is_done(run) and not stopping:
-                save(run)  # the checkpoint from which this run resumed lacks the loss of the last validation
-        profiler = start_profiler(run.directory.path / "trace.json") if profile and run.processes.is_main else None
-
-        while not is_done(run) and not stopping:
-            # All processes must leave the loop, or save, after the same step. But a stop signal may have reached only
-            # one of them, and their clocks differ. So train_step adds up all requests together with the loss.
-            save_requested = 0 < config.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
-            finite, diverged, stopping, save_requested = train_step(run, signal.received, save_requested)
-            # Raise an error of the thread that writes checkpoints, such as a full disk, now and not at the next save.
-            run.checkpoints.raise_failure()
-
-            # The data can cause a single bad step. Many in a row mean that training cannot recover.
-            if diverged:
-                bad_steps += 1
-            elif finite:
-                bad_steps = 0
-            if bad_steps == MAX_BAD_STEPS:
-                give_up(run)
-
-            # A process that receives SIGTERM has little time left, often 30 seconds. So a stop request skips or
-            # interrupts the validation, which may take minutes. The resumed run begins with that validation.
-            if run.lacks_validation and not stopping:
-                stopping = not validate(run, signal)
-            # Validation comes before saving, because the checkpoint stores the validation loss. After a skipped step, a
-            # periodic save is omitted: the newest checkpoint must be one from which a run can recover.
-            if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
-                save(run)
-                last_save = time.monotonic()
-            # Draw after saving: an error in the drawing must not prevent a checkpoint. `conclude` draws once more.
-            if state.val_loss is not None and not (is_done(run) or stopping):
-                run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
-            if profiler is not None:
-                profiler.step()
-
+        # Validation comes before saving, because the checkpoint stores the validation loss. After a skipped step, a
+        # periodic save is omitted: the newest checkpoint must be one from which a run can recover.
+        if is_done(run) or stopping or (finite and (save_requested or is_due(state.step, config.checkpoint.every))):
+            save(run)
+            last_save = time.monotonic()
+        # Draw after saving: an error in the drawing must not prevent a checkpoint. `conclude` makes the last drawing.
+        if state.val_loss is not None and not (is_done(run) or stopping):
+            run.directory.draw_losses(draw_loss, state.step, run.inputs.reference_losses)
         if profiler is not None:
-            profiler.stop()
-        conclude(run, "preempted" if stopping else "finished")
+            profiler.step()
+
+    if profiler is not None:
+        profiler.stop()
+    status: Literal["finished", "preempted"] = "preempted" if stopping or not is_done(run) else "finished"
+    conclude(run, status)
     # A request that came after the last step is not lost: a program that trains several runs stops too.
-    return "preempted" if stopping or signal.received else "finished"
+    return "preempted" if signal.received else status
 
 
 # ---------------------------------------------------------------------------------------------------------------------

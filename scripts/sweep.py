@@ -27,6 +27,7 @@ from processes import start_processes
 from scripts.ideas import IDEAS, Idea, find_idea
 from train import is_done, train
 from training.config import parse_config
+from training.launch import restored_handlers
 from training.run_directory import read_metrics
 from training.setup import setup
 
@@ -47,7 +48,7 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
         raise ValueError("eval.every is 0: set it, because runs without a validation cannot be compared")
     system = config.system
     processes = start_processes(system.device, system.dtype, deterministic=system.deterministic)
-    with setup(config, processes) as run:
+    with restored_handlers(), setup(config, processes) as run:
         if idea is not None and run.state.step and (not is_done(run) or run.lacks_validation):
             raise ValueError(
                 f"{run.directory.path} was stopped at step {run.state.step} before the last validation of this "

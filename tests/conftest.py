@@ -23,6 +23,7 @@ from processes import start_processes
 from tests import forked
 from train import train as train_run
 from training.config import Checkpoint, Config, Data, Eval, Model, Optim, Run, System
+from training.launch import restored_handlers
 from training.setup import setup
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +140,7 @@ def train(prepare):
     """`train(config)`: train in this process, with other functions than train.py's if given; the run's directory."""
 
     def run(config, **functions):
-        with prepare(config) as prepared:
+        with restored_handlers(), prepare(config) as prepared:
             train_run(prepared, **functions)
         return prepared.directory.path
 

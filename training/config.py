@@ -165,8 +165,8 @@ class Eval:
     """Tokens to score, from the beginning of the validation split; with format completions, all. If a resumed
     run has another number, it forgets its lowest loss so far, and patience counts from zero."""
     final_tokens: PositiveInt | None = None
-    """Tokens to score in another pass after the last step (null: no such pass). eval.tokens, which every validation
-    scores, can then be small. If a finished run starts with another number, only its last validation is repeated."""
+    """Tokens to score in another pass after the last step (null: no such pass), so that eval.tokens can be small. If
+    it changes, a finished run repeats its last validation."""
     hellaswag: bool = True
     """Score HellaSwag during training, in the convention "completion" (see eval/hellaswag.py)."""
     hellaswag_every: PositiveInt = 1000

@@ -13,18 +13,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from processes import Processes, lost_process, name_lost_processes, start_processes, stop_processes
 from training.config import Config, Flags, parse_command_line
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class StopSignal:
     """Records the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, so that training can stop after the current step.
 
-    Use it in a `with` statement. It handles the signals in the `with` block only; then the previous handlers are
-    restored. After the first signal, Ctrl-C raises KeyboardInterrupt as usual. If the process was started with nohup,
-    SIGHUP stays ignored.
+    After this first signal, Ctrl-C raises KeyboardInterrupt as usual. If the process was started with nohup, SIGHUP
+    stays ignored. The handlers stay after training: if another process fails, torchrun sends SIGTERM to this one, which
+    must still print what it knows. A program that trains several runs uses `restored_handlers` (below).
 
     Args:
         announce: whether to print on stderr that training will stop; True on the main process only.
@@ -32,18 +33,9 @@ class StopSignal:
 
     def __init__(self, *, announce: bool) -> None:
         self.received, self._announce = False, announce
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            if handler is not None:  # None means that it was not set in Python, which cannot restore it
-                signal.signal(number, handler)
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.received = not self.received, True
@@ -54,6 +46,18 @@ class StopSignal:
             # Use os.write, not print, because the signal may interrupt another print, which holds the lock of stderr.
             with contextlib.suppress(OSError):  # for example, the terminal is closed
                 os.write(2, f"\nStopping after this step, with a checkpoint{again}\n".encode())
+
+
+@contextmanager
+def restored_handlers() -> Iterator[None]:
+    """At the end of the `with` block, restore the present handlers of STOP_SIGNALS."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: the handler was not set in Python, which cannot restore it
+                signal.signal(number, handler)
 
 
 @contextmanager

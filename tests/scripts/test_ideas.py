@@ -13,6 +13,7 @@ from files import file_sha256
 from model import GPT, GPTConfig
 from scripts.ideas import IDEAS, Idea, find_idea, polar_express
 from training.config import Optim
+from training.launch import restored_handlers
 from training.optim import make_optimizers, newton_schulz
 
 MUON = {
@@ -30,7 +31,7 @@ def trained(tiny_run, prepare):
     """`trained("z-loss")`: a TrainingRun after its last step, without an idea for "plain"."""
 
     def run(name, **changes):
-        with prepare(tiny_run(name, **MUON | changes)) as prepared:
+        with restored_handlers(), prepare(tiny_run(name, **MUON | changes)) as prepared:
             idea = (Idea if name == "plain" else find_idea(name))(prepared)
             train_module.train(prepared, train_step=idea.train_step, validate=idea.validate)
         return prepared

@@ -27,27 +27,27 @@ def keep_handlers():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_interrupt_is_not_recorded_but_raised(keep_handlers, capfd, number):
-    with StopSignal(announce=True) as stop:
-        assert not stop.received
-        os.kill(os.getpid(), number)
-        assert stop.received
-        again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
-        assert capfd.readouterr().err == f"\nStopping after this step, with a checkpoint{again}\n"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+    stop = StopSignal(announce=True)
+    assert not stop.received
+    os.kill(os.getpid(), number)
+    assert stop.received
+    again = "; press Ctrl-C again to quit now" if number == signal.SIGINT else ""
+    assert capfd.readouterr().err == f"\nStopping after this step, with a checkpoint{again}\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_only_the_main_process_announces_a_stop(keep_handlers, capfd):
-    with StopSignal(announce=False) as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+    stop = StopSignal(announce=False)
+    os.kill(os.getpid(), signal.SIGINT)
     assert stop.received
     assert capfd.readouterr().err == ""
 
 
 def test_under_nohup_the_run_outlives_its_terminal(keep_handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopSignal(announce=False) as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
+    stop = StopSignal(announce=False)
+    os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.received
 
 
