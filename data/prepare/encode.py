@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -202,11 +203,23 @@ _encoder: Encoder
 
 def _start_worker(tokenizer: Path, *settings: Any) -> None:
     global _encoder
-    # On Ctrl-C the terminal sends SIGINT to all processes. Workers ignore it, because the parent stops them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # This thread ends the worker if the parent is killed. Otherwise the worker would wait for work forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = Encoder(load_tokenizer(tokenizer), *settings)
+
+
+@contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Block SIGINT in the `with` block, and for good in the processes that are started there.
+
+    On Ctrl-C, the terminal sends SIGINT to all processes. It must not end a worker, not even one that is starting,
+    because the parent stops the workers. The parent receives a blocked SIGINT at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_parent() -> None:
@@ -247,7 +260,8 @@ def encode_in_order(
                 yield done, future.result()
                 in_flight -= done_size
             in_flight += size
-            future = pool.submit(_encode_in_worker, batch)
+            with _blocked_interrupts():  # this call may start a worker
+                future = pool.submit(_encode_in_worker, batch)
             waiting.append(([replace(chunk, data=b"") for chunk in batch], size, future))
         while waiting:
             done, _, future = waiting.popleft()

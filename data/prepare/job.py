@@ -146,7 +146,7 @@ def _run(job: Job, workers: int | None) -> DatasetMeta:
         assert meta is not None
         print(f"{job.out} is complete already: nothing to do")
         return meta
-    kept = progress.get("kept", [])
+    kept = progress["kept"]
     if "tokenizer_sha256" in progress:
         tokenizer = load_tokenizer(job.out)
     else:
@@ -185,8 +185,13 @@ def _begin(job: Job) -> dict[str, Any] | None:
     used, was_given = None, False  # the fingerprint of the dataset's tokenizer, and whether it was given
     if path.exists():
         progress = json.loads(path.read_text(encoding="utf-8"))
-        if "state" not in progress and progress["settings"] != settings:
-            # No state has been saved yet, so start again with the new settings.
+        is_older = "kept" not in progress  # older versions did not write this entry
+        if "state" in progress and is_older:
+            raise ValueError(
+                f"{job.out} was begun by an older version, which cut texts in other places: delete it to start again"
+            )
+        if "state" not in progress and (is_older or progress["settings"] != settings):
+            # No state has been saved yet, so start again.
             progress = begin_progress(job.out, settings)
         earlier = progress["settings"]
         used, was_given = progress.get("tokenizer_sha256"), progress.get("tokenizer_given", False)

@@ -114,6 +114,20 @@ def test_impossible_options_are_refused(refused, jsonl, tmp_path):
     assert not list((tmp_path / "out").glob("*.bin*"))
 
 
+def test_a_dataset_that_an_older_version_began_is_not_continued(run, refused, jsonl, tmp_path):
+    out = tmp_path / "out"
+    run("text", jsonl, "--out", tmp_path / "whole")
+    meta = read_meta(tmp_path / "whole")
+    settings = {name: getattr(meta, name) for name in ("tokenizer", "source", "revision", "filter", "validation")}
+    settings |= {"shard_tokens": meta.shard_tokens, "part": meta.part}
+    out.mkdir()
+    (out / PROGRESS_FILE).write_text(json.dumps({"settings": settings, "state": {}}))
+    assert "begun by an older version" in refused("text", jsonl, "--out", out)
+    (out / PROGRESS_FILE).write_text(json.dumps({"settings": settings}))  # nothing was written yet
+    run("text", jsonl, "--out", out)
+    assert read_meta(out) == meta
+
+
 def test_existing_dataset_is_not_overwritten(run, refused, contents, jsonl, tmp_path, capsys):
     out = tmp_path / "out"
     run("text", jsonl, "--out", out)
