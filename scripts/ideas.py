@@ -263,19 +263,6 @@ class NorMuonColumns(ChangedMuon):
     change = _NorMuonColumns
 
 
-class _CautiousDecay(Muon):
-    def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        decay = group["weight_decay"]
-        parameter.addcmul_(parameter, (update * parameter > 0).to(parameter.dtype), value=-group["lr"] * decay)
-        super()._apply({**group, "weight_decay": 0.0}, parameter, update, shape)
-
-
-class CautiousDecay(ChangedMuon):
-    """A weight decays only if the update moves it toward zero (Chen et al. 2025, https://arxiv.org/abs/2510.12402)."""
-
-    change = _CautiousDecay
-
-
 class _LargerWide(Muon):
     def _apply(self, group: dict[str, Any], parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
         super()._apply(group, parameter, update * max(1, shape[1] / shape[0]) ** 0.5, shape)
@@ -337,7 +324,6 @@ IDEAS: dict[str, type[Idea]] = {
     "per-head": PerHead,
     "normuon": NorMuon,
     "normuon-columns": NorMuonColumns,
-    "cautious-decay": CautiousDecay,
     "polar-express": PolarExpress,
     "larger-wide": LargerWide,
 }

@@ -117,7 +117,7 @@ class Data:
     document_mask: bool = False
     """Each token attends to its own document (or packed example) only, and positions begin at 0 in each of them."""
     mixture: list[MixturePart] = field(default_factory=list)
-    """Several datasets instead of dir, each with a weight for its windows: [{dir: DIR, weight: NUMBER}, ...]."""
+    """Several datasets instead of dir: [{dir: DIR, weight: NUMBER}, ...]. The weights are proportions of windows."""
 
 
 @dataclass
@@ -141,6 +141,8 @@ class Optim:
     """Fraction of the steps in which the schedule wsd decays."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of tensors with two or more dimensions."""
+    cautious_decay: bool = False
+    """With Muon: decay an element of a matrix only if the update moves it toward zero (docs/recipes.md)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the averages of the gradient and its square, each in [0, 1)."""
     eps: PositiveFloat = 1e-8
@@ -216,7 +218,8 @@ class System:
     """Precision of matrix products; weights stay float32. auto: bfloat16 where it is faster than float32, float16 (with
     a gradient scaler) on CUDA cards older than Ampere, otherwise float32."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the loss with torch.compile. auto: on CUDA, and for large models on a CPU with a C++ compiler."""
+    """Compile the model and its loss with torch.compile. auto: on CUDA, and for large models on a CPU with a C++
+    compiler."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Strategy on several processes. ddp: each has the whole model; fsdp: each has a part of it; auto: fsdp only on
     GPUs, if ddp would fill more than half of the free memory."""
@@ -271,6 +274,8 @@ class Config:
             raise ValueError(f"optim.betas {list(optim.betas)} must be in [0, 1)")
         if optim.muon_momentum >= 1:
             raise ValueError(f"optim.muon_momentum {optim.muon_momentum} must be in [0, 1): with 1, nothing is learned")
+        if optim.cautious_decay and optim.name != "muon":
+            raise ValueError("optim.cautious_decay is a form of Muon's weight decay: set optim.name muon, or omit it")
         if self.eval.patience and not self.eval.every:
             raise ValueError("eval.patience counts validations, but with eval.every 0 there are none: set eval.every")
         self._check_final_tokens()

@@ -35,6 +35,7 @@ class Muon(Optimizer):
         momentum: float,
         dtype: torch.dtype = torch.float32,
         *,
+        cautious: bool = False,
         batched: bool = False,
         orthogonalize: Callable[[Tensor, torch.dtype], Tensor] | None = None,
     ) -> None:
@@ -45,11 +46,14 @@ class Muon(Optimizer):
                 c_attn.
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
+            cautious: decay only the weights that the update moves toward zero (Chen et al. 2025, "Cautious Weight
+                Decay", https://arxiv.org/abs/2510.12402). The decay then never works against the gradient.
             batched: process all matrices of the same shape together. Use it on a GPU, which one matrix does not fill.
             orthogonalize: a compiled form of `newton_schulz`, used if `batched`; None for `newton_schulz` itself.
         """
         groups = [{"params": list(stacked), "stacked": True}, {"params": list(others), "stacked": False}]
-        self.dtype, self.batched, self._orthogonalize = dtype, batched, orthogonalize or newton_schulz
+        self.dtype, self.cautious, self.batched = dtype, cautious, batched
+        self._orthogonalize = orthogonalize or newton_schulz
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for parameter in (p for group in self.param_groups for p in group["params"]):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -92,7 +96,12 @@ class Muon(Optimizer):
         """
         rows, columns = shape
         rows = columns if group["stacked"] else rows
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        decay = group["lr"] * group["weight_decay"]
+        if self.cautious:
+            # The update is subtracted, so a weight with the sign of its update moves toward zero: decay only these.
+            parameter.addcmul_(parameter, (update * parameter > 0).to(parameter.dtype), value=-decay)
+        else:
+            parameter.mul_(1 - decay)
         parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _step_in_batches(self) -> None:
@@ -246,6 +255,7 @@ def make_optimizers(model: nn.Module, config: Optim, dtype: torch.dtype = torch.
                     config.weight_decay,
                     config.muon_momentum,
                     dtype,
+                    cautious=config.cautious_decay,
                     batched=on_gpu,
                     orthogonalize=Compiled(newton_schulz, "Muon's iteration") if on_gpu else newton_schulz,
                 )

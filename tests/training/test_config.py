@@ -163,6 +163,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known(capsys, tmp_path, sectio
         (["--optim.warmup_steps", "9", "--optim.steps", "9"], "optim.warmup_steps 9 must be below optim.steps 9"),
         (["--optim.betas", "[0.9, 1.0]"], "optim.betas [0.9, 1.0] must be in [0, 1)"),
         (["--optim.muon_momentum", "1.0"], "optim.muon_momentum 1.0 must be in [0, 1)"),
+        (["--optim.cautious_decay", "true"], "optim.cautious_decay is a form of Muon's weight decay"),
         (["--model.dropout", "1.5"], "model.dropout must be in [0, 1), got 1.5"),
         (["--model.preset", "null"], "model.n_layer is required if model.preset is null"),
         (["--model.freeze_layers", "2"], "model.freeze_layers would freeze untrained weights"),

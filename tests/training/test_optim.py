@@ -109,6 +109,25 @@ def test_muon_treats_queries_keys_and_values_as_three_matrices():
     assert (fused - whole).norm() < 1e-3 * (whole - start).norm()
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_cautious_decay_spares_the_elements_that_the_update_makes_larger(batched):
+    """Compare with two steps without caution: one with the decay of all elements, one without any decay."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((48, 16), (64, 16), (16, 64))]
+    gradients = [torch.randn(p.shape, generator=generator) for p in start]
+
+    def moved(weight_decay, cautious):
+        parameters = [p.clone().requires_grad_() for p in start]
+        muon = Muon(parameters[:1], parameters[1:], 0.02, weight_decay, 0.95, cautious=cautious, batched=batched)
+        take_steps(muon, parameters, [gradients])
+        return [p.detach() for p in parameters]
+
+    for first, none, all_, some in zip(start, moved(0.0, False), moved(0.3, False), moved(0.3, True), strict=True):
+        smaller = (none - first) * first < 0
+        assert 0.3 < smaller.float().mean() < 0.7
+        torch.testing.assert_close(some, torch.where(smaller, all_, none))
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-8])  # the elements of a real gradient are this small
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(32, 96), (3, 64, 64), (96, 32)])
