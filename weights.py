@@ -332,7 +332,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as tensors:
             names = sorted(tensors.keys(), key=lambda name: -math.prod(tensors.get_slice(name).get_shape()))
         for name in names:
-            # The file is reopened for each tensor, which releases the memory that maps the previous tensor.
+            # Reopen the file for each tensor, so that the memory of the previous tensor is released.
             with safe_open(path, framework="pt") as tensors:
                 yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:

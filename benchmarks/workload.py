@@ -1,4 +1,4 @@
-"""The amount of work in one run of each benchmark. It is the same for every contestant."""
+"""The amount of work in one run of each benchmark. It is the same for all programs that are compared."""
 
 # The batch of a training step on each device: number of sequences, and tokens in each sequence.
 BATCH = {"cpu": (4, 512), "cuda": (16, 1024)}

@@ -20,8 +20,8 @@ from eval.detokenizers import detokenize_ptb, detokenize_ptb_style, detokenize_w
 from eval.likelihood import Request, Scorer
 from eval.rows import load_hub_rows
 
-# Perplexity per word, exp(nats per word), is computed only below this limit, because exp(710) overflows a float. The
-# limit leaves room for the standard error, which may be larger than the perplexity.
+# With more nats per word than this, the perplexity per word, exp(nats per word), is not computed: exp(710) overflows a
+# float. The limit leaves room for the standard error, which may be larger than the perplexity.
 MAX_NATS = 700.0
 
 

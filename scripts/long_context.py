@@ -32,9 +32,9 @@ SYMBOLS, USED = 16, 4
 def make_sequence(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the places, the symbols and the targets of a new sequence, (length,) each.
 
-    Ids 0 to SYMBOLS - 1 are symbols. In the second half (the questions), the symbols are missing, and the id SYMBOLS
-    stands in their place. The ids of places begin at SYMBOLS + 1. In the table (the first half), all targets are
-    IGNORE_INDEX.
+    Ids 0 to SYMBOLS - 1 are symbols, and the ids of places begin at SYMBOLS + 1. In the second half (the questions),
+    the id SYMBOLS hides each symbol, and the target is the hidden symbol. In the first half (the table), all targets
+    are IGNORE_INDEX.
     """
     n_places = length // 2 // COPIES
     used = torch.randperm(SYMBOLS, generator=generator)[:USED]

@@ -2,10 +2,10 @@
 
     python -m scripts.same_bits BASE HEAD
 
-BASE and HEAD are git revisions; `.` is the working tree with its uncommitted changes. Each revision is checked out into
-a temporary git worktree. With the code of each revision, the script prepares datasets, trains tiny models for 20 steps,
-decodes and evaluates. It compares the hashes of the shards, weights and optimizer states, the metrics that do not
-depend on time, the decoded tokens and the scores. With the code of HEAD, it also resumes some of BASE's runs.
+BASE and HEAD are git revisions, which are checked out into temporary git worktrees, or `.` for the working tree with
+its uncommitted changes. With the code of each, the script prepares datasets, trains tiny models for 20 steps, decodes
+and evaluates. It compares the hashes of the shards, weights and optimizer states, the metrics that do not depend on
+time, the decoded tokens and the scores. With the code of HEAD, it also resumes some of BASE's runs.
 
 Exit status 0: all compared results are equal. 1: a result differs, or a command failed. 2: the arguments are wrong.
 """

@@ -198,10 +198,10 @@ def run_table(study: Study, found: Fit) -> str:
 
 
 def form_table(study: Study, found: Fit) -> str:
-    """Return the table of the forms of the law (see `FORMS`), with two errors for each form.
+    """Return the table of the forms of the law (see `FORMS`), with two relative errors for each form.
 
-    The first error is the root mean square error of a cross-validation: the runs of one size (model and length) at a
-    time are left out of the fit and predicted. The second error is the mean relative error for the held-out runs.
+    The first is the root mean square error of a cross-validation: each size (model and length) in turn is left out of
+    the fit, and its runs are predicted. The second is the mean error, with its sign, for the held-out runs.
     """
     fitted = observations(found.runs)
     held_out = [run for run in study["runs"] if run["held_out"]]

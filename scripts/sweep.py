@@ -62,9 +62,9 @@ def finish(arguments: list[str], idea: type[Idea] | None) -> None:
 def train_to_end(arguments: list[str], idea: type[Idea] | None) -> tuple[float, list[dict]]:
     """Train a run as `finish` does. Return its last validation loss and its metrics.
 
-    The loss is inf if the run diverged or the loss is not finite. It is measured on eval.final_tokens if this field is
-    set and eval.patience is 0, otherwise on eval.tokens: a run that eval.patience ends early is not scored on
-    eval.final_tokens.
+    The loss is inf if the run diverged or the loss is not finite. With eval.final_tokens, it is the loss on that many
+    tokens, otherwise the loss on eval.tokens. With eval.patience, it is always the loss on eval.tokens, so that all
+    runs can be compared: a run that ends early has no loss on eval.final_tokens.
     """
     config, diverged = parse_config(arguments), False
     run, measured = config.run, "final_loss" if config.eval.final_tokens and not config.eval.patience else "loss"

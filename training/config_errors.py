@@ -77,7 +77,7 @@ def read_fields(path: Path, fields: dict[str, Any], flags: set[str]) -> dict[str
 
 
 def suggestion(unknown: str, fields: dict[str, Any], prefix: str = "") -> str:
-    """Return the end of a message about an unknown field: the names of similar fields, each with `prefix` before it."""
+    """Return the end of a message about an unknown field: similar fields, each with `prefix`, or how to list all."""
     last = unknown.rpartition(".")[2].replace("-", "_")
     by_last = {name.rpartition(".")[2]: name for name in fields}
     near = [name for name in fields if name.endswith(f".{last}")]

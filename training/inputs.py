@@ -62,7 +62,7 @@ class Inputs:
 
     @property
     def final_tokens(self) -> int:
-        """Number of targets of the pass over eval.final_tokens after the last step, 0 without this field."""
+        """Number of targets that the additional validation after the last step scores, 0 without eval.final_tokens."""
         return count_targets(self.final_val)
 
 

@@ -216,7 +216,8 @@ def open_directory(run: TrainingRun, start: Start) -> None:
     """Create the directory of a new run. For a resumed run, remove the records of steps after its checkpoint."""
     step = run.state.step if start.resumes else None
     last_step = -1 if step is None else step
-    # If the checkpoint lacks the validation of its step, the run begins with it: also remove its old records.
+    # If the checkpoint has no result of the validation at its step, the run begins with this validation. So records of
+    # an earlier one at this step are removed, too.
     last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
     branched_from = start.checkpoint if start.branches else None
     described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)

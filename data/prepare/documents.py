@@ -21,10 +21,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass
 class Documents:
-    """Documents as valid UTF-8, and counts of what was unusual about them.
+    """Documents as valid UTF-8, and counts for the report.
 
     texts: the documents;
-    numbers: for each document, its number as in `raw_documents`;
+    numbers: for each document, the number of its line or row, or of the document itself (see `raw_documents`);
     empty: the number of empty documents, which were skipped;
     invalid_utf8: the number of documents in which invalid UTF-8 was replaced;
     carriage_returns: the number of line ends of text files that were \\r\\n or \\r and became \\n;

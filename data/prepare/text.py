@@ -294,11 +294,12 @@ def _last_cut(
 
 
 def _last_mark(text: bytes | bytearray, marks: re.Pattern[bytes], first: int) -> int:
-    r"""Return the end of the last match in `text` that `bytes.split` finds in the whole file, or 0 if none is known.
+    r"""Return the end of the last mark in `text` at which `bytes.split` cuts the whole file, or 0 if none is certain.
 
-    `split` goes from left to right, and no two of its matches overlap: in three newlines, it finds one "\n\n". So this
-    function begins at a match that no earlier one overlaps, because `split` always finds such a match. It begins at
-    `first` or later, because a match that begins before `text` may overlap those in the first bytes of `text`.
+    `text` is a block of the file. `split` goes from left to right, and no two of its matches overlap: in three
+    newlines, the mark "\n\n" matches once. So a match is certain only if no possible match before it overlaps it. The
+    search begins at a certain match. Matches that begin before `first` are ignored, because a match that begins before
+    `text` may overlap them.
     """
     end = first
     for match in re.finditer(b"(?=(%b))" % marks.pattern, text):  # the lookahead also finds matches that overlap
