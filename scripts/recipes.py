@@ -69,9 +69,9 @@ SHORT_WINDOWS = (
 )
 SIZES = {  # parameters without embeddings: 0.8M, 3.2M, 7.9M
     "characters": Size("configs/shakespeare-char.yaml", 333),
-    "plays": Size("configs/shakespeare.yaml", 240, f"model.n_layer=4 model.n_embd=256 {SHORT_WINDOWS}"),
+    "plays": Size("docs/earlier-demo.yaml", 240, f"model.n_layer=4 model.n_embd=256 {SHORT_WINDOWS}"),
     "english": Size(
-        "configs/shakespeare.yaml", 240, f"data.dir=data/english model.n_layer=10 model.n_embd=256 {SHORT_WINDOWS}"
+        "docs/earlier-demo.yaml", 240, f"data.dir=data/english model.n_layer=10 model.n_embd=256 {SHORT_WINDOWS}"
     ),
 }
 COMMON = (
@@ -119,7 +119,7 @@ RECIPES = {
     "fast-polar-express": Recipe(FAST, "polar-express"),
     "fast-larger-wide": Recipe(FAST, "larger-wide"),
     "fast-outer-nesterov": Recipe(FAST, "outer-nesterov"),
-    "fast-cautious-decay": Recipe(FAST, "cautious-decay"),
+    "fast-cautious-decay": Recipe(f"{FAST} optim.cautious_decay=true"),
     "fast-scheduled-decay": Recipe(FAST, "scheduled-decay"),
     "fast-undecayed-embeddings": Recipe(FAST, "undecayed-embeddings"),
     "fast-tail-average": Recipe(FAST, "tail-average"),

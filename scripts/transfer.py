@@ -76,7 +76,7 @@ class Sweep(NamedTuple):
     dtype: str = "bfloat16"  # precision of the matrix products, `system.dtype`
 
 
-BASE = "configs/shakespeare.yaml"
+BASE = "docs/earlier-demo.yaml"
 COMMON = (
     "model.block_size=128 data.sequence_length=128 data.batch_tokens=1024 data.micro_batch=8 optim.schedule=wsd "
     "optim.warmup_steps=10 optim.decay_fraction=1.0 optim.min_lr_ratio=0.0 eval.at_start=false eval.tokens=65536 "

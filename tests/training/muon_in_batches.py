@@ -28,7 +28,7 @@ def steps(sharded, batched):
     if sharded:
         shard(model, torch.float32)
     stacked, others = matrices(model)
-    muon = Muon(stacked, others, lr=0.02, weight_decay=0.1, momentum=0.9, batched=batched)
+    muon = Muon(stacked, others, lr=0.02, weight_decay=0.1, momentum=0.9, cautious=True, batched=batched)
     for step in range(3):
         for number, parameter in enumerate((*stacked, *others)):
             gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))

@@ -63,7 +63,7 @@ def assert_same_run(one, run, train_error=1e-4, val_error=1e-6):
     assert len(losses(run, "val")) == 3
 
 
-MUON = {"optim.name": "muon", "optim.muon_lr": 0.02}
+MUON = {"optim.name": "muon", "optim.muon_lr": 0.02, "optim.cautious_decay": True}
 
 
 def assert_same_muon_run(one, run):

@@ -49,9 +49,9 @@ def test_there_is_no_rule_for_other_fields():
         scale("adamw", "muon_lr", SMALL, SMALL)
 
 
-def test_the_tuned_rates_of_muon_are_the_demos():
-    """Muon's own rate is the mean of two rates with nearly equal losses; the demo has one of them."""
-    config = parse_config(["--config", str(ROOT / "configs/shakespeare.yaml")])
+def test_the_tuned_rates_of_muon_are_those_of_the_earlier_demo():
+    """Muon's own rate is the mean of two rates with nearly equal losses; the earlier demo has one of them."""
+    config = parse_config(["--config", str(ROOT / "docs/earlier-demo.yaml")])
     size = Size(config.model.n_embd, config.model.n_layer)
     rates = {field: getattr(config.optim, field) for field in ("lr", "weight_decay")}
     assert TUNED["muon"] == Recipe(size, Optim(name="muon", muon_lr=0.025, **rates))
