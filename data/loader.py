@@ -68,9 +68,10 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, window: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Fill `inputs`, `targets` and, with `document_mask`, `documents`, each (T,) int64, with one window.
+        """Write the window with the number `window` to `inputs` and `targets`, (T,) int64 each.
 
-        Neighboring inputs have equal numbers in `documents` if and only if they belong to the same document.
+        If `document_mask` is True, also fill `documents`, (T,) int64. Neighboring inputs have equal numbers in it if
+        and only if they belong to the same document.
         """
 
     def count(self, windows: np.ndarray) -> int:

@@ -63,7 +63,8 @@ def read_tokenizer_json(path: Path) -> Described:
         _refuse("version", described["version"], '"1.0"')
     for field in ("truncation", "padding", "normalizer"):
         if described.get(field) is not None:
-            # transformers saves the truncation and padding of the last call, and ignores both when it loads the file.
+            # transformers saves the truncation and padding with which the tokenizer was last called, and sets both in
+            # each call. Other programs apply the saved ones.
             remedy = "" if field == "normalizer" else " (load the original tokenizer with transformers, and save it)"
             _refuse(field, described[field], f"null{remedy}")
     model = _object(described.get("model"), "model")

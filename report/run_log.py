@@ -26,7 +26,7 @@ class ValidationSet(NamedTuple):
     # The sha256 of each validation shard (of all datasets of a mixture), or of val.jsonl for completions. If the sha256
     # is unknown: the path of the dataset.
     data: str
-    tokens: int  # number of scored tokens; 0 (which stands for the whole file) for prompts and completions
+    tokens: int  # number of scored tokens; 0 if data.format is completions, where the whole file is scored
     sequence_length: int
     tokenizer: str  # kind of the tokenizer, or "" if unknown
 

@@ -58,7 +58,7 @@ class Curves:
 
     @property
     def from_scratch(self) -> bool:
-        """True if model.init_from is scratch. A branch (`is_branch`) can have this value, but has trained weights."""
+        """True if model.init_from is scratch, also for a branch (`is_branch`), which begins with trained weights."""
         return self.config.get("model", {}).get("init_from", "scratch") == "scratch"
 
     @property

@@ -234,7 +234,7 @@ def is_allowed(importer: str, imported: str) -> bool:
 
 
 def check_tree(tree: Tree) -> list[Row]:
-    """Return the rows of the table."""
+    """Check the imports of a project. Return the rows of the printed table, one for each number that is checked."""
     at_import = [edge for edge in tree.edges if edge.place is Place.MODULE]
     at_run_time = [edge for edge in tree.edges if edge.place is not Place.TYPE_CHECKING]
     # A statement that imports several names from the same module counts as one violation.

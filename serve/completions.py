@@ -184,9 +184,9 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    """Return the stop strings in the field "stop".
+    """Return the stop strings in the field "stop", which is a text or a list of at most MAX_STOPS texts.
 
-    Raises RequestError if the field has another value, or a text that is not valid Unicode.
+    Raises RequestError if the field has another value, or a text that is empty, too long or not valid Unicode.
     """
     stops = [stop] if isinstance(stop, str) else stop
     valid = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)

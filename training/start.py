@@ -103,8 +103,8 @@ def find_branch_point(name: str) -> Path:
 def choose_model(config: Config, checkpoint: Path | None) -> str | None:
     """Return the directory or hub name of the model to start from, or None for new weights.
 
-    This is the model in `checkpoint` or, without a checkpoint, that of model.init_from. For a run, it is one of its
-    checkpoints.
+    This is `checkpoint` if it is given, otherwise model.init_from. If model.init_from is the directory of a run, the
+    result is a checkpoint of that run.
     """
     if checkpoint is None and config.model.init_from == "scratch":
         return None

@@ -64,7 +64,7 @@ def start_trackers(config: Config, directory: Path, last_step: int) -> dict[str,
             trackers[name] = starters[name](config, directory, last_step)
         except Exception as error:  # each package has exceptions of its own
             for started in trackers.values():
-                with contextlib.suppress(Exception):  # must not hide the error that ends the run
+                with contextlib.suppress(Exception):  # an error in `finish` must not hide the error that ends the run
                     started.finish(failed=True)
             login = "run `wandb login`, check the network, set log.wandb to offline, or " if name == "wandb" else ""
             raise ValueError(f"{name} did not start ({error}): {login}{how_to_remove(name)}") from error
