@@ -47,7 +47,7 @@ class Muon(Optimizer):
             others: single matrices of any shape.
             dtype: precision of the Newton-Schulz iteration. Momentum and weights keep the dtype of the parameters.
             cautious: decay only the weights that the update moves toward zero (Chen et al. 2025, "Cautious Weight
-                Decay", https://arxiv.org/abs/2510.12402). The decay then never works against the gradient.
+                Decay", https://arxiv.org/abs/2510.12402). The decay then never works against the update.
             batched: process all matrices of the same shape together. Use it on a GPU, which one matrix does not fill.
             orthogonalize: a compiled form of `newton_schulz`, used if `batched`; None for `newton_schulz` itself.
         """
