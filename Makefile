@@ -15,12 +15,12 @@ demo: $(READY) ## train a small GPT-2 in a few minutes on two CPU cores; again: 
 	$(PYTHON) -m data.prepare shakespeare --out data/shakespeare \
 		--tokenizer bpe:4096
 	@echo
-	@echo "2 of 4: training. In each of 1,600 steps, the model predicts 2,048 tokens of the"
+	@echo "2 of 4: training. In each of 1,200 steps, the model predicts 2,048 tokens of the"
 	@echo "plays. The loss is the mean of -ln p, where p is the probability that the model"
 	@echo "gave to the right token: lower is better. For scale, on the held-out plays:"
 	@echo "  an untrained model       8.32 nats per token = 4.07 bits per byte (ln 4,096)"
 	@echo "  gzip -9                                        3.17 bits per byte"
-	@echo "Five times, the loss on a part of the held-out plays is measured, and a line"
+	@echo "Six times, the loss on a part of the held-out plays is measured, and a line"
 	@echo "shows the beginning of a text by the model. The last time, also on all of them."
 	@echo "Ctrl-C stops after the current step, and \`make demo\` continues from there."
 	$(PYTHON) train.py --config configs/shakespeare.yaml
