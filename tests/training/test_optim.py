@@ -122,10 +122,11 @@ def test_cautious_decay_spares_the_elements_that_the_update_makes_larger(batched
         take_steps(muon, parameters, [gradients])
         return [p.detach() for p in parameters]
 
-    for first, none, all_, some in zip(start, moved(0.0, False), moved(0.3, False), moved(0.3, True), strict=True):
-        smaller = (none - first) * first < 0
+    results = zip(start, moved(0.0, False), moved(0.3, False), moved(0.3, True), strict=True)
+    for first, undecayed, decayed, cautious in results:
+        smaller = (undecayed - first) * first < 0
         assert 0.3 < smaller.float().mean() < 0.7
-        torch.testing.assert_close(some, torch.where(smaller, all_, none))
+        torch.testing.assert_close(cautious, torch.where(smaller, decayed, undecayed))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])  # the elements of a real gradient are this small
