@@ -117,7 +117,12 @@ class RunDirectory:
         self._lock = lock
 
     def open(
-        self, config: Config, start: dict[str, Any], last_step: int, last_validation: int, say: Callable[[str], None]
+        self,
+        config: Config,
+        start: dict[str, Any],
+        resumed_at: int | None,
+        repeats_validation: bool,
+        say: Callable[[str], None],
     ) -> None:
         """Create the directory if it does not exist, write config.yaml and other files, and start the trackers.
 
@@ -125,14 +130,18 @@ class RunDirectory:
 
         Args:
             start: the entry of this start in provenance.json.
-            last_step: the step from which the run resumes, -1 for a new run. Later records of training are removed.
-            last_validation: the last step whose validation is kept. Later validations and samples are removed.
+            resumed_at: the step from which the run resumes. Later records and samples are removed. None is a new run:
+                all are removed.
+            repeats_validation: whether a resumed run begins with the validation at this step. Then records and samples
+                of the earlier validation at this step are removed, too.
             say: prints a message to the user.
 
         Raises OSError if the directory cannot be written. Raises ValueError if another process holds the lock or has
         written checkpoints since this process was started, if metrics.jsonl is damaged, or if a tracker does not start.
         """
         self._say, self._continue_on_error = say, config.checkpoint.on_error == "continue"
+        last_step = -1 if resumed_at is None else resumed_at
+        last_validation = last_step - 1 if repeats_validation else last_step
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._lock is None:

@@ -28,7 +28,7 @@ from training.metrics import Progress, Stopwatch, provenance
 from training.optim import make_optimizers
 from training.plan import Plan, explain_out_of_memory, is_out_of_memory, make_plan
 from training.run_directory import RunDirectory
-from training.start import Start, describe_start, find_start, make_model, read_saved_state, run_identity, source_paths
+from training.start import describe_start, find_start, make_model, read_saved_state, run_identity, source_paths
 from training.step_time import warn_of_slow_cpu
 from training.trackers import check_packages
 
@@ -147,7 +147,10 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
     try:
         loss_function, optimizers, scaler = prepare_model(model, config, plan, processes)
     except torch.OutOfMemoryError:
-        raise ValueError(explain_out_of_memory(plan, processes.device)) from None
+        raise ValueError(
+            f"out of memory on {processes.device}: the weights and the optimizer do not fit into the free memory. End "
+            f"other programs that use this memory, use a smaller model, or system.parallel fsdp on more processes"
+        ) from None
     checkpoints = Checkpoints(
         directory.checkpoints,
         keep=config.checkpoint.keep,
@@ -187,7 +190,10 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         identity=identity,
     )
     if processes.is_main:
-        open_directory(run, start)
+        resumed_at = state.step if start.resumes else None
+        branched_from = start.checkpoint if start.branches else None
+        described = provenance(config, processes, resumed_at=resumed_at, branched_from=branched_from)
+        directory.open(config, described, resumed_at, run.lacks_validation, run.progress.say)
     run.progress.say(greeting(run, notes))
     return run
 
@@ -210,18 +216,6 @@ def prepare_model(
     # Create the optimizers after `distribute`, where FSDP replaces the parameters by their shards.
     optimizers = make_optimizers(model, config.optim, fast_dtype(plan.dtype, device))
     return loss_function, optimizers, gradient_scaler(device, plan.dtype)
-
-
-def open_directory(run: TrainingRun, start: Start) -> None:
-    """Create the directory of a new run. For a resumed run, remove the records of steps after its checkpoint."""
-    step = run.state.step if start.resumes else None
-    last_step = -1 if step is None else step
-    # If the checkpoint has no result of the validation at its step, the run begins with this validation. So records of
-    # an earlier one at this step are removed, too.
-    last_validation = last_step - 1 if start.resumes and run.lacks_validation else last_step
-    branched_from = start.checkpoint if start.branches else None
-    described = provenance(run.config, run.processes, resumed_at=step, branched_from=branched_from)
-    run.directory.open(run.config, described, last_step, last_validation, run.progress.say)
 
 
 def greeting(run: TrainingRun, notes: list[str]) -> str:

@@ -85,6 +85,15 @@ def test_exhausted_memory_ends_in_a_sentence_that_says_what_would_fit(
         train_step(run, False, False)
 
 
+def test_exhausted_memory_before_the_first_step_ends_in_a_sentence(config, prepare, monkeypatch):
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("training.setup.prepare_model", exhausted)
+    with pytest.raises(ValueError, match="out of memory on cpu: the weights and the optimizer do not fit"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("device", "model", "compiler", "expected"),
     [
