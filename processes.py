@@ -124,8 +124,8 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     torchrun (PyTorch 2.13) keeps the same store when it restarts the processes. In this store, a restarted process may
     find the address of a dead process, and would wait for that process. Therefore the main process chooses a random
     name for each attempt, that is, each start of all processes. All keys in the returned store begin with this name.
-    Each other process announces a random key, and the main process stores the name under this key. So no process can
-    read the name of an earlier attempt.
+    Every process except the main one draws a random key at its start, and announces the key in the store. The main
+    process then stores the name under this key. So no process can read the name of an earlier attempt.
 
     Raises TimeoutError if a process does not connect within JOIN_TIMEOUT.
     """

@@ -151,7 +151,7 @@ def find_ended(ids: Tensor, mask: Tensor | None, prompt_length: int, options: Ge
     neither are the first prompt_length tokens if options.stop_in_prompt is False.
     """
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for token in options.eos:  # a loop, because the host would wait while a tensor of these tokens is copied to a GPU
+    for token in options.eos:  # a loop: a tensor of all these tokens would be copied to a GPU, and the host would wait
         ended |= ids[:, -1] == token
     if options.stop_strings:
         assert options.tokenizer is not None

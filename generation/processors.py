@@ -95,7 +95,7 @@ def make_processor(options: GenerationOptions, prompt_length: int, mask: Tensor 
             scores = processor(history, scores)
         if ids.size(1) - prompt_length < options.min_new_tokens and options.eos:
             scores = scores.clone()
-            # A loop, because the host would wait while a tensor of these tokens is copied to a GPU.
+            # A loop: `scores[:, options.eos]` would copy the list to a GPU as a tensor, and the host would wait.
             for token in options.eos:
                 scores[:, token] = BANNED
         for processor in custom:

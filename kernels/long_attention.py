@@ -295,7 +295,8 @@ def split_groups(q: Tensor, k: Tensor, v: Tensor, rounds: list[Round], groups: G
             inside.append(torch.minimum(distance, (high - 1) - key, out=distance))
         seen = inside[0]
         for again in inside[1:]:
-            # ~n is negative if n is not. So this hides the keys in the query's range of an earlier round.
+            # In `again`, a key that the query saw in this earlier round has a number >= 0. The operator ~ makes it
+            # negative, and the minimum keeps it negative, so the key is hidden.
             torch.minimum(seen, again.bitwise_not_(), out=seen)
         bias = seen.clamp_(-1, 0).to(q.dtype).mul_(-hide)
         queries = queries.clamp(max=N - 1)

@@ -325,12 +325,14 @@ class Config:
         """Return the configuration of the model to train: a new model, or the one that model.init_from names.
 
         Args:
-            vocab_size: number of tokens of the dataset's tokenizer. The vocabulary of `initial` may be padded.
-            initial: the model that the run starts from; None for new weights. If model.init_from is scratch, the shape
-                of `initial` is not used.
+            vocab_size: number of tokens of the dataset's tokenizer. The model gets this vocabulary, without the padding
+                that the vocabulary of `initial` may have.
+            initial: the model that the run starts from; None for new weights. If model.init_from is scratch, the run
+                resumes or branches, and the shape comes from the section `model`.
 
         Raises ValueError if the section `model` is not valid or contradicts the model that model.init_from names, or
-        if data.sequence_length is above the block size of that model.
+        if data.sequence_length is above the block size. This is model.block_size, or that model's own if
+        model.block_size is not set.
         """
         asked = self.model
         if initial is None or asked.init_from == "scratch":

@@ -178,7 +178,9 @@ def loss_memory(model: GPTConfig, tokens: int, hardware: Hardware) -> int:
 def muon_memory(model: GPTConfig, hardware: Hardware, *, sharded: bool) -> int:
     """Return the bytes that a step of Muon needs besides momentum, weights and gradients. No activations exist then."""
     width, size = model.n_embd, hardware.dtype.itemsize
-    if hardware.gpu_memory is None:  # on a CPU: all updates (float32), and all results of the iteration
+    if hardware.gpu_memory is None:
+        # On a CPU: all updates in float32, and the result of the Newton-Schulz iteration for each of them, in the
+        # precision of matrix products.
         return (4 + size) * 12 * width**2 * model.n_layer
     # On a GPU, Muon processes all matrices of one shape together, as a group. The largest groups have one matrix from
     # the MLP of each block. Each process orthogonalizes a part of the group. This takes three tensors in float32 and

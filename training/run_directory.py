@@ -369,6 +369,6 @@ def keep_samples(path: Path, last_step: int) -> None:
     """Remove the samples of steps after `last_step` from a samples.txt: the resumed run samples them again."""
     if path.exists():
         kept = [sample for step, sample in split_samples(path.read_bytes()) if step <= last_step]
-        partial = path.with_suffix(".partial")  # the file stays complete if the process is killed while it writes
+        partial = path.with_suffix(".partial")  # samples.txt stays complete if the process is killed here
         partial.write_bytes(b"".join(kept))
         os.replace(partial, path)
