@@ -1,12 +1,12 @@
 """Predict the validation loss of a run from smaller runs, by a law L(N, D) of parameters N and training tokens D:
 
-    python -m scripts.scaling --train --seeds 1 2 --held-out 1 2 3
+    python -m scripts.scaling --train --seeds 1 2 --held-out 1 2
     python -m scripts.scaling --figure docs/scaling.png
 
 With --train, small models are trained with the recipe and the dataset of a configuration, each in runs of several
-lengths. A run that is already in the file of results (--results) is not repeated. With --train and --held-out, the
-configuration itself is trained too, or models with other layers and channels (--held-out-shapes) for as many steps.
-These held-out runs are left out of the fit.
+lengths. A run that is already in the file of results (--results) is not repeated. With --train and --held-out SEEDS,
+the configuration itself is trained, too, once with each seed. With --held-out-shapes, models with other layers and
+channels are trained instead, for the configuration's number of steps. These held-out runs are left out of the fit.
 
 Then a law is fitted to the small runs in the file, and its predictions are compared with the losses of the held-out
 runs. `train.py --dry-run` predicts losses from docs/scaling.json, the default of --results. docs/scaling.md explains
@@ -39,6 +39,7 @@ from scripts.sweep import as_flags, markdown, train_apart
 from training.config import Config, parse_config
 from training.inputs import open_inputs
 from training.prediction import (
+    MIN_LAYERS,
     RESULTS,
     Fit,
     Study,
@@ -173,6 +174,13 @@ def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [list(group) for _, group in itertools.groupby(sorted(runs, key=size), key=size)]
 
 
+def is_fitted(run: dict[str, Any], found: Fit) -> str:
+    """Return "yes" if a run of a study was fitted, otherwise the reason why not."""
+    if run in found.runs:
+        return "yes"
+    return "held out" if run["held_out"] else "one layer" if run["layers"] < MIN_LAYERS else "too short"
+
+
 def run_table(study: Study, found: Fit) -> str:
     """Return the table of all runs: a row for each model and length, with the loss that the law predicts."""
     rows = []
@@ -185,7 +193,7 @@ def run_table(study: Study, found: Fit) -> str:
                 f"{run['parameters']:,}",
                 f"{run['tokens']:,}",
                 f"{run['flops']:.2g}",
-                "yes" if run in found.runs else "held out" if run["held_out"] else "too short",
+                is_fitted(run, found),
                 spread(losses),
                 " ".join(str(run["seed"]) for run in group),
                 f"{predicted:.4f}",

@@ -22,6 +22,10 @@ SIZES = ("n_layer", "n_head", "n_embd")  # fields of GPTConfig that differ betwe
 
 # A run whose warm-up is more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
 MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
+# A model with one layer cannot copy what followed an earlier occurrence of a token: the induction heads that do so need
+# two layers (Elhage et al. 2021, https://transformer-circuits.pub/2021/framework). Its loss does not follow the law of
+# deeper models.
+MIN_LAYERS = 2
 SAMPLES = 200  # number of laws that `bootstrap` fits for each of FORMS; intervals are computed from these laws
 
 # Runs with the same recipe. The keys are "config", the configuration file; "recipe", see `recipe_of`; and "runs".
@@ -115,7 +119,7 @@ def observations(runs: list[dict[str, Any]]) -> Observations:
 
 
 def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
-    """Fit a law to the runs of a study that have enough steps (MIN_STEPS).
+    """Fit a law to the runs of a study that have enough steps (MIN_STEPS) and layers (MIN_LAYERS).
 
     Return None if these runs have too few different sizes (parameters, tokens). By default, the runs that are marked as
     held out are not fitted: the caller compares their losses with predictions, to check the law.
@@ -125,7 +129,7 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
     """
     shortest = MIN_STEPS * study["recipe"]["optim"]["warmup_steps"]
     used = [run for run in study["runs"] if with_held_out or not run["held_out"]]
-    runs = [run for run in used if run["steps"] >= shortest]
+    runs = [run for run in used if run["steps"] >= shortest and run["layers"] >= MIN_LAYERS]
     observed = observations(runs)
     if len({(run["parameters"], run["tokens"]) for run in runs}) <= max(
         form.matrix.shape[1] for form in FORMS.values()
@@ -137,7 +141,12 @@ def fit_study(study: Study, *, with_held_out: bool = False) -> Fit | None:
 
 
 def describe_expected_loss(config: Config, model: GPTConfig, inputs: Inputs) -> list[str]:
-    """Return lines with the expected validation loss, or [] if no study with the recipe of the run has enough runs."""
+    """Return lines with the expected validation loss of a run.
+
+    Return [] if the model has fewer than MIN_LAYERS layers, or if no study with the recipe of the run has enough runs.
+    """
+    if model.n_layer < MIN_LAYERS:
+        return []
     study = find_study(read_studies(RESULTS), recipe_of(config, model, inputs))
     found = study and fit_study(study, with_held_out=True)
     if not study or not found:

@@ -17,16 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def config(tiny_run, write_config):
-    return str(
-        write_config(
-            tiny_run("tiny", **{"optim.steps": 16, "eval.every": 4, "eval.tokens": 300, "optim.warmup_steps": 0})
-        )
-    )
+    changes = {"model.n_layer": 4, "optim.steps": 16, "eval.every": 4, "eval.tokens": 300, "optim.warmup_steps": 0}
+    return str(write_config(tiny_run("tiny", **changes)))
 
 
 @pytest.fixture
 def options(config, tmp_path):
-    grid = ["--shapes", "1x16", "1x32", "2x16", "2x32", "--fractions", "0.2", "0.5", "1", "--seeds", "1"]
+    grid = ["--shapes", "1x16", "2x16", "3x16", "2x32", "--fractions", "0.2", "0.3", "0.5", "1", "--seeds", "1"]
     return ["--config", config, "--results", str(tmp_path / "scaling.json"), *grid]
 
 
@@ -53,13 +50,13 @@ def test_the_command_trains_what_the_file_lacks_and_checks_the_held_out_run(opti
     (study,) = read_studies(tmp_path / "scaling.json")
     small, large = ([run for run in study["runs"] if run["held_out"] is held_out] for held_out in (False, True))
     assert [(run["layers"], run["channels"], run["steps"], run["seed"]) for run in large] == [
-        (2, 32, 16, 1),
-        (2, 32, 16, 2),
+        (4, 32, 16, 1),
+        (4, 32, 16, 2),
     ]
     assert all(run["flops"] * 4 <= large[0]["flops"] for run in small)
-    assert {run["steps"] for run in small} == {3, 8, 16}  # 1x16 is small enough for all steps
+    assert {run["steps"] for run in small} == {3, 5, 8, 16}  # 1x16 is small enough for all steps
     assert re.search(
-        r"Held out, [4-9]\.\d times the FLOPs .* 2x32, 16 steps\. Predicted .* \(2 seeds\): error [+-]", output
+        r"Held out, [4-9]\.\d times the FLOPs .* 4x32, 16 steps\. Predicted .* \(2 seeds\): error [+-]", output
     )
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 

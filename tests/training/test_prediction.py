@@ -42,9 +42,10 @@ def study(configure, tmp_path, monkeypatch):
             changes = {"model.n_embd": width, "model.n_head": width // 16, "optim.steps": steps}
             size = described(configure(**changes))[1]
             loss = float(LAW.loss(size["parameters"], size["tokens"]))
-            runs.append(size | {"steps": steps, "held_out": False, "loss": loss})
-    runs.append(size | {"steps": steps, "held_out": True, "loss": loss})
-    runs.append(size | {"steps": 9, "held_out": False, "loss": 9.0})  # the warm-up takes more than a tenth
+            runs.append(size | {"layers": 2, "steps": steps, "held_out": False, "loss": loss})
+    runs.append(size | {"layers": 2, "steps": steps, "held_out": True, "loss": loss})
+    runs.append(size | {"layers": 2, "steps": 9, "held_out": False, "loss": 9.0})  # the warm-up takes more than a tenth
+    runs.append(size | {"layers": 1, "steps": 80, "held_out": False, "loss": 9.0})  # too few layers
     monkeypatch.setattr(prediction, "RESULTS", tmp_path / "scaling.json")
     study = {"config": "tiny.yaml", "recipe": described(configure())[0], "runs": runs}
     write_json(prediction.RESULTS, [{"config": "other.yaml", "recipe": {}, "runs": []}, study])
@@ -76,8 +77,12 @@ def test_a_dry_run_prints_the_expected_loss_with_its_interval(lines, configure):
     assert loss == pytest.approx(float(LAW.loss(size["parameters"], size["tokens"])), abs=0.002)
     assert low <= loss <= high
     assert "on 500 tokens" in text
-    assert "from 13 runs (docs/scaling.md)" in text  # and not 14: one is too short
+    assert "from 13 runs (docs/scaling.md)" in text  # and not 15: one is too short, and one has too few layers
     assert "extrapolated" not in text
+
+
+def test_nothing_is_expected_of_a_model_with_one_layer(lines, configure):
+    assert lines(configure(**{"optim.steps": 30, "model.n_layer": 1})) == []
 
 
 @pytest.mark.parametrize(
