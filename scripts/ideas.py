@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import train
 from data.loader import MicroBatch
-from model import GPT
+from model import GPT, Attention
 from train import StepResult
 from training.launch import StopSignal
 from training.optim import Muon, learning_rate_factor
@@ -56,6 +56,33 @@ class SmallPositions(Idea):
         super().__init__(run)
         with torch.no_grad():
             run.model.transformer.wpe.weight.mul_(0.5)
+
+
+class Mimetic(Idea):
+    """Attention begins with patterns of trained models: similar queries and keys, and sinusoids as positions.
+
+    The queries and keys of a token then have a large product with those of the same token elsewhere. See Trockman and
+    Kolter 2023, "Mimetic Initialization of Self-Attention Layers", https://arxiv.org/abs/2305.09828. The sinusoids are
+    those of Vaswani et al. 2017, section 3.5. They get a small learning rate and no weight decay.
+    """
+
+    similarity, std, amplitude, rate = 0.8, 0.06, 0.14, 1e-3
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        positions, adamw = run.model.transformer.wpe.weight, run.optimizers[-1]
+        T, C = positions.shape
+        angles = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, C, 2) / C)
+        with torch.no_grad():
+            positions.copy_(self.amplitude * torch.cat([angles.sin(), angles.cos()], dim=1))
+            for attention in (module for module in run.model.modules() if isinstance(module, Attention)):
+                queries, keys, _ = attention.c_attn.weight.chunk(3)
+                queries.normal_(std=self.std)
+                keys.normal_(std=self.std * (1 - self.similarity**2) ** 0.5).add_(queries, alpha=self.similarity)
+        group = adamw.param_groups[0]
+        group["params"] = [p for p in group["params"] if p is not positions]
+        changes = {"params": [positions], "lr": self.rate, "peak_lr": self.rate, "weight_decay": 0.0}
+        adamw.add_param_group(group | changes)
 
 
 class ZLoss(Idea):
@@ -314,6 +341,7 @@ class PolarExpress(ChangedMuon):
 IDEAS: dict[str, type[Idea]] = {
     "undecayed-embeddings": UndecayedEmbeddings,
     "small-positions": SmallPositions,
+    "mimetic": Mimetic,
     "z-loss": ZLoss,
     "averaged": Averaged,
     "momentum-warm-up": MomentumWarmUp,
