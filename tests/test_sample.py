@@ -347,7 +347,11 @@ def test_sliding_allows_more_tokens_than_block_size(run, checkpoint, capsys):
     assert len(capsys.readouterr().out) > 60
 
 
-@pytest.mark.parametrize("options", [(), ("--stream",), ("--show-probs", "99")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [(), *(pytest.param(o, marks=pytest.mark.slow) for o in (("--stream",), ("--show-probs", "99")))],
+    ids=str,
+)
 def test_characters_that_the_output_cannot_encode_are_escaped(run, checkpoint, python, options):
     arguments = ("sample.py", "--model", checkpoint, "--prompt", "é世", "--greedy", "--max-new-tokens", "12", *options)
     result = python(*arguments, "--dtype", "float32", PYTHONIOENCODING="ascii")

@@ -76,6 +76,7 @@ def scenes(count):
         )
 
 
+@pytest.mark.slow
 def test_all_cells_run_with_a_small_model(tiny_run, train, tmp_path):
     """The statements of the tour are true for other models than the demo, too."""
     source, data = tmp_path / "scenes.jsonl", tmp_path / "data"

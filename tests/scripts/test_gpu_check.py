@@ -16,6 +16,7 @@ from scripts.gpu_check.speed import LOSS, kind_of, sum_by_kind
 REHEARSAL = ("-m", "scripts.gpu_check", "--device", "cpu", "--tiny")
 
 
+@pytest.mark.slow
 def test_two_parts_on_a_cpu(python, tmp_path):
     result = python(*REHEARSAL, "--parts", "1,5", "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())

@@ -27,7 +27,7 @@ def kill(tiny_run, write_config, python, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("kills", "processes"), [(4, 1), (1, 2)])
+@pytest.mark.parametrize(("kills", "processes"), [pytest.param(4, 1, marks=pytest.mark.slow), (1, 2)])
 def test_five_kills(kill, kills, processes):
     counts = kill(kills, processes)
     assert counts["differences"] == []

@@ -101,6 +101,7 @@ def test_a_run_that_diverges_is_not_kept(config, monkeypatch):
         scaling.train_run(["--config", config])
 
 
+@pytest.mark.slow
 def test_the_page_states_what_the_kept_runs_give():
     page = " ".join((ROOT / "docs/scaling.md").read_text(encoding="utf-8").split())
     for study in read_studies(ROOT / "docs/scaling.json"):

@@ -379,7 +379,7 @@ def test_a_run_without_its_last_checkpoint_is_not_finished(tiny_run, train, monk
 LIMITED = "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); train.main()"
 
 
-@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=pytest.mark.slow)])
 def test_a_limit_on_file_sizes_stops_the_command_or_not_as_configured(tiny_run, train, write_config, python, on_error):
     """After step 4 no file may be larger than 60 KB, but a checkpoint's files are."""
     run = train(tiny_run("full", **{"optim.steps": 4}))

@@ -192,6 +192,7 @@ def test_torchrun_restarts_the_processes_after_a_kill(tiny_run, write_config, la
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, 121))
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_and_prints_its_own_message(
     tiny_run, write_config, launch, wait_for_step, verses
 ):

@@ -70,6 +70,7 @@ def test_a_loss_that_is_not_finite_is_divergence_at_any_scale(tiny_run, with_sca
     assert run.state.overflow_steps == 0
 
 
+@pytest.mark.slow
 def test_an_overflow_on_one_rank_skips_that_step_on_all(tiny_run, write_config, python):
     """Under DDP and FSDP. Afterwards every rank has the same scale, and the losses are those of a single process."""
     changes = FLOAT16 | {"optim.steps": 8, "optim.name": "muon"}
