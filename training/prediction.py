@@ -22,9 +22,9 @@ SIZES = ("n_layer", "n_head", "n_embd")  # fields of GPTConfig that differ betwe
 
 # A run whose warm-up is more than a tenth of its steps does not follow the law of longer runs (docs/scaling.md).
 MIN_STEPS = 10  # minimum number of steps of a fitted run, as a multiple of the warm-up
-# A model with one layer cannot copy what followed an earlier occurrence of a token: the induction heads that do so need
-# two layers (Elhage et al. 2021, https://transformer-circuits.pub/2021/framework). Its loss does not follow the law of
-# deeper models.
+# With one layer, attention combines single tokens, and cannot use what attention in another layer has found (Elhage et
+# al. 2021, https://transformer-circuits.pub/2021/framework). The loss of such a model does not follow the law of deeper
+# models (docs/scaling.md).
 MIN_LAYERS = 2
 SAMPLES = 200  # number of laws that `bootstrap` fits for each of FORMS; intervals are computed from these laws
 
