@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import resource
@@ -148,7 +149,8 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         # Send a ValueError instead of torch's error: to receive that error, the parent would have to import torch.
         if type(error).__name__ == "OutOfMemoryError":
             error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
-        pipe.send(error)
+        with contextlib.suppress(BrokenPipeError):  # the parent process may have been killed
+            pipe.send(error)
     except KeyboardInterrupt:
         pass  # the parent process is interrupted too, and reports it
 

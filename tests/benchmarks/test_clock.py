@@ -134,3 +134,9 @@ def test_a_gpu_without_free_memory_is_reported_without_a_traceback():
     serve(Call(__name__, "exhaust"), 1, pipe)
     assert isinstance(pipe.sent[0], ValueError)
     assert "compare fewer peers" in str(pipe.sent[0])
+
+
+def test_a_contestant_ends_without_a_traceback_if_the_parent_was_killed():
+    parent, own = multiprocessing.Pipe()
+    parent.close()
+    serve(Call(__name__, "make_recorder"), 0, own)
