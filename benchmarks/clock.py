@@ -120,7 +120,7 @@ def answer(call: Call, pipe: Connection) -> None:
     try:
         pipe.send(call())
     except Exception as error:
-        pipe.send(error)
+        send_error(error, pipe)
     except KeyboardInterrupt:
         pass  # the parent process is interrupted too, and reports it
 
@@ -149,10 +149,15 @@ def serve(setup: Call, warm_up: int, pipe: Connection) -> None:
         # Send a ValueError instead of torch's error: to receive that error, the parent would have to import torch.
         if type(error).__name__ == "OutOfMemoryError":
             error = ValueError("the GPU's memory is full: all contestants hold theirs at once, so compare fewer peers")
-        with contextlib.suppress(BrokenPipeError):  # the parent process may have been killed
-            pipe.send(error)
+        send_error(error, pipe)
     except KeyboardInterrupt:
         pass  # the parent process is interrupted too, and reports it
+
+
+def send_error(error: Exception, pipe: Connection) -> None:
+    """Send an exception to the parent process. If that process was killed, nobody needs the exception."""
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send(error)
 
 
 def seconds(run: Run) -> float:

@@ -174,7 +174,7 @@ def by_size(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [list(group) for _, group in itertools.groupby(sorted(runs, key=size), key=size)]
 
 
-def is_fitted(run: dict[str, Any], found: Fit) -> str:
+def fit_status(run: dict[str, Any], found: Fit) -> str:
     """Return "yes" if a run of a study was fitted, otherwise the reason why not."""
     if run in found.runs:
         return "yes"
@@ -193,7 +193,7 @@ def run_table(study: Study, found: Fit) -> str:
                 f"{run['parameters']:,}",
                 f"{run['tokens']:,}",
                 f"{run['flops']:.2g}",
-                is_fitted(run, found),
+                fit_status(run, found),
                 spread(losses),
                 " ".join(str(run["seed"]) for run in group),
                 f"{predicted:.4f}",

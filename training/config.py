@@ -327,8 +327,8 @@ class Config:
         Args:
             vocab_size: number of tokens of the dataset's tokenizer. The model gets this vocabulary, without the padding
                 that the vocabulary of `initial` may have.
-            initial: the model that the run starts from; None for new weights. If model.init_from is scratch, the run
-                resumes or branches, and the shape comes from the section `model`.
+            initial: the model that the run starts from; None for new weights. If it is given although model.init_from
+                is scratch, the run resumes or branches, and the shape comes from the section `model`.
 
         Raises ValueError if the section `model` is not valid or contradicts the model that model.init_from names, or
         if data.sequence_length is above the block size. This is model.block_size, or that model's own if

@@ -121,6 +121,7 @@ class RunDirectory:
         config: Config,
         start: dict[str, Any],
         resumed_at: int | None,
+        *,
         repeats_validation: bool,
         say: Callable[[str], None],
     ) -> None:
@@ -130,8 +131,8 @@ class RunDirectory:
 
         Args:
             start: the entry of this start in provenance.json.
-            resumed_at: the step from which the run resumes. Later records and samples are removed. None is a new run:
-                all are removed.
+            resumed_at: the step from which the run resumes, whose later records and samples are removed. For a new
+                run, it is None, and all are removed.
             repeats_validation: whether a resumed run begins with the validation at this step. Then records and samples
                 of the earlier validation at this step are removed, too.
             say: prints a message to the user.

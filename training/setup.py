@@ -193,7 +193,7 @@ def setup(config: Config, processes: Processes, *, verify: bool = False) -> Trai
         resumed_at = state.step if start.resumes else None
         branched_from = start.checkpoint if start.branches else None
         described = provenance(config, processes, resumed_at=resumed_at, branched_from=branched_from)
-        directory.open(config, described, resumed_at, run.lacks_validation, run.progress.say)
+        directory.open(config, described, resumed_at, repeats_validation=run.lacks_validation, say=run.progress.say)
     run.progress.say(greeting(run, notes))
     return run
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import benchmarks.clock
-from benchmarks.clock import Call, call_in_process, compare, serve
+from benchmarks.clock import Call, answer, call_in_process, compare, serve
 
 
 def make_sleeper(seconds, megabytes):
@@ -136,7 +136,8 @@ def test_a_gpu_without_free_memory_is_reported_without_a_traceback():
     assert "compare fewer peers" in str(pipe.sent[0])
 
 
-def test_a_contestant_ends_without_a_traceback_if_the_parent_was_killed():
+def test_a_process_ends_without_a_traceback_if_its_parent_was_killed():
     parent, own = multiprocessing.Pipe()
     parent.close()
     serve(Call(__name__, "make_recorder"), 0, own)
+    answer(Call("math", "sqrt", (-1,)), own)

@@ -193,10 +193,13 @@ def test_ideas_change_initialization_decay_and_momentum(trained):
     small = trained("small-positions", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9})
     wpe = [t.model.transformer.wpe.weight.detach() for t in (plain, small)]
     torch.testing.assert_close(wpe[1], wpe[0] / 2, atol=1e-6, rtol=1e-4)
-    mimetic = trained("mimetic", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9}).model
-    queries, keys, _ = mimetic.transformer.h[0].attn.c_attn.weight.detach().chunk(3)
+    mimetic = trained("mimetic", **{"optim.lr": 1e-9, "optim.muon_lr": 1e-9})
+    group = mimetic.optimizers[-1].param_groups[-1]
+    assert (group["peak_lr"], group["weight_decay"]) == (1e-3, 0.0)
+    assert [parameter.shape for parameter in group["params"]] == [mimetic.model.transformer.wpe.weight.shape]
+    queries, keys, _ = mimetic.model.transformer.h[0].attn.c_attn.weight.detach().chunk(3)
     assert torch.nn.functional.cosine_similarity(queries.flatten(), keys.flatten(), dim=0) > 0.6
-    positions = mimetic.transformer.wpe.weight.detach() / 0.14
+    positions = mimetic.model.transformer.wpe.weight.detach() / 0.14
     torch.testing.assert_close(positions[:, 0], torch.arange(len(positions)).float().sin(), atol=0.1, rtol=0)
     groups = trained("undecayed-embeddings").optimizers[-1].param_groups
     assert [group["weight_decay"] for group in groups] == [0, 0]
